@@ -1,0 +1,28 @@
+"""Fixtures that every room's tests share."""
+
+import lzma
+from pathlib import Path
+
+import pytest
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real photographs beside the checkout."""
+    if not (SHARED / "data").is_dir():
+        pytest.skip("needs the photographs of ../shared/data, which are not part of the repository")
+    return SHARED / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the real ImageNet ResNets, unpacked."""
+    packed = sorted((SHARED / "weights").glob("*.safetensors.xz"))
+    if not packed:
+        pytest.skip("needs the networks of ../shared/weights, which are not part of the repository")
+    folder = tmp_path_factory.mktemp("weights")
+    for path in packed:
+        (folder / path.stem).write_bytes(lzma.decompress(path.read_bytes()))
+    return folder

@@ -1,0 +1,12 @@
+"""The two ways in which tljax says no."""
+
+
+class RequestError(ValueError):
+    """What was asked for cannot be done: one line that says what, where, and what to do next.
+
+    Scripts print it without a traceback and exit with code 2.
+    """
+
+
+class UnreadableImageError(ValueError):
+    """One image cannot be used; the message is the reason that ends up in ``skipped.csv``."""

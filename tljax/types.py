@@ -1,0 +1,60 @@
+"""The few types that every room shares. Arrays and plain data only; no behaviour."""
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple, Self
+
+import jax
+import numpy as np
+
+Array = jax.Array | np.ndarray
+"""An array on the host or on a device."""
+
+Variables = dict[str, Any]
+"""``{"params": {stage: ...}, "batch_stats": {stage: ...}}``: nested dicts with arrays as leaves."""
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """How a photograph becomes what a set of weights expects to see. Travels with the weights.
+
+    Geometry happens on the host, on uint8 pixels: the short side is resized to ``resize`` and the
+    central ``size`` x ``size`` square is cut out. Normalisation is the model's first act, on the
+    device: ``(x - mean) / std`` for RGB ``x`` in [0, 1], then the channel order is reversed for
+    networks that were trained on BGR. Caffe's ``x * 255 - mean_bgr`` is ``std = 1/255``; [-1, 1] is
+    ``mean = std = 0.5``.
+
+    Attributes:
+        size: side of the square that the network sees, in pixels.
+        resize: length of the short side before the crop, in pixels; at least ``size``.
+        interpolation: the Pillow filter of the resize.
+        mean: per-channel mean, RGB order, for values in [0, 1].
+        std: per-channel standard deviation, RGB order, for values in [0, 1].
+        channel_order: what the first convolution's input channels mean.
+    """
+
+    size: int = 224
+    resize: int = 256
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    channel_order: Literal["rgb", "bgr"] = "rgb"
+
+    def with_size(self, size: int) -> Self:
+        """The same preprocessing for another input size; the crop keeps its share of the photo."""
+        return replace(self, size=size, resize=max(size, round(size * self.resize / self.size)))
+
+
+class Batch(NamedTuple):
+    """A fixed number of examples; the tail of a data set is padded and masked.
+
+    Attributes:
+        images: ``[batch, height, width, 3]`` uint8, RGB.
+        labels: ``[batch]`` int32 class indices; -1 where there is no label.
+        mask: ``[batch]`` bool; False for padding and for images that could not be read.
+        indices: ``[batch]`` int32 position of the example in its source; -1 for padding.
+    """
+
+    images: Array
+    labels: Array
+    mask: Array
+    indices: Array
