@@ -1,0 +1,53 @@
+"""Networks as lists of named stages. The only room that knows Flax."""
+
+from collections.abc import Callable
+from difflib import get_close_matches
+from functools import partial
+
+from tljax.errors import RequestError
+from tljax.models import efficientnet, resnet
+from tljax.models.model import (
+    Model,
+    Output,
+    Stage,
+    abstract_variables,
+    apply,
+    init,
+    layer_outputs,
+    normalize,
+    replace_head,
+)
+
+MODELS: dict[str, Callable[..., Model]] = {
+    **{name: partial(resnet.resnet, name) for name in resnet.DEPTHS},
+    **{name: partial(efficientnet.efficientnet, name) for name in efficientnet.VARIANTS},
+}
+"""Every architecture by name: ``MODELS["resnet50"](num_classes=1000) -> Model``."""
+
+
+def build_model(name: str, num_classes: int = 1000) -> Model:
+    """The architecture of that name.
+
+    Raises:
+        RequestError: there is none; the message names the nearest.
+    """
+    if name not in MODELS:
+        near = get_close_matches(name, MODELS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(MODELS)}"
+        raise RequestError(f"no model is called '{name}'; {hint}")
+    return MODELS[name](num_classes=num_classes)
+
+
+__all__ = [
+    "MODELS",
+    "Model",
+    "Output",
+    "Stage",
+    "abstract_variables",
+    "apply",
+    "build_model",
+    "init",
+    "layer_outputs",
+    "normalize",
+    "replace_head",
+]

@@ -1,0 +1,219 @@
+"""A network is a short list of named stages; `apply` runs any contiguous part of it."""
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from tljax.errors import RequestError
+from tljax.models.layers import ConvNorm, LinearHead
+from tljax.trees import flatten
+from tljax.types import Array, Preprocess, Variables
+
+
+class Stage(NamedTuple):
+    """One named step of a network: a small Flax module called as ``module(x, train)``."""
+
+    name: str
+    module: nn.Module
+
+
+@dataclass(frozen=True)
+class Model:
+    """An ordered list of stages and the preprocessing that its weights expect. Holds no arrays.
+
+    Hashable, so that it can be a static argument of `jax.jit`.
+
+    Attributes:
+        name: what `MODELS` calls the architecture, e.g. ``resnet50``.
+        stages: from the pixels to the logits; the last one is the head.
+        preprocess: see `Preprocess`.
+        dtype: compute dtype of the activations. Parameters, statistics and logits stay float32.
+    """
+
+    name: str
+    stages: tuple[Stage, ...]
+    preprocess: Preprocess
+    dtype: str = "float32"
+
+    @property
+    def stage_names(self) -> tuple[str, ...]:
+        """The names of the stages, in order."""
+        return tuple(stage.name for stage in self.stages)
+
+    @property
+    def num_classes(self) -> int:
+        """How many logits the head returns."""
+        return self.stages[-1].module.num_classes  # pyright: ignore[reportAttributeAccessIssue]
+
+    def position(self, stage: str) -> int:
+        """Where a stage stands.
+
+        Raises:
+            RequestError: there is no such stage.
+        """
+        if stage not in self.stage_names:
+            known = ", ".join(self.stage_names)
+            raise RequestError(f"{self.name} has no stage '{stage}'; its stages are {known}")
+        return self.stage_names.index(stage)
+
+
+class Output(NamedTuple):
+    """What `apply` returns.
+
+    Attributes:
+        value: output of the last stage that ran: logits, pooled features or a feature map.
+        captured: outputs of the stages named in ``capture``.
+        batch_stats: the running statistics afterwards; new ones for the stages in ``train``.
+    """
+
+    value: jax.Array
+    captured: dict[str, jax.Array]
+    batch_stats: Variables
+
+    @property
+    def logits(self) -> jax.Array:
+        """`value`, by the name it has when the head was the last stage to run."""
+        return self.value
+
+
+def normalize(images: Array, preprocess: Preprocess, dtype: str = "float32") -> jax.Array:
+    """The model's own normalisation of RGB images.
+
+    Args:
+        images: ``[batch, height, width, 3]``; uint8, or floating point in [0, 1].
+        preprocess: mean, standard deviation and channel order.
+        dtype: of the result.
+    """
+    images = jnp.asarray(images)
+    if jnp.issubdtype(images.dtype, jnp.integer):
+        images = images.astype(jnp.float32) / 255
+    images = (images - jnp.asarray(preprocess.mean)) / jnp.asarray(preprocess.std)
+    if preprocess.channel_order == "bgr":
+        images = images[..., ::-1]
+    return images.astype(dtype)
+
+
+def apply(
+    model: Model,
+    variables: Variables,
+    images: Array,
+    *,
+    start: str | None = None,
+    stop: str | None = None,
+    train: Collection[str] = frozenset(),
+    capture: Collection[str] = (),
+    key: jax.Array | None = None,
+) -> Output:
+    """Runs the stages from ``start`` up to, not including, ``stop``. A pure function.
+
+    ``apply(stop=k)`` and then ``apply(start=k)`` on its value is the whole network; ``stop="head"``
+    gives the pooled features.
+
+    Args:
+        model: the list of stages.
+        variables: ``{"params": {stage: ...}, "batch_stats": {stage: ...}}``; only the stages that
+            run need be there.
+        images: ``[batch, height, width, 3]`` RGB, uint8 or floating point in [0, 1]; with ``start``
+            the output of the stage before it.
+        start: first stage to run; by default the first, which the normalisation precedes.
+        stop: stage to stop before; by default none.
+        train: stages in training mode: batch norm on the batch's statistics, dropout active.
+        capture: stages whose outputs are returned as well.
+        key: random key for dropout in the stages of ``train``.
+
+    Raises:
+        RequestError: a stage that the model does not have.
+    """
+    first = 0 if start is None else model.position(start)
+    last = len(model.stages) if stop is None else model.position(stop)
+    for name in (*train, *capture):
+        model.position(name)
+
+    x: Any = jnp.asarray(images)  # Any: what a Flax module returns depends on `mutable`
+    x = normalize(x, model.preprocess, model.dtype) if first == 0 else x.astype(model.dtype)
+    captured: dict[str, jax.Array] = {}
+    batch_stats = dict(variables.get("batch_stats", {}))
+    for position, (name, module) in enumerate(model.stages[first:last], start=first):
+        of_stage = _of_stage(variables, name)
+        if name in train:
+            rngs = {} if key is None else {"dropout": jax.random.fold_in(key, position)}
+            x, moved = module.apply(of_stage, x, True, mutable=["batch_stats"], rngs=rngs)
+            if moved:
+                batch_stats[name] = moved["batch_stats"]
+        else:
+            x = module.apply(of_stage, x, False)
+        if name in capture:
+            captured[name] = x
+    return Output(x, captured, batch_stats)
+
+
+def _of_stage(variables: Variables, name: str) -> Variables:
+    return {kind: tree[name] for kind, tree in variables.items() if name in tree}
+
+
+def init(model: Model, key: jax.Array) -> Variables:
+    """Random variables for every stage, float32.
+
+    A convolution's kernel is drawn from He's normal distribution; the head is zero.
+    """
+    size = model.preprocess.size
+
+    @jax.jit  # so that the activations, which nothing returned depends on, are never computed
+    def build(key: jax.Array) -> Variables:
+        x = jnp.zeros((1, size, size, 3))
+        variables: Variables = {"params": {}, "batch_stats": {}}
+        for position, (name, module) in enumerate(model.stages):
+            x, trees = module.init_with_output(jax.random.fold_in(key, position), x, False)
+            for kind, tree in trees.items():
+                variables[kind][name] = tree
+        return variables
+
+    return build(key)
+
+
+def abstract_variables(model: Model) -> Variables:
+    """The skeleton that weights are filled into: shapes and dtypes, no memory, no random draw."""
+    return jax.eval_shape(lambda: init(model, jax.random.key(0)))
+
+
+def replace_head(
+    model: Model, variables: Variables, num_classes: int, *, dropout: float = 0.0
+) -> tuple[Model, Variables]:
+    """The same network with a new linear head, zero: every class equally likely.
+
+    Args:
+        model: any network; its last stage is replaced.
+        variables: of ``model``; not changed.
+        num_classes: number of logits of the new head.
+        dropout: rate before the new head, active where the head is in training mode.
+    """
+    name = model.stages[-1].name
+    features = variables["params"][name]["kernel"].shape[0]
+    head = Stage(name, LinearHead(num_classes, dropout))
+    zeros = {"kernel": jnp.zeros((features, num_classes)), "bias": jnp.zeros(num_classes)}
+    params = {**variables["params"], name: zeros}
+    return replace(model, stages=(*model.stages[:-1], head)), {**variables, "params": params}
+
+
+def layer_outputs(model: Model, variables: Variables, images: Array) -> dict[str, jax.Array]:
+    """The output of every convolution (with its norm) and of the head, by its path.
+
+    For comparing a port with its source layer by layer; an activation is not part of its layer.
+    """
+    x: Any = normalize(images, model.preprocess, model.dtype)
+    outputs: dict[str, jax.Array] = {}
+    for name, module in model.stages:
+        x, state = module.apply(
+            _of_stage(variables, name),
+            x,
+            False,
+            capture_intermediates=lambda m, _: isinstance(m, ConvNorm | LinearHead),
+            mutable=["intermediates"],
+        )
+        for path, values in flatten(state.get("intermediates") or {}).items():
+            outputs[f"{name}/{path}".removesuffix("/__call__")] = values[0]
+    return outputs
