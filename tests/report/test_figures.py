@@ -1,0 +1,260 @@
+"""The pictures: where pixels land, what lines hold, and that odd input draws."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+
+from tljax.errors import RequestError
+from tljax.report import confusion_matrix, curves, image_grid, sweep_curve
+from tljax.report.figures import BLUE
+
+RED, GREEN, NAVY = (255, 0, 0), (0, 255, 0), (0, 0, 128)
+FILL, WHITE = (242, 242, 242), (255, 255, 255)
+
+
+def flat(height: int, width: int, colour: tuple[int, int, int]) -> np.ndarray:
+    return np.full((height, width, 3), colour, np.uint8)
+
+
+def render(figure: Figure) -> np.ndarray:
+    """``[height, width, 3]`` floats in [0, 1]; warnings, such as of a missing glyph, are errors."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3] / 255
+
+
+def has_colour(picture: np.ndarray, colour: str) -> bool:
+    return bool((np.abs(picture - to_rgb(colour)).max(-1) < 0.02).any())
+
+
+# Grids
+
+
+def test_grid_places_images_row_by_row():
+    grid = image_grid(
+        [flat(40, 40, RED), flat(30, 90, GREEN), flat(90, 30, NAVY)], columns=2, cell=40
+    )
+    assert grid.size == (2 + 2 * 42, 2 + 2 * 42)  # cells of 40 and gaps of 2
+    centres = [(22, 22), (64, 22), (22, 64), (64, 64)]
+    assert [grid.getpixel(at) for at in centres] == [RED, GREEN, NAVY, WHITE]
+    # The wide image fills its cell from side to side, the tall one from top to bottom.
+    assert [grid.getpixel(at) for at in [(44, 22), (83, 22), (64, 2)]] == [GREEN, GREEN, FILL]
+    assert [grid.getpixel(at) for at in [(22, 44), (22, 83), (2, 64)]] == [NAVY, NAVY, FILL]
+    assert [grid.getpixel(at) for at in [(1, 22), (42, 22), (85, 85)]] == [WHITE] * 3
+
+
+@settings(deadline=None)
+@given(
+    arrays(np.uint8, st.tuples(st.integers(1, 24), st.integers(1, 24), st.just(3))),
+    st.integers(48, 70),
+)
+def test_small_images_are_enlarged_exactly(image: np.ndarray, cell: int):
+    factor = cell // max(image.shape[:2])
+    expected = image.repeat(factor, 0).repeat(factor, 1)
+    height, width = expected.shape[:2]
+    gap = max(2, cell // 20)
+    top, left = gap + (cell - height) // 2, gap + (cell - width) // 2
+    grid = np.asarray(image_grid([image], cell=cell))
+    np.testing.assert_array_equal(grid[top : top + height, left : left + width], expected)
+
+
+def test_grid_is_nearly_square_and_never_wider_than_its_images():
+    images = [flat(8, 8, RED)] * 10
+    assert image_grid(images, cell=20).size == (2 + 4 * 22, 2 + 3 * 22)
+    assert image_grid(images[:2], columns=5, cell=20).size == (2 + 2 * 22, 2 + 22)
+
+
+def test_a_long_caption_stays_in_its_column():
+    images = [flat(8, 8, RED)] * 2
+    grid = np.asarray(image_grid(images, ["W" * 200, ""], columns=2, cell=100))
+    below = grid[5 + 100 :].min(-1) < 200
+    assert below[:, 5:105].any()
+    assert not below[:, 105:].any()
+
+
+def test_each_line_of_a_caption_has_its_place():
+    image = flat(8, 8, RED)
+    one, two = (image_grid([image], [text]) for text in ("a", "a\nb"))
+    line_height = two.height - one.height
+    assert line_height > 10
+    # The first lines are the same picture; the second line is new ink below.
+    first = np.asarray(two)[: one.height - 8]
+    np.testing.assert_array_equal(first, np.asarray(one)[: one.height - 8])
+    assert (np.asarray(two)[one.height - 8 :] < 100).any()
+
+
+@pytest.mark.parametrize("text", ["日", "\udce9", "\x07", "\u202e", "\U0001fae0"])
+def test_what_the_font_lacks_becomes_a_replacement_character(text: str):
+    image = flat(8, 8, RED)
+    assert image_grid([image], [text]) == image_grid([image], ["\ufffd"])
+    assert image_grid([image], [text]) != image_grid([image], [""])
+
+
+def test_accents_survive_however_they_are_composed():
+    image = flat(8, 8, RED)
+    composed, decomposed, plain = (
+        image_grid([image], [text]) for text in ("é", "e\N{COMBINING ACUTE ACCENT}", "e")
+    )
+    assert composed == decomposed != plain
+
+
+def test_grid_refuses_what_it_cannot_lay_out():
+    with pytest.raises(RequestError, match="no images"):
+        image_grid([])
+    with pytest.raises(RequestError, match="1 captions for 2 images"):
+        image_grid([flat(8, 8, RED)] * 2, ["one"])
+
+
+# Curves
+
+
+def test_curves_connect_missing_keys_and_break_at_nan():
+    history = [
+        {"epoch": 1, "train_loss": 3.0, "val_top1": 0.5},
+        {"epoch": 2, "train_loss": float("nan")},
+        {"epoch": 3, "train_loss": 1.0, "val_top1": 0.75},
+        {"epoch": 4, "train_loss": None, "learning_rate": 0.1},
+        {"step": 9, "train_loss": 7.0},
+    ]
+    loss, accuracy = curves(history).axes
+    (line,) = loss.lines
+    np.testing.assert_array_equal(line.get_xdata(), [1, 2, 3, 4])
+    np.testing.assert_array_equal(line.get_ydata(), [3, np.nan, 1, np.nan])
+    (line,) = accuracy.lines
+    np.testing.assert_array_equal(line.get_xdata(), [1, 3])
+    np.testing.assert_array_equal(line.get_ydata(), [0.5, 0.75])
+
+
+def test_a_line_separates_phases():
+    history = [
+        {"epoch": epoch, "phase": phase, "val_loss": 1 / epoch, "val_top1": 0.5}
+        for epoch, phase in enumerate(["probe", "probe", "fine-tune $x", "fine-tune $x"], 1)
+    ]
+    figure = curves(history)
+    for axes in figure.axes:
+        lines = [np.asarray(line.get_xydata()) for line in axes.lines]
+        (x,) = (line[0, 0] for line in lines if line[0, 0] == line[-1, 0])
+        assert x == 2.5
+        assert [text.get_text() for text in axes.texts] == ["probe", "fine-tune $x"]
+    render(figure)
+
+
+def test_one_phase_needs_no_line():
+    (loss, _) = curves([{"epoch": e, "phase": "probe", "train_loss": e} for e in (1, 2)]).axes
+    assert len(loss.lines) == 1
+    assert not loss.texts
+
+
+def test_a_single_epoch_is_visible():
+    figure = curves([{"epoch": 3, "train_loss": 0.7}])
+    picture = render(figure)
+    (axes, _) = figure.axes
+    height, width = picture.shape[:2]
+    x, y = axes.transData.transform((3, 0.7)).round().astype(int)
+    assert 0 < x < width
+    around = picture[height - y - 3 : height - y + 3, x - 3 : x + 3]
+    assert has_colour(around, BLUE)
+
+
+@pytest.mark.parametrize(
+    "history",
+    [
+        [],
+        [{"train_loss": 1.0}],
+        [{"epoch": 1}],
+        [{"epoch": 1, "val_loss": float("nan"), "train_top1": None}],
+        [{"epoch": 1, "train_loss": float("inf")}],
+    ],
+)
+def test_nothing_to_plot_says_so(history: list):
+    figure = curves(history)
+    assert [axes.texts[0].get_text() for axes in figure.axes] == ["not logged"] * 2
+    render(figure)
+
+
+def test_a_diverged_run_draws():
+    losses = [1.0, 1e30, float("inf"), float("nan")]
+    render(curves([{"epoch": i, "train_loss": loss} for i, loss in enumerate(losses)]))
+
+
+# The sweep
+
+
+def test_sweep_marks_the_chosen_penalty():
+    figure = sweep_curve([10.0, 0.001, 0.1], np.array([0.7, 0.8, 0.9]), 0.1)
+    (axes,) = figure.axes
+    line, chosen = axes.lines
+    assert axes.get_xscale() == "log"
+    np.testing.assert_array_equal(line.get_xydata(), [[0.001, 0.8], [0.1, 0.9], [10, 0.7]])
+    np.testing.assert_array_equal(chosen.get_xydata(), [[0.1, 0.9]])
+    render(figure)
+
+
+# The confusion matrix
+
+
+def test_confusion_shares_are_of_rows_and_counts_are_written():
+    matrix = np.array([[3, 1, 0], [0, 0, 0], [0, 5, 5]])
+    figure = confusion_matrix(matrix, ["a", "empty", "c"])
+    (axes,) = figure.axes
+    np.testing.assert_allclose(
+        np.asarray(axes.images[0].get_array()), [[0.75, 0.25, 0], [0, 0, 0], [0, 0.5, 0.5]]
+    )
+    written = {tuple(map(int, text.get_position())): text.get_text() for text in axes.texts}
+    assert written == {(0, 0): "3", (1, 0): "1", (1, 2): "5", (2, 2): "5"}  # (column, row)
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "empty", "c"]
+    render(figure)
+
+
+@pytest.mark.parametrize(
+    ("count", "cell_text", "names"), [(20, True, True), (21, False, True), (61, False, False)]
+)
+def test_text_gives_way_as_classes_grow(count: int, cell_text: bool, names: bool):
+    axes = confusion_matrix(np.eye(count, dtype=int), [f"n{i}" for i in range(count)]).axes[0]
+    assert bool(axes.texts) == cell_text
+    assert ([t.get_text() for t in axes.get_xticklabels()] == [f"n{i}" for i in range(count)]) == (
+        names
+    )
+
+
+def test_one_confusion_among_a_thousand_classes_can_be_seen():
+    matrix = 50 * np.eye(1000, dtype=int)
+    clean = render(confusion_matrix(matrix, [""] * 1000))
+    matrix[200, 800] = 1
+    changed = np.abs(render(confusion_matrix(matrix, [""] * 1000)) - clean).max(-1) > 0.03
+    rows, columns = changed.nonzero()
+    assert len(rows) >= 9
+    assert np.ptp(rows) < 8
+    assert np.ptp(columns) < 8
+
+
+@pytest.mark.parametrize("name", ["$\\frac{", "日本", "caf\udce9", "a\nb", "", "x" * 500])
+def test_any_class_name_draws(name: str):
+    picture = render(confusion_matrix(np.eye(2, dtype=int), [name, "b"]))
+    assert max(picture.shape) < 600
+
+
+def test_confusion_must_fit_its_classes():
+    with pytest.raises(RequestError, match=r"\(2, 3\) for 2 classes; expected \(2, 2\)"):
+        confusion_matrix(np.zeros((2, 3), int), ["a", "b"])
+
+
+# The room
+
+
+def test_the_room_opens_quickly_and_leaves_pyplot_alone():
+    code = (
+        "import sys, tljax.report as report\n"
+        "assert 'matplotlib' not in sys.modules\n"
+        "report.curves([]).savefig('/dev/null', format='png')\n"
+        "assert 'matplotlib.pyplot' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,280 @@
+"""The page: what it holds, that nothing can break out of it, and that it is never half-written."""
+
+import base64
+import io
+import re
+from collections import Counter
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from tljax.errors import RequestError
+from tljax.report import ClassResult, Mistake, Report, Sweep, per_class, write_report
+
+VOID = {"meta", "img"}
+EVIL = "<script>alert(1)</script>"
+
+
+class Page(HTMLParser):
+    """Reads a page back, and fails where tags do not match."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.html = path.read_bytes().decode()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[tuple[str, str]] = []  # (path of open tags, text)
+        self.feed(self.html)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append((" ".join(self.open), data))
+
+    def of(self, tag: str) -> list[str]:
+        return [text for path, text in self.texts if path.endswith(f" {tag}")]
+
+    def all_in(self, tag: str) -> str:
+        return "".join(text for path, text in self.texts if f" {tag}" in path)
+
+    def pictures(self) -> list[tuple[dict[str, str | None], Image.Image]]:
+        found = []
+        for tag, attributes in self.tags:
+            if tag == "img":
+                source = attributes["src"] or ""
+                head, data = source.split(",")
+                image = Image.open(io.BytesIO(base64.b64decode(data, validate=True)))
+                image.load()
+                assert head == f"data:image/{(image.format or '').lower()};base64"
+                found.append((attributes, image))
+        return found
+
+
+def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+
+
+@pytest.fixture(scope="module")
+def report() -> Report:
+    return Report(
+        title="resnet50 on ants & bees",
+        headline=[("probe accuracy", "94.1%"), ("images", "153")],
+        notes=["Only 153 images were held out."],
+        history=[{"epoch": 1, "phase": "probe", "train_loss": 1.0, "val_top1": float("nan")}],
+        sweep=Sweep([0.1, 1.0], [0.8, 0.9], 1.0),
+        classes=["ants", EVIL],
+        confusion=np.array([[8, 2], [1, 9]]),
+        mistakes=[
+            Mistake(noise(400, 600), "val/1.jpg", "ants", EVIL, 0.987),
+            Mistake(noise(8, 8), "caf\udce9.jpg", EVIL, "ants", float("nan")),
+        ],
+        skipped=[("train/imageNotFound.gif", "not a photograph")],
+        details={"model": {"name": "resnet50", "input": "224 x 224"}},
+        next_steps=["python scripts/predict.py --workdir 'runs/a b' <photo>"],
+    )
+
+
+@pytest.fixture(scope="module")
+def page(report: Report, tmp_path_factory: pytest.TempPathFactory) -> Page:
+    path = tmp_path_factory.mktemp("page") / "report.html"
+    write_report(path, report)
+    return Page(path)
+
+
+def test_everything_is_there_in_order(report: Report, page: Page):
+    assert page.of("title") == page.of("h1") == ["resnet50 on ants & bees"]
+    assert page.of("h2") == [
+        "Training",
+        "Confusion matrix",
+        "Classes",
+        "Worst mistakes",
+        "Skipped files",
+        "Details",
+        "What to do next",
+    ]
+    assert list(zip(page.of("dt"), page.of("dd"), strict=True)) == report.headline
+    assert page.of("p") == report.notes
+    assert page.of("pre") == report.next_steps
+    text = " ".join(page.all_in("body").split())
+    assert f"val/1.jpg: was ants, said {EVIL} (98.7%)" in text
+    assert "caf\\udce9.jpg: was" in text
+    cells = page.of("td")
+    assert cells[:4] == ["ants", "8 of 10", "80.0%", EVIL]
+    assert cells[4:8] == [EVIL, "9 of 10", "90.0%", "ants"]
+    assert cells[8:10] == list(report.skipped[0])
+    assert cells[10:] == ["name", "resnet50", "input", "224 x 224"]
+
+
+def test_the_page_needs_nothing_else(page: Page):
+    assert not {"script", "link", "iframe", "object", "base"} & {tag for tag, _ in page.tags}
+    for _, attributes in page.tags:
+        assert not {"href", "srcset", "action"} & attributes.keys()
+        assert not [name for name in attributes if name.startswith("on")]
+        assert (attributes.get("src") or "data:").startswith("data:")
+    assert not re.search(r"https?:|url\(|@import", page.html)
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    assert policy in [attributes.get("content") for tag, attributes in page.tags if tag == "meta"]
+
+
+def test_pictures_decode_and_have_their_sizes(report: Report, page: Page):
+    *plots, (_, photo), (attributes, digit) = page.pictures()
+    assert len(plots) == 3
+    for said, plot in plots:
+        said_size = [2 * int(said[side] or 0) for side in ("width", "height")]
+        np.testing.assert_allclose(plot.size, said_size, atol=2)
+        assert said["alt"]
+        assert plot.getchannel("A").getextrema() == (0, 255)  # dark pages show through
+    assert photo.size == (320, 213)
+    assert photo.format == "JPEG"
+    assert attributes["class"] == "pixels"
+    np.testing.assert_array_equal(np.asarray(digit), report.mistakes[1].image)
+
+
+def test_what_is_left_out_has_no_section(tmp_path: Path):
+    write_report(tmp_path / "report.html", Report(title="nothing"))
+    page = Page(tmp_path / "report.html")
+    assert page.all_in("body").split() == ["nothing"]
+    assert not page.pictures()
+
+
+def test_classes_without_examples(tmp_path: Path):
+    write_report(
+        tmp_path / "report.html",
+        Report(title="empty", classes=["a", "b"], confusion=np.array([[0, 0], [1, 0]])),
+    )
+    assert Page(tmp_path / "report.html").of("td") == [
+        *("b", "0 of 1", "0.0%", "a"),
+        *("a", "0 of 0", "none"),
+    ]
+
+
+anything = st.text(st.characters(exclude_characters="\0"), min_size=1) | st.sampled_from(
+    [EVIL, "</title>", "&lt;", "{body}", "'\"><img src=x onerror=alert(1)>", "caf\udce9", "]]>"]
+)
+
+
+@settings(max_examples=50, deadline=None)
+@given(anything)
+def test_any_text_is_shown_as_it_is(tmp_path_factory: pytest.TempPathFactory, text: str):
+    path = tmp_path_factory.mktemp("page") / "report.html"
+    report = Report(
+        title=text,
+        headline=[(text, text)],
+        notes=[text],
+        mistakes=[Mistake(noise(2, 2), text, text, text, 0.5)],
+        skipped=[(text, text)],
+        details={text: {text: text}},
+        next_steps=[text],
+    )
+    write_report(path, report)
+    page = Page(path)
+    shown = text.encode("utf-8", "backslashreplace").decode()
+    for tag, times in [("h1", 1), ("dt", 1), ("dd", 1), ("p", 1), ("b", 2), ("h3", 1), ("pre", 1)]:
+        assert page.of(tag) == [shown] * times
+    assert page.of("td") == [shown] * 4
+    assert page.of("bdi") == [shown + ":"]
+    plain = replace(report, title="", headline=[("", "")], notes=[""], skipped=[("", "")])
+    plain = replace(plain, details={"": {"": ""}}, next_steps=[""])
+    plain = replace(plain, mistakes=[Mistake(noise(2, 2), "", "", "", 0.5)])
+    write_report(path, plain)
+    assert page.tags == Page(path).tags
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), max_size=30))
+def test_per_class_counts_examples(pairs: list[tuple[int, int]]):
+    confusion = np.zeros((4, 4), int)
+    for pair in pairs:
+        confusion[pair] += 1
+    results = per_class(confusion, ["a", "b", "c", "d"])
+    assert sorted(result.name for result in results) == ["a", "b", "c", "d"]
+    for name, examples, correct, taken_for in results:
+        label = "abcd".index(name)
+        predictions = Counter("abcd"[p] for t, p in pairs if t == label)
+        assert examples == predictions.total()
+        assert correct == predictions.pop(name, 0)
+        assert predictions[taken_for or ""] == max(predictions.values(), default=0)
+    with_examples = [r.correct / r.examples for r in results if r.examples]
+    assert with_examples == sorted(with_examples)
+    assert not any(r.examples for r in results[len(with_examples) :])
+
+
+def test_per_class_puts_the_more_certain_failure_first():
+    confusion = np.array([[0, 1, 0], [5, 0, 4], [0, 0, 2]])
+    assert per_class(confusion, ["rare", "common", "fine"]) == [
+        ClassResult("common", 9, 0, "rare"),
+        ClassResult("rare", 1, 0, "common"),
+        ClassResult("fine", 2, 2, None),
+    ]
+
+
+def test_a_thousand_classes_are_all_there_but_folded(tmp_path: Path):
+    confusion = np.random.default_rng(0).multinomial(50, [0.001] * 1000, 1000)
+    write_report(
+        tmp_path / "report.html",
+        Report(title="many", classes=[f"n{i}" for i in range(1000)], confusion=confusion),
+    )
+    page = Page(tmp_path / "report.html")
+    rows = [path for path, text in page.texts if path.endswith(" td") and " of 50" in text]
+    assert ["details" in path for path in rows] == [False] * 20 + [True] * 980
+    assert page.of("summary") == ["980 more"]
+
+
+def test_a_hundred_classes_with_pictures_stay_small(tmp_path: Path, report: Report):
+    confusion = np.random.default_rng(0).multinomial(50, [0.01] * 100, 100)
+    classes = [f"class number {i}" for i in range(100)]
+    mistakes = [Mistake(noise(300, 400, i), f"{i}.jpg", "a", "b", 0.5) for i in range(16)]
+    history = [{"epoch": i, "train_loss": 1 / (1 + i), "val_top1": 0.5} for i in range(100)]
+    report = replace(
+        report, classes=classes, confusion=confusion, mistakes=mistakes, history=history
+    )
+    write_report(tmp_path / "report.html", report)
+    assert (tmp_path / "report.html").stat().st_size < 3e6  # noise is the worst case for JPEG
+
+
+@pytest.mark.parametrize("failing", ["write_text", "replace"])
+def test_a_failing_write_leaves_the_old_page(
+    failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path = tmp_path / "report.html"
+    write_report(path, Report(title="old"))
+    old = path.read_bytes()
+
+    def disk_full(self: Path, *args: object, **kwargs: object) -> None:
+        self.write_bytes(b"<!DOCTYPE html><ht")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, failing, disk_full)
+    with pytest.raises(OSError, match="No space"):
+        write_report(path, Report(title="new"))
+    assert path.read_bytes() == old
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_page_is_replaced_whole(tmp_path: Path):
+    path = tmp_path / "report.html"
+    for title in ("old", "new"):
+        write_report(path, Report(title=title))
+    assert Page(path).of("h1") == ["new"]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_confusion_that_does_not_fit_writes_nothing(tmp_path: Path):
+    report = Report(title="wrong", classes=["a"], confusion=np.eye(2, dtype=int))
+    with pytest.raises(RequestError, match="for 1 classes"):
+        write_report(tmp_path / "report.html", report)
+    assert not list(tmp_path.iterdir())

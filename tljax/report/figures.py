@@ -1,0 +1,332 @@
+# ruff: noqa: PLC0415 - matplotlib takes a second to import: only what draws a plot should wait for it
+"""Pictures of a run: grids of images, curves, the L2 sweep and the confusion matrix.
+
+Grids are Pillow images. Plots are Matplotlib figures that belong to no global state; the caller
+saves them: ``curves(history).savefig("curves.svg")``.
+"""
+
+import math
+import unicodedata
+from collections.abc import Mapping, Sequence
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Float, Integer, UInt8
+from PIL import Image, ImageDraw, ImageFont
+
+from tljax.errors import RequestError
+
+if TYPE_CHECKING:
+    import matplotlib.axes
+    import matplotlib.axis
+    import matplotlib.figure
+
+# The blue and vermilion of Okabe and Ito (2008), which colour-blind readers tell apart.
+BLUE, VERMILION = "#0072b2", "#d55e00"
+INK, PALE = "#222222", "#767676"
+
+MOST_CLASSES_WITH_COUNTS = 20
+MOST_CLASSES_WITH_NAMES = 60
+LONGEST_CLASS_NAME = 24  # characters on an axis
+
+LogEntry = Mapping[str, Any]
+"""One logged row: ``epoch`` and whatever was measured then; see `curves`."""
+
+
+def image_grid(
+    images: Sequence[UInt8[np.ndarray, "_height _width 3"]],
+    captions: Sequence[str] | None = None,
+    *,
+    columns: int | None = None,
+    cell: int = 160,
+) -> Image.Image:
+    """Lays images out in rows of square cells, each with its caption below.
+
+    An image keeps its proportions and is centred in its cell. One that fits more than twice is
+    enlarged by a whole number with hard edges, so that the pixels of an 8 x 8 digit can be counted.
+
+    Args:
+        images: RGB images of any sizes.
+        captions: one for each image. Newlines break lines, long lines end in an ellipsis, and what
+            the font cannot print becomes a replacement character.
+        columns: cells in a row; a nearly square grid if None.
+        cell: side of a cell, in pixels.
+
+    Raises:
+        RequestError: if there are no images, or not as many captions as images.
+    """
+    if not images:
+        raise RequestError("image grid: no images to show; pass at least one")
+    if captions is not None and len(captions) != len(images):
+        raise RequestError(
+            f"image grid: {len(captions)} captions for {len(images)} images; pass one for each"
+        )
+    font = _font(max(9, round(cell / 13)))
+    lines = [text.split("\n") for text in captions] if captions else [[]] * len(images)
+    line_height = sum(font.getmetrics()) + 1
+    caption_height = line_height * max(map(len, lines))
+    columns = min(columns or math.ceil(math.sqrt(len(images))), len(images))
+    rows = math.ceil(len(images) / columns)
+    gap = max(2, cell // 20)
+    step_x, step_y = cell + gap, cell + caption_height + gap
+
+    grid = Image.new("RGB", (gap + columns * step_x, gap + rows * step_y), "white")
+    draw = ImageDraw.Draw(grid)
+    for i, pixels in enumerate(images):
+        x, y = gap + i % columns * step_x, gap + i // columns * step_y
+        image = _fit(Image.fromarray(pixels), cell)
+        draw.rectangle((x, y, x + cell - 1, y + cell - 1), "#f2f2f2")
+        grid.paste(image, (x + (cell - image.width) // 2, y + (cell - image.height) // 2))
+        for j, line in enumerate(lines[i]):
+            text = _ellipsise(_printable(line), font, cell)
+            draw.text((x, y + cell + 1 + j * line_height), text, INK, font)
+    return grid
+
+
+def _fit(image: Image.Image, cell: int) -> Image.Image:
+    scale = cell / max(image.size)
+    filter_ = Image.Resampling.LANCZOS
+    if scale >= 2:
+        scale, filter_ = math.floor(scale), Image.Resampling.NEAREST
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    return image.resize((width, height), filter_)
+
+
+def _ellipsise(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "…") > width:
+        text = text[:-1]
+    return text + "…"
+
+
+def _font_path() -> Path:
+    import matplotlib as mpl
+
+    return Path(mpl.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
+
+
+@cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(_font_path(), size)
+
+
+@cache
+def _glyphs() -> frozenset[int]:
+    from matplotlib.ft2font import FT2Font
+
+    return frozenset(FT2Font(_font_path()).get_charmap())
+
+
+def _printable(text: str) -> str:
+    """The text with a replacement character for all that DejaVu Sans has no glyph for."""
+    return "".join(
+        c
+        if ord(c) in _glyphs() and unicodedata.category(c)[0] != "C"
+        else "\N{REPLACEMENT CHARACTER}"
+        for c in unicodedata.normalize("NFC", text)
+    )
+
+
+def curves(history: Sequence[LogEntry]) -> "matplotlib.figure.Figure":
+    """Draws loss and accuracy over the epochs, side by side.
+
+    Args:
+        history: what was logged, in order. Each row holds ``epoch``, which counts on through all
+            phases and may be a fraction, and any of ``train_loss``, ``val_loss``, ``train_top1``,
+            ``val_top1`` (in [0, 1]) and ``phase``. A missing key means not measured then; a NaN or
+            None leaves a gap in the line. Other keys and rows without an epoch are ignored.
+    """
+    history = [entry for entry in history if entry.get("epoch") is not None]
+    phases = _phases(history)
+    figure = _figure(9, 3.4)
+    panels = figure.subplots(1, 2, sharex=True)
+    for axes, title, metric in zip(panels, ("Loss", "Accuracy"), ("loss", "top1"), strict=True):
+        _style(axes, title)
+        for split, name, colour in (("train", "training", BLUE), ("val", "validation", VERMILION)):
+            key = f"{split}_{metric}"
+            entries = [entry for entry in history if key in entry]
+            values = np.array([entry[key] for entry in entries], float)
+            if np.isfinite(values).any():
+                epochs = np.array([entry["epoch"] for entry in entries], float)
+                marker = "o" if len(values) <= 40 else None
+                axes.plot(epochs, values, color=colour, marker=marker, markersize=4, label=name)
+        if axes.lines:
+            axes.set_xlabel("epoch")
+            axes.legend(frameon=False, fontsize=10, labelcolor=INK)
+            _mark_phases(axes, phases)
+        else:
+            axes.tick_params(bottom=False, labelbottom=False, left=False, labelleft=False)
+            axes.grid(visible=False)
+            axes.spines[:].set_visible(False)
+            axes.text(0.5, 0.5, "not logged", transform=axes.transAxes, ha="center", color=PALE)
+    _percent(panels[1].yaxis)
+    panels[0].xaxis.get_major_locator().set_params(integer=True)
+    epochs = {float(entry["epoch"]) for entry in history}
+    if len(epochs) == 1:
+        panels[0].set_xlim(min(epochs) - 1, max(epochs) + 1)
+    return figure
+
+
+def _phases(history: Sequence[LogEntry]) -> list[tuple[float, str]]:
+    """The name of each phase and the epoch where it begins, halfway between two logged ones."""
+    named = [
+        (float(entry["epoch"]), str(entry["phase"])) for entry in history if entry.get("phase")
+    ]
+    return named[:1] + [
+        ((last + first) / 2, name)
+        for (last, before), (first, name) in pairwise(named)
+        if name != before
+    ]
+
+
+def _mark_phases(axes: "matplotlib.axes.Axes", phases: Sequence[tuple[float, str]]) -> None:
+    """Draws a faint line between two phases, with their names above."""
+    if len(phases) < 2:
+        return
+    axes.set_title(axes.get_title("left"), loc="left", pad=20)
+    for x, _ in phases[1:]:
+        axes.axvline(x, color="0.8", linewidth=1, zorder=0)
+    # The first phase may be a single epoch: its name ends at the line instead of beginning there.
+    labels = [
+        (phases[1][0], phases[0][1], -3, "right"),
+        *((x, name, 3, "left") for x, name in phases[1:]),
+    ]
+    for x, name, shift, side in labels:
+        axes.annotate(
+            _printable(name),
+            (x, 1),
+            (shift, 3),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            ha=side,
+            fontsize=9,
+            color=PALE,
+            parse_math=False,
+        )
+
+
+def sweep_curve(
+    l2_values: Sequence[float] | Float[np.ndarray, " sweep"],
+    held_out_accuracy: Sequence[float] | Float[np.ndarray, " sweep"],
+    chosen: float,
+) -> "matplotlib.figure.Figure":
+    """Draws the held-out accuracy of a linear probe over the strength of its L2 penalty.
+
+    Args:
+        l2_values: the penalties that were tried, positive, in any order.
+        held_out_accuracy: the accuracy at each, in [0, 1].
+        chosen: the penalty that the final probe uses, one of ``l2_values``.
+    """
+    order = np.argsort(l2_values)
+    l2 = np.asarray(l2_values, float)[order]
+    accuracy = np.asarray(held_out_accuracy, float)[order]
+    best = int(np.argmin(np.abs(l2 - chosen)))
+
+    figure = _figure(5, 3.4)
+    axes = figure.subplots()
+    _style(axes, "L2 sweep of the probe")
+    axes.set_xscale("log")
+    axes.set_xlabel("L2 penalty")
+    axes.set_ylabel("held-out accuracy", fontsize=10, color=INK)
+    axes.plot(l2, accuracy, color=BLUE, marker="o", markersize=4)
+    axes.plot(
+        l2[best],
+        accuracy[best],
+        color=VERMILION,
+        marker="D",
+        markersize=8,
+        linestyle="none",
+        label=f"chosen: {l2[best]:.2g}, {accuracy[best]:.1%}",
+    )
+    axes.legend(frameon=False, fontsize=10, labelcolor=INK)
+    _percent(axes.yaxis)
+    return figure
+
+
+def confusion_matrix(
+    matrix: Integer[np.ndarray, "classes classes"], classes: Sequence[str]
+) -> "matplotlib.figure.Figure":
+    """Draws which class was taken for which.
+
+    The colour is the share of a row, that is, of the examples of one class. Up to 20 classes have
+    their counts written into the cells (zeros are left blank), up to 60 their names at the axes.
+    From 400 on, where a cell would be too fine to see, each is drawn a few cells wide, and where
+    two meet the larger share shows.
+
+    Args:
+        matrix: the number of examples of class ``row`` that were predicted as class ``column``.
+        classes: the name of each class.
+
+    Raises:
+        RequestError: if the matrix is not square with one row for each class.
+    """
+    from matplotlib.colors import PowerNorm
+
+    count = len(classes)
+    if matrix.shape != (count, count):
+        raise RequestError(
+            f"confusion matrix: got shape {matrix.shape} for {count} classes; "
+            f"expected {(count, count)}"
+        )
+    share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    if blur := count // 400:
+        window = 2 * blur + 1
+        padded = np.pad(share, blur)
+        share = np.lib.stride_tricks.sliding_window_view(padded, (window, window)).max((2, 3))
+    with_counts = count <= MOST_CLASSES_WITH_COUNTS
+    cell = min(0.9, max(0.45, 3 / count)) if with_counts else 7 / count  # inches
+    side = count * cell + 1.6
+
+    figure = _figure(side if with_counts else side + 1, side)
+    axes = figure.subplots()
+    # The square root shows a confusion of one example in a hundred, which would else look white.
+    image = axes.imshow(share, cmap="Blues", norm=PowerNorm(0.5, 0, 1))
+    axes.set_xlabel("predicted", fontsize=11, color=INK)
+    axes.set_ylabel("true class", fontsize=11, color=INK)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0, labelsize=10 if with_counts else 8, labelcolor=INK)
+    if count <= MOST_CLASSES_WITH_NAMES:
+        names = [_shorten(_printable(name)) for name in classes]
+        upright = 0.09 * max(map(len, names)) > cell
+        axes.set_xticks(range(count), names, rotation=90 if upright else 0, parse_math=False)
+        axes.set_yticks(range(count), names, parse_math=False)
+    if with_counts:
+        for row, column in zip(*matrix.nonzero(), strict=True):
+            colour = "white" if share[row, column] > 0.4 else INK
+            text = str(matrix[row, column])
+            axes.text(column, row, text, ha="center", va="center", fontsize=9, color=colour)
+    else:
+        bar = figure.colorbar(image, shrink=0.5, aspect=30, pad=0.02, ticks=[0, 0.01, 0.1, 0.5, 1])
+        bar.set_label("share of the class", fontsize=10, color=INK)
+        bar.outline.set_visible(False)
+        bar.ax.tick_params(length=0, labelsize=9, labelcolor=INK)
+        _percent(bar.ax.yaxis)
+    return figure
+
+
+def _shorten(name: str) -> str:
+    return name if len(name) <= LONGEST_CLASS_NAME else name[: LONGEST_CLASS_NAME - 1] + "…"
+
+
+def _figure(width: float, height: float) -> "matplotlib.figure.Figure":
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained", facecolor="white")
+
+
+def _style(axes: "matplotlib.axes.Axes", title: str) -> None:
+    axes.set_title(title, loc="left", fontsize=12, color=INK, pad=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["bottom", "left"]].set_color("0.6")
+    axes.tick_params(labelsize=10, color="0.6", labelcolor=INK)
+    axes.xaxis.label.set(fontsize=10, color=INK)
+    axes.grid(axis="y", color="0.92")
+    axes.set_axisbelow(True)
+
+
+def _percent(axis: "matplotlib.axis.Axis") -> None:
+    axis.set_major_formatter(lambda value, _: f"{100 * value:.4g}%")

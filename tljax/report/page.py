@@ -1,0 +1,340 @@
+"""The page about a run: one HTML file that needs nothing else, no network and no JavaScript."""
+
+import base64
+import html
+import io
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Integer, UInt8
+from PIL import Image
+
+from tljax.report.figures import LogEntry, confusion_matrix, curves, sweep_curve
+
+if TYPE_CHECKING:
+    import matplotlib.figure
+
+MOST_ROWS_IN_SIGHT = 20  # longer tables fold the rest away
+LARGEST_PIXEL_ART = 64  # the side, in pixels, up to which an image is enlarged with hard edges
+PHOTO_SIDE = 320  # twice the width at which the page shows a photo
+
+
+class Mistake(NamedTuple):
+    """A wrong prediction.
+
+    Attributes:
+        image: ``[height, width, 3]`` RGB.
+        name: which image it was, such as its path.
+        label: the true class.
+        predicted: the class the network said.
+        probability: the network's probability for ``predicted``, in [0, 1].
+    """
+
+    image: UInt8[np.ndarray, "_height _width 3"]
+    name: str
+    label: str
+    predicted: str
+    probability: float
+
+
+class Sweep(NamedTuple):
+    """How the L2 penalty of a linear probe was chosen; see `tljax.report.sweep_curve`."""
+
+    l2_values: Sequence[float] | Float[np.ndarray, " sweep"]
+    held_out_accuracy: Sequence[float] | Float[np.ndarray, " sweep"]
+    chosen: float
+
+
+class ClassResult(NamedTuple):
+    """How well one class was recognised.
+
+    Attributes:
+        name: the class.
+        examples: how many examples it had.
+        correct: how many of them were recognised.
+        taken_for: the wrong class that was predicted most often; None if there was no mistake.
+    """
+
+    name: str
+    examples: int
+    correct: int
+    taken_for: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """All that the page shows. What is left out has no section.
+
+    Attributes:
+        title: what was done.
+        headline: the few numbers that matter, as (label, value).
+        notes: sentences that the reader must know, such as a warning about a tiny split.
+        history: what was logged; see `tljax.report.curves`.
+        sweep: how the probe's L2 penalty was chosen.
+        classes: the name of each class.
+        confusion: the number of examples of class ``row`` predicted as class ``column``.
+        mistakes: wrong predictions, the worst first.
+        skipped: the images that could not be used, as (name, reason).
+        details: for each group, such as "model" or "environment", its keys and values.
+        next_steps: shell commands to go on with.
+    """
+
+    title: str
+    headline: Sequence[tuple[str, str]] = ()
+    notes: Sequence[str] = ()
+    history: Sequence[LogEntry] = ()
+    sweep: Sweep | None = None
+    classes: Sequence[str] = ()
+    confusion: Integer[np.ndarray, "classes classes"] | None = None
+    mistakes: Sequence[Mistake] = ()
+    skipped: Sequence[tuple[str, str]] = ()
+    details: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    next_steps: Sequence[str] = ()
+
+
+def per_class(
+    confusion: Integer[np.ndarray, "classes classes"], classes: Sequence[str]
+) -> list[ClassResult]:
+    """The result of each class, the lowest accuracy first; classes without examples come last."""
+    wrong = confusion.copy()
+    np.fill_diagonal(wrong, 0)
+    results = [
+        ClassResult(
+            name,
+            int(confusion[i].sum()),
+            int(confusion[i, i]),
+            classes[int(wrong[i].argmax())] if wrong[i].any() else None,
+        )
+        for i, name in enumerate(classes)
+    ]
+    return sorted(results, key=lambda r: (r.correct / r.examples if r.examples else 2, -r.examples))
+
+
+def write_report(path: Path, report: Report) -> None:
+    """Writes the report as one HTML file; an older file stays whole until the new one is complete.
+
+    Raises:
+        RequestError: if the confusion matrix does not fit the classes.
+        OSError: if the file cannot be written.
+    """
+    body = "".join(
+        (
+            f"<h1>{_text(report.title)}</h1>\n",
+            _headline(report.headline),
+            "".join(f'<p class="note">{_text(note)}</p>\n' for note in report.notes),
+            _section("Training", _training(report)),
+            _section("Confusion matrix", _confusion(report)),
+            _section("Classes", _classes(report)),
+            _section("Worst mistakes", _mistakes(report.mistakes)),
+            _section("Skipped files", _table(("file", "reason"), map(_cells, report.skipped))),
+            _section("Details", _details(report.details)),
+            _section("What to do next", "".join(map(_command, report.next_steps))),
+        )
+    )
+    _write_text(path, _PAGE.format(title=_text(report.title), style=_STYLE, body=body))
+
+
+def _text(text: str) -> str:
+    """Makes any string safe to show, also the name of a file that is not valid Unicode."""
+    return html.escape(text.encode("utf-8", "backslashreplace").decode())
+
+
+def _section(title: str, body: str) -> str:
+    return f"<section>\n<h2>{title}</h2>\n{body}</section>\n" if body else ""
+
+
+def _headline(headline: Sequence[tuple[str, str]]) -> str:
+    figures = "".join(
+        f"<div><dt>{_text(label)}</dt><dd>{_text(value)}</dd></div>\n" for label, value in headline
+    )
+    return figures and f'<dl class="headline">\n{figures}</dl>\n'
+
+
+def _training(report: Report) -> str:
+    body = ""
+    if report.history:
+        body += _plot(curves(report.history), "Loss and accuracy over the epochs")
+    if report.sweep:
+        body += _plot(sweep_curve(*report.sweep), "Held-out accuracy over the L2 penalty")
+    return body
+
+
+def _confusion(report: Report) -> str:
+    if report.confusion is None:
+        return ""
+    return _plot(confusion_matrix(report.confusion, report.classes), "True and predicted classes")
+
+
+def _classes(report: Report) -> str:
+    if report.confusion is None:
+        return ""
+    rows = []
+    for result in per_class(report.confusion, report.classes):
+        share = result.correct / max(result.examples, 1)
+        accuracy = f"{share:.1%}" if result.examples else "none"
+        rows.append(
+            f"<td>{_text(result.name)}</td>"
+            f'<td class="number">{result.correct} of {result.examples}</td>'
+            f'<td class="number">{accuracy}</td>'
+            f'<td class="bar"><i style="width:{share:.1%}"></i></td>'
+            f"<td>{_text(result.taken_for or '')}</td>"
+        )
+    return _table(("class", "correct", "accuracy", "", "most often taken for"), rows)
+
+
+def _mistakes(mistakes: Sequence[Mistake]) -> str:
+    figures = "".join(
+        f"<figure>{_photo(mistake.image)}<figcaption><bdi>{_text(mistake.name)}:</bdi> "
+        f"was <b>{_text(mistake.label)}</b>, said <b>{_text(mistake.predicted)}</b> "
+        f"({mistake.probability:.1%})</figcaption></figure>\n"
+        for mistake in mistakes
+    )
+    return figures and f'<div class="photos">\n{figures}</div>\n'
+
+
+def _details(details: Mapping[str, Mapping[str, str]]) -> str:
+    groups = "".join(
+        f"<div><h3>{_text(name)}</h3>\n{_table((), map(_cells, group.items()))}</div>\n"
+        for name, group in details.items()
+    )
+    return groups and f'<div class="details">\n{groups}</div>\n'
+
+
+def _command(command: str) -> str:
+    return f"<pre>{_text(command)}</pre>\n"
+
+
+def _cells(texts: Sequence[str]) -> str:
+    return "".join(f"<td>{_text(text)}</td>" for text in texts)
+
+
+def _table(header: Sequence[str], rows: Iterable[str]) -> str:
+    """A table whose later rows are folded away; ``rows`` are cells in HTML."""
+    rows = list(rows)
+    if not rows:
+        return ""
+    head = "".join(f"<th>{title}</th>" for title in header)
+    head = f"<thead><tr>{head}</tr></thead>\n" if head else ""
+
+    def table(rows: Sequence[str]) -> str:
+        body = "".join(f"<tr>{cells}</tr>\n" for cells in rows)
+        return f'<div class="table"><table>\n{head}<tbody>\n{body}</tbody></table></div>\n'
+
+    shown, folded = rows[:MOST_ROWS_IN_SIGHT], rows[MOST_ROWS_IN_SIGHT:]
+    if not folded:
+        return table(shown)
+    summary = f"<summary>{len(folded)} more</summary>"
+    return f"{table(shown)}<details>{summary}\n{table(folded)}</details>\n"
+
+
+def _plot(figure: "matplotlib.figure.Figure", description: str) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=192, transparent=True)
+    width, height = np.round(96 * figure.get_size_inches()).astype(int)
+    size = f'width="{width}" height="{height}" alt="{description}"'
+    return f'<div class="plot"><img {size} src="{_data_uri(buffer, "png")}"></div>\n'
+
+
+def _photo(pixels: UInt8[np.ndarray, "_height _width 3"]) -> str:
+    image = Image.fromarray(pixels)
+    buffer = io.BytesIO()
+    if max(image.size) <= LARGEST_PIXEL_ART:
+        image.save(buffer, "PNG")
+        return f'<img class="pixels" alt="" src="{_data_uri(buffer, "png")}">'
+    image.thumbnail((PHOTO_SIDE, PHOTO_SIDE))
+    image.save(buffer, "JPEG", quality=85)
+    return f'<img alt="" src="{_data_uri(buffer, "jpeg")}">'
+
+
+def _data_uri(buffer: io.BytesIO, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _write_text(path: Path, text: str) -> None:
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+# The policy forbids whatever the page does not need: should a name ever slip through unescaped, it
+# still cannot run or fetch anything.
+_PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+{body}</body>
+</html>
+"""
+
+# Plots are black on transparent; the dark page turns their lightness around and keeps their hues.
+_STYLE = """
+:root { --ink: #222; --pale: #6b6b6b; --line: #e3e3e3; --paper: #fff; --fill: #f5f5f4;
+  --accent: #0072b2; --warn: #d55e00; }
+@media screen and (prefers-color-scheme: dark) {
+  :root { --ink: #e4e4e4; --pale: #9c9c9c; --line: #333; --paper: #161616; --fill: #212121;
+    --accent: #4aa8dd; --warn: #f0894a; }
+  .plot img { filter: invert(.89) hue-rotate(180deg); }
+}
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 62rem; padding: 3rem 1.25rem 5rem; background: var(--paper);
+  color: var(--ink); font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
+h1 { margin: 0 0 1.5rem; font-size: 1.9rem; line-height: 1.2; font-weight: 650; }
+h2 { margin: 3.5rem 0 1rem; font-size: 1.25rem; font-weight: 650; }
+h3 { margin: 0 0 .4rem; font-size: .95rem; font-weight: 650; }
+.headline { display: flex; flex-wrap: wrap; gap: 1.25rem 3rem; margin: 0 0 1.5rem; }
+.headline div { display: flex; flex-direction: column-reverse; }
+.headline dt { color: var(--pale); font-size: .9rem; }
+.headline dd { margin: 0; font-size: 2.4rem; line-height: 1.15; font-weight: 300;
+  font-variant-numeric: tabular-nums; }
+.note { margin: .6rem 0; padding: .1rem 0 .1rem .9rem; border-left: 3px solid var(--warn); }
+.plot { margin-bottom: 1.5rem; overflow-x: auto; }
+.plot img { display: block; max-width: max(100%, 34rem); height: auto; }
+.table { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .9rem; }
+th, td { padding: .3rem 1.5rem .3rem 0; border-bottom: 1px solid var(--line); text-align: left;
+  vertical-align: top; }
+td { min-width: 6rem; }
+th { color: var(--pale); font-weight: 400; white-space: nowrap; }
+.number { min-width: 0; text-align: right; white-space: nowrap;
+  font-variant-numeric: tabular-nums; }
+.bar { width: 10rem; }
+.bar i { display: block; height: .55rem; margin-top: .45rem; background: var(--accent); }
+summary { margin: .8rem 0; color: var(--pale); font-size: .9rem; cursor: pointer; }
+.photos { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr));
+  gap: 1.5rem 1rem; }
+figure { margin: 0; break-inside: avoid; }
+figure img { display: block; width: 100%; aspect-ratio: 1; object-fit: contain;
+  background: var(--fill); }
+figure img.pixels { image-rendering: pixelated; }
+figcaption { margin-top: .4rem; font-size: .85rem; line-height: 1.4; }
+figcaption b { unicode-bidi: isolate; }
+figcaption bdi { display: block; color: var(--pale); }
+.details { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr));
+  gap: 2rem 3rem; }
+.details table { width: 100%; }
+.details td:first-child { width: 40%; color: var(--pale); }
+pre { margin: .5rem 0; padding: .6rem .9rem; background: var(--fill); font-size: .85rem;
+  white-space: pre-wrap; user-select: all; }
+@media (min-width: 50rem) {
+  .photos { grid-template-columns: repeat(auto-fill, minmax(12rem, 1fr)); }
+}
+@media (max-width: 40rem) { .bar, th:empty { display: none; } }
+@media print { body { max-width: none; padding: 0; } tr, pre { break-inside: avoid; }
+  h2, h3 { break-after: avoid; }
+  .bar i { print-color-adjust: exact; } }
+"""
