@@ -1,0 +1,97 @@
+"""From the results of a run to its page."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tljax.data.decode import decode
+from tljax.data.sources import Source, Splits
+from tljax.pretrained import Card
+from tljax.report.page import Mistake, Report, Sweep, write_report
+from tljax.transfer import rundir
+from tljax.transfer.evaluate import Evaluation
+from tljax.transfer.fit import FitResult
+from tljax.types import Preprocess
+
+
+def percent(share: float) -> str:
+    """``0.9481`` as ``94.8%``."""
+    return f"{100 * share:.1f}%"
+
+
+def worst_mistakes(
+    evaluation: Evaluation, source: Source, classes: Sequence[str], count: int = 16
+) -> list[Mistake]:
+    """The most confident wrong predictions with their pictures, cut to a square."""
+    mistakes = []
+    for row in evaluation.worst(count):
+        index, label, predicted = (
+            int(column[row])
+            for column in (evaluation.indices, evaluation.labels, evaluation.predicted)
+        )
+        mistakes.append(
+            Mistake(
+                decode(source.read(index), Preprocess(224, 224)),
+                source.names[index],
+                classes[label],
+                classes[predicted],
+                float(evaluation.probability[row]),
+            )
+        )
+    return mistakes
+
+
+def write_training_report(  # noqa: PLR0917 - one run, described
+    workdir: Path,
+    result: FitResult,
+    splits: Splits,
+    config: Mapping[str, Any],
+    card: Card,
+    seconds: float,
+) -> None:
+    """Writes ``skipped.csv`` and ``report.html`` of a run of ``scripts/train.py``."""
+    sources = (splits.train, splits.val)
+    skipped = [
+        row
+        for source, reasons in zip(sources, result.skipped, strict=True)
+        for row in rundir.skipped_rows(source, reasons)
+    ]
+    rundir.write_csv(workdir / "skipped.csv", ("name", "reason"), skipped)
+    headline = [("probe accuracy", percent(result.probe_evaluation.top1))]
+    if config["recipe"] != "probe":
+        headline.append(("fine-tuned accuracy", percent(result.evaluation.top1)))
+    headline.append(("seconds", f"{seconds:.0f}"))
+    model, probe = result.model, result.probe
+    report = Report(
+        title=f"{config['data']} with {card.source}",
+        headline=headline,
+        notes=splits.notes,
+        history=result.history,
+        sweep=Sweep(probe.l2_values, probe.held_out_accuracy, float(probe.l2)),
+        classes=card.classes,
+        confusion=result.evaluation.confusion,
+        mistakes=worst_mistakes(result.evaluation, splits.val, card.classes),
+        skipped=skipped,
+        details={
+            "Data": {
+                "training images": str(len(splits.train)),
+                "validation images": str(result.evaluation.examples),
+                "classes": str(len(card.classes)),
+                "skipped images": str(len(skipped)),
+            },
+            "Network": {
+                "architecture": model.name,
+                "pretrained weights": card.source,
+                "licence of the weights": card.licence,
+                "SHA-256 of the weights": card.sha256,
+                "image size": f"{model.preprocess.size} px",
+            },
+            "Recipe": {name: str(value) for name, value in config.items()},
+            "Environment": rundir.environment(),
+        },
+        next_steps=[
+            f"python scripts/predict.py PHOTO.jpg --weights {workdir}",
+            f"python scripts/evaluate.py --data FOLDER --weights {workdir}",
+        ],
+    )
+    write_report(workdir / "report.html", report)

@@ -1,0 +1,103 @@
+"""A run directory: what was asked, what it ran on, what came out. It alone is enough to go on.
+
+config.json  env.json  classes.json  split.csv  skipped.csv  metrics.jsonl
+best/model.safetensors  report.html  eval/
+"""
+
+import csv
+import io
+import json
+import platform
+from collections.abc import Iterable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from tljax.data.sources import Source, Splits
+from tljax.errors import RequestError
+from tljax.files import written_whole
+
+BEST = Path("best") / "model.safetensors"
+"""The network of the best epoch, in tljax's own format: `load_pretrained` reads it."""
+
+
+def create_run(workdir: Path, config: dict[str, Any], splits: Splits) -> None:
+    """Makes the directory and writes down what the run starts from.
+
+    Raises:
+        RequestError: it cannot be written, or already holds a run.
+    """
+    if (workdir / "config.json").exists():
+        raise RequestError(f"{workdir} already holds a run; choose another --workdir")
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_json(workdir / "config.json", config)
+    except OSError as error:
+        reason = error.strerror or error
+        raise RequestError(
+            f"cannot write to {workdir} ({reason}); choose another --workdir"
+        ) from None
+    write_json(workdir / "env.json", environment())
+    write_json(workdir / "classes.json", list(splits.train.classes))
+    rows = (
+        (part, name, source.classes[label])
+        for part, source in (("train", splits.train), ("val", splits.val))
+        for name, label in zip(source.names, source.labels, strict=True)
+    )
+    write_csv(workdir / "split.csv", ("part", "name", "class"), rows)
+
+
+def log_metrics(workdir: Path, entry: dict[str, Any]) -> None:
+    """Appends one line to ``metrics.jsonl``."""
+    with (workdir / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(entry) + "\n")
+
+
+def skipped_rows(source: Source, skipped: dict[int, str]) -> list[tuple[str, str]]:
+    """(name, reason) of every image of a source that could not be read."""
+    return [(source.names[i], reason) for i, reason in sorted(skipped.items())]
+
+
+def read_config(workdir: Path) -> dict[str, Any]:
+    """What a run was asked to do.
+
+    Raises:
+        RequestError: there is no run.
+    """
+    path = workdir / "config.json"
+    if not path.exists():
+        raise RequestError(f"{workdir} is not a run directory: it has no config.json")
+    return json.loads(path.read_text("utf-8"))
+
+
+def environment() -> dict[str, str]:
+    """Versions and devices that results depend on."""
+    packages = ("tljax", "jax", "jaxlib", "flax", "optax", "grain", "numpy", "pillow")
+    devices = jax.devices()
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "devices": f"{len(devices)} x {devices[0].device_kind}",
+        **{package: version(package) for package in packages},
+    }
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a whole JSON file or none."""
+    _write(path, json.dumps(value, indent=2, default=str) + "\n")
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Writes a whole CSV file or none."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    _write(path, text.getvalue())
+
+
+def _write(path: Path, text: str) -> None:
+    with written_whole(path) as temporary:
+        temporary.write_text(text, "utf-8")
