@@ -1,0 +1,387 @@
+"""Decoding: torchvision's geometry to the pixel, and every odd file as a viewer would show it."""
+
+import io
+import struct
+import warnings
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from PIL import ExifTags, Image, ImageFile, ImageOps
+
+from tljax.data.decode import MAX_PIXELS, decode, open_image, read_images
+from tljax.data.sources import open_folder
+from tljax.errors import RequestError, UnreadableImageError
+from tljax.types import Preprocess
+
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "JPEG2000", "AVIF")
+
+
+def noise(height: int, width: int, channels: int = 3) -> np.ndarray:
+    shape = (height, width, channels) if channels > 1 else (height, width)
+    return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+
+
+def smooth(height: int = 48, width: int = 64) -> np.ndarray:
+    """A picture without symmetry that survives lossy compression."""
+    y, x = np.mgrid[:height, :width]
+    return np.stack([x * 255 // width, y * 255 // height, (x + y) % 97 + 60], axis=-1).astype(
+        np.uint8
+    )
+
+
+def encode(image: Image.Image | np.ndarray, format: str, **options: Any) -> bytes:  # noqa: A002 - Pillow's name
+    image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def pixels(data: bytes) -> np.ndarray:
+    image = open_image(data)
+    assert image.mode == "RGB"
+    return np.asarray(image).astype(int)
+
+
+def torchvision_resize_and_crop(
+    image: Image.Image, resize: int, size: int, resample: int
+) -> Image.Image:
+    """``Compose([Resize(resize), CenterCrop(size)])`` for a PIL image, torchvision 0.26."""
+    width, height = image.size
+    short, long = (width, height) if width <= height else (height, width)
+    new_short, new_long = resize, int(resize * long / short)
+    new_w, new_h = (new_short, new_long) if width <= height else (new_long, new_short)
+    if (width, height) != (new_w, new_h):
+        image = image.resize((new_w, new_h), Image.Resampling(resample))
+    crop_top = round((new_h - size) / 2.0)
+    crop_left = round((new_w - size) / 2.0)
+    return image.crop((crop_left, crop_top, crop_left + size, crop_top + size))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    height=st.integers(1, 200),
+    width=st.integers(1, 200),
+    size=st.integers(1, 64),
+    margin=st.integers(0, 20),
+    interpolation=st.sampled_from(["bilinear", "bicubic"]),
+)
+@example(height=33, width=48, size=32, margin=1, interpolation="bilinear")  # halves round to even
+@example(height=37, width=51, size=30, margin=7, interpolation="bicubic")  # already of the size
+def test_geometry_is_torchvisions(
+    height: int, width: int, size: int, margin: int, interpolation: Literal["bilinear", "bicubic"]
+):
+    preprocess = Preprocess(size=size, resize=size + margin, interpolation=interpolation)
+    image = Image.fromarray(noise(height, width))
+    resample = {"bilinear": 2, "bicubic": 3}[interpolation]
+    expected = np.asarray(torchvision_resize_and_crop(image, size + margin, size, resample))
+    for data in (np.asarray(image), encode(image, "PNG")):
+        decoded = decode(data, preprocess)
+        assert decoded.dtype == np.uint8
+        assert decoded.flags.writeable
+        np.testing.assert_array_equal(decoded, expected)
+
+
+def test_a_photograph_is_decoded_as_pillow_does(shared_data):
+    path = min((shared_data / "cats_dogs" / "train" / "cats").iterdir())
+    image = Image.open(path).convert("RGB")
+    expected = torchvision_resize_and_crop(image, 256, 224, Image.Resampling.BILINEAR)
+    np.testing.assert_array_equal(decode(path.read_bytes(), Preprocess()), np.asarray(expected))
+
+
+# How the upright picture is stored for each orientation, from the table of Exif 2.32 (tag 274).
+STORED = {
+    1: lambda upright: upright,
+    2: np.fliplr,
+    3: lambda upright: np.rot90(upright, 2),
+    4: np.flipud,
+    5: lambda upright: upright.swapaxes(0, 1),
+    6: lambda upright: np.rot90(upright, 1),
+    7: lambda upright: np.rot90(upright, 2).swapaxes(0, 1),
+    8: lambda upright: np.rot90(upright, -1),
+}
+
+
+@pytest.mark.parametrize("orientation", STORED)
+@pytest.mark.parametrize("format_", ["PNG", "TIFF", "WEBP", "JPEG"])
+def test_orientation_is_applied_once(format_, orientation):
+    upright = smooth(40, 56)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    stored = np.ascontiguousarray(STORED[orientation](upright))
+    options = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}
+    data = encode(stored, format_, exif=exif, **options.get(format_, {}))
+    tolerance = 12 if format_ == "JPEG" else 0
+    assert abs(pixels(data) - upright).max() <= tolerance
+    reference = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    np.testing.assert_array_equal(pixels(data), np.asarray(reference.convert("RGB")))
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0garbage", b"Exif\0\0II*\0\xff\xff\xff\xff"])
+def test_broken_metadata_does_not_spoil_a_picture(exif):
+    plain = encode(smooth(), "JPEG")
+    segment = b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif
+    np.testing.assert_array_equal(pixels(plain[:2] + segment + plain[2:]), pixels(plain))
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 77])
+def test_an_orientation_that_does_not_exist_is_ignored(orientation):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    np.testing.assert_array_equal(pixels(encode(smooth(), "PNG", exif=exif)), smooth())
+
+
+def test_cmyk_jpeg():
+    rgb = smooth()
+    data = encode(Image.fromarray(rgb).convert("CMYK"), "JPEG", quality=95)
+    assert b"Adobe" in data  # and so inverted
+    assert abs(pixels(data) - rgb).max() <= 12
+
+
+def test_ycck_jpeg():
+    # Pillow writes CMYK only: store luma, chroma and black in its planes and mark them as YCCK,
+    # which is transform 2 of the Adobe segment. A decoder turns YCC into the inverse of RGB.
+    rgb = smooth()
+    inverse = np.asarray(Image.fromarray(255 - rgb).convert("YCbCr"))
+    black = np.full((*rgb.shape[:2], 1), 255, np.uint8)
+    planes = 255 - np.concatenate([inverse, black], axis=2)
+    data = encode(Image.fromarray(planes, mode="CMYK"), "JPEG", quality=95)
+    transform = data.index(b"Adobe") + 11
+    assert data[transform] == 0
+    ycck = data[:transform] + b"\2" + data[transform + 1 :]
+    assert abs(pixels(ycck) - rgb).max() <= 12
+
+
+@pytest.mark.parametrize("format_", ["PNG", "TIFF", "PPM"])
+def test_16_bit_grey_is_scaled(format_):
+    values = np.arange(2**16, dtype=np.uint16).reshape(256, 256)
+    decoded = pixels(encode(values, format_))
+    assert (decoded == np.rint(values / 257)[:, :, None]).all()
+
+
+def test_grey_and_one_bit():
+    grey = smooth()[:, :, 0]
+    np.testing.assert_array_equal(pixels(encode(grey, "PNG")), np.repeat(grey[:, :, None], 3, 2))
+    np.testing.assert_array_equal(
+        pixels(encode(Image.fromarray(grey > 99), "PNG")),
+        np.repeat(np.where(grey > 99, 255, 0)[:, :, None], 3, 2),
+    )
+
+
+@pytest.mark.parametrize("format_", ["PNG", "WEBP", "TIFF"])
+def test_transparent_pictures_lie_on_white(format_):
+    rgba = noise(32, 32, 4)
+    rgba[0, :, 3], rgba[1, :, 3] = 0, 255
+    options = {"lossless": True, "exact": True} if format_ == "WEBP" else {}
+    decoded = pixels(encode(rgba, format_, **options))
+    alpha = rgba[:, :, 3:] / 255
+    assert abs(decoded - (rgba[:, :, :3] * alpha + 255 * (1 - alpha))).max() <= 1
+    assert (decoded[0] == 255).all()
+    np.testing.assert_array_equal(decoded[1], rgba[1, :, :3])
+
+
+def test_grey_with_alpha_lies_on_white():
+    grey_alpha = np.dstack([smooth()[:, :, 0], smooth()[:, :, 1]])
+    alpha = grey_alpha[:, :, 1:] / 255
+    expected = grey_alpha[:, :, :1] * alpha + 255 * (1 - alpha)
+    assert abs(pixels(encode(Image.fromarray(grey_alpha), "PNG")) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("format_", ["PNG", "GIF"])
+def test_palette_with_a_transparent_colour(format_):
+    indices = noise(16, 16, 1) % 4
+    image = Image.fromarray(indices).convert("P")
+    colours = np.array([[10, 20, 30], [200, 0, 0], [0, 200, 0], [0, 0, 200]], np.uint8)
+    image.putpalette(colours.tobytes())
+    expected = np.where(indices[:, :, None] == 2, 255, colours[indices])
+    np.testing.assert_array_equal(pixels(encode(image, format_, transparency=2)), expected)
+    np.testing.assert_array_equal(pixels(encode(image, format_)), colours[indices])
+
+
+def test_palette_with_an_opacity_for_each_colour():
+    indices = noise(16, 16, 1) % 3
+    image = Image.fromarray(indices).convert("P")
+    colours = np.array([[10, 20, 30], [200, 0, 0], [0, 200, 0]], np.uint8)
+    image.putpalette(colours.tobytes())
+    opacity = np.array([0, 128, 255])
+    alpha = (opacity / 255)[indices][:, :, None]
+    expected = colours[indices] * alpha + 255 * (1 - alpha)
+    data = encode(image, "PNG", transparency=bytes(opacity.tolist()))
+    assert abs(pixels(data) - expected).max() <= 1
+
+
+def test_a_transparent_colour_without_a_palette():
+    grey = noise(16, 16, 1) % 8
+    data = encode(grey, "PNG", transparency=5)
+    expected = np.where(grey == 5, 255, grey)[:, :, None]
+    np.testing.assert_array_equal(pixels(data), np.repeat(expected, 3, 2))
+
+
+@pytest.mark.parametrize(
+    ("format_", "options"), [("GIF", {}), ("WEBP", {"lossless": True}), ("PNG", {}), ("TIFF", {})]
+)
+def test_first_frame(format_, options):
+    frames = [Image.new("RGB", (8, 6), colour) for colour in ("red", "lime", "blue")]
+    data = encode(frames[0], format_, save_all=True, append_images=frames[1:], **options)
+    assert Image.open(io.BytesIO(data)).n_frames == 3  # type: ignore[attr-defined] - not on all
+    np.testing.assert_array_equal(pixels(data), np.asarray(frames[0]))
+
+
+@pytest.mark.parametrize("format_", FORMATS)
+def test_common_formats(format_):
+    tolerance = {"JPEG": 60, "WEBP": 60, "GIF": 60, "AVIF": 60}.get(format_, 0)
+    assert abs(pixels(encode(smooth(), format_)) - smooth()).max() <= tolerance
+
+
+def png(width: int, height: int, data: bytes = b"") -> bytes:
+    """A one-bit PNG whose header promises a size, whatever the data."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
+
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    )
+
+
+def cut(format_: str, share: float) -> bytes:
+    data = encode(smooth(), format_)
+    return data[: int(len(data) * share)]
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "the file is empty"),
+        (b"just some words\n", "text, not an image"),
+        ("naïve café".encode() * 400, "text, not an image"),
+        (b"\n <!DOCTYPE html><p>404", "an HTML page, not an image"),
+        (b"\xef\xbb\xbf<html><p>404", "an HTML page, not an image"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "text, not an image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "text, not an image"),
+        (bytes(100), "not an image"),
+        (b"\0\xff\xfe\1" * 99, "not an image"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC photo, which Pillow cannot read: convert"),
+        (b"\xff\xd8\xff", "damaged or cut short: the header is broken"),
+        (b"RIFF\x04\1\0\0WEBPVP8 ", "damaged or cut short"),
+        (cut("JPEG", 0.6), "damaged or cut short"),
+        (cut("JPEG", 0.98), r"damaged or cut short: image file is truncated \(\d+ bytes"),
+        (cut("PNG", 0.6), "damaged or cut short"),
+        (cut("GIF", 0.6), "damaged or cut short"),
+        (cut("WEBP", 0.6), "damaged or cut short"),
+        (cut("TIFF", 0.6), "damaged or cut short"),
+        (cut("BMP", 0.6), "damaged or cut short"),
+        (cut("JPEG2000", 0.6), "damaged or cut short"),
+        (png(100_000, 100_000), f"more than the limit of {MAX_PIXELS:,} pixels"),
+        (png(12_000, 12_000), f"12000 x 12000 pixels, which is not between 1 and {MAX_PIXELS:,}"),
+        (png(10_000, 10_000), "damaged or cut short"),  # large enough to make Pillow warn
+        (encode(Image.new("F", (4, 4)), "TIFF"), "32-bit grey of unknown range"),
+        (encode(Image.new("I", (4, 4)), "TIFF"), "32-bit grey of unknown range"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_with_a_reason(data, reason):
+    with pytest.raises(UnreadableImageError, match=reason) as error:
+        decode(data, Preprocess())
+    assert "\n" not in str(error.value)
+
+
+def test_no_pixels():
+    empty = encode(Image.new("RGB", (1, 1)), "GIF")
+    with pytest.raises(UnreadableImageError):
+        decode(empty[:6] + bytes(4) + empty[10:24] + bytes(4) + empty[28:], Preprocess())
+    with pytest.raises(UnreadableImageError):
+        decode(png(0, 5), Preprocess())
+
+
+def test_a_sliver_is_refused_before_it_is_blown_up():
+    sliver = encode(Image.new("L", (3, 60_000)), "PNG")
+    with pytest.raises(UnreadableImageError, match=r"too elongated: 3 x 60000 .* 256 x 5120000"):
+        decode(sliver, Preprocess())
+
+
+SEEDS = [encode(smooth(12, 16), format_) for format_ in FORMATS]
+
+
+def assert_decodes_or_is_refused(data: bytes) -> None:
+    try:
+        decoded = decode(data, Preprocess(size=8, resize=9))
+    except UnreadableImageError:
+        return
+    assert decoded.shape == (8, 8, 3)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=400))
+def test_any_bytes(data):
+    assert_decodes_or_is_refused(data)
+
+
+@settings(max_examples=600, deadline=None)
+@given(st.data())
+def test_mutated_images(data):
+    image = bytearray(data.draw(st.sampled_from(SEEDS)))
+    position = st.integers(0, len(image) - 1)
+    for where in data.draw(st.lists(position | st.integers(0, 64), min_size=1, max_size=6)):
+        image[where : where + 1] = data.draw(st.binary(max_size=4))
+    assert_decodes_or_is_refused(bytes(image[: data.draw(st.integers(1, len(image)))]))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.sampled_from(SEEDS), st.integers(2, 40), st.binary(max_size=200))
+def test_headers_followed_by_anything(seed, length, tail):
+    assert_decodes_or_is_refused(seed[:length] + tail)
+
+
+def test_threads_do_not_disturb_each_other_or_the_warning_filters():
+    exif = b"Exif\0\0II*\0\x08\0\0\0\xff\xff"  # Pillow warns of it
+    plain = encode(smooth(), "JPEG")
+    noisy = plain[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + plain[2:]
+    with pytest.warns(UserWarning, match="."):
+        Image.open(io.BytesIO(noisy)).getexif()
+    open_image(noisy)
+    filters = list(warnings.filters)
+    with ThreadPoolExecutor(8) as pool:
+        images = list(pool.map(pixels, [noisy] * 200))
+    assert all((image == images[0]).all() for image in images)
+    assert list(warnings.filters) == filters
+    assert not ImageFile.LOAD_TRUNCATED_IMAGES
+    with pytest.warns(UserWarning, match="mine"):
+        warnings.warn("mine", stacklevel=1)
+
+
+def test_read_images_goes_by_content(tmp_path):
+    preprocess = Preprocess(size=20, resize=24)
+    (tmp_path / "a.txt").write_bytes(encode(smooth(), "PNG"))
+    (tmp_path / "b.PNG").write_bytes(encode(smooth(), "JPEG"))
+    images = read_images([tmp_path / "b.PNG", str(tmp_path / "a.txt")], preprocess)
+    assert images.shape == (2, 20, 20, 3)
+    assert images.dtype == np.uint8
+    np.testing.assert_array_equal(images[0], decode(encode(smooth(), "JPEG"), preprocess))
+    np.testing.assert_array_equal(images[1], decode(smooth(), preprocess))
+    assert read_images([], preprocess).shape == (0, 20, 20, 3)
+
+
+def test_read_images_names_what_it_cannot_read(tmp_path):
+    (tmp_path / "page.jpg").write_bytes(b"<html>not found</html>")
+    with pytest.raises(UnreadableImageError, match=r"page\.jpg: an HTML page, not an image"):
+        read_images([tmp_path / "page.jpg"], Preprocess())
+    with pytest.raises(RequestError, match=r"pag\.jpg does not exist; did you mean .*page\.jpg\?"):
+        read_images([tmp_path / "pag.jpg"], Preprocess())
+
+
+def test_the_trap_among_the_ants_is_an_image(shared_data):
+    # A placeholder that a web site served for a lost photograph: a sound GIF, so it is decoded as
+    # any viewer shows it, dark words on an almost white ground. Only a person can see it is no ant.
+    source = open_folder(shared_data / "hymenoptera" / "train")
+    (index,) = (i for i, name in enumerate(source.names) if name.endswith("imageNotFound.gif"))
+    image = decode(source.read(index), Preprocess())
+    assert image.shape == (224, 224, 3)
+    assert np.median(image) > 240
+    assert image.min() < 100

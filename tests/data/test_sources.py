@@ -1,0 +1,418 @@
+"""Sources: what counts as an example, which split it falls into, and what is refused."""
+
+import hashlib
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tljax.data.sources import (
+    Source,
+    match_classes,
+    open_files,
+    open_folder,
+    open_splits,
+    select,
+)
+from tljax.errors import RequestError, UnreadableImageError
+
+
+def write(root: Path, *files: str) -> Path:
+    """Makes files whose content is their name; a name that ends in / is an empty folder."""
+    for name in files:
+        path = root / name
+        (path if name.endswith("/") else path.parent).mkdir(parents=True, exist_ok=True)
+        if not name.endswith("/"):
+            path.write_bytes(name.encode())
+    return root
+
+
+def in_memory(files: list[bytes], labels: list[int], classes: str = "ab") -> Source:
+    names = [repr(content) for content in files]
+    return Source(files, np.array(labels, np.int32), tuple(classes), names)
+
+
+def fraction(content: bytes) -> float:
+    return int(hashlib.sha256(content).hexdigest()[:12], 16) / 16**12
+
+
+def contents(source: Source) -> list[bytes]:
+    return [bytes(source.read(i)) for i in range(len(source))]
+
+
+def by_name(source: Source) -> list[tuple[str, str]]:
+    return [
+        (name, source.classes[label])
+        for name, label in zip(source.names, source.labels, strict=True)
+    ]
+
+
+def test_class_folders_are_sorted_nested_and_read_whatever_the_extension(tmp_path):
+    write(
+        tmp_path,
+        "wasps/1.jpg",
+        "ants/deep/er/x.png",
+        "ants/b.JPG",
+        "ants/é",
+        "ants/a.txt",
+        "ants/.hidden",
+        "ants/.folder/y.jpg",
+        "ants/Thumbs.db",
+        "ants/desktop.ini",
+        "__MACOSX/ants/._b.jpg",
+        ".git/config",
+        "README.md",
+    )
+    source = open_folder(tmp_path)
+    assert source.classes == ("ants", "wasps")
+    assert [Path(name).relative_to(tmp_path).as_posix() for name in source.names] == [
+        "ants/a.txt",
+        "ants/b.JPG",
+        "ants/deep/er/x.png",
+        "ants/é",
+        "wasps/1.jpg",
+    ]
+    assert source.labels.tolist() == [0, 0, 0, 0, 1]
+    assert source.labels.dtype == np.int32
+    assert len(source) == 5
+    assert source.read(2) == b"ants/deep/er/x.png"
+
+
+@pytest.mark.parametrize("val", ["val", "valid", "validation", "test", "Test"])
+def test_train_and_val_folders(tmp_path, val):
+    write(tmp_path, "train/b/1", "train/a/2", "train/a/3", f"{val}/b/4", f"{val}/a/5", "notes/x")
+    train, held_out, notes = open_splits(str(tmp_path))
+    assert by_name(train) == [(str(tmp_path / "train" / f), f[0]) for f in ("a/2", "a/3", "b/1")]
+    assert by_name(held_out) == [(str(tmp_path / val / f), f[0]) for f in ("a/5", "b/4")]
+    assert notes == ()
+
+
+def test_val_is_relabelled_by_name_and_may_lack_classes(tmp_path):
+    write(tmp_path, "train/a/1", "train/b/2", "train/c/3", "val/c/4", "val/a/")
+    _, val, notes = open_splits(str(tmp_path))
+    assert val.classes == ("a", "b", "c")
+    assert val.labels.tolist() == [2]
+    assert notes == ("1 of 3 classes not in the data: b", "1 of 3 classes without an example: a")
+
+
+def test_content_split_follows_the_hash(tmp_path):
+    write(tmp_path, *(f"{c}/{i}" for c in "ab" for i in range(50)))
+    train, val, notes = open_splits(str(tmp_path), val_fraction=0.3)
+    everything = {f"{c}/{i}".encode() for c in "ab" for i in range(50)}
+    assert set(contents(val)) == {content for content in everything if fraction(content) < 0.3}
+    assert set(contents(train)) == everything - set(contents(val))
+    assert notes == (f"split by content: {len(train)} to train on, {len(val)} to validate on",)
+    assert open_splits(str(tmp_path), val_fraction=0).notes == (
+        "split by content: 100 to train on, 0 to validate on",
+    )
+
+
+CONTENTS = st.lists(st.binary(max_size=3), max_size=30)
+
+
+@settings(max_examples=30, deadline=None)
+@given(first=CONTENTS, more=CONTENTS, share=st.floats(0.1, 0.9))
+def test_adding_files_moves_no_example(tmp_path_factory, first, more, share):
+    root = tmp_path_factory.mktemp("split")
+    write(root, *(f"{c}/seed{i}" for c in "ab" for i in range(40)))
+
+    def sides(files: list[bytes]) -> dict[bytes, set[str]]:
+        for i, content in enumerate(files):
+            (root / "ab"[i % 2] / f"{i}").write_bytes(content)
+        where: dict[bytes, set[str]] = {}
+        for side in ("train", "val"):
+            for content in contents(getattr(open_splits(str(root), val_fraction=share), side)):
+                where.setdefault(content, set()).add(side)
+        return where
+
+    before = sides(first)
+    after = sides(first + more)
+    assert all(len(side) == 1 for side in after.values())  # copies never straddle
+    assert {content: after[content] for content in before} == before
+
+
+def test_digits_are_scikit_learns():
+    from sklearn.datasets import load_digits
+
+    train, val, _ = open_splits("digits")
+    images, targets = load_digits(return_X_y=True)
+    seen = []
+    for source in (train, val):
+        assert source.classes == tuple("0123456789")
+        for i, name in enumerate(source.names):
+            index = int(name.removeprefix("digit "))
+            seen.append(index)
+            pixels = source.read(i)
+            assert isinstance(pixels, np.ndarray)
+            assert pixels.shape == (8, 8, 3)
+            assert pixels.dtype == np.uint8
+            assert source.labels[i] == targets[index]
+            expected = images[index].reshape(8, 8, 1) * 255 / 16
+            assert (abs(pixels - expected) <= 0.5).all()
+    assert sorted(seen) == list(range(1797))
+    assert 0.17 < len(val) / 1797 < 0.23
+    assert train.names[0] == "digit 0000"
+
+
+def test_digits_name_scikit_learn_when_it_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(RequestError, match="pip install scikit-learn"):
+        open_splits("digits")
+
+
+def test_flat_folder_has_no_labels(tmp_path):
+    source = open_folder(write(tmp_path, "b.jpg", "a.jpg", ".hidden"))
+    assert source.classes == ()
+    assert source.labels.tolist() == [-1, -1]
+    assert [Path(name).name for name in source.names] == ["a.jpg", "b.jpg"]
+
+
+def test_files_keep_the_order_given(tmp_path):
+    write(tmp_path, "b.jpg", "a.jpg")
+    source = open_files([tmp_path / "b.jpg", str(tmp_path / "a.jpg")])
+    assert contents(source) == [b"b.jpg", b"a.jpg"]
+    assert source.labels.tolist() == [-1, -1]
+
+
+@pytest.mark.parametrize(
+    ("files", "spec", "message"),
+    [
+        ([], "digts", r"digts is neither a data set that tljax knows \(digits\) nor a folder"),
+        ([], "tfds:mnist", r"tfds:mnist is neither a data set"),
+        (["hymenoptera/x"], "hymenopterra/train", "nor a folder; did you mean .*hymenoptera\\?"),
+        (["file"], "file", "file is a file: name a folder"),
+        (["x/1.jpg"], "x", "x holds no class folders: put the images of each class into a folder"),
+        (["x/a/1", "x/a/2"], "x", "x holds one class folder, a: training needs two or more"),
+        (["x/ants/1", "x/wasps/"], "x", "class 'wasps' in .*x holds no file; add images or rem"),
+        (["x/train/a/1", "x/train/b/", "x/val/a/1"], "x", "class 'b' in .*train holds no file"),
+        (["x/train/a/1", "x/val/a/1"], "x", "train holds one class folder, a"),
+        (["x/a/", "x/b/"], "x", "x holds no file"),
+        (
+            ["x/train/a/1", "x/train/b/1", "x/val/b/1", "x/val/c/1", "x/val/d/1"],
+            "x",
+            "val holds classes that .*train lacks: c, d; add them",
+        ),
+        (["x/train/a/1", "x/train/b/1", "x/val/"], "x", "val holds no class folders"),
+    ],
+)
+def test_what_cannot_be_trained_on_is_refused_in_one_line(
+    tmp_path, monkeypatch, files, spec, message
+):
+    monkeypatch.chdir(write(tmp_path, *files))
+    with pytest.raises(RequestError, match=message) as error:
+        open_splits(spec)
+    assert "\n" not in str(error.value)
+
+
+def test_a_content_split_that_starves_a_side_is_refused(tmp_path):
+    names = [f"{c}/{i}" for c in "ab" for i in range(30)]
+    in_val = [name for name in names if fraction(name.encode()) < 0.2]
+    write(tmp_path / "no_val", *(name for name in names if name not in in_val))
+    with pytest.raises(RequestError, match=r"none of the .* images in .*no_val falls into the val"):
+        open_splits(str(tmp_path / "no_val"))
+    write(tmp_path / "lost", *(name for name in names if name in in_val or name[0] == "b"))
+    with pytest.raises(RequestError, match=r"all images of a in .*lost fall into the validation"):
+        open_splits(str(tmp_path / "lost"))
+    write(tmp_path / "unseen", *(name for name in names if name not in in_val or name[0] == "b"))
+    notes = open_splits(str(tmp_path / "unseen")).notes
+    assert notes[1:] == ("no validation image of a",)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])
+def test_validation_share_is_checked(share):
+    with pytest.raises(RequestError, match="validation share"):
+        open_splits("digits", val_fraction=share)
+
+
+@pytest.mark.parametrize(
+    ("open_", "name", "message"),
+    [
+        (open_folder, "missing", "missing does not exist"),
+        (open_folder, "ant", r"ant does not exist; did you mean .*ants\?"),
+        (open_folder, "ants/1", "1 is a file: name a folder"),
+        (open_folder, "empty", "empty holds no file"),
+        (open_folder, "split", "is a training and a validation set: name .*train or .*val"),
+        (lambda path: open_files([path]), "ants", "ants is a folder"),
+        (lambda path: open_files([path]), "ants/11", r"11 does not exist; did you mean .*1\?"),
+    ],
+)
+def test_what_cannot_be_opened_is_refused(tmp_path, open_, name, message):
+    write(tmp_path, "ants/1", "empty/", "split/train/a/1", "split/val/a/1")
+    with pytest.raises(RequestError, match=message):
+        open_(tmp_path / name)
+
+
+def test_links_are_followed_but_never_in_circles(tmp_path):
+    write(tmp_path, "elsewhere/1", "x/ants/2", "x/wasps/deep/3")
+    (tmp_path / "x/bees").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "x/ants/4").symlink_to(tmp_path / "elsewhere/1")
+    (tmp_path / "x/ants/up").symlink_to(tmp_path / "x")
+    (tmp_path / "x/ants/far_up").symlink_to(tmp_path)
+    (tmp_path / "x/ants/self").symlink_to(tmp_path / "x/ants/self")
+    (tmp_path / "x/wasps/deep/back").symlink_to(tmp_path / "x/wasps")
+    source = open_folder(tmp_path / "x")
+    assert [Path(name).relative_to(tmp_path / "x").as_posix() for name in source.names] == [
+        "ants/2",
+        "ants/4",
+        "ants/self",
+        "bees/1",
+        "wasps/deep/3",
+    ]
+    with pytest.raises(UnreadableImageError, match="cannot be read: Too many levels"):
+        source.read(2)
+
+
+def test_a_broken_link_is_an_example_that_cannot_be_read(tmp_path):
+    write(tmp_path, "a/1", *(f"b/{i}" for i in range(20)))
+    (tmp_path / "a/gone").symlink_to(tmp_path / "nowhere")
+    source = open_folder(tmp_path)
+    assert len(source) == 22
+    with pytest.raises(UnreadableImageError, match="cannot be read: No such file"):
+        source.read(1)
+    assert open_splits(str(tmp_path)).train.digest  # it can still be split and hashed
+
+
+def test_only_regular_files_are_examples(tmp_path):
+    write(tmp_path, "a/1")
+    os.mkfifo(tmp_path / "a/pipe")
+    assert len(open_folder(tmp_path)) == 1
+
+
+def test_names_that_are_not_utf8_are_printable(tmp_path):
+    folder = os.fsencode(tmp_path) + b"/caf\xe9"
+    Path(os.fsdecode(folder)).mkdir()
+    path = Path(os.fsdecode(folder + b"/\xff.jpg"))
+    try:
+        path.write_bytes(b"pixels")
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    source = open_folder(tmp_path)
+    assert source.classes == (r"caf\xe9",)
+    assert source.names[0].endswith(r"caf\xe9/\xff.jpg")
+    source.names[0].encode()
+    assert source.read(0) == b"pixels"
+
+
+def test_digest_changes_with_what_matters_and_with_nothing_else(tmp_path):
+    source = in_memory([b"1", b"2", b"3"], [0, 1, 1])
+    renamed = replace(source, names=["x", "y", "z"])
+    assert renamed.digest == source.digest
+    assert in_memory([b"1", b"2", b"3"], [0, 1, 1]).digest == source.digest
+    others = [
+        in_memory([b"1", b"2", b"4"], [0, 1, 1]),
+        in_memory([b"1", b"2", b"3"], [0, 1, 0]),
+        in_memory([b"1", b"2", b"3"], [0, 1, -1]),
+        in_memory([b"1", b"2", b"3"], [0, 1, 1], "ac"),
+        in_memory([b"1", b"2", b"3"], [0, 1, 1], "abc"),
+        in_memory([b"1", b"3", b"2"], [0, 1, 1]),
+        in_memory([b"1", b"2"], [0, 1]),
+        select(source, [1, 0, 2]),
+        select(source, []),
+    ]
+    assert len({source.digest, *(other.digest for other in others)}) == 1 + len(others)
+
+    write(tmp_path, "a/1", "b/2")
+    before = open_folder(tmp_path).digest
+    (tmp_path / "a/1").rename(tmp_path / "a/0")
+    assert open_folder(tmp_path).digest == before
+    (tmp_path / "a/0").write_bytes(b"new")
+    assert open_folder(tmp_path).digest != before
+
+
+def test_digest_tells_shapes_of_pixels_apart():
+    pixels = np.arange(24, dtype=np.uint8)
+    tall = Source(pixels.reshape(1, 4, 2, 3), np.zeros(1, np.int32), ("a",), ["x"])
+    wide = Source(pixels.reshape(1, 2, 4, 3), np.zeros(1, np.int32), ("a",), ["x"])
+    assert tall.digest != wide.digest
+
+
+def test_hashing_covers_more_than_one_chunk():
+    files = [str(i).encode() for i in range(600)]
+    source = in_memory(files, [0] * 600)
+    changed = in_memory([*files[:-1], b"new"], [0] * 600)
+    assert source.digest != changed.digest
+    assert select(changed, range(599)).digest == select(source, range(599)).digest
+
+
+def test_select_composes():
+    source = select(in_memory([b"0", b"1", b"2", b"3"], [0, 1, 0, 1]), [3, 2, 0])
+    subset = select(source, np.array([2, 0]))
+    assert contents(subset) == [b"0", b"3"]
+    assert subset.labels.tolist() == [0, 1]
+    assert list(subset.names) == ["b'0'", "b'3'"]
+    assert subset.classes == ("a", "b")
+
+
+def test_classes_are_matched_by_name():
+    source = in_memory([b"0", b"1", b"2", b"3", b"4"], [0, 1, 2, 3, 1], "abcx")
+    matched, notes = match_classes(source, ["d", "c", "b", "a"])
+    assert matched.classes == ("d", "c", "b", "a")
+    assert contents(matched) == [b"0", b"1", b"2", b"4"]
+    assert matched.labels.tolist() == [3, 2, 1, 2]
+    assert matched.labels.dtype == np.int32
+    assert notes == (
+        "1 of 4 classes not in the data: d",
+        "left out 1 examples of unknown classes: x",
+    )
+
+
+def test_empty_classes_are_named():
+    source = in_memory([b"0"], [1], "abx")
+    _, notes = match_classes(source, "ab")
+    assert notes == (
+        "1 of 2 classes without an example: a",
+        "left out 0 examples of unknown classes: x",
+    )
+
+
+@given(
+    data=st.permutations("abcdef"),
+    network=st.permutations("abcdef"),
+    known=st.integers(1, 6),
+    labels=st.lists(st.integers(-1, 5), min_size=1),
+)
+def test_matching_keeps_every_name(data, network, known, labels):
+    source = in_memory([str(i).encode() for i in range(len(labels))], labels, "".join(data))
+    expected = [
+        (str(i).encode(), data[label])
+        for i, label in enumerate(labels)
+        if label >= 0 and data[label] in network[:known]
+    ]
+    if not expected:
+        with pytest.raises(RequestError):
+            match_classes(source, network[:known])
+        return
+    matched, _ = match_classes(source, network[:known])
+    assert [
+        (matched.read(i), matched.classes[label]) for i, label in enumerate(matched.labels)
+    ] == expected
+
+
+def test_no_class_in_common_lists_both_sides():
+    source = in_memory([b"0"], [0], "abcdefgh")
+    with pytest.raises(RequestError) as error:
+        match_classes(source, ["ants", "bees"])
+    assert str(error.value) == (
+        "no example is of a known class: the data has a, b, c, d, e and 3 more;"
+        " the network knows ants, bees"
+    )
+    with pytest.raises(RequestError, match="the data has none"):
+        match_classes(in_memory([b"0"], [-1], ""), ["ants"])
+
+
+def test_real_folders(shared_data):
+    train, val, notes = open_splits(str(shared_data / "hymenoptera"))
+    assert train.classes == val.classes == ("ants", "bees")
+    # torchvision counts 244: it goes by extension and leaves out imageNotFound.gif.
+    assert (len(train), len(val), notes) == (245, 153, ())
+
+
+def test_sources_and_decode_do_not_import_grain():
+    code = "import sys, tljax.data.sources, tljax.data.decode; sys.exit('grain' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,179 @@
+"""Bytes to pixels: any photograph becomes an RGB square, or a plain reason why it cannot."""
+
+import codecs
+import io
+import re
+import warnings
+from collections.abc import Sequence
+from os import PathLike
+
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from tljax.data.sources import open_files
+from tljax.errors import UnreadableImageError
+from tljax.types import Preprocess
+
+MAX_PIXELS = 2**27
+"""The largest image that is decoded: 134 million pixels, 400 MB of RGB. Phones take 108 million."""
+
+# What people photograph, scan and download. Left to itself Pillow also tries formats that call
+# other programs (EPS starts Ghostscript).
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM", "AVIF")
+
+_FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+
+# EXIF orientation -> what puts the picture upright (Exif 2.32, tag 274; 1 is upright).
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+_PILLOW_WARNINGS = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
+
+
+def decode(data: bytes | np.ndarray, preprocess: Preprocess) -> np.ndarray:
+    """Decodes one example to the square that a network's preprocessing asks for.
+
+    The short side is resized to ``preprocess.resize`` with an antialiasing Pillow filter and the
+    central square is cut out; the result equals that of torchvision's ``Resize`` and ``CenterCrop``
+    on a PIL image, pixel for pixel.
+
+    Args:
+        data: an encoded image file, or RGB pixels, ``[height, width, 3]`` uint8.
+        preprocess: the geometry; its normalisation is left to the model.
+
+    Returns:
+        ``[size, size, 3]`` uint8, RGB.
+
+    Raises:
+        UnreadableImageError: the image cannot be used; the message is the reason.
+    """
+    image = Image.fromarray(data) if isinstance(data, np.ndarray) else open_image(data)
+    short, long = sorted(image.size)
+    long = int(preprocess.resize * long / short)
+    if preprocess.resize * long > MAX_PIXELS:
+        raise UnreadableImageError(
+            f"too elongated: {image.width} x {image.height} pixels, which would be"
+            f" {preprocess.resize} x {long} after the resize"
+        )
+    portrait = image.width <= image.height
+    image = image.resize(
+        (preprocess.resize, long) if portrait else (long, preprocess.resize),
+        _FILTERS[preprocess.interpolation],
+    )
+    left = round((image.width - preprocess.size) / 2)
+    top = round((image.height - preprocess.size) / 2)
+    return np.array(image.crop((left, top, left + preprocess.size, top + preprocess.size)))
+
+
+def read_images(paths: Sequence[str | PathLike[str]], preprocess: Preprocess) -> np.ndarray:
+    """Decodes a short list of image files, in one thread.
+
+    Args:
+        paths: the files.
+        preprocess: the geometry of ``decode``.
+
+    Returns:
+        ``[len(paths), size, size, 3]`` uint8, RGB.
+
+    Raises:
+        RequestError: a path is missing or is a folder.
+        UnreadableImageError: a file is not a usable image; the message names it.
+    """
+    source = open_files(paths)
+    images = np.empty((len(source), preprocess.size, preprocess.size, 3), np.uint8)
+    for index, name in enumerate(source.names):
+        try:
+            images[index] = decode(source.read(index), preprocess)
+        except UnreadableImageError as error:
+            raise UnreadableImageError(f"{name}: {error}") from error
+    return images
+
+
+def open_image(data: bytes) -> Image.Image:
+    """Decodes an image file as a viewer shows it: upright, RGB, 8 bits, the first frame.
+
+    The content decides the format, not a file name. Transparent images are laid on white. A CMYK
+    JPEG is taken to be stored inverted, as Adobe's are and as Pillow and browsers assume. 16-bit
+    greyscale is scaled to 8 bits. Colour profiles are ignored.
+
+    Args:
+        data: a whole image file of any common format.
+
+    Returns:
+        An image of mode RGB with at least one pixel.
+
+    Raises:
+        UnreadableImageError: for any other byte string; the message is a short reason.
+    """
+    if not data:
+        raise UnreadableImageError("the file is empty")
+    # warnings.catch_warnings swaps one list for all threads, so threads that decode at the same
+    # time would undo each other's; one lasting filter for Pillow's own modules is safe.
+    if _PILLOW_WARNINGS not in warnings.filters:
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+    try:
+        image = Image.open(io.BytesIO(data), formats=_FORMATS)
+        _check_size(image)
+        image.load()
+        turn = _turn(image)
+        image = _to_rgb(image)
+        return image if turn is None else image.transpose(turn)
+    except UnreadableImageError:
+        raise
+    except UnidentifiedImageError as error:
+        raise UnreadableImageError(_what_it_is(data)) from error
+    except Image.DecompressionBombError as error:
+        raise UnreadableImageError(f"more than the limit of {MAX_PIXELS:,} pixels") from error
+    except Exception as error:
+        reason = str(error) or type(error).__name__
+        raise UnreadableImageError(f"damaged or cut short: {reason}") from error
+
+
+def _check_size(image: Image.Image) -> None:
+    if not 0 < image.width * image.height <= MAX_PIXELS:
+        raise UnreadableImageError(
+            f"{image.width} x {image.height} pixels, which is not between 1 and {MAX_PIXELS:,}"
+        )
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What puts the picture upright. Ask after ``load``, which turns a TIFF by itself."""
+    try:
+        return _UPRIGHT.get(image.getexif()[ExifTags.Base.Orientation])
+    except Exception:  # noqa: BLE001 - as above; broken metadata does not spoil the pixels
+        return None
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        # Pillow's own conversion of 16-bit grey clips at 255.
+        image = Image.fromarray(((np.asarray(image, np.uint32) + 128) // 257).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise UnreadableImageError("32-bit grey of unknown range: save it with 8 or 16 bits")
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _what_it_is(data: bytes) -> str:
+    """Says why Pillow does not know a file, from its first bytes."""
+    head = data[:1024].removeprefix(codecs.BOM_UTF8).lstrip().lower()
+    if head.startswith((b"<!doctype html", b"<html")):
+        return "an HTML page, not an image"
+    if data[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1"):
+        return "a HEIC photo, which Pillow cannot read: convert it to JPEG"
+    if data.startswith((b"\xff\xd8\xff", b"\x89PNG", b"GIF8")) or data[8:12] == b"WEBP":
+        return "damaged or cut short: the header is broken"
+    try:
+        text = codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError:
+        return "not an image"
+    return "not an image" if "\0" in text else "text, not an image"
