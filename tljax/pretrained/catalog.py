@@ -95,6 +95,13 @@ def imagenet_wordnet_ids() -> tuple[str, ...]:
     return tuple(wordnet_id for wordnet_id, _ in _imagenet())
 
 
+def names_like(classes: tuple[str, ...], found: tuple[str, ...]) -> tuple[str, ...]:
+    """The classes under the names that a data set uses: ImageNet folders carry WordNet ids."""
+    if classes == imagenet_classes() and set(found) <= set(imagenet_wordnet_ids()):
+        return imagenet_wordnet_ids()
+    return classes
+
+
 def _imagenet() -> list[list[str]]:
     text = files("tljax.pretrained").joinpath("imagenet1k.txt").read_text("utf-8")
     return [line.split("\t") for line in text.splitlines()]

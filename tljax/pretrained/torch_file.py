@@ -1,0 +1,270 @@
+"""The files that ``torch.save`` writes, read and written without torch.
+
+Two containers hold the same pickle beside the raw bytes of the tensors: the zip archive of torch
+1.6 and later, and the legacy stream before it (``torch/serialization.py``). Only the tensors that
+are returned are looked at, and those are views of the file. Like torch, this verifies no checksums.
+Every fault is a ``ValueError`` that does not name the file. Time and memory are linear in the size
+of the file, whatever it holds.
+"""
+
+import io
+import math
+import mmap
+import struct
+import zipfile
+from collections.abc import Callable, Mapping
+from typing import IO, cast
+
+import numpy as np
+
+from tljax.pretrained.torch_pickle import STORAGES, DamagedError, Tensor, load
+
+Buffer = bytes | mmap.mmap
+"""A whole file: mapped, or unpacked in memory."""
+
+CONTAINERS = ("state_dict", "model_state_dict", "model", "state_dict_ema")
+"""Where training scripts put the weights in a checkpoint, in the order they are looked for."""
+
+_STORAGE_OF = {dtype: storage for storage, dtype in STORAGES.items()}
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+_LEGACY_PROTOCOL = 1001
+_ORDERED_DICT = b"ccollections\nOrderedDict\n)R"
+_BIG_ENDIAN = "written on a big-endian machine; re-save it on a little-endian one"
+
+
+def read_zip(data: Buffer) -> dict[str, np.ndarray]:
+    """Reads the zip archive that ``torch.save`` writes.
+
+    Args:
+        data: the whole file.
+
+    Returns:
+        The state dict (see ``CONTAINERS``) as read-only views of ``data``.
+
+    Raises:
+        DamagedError: the file is cut off, or was changed.
+        ValueError: the file names code, holds no state dict, or cannot be read.
+    """
+    spans = _zip_spans(data)
+    root = next(iter(spans), "").partition("/")[0]
+    if f"{root}/data.pkl" not in spans:
+        raise ValueError("a zip archive, but not one that torch.save wrote (it has no data.pkl)")
+    if f"{root}/constants.pkl" in spans:
+        raise ValueError(
+            "this file holds a whole model (TorchScript), not its weights; save model.state_dict()"
+        )
+    order = spans.get(f"{root}/byteorder")
+    if order and data[order.start : order.stop] != b"little":
+        raise ValueError(_BIG_ENDIAN)
+    pickle = spans[f"{root}/data.pkl"]
+    checkpoint = load(io.BytesIO(data[pickle.start : pickle.stop])).root
+    return _views(data, lambda key: spans.get(f"{root}/data/{key}"), checkpoint)
+
+
+def read_legacy(data: Buffer) -> dict[str, np.ndarray]:
+    """Reads the stream that ``torch.save`` wrote before version 1.6.
+
+    Five pickles (magic number, protocol, system, checkpoint, storage keys), then for each key the
+    number of elements as an int64 and the elements.
+
+    Args:
+        data: the whole file.
+
+    Returns:
+        The state dict (see ``CONTAINERS``) as read-only views of ``data``.
+
+    Raises:
+        DamagedError: the file is cut off, or was changed.
+        ValueError: the file names code, holds no state dict, or cannot be read.
+    """
+    stream = _stream(data)
+    if load(stream).root != _LEGACY_MAGIC or load(stream).root != _LEGACY_PROTOCOL:
+        raise ValueError("a pickle, but not one that torch.save wrote")
+    system = load(stream).root
+    if not isinstance(system, dict) or system.get("little_endian") is not True:
+        raise ValueError(_BIG_ENDIAN)
+    checkpoint, itemsizes = load(stream)
+    keys = load(stream).root
+    spans = {}
+    position = stream.tell()
+    for key in keys if isinstance(keys, list) else ():
+        if not isinstance(key, str) or key not in itemsizes:
+            raise DamagedError("it lists a storage that no tensor uses")
+        start = position + 8
+        numel = int.from_bytes(data[position:start], "little", signed=True)
+        position = start + numel * itemsizes[key]
+        if not start <= position <= len(data):
+            raise DamagedError(f"storage {key!r:.80} ends beyond the end of the file")
+        spans[key] = range(start, position)
+    return _views(data, spans.get, checkpoint)
+
+
+def write_zip(file: IO[bytes], arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes a state dict that ``torch.load(weights_only=True)`` reads. Equal input, equal bytes.
+
+    Args:
+        file: an empty file, open for writing.
+        arrays: the state dict; each array gets a storage of its own.
+
+    Raises:
+        ValueError: torch has no storage class for an array's dtype; nothing has been written.
+    """
+    state_dict = [b"\x80\x02", _ORDERED_DICT, b"("]
+    for number, (key, array) in enumerate(arrays.items()):
+        if array.dtype.name not in _STORAGE_OF:
+            raise ValueError(f"tensor {key!r:.80}: torch has no storage for dtype {array.dtype}")
+        storage = f"ctorch\n{_STORAGE_OF[array.dtype.name]}\n".encode()
+        persistent_id = _pickled(("storage", storage, str(number), "cpu", array.size)) + b"Q"
+        stride = tuple(math.prod(array.shape[axis + 1 :]) for axis in range(array.ndim))
+        arguments = (persistent_id, 0, array.shape, stride, False, _ORDERED_DICT)
+        rebuild = b"ctorch._utils\n_rebuild_tensor_v2\n"
+        state_dict += [_pickled(key), rebuild, _pickled(arguments), b"R"]
+    with zipfile.ZipFile(file, "w") as archive:
+        _add(archive, "archive/data.pkl", b"".join([*state_dict, b"u."]))
+        _add(archive, "archive/byteorder", b"little")
+        for number, array in enumerate(arrays.values()):
+            _add(archive, f"archive/data/{number}", little_endian(array))
+        _add(archive, "archive/version", b"3\n")
+
+
+def little_endian(array: np.ndarray) -> memoryview:
+    """The bytes of an array of any byte order and layout, in C order; a copy only where needed."""
+    array = np.asarray(array, dtype=array.dtype.newbyteorder("<"), order="C")
+    return array.reshape(-1).view(np.uint8).data
+
+
+def _pickled(value: object) -> bytes:
+    """A value in the opcodes of protocol 2; bytes are opcodes already."""
+    match value:
+        case bytes():
+            return value
+        case bool():
+            return b"\x88" if value else b"\x89"
+        case int() if value < 2**31:
+            return b"J" + struct.pack("<i", value)
+        case int():
+            return b"\x8a\x08" + struct.pack("<q", value)
+        case str():
+            text = value.encode("utf-8", "surrogatepass")
+            return b"X" + struct.pack("<I", len(text)) + text
+        case tuple():
+            return b"(" + b"".join(map(_pickled, value)) + b"t"
+        case _:
+            raise TypeError(type(value))
+
+
+def _add(archive: zipfile.ZipFile, name: str, data: bytes | memoryview) -> None:
+    """Adds an entry whose bytes begin at a multiple of 64, as torch's do, so that views align."""
+    info = zipfile.ZipInfo(name)  # dated 1980: equal input, equal bytes
+    info.file_size = len(data)  # tells zipfile whether the entry needs 64-bit sizes
+    assert archive.fp is not None
+    padding = -(archive.fp.tell() + 30 + len(name) + 4) % 64
+    info.extra = struct.pack("<2sH", b"FB", padding) + bytes(padding)
+    with archive.open(info, "w") as entry:
+        entry.write(data)
+
+
+def _stream(data: Buffer) -> IO[bytes]:
+    """The data as a file at its beginning. A mapping is close enough to one, and is not copied."""
+    if isinstance(data, bytes):
+        return io.BytesIO(data)
+    data.seek(0)
+    return cast("IO[bytes]", data)
+
+
+def _zip_spans(data: Buffer) -> dict[str, range]:
+    """Where the bytes of each entry lie: stored as they are, one entry after the other."""
+    try:
+        with zipfile.ZipFile(_stream(data)) as archive:
+            infos = sorted(archive.infolist(), key=lambda info: info.header_offset)
+            directory = archive.start_dir
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, OverflowError) as error:
+        raise DamagedError("the zip archive has no directory") from error
+    spans = {}
+    free = 0
+    for info in infos:
+        name, header = info.filename, info.header_offset
+        if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
+            raise ValueError(
+                f"a zip archive, but not one that torch.save wrote ({name!r:.80} is compressed)"
+            )
+        if not free <= header <= directory - 30 or name in spans:
+            raise DamagedError(f"zip entry {name!r:.80} overlaps another")
+        start = header + 30 + sum(struct.unpack_from("<HH", data, header + 26))
+        free = start + info.file_size
+        if free > directory:
+            raise DamagedError(f"zip entry {name!r:.80} is longer than the file")
+        spans[name] = range(start, free)
+    return spans
+
+
+def _views(
+    data: Buffer, span_of: Callable[[str], range | None], checkpoint: object
+) -> dict[str, np.ndarray]:
+    tensors = _state_dict(checkpoint, depth=3)
+    if tensors is None:
+        keys = list(checkpoint)[:8] if isinstance(checkpoint, dict) else []
+        raise ValueError(
+            f"no state dict at the top or under {', '.join(CONTAINERS)}; at the top are: "
+            f"{', '.join(f'{key!r:.40}' for key in keys) or 'no named values'}; "
+            "re-save its state dict alone"
+        )
+    arrays = {}
+    for key, tensor in tensors.items():
+        try:
+            arrays[key] = _view(data, span_of(tensor.storage.key) or range(0), tensor)
+        except ValueError as error:
+            raise DamagedError(f"tensor {key!r:.80}: {error}") from error
+    return arrays
+
+
+def _state_dict(node: object, depth: int) -> dict[str, Tensor] | None:
+    """The tensors under the first container that leads to any, else the node's own.
+
+    What lies beside them (epoch numbers, optimizer state) is passed over. The depth is bounded
+    because a pickle can hold itself.
+    """
+    if not isinstance(node, dict) or depth == 0:
+        return None
+    for name in CONTAINERS:
+        if tensors := _state_dict(node.get(name), depth - 1):
+            return tensors
+    return {key: value for key, value in node.items() if isinstance(value, Tensor)} or None
+
+
+def _view(data: Buffer, span: range, tensor: Tensor) -> np.ndarray:
+    """The tensor as a view of the file, which never reaches outside of its storage.
+
+    It may not be larger than its storage either: a few bytes expanded to terabytes (stride 0) would
+    cost nothing here and everything to the first who copies them.
+    """
+    storage, shape, stride = tensor.storage, tensor.shape, tensor.stride
+    if (
+        not (isinstance(shape, tuple) and isinstance(stride, tuple))
+        or not len(shape) == len(stride) <= 64  # numpy's limit
+        or not all(
+            type(number) is int and number >= 0
+            for number in (storage.offset, storage.numel, tensor.offset, *shape, *stride)
+        )
+    ):
+        raise ValueError("its shape, strides or offset make no sense")
+    start = span.start + storage.offset * storage.dtype.itemsize
+    size = storage.numel * storage.dtype.itemsize
+    if start + size > span.stop:
+        raise ValueError(f"its storage should have {size} bytes and has {span.stop - start}")
+    if 0 in shape:
+        return np.zeros(shape, tensor.dtype)
+    itemsize = tensor.dtype.itemsize
+    reach = tensor.offset + 1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
+    if max(reach, math.prod(shape)) * itemsize > size:
+        raise ValueError(f"needs more than the {size} bytes of its storage, or was expanded")
+    return np.ndarray(
+        shape,
+        tensor.dtype,
+        buffer=data,
+        offset=start + tensor.offset * itemsize,
+        # The stride of a dimension of size 1 means nothing and may be any number.
+        strides=[
+            step * itemsize if n > 1 else itemsize for n, step in zip(shape, stride, strict=True)
+        ],
+    )

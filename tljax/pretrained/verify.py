@@ -1,0 +1,171 @@
+"""Is a port right? Layer by layer against the reference implementation, where one is installed.
+
+torch and transformers (or torchvision) are needed for this and for nothing else.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from tljax.errors import RequestError
+from tljax.models import layer_outputs, normalize
+from tljax.models.resnet import DEPTHS
+from tljax.pretrained.catalog import CATALOG
+from tljax.pretrained.formats import read_tensors
+from tljax.pretrained.layouts import layout_rules
+from tljax.pretrained.load import Pretrained, fetch
+from tljax.pretrained.rules import Rules, invert_rules
+from tljax.types import Preprocess, Variables
+
+TOLERANCE = 1e-4
+"""Largest difference of a layer's output, relative to the largest value of the reference's."""
+
+INPUTS = ((2, 224, 224, 3), (2, 225, 193, 3))
+"""Shapes of the random images; odd and not square, since padding shows there first."""
+
+
+class LayerDifference(NamedTuple):
+    """How a layer differs from the reference's.
+
+    Attributes:
+        layer: its path, e.g. ``layer3/block0/conv2``.
+        difference: largest absolute difference of the outputs over the largest absolute value of
+            the reference's; infinite if the shapes differ.
+        reason: what else is known: shapes, or tensors that differ in the file itself.
+    """
+
+    layer: str
+    difference: float
+    reason: str
+
+
+def verify(pretrained: Pretrained, reference: str | None = None) -> list[LayerDifference]:
+    """Compares every convolution (with its norm) and the head, in the order of the network.
+
+    Args:
+        pretrained: the port.
+        reference: a folder or hub id that ``from_pretrained`` of transformers reads; by default
+            the one that the port was read from, or the torchvision network that its file fits.
+
+    Raises:
+        RequestError: no reference implementation is installed, or there is none for this network.
+    """
+    model, variables, _ = pretrained
+    network, layout = _reference(pretrained, reference)
+    rules = layout_rules(model.name, layout)
+    wrong_tensors = _compare_tensors(rules, network, variables)
+    worst: dict[str, LayerDifference] = {}
+    for shape in INPUTS:
+        images = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
+        theirs = _torch_outputs(network, rules, images, model.preprocess)
+        ours = jax.device_get(layer_outputs(model, variables, images))
+        for layer, value in ours.items():
+            found = _compare_layer(layer, value, theirs[layer], wrong_tensors.get(layer, ""))
+            if layer not in worst or found.difference > worst[layer].difference:
+                worst[layer] = found
+    return list(worst.values())
+
+
+def _layer(path: str) -> str:
+    """``params/layer3/block0/conv2/scale`` is of ``layer3/block0/conv2``."""
+    return path.partition("/")[2].rpartition("/")[0]
+
+
+def _reference(pretrained: Pretrained, reference: str | None) -> tuple[Any, str]:
+    """A torch module with the reference's own weights, and the layout of its keys."""
+    model, _, card = pretrained
+    if reference is None and card.layout in ("torchvision", "timm") and model.name in DEPTHS:
+        return _torchvision(pretrained), "torchvision"
+    if reference is None and card.layout != "huggingface":
+        raise RequestError(
+            f"there is no reference for {card.source} ({card.layout} keys): "
+            "name one with --reference, a folder or hub id that transformers can load"
+        )
+    try:
+        from transformers import AutoModelForImageClassification  # noqa: PLC0415 - see above
+    except ImportError:
+        raise RequestError(_MISSING) from None
+    try:
+        network = AutoModelForImageClassification.from_pretrained(reference or card.source)
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise RequestError(
+            f"transformers cannot load {reference or card.source}: {reason}"
+        ) from None
+    keys = network.state_dict().keys()
+    missing = [rule.key for rule in layout_rules(model.name, "huggingface") if rule.key not in keys]
+    if missing:
+        raise RequestError(
+            f"the reference is not a {model.name}: it lacks {missing[0]} "
+            f"and {len(missing) - 1} other tensors"
+        )
+    return network, "huggingface"
+
+
+_MISSING = "verifying needs a reference implementation: pip install torch transformers"
+
+
+def _torchvision(pretrained: Pretrained) -> Any:
+    model, _, card = pretrained
+    try:
+        import torch  # noqa: PLC0415
+        import torchvision  # noqa: PLC0415
+    except (ImportError, RuntimeError):  # torchvision beside a torch it was not built for
+        raise RequestError(
+            f"{card.source} has torchvision's keys and torchvision does not import here; "
+            "name another --reference, a folder or hub id that transformers can load"
+        ) from None
+    network = getattr(torchvision.models, model.name)(num_classes=model.num_classes)
+    path = fetch(card.source) if card.source in CATALOG else Path(card.source)
+    arrays = read_tensors(path).arrays
+    network.load_state_dict({key: torch.from_numpy(np.array(a)) for key, a in arrays.items()})
+    return network
+
+
+def _compare_layer(layer: str, ours: np.ndarray, theirs: np.ndarray, wrong: str) -> LayerDifference:
+    if ours.shape != theirs.shape:
+        reason = f"output is {list(ours.shape)}, the reference's {list(theirs.shape)}: its stride?"
+        return LayerDifference(layer, float("inf"), reason)
+    difference = np.abs(ours - theirs).max() / max(np.abs(theirs).max(), 1e-12)
+    return LayerDifference(layer, float(difference), wrong)
+
+
+def _compare_tensors(rules: Rules, network: Any, variables: Variables) -> dict[str, str]:
+    """The parameters and statistics that are not the reference's own, by layer."""
+    theirs = {key: value.numpy() for key, value in network.state_dict().items()}
+    ours = invert_rules(rules, variables)
+    wrong: dict[str, list[str]] = {}
+    for key, path, _ in rules:
+        if ours[key].shape != theirs[key].shape or not np.array_equal(ours[key], theirs[key]):
+            wrong.setdefault(_layer(path), []).append(path.rpartition("/")[2])
+    return {layer: f"{' and '.join(names)} differ" for layer, names in wrong.items()}
+
+
+def _torch_outputs(
+    network: Any, rules: Rules, images: np.ndarray, preprocess: Preprocess
+) -> dict[str, np.ndarray]:
+    """The output of the torch module behind every layer of ours, NHWC, by our path."""
+    import torch  # noqa: PLC0415 - a reference implementation, needed here alone
+
+    modules, outputs = dict(network.named_modules()), {}
+
+    def keep(layer: str) -> Any:
+        def hook(_module: Any, _inputs: Any, output: Any) -> None:
+            value = output.numpy()
+            outputs[layer] = value.transpose(0, 2, 3, 1) if value.ndim == 4 else value
+
+        return hook
+
+    hooks = [
+        modules[key.rpartition(".")[0]].register_forward_hook(keep(_layer(path)))
+        for key, path, _ in rules
+        if path.endswith("/scale") or path == "params/head/kernel"
+    ]
+    pixels = np.asarray(normalize(images, preprocess)).transpose(0, 3, 1, 2)
+    with torch.no_grad():
+        network.eval()(torch.from_numpy(np.ascontiguousarray(pixels)))
+    for hook in hooks:
+        hook.remove()
+    return outputs
