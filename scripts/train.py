@@ -45,7 +45,6 @@ def run(config: Config) -> dict[str, Any]:
     from tljax.pretrained import load_pretrained, save
     from tljax.report.runs import percent, write_training_report
     from tljax.transfer import rundir
-    from tljax.transfer.features import Loading
     from tljax.transfer.fit import FitConfig, fit
     from tljax.transfer.optimizer import OptimizerConfig
 
@@ -57,7 +56,7 @@ def run(config: Config) -> dict[str, Any]:
         config.label_smoothing,
         OptimizerConfig(config.optimizer, config.learning_rate, weight_decay=config.weight_decay),
         config.seed,
-        Loading(config.batch_size, config.workers, config.devices, config.on_bad_image),
+        replace(config.loading, on_bad_image=config.on_bad_image),
     )
     pretrained = load_pretrained(config.weights, model=config.model).with_size(config.image_size)
     splits = open_splits(config.data, val_fraction=config.val_fraction)

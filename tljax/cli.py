@@ -4,15 +4,28 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from tljax.errors import RequestError
+from tljax.errors import RequestError, VerificationError
+
+if TYPE_CHECKING:
+    from tljax.transfer.features import Loading
 
 
-@dataclass(frozen=True)
-class Common:
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """How a script reports."""
+
+    json: bool = False
+    """Print one JSON object on the last line of stdout."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Common(Output):
     """Flags with the same name and meaning in every script."""
 
     weights: str = "efficientnet_lite0.in1k"
@@ -29,20 +42,21 @@ class Common:
     """Number of devices; by default all."""
     seed: int = 0
     """Of everything random."""
-    json: bool = False
-    """Print one JSON object on the last line of stdout."""
-    debug: bool = False
-    """Show the traceback of an error."""
+
+    @property
+    def loading(self) -> "Loading":
+        """How images are read and spread over devices."""
+        from tljax.transfer.features import Loading  # noqa: PLC0415 - brings in JAX
+
+        return Loading(self.batch_size, self.workers, self.devices)
 
 
-Config = TypeVar("Config", bound=Common)
-
-
-def main(config_type: type[Config], run: Callable[[Config], dict[str, Any]]) -> None:
+def main(config_type: Any, run: Callable[[Any], dict[str, Any]]) -> None:
     """Parses the flags, runs, and exits: 0; 2 for a bad request; 1 for a failure; 130 for Ctrl-C.
 
     Args:
-        config_type: a frozen dataclass of flags, after `Common`; its docstring is the help text.
+        config_type: a frozen dataclass of flags, after `Common`, or a union of them, which are
+            then subcommands; the docstring is the help text.
         run: does the work and returns what ``--json`` prints.
     """
     config = tyro.cli(config_type)
@@ -55,6 +69,8 @@ def main(config_type: type[Config], run: Callable[[Config], dict[str, Any]]) -> 
             raise
         if isinstance(error, RequestError):
             sys.exit(_say(str(error), 2))
+        if isinstance(error, VerificationError):
+            sys.exit(_say(str(error), 1))
         text = " ".join(str(error).split()) or "no message"
         sys.exit(_say(f"{type(error).__name__}: {text} (--debug shows where)", 1))
     if config.json:

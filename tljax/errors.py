@@ -10,3 +10,7 @@ class RequestError(ValueError):
 
 class UnreadableImageError(ValueError):
     """One image cannot be used; the message is the reason that ends up in ``skipped.csv``."""
+
+
+class VerificationError(Exception):
+    """A comparison that was asked for did not hold: one line; scripts exit with code 1."""

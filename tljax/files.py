@@ -1,10 +1,12 @@
 """Where files go, and how they get there whole."""
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import NamedTemporaryFile
+
+from tljax.errors import RequestError
 
 
 def cache_dir() -> Path:
@@ -18,20 +20,33 @@ def cache_dir() -> Path:
 def written_whole(path: Path) -> Iterator[Path]:
     """A temporary path beside ``path`` that takes its place when the block ends without error.
 
-    So a reader sees the old file or the new one, never half of one.
+    So a reader sees the old file or the new one, never half of one. Missing folders are made.
+
+    Raises:
+        RequestError: the file cannot be written, or the disk is full.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        temporary = Path(file.name)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
         yield temporary
-        temporary.chmod(0o666 & ~_umask())  # a temporary file is private; its successor is not
         temporary.replace(path)
+    except OSError as error:
+        if error.errno not in _OF_THE_DISK:
+            raise  # of the network, say, that the block reads from
+        raise RequestError(f"{path}: cannot be written ({error.strerror})") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary.parent.is_dir():
+            temporary.unlink(missing_ok=True)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+_OF_THE_DISK = (
+    errno.EACCES,
+    errno.EDQUOT,
+    errno.EISDIR,
+    errno.ENOENT,
+    errno.ENOSPC,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EROFS,
+)

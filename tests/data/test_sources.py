@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from tljax.data.sources import (
     Source,
     match_classes,
-    open_files,
     open_folder,
+    open_images,
     open_splits,
     select,
 )
@@ -175,7 +175,7 @@ def test_flat_folder_has_no_labels(tmp_path):
 
 def test_files_keep_the_order_given(tmp_path):
     write(tmp_path, "b.jpg", "a.jpg")
-    source = open_files([tmp_path / "b.jpg", str(tmp_path / "a.jpg")])
+    source = open_images([tmp_path / "b.jpg", str(tmp_path / "a.jpg")])
     assert contents(source) == [b"b.jpg", b"a.jpg"]
     assert source.labels.tolist() == [-1, -1]
 
@@ -238,8 +238,8 @@ def test_validation_share_is_checked(share):
         (open_folder, "ants/1", "1 is a file: name a folder"),
         (open_folder, "empty", "empty holds no file"),
         (open_folder, "split", "is a training and a validation set: name .*train or .*val"),
-        (lambda path: open_files([path]), "ants", "ants is a folder"),
-        (lambda path: open_files([path]), "ants/11", r"11 does not exist; did you mean .*1\?"),
+        (lambda path: open_images([path]), "ants", "ants is a folder"),
+        (lambda path: open_images([path]), "ants/11", r"11 does not exist; did you mean .*1\?"),
     ],
 )
 def test_what_cannot_be_opened_is_refused(tmp_path, open_, name, message):

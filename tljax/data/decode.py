@@ -10,7 +10,7 @@ from os import PathLike
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from tljax.data.sources import open_files
+from tljax.data.sources import open_images
 from tljax.errors import UnreadableImageError
 from tljax.types import Preprocess
 
@@ -86,7 +86,7 @@ def read_images(paths: Sequence[str | PathLike[str]], preprocess: Preprocess) ->
         RequestError: a path is missing or is a folder.
         UnreadableImageError: a file is not a usable image; the message names it.
     """
-    source = open_files(paths)
+    source = open_images(paths)
     images = np.empty((len(source), preprocess.size, preprocess.size, 3), np.uint8)
     for index, name in enumerate(source.names):
         try:

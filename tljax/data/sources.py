@@ -14,10 +14,12 @@ from functools import cached_property
 from os import PathLike
 from pathlib import Path
 from typing import NamedTuple, Protocol
+from urllib.request import urlopen
 
 import numpy as np
 
 from tljax.errors import RequestError, UnreadableImageError
+from tljax.files import cache_dir, written_whole
 
 _TRAIN = ("train", "training")
 _VAL = ("val", "valid", "validation", "test")
@@ -183,19 +185,57 @@ def open_folder(path: str | PathLike[str]) -> Source:
     return _unlabelled(_checked(path, list(_files(path, set()))))
 
 
-def open_files(paths: Sequence[str | PathLike[str]]) -> Source:
-    """The given image files, without labels.
+def open_labelled(spec: str) -> Source:
+    """Opens what an evaluation measures on.
+
+    Args:
+        spec: as for `open_splits`, of which the validation part is taken; or a folder of class
+            folders, all of which is taken.
 
     Raises:
-        RequestError: a path is missing or is a folder.
+        RequestError: there is no such data, or it has no labels.
     """
-    files = [Path(path) for path in paths]
-    for file in files:
-        if file.is_dir():
-            raise RequestError(f"{_printable(file)} is a folder: name image files")
-        if not file.exists():
-            raise RequestError(f"{_printable(file)} does not exist{_suggestion(file)}")
-    return _unlabelled(files)
+    if spec == "digits":
+        return open_splits(spec).val
+    parts = _train_and_val(Path(spec)) if Path(spec).is_dir() else None
+    source = open_folder(parts[1] if parts else spec)
+    if not source.classes:
+        raise RequestError(f"{spec} has no class folders, so there is nothing to evaluate against")
+    return source
+
+
+def open_images(items: Sequence[str | PathLike[str]]) -> Source:
+    """Images without labels: files, every file of a folder, and what URLs lead to.
+
+    Raises:
+        RequestError: a path is missing, a folder is empty, or a URL cannot be fetched.
+    """
+    paths: list[Path] = []
+    names: list[str] = []
+    for item in items:
+        if str(item).startswith(("http://", "https://")):
+            found = [_fetch(str(item))]
+            names.append(str(item))
+        else:
+            path = Path(item)
+            if not path.exists():
+                raise RequestError(f"{_printable(path)} does not exist{_suggestion(path)}")
+            found = _checked(path, list(_files(path, set()))) if path.is_dir() else [path]
+            names += map(_printable, found)
+        paths += found
+    return replace(_unlabelled(paths), names=tuple(names))
+
+
+def _fetch(url: str) -> Path:
+    """The local copy of what a URL leads to; fetched once."""
+    path = cache_dir() / "images" / hashlib.sha256(url.encode()).hexdigest()
+    if not path.exists():
+        try:
+            with urlopen(url, timeout=30) as response, written_whole(path) as temporary:  # noqa: S310 - http(s) only, see open_images
+                temporary.write_bytes(response.read())
+        except (OSError, ValueError) as error:
+            raise RequestError(f"could not fetch {url} ({error})") from error
+    return path
 
 
 def match_classes(source: Source, classes: Sequence[str]) -> tuple[Source, tuple[str, ...]]:

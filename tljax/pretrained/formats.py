@@ -12,14 +12,14 @@ import math
 import mmap
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from tljax.errors import RequestError
+from tljax.files import written_whole
 from tljax.pretrained import torch_file
 from tljax.pretrained.torch_file import Buffer
 from tljax.pretrained.torch_pickle import DamagedError
@@ -126,7 +126,7 @@ def write_safetensors(
         header[key] = {"dtype": dtype, "shape": array.shape, "data_offsets": (begin, end)}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with _replacing(path) as file:
+    with written_whole(path) as temporary, temporary.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for key in keys:
             file.write(torch_file.little_endian(arrays[key]))
@@ -145,7 +145,7 @@ def write_torch(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray]) 
         RequestError: torch cannot hold a dtype, or the file cannot be written.
     """
     path = Path(path)
-    with _replacing(path) as file:
+    with written_whole(path) as temporary, temporary.open("wb") as file:
         try:
             torch_file.write_zip(file, arrays)
         except ValueError as error:
@@ -179,22 +179,6 @@ def _map(path: Path) -> mmap.mmap:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except ValueError as error:
             raise RequestError(f"{path}: empty; fetch it again") from error
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file that takes the place of ``path`` when it is complete, and not before."""
-    if not path.parent.is_dir():
-        raise RequestError(f"{path}: cannot be written, the folder {path.parent} does not exist")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-        temporary.replace(path)
-    except OSError as error:
-        raise RequestError(f"{path}: cannot be written ({error.strerror})") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _is_index(data: Buffer) -> bool:

@@ -111,7 +111,7 @@ def _torchvision(pretrained: Pretrained) -> Any:
     model, _, card = pretrained
     try:
         import torch  # noqa: PLC0415
-        import torchvision  # noqa: PLC0415
+        import torchvision  # noqa: PLC0415  # pyright: ignore[reportMissingImports]
     except (ImportError, RuntimeError):  # torchvision beside a torch it was not built for
         raise RequestError(
             f"{card.source} has torchvision's keys and torchvision does not import here; "

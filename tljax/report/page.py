@@ -3,7 +3,6 @@
 import base64
 import html
 import io
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 from jaxtyping import Float, Integer, UInt8
 from PIL import Image
 
+from tljax.files import written_whole
 from tljax.report.figures import LogEntry, confusion_matrix, curves, sweep_curve
 
 if TYPE_CHECKING:
@@ -135,7 +135,9 @@ def write_report(path: Path, report: Report) -> None:
             _section("What to do next", "".join(map(_command, report.next_steps))),
         )
     )
-    _write_text(path, _PAGE.format(title=_text(report.title), style=_STYLE, body=body))
+    page = _PAGE.format(title=_text(report.title), style=_STYLE, body=body)
+    with written_whole(path) as temporary:
+        temporary.write_text(page, "utf-8")
 
 
 def _text(text: str) -> str:
@@ -252,15 +254,6 @@ def _photo(pixels: UInt8[np.ndarray, "_height _width 3"]) -> str:
 
 def _data_uri(buffer: io.BytesIO, kind: str) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def _write_text(path: Path, text: str) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 # The policy forbids whatever the page does not need: should a name ever slip through unescaped, it

@@ -41,7 +41,7 @@ def worst_mistakes(
     return mistakes
 
 
-def write_training_report(  # noqa: PLR0917 - one run, described
+def write_training_report(
     workdir: Path,
     result: FitResult,
     splits: Splits,
@@ -95,3 +95,29 @@ def write_training_report(  # noqa: PLR0917 - one run, described
         ],
     )
     write_report(workdir / "report.html", report)
+
+
+def write_evaluation_report(
+    path: Path,
+    evaluation: Evaluation,
+    source: Source,
+    card: Card,
+    notes: Sequence[str],
+    skipped: Sequence[tuple[str, str]],
+) -> None:
+    """Writes the page of ``scripts/evaluate.py``."""
+    report = Report(
+        title=f"Evaluation of {card.source}",
+        headline=[
+            ("top-1", percent(evaluation.top1)),
+            ("top-5", percent(evaluation.top5)),
+            ("images", str(evaluation.examples)),
+        ],
+        notes=notes,
+        classes=card.classes,
+        confusion=evaluation.confusion,
+        mistakes=worst_mistakes(evaluation, source, card.classes),
+        skipped=skipped,
+        details={"Environment": rundir.environment()},
+    )
+    write_report(path, report)

@@ -58,6 +58,11 @@ class Features(NamedTuple):
     indices: np.ndarray
     skipped: dict[int, str]
 
+    def pooled(self) -> "Features":
+        """Feature maps averaged over their positions, ``[n, channels]``; vectors as they are."""
+        positions = tuple(range(1, self.values.ndim - 1))
+        return self._replace(values=self.values.mean(positions))
+
 
 def compute_features(
     model: Model,
@@ -158,7 +163,7 @@ def _forward(
     return value.astype("float32")
 
 
-def _compute(  # noqa: PLR0917 - the arguments of `compute_features`
+def _compute(
     model: Model,
     variables: Variables,
     source: Source,

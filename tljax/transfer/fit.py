@@ -136,7 +136,7 @@ def fit(
     return result
 
 
-def _fit_probe(  # noqa: PLR0917
+def _fit_probe(
     model: Model,
     variables: Variables,
     splits: Splits,
@@ -159,7 +159,7 @@ def _fit_probe(  # noqa: PLR0917
     return FitResult(model, variables, probe, evaluation, evaluation, history, skipped)
 
 
-def _fine_tune(  # noqa: PLR0917
+def _fine_tune(
     result: FitResult,
     train: Features,
     val: Features,

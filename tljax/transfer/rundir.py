@@ -31,14 +31,7 @@ def create_run(workdir: Path, config: dict[str, Any], splits: Splits) -> None:
     """
     if (workdir / "config.json").exists():
         raise RequestError(f"{workdir} already holds a run; choose another --workdir")
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        write_json(workdir / "config.json", config)
-    except OSError as error:
-        reason = error.strerror or error
-        raise RequestError(
-            f"cannot write to {workdir} ({reason}); choose another --workdir"
-        ) from None
+    write_json(workdir / "config.json", config)
     write_json(workdir / "env.json", environment())
     write_json(workdir / "classes.json", list(splits.train.classes))
     rows = (

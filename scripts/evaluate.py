@@ -1,0 +1,70 @@
+"""Measures a network on a folder of class folders; classes are matched by name."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tljax import cli
+
+
+@dataclass(frozen=True)
+class Config(cli.Common):
+    """Measure a network on labelled images."""
+
+    data: str | None = None
+    """A folder of class folders, or digits; by default the validation part of the run's data."""
+    workdir: Path | None = None
+    """A run directory: its network is measured, and the report goes to its eval/ folder."""
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Prints accuracies; with a run directory also writes a page with the mistakes."""
+    from tljax.data.sources import match_classes, open_labelled, open_splits
+    from tljax.errors import RequestError
+    from tljax.pretrained import load_pretrained
+    from tljax.pretrained.catalog import names_like
+    from tljax.report.runs import percent, write_evaluation_report
+    from tljax.transfer import rundir
+    from tljax.transfer.evaluate import evaluate
+    from tljax.transfer.features import compute_features
+
+    if config.data:
+        source = open_labelled(config.data)
+    elif config.workdir:
+        asked = rundir.read_config(config.workdir)
+        source = open_splits(asked["data"], val_fraction=asked["val_fraction"]).val
+    else:
+        raise RequestError("name what to measure on: --data FOLDER, or --workdir RUN")
+    pretrained = load_pretrained(config.workdir or config.weights, model=config.model)
+    model, variables, card = pretrained.with_size(config.image_size)
+    source, notes = match_classes(source, names_like(card.classes, source.classes))
+    print("\n".join(notes))
+
+    began = time.perf_counter()
+    logits = compute_features(
+        model, variables, source, config.loading, stop=None, description="evaluate"
+    )
+    seconds = time.perf_counter() - began
+    if not len(logits.labels):
+        raise RequestError("no image of the data can be read")
+    evaluation = evaluate(logits)
+    for label, value in (("top-1", evaluation.top1), ("top-5", evaluation.top5)):
+        print(f"{label}  {percent(value)}  of {evaluation.examples} images")
+    for name, reason in rundir.skipped_rows(source, logits.skipped):
+        print(f"not read: {name}: {reason}")
+    if config.workdir:
+        page = config.workdir / "eval" / "report.html"
+        skipped = rundir.skipped_rows(source, logits.skipped)
+        write_evaluation_report(page, evaluation, source, card, notes, skipped)
+        print(f"report {page}")
+    return {
+        "top1": evaluation.top1,
+        "top5": evaluation.top5,
+        "examples": evaluation.examples,
+        "images_per_second": round(evaluation.examples / seconds, 1),
+    }
+
+
+if __name__ == "__main__":
+    cli.main(Config, run)

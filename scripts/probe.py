@@ -1,0 +1,72 @@
+"""How good are frozen features on your images? A linear probe and nearest neighbours."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from tljax import cli
+
+
+@dataclass(frozen=True)
+class Config(cli.Common):
+    """Probe a network's frozen features; nothing is trained but a linear classifier."""
+
+    data: str = "digits"
+    """A folder of class folders (with or without train/ and val/), or digits."""
+    stage: str = "head"
+    """The stage whose input is probed; the default is the pooled features. Maps are averaged."""
+    neighbours: int = 20
+    """Of the nearest-neighbour classifier."""
+    val_fraction: float = 0.2
+    """Share of the images kept for validation where the data has no validation part."""
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Prints the validation accuracy of a linear probe and of nearest neighbours."""
+    from tljax.data.sources import open_splits
+    from tljax.pretrained import load_pretrained
+    from tljax.report.runs import percent
+    from tljax.transfer.features import compute_features
+    from tljax.transfer.probe import fit_probe, knn_predict, predict_logits
+
+    began = time.perf_counter()
+    model, variables, _ = load_pretrained(config.weights, model=config.model).with_size(
+        config.image_size
+    )
+    splits = open_splits(config.data, val_fraction=config.val_fraction)
+    train, val = (
+        compute_features(
+            model,
+            variables,
+            source,
+            config.loading,
+            stop=config.stage,
+            cache=True,
+            description=f"{part} features",
+        ).pooled()
+        for part, source in (("train", splits.train), ("val", splits.val))
+    )
+    classes = len(splits.train.classes)
+    probe = fit_probe(train.values, train.labels, num_classes=classes, seed=config.seed)
+    linear = (predict_logits(probe, val.values).argmax(1) == val.labels).mean()
+    neighbours = knn_predict(
+        train.values, train.labels, val.values, num_classes=classes, k=config.neighbours
+    )
+    nearest = (neighbours.argmax(1) == val.labels).mean()
+    seconds = time.perf_counter() - began
+    print(f"linear probe         {percent(float(linear))}  (l2 {probe.l2:.2g})")
+    print(f"nearest neighbours   {percent(float(nearest))}  (k {config.neighbours})")
+    print(f"{len(train.labels)} training and {len(val.labels)} validation images, {seconds:.0f} s")
+    return {
+        "val_top1": float(linear),
+        "probe_top1": float(linear),
+        "knn_top1": float(nearest),
+        "l2": probe.l2,
+        "recipe": "probe",
+        "workdir": None,
+        "seconds": round(seconds, 1),
+    }
+
+
+if __name__ == "__main__":
+    cli.main(Config, run)

@@ -1,0 +1,89 @@
+"""Lists, verifies, imports and exports pretrained weights."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from tljax import cli
+
+
+@dataclass(frozen=True)
+class List(cli.Output):
+    """List the catalog of published weights."""
+
+
+@dataclass(frozen=True)
+class Verify(cli.Output):
+    """Compare a port with its reference implementation (torch), layer by layer."""
+
+    weights: Annotated[str, tyro.conf.Positional]
+    """A catalog name, hub id, file, saved folder or run directory."""
+    reference: str | None = None
+    """A folder or hub id that transformers can load; by default what the weights came from."""
+
+
+@dataclass(frozen=True)
+class Import(cli.Output):
+    """Port weights once and keep them in tljax's own format, with their card."""
+
+    weights: Annotated[str, tyro.conf.Positional]
+    """A catalog name, hub id, file or saved folder."""
+    path: Annotated[Path, tyro.conf.Positional]
+    """The .safetensors file to write."""
+    model: str | None = None
+    """The architecture that the weights must be; found out if not given."""
+
+
+@dataclass(frozen=True)
+class Export(cli.Output):
+    """Write a network, fine-tuned ones too, for other programs."""
+
+    weights: Annotated[str, tyro.conf.Positional]
+    """A catalog name, hub id, file, saved folder or run directory."""
+    path: Annotated[Path, tyro.conf.Positional]
+    """The file to write, .safetensors or .pth; for huggingface a folder."""
+    layout: str = "torchvision"
+    """Whose keys to use: torchvision, timm, huggingface, efficientnet_pytorch or tljax."""
+
+
+def run(command: List | Verify | Import | Export) -> dict[str, Any]:
+    """Does what the subcommand says."""
+    from tljax.errors import VerificationError
+    from tljax.pretrained import CATALOG, export, load_pretrained, save
+
+    if isinstance(command, List):
+        print(f"{'name':26}{'model':20}{'pixels':>6}{'top-1':>8}  licence")
+        for name, entry in CATALOG.items():
+            size = entry.preprocess.size
+            print(f"{name:26}{entry.model:20}{size:>6}{entry.top1:>8.2f}  {entry.licence}")
+        return {"weights": list(CATALOG)}
+    if isinstance(command, Verify):
+        from tljax.pretrained.verify import TOLERANCE, verify
+
+        layers = verify(load_pretrained(command.weights), command.reference)
+        wrong = [layer for layer in layers if not layer.difference <= TOLERANCE or layer.reason]
+        for stage in dict.fromkeys(layer.layer.split("/")[0] for layer in layers):
+            worst = max(x.difference for x in layers if x.layer.split("/")[0] == stage)
+            print(f"{stage:12}{worst:.1e}")
+        if wrong:
+            first = wrong[0]
+            detail = f": {first.reason}" if first.reason else ""
+            raise VerificationError(
+                f"{first.layer} is the first of {len(wrong)} layers that differ from the "
+                f"reference, by {first.difference:.1e} of its scale{detail}"
+            )
+        print(f"every layer agrees to {TOLERANCE:g} of its scale")
+        return {"layers": {layer.layer: layer.difference for layer in layers}}
+    pretrained = load_pretrained(command.weights, model=getattr(command, "model", None))
+    if isinstance(command, Import):
+        save(command.path, pretrained)
+    else:
+        export(command.path, pretrained, command.layout)
+    print(f"{pretrained.model.name} written to {command.path}")
+    return {"model": pretrained.model.name, "path": str(command.path)}
+
+
+if __name__ == "__main__":
+    cli.main(List | Verify | Import | Export, run)
