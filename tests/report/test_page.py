@@ -259,7 +259,7 @@ def test_a_failing_write_leaves_the_old_page(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, failing, disk_full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(RequestError, match="No space"):
         write_report(path, Report(title="new"))
     assert path.read_bytes() == old
     assert list(tmp_path.iterdir()) == [path]
