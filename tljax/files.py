@@ -43,6 +43,7 @@ def written_whole(path: Path) -> Iterator[Path]:
 _OF_THE_DISK = (
     errno.EACCES,
     errno.EDQUOT,
+    errno.EEXIST,
     errno.EISDIR,
     errno.ENOENT,
     errno.ENOSPC,

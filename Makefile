@@ -1,0 +1,38 @@
+# Two commands set everything up: `make demo` and `make test`. Both need Python 3.11 or later.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-all lint clean
+
+# The main job, offline, on a CPU: pretrained EfficientNet-Lite0 becomes a reader of digits,
+# and as it is names what is on a photograph.
+demo: $(VENV)/.demo
+	$(BIN)/python scripts/train.py --image-size 96 --epochs 5
+	$(BIN)/python scripts/predict.py $$($(BIN)/python -c "import skimage, pathlib; print(pathlib.Path(skimage.__file__).parent / 'data/chelsea.png')")
+
+# Checks the style and the types, then runs the tests that take seconds.
+test: $(VENV)/.test lint
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+# Also the tests that take minutes.
+test-all: $(VENV)/.test lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+$(VENV)/.demo: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable ".[demo]"
+	touch $@
+
+$(VENV)/.test: pyproject.toml $(VENV)/.demo
+	$(BIN)/python -m pip install --quiet --editable ".[demo,test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV)
