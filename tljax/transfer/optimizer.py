@@ -21,8 +21,8 @@ class OptimizerConfig:
         backbone_scale: the rest of the network learns at this multiple of ``learning_rate``.
         momentum: of ``sgd``.
         weight_decay: of kernels; never of norms and biases.
-        warmup: share of the steps over which the learning rate rises linearly from 0. It then
-            falls to 0 along a cosine.
+        warmup: share of the steps over which the learning rate rises linearly. It then falls
+            along a cosine.
         clip_norm: largest global norm of the trainable gradient; 0 clips nothing.
     """
 
@@ -36,9 +36,11 @@ class OptimizerConfig:
 
 
 def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
-    """Linear warm-up, then a cosine to 0; the head's rate by step."""
-    warmup = min(max(1, round(config.warmup * total_steps)), total_steps - 1)
-    return optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, total_steps)
+    """Linear warm-up, then a cosine to 0; the head's rate by step. No step has rate 0."""
+    warmup = max(1, round(config.warmup * total_steps))
+    rising = optax.linear_schedule(config.learning_rate / warmup, config.learning_rate, warmup - 1)
+    falling = optax.cosine_decay_schedule(config.learning_rate, max(1, total_steps - warmup + 1))
+    return optax.join_schedules((rising, falling), (warmup - 1,))
 
 
 def build_optimizer(

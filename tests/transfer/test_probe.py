@@ -1,0 +1,424 @@
+import warnings
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedKFold
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.preprocessing import StandardScaler
+
+from tljax.errors import RequestError
+from tljax.transfer import probe
+from tljax.transfer.probe import (
+    L2_VALUES,
+    fit_logistic,
+    fit_probe,
+    knn_predict,
+    predict_logits,
+)
+
+# The problems of one shape share one compilation.
+EXAMPLES, DIMENSIONS, CLASSES = 200, 20, 4
+
+
+def sampled_labels(rng, features, scale, classes=CLASSES):
+    """Labels drawn from a softmax model."""
+    logits = features @ rng.normal(size=(features.shape[1], classes)) * scale
+    return (logits + rng.gumbel(size=logits.shape)).argmax(1)
+
+
+def random():
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(EXAMPLES, DIMENSIONS))
+    return features, sampled_labels(rng, features, 0.5)
+
+
+def separable():
+    rng = np.random.default_rng(1)
+    labels = rng.integers(0, CLASSES, EXAMPLES)
+    means = 3 * rng.normal(size=(CLASSES, DIMENSIONS))
+    return means[labels] + rng.normal(size=(EXAMPLES, DIMENSIONS)), labels
+
+
+def correlated():
+    rng = np.random.default_rng(2)
+    features = rng.normal(size=(EXAMPLES, 4)) @ rng.normal(size=(4, DIMENSIONS))
+    features += 0.02 * rng.normal(size=features.shape)
+    labels = sampled_labels(rng, features, 0.3)
+    return features * np.logspace(-1, 1, DIMENSIONS) + 5, labels
+
+
+def one_example_of_a_class():
+    rng = np.random.default_rng(3)
+    labels = rng.integers(0, CLASSES - 1, EXAMPLES)
+    labels[7] = CLASSES - 1
+    return rng.normal(size=(EXAMPLES, DIMENSIONS)), labels
+
+
+def duplicate_and_constant():
+    rng = np.random.default_rng(4)
+    features = rng.normal(size=(EXAMPLES, DIMENSIONS))
+    features[:, 5:10] = features[:, :5]
+    features[:, 10] = 2 * features[:, 0] + 1
+    features[:, 11:14] = 3.7, 0, 1e4
+    return features, sampled_labels(rng, features[:, :5], 1)
+
+
+def wide():
+    rng = np.random.default_rng(5)
+    return rng.normal(size=(40, 120)), rng.integers(0, CLASSES, 40)
+
+
+def digits():
+    features, labels = load_digits(return_X_y=True)
+    return StandardScaler().fit_transform(features), labels
+
+
+PROBLEMS = [random, separable, correlated, one_example_of_a_class, duplicate_and_constant, wide]
+
+
+def objective(features, labels, kernel, bias, l2):
+    """The formula of fit_logistic's docstring in float64."""
+    logits = features.astype(np.float64) @ np.asarray(kernel, np.float64) + np.asarray(bias)
+    own = logits[np.arange(len(labels)), labels]
+    # log(1 + x) keeps what 1 + x rounds away: separable data has losses around 1e-6.
+    margins = logits - own[:, None]
+    margins[np.arange(len(labels)), labels] = -np.inf
+    loss = np.logaddexp(0, np.logaddexp.reduce(margins, axis=1))
+    return loss.mean() + l2 / 2 * np.square(kernel, dtype=np.float64).sum()
+
+
+def sklearn_objectives(features, labels, l2_values, solver):
+    for l2 in l2_values:
+        model = LogisticRegression(
+            C=1 / (len(labels) * l2), solver=solver, tol=1e-10, max_iter=20_000
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # lbfgs cannot reach 1e-10 everywhere
+            model.fit(features.astype(np.float64), labels)
+        yield objective(features, labels, model.coef_.T, model.intercept_, l2)
+
+
+def assert_optimal(problem, l2_values, solver):
+    features, labels = problem()
+    features = features.astype(np.float32)
+    fit = fit_logistic(features, labels, np.array(l2_values), num_classes=labels.max() + 1)
+    ours = [
+        objective(features, labels, kernel, bias, l2)
+        for kernel, bias, l2 in zip(fit.kernel, fit.bias, l2_values, strict=True)
+    ]
+    assert fit.converged.all()
+    np.testing.assert_allclose(ours, fit.objective, rtol=1e-5)
+    reference = list(sklearn_objectives(features, labels, l2_values, solver))
+    np.testing.assert_allclose(ours, reference, rtol=1e-4)
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_objective_equals_sklearn_at_all_l2_values(problem):
+    # Newton's method: lbfgs stops up to 1e-3 above the optimum of the correlated features.
+    assert_optimal(problem, L2_VALUES, "newton-cholesky")
+
+
+def test_objective_equals_sklearn_on_digits():
+    assert_optimal(digits, L2_VALUES[::11], "newton-cholesky")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("problem", [p for p in PROBLEMS if p is not correlated] + [digits])
+def test_objective_equals_sklearn_lbfgs_at_all_l2_values(problem):
+    assert_optimal(problem, L2_VALUES, "lbfgs")
+
+
+def test_solution_does_not_depend_on_the_other_problems():
+    features, labels = correlated()
+    l2 = np.array([1e-4, 1e-2, 1.0])
+    together = fit_logistic(features, labels, l2, num_classes=CLASSES)
+    among_others = fit_logistic(
+        features, labels, np.array([1e-2, *np.logspace(-6, 5, 20)]), num_classes=CLASSES
+    )
+    alone = fit_logistic(features, labels, l2[1:2], num_classes=CLASSES)
+    # Only the rounding of differently blocked matrix products may differ.
+    for kernel in (among_others.kernel[0], together.kernel[1]):
+        np.testing.assert_allclose(kernel, alone.kernel[0], rtol=0, atol=1e-3)
+    np.testing.assert_allclose(together.objective[1], alone.objective[0], rtol=1e-6)
+    np.testing.assert_allclose(together.iterations[1], alone.iterations[0], atol=1)
+
+
+def test_memory_budget_bounds_the_problems_in_flight(monkeypatch):
+    features, labels = random()
+    l2 = np.logspace(-3, 1, 5)
+    expected = fit_logistic(features, labels, l2, num_classes=CLASSES)
+    seen = []
+    solve = probe._solve
+    monkeypatch.setattr(
+        probe,
+        "_solve",
+        lambda *args, num_slots: seen.append(num_slots) or solve(*args, num_slots=2),
+    )
+    monkeypatch.setattr(probe, "_MEMORY_BUDGET", 1)
+    fit = fit_logistic(features, labels, l2, num_classes=CLASSES)
+    assert seen == [1]
+    np.testing.assert_allclose(fit.objective, expected.objective, rtol=1e-6)
+
+
+def test_weight_zero_leaves_an_example_out():
+    features, labels = random()
+    weights = np.ones((2, EXAMPLES))
+    weights[0, :50] = 0
+    weights[1, 50:100] = 0
+    masked = fit_logistic(
+        features, labels, np.full(2, 0.01), num_classes=CLASSES, weights=weights, tolerance=1e-7
+    )
+    for row in range(2):
+        kept = weights[row] > 0
+        subset = fit_logistic(
+            features[kept], labels[kept], np.full(1, 0.01), num_classes=CLASSES, tolerance=1e-7
+        )
+        np.testing.assert_allclose(masked.kernel[row], subset.kernel[0], rtol=0, atol=2e-3)
+        np.testing.assert_allclose(masked.bias[row], subset.bias[0], rtol=0, atol=2e-3)
+        np.testing.assert_allclose(masked.objective[row], subset.objective[0], rtol=1e-6)
+
+
+def test_weights_count_an_example_several_times():
+    features, labels = random()
+    weights = np.random.default_rng(0).integers(0, 3, EXAMPLES)
+    weighted = fit_logistic(features, labels, [0.1], num_classes=CLASSES, weights=weights[None])
+    repeated = fit_logistic(
+        features.repeat(weights, axis=0),
+        labels.repeat(weights),
+        [0.1],
+        num_classes=CLASSES,
+    )
+    np.testing.assert_allclose(weighted.objective, repeated.objective, rtol=2e-5)
+
+
+def test_class_without_examples_is_never_predicted():
+    features, labels = separable()
+    present = fit_logistic(features, labels, [1e-4, 1.0], num_classes=CLASSES)
+    more = fit_logistic(features, labels, [1e-4, 1.0], num_classes=CLASSES + 2)
+    np.testing.assert_allclose(more.objective, present.objective, rtol=2e-5)
+    np.testing.assert_allclose(more.kernel[:, :, CLASSES:], 0, atol=1e-6)
+    assert np.isfinite(more.bias).all()
+    logits = features @ np.asarray(more.kernel) + np.asarray(more.bias)[:, None]
+    assert jax.nn.softmax(logits)[..., CLASSES:].max() < 1e-9
+
+
+def test_too_few_iterations_are_reported():
+    features, labels = separable()
+    fit = fit_logistic(features, labels, [1e-5, 1e5], num_classes=CLASSES, max_iterations=3)
+    assert fit.converged.tolist() == [False, True]
+    assert fit.iterations.tolist() == [3, 1]
+
+
+def test_gradient_norm_is_that_of_the_objective():
+    features, labels = random()
+    features = np.float32(features - features.mean(0))
+    fit = fit_logistic(features, labels, [1e-2], num_classes=CLASSES, max_iterations=2)
+    kernel, bias = np.asarray(fit.kernel[0], np.float64), np.asarray(fit.bias[0], np.float64)
+    logits = features @ kernel + bias
+    residual = np.asarray(jax.nn.softmax(logits)) - np.eye(CLASSES)[labels]
+    gradient = np.vstack([features.T @ residual / EXAMPLES + 1e-2 * kernel, residual.mean(0)])
+    np.testing.assert_allclose(fit.gradient_norm[0], np.linalg.norm(gradient), rtol=1e-3)
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 2**16))
+def test_order_of_examples_and_classes_does_not_matter(seed):
+    rng = np.random.default_rng(seed)
+    features, labels = random()
+    examples, classes = rng.permutation(EXAMPLES), rng.permutation(CLASSES)
+    l2 = [0.01, 1.0]
+    fit = fit_logistic(features, labels, l2, num_classes=CLASSES, tolerance=1e-7)
+    permuted = fit_logistic(
+        features[examples], classes[labels[examples]], l2, num_classes=CLASSES, tolerance=1e-7
+    )
+    np.testing.assert_allclose(permuted.kernel[:, :, classes], fit.kernel, rtol=0, atol=2e-3)
+    np.testing.assert_allclose(permuted.bias[:, classes], fit.bias, rtol=0, atol=2e-3)
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    shift=st.lists(st.floats(-50, 50, width=32), min_size=DIMENSIONS, max_size=DIMENSIONS),
+    log_scale=st.lists(st.floats(-3, 3, width=32), min_size=DIMENSIONS, max_size=DIMENSIONS),
+)
+def test_probe_ignores_shift_and_scale_of_a_feature(shift, log_scale):
+    features, labels = random()
+    moved = (features * 10 ** np.array(log_scale) + np.array(shift)).astype(np.float32)
+    # Only what float32 still tells apart can come out the same.
+    moved_back = (moved - np.array(shift)) / 10 ** np.array(log_scale)
+    l2_values = (0.01, 0.1, 1.0)
+    expected = fit_probe(moved_back, labels, num_classes=CLASSES, l2_values=l2_values)
+    actual = fit_probe(moved, labels, num_classes=CLASSES, l2_values=l2_values)
+    assert actual.l2 == expected.l2
+    np.testing.assert_allclose(
+        jax.nn.softmax(predict_logits(actual, moved)),
+        jax.nn.softmax(predict_logits(expected, moved_back)),
+        rtol=0,
+        atol=5e-3,
+    )
+
+
+def test_probe_is_the_fit_at_the_chosen_l2_on_standardized_features():
+    features, labels = correlated()
+    features = features.astype(np.float32)
+    fitted = fit_probe(features, labels, num_classes=CLASSES)
+    standardized = StandardScaler().fit_transform(features.astype(np.float64))
+    fit = fit_logistic(standardized, labels, [fitted.l2], num_classes=CLASSES)
+    assert fitted.converged
+    np.testing.assert_allclose(
+        predict_logits(fitted, features),
+        standardized @ np.asarray(fit.kernel[0]) + np.asarray(fit.bias[0]),
+        rtol=0,
+        atol=5e-3,
+    )
+
+
+def test_probe_chooses_by_accuracy_then_by_loss():
+    features, labels = separable()
+    fitted = fit_probe(features, labels, num_classes=CLASSES)
+    best = fitted.held_out_accuracy == fitted.held_out_accuracy.max()
+    assert best.sum() > 1  # else this test says nothing of ties
+    assert fitted.held_out_loss[fitted.l2_values == fitted.l2] == fitted.held_out_loss[best].min()
+
+
+@pytest.mark.parametrize("limit", [probe._CROSS_VALIDATION_LIMIT, EXAMPLES - 1])
+def test_held_out_figures_equal_sklearn(monkeypatch, limit):
+    monkeypatch.setattr(probe, "_CROSS_VALIDATION_LIMIT", limit)
+    features, labels = random()
+    l2_values = (1e-2, 1.0)
+    fitted = fit_probe(features, labels, num_classes=CLASSES, l2_values=l2_values, seed=3)
+    standardized = StandardScaler().fit_transform(features)
+    held_out = probe._held_out(labels, seed=3)
+    assert len(held_out) == (5 if limit >= EXAMPLES else 1)
+    for l2, accuracy, loss in zip(
+        l2_values, fitted.held_out_accuracy, fitted.held_out_loss, strict=True
+    ):
+        log_probability = []
+        correct = []
+        for out in held_out:
+            model = LogisticRegression(
+                C=1 / ((~out).sum() * l2), solver="newton-cholesky", tol=1e-10
+            ).fit(standardized[~out], labels[~out])
+            own = np.arange(out.sum()), labels[out]
+            log_probability.extend(model.predict_log_proba(standardized[out])[own])
+            correct.extend(model.predict(standardized[out]) == labels[out])
+        np.testing.assert_allclose(accuracy, np.mean(correct), rtol=1e-6)
+        np.testing.assert_allclose(loss, -np.mean(log_probability), rtol=2e-3)
+
+
+@settings(max_examples=50, deadline=None)
+@given(labels=st.lists(st.integers(0, 6), min_size=1, max_size=60), seed=st.integers(0, 99))
+def test_folds_are_stratified_and_spare_lone_examples(labels, seed):
+    labels = np.array(labels)
+    held_out = probe._held_out(labels, seed)
+    counts = np.bincount(labels)
+    np.testing.assert_array_equal(held_out.sum(0), counts[labels] > 1)
+    per_class = held_out @ np.eye(7)[labels][:, counts.nonzero()[0]]
+    assert (np.ptp(per_class, axis=0) <= 1).all()
+    several = labels[counts[labels] > 1]
+    if len(several) == len(labels):
+        assert np.ptp(held_out.sum(1)) <= 1
+
+
+def test_folds_hold_out_as_much_of_each_class_as_sklearns():
+    labels = np.random.default_rng(0).integers(0, 7, 101)
+    ours = probe._held_out(labels, 0) @ np.eye(7)[labels]
+    folds = StratifiedKFold(5).split(labels, labels)
+    theirs = np.array([np.bincount(labels[test], minlength=7) for _, test in folds])
+    np.testing.assert_array_equal(np.sort(ours, axis=0), np.sort(theirs, axis=0))
+
+
+def test_probe_with_a_lone_example_and_constant_features():
+    features, labels = duplicate_and_constant()
+    labels = labels % 2
+    labels[0] = 2
+    fitted = fit_probe(features, labels, num_classes=CLASSES)
+    assert np.isfinite(fitted.kernel).all()
+    assert np.isfinite(fitted.held_out_loss).all()
+    np.testing.assert_allclose(fitted.kernel[11:14], 0, atol=1e-6)
+
+
+@pytest.mark.parametrize("k", [1, 20, 1000])
+def test_knn_equals_sklearn(k):
+    rng = np.random.default_rng(0)
+    train, labels = random()
+    queries = rng.normal(size=(30, DIMENSIONS))
+    oracle = KNeighborsClassifier(
+        n_neighbors=min(k, EXAMPLES),
+        metric="cosine",
+        weights=lambda distance: np.exp((1 - distance) / 0.07),
+    ).fit(train, labels)
+    actual = knn_predict(train, labels, queries, num_classes=CLASSES, k=k)
+    np.testing.assert_allclose(actual, oracle.predict_proba(queries), rtol=0, atol=1e-5)
+
+
+def test_knn_in_blocks(monkeypatch):
+    train, labels = random()
+    whole = knn_predict(train, labels, train[:30], num_classes=CLASSES)
+    monkeypatch.setattr(probe, "_MEMORY_BUDGET", 8 * EXAMPLES * 7)  # 7 queries at a time
+    np.testing.assert_allclose(
+        knn_predict(train, labels, train[:30], num_classes=CLASSES), whole, atol=1e-6
+    )
+
+
+def test_knn_of_a_zero_vector_is_finite():
+    train, labels = random()
+    probabilities = knn_predict(train, labels, np.zeros((1, DIMENSIONS)), num_classes=CLASSES)
+    # Equally dissimilar to all: the first 20 vote alike.
+    np.testing.assert_allclose(
+        probabilities[0], np.bincount(labels[:20], minlength=CLASSES) / 20, atol=1e-6
+    )
+
+
+def with_nan(features):
+    features = features.copy()
+    features[[3, 3, 8], [0, 1, 2]] = np.nan, np.inf, -np.inf
+    return features
+
+
+@pytest.mark.parametrize("fit", [fit_probe, lambda *a, **k: fit_logistic(*a, [1.0], **k)])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x, y: (with_nan(x), y), f"3 of {EXAMPLES * DIMENSIONS} feature values"),
+        (lambda x, y: (x[:, 0], y), "features must be"),
+        (lambda x, y: (x, y[:-1]), f"labels must be {EXAMPLES} integers"),
+        (lambda x, y: (x, y.astype(float)), "integers"),
+        (lambda x, y: (x, y - 1), r"\[0, 4\), got -1 to 2"),
+        (lambda x, y: (x, y + 1), r"\[0, 4\), got 1 to 4"),
+        (lambda x, y: (x, np.full_like(y, 2)), "all 200 examples are of class 2"),
+    ],
+)
+def test_bad_training_data_is_refused(fit, change, message):
+    features, labels = change(*random())
+    with pytest.raises(RequestError, match=message):
+        fit(features, labels, num_classes=CLASSES)
+
+
+@pytest.mark.parametrize("l2", [[0.0], [-1.0], [np.nan], [], 1.0])
+def test_bad_l2_is_refused(l2):
+    with pytest.raises(RequestError, match="positive"):
+        fit_logistic(*random(), l2, num_classes=CLASSES)
+
+
+@pytest.mark.parametrize(
+    "weights", [np.ones((1, EXAMPLES)), np.zeros((2, EXAMPLES)), -np.ones((2, EXAMPLES))]
+)
+def test_bad_weights_are_refused(weights):
+    with pytest.raises(RequestError, match="weights must be"):
+        fit_logistic(*random(), [1.0, 2.0], num_classes=CLASSES, weights=weights)
+
+
+def test_probe_needs_something_to_hold_out():
+    with pytest.raises(RequestError, match="no class has two examples"):
+        fit_probe(np.eye(3), np.arange(3), num_classes=3)
+
+
+def test_knn_refuses_values_that_are_not_finite():
+    features, labels = random()
+    with pytest.raises(RequestError, match="3 of"):
+        knn_predict(features, labels, with_nan(features), num_classes=CLASSES)
