@@ -5,58 +5,27 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import linen as nn
+from tiny import MODEL
 
 from tljax.errors import RequestError
-from tljax.models import Model, Stage, apply
-from tljax.models.layers import ConvNorm, GlobalAveragePool, LinearHead
+from tljax.models import apply
 from tljax.transfer.freeze import combine, first_trainable_stage, freeze_to, label, partition
 from tljax.transfer.metrics import Metrics, measure
 from tljax.transfer.optimizer import OptimizerConfig, build_optimizer, learning_rate_schedule
 from tljax.transfer.step import init_state, make_train_step
 from tljax.trees import flatten, unflatten
-from tljax.types import Batch, Preprocess
-
-
-class Unit(nn.Module):
-    features: int
-
-    @nn.compact
-    def __call__(self, x, train):
-        return nn.relu(ConvNorm(self.features, 3, padding=1, name="conv")(x, train))
-
-
-MODEL = Model(
-    "tiny",
-    (
-        Stage("stem", Unit(8)),
-        Stage("layer1", Unit(12)),
-        Stage("pool", GlobalAveragePool()),
-        Stage("head", LinearHead(3, dropout=0.5)),
-    ),
-    Preprocess(8, 8),
-)
+from tljax.types import Batch
 
 
 @pytest.fixture
-def variables():
-    rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(lambda: _init(MODEL))
-    random = jax.tree.map(lambda s: jnp.asarray(rng.normal(0, 0.3, s.shape), s.dtype), shapes)
-    random["batch_stats"] = jax.tree.map(lambda x: jnp.abs(x) + 0.5, random["batch_stats"])
-    return random
-
-
-def _init(model):
-    from tljax.models import init
-
-    return init(model, jax.random.key(0))
+def variables(tiny):
+    return tiny[1]
 
 
 def batch(size=6, seed=0, masked=0):
     rng = np.random.default_rng(seed)
     return Batch(
-        rng.integers(0, 256, (size, 8, 8, 3)).astype(np.uint8),
+        rng.integers(0, 256, (size, 16, 16, 3)).astype(np.uint8),
         rng.integers(0, 3, size).astype(np.int32),
         np.arange(size) < size - masked,
         np.arange(size, dtype=np.int32),

@@ -1,0 +1,95 @@
+"""What are the frozen features of a network worth on a folder of images? JSON on stdout.
+
+A linear probe whose L2 value is chosen on held-out parts of the training images, then measured on
+the validation part; with ``--sklearn``, scikit-learn's LogisticRegression at the best of the same
+sweep *on the validation part* beside it: a yardstick that has seen the answers.
+
+    python benchmarks/accuracy.py FOLDER [FOLDER ...] --weights NAME [NAME ...]
+"""
+
+import json
+import time
+from dataclasses import dataclass, replace
+from typing import Annotated
+
+import numpy as np
+import tyro
+
+from tljax.data.sources import Splits, open_splits
+from tljax.pretrained import Pretrained, load_pretrained
+from tljax.transfer.features import Features, Loading, compute_features
+from tljax.transfer.probe import L2_VALUES, fit_probe, predict_logits
+from tljax.transfer.rundir import environment
+
+
+@dataclass(frozen=True)
+class Config:
+    """Probe accuracies of networks on folders of images."""
+
+    data: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Folders of class folders, or digits."""
+    weights: tuple[str, ...] = ("efficientnet_lite0.in1k",)
+    """As for scripts/train.py."""
+    protocol: bool = False
+    """Short side 224 px, bicubic, centre crop (the linear-probe protocol of SimCLR and BYOL)
+    instead of the preprocessing that the weights expect."""
+    sklearn: bool = False
+    """Also fit scikit-learn's LogisticRegression at every L2 value."""
+
+
+def measure(pretrained: Pretrained, splits: Splits, *, sklearn: bool) -> dict[str, object]:
+    """The accuracies of one network on one data set."""
+    began = time.perf_counter()
+    train, val = (
+        compute_features(
+            pretrained.model, pretrained.variables, source, Loading(), description="features"
+        )
+        for source in splits[:2]
+    )
+    extracted = time.perf_counter()
+    probe = fit_probe(train.values, train.labels, num_classes=len(splits.train.classes))
+    correct = predict_logits(probe, val.values).argmax(1) == val.labels
+    return {
+        "val_top1": round(float(correct.mean()), 4),
+        "l2": probe.l2,
+        "train": len(train.labels),
+        "val": len(val.labels),
+        "features_seconds": round(extracted - began, 1),
+        "probe_seconds": round(time.perf_counter() - extracted, 1),
+        **({"sklearn_best_on_val": _sklearn(train, val)} if sklearn else {}),
+    }
+
+
+def _sklearn(train: Features, val: Features) -> float:
+    from sklearn.linear_model import LogisticRegression  # noqa: PLC0415 - optional
+    from sklearn.preprocessing import StandardScaler  # noqa: PLC0415
+
+    scaler = StandardScaler().fit(train.values)
+    scores = []
+    for l2 in np.asarray(L2_VALUES)[::4]:
+        model = LogisticRegression(C=1 / (l2 * len(train.labels)), max_iter=1000)
+        model.fit(scaler.transform(train.values), train.labels)
+        scores.append(model.score(scaler.transform(val.values), val.labels))
+    return round(float(max(scores)), 4)
+
+
+def main() -> None:
+    """Prints one JSON object."""
+    config = tyro.cli(Config)
+    results = {}
+    for weights in config.weights:
+        pretrained = load_pretrained(weights)
+        if config.protocol:
+            preprocess = replace(
+                pretrained.model.preprocess, size=224, resize=224, interpolation="bicubic"
+            )
+            model = replace(pretrained.model, preprocess=preprocess)
+            pretrained = pretrained._replace(model=model)
+        for data in config.data:
+            result = measure(pretrained, open_splits(data), sklearn=config.sklearn)
+            results[f"{weights} on {data}"] = result
+    print(json.dumps({"environment": environment(), "results": results}, indent=2))
+
+
+if __name__ == "__main__":
+    main()

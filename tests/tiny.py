@@ -1,0 +1,40 @@
+"""A network with everything that matters, small enough to train in a test."""
+
+import jax
+import numpy as np
+from flax import linen as nn
+
+from tljax.models import Model, Stage, abstract_variables
+from tljax.models.layers import ConvNorm, GlobalAveragePool, LinearHead
+from tljax.types import Preprocess, Variables
+
+
+class Unit(nn.Module):
+    features: int
+    stride: int = 1
+
+    @nn.compact
+    def __call__(self, x, train):
+        return nn.relu(ConvNorm(self.features, 3, self.stride, padding=1, name="conv")(x, train))
+
+
+MODEL = Model(
+    "tiny",
+    (
+        Stage("stem", Unit(8)),
+        Stage("layer1", Unit(12, stride=2)),
+        Stage("pool", GlobalAveragePool()),
+        Stage("head", LinearHead(3, dropout=0.5)),
+    ),
+    Preprocess(16, 16),
+)
+
+
+def random_variables() -> Variables:
+    """With batch norms that do something."""
+    rng = np.random.default_rng(0)
+    variables = jax.tree.map(
+        lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(np.float32), abstract_variables(MODEL)
+    )
+    variables["batch_stats"] = jax.tree.map(lambda x: np.abs(x) + 0.5, variables["batch_stats"])
+    return variables

@@ -1,0 +1,219 @@
+"""Features of a whole source, their cache, and the recipes that stand on them."""
+
+import json
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+import tljax.transfer.features as features_module
+from tljax.data.sources import Source, Splits
+from tljax.errors import RequestError
+from tljax.models import apply
+from tljax.transfer.evaluate import evaluate
+from tljax.transfer.features import Features, Loading, advance, compute_features, feature_bytes
+from tljax.transfer.fit import FitConfig, default_freeze_to, fit
+from tljax.transfer.optimizer import OptimizerConfig
+from tljax.trees import flatten
+
+LOADING = Loading(batch_size=4)
+
+
+def source(count=10, seed=0, broken=()):
+    """Grey squares, light for class 1 and dark for class 0, under some noise."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(count, dtype=np.int32) % 2
+    images = rng.integers(0, 90, (count, 16, 16, 3)) + 160 * labels[:, None, None, None]
+    examples = [b"broken" if i in broken else x.astype(np.uint8) for i, x in enumerate(images)]
+    return Source(examples, labels, ("dark", "light"), [f"image {i}" for i in range(count)])
+
+
+@pytest.fixture
+def cached(tmp_path, monkeypatch):
+    """A cache of its own, and a count of how often something is computed."""
+    monkeypatch.setenv("TLJAX_CACHE", str(tmp_path))
+    compute, calls = features_module._compute, []
+
+    def counting(*args):
+        calls.append(args)
+        return compute(*args)
+
+    monkeypatch.setattr(features_module, "_compute", counting)
+    return tmp_path, calls
+
+
+def test_features_are_what_apply_returns_whatever_the_batch(tiny):
+    model, variables = tiny
+    data = source(10)
+    images = np.stack([data.read(i) for i in range(10)])
+    for stop in ("layer1", "head", None):
+        expected = apply(model, variables, images, stop=stop).value
+        for size in (3, 16):
+            found = compute_features(model, variables, data, Loading(size), stop=stop)
+            np.testing.assert_allclose(found.values, expected, rtol=1e-5, atol=1e-6)
+            assert found.indices.tolist() == list(range(10))
+            assert found.labels.tolist() == data.labels.tolist()
+
+
+def test_advancing_through_the_stages_is_running_them_at_once(tiny):
+    model, variables = tiny
+    whole = compute_features(model, variables, source(), LOADING, stop=None)
+    prefix = compute_features(model, variables, source(), LOADING, stop="layer1")
+    onward = advance(model, variables, prefix, LOADING, start="layer1")
+    np.testing.assert_allclose(onward.values, whole.values, rtol=1e-5, atol=1e-6)
+    assert prefix.values.nbytes == feature_bytes(model, 10, "layer1")
+
+
+def test_unreadable_images_are_left_out_and_named(tiny):
+    model, variables = tiny
+    found = compute_features(model, variables, source(10, broken=(2, 9)), LOADING)
+    assert found.indices.tolist() == [0, 1, 3, 4, 5, 6, 7, 8]
+    assert sorted(found.skipped) == [2, 9]
+    with pytest.raises(RequestError, match="image 2"):
+        compute_features(
+            model, variables, source(10, broken=(2,)), replace(LOADING, on_bad_image="fail")
+        )
+
+
+def test_the_cache_is_keyed_by_content(tiny, cached):
+    model, variables = tiny
+    _, calls = cached
+
+    def run(model=model, variables=variables, data=None, **how):
+        compute_features(model, variables, data or source(), LOADING, cache=True, **how)
+        return len(calls)
+
+    assert run() == 1
+    assert run() == 1, "the same again"
+    assert run(data=source(seed=1)) == 2, "other images"
+    assert run(stop="pool") == 3, "another stage"
+    preprocess = replace(model.preprocess, mean=(0.1, 0.2, 0.3))
+    assert run(replace(model, preprocess=preprocess)) == 4, "another normalisation"
+    head = {**variables, "params": {**variables["params"], "head": variables["params"]["head"]}}
+    head["params"]["head"] = jax.tree.map(lambda x: x + 1, head["params"]["head"])
+    assert run(variables=head) == 4, "the head is not part of the features"
+    stem = jax.tree.map(lambda x: x, variables)
+    stem["batch_stats"]["stem"] = jax.tree.map(lambda x: x + 1e-6, stem["batch_stats"]["stem"])
+    assert run(variables=stem) == 5, "one statistic moved"
+
+
+def test_a_damaged_cache_file_is_found_and_replaced(tiny, cached):
+    model, variables = tiny
+    folder, calls = cached
+    data = source(10, broken=(3,))
+    first = compute_features(model, variables, data, LOADING, cache=True)
+    (file,) = (folder / "features").iterdir()
+    good = file.read_bytes()
+    for position in (4, len(good) // 2, len(good) - 1):
+        file.unlink()
+        file.write_bytes(good[:position] + bytes([good[position] ^ 1]) + good[position + 1 :])
+        again = compute_features(model, variables, data, LOADING, cache=True)
+        np.testing.assert_array_equal(again.values, first.values)
+        assert file.read_bytes() == good
+    assert len(calls) == 4
+    kept = compute_features(model, variables, data, LOADING, cache=True)
+    assert len(calls) == 4
+    assert kept.skipped == first.skipped
+    assert kept.labels.tolist() == first.labels.tolist()
+
+
+def test_pooling_averages_positions_and_leaves_vectors():
+    maps = np.arange(2 * 3 * 3 * 4, dtype=np.float32).reshape(2, 3, 3, 4)
+    labels = np.zeros(2, np.int32)
+    np.testing.assert_allclose(
+        Features(maps, labels, labels, {}).pooled().values, maps.reshape(2, 9, 4).mean(1)
+    )
+    np.testing.assert_array_equal(
+        Features(maps[:, 0, 0], labels, labels, {}).pooled().values, maps[:, 0, 0]
+    )
+
+
+def test_an_evaluation_counts_what_it_says():
+    logits = np.array([[3.0, 1, 0], [0, 2, 1], [5, 0, 0], [0, 0, 9]], np.float32)
+    labels = np.array([0, 1, 2, 1], np.int32)
+    found = evaluate(Features(logits, labels, np.array([7, 8, 9, 10]), {}))
+    assert found.top1 == 0.5
+    assert found.top5 == 1.0
+    np.testing.assert_array_equal(found.confusion, [[1, 0, 0], [0, 1, 1], [1, 0, 0]])
+    assert found.worst(5).tolist() == [3, 2]  # by confidence
+    assert found.indices[found.worst(1)].tolist() == [10]
+
+
+CONFIG = FitConfig(epochs=3, loading=LOADING, optimizer=OptimizerConfig(learning_rate=1e-2))
+
+
+@pytest.fixture
+def splits():
+    return Splits(source(21, broken=(4,)), source(9, seed=1), ())
+
+
+def test_fine_tuning_starts_at_the_probe_and_keeps_the_best(tiny, splits):
+    model, variables = tiny
+    before = {path: np.array(leaf) for path, leaf in flatten(variables).items()}
+    logged = []
+    result = fit(model, variables, splits, replace(CONFIG, freeze_to="stem"), logged.append)
+    assert [entry["phase"] for entry in result.history] == ["probe"] + 3 * ["fine-tune"]
+    assert logged == result.history
+    json.dumps(logged)
+    assert result.evaluation.top1 == max(entry["val_top1"] for entry in result.history)
+    assert result.model.num_classes == 2
+    assert sorted(result.skipped[0]) == [4]
+    after = flatten(result.variables)
+    for path, leaf in before.items():
+        if "/stem/" in path or path.startswith("batch_stats"):
+            np.testing.assert_array_equal(after[path], leaf, strict=True)
+    # The caller's variables are his own.
+    for path, leaf in flatten(variables).items():
+        np.testing.assert_array_equal(leaf, before[path], strict=True)
+
+
+def test_the_result_is_the_network_that_was_measured(tiny, splits):
+    model, variables = tiny
+    result = fit(model, variables, splits, CONFIG)
+    again = evaluate(
+        compute_features(result.model, result.variables, splits.val, LOADING, stop=None)
+    )
+    assert again.top1 == result.evaluation.top1
+    assert again.loss == pytest.approx(result.evaluation.loss, rel=1e-4)
+
+
+def test_the_same_seed_gives_the_same_bytes(tiny, splits):
+    model, variables = tiny
+    one, two = (fit(model, variables, splits, CONFIG) for _ in range(2))
+    assert one.history == two.history
+    jax.tree.map(np.testing.assert_array_equal, one.variables, two.variables)
+
+
+def test_the_probe_recipe_touches_the_head_alone(tiny, splits):
+    model, variables = tiny
+    result = fit(model, variables, splits, replace(CONFIG, recipe="probe"))
+    assert len(result.history) == 1
+    moved = [
+        path
+        for path, leaf in flatten(result.variables).items()
+        if not np.array_equal(leaf, flatten(variables)[path])
+    ]
+    assert moved == ["params/head/kernel", "params/head/bias"]
+
+
+def test_the_default_frozen_part_ends_before_the_lowest_resolution():
+    from tljax.models import build_model
+
+    assert default_freeze_to(build_model("resnet18")) == "layer3"
+    assert default_freeze_to(build_model("efficientnet_lite0")) == "stage5"
+
+
+def test_what_cannot_be_trained_is_said(tiny, splits, monkeypatch):
+    model, variables = tiny
+    with pytest.raises(RequestError, match="no stage 'layer7'"):
+        fit(model, variables, splits, replace(CONFIG, freeze_to="layer7"))
+    blind = splits._replace(train=source(4, broken=(1, 3)))
+    with pytest.raises(RequestError, match="no image of class 'light' in the training data"):
+        fit(model, variables, blind, CONFIG)
+    blind = splits._replace(val=source(2, broken=(0, 1)))
+    with pytest.raises(RequestError, match="no image of the validation data"):
+        fit(model, variables, blind, CONFIG)
+    monkeypatch.setattr("tljax.transfer.fit.MAX_ACTIVATIONS", 1000)
+    with pytest.raises(RequestError, match=r"GiB .*--freeze-to"):
+        fit(model, variables, splits, CONFIG)
