@@ -1,0 +1,139 @@
+"""How long does the L2 sweep of a linear probe take, beside scikit-learn's LogisticRegression?
+
+Prints one JSON object. Both minimise the same objective on the same standardised features.
+scikit-learn takes one L2 value after another. Its default tolerance of 1e-4 on the gradient can be
+far from the optimum, so it also runs with a tight one, and the objectives are compared, in float64
+by one formula.
+
+    python benchmarks/probe.py --sklearn-values 5
+"""
+
+import argparse
+import json
+import sys
+import time
+import warnings
+from importlib.metadata import version
+
+import jax
+import numpy as np
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+
+from tljax.transfer.probe import L2_VALUES, fit_logistic
+
+SKLEARN_MAX_ITERATIONS = 1000  # its default of 100 stops weak L2 values long before the tolerance
+
+
+def synthetic_features(
+    examples: int, dimensions: int, classes: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Standardised features like a pooled ResNet's: rectified, correlated, power-law spectrum."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(examples) % classes
+    spectrum = np.arange(1, dimensions + 1) ** -0.5
+    latent = rng.normal(size=(examples, dimensions)) + 0.4 * rng.normal(
+        size=(classes, dimensions)
+    ).take(labels, axis=0)
+    mixing = rng.normal(size=(dimensions, dimensions)) / dimensions**0.5
+    features = np.maximum((latent * spectrum) @ mixing, 0)
+    features = (features - features.mean(0)) / features.std(0)
+    return features.astype(np.float32), labels
+
+
+def objective(features, labels, kernel, bias, l2) -> float:
+    logits = features.astype(np.float64) @ kernel + bias
+    own = logits[np.arange(len(labels)), labels]
+    loss = np.logaddexp.reduce(logits, axis=1) - own
+    return float(loss.mean() + l2 / 2 * np.square(kernel, dtype=np.float64).sum())
+
+
+def time_tljax(features, labels, classes) -> tuple[dict, list[float]]:
+    def solve():
+        start = time.perf_counter()
+        fit = fit_logistic(features, labels, np.array(L2_VALUES), num_classes=classes)
+        return jax.block_until_ready(fit), time.perf_counter() - start
+
+    _, first_seconds = solve()
+    fit, seconds = solve()
+    kernels, biases = np.asarray(fit.kernel, np.float64), np.asarray(fit.bias, np.float64)
+    objectives = [
+        objective(features, labels, kernel, bias, l2)
+        for kernel, bias, l2 in zip(kernels, biases, L2_VALUES, strict=True)
+    ]
+    report = {
+        "seconds": seconds,
+        "seconds_with_compilation": first_seconds,
+        "values": len(L2_VALUES),
+        "iterations": np.asarray(fit.iterations).tolist(),
+        "converged": int(fit.converged.sum()),
+    }
+    return report, objectives
+
+
+def time_sklearn(features, labels, values, ours, tolerance) -> dict:
+    """``values`` are indices into L2_VALUES, ``ours`` the objectives of tljax at all of them."""
+    runs = []
+    for value in values:
+        l2 = L2_VALUES[value]
+        model = LogisticRegression(
+            C=1 / (len(labels) * l2), tol=tolerance, max_iter=SKLEARN_MAX_ITERATIONS
+        )
+        start = time.perf_counter()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            model.fit(features, labels)
+        seconds = time.perf_counter() - start
+        excess = objective(features, labels, model.coef_.T, model.intercept_, l2) / ours[value] - 1
+        runs.append(
+            {
+                "l2": l2,
+                "seconds": seconds,
+                "iterations": int(model.n_iter_[0]),
+                "objective_above_tljax": excess,
+            }
+        )
+        print(f"{features.dtype} {tolerance} {runs[-1]}", file=sys.stderr)
+    total = sum(run["seconds"] for run in runs)
+    return {
+        "dtype": str(features.dtype),
+        "tolerance": tolerance,
+        "runs": runs,
+        "seconds_measured": total,
+        "seconds_extrapolated_to_all_values": total * len(L2_VALUES) / len(values),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--examples", type=int, default=10_000)
+    parser.add_argument("--dimensions", type=int, default=2048)
+    parser.add_argument("--classes", type=int, default=100)
+    parser.add_argument(
+        "--sklearn-values",
+        type=int,
+        default=len(L2_VALUES),
+        help="how many of the 45, evenly spread, scikit-learn solves; the rest is extrapolated",
+    )
+    args = parser.parse_args()
+    features, labels = synthetic_features(args.examples, args.dimensions, args.classes)
+    ours, objectives = time_tljax(features, labels, args.classes)
+    print(ours, file=sys.stderr)
+    values = np.linspace(0, len(L2_VALUES) - 1, args.sklearn_values).round().astype(int).tolist()
+    report = {
+        "shape": [args.examples, args.dimensions, args.classes],
+        "device": jax.devices()[0].device_kind,
+        "versions": {name: version(name) for name in ("jax", "numpy", "scikit-learn")},
+        "tljax": ours,
+        "sklearn": [
+            time_sklearn(features.astype(dtype), labels, values, objectives, tolerance)
+            for dtype, tolerance in ((np.float64, 1e-4), (np.float32, 1e-4), (np.float64, 1e-8))
+            if values
+        ],
+        "sklearn_max_iterations": SKLEARN_MAX_ITERATIONS,
+    }
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
