@@ -1,9 +1,9 @@
 """Weights in and out: a catalog name, a hub id, a file or a folder becomes a model, and back."""
 
+import http.client
 import json
 import math
 import re
-import urllib.error
 import urllib.request
 from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
@@ -247,7 +247,8 @@ def _huggingface_processor(preprocess: Preprocess) -> dict[str, Any]:
     return {
         "image_processor_type": "ConvNextImageProcessor",
         "size": {"shortest_edge": preprocess.size},
-        "crop_pct": preprocess.size / preprocess.resize,
+        # Readers divide by it and round down, which must not lose a pixel.
+        "crop_pct": math.nextafter(preprocess.size / preprocess.resize, 0),
         "do_resize": True,
         "do_rescale": True,
         "do_normalize": True,
@@ -355,7 +356,9 @@ def _download(url: str, path: Path) -> None:
                     chunks, description=path.name, total=total, unit="bytes", size=len
                 ):
                     file.write(chunk)
-    except (OSError, urllib.error.URLError) as error:
+            if temporary.stat().st_size < total:
+                raise OSError("the connection closed before the end")  # noqa: TRY301 - as any other
+    except (OSError, http.client.HTTPException) as error:
         raise RequestError(
             f"could not fetch {url} ({error}); fetch it on another machine and pass the file"
         ) from None

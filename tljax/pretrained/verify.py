@@ -153,7 +153,7 @@ def _torch_outputs(
 
     def keep(layer: str) -> Any:
         def hook(_module: Any, _inputs: Any, output: Any) -> None:
-            value = output.numpy()
+            value = output.numpy().copy()  # the reference adds its shortcuts in place
             outputs[layer] = value.transpose(0, 2, 3, 1) if value.ndim == 4 else value
 
         return hook

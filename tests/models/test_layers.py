@@ -1,0 +1,248 @@
+"""Convolution, pooling and norm against the plain XLA convolution and torch."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from jax import lax
+from networks import difference, from_torch, to_torch
+from torch.nn import functional
+
+from tljax.models.layers import ConvNorm, GlobalAveragePool, LinearHead, Padding, conv2d, max_pool
+
+CHANNELS = 6
+# kernel size, groups, output channels: pointwise, dense, depthwise, grouped, channel multiplier
+KINDS = {
+    "pointwise": (1, 1, 4),
+    "dense3": (3, 1, 4),
+    "dense7": (7, 1, 4),
+    "depthwise1": (1, 6, 6),
+    "depthwise3": (3, 6, 6),
+    "depthwise5": (5, 6, 6),
+    "grouped1": (1, 2, 4),
+    "grouped3": (3, 2, 4),
+    "multiplier": (3, 6, 12),
+}
+TOLERANCES = {"float32": 1e-5, "float64": 1e-13}
+
+
+def plain_conv(
+    x: jax.Array, kernel: jax.Array, stride: int, padding: Padding, groups: int
+) -> jax.Array:
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        (stride, stride),
+        padding if isinstance(padding, str) else [(padding, padding)] * 2,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
+    )
+
+
+@partial(jax.jit, static_argnums=0)
+def value_and_gradients(function: Callable[..., jax.Array], *arguments: Any) -> Any:
+    """The gradients are those of half the sum of squares, so that no two positions are alike."""
+    value, pullback = jax.vjp(function, *arguments)
+    return value, pullback(value)
+
+
+def assert_close(ours: Any, theirs: Any, dtype: str) -> None:
+    for left, right in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        assert left.dtype == dtype
+        assert difference(left, right) <= TOLERANCES[dtype]
+
+
+def assert_same_conv(
+    size: tuple[int, int], kind: str, stride: int, padding: Padding, dtype: str
+) -> None:
+    """Values, and gradients to the input and the kernel."""
+    k, groups, features = KINDS[kind]
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(dtype == "float64"):
+        x = jnp.asarray(rng.standard_normal((2, *size, CHANNELS)), dtype)
+        kernel = jnp.asarray(rng.standard_normal((k, k, CHANNELS // groups, features)), dtype)
+        ours = value_and_gradients(
+            lambda x, kernel: conv2d(x, kernel, stride=stride, padding=padding, groups=groups),
+            x,
+            kernel,
+        )
+        theirs = value_and_gradients(
+            lambda x, kernel: plain_conv(x, kernel, stride, padding, groups), x, kernel
+        )
+        assert_close(ours, theirs, dtype)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("kind", ["pointwise", "depthwise3", "depthwise5"])
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_conv2d_is_the_plain_convolution(
+    kind: str, stride: int, symmetric: bool, dtype: str
+) -> None:
+    padding = KINDS[kind][0] // 2 if symmetric else "SAME"
+    assert_same_conv((8, 7), kind, stride, padding, dtype)
+
+
+@pytest.mark.parametrize("kind", ["dense3", "dense7", "grouped1", "depthwise1", "multiplier"])
+def test_conv2d_leaves_the_rest_to_xla(kind: str) -> None:
+    assert_same_conv((8, 7), kind, 2, KINDS[kind][0] // 2, "float64")
+    assert_same_conv((7, 8), kind, 1, "SAME", "float32")
+
+
+@hypothesis.settings(max_examples=10, deadline=None)
+@hypothesis.given(
+    size=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    kind=st.sampled_from(["pointwise", "depthwise3", "depthwise5", "grouped3"]),
+    stride=st.integers(1, 3),
+    padding=st.sampled_from([0, 1, 2, "SAME"]),
+)
+def test_conv2d_at_any_size(
+    size: tuple[int, int], kind: str, stride: int, padding: Padding
+) -> None:
+    around = 0 if padding == "SAME" else 2 * padding
+    hypothesis.assume(padding == "SAME" or min(size) + around >= KINDS[kind][0])
+    assert_same_conv(size, kind, stride, padding, "float32")
+
+
+def test_conv2d_same_padding_is_not_symmetric_padding() -> None:
+    """The trap: at an even size and stride 2 the shapes agree and the values do not."""
+    rng = np.random.default_rng(0)
+    x, kernel = rng.standard_normal((1, 8, 8, 3)), rng.standard_normal((3, 3, 3, 2))
+    same = conv2d(jnp.asarray(x), jnp.asarray(kernel), stride=2, padding="SAME")
+    symmetric = conv2d(jnp.asarray(x), jnp.asarray(kernel), stride=2, padding=1)
+    assert same.shape == symmetric.shape
+    assert difference(same, symmetric) > 0.1
+
+
+@hypothesis.settings(max_examples=25, deadline=None)
+@hypothesis.given(
+    size=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    k=st.integers(2, 3),
+    stride=st.integers(1, 3),
+    padding=st.integers(0, 1),
+)
+def test_max_pool_is_torchs(size: tuple[int, int], k: int, stride: int, padding: int) -> None:
+    hypothesis.assume(min(size) + 2 * padding >= k)
+    x = np.random.default_rng(0).uniform(-2, -1, (2, *size, 3)).astype(np.float32)
+    ours = max_pool(jnp.asarray(x), k, stride=stride, padding=padding)
+    theirs = functional.max_pool2d(to_torch(x), k, stride, padding)
+    np.testing.assert_array_equal(ours, from_torch(theirs))
+
+
+def test_max_pool_same_is_tensorflows() -> None:
+    x = -jnp.arange(1.0, 17).reshape(1, 4, 4, 1)  # the largest of each window comes first
+    pooled = max_pool(x, 3, stride=2, padding="SAME")
+    np.testing.assert_array_equal(pooled[0, ..., 0], [[-1, -3], [-9, -11]])
+
+
+def random_norm(module: ConvNorm, inputs: int, dtype: Any = np.float32) -> dict[str, Any]:
+    rng = np.random.default_rng(1)
+    k, out = module.kernel_size, module.features
+    return {
+        "params": {
+            "kernel": rng.standard_normal((k, k, inputs // module.groups, out)).astype(dtype) / k,
+            "scale": rng.uniform(0.5, 1.5, out).astype(dtype),
+            "bias": rng.normal(0, 0.3, out).astype(dtype),
+        },
+        "batch_stats": {
+            "mean": rng.normal(0, 0.3, out).astype(dtype),
+            "var": rng.uniform(0.5, 2, out).astype(dtype),
+        },
+    }
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        ConvNorm(4, 3, stride=2, padding=1),
+        ConvNorm(4, 1, epsilon=1e-3),
+        ConvNorm(6, 5, stride=2, padding="SAME", groups=6, epsilon=1e-3),
+    ],
+)
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_conv_norm_folds_exactly(module: ConvNorm, dtype: str) -> None:
+    """On running statistics: convolve, then normalise; with the same gradients."""
+
+    def explicit(variables: dict[str, Any], x: jax.Array) -> jax.Array:
+        params, stats = variables["params"], variables["batch_stats"]
+        y = plain_conv(x, params["kernel"], module.stride, module.padding, module.groups)
+        y = (y - stats["mean"]) / jnp.sqrt(stats["var"] + module.epsilon)
+        return y * params["scale"] + params["bias"]
+
+    with jax.enable_x64(dtype == "float64"):
+        variables = random_norm(module, 6, dtype)
+        x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 9, 8, 6)), dtype)
+        ours = value_and_gradients(lambda v, x: module.apply(v, x, False), variables, x)
+        assert_close(ours, value_and_gradients(explicit, variables, x), dtype)
+
+
+@pytest.mark.parametrize("momentum", [0.9, 0.99])
+def test_conv_norm_trains_as_torch_does(momentum: float) -> None:
+    """Values, gradients and the running statistics: the variance with Bessel's correction."""
+    module = ConvNorm(5, 3, stride=2, padding=1, epsilon=1e-3, momentum=momentum)
+    variables = random_norm(module, 6)
+    x = np.random.default_rng(0).standard_normal((2, 5, 4, 6)).astype(np.float32)
+    (ours, state), pullback = jax.vjp(
+        lambda params, x: module.apply({**variables, "params": params}, x, True, mutable=True),
+        variables["params"],
+        x,
+    )
+
+    norm = torch.nn.BatchNorm2d(5, eps=1e-3, momentum=1 - momentum)
+    norm.load_state_dict(
+        {
+            "weight": torch.from_numpy(variables["params"]["scale"]),
+            "bias": torch.from_numpy(variables["params"]["bias"]),
+            "running_mean": torch.from_numpy(variables["batch_stats"]["mean"]),
+            "running_var": torch.from_numpy(variables["batch_stats"]["var"]),
+            "num_batches_tracked": torch.tensor(0),
+        }
+    )
+    kernel = torch.from_numpy(variables["params"]["kernel"]).permute(3, 2, 0, 1).requires_grad_()
+    images = to_torch(x).requires_grad_()
+    theirs = norm(functional.conv2d(images, kernel, stride=2, padding=1))
+    assert difference(ours, from_torch(theirs)) <= 1e-5
+    assert difference(state["batch_stats"]["mean"], norm.running_mean) <= 1e-6
+    assert difference(state["batch_stats"]["var"], norm.running_var) <= 1e-6
+
+    cotangent = np.random.default_rng(2).standard_normal(ours.shape).astype(np.float32)
+    theirs.backward(to_torch(cotangent))
+    zero = jax.tree.map(jnp.zeros_like, state)
+    gradients, to_x = pullback((jnp.asarray(cotangent), zero))
+    grads = [t.grad for t in (kernel, norm.weight, norm.bias, images)]
+    assert all(grad is not None for grad in grads)
+    by_kernel, by_scale, by_bias, by_x = (grad.numpy() for grad in grads if grad is not None)
+    assert difference(gradients["kernel"], by_kernel.transpose(2, 3, 1, 0)) <= 1e-5
+    assert difference(gradients["scale"], by_scale) <= 1e-5
+    assert difference(gradients["bias"], by_bias) <= 1e-5
+    assert difference(to_x, by_x.transpose(0, 2, 3, 1)) <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_compute_follows_the_input_and_statistics_stay_float32(
+    dtype: Literal["bfloat16", "float32"],
+) -> None:
+    module = ConvNorm(4, 3)
+    variables = random_norm(module, 3)
+    x = jnp.ones((2, 6, 6, 3), dtype) * jnp.arange(6, dtype=dtype)[:, None, None]
+    assert module.apply(variables, x, False).dtype == dtype  # pyright: ignore[reportAttributeAccessIssue]
+    trained, state = module.apply(variables, x, True, mutable=["batch_stats"])
+    assert trained.dtype == dtype
+    assert {leaf.dtype for leaf in jax.tree.leaves(state)} == {jnp.dtype("float32")}
+
+
+def test_the_end_of_the_network_is_float32() -> None:
+    x = jnp.full((1, 64, 64, 2), 1.0, "bfloat16").at[0, 0, 0].set(2)
+    pooled = GlobalAveragePool().apply({}, x, False)
+    np.testing.assert_array_equal(pooled, np.full((1, 2), 1 + 1 / 4096, np.float32))
+    head = {"params": {"kernel": jnp.full((2, 3), 0.1), "bias": jnp.arange(3.0)}}
+    logits = LinearHead(3).apply(head, jnp.ones((1, 2), "bfloat16"), False)
+    assert isinstance(logits, jax.Array)
+    np.testing.assert_allclose(logits, [[0.2, 1.2, 2.2]], rtol=1e-6)

@@ -1,0 +1,305 @@
+"""Networks as lists of stages: any part of one, training some of it, a new head."""
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from networks import (
+    difference,
+    from_torch,
+    random_images,
+    random_variables,
+    to_torch,
+    torch_resnet,
+)
+
+from tljax.errors import RequestError
+from tljax.models import (
+    MODELS,
+    Model,
+    abstract_variables,
+    apply,
+    build_model,
+    init,
+    layer_outputs,
+    normalize,
+    replace_head,
+)
+from tljax.pretrained.layouts import layout_rules
+from tljax.pretrained.rules import apply_rules
+from tljax.trees import flatten
+from tljax.types import Preprocess, Variables
+
+IMAGES = random_images(4, 64, 48)
+
+
+@pytest.fixture(scope="module", params=["resnet18", "efficientnet_lite0"])
+def network(request: pytest.FixtureRequest) -> tuple[Model, Variables]:
+    model = build_model(request.param, 7)
+    return model, random_variables(model)
+
+
+@pytest.fixture(scope="module")
+def resnet18() -> tuple[Model, Variables]:
+    model = build_model("resnet18", 7)
+    return model, random_variables(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [
+        ("resnet18", 11.689512),
+        ("resnet34", 21.797672),
+        ("resnet50", 25.557032),
+        ("resnet101", 44.549160),
+        ("resnet152", 60.192808),
+        ("efficientnet_lite0", 4.65),
+        ("efficientnet_lite1", 5.42),
+        ("efficientnet_lite2", 6.09),
+        ("efficientnet_lite3", 8.20),
+        ("efficientnet_lite4", 13.01),
+    ],
+)
+def test_number_of_parameters_is_the_published_one(name: str, millions: float) -> None:
+    """As torchvision and timm print it."""
+    leaves = jax.tree.leaves(abstract_variables(build_model(name))["params"])
+    exact = millions if name.startswith("resnet") else pytest.approx(millions, abs=0.005)
+    assert sum(leaf.size for leaf in leaves) / 1e6 == exact
+
+
+def test_every_model_is_in_that_test() -> None:
+    assert len(MODELS) == 10
+
+
+def test_misspelt_model_suggests_the_nearest() -> None:
+    with pytest.raises(
+        RequestError, match=r"no model is called 'resnet5O'; did you mean resnet50"
+    ):
+        build_model("resnet5O")
+    with pytest.raises(RequestError, match=r"known: resnet18, resnet34, "):
+        build_model("alexnet")
+
+
+def test_any_cut_gives_the_whole(network: tuple[Model, Variables]) -> None:
+    model, variables = network
+    whole = apply(model, variables, IMAGES, capture=model.stage_names)
+    assert tuple(whole.captured) == model.stage_names
+    assert whole.logits.shape == (4, 7)
+    np.testing.assert_array_equal(whole.captured["head"], whole.logits)
+    for before, stage in zip(model.stage_names, model.stage_names[1:], strict=False):
+        prefix = apply(model, variables, IMAGES, stop=stage)
+        np.testing.assert_array_equal(prefix.value, whole.captured[before])
+        np.testing.assert_array_equal(
+            apply(model, variables, prefix.value, start=stage).logits, whole.logits
+        )
+
+
+def test_a_part_needs_only_its_own_variables(resnet18: tuple[Model, Variables]) -> None:
+    model, variables = resnet18
+    x = apply(model, variables, IMAGES, stop="layer4").value
+    part = {
+        kind: {name: tree[name] for name in tree if name in ("layer4", "head")}
+        for kind, tree in variables.items()
+    }
+    expected = apply(model, variables, IMAGES).logits
+    np.testing.assert_array_equal(apply(model, part, x, start="layer4").logits, expected)
+
+
+@pytest.mark.parametrize("argument", ["start", "stop", "train", "capture"])
+def test_unknown_stage_is_refused(resnet18: tuple[Model, Variables], argument: str) -> None:
+    model, variables = resnet18
+    stage: Any = "layer5" if argument in ("start", "stop") else {"layer5"}
+    expected = (
+        "resnet18 has no stage 'layer5'; "
+        "its stages are stem, layer1, layer2, layer3, layer4, pool, head"
+    )
+    with pytest.raises(RequestError, match=expected):
+        apply(model, variables, IMAGES, **{argument: stage})
+
+
+def test_layer_outputs_name_every_layer(network: tuple[Model, Variables]) -> None:
+    model, variables = network
+    layers = {path.rpartition("/")[0] for path in flatten(variables["params"])}
+    outputs = layer_outputs(model, variables, IMAGES)
+    assert outputs.keys() == layers
+    np.testing.assert_array_equal(outputs["head"], apply(model, variables, IMAGES).logits)
+
+
+# --- training mode, against torch ---------------------------------------------------------------
+
+
+def reference(train: set[str]) -> tuple[torch.nn.Module, Model, Variables]:
+    network = torch_resnet("resnet18")
+    for stage in train:
+        network.get_submodule(STAGES[stage]).train()
+    model = build_model("resnet18", 7)
+    return network, model, variables_of(network)
+
+
+STAGES = {
+    "stem": "resnet.embedder",
+    **{f"layer{i + 1}": f"resnet.encoder.stages.{i}" for i in range(4)},
+}
+
+
+def variables_of(network: torch.nn.Module) -> Variables:
+    arrays = {key: value.numpy().copy() for key, value in network.state_dict().items()}
+    return apply_rules(layout_rules("resnet18", "huggingface"), arrays)
+
+
+def test_only_the_stages_in_train_move_their_statistics() -> None:
+    network, model, variables = reference({"layer3"})
+    output = apply(model, variables, IMAGES, train={"layer3"})
+    with torch.no_grad():
+        logits = network(to_torch(normalize(IMAGES, model.preprocess))).logits
+    assert difference(output.logits, logits) <= 1e-4
+
+    moved, expected = output.batch_stats["layer3"], variables_of(network)["batch_stats"]["layer3"]
+    old = flatten(variables["batch_stats"]["layer3"])
+    for path, value in flatten(expected).items():
+        assert difference(flatten(moved)[path], value) <= 1e-5, path
+        assert difference(old[path], value) > 1e-3, path
+    for stage in ("stem", "layer1", "layer2", "layer4"):
+        assert output.batch_stats[stage] is variables["batch_stats"][stage]
+    # What was passed in is not changed, nor is anything when no stage trains.
+    assert flatten(variables["batch_stats"]["layer3"]) == old
+    frozen = apply(model, variables, IMAGES).batch_stats
+    assert all(frozen[stage] is tree for stage, tree in variables["batch_stats"].items())
+
+
+def test_gradients_in_training_mode_are_torchs() -> None:
+    network, model, variables = reference(set(STAGES))
+    weights = np.random.default_rng(1).standard_normal((4, 7)).astype(np.float32)
+
+    @jax.jit
+    @jax.grad
+    def gradients(params: Variables) -> jax.Array:
+        output = apply(model, {**variables, "params": params}, IMAGES, train=set(STAGES))
+        return (output.logits * weights).sum()
+
+    (
+        network(to_torch(normalize(IMAGES, model.preprocess))).logits * torch.tensor(weights)
+    ).sum().backward()
+    parameters = dict(network.named_parameters())
+    ours = flatten({"params": gradients(variables["params"])})
+    rules = [rule for rule in layout_rules("resnet18", "huggingface") if rule.path in ours]
+    assert len(rules) == len(ours) == len(parameters)
+    for key, path, axes in rules:
+        grad = parameters[key].grad
+        assert grad is not None
+        theirs = grad.numpy().transpose(axes) if axes else grad.numpy()
+        assert np.isfinite(ours[path]).all()
+        assert difference(ours[path], theirs) <= 1e-3, path
+
+
+def test_gradients_of_a_frozen_network_are_torchs() -> None:
+    """With respect to the image, on running statistics: what an attack follows."""
+    network, model, variables = reference(set())
+    images = IMAGES.astype(np.float32) / 255
+    ours = jax.jit(jax.grad(lambda x: apply(model, variables, x).logits[:, 3].sum()))(images)
+    pixels = to_torch(normalize(images, model.preprocess)).requires_grad_()
+    network(pixels).logits[:, 3].sum().backward()
+    assert pixels.grad is not None
+    assert difference(ours * np.array(model.preprocess.std, np.float32), from_torch(pixels.grad)) <= 1e-4
+
+
+# --- pixels and dtypes --------------------------------------------------------------------------
+
+
+def test_uint8_and_floats_are_the_same_images(resnet18: tuple[Model, Variables]) -> None:
+    model, variables = resnet18
+    floats = IMAGES.astype(np.float32) / 255
+    ours = apply(model, variables, floats).logits
+    assert difference(ours, apply(model, variables, IMAGES).logits) <= 1e-6
+
+
+def test_normalize_is_what_each_family_does() -> None:
+    x = IMAGES.astype(np.float64)
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    np.testing.assert_allclose(normalize(IMAGES, Preprocess()), (x / 255 - mean) / std, atol=1e-6)
+    half = Preprocess(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    np.testing.assert_allclose(normalize(IMAGES, half), x / 127.5 - 1, atol=1e-6)
+    mean_bgr, one = (103.939, 116.779, 123.68), 1 / 255
+    red, green, blue = (value / 255 for value in mean_bgr[::-1])
+    caffe = Preprocess(mean=(red, green, blue), std=(one, one, one), channel_order="bgr")
+    expected = x[..., ::-1] - mean_bgr
+    np.testing.assert_allclose(normalize(IMAGES, caffe), expected, atol=1e-4)
+
+
+def test_bfloat16_is_close_and_its_logits_are_float32(resnet18: tuple[Model, Variables]) -> None:
+    model, variables = resnet18
+    half = replace(model, dtype="bfloat16")
+    output = apply(half, variables, IMAGES, capture={"stem"})
+    assert (output.logits.dtype, output.captured["stem"].dtype) == ("float32", "bfloat16")
+    assert difference(output.logits, apply(model, variables, IMAGES).logits) <= 0.03
+
+
+def test_a_model_is_a_static_argument() -> None:
+    model, traces = build_model("resnet18", 7), []
+
+    @partial(jax.jit, static_argnums=0)
+    def num_classes(model: Model, x: jax.Array) -> jax.Array:
+        traces.append(model)
+        return x * model.num_classes
+
+    again = build_model("resnet18", 7)
+    assert (model, hash(model)) == (again, hash(again))
+    assert num_classes(model, jnp.ones(())) == num_classes(again, jnp.ones(())) == 7
+    assert num_classes(build_model("resnet18", 9), jnp.ones(())) == 9
+    assert len(traces) == 2
+
+
+# --- variables ----------------------------------------------------------------------------------
+
+
+def test_init_matches_the_skeleton() -> None:
+    model = build_model("resnet18", 7)
+    skeleton = flatten(abstract_variables(model))
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in skeleton.values())
+    variables = flatten(init(model, jax.random.key(0)))
+    shapes = {path: (leaf.shape, leaf.dtype) for path, leaf in variables.items()}
+    assert shapes == {path: (leaf.shape, leaf.dtype) for path, leaf in skeleton.items()}
+    assert {leaf.dtype for leaf in variables.values()} == {jnp.dtype("float32")}
+
+    values = {"scale": 1, "bias": 0, "mean": 0, "var": 1}
+    for path, leaf in variables.items():
+        if path.endswith("kernel") and "head" not in path:
+            fan_in = np.prod(leaf.shape[:-1])
+            np.testing.assert_allclose(leaf.std(), np.sqrt(2 / fan_in), rtol=0.03, err_msg=path)
+        else:
+            value = values.get(path.rpartition("/")[2], 0)
+            np.testing.assert_array_equal(leaf, np.full(leaf.shape, value), err_msg=path)
+
+
+def test_a_new_head_is_zero_and_nothing_else_changes(resnet18: tuple[Model, Variables]) -> None:
+    model, variables = resnet18
+    new, replaced = replace_head(model, variables, 3)
+    assert (new.num_classes, new.name, new.stages[:-1]) == (3, model.name, model.stages[:-1])
+    np.testing.assert_array_equal(apply(new, replaced, IMAGES).logits, np.zeros((4, 3)))
+    assert replaced["batch_stats"] is variables["batch_stats"]
+    for stage, tree in variables["params"].items():
+        assert (replaced["params"][stage] is tree) == (stage != "head")
+    assert apply(model, variables, IMAGES).logits.shape == (4, 7)
+
+
+def test_dropout_is_of_a_training_head(resnet18: tuple[Model, Variables]) -> None:
+    model, variables = resnet18
+    new, replaced = replace_head(model, variables, 3, dropout=0.5)
+    replaced["params"]["head"]["kernel"] = jnp.eye(512, 3)
+    features = jnp.ones((1000, 512))
+
+    def logits(train: set[str], seed: int) -> jax.Array:
+        key = jax.random.key(seed)
+        return apply(new, replaced, features, start="head", train=train, key=key).logits
+
+    np.testing.assert_array_equal(logits(set(), 0), np.ones((1000, 3)))
+    dropped = np.asarray(logits({"head"}, 0))
+    assert set(np.unique(dropped)) == {0.0, 2.0}
+    assert abs(dropped.mean() - 1) < 0.1  # five standard errors
+    np.testing.assert_array_equal(dropped, logits({"head"}, 0))
+    assert (dropped != logits({"head"}, 1)).any()

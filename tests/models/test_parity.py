@@ -1,0 +1,166 @@
+"""Ours and the reference implementation, on the same weights: every stage to 1e-4 of its scale."""
+
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from networks import (
+    LITE,
+    TorchLite,
+    assert_same_variables,
+    difference,
+    from_torch,
+    random_images,
+    randomize_norms,
+    save_resnet,
+    timm_state,
+    to_torch,
+)
+from transformers import ResNetForImageClassification
+
+from tljax.data.sources import match_classes, open_folder
+from tljax.models import apply, normalize
+from tljax.pretrained import export, load_pretrained
+from tljax.pretrained.catalog import names_like
+from tljax.pretrained.verify import INPUTS, verify
+from tljax.transfer.evaluate import evaluate
+from tljax.transfer.features import Loading, compute_features
+from tljax.types import Preprocess
+
+TOLERANCE = 1e-4
+SIZES = [(224, 224), (225, 193)]
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [
+        ("resnet18", 21),
+        ("resnet34", 37),
+        ("resnet50", 54),
+        pytest.param("resnet101", 105, marks=slow),
+        pytest.param("resnet152", 156, marks=slow),
+    ],
+)
+def test_resnet_agrees_with_transformers(name: str, layers: int, tmp_path: Path) -> None:
+    folder = save_resnet(tmp_path, name)
+    model, variables, card = pretrained = load_pretrained(folder)
+    assert (model.name, card.layout, model.num_classes) == (name, "huggingface", 7)
+    network = ResNetForImageClassification.from_pretrained(folder).eval()
+
+    assert [shape[1:3] for shape in INPUTS] == SIZES
+    by_layer = verify(pretrained)
+    assert len(by_layer) == layers
+    assert [layer for layer in by_layer if layer.reason] == []
+    worst = max(by_layer, key=lambda layer: layer.difference)
+    assert worst.difference <= TOLERANCE, worst
+
+    for size in SIZES:
+        images = random_images(2, *size)
+        captured = apply(model, variables, images, capture=model.stage_names).captured
+        pixels = to_torch(normalize(images, model.preprocess))
+        with torch.no_grad():
+            output = network(pixels, output_hidden_states=True)
+            pooled = network.resnet(pixels).pooler_output.flatten(1)
+        stages = ("stem", "layer1", "layer2", "layer3", "layer4")
+        theirs = dict(zip(stages, output.hidden_states, strict=True))
+        theirs |= {"pool": pooled, "head": output.logits}
+        stage_differences = {
+            stage: difference(captured[stage], from_torch(theirs[stage]))
+            for stage in model.stage_names
+        }
+        assert max(stage_differences.values()) <= TOLERANCE, stage_differences
+
+
+@pytest.mark.parametrize(
+    "name", [*list(LITE)[:2], *(pytest.param(name, marks=slow) for name in list(LITE)[2:])]
+)
+def test_efficientnet_lite_agrees_with_plain_torch(name: str, tmp_path: Path) -> None:
+    network = TorchLite(name)
+    torch.save(network.state_dict(), tmp_path / "lite.pth")
+    model, variables, card = load_pretrained(tmp_path / "lite.pth")
+    assert (model.name, card.layout) == (name, "efficientnet_pytorch")
+    run = jax.jit(partial(apply, model, capture=model.stage_names))
+
+    for size in SIZES:
+        images = random_images(2, *size)
+        captured = run(variables, images).captured
+        theirs = network.stages(to_torch(normalize(images, model.preprocess)))
+        assert tuple(theirs) == model.stage_names
+        differences = {
+            stage: difference(captured[stage], from_torch(value)) for stage, value in theirs.items()
+        }
+        assert max(differences.values()) <= TOLERANCE, differences
+
+
+@pytest.mark.parametrize("name", LITE)
+def test_efficientnet_lite_is_the_same_in_every_file(name: str, tmp_path: Path) -> None:
+    network = TorchLite(name)
+    torch.save(network.state_dict(), tmp_path / "zip.pth")
+    torch.save(network.state_dict(), tmp_path / "legacy.pth", _use_new_zipfile_serialization=False)
+    safetensors.torch.save_file(dict(timm_state(network)), tmp_path / "timm.safetensors")
+    expected = load_pretrained(tmp_path / "zip.pth")
+    for file, layout in [("legacy.pth", "efficientnet_pytorch"), ("timm.safetensors", "timm")]:
+        found = load_pretrained(tmp_path / file)
+        assert (found.model, found.card.layout) == (expected.model, layout)
+        assert_same_variables(found.variables, expected.variables)
+
+
+def test_efficientnet_lite_agrees_with_timm(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm", exc_type=ImportError)
+    network = timm.create_model("tf_efficientnet_lite0", num_classes=7).eval()
+    randomize_norms(network, torch.Generator().manual_seed(0))
+    torch.save(network.state_dict(), tmp_path / "timm.pth")
+    model, variables, card = load_pretrained(tmp_path / "timm.pth")
+    assert card.layout == "timm"
+    for size in SIZES:
+        images = random_images(2, *size)
+        with torch.no_grad():
+            theirs = network(to_torch(normalize(images, model.preprocess)))
+        assert difference(apply(model, variables, images).logits, theirs) <= TOLERANCE
+
+
+@slow
+def test_real_resnet18_is_as_accurate_as_torch(
+    shared_weights: Path, shared_data: Path, tmp_path: Path
+) -> None:
+    pretrained = load_pretrained(shared_weights / "resnet18.ktb_in1k.safetensors")
+    model, variables, card = pretrained
+    assert model.preprocess == Preprocess(224, 256, "bilinear")
+    source = open_folder(shared_data / "imagenet_samples")
+    source, notes = match_classes(source, names_like(card.classes, source.classes))
+    assert notes == ()
+    logits = compute_features(model, variables, source, Loading(), stop=None)
+    evaluation = evaluate(logits)
+    assert evaluation.examples == 1000
+    assert evaluation.top1 == pytest.approx(0.736, abs=0.002)
+    assert evaluation.top5 == pytest.approx(0.918, abs=0.002)
+
+    export(tmp_path, pretrained, "huggingface")
+    network = ResNetForImageClassification.from_pretrained(tmp_path).eval()
+    theirs = compute_torch_logits(network, source, model.preprocess)[logits.indices]
+    same = int((theirs.argmax(1) == logits.values.argmax(1)).sum())
+    assert same >= 998
+    print(evaluation.top1, evaluation.top5, same, difference(logits.values, theirs))
+
+
+def compute_torch_logits(
+    network: ResNetForImageClassification, source: object, preprocess: Preprocess
+) -> np.ndarray:
+    from tljax.data.decode import decode
+
+    logits = []
+    for start in range(0, len(source), 50):  # pyright: ignore[reportArgumentType]
+        images = np.stack(
+            [
+                decode(source.read(i), preprocess)  # pyright: ignore[reportAttributeAccessIssue]
+                for i in range(start, start + 50)
+            ]
+        )
+        with torch.no_grad():
+            logits.append(network(to_torch(normalize(images, preprocess))).logits.numpy())
+    return np.concatenate(logits)

@@ -1,0 +1,149 @@
+"""Key tables: bijections that fit one network each, and what they say of a file that does not."""
+
+import functools
+import re
+from itertools import permutations
+
+import numpy as np
+import pytest
+from networks import random_variables
+
+from tljax.errors import RequestError
+from tljax.models import MODELS, abstract_variables, build_model
+from tljax.pretrained import layouts
+from tljax.pretrained.layouts import LAYOUTS, check, layout_rules
+from tljax.pretrained.rules import apply_rules, compare, invert_rules
+from tljax.trees import flatten
+
+Arrays = dict[str, np.ndarray]
+skeleton = functools.cache(abstract_variables)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _skeletons_once() -> object:
+    """Building a skeleton takes up to a second, and the pairs below need hundreds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layouts, "abstract_variables", skeleton)
+        yield
+
+
+@functools.cache
+def shapes_of(name: str, layout: str, num_classes: int = 7) -> Arrays:
+    """A file without content: its arrays take no memory."""
+    leaves = flatten(skeleton(build_model(name, num_classes)))
+    return {
+        key: np.broadcast_to(
+            np.float32(1),
+            np.array(leaves[path].shape)[np.argsort(axes)] if axes else leaves[path].shape,
+        )
+        for key, path, axes in layout_rules(name, layout)
+    }
+
+
+@pytest.fixture
+def arrays() -> Arrays:
+    return invert_rules(
+        layout_rules("resnet18", "torchvision"), random_variables(build_model("resnet18", 7))
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"), [(name, layout) for name in LAYOUTS for layout in LAYOUTS[name]]
+)
+def test_every_table_is_a_bijection_and_known_by_its_keys(name: str, layout: str) -> None:
+    rules = layout_rules(name, layout)
+    paths = [rule.path for rule in rules]
+    assert len({rule.key for rule in rules}) == len(set(paths)) == len(rules)
+    assert set(paths) == set(flatten(skeleton(build_model(name))))
+    found = check(shapes_of(name, layout), "file")
+    assert (found.model.name, found.model.num_classes) == (name, 7)
+    assert LAYOUTS[name][found.layout] is LAYOUTS[name][layout]
+
+
+def test_there_is_no_such_layout() -> None:
+    expected = "no layout 'keras' for resnet18; known: torchvision, timm, huggingface"
+    with pytest.raises(RequestError, match=expected):
+        layout_rules("resnet18", "keras")
+
+
+def test_a_table_must_cover_the_network(arrays: Arrays) -> None:
+    rules = layout_rules("resnet18", "torchvision")[:-1]
+    with pytest.raises(AssertionError, match=r"does not cover the network: .'params/head/bias'"):
+        compare(rules, arrays, skeleton(build_model("resnet18", 7)))
+
+
+@pytest.mark.parametrize(("wanted", "held"), list(permutations(MODELS, 2)))
+def test_wrong_model_names_the_right_one(wanted: str, held: str) -> None:
+    for layout in LAYOUTS[held]:
+        with pytest.raises(RequestError, match=f"not fit {wanted} .*: it looks like {held}[ .]"):
+            check(shapes_of(held, layout), "file", wanted)
+
+
+def test_wrong_depth_counts_the_blocks() -> None:
+    expected = re.escape(
+        "net.pth does not fit resnet50 (torchvision keys): it looks like resnet101 "
+        "(layer3 has 23 blocks, expected 6). 255 left over: layer3.6.conv1.weight, "
+    )
+    with pytest.raises(RequestError, match=expected):
+        check(shapes_of("resnet101", "torchvision"), "net.pth", "resnet50")
+    with pytest.raises(RequestError, match=r"looks like resnet18\. ") as caught:
+        check(shapes_of("resnet18", "torchvision"), "net.pth", "efficientnet_lite0")
+    assert "expected" not in str(caught.value)  # the blocks of another kind of network say nothing
+
+
+def test_transposed_head_is_a_shape(arrays: Arrays) -> None:
+    arrays["fc.weight"] = arrays["fc.weight"].T
+    with pytest.raises(RequestError) as caught:
+        check(arrays, "net.pth")
+    assert str(caught.value) == (
+        "net.pth does not fit resnet18 (torchvision keys). "
+        "1 shape: fc.weight is [512, 7], not [7, 512]"
+    )
+
+
+def test_missing_and_leftover_keys_are_listed(arrays: Arrays) -> None:
+    del arrays["bn1.weight"]
+    for i in range(6):
+        arrays[f"extra.{i}"] = np.zeros(1, np.float32)
+    with pytest.raises(RequestError) as caught:
+        check(arrays, "net.pth")
+    assert str(caught.value) == (
+        "net.pth does not fit resnet18 (torchvision keys). 1 missing: bn1.weight; "
+        "6 left over: extra.0, extra.1, extra.2, extra.3, ... (2 more)"
+    )
+
+
+def test_counters_of_batch_norm_are_neither(arrays: Arrays) -> None:
+    counters = {key for key in arrays if key.endswith("num_batches_tracked")}
+    assert len(counters) == 20
+    assert not any(check(arrays, "net.pth").difference)
+    without = {key: array for key, array in arrays.items() if key not in counters}
+    assert not any(check(without, "net.pth").difference)
+
+
+@pytest.mark.parametrize("model", [None, "resnet50"])
+def test_a_file_of_something_else(model: str | None) -> None:
+    with pytest.raises(RequestError, match=r"net.pth holds none of the networks that tljax knows"):
+        check({"encoder.weight": np.zeros((2, 2), np.float32)}, "net.pth", model)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_damage_is_found(arrays: Arrays, value: float) -> None:
+    arrays["layer2.0.conv1.weight"][3, 2, 1, 0] = value
+    expected = "layer2.0.conv1.weight holds NaN or infinity; the file is damaged"
+    with pytest.raises(RequestError, match=expected):
+        apply_rules(layout_rules("resnet18", "torchvision"), arrays)
+
+
+def test_swapped_statistics_are_found(arrays: Arrays) -> None:
+    mean, var = "layer2.0.bn1.running_mean", "layer2.0.bn1.running_var"
+    arrays[mean], arrays[var] = arrays[var], arrays[mean]
+    expected = f"{var} is a running variance and holds negative values; were running_mean and"
+    with pytest.raises(RequestError, match=expected):
+        apply_rules(layout_rules("resnet18", "torchvision"), arrays)
+
+
+def test_half_precision_is_read_as_float32(arrays: Arrays) -> None:
+    halves = {key: np.asarray(array, np.float16) for key, array in arrays.items()}
+    variables = apply_rules(layout_rules("resnet18", "torchvision"), halves)
+    assert {leaf.dtype for leaf in flatten(variables).values()} == {np.dtype("float32")}

@@ -1,0 +1,108 @@
+"""Faults that only a comparison finds, and the layer that is named for each."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import safetensors.torch
+from networks import random_pretrained, save_resnet, torch_resnet, torchvision_key
+
+from tljax.errors import RequestError
+from tljax.pretrained import Pretrained, load_pretrained, save
+from tljax.pretrained.verify import TOLERANCE, LayerDifference, verify
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """ResNet-18 as transformers saves it. The head is square, so that it can be transposed."""
+    return save_resnet(tmp_path_factory.mktemp("resnet18"), "resnet18", num_classes=512)
+
+
+def wrong_layers(pretrained: Pretrained, reference: Path) -> list[LayerDifference]:
+    layers = verify(pretrained, str(reference))
+    return [layer for layer in layers if not layer.difference <= TOLERANCE or layer.reason]
+
+
+def with_swapped_statistics(pretrained: Pretrained) -> Pretrained:
+    """Of one layer; both are positive, so that nothing but a comparison can tell."""
+    variables = jax.tree.map(np.array, pretrained.variables)
+    layer = variables["batch_stats"]["layer2"]["block1"]["conv1"]
+    layer["mean"], layer["var"] = layer["var"], np.abs(layer["mean"]) + 0.01
+    return pretrained._replace(variables=variables)
+
+
+def test_the_same_network_in_another_file_passes(folder: Path, tmp_path: Path) -> None:
+    save(tmp_path / "native.safetensors", load_pretrained(folder))
+    assert wrong_layers(load_pretrained(tmp_path / "native.safetensors"), folder) == []
+    state = torch_resnet("resnet18", 512).state_dict()
+    renamed = {torchvision_key(key): value for key, value in state.items()}
+    safetensors.torch.save_file(renamed, tmp_path / "torchvision.safetensors")
+    pretrained = load_pretrained(tmp_path / "torchvision.safetensors")
+    assert pretrained.card.layout == "torchvision"
+    assert wrong_layers(pretrained, folder) == []
+
+
+def test_swapped_mean_and_variance_are_found(folder: Path) -> None:
+    first = wrong_layers(with_swapped_statistics(load_pretrained(folder)), folder)[0]
+    assert (first.layer, first.reason) == ("layer2/block1/conv1", "mean and var differ")
+    assert first.difference > 0.01
+
+
+def test_a_transposed_square_head_is_found(folder: Path) -> None:
+    pretrained = load_pretrained(folder)
+    variables = jax.tree.map(np.array, pretrained.variables)
+    variables["params"]["head"]["kernel"] = variables["params"]["head"]["kernel"].T
+    [found] = wrong_layers(pretrained._replace(variables=variables), folder)
+    assert (found.layer, found.reason) == ("head", "kernel differ")
+    assert found.difference > 0.1
+
+
+def test_a_stride_on_the_other_convolution_is_found(tmp_path: Path) -> None:
+    """Version 1 of ResNet has the same tensors; a bare file cannot say which version it is."""
+    network = torch_resnet("resnet50", downsample_in_bottleneck=True)
+    network.save_pretrained(tmp_path / "v1")
+    safetensors.torch.save_file(network.state_dict(), tmp_path / "bare.safetensors")
+    first = wrong_layers(load_pretrained(tmp_path / "bare.safetensors"), tmp_path / "v1")[0]
+    assert (first.layer, first.difference) == ("layer2/block0/conv1", np.inf)
+    ours, theirs = [2, 56, 56, 128], [2, 28, 28, 128]
+    assert first.reason == f"output is {ours}, the reference's {theirs}: its stride?"
+
+
+def test_another_network_is_no_reference(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=r"the reference is not a resnet34: it lacks resnet"):
+        verify(random_pretrained("resnet34"), str(folder))
+    tmp_path.joinpath("config.json").write_text("{}")
+    with pytest.raises(RequestError, match=f"transformers cannot load {tmp_path}: "):
+        verify(random_pretrained("resnet18"), str(tmp_path))
+
+
+def test_without_a_reference_one_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = r"there is no reference for somewhere .*: name one with --reference"
+    pretrained = random_pretrained("efficientnet_lite0")
+    with pytest.raises(RequestError, match=expected):
+        verify(pretrained)
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    with pytest.raises(RequestError, match=r"torchvision does not import here; name another"):
+        verify(random_pretrained("resnet18"))
+
+
+def test_the_script_names_the_layer_in_one_line(folder: Path, tmp_path: Path) -> None:
+    wrong = tmp_path / "wrong.safetensors"
+    save(wrong, with_swapped_statistics(load_pretrained(folder)))
+    command = [sys.executable, "scripts/weights.py", "verify", wrong, "--reference", folder]
+    environment = {**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1, done.stderr
+    [line] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: layer2/block1/conv1 is the first of ")
+    assert line.endswith(": mean and var differ")
+    assert "Traceback" not in done.stderr
+    assert "every layer agrees" not in done.stdout
