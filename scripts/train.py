@@ -27,8 +27,10 @@ class Config(cli.Common):
     """Of fine-tuning."""
     optimizer: Literal["sgd", "adamw"] = "adamw"
     """Of fine-tuning."""
-    learning_rate: float = 1e-3
-    """Of the head, at its peak; the backbone learns at a tenth of it."""
+    learning_rate: float = 1e-4
+    """Of the head, at its peak."""
+    backbone_scale: float = 1.0
+    """The rest of the network learns at this multiple of the learning rate."""
     weight_decay: float = 1e-4
     """Of kernels; never of norms and biases."""
     label_smoothing: float = 0.0
@@ -54,7 +56,12 @@ def run(config: Config) -> dict[str, Any]:
         config.freeze_to,
         config.epochs,
         config.label_smoothing,
-        OptimizerConfig(config.optimizer, config.learning_rate, weight_decay=config.weight_decay),
+        OptimizerConfig(
+            config.optimizer,
+            config.learning_rate,
+            config.backbone_scale,
+            weight_decay=config.weight_decay,
+        ),
         config.seed,
         replace(config.loading, on_bad_image=config.on_bad_image),
     )

@@ -216,7 +216,9 @@ def test_a_bad_request_gets_one_line_and_code_2(
     assert not (cache / "ran").exists()
 
 
-@pytest.mark.parametrize("name", ["train.py", "probe.py", "evaluate.py", "predict.py", "weights.py"])
+@pytest.mark.parametrize(
+    "name", ["train.py", "probe.py", "evaluate.py", "predict.py", "weights.py"]
+)
 def test_help_is_quick(cache: Path, name: str):
     seconds = []
     for _ in range(3):

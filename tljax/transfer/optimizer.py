@@ -18,7 +18,7 @@ class OptimizerConfig:
     Attributes:
         name: ``sgd`` has Nesterov momentum; ``adamw`` decoupled weight decay.
         learning_rate: at its peak, for the head.
-        backbone_scale: the rest of the network learns at this multiple of ``learning_rate``.
+        backbone_scale: the rest of the network learns at this multiple of that.
         momentum: of ``sgd``.
         weight_decay: of kernels; never of norms and biases.
         warmup: share of the steps over which the learning rate rises linearly. It then falls
@@ -27,8 +27,8 @@ class OptimizerConfig:
     """
 
     name: Literal["sgd", "adamw"] = "adamw"
-    learning_rate: float = 1e-3
-    backbone_scale: float = 0.1
+    learning_rate: float = 1e-4
+    backbone_scale: float = 1.0
     momentum: float = 0.9
     weight_decay: float = 1e-4
     warmup: float = 0.1
