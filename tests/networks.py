@@ -203,6 +203,8 @@ class TorchLite(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight)
+            if isinstance(module, TorchLiteBlock) and module.residual:
+                nn.init.uniform_(module._bn2.weight, 0.1, 0.3)  # as in `torch_resnet`
         self.eval()
 
     @torch.no_grad()

@@ -77,9 +77,7 @@ def test_every_model_is_in_that_test() -> None:
 
 
 def test_misspelt_model_suggests_the_nearest() -> None:
-    with pytest.raises(
-        RequestError, match=r"no model is called 'resnet5O'; did you mean resnet50"
-    ):
+    with pytest.raises(RequestError, match=r"no model is called 'resnet5O'; did you mean resnet50"):
         build_model("resnet5O")
     with pytest.raises(RequestError, match=r"known: resnet18, resnet34, "):
         build_model("alexnet")
@@ -205,7 +203,10 @@ def test_gradients_of_a_frozen_network_are_torchs() -> None:
     pixels = to_torch(normalize(images, model.preprocess)).requires_grad_()
     network(pixels).logits[:, 3].sum().backward()
     assert pixels.grad is not None
-    assert difference(ours * np.array(model.preprocess.std, np.float32), from_torch(pixels.grad)) <= 1e-4
+    assert (
+        difference(ours * np.array(model.preprocess.std, np.float32), from_torch(pixels.grad))
+        <= 1e-4
+    )
 
 
 # --- pixels and dtypes --------------------------------------------------------------------------

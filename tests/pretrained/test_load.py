@@ -298,9 +298,7 @@ def test_a_changed_byte_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     package.joinpath("net.pth").write_bytes(data)
     monkeypatch.syspath_prepend(tmp_path)
     change_entry(monkeypatch, "efficientnet_lite0.in1k", source="package:wheel_of_weights/net.pth")
-    with pytest.raises(
-        RequestError, match=r"net.pth is not the published file: its SHA-256"
-    ):
+    with pytest.raises(RequestError, match=r"net.pth is not the published file: its SHA-256"):
         load_pretrained("efficientnet_lite0.in1k")
 
 
@@ -366,9 +364,7 @@ def test_download_happens_once(server: Server, resnet18: Pretrained, tmp_path: P
 
 def test_half_a_download_leaves_nothing(server: Server, tmp_path: Path) -> None:
     server.sent //= 2
-    with pytest.raises(
-        RequestError, match=r"could not fetch http://127.* the connection closed"
-    ):
+    with pytest.raises(RequestError, match=r"could not fetch http://127.* the connection closed"):
         load_pretrained("resnet18.a1_in1k")
     assert list((tmp_path / "cache").rglob("*.p*")) == []
     server.sent = len(server.data)
