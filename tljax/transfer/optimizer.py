@@ -69,6 +69,7 @@ def build_optimizer(
     groups: dict[Hashable, optax.GradientTransformation] = {FROZEN: optax.set_to_zero()}
     for name in set(flat.values()) - {FROZEN}:
         groups[name] = group(1.0 if name == "head" else config.backbone_scale)
+
     def of_groups(params: Variables) -> Variables:
         return unflatten({path: flat[path] for path in flatten(params)})
 
