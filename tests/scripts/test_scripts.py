@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,6 +35,13 @@ def run_script(cache: Path, name: str, *arguments: object) -> subprocess.Complet
         env={**os.environ, "TLJAX_CACHE": str(cache)},
         cwd=cache,
     )
+
+
+class Evil:
+    """What an attacker would publish as weights."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, ("touch ran",)
 
 
 def answer(done: subprocess.CompletedProcess[str]) -> dict:
@@ -185,7 +193,7 @@ def test_a_fine_tuned_network_goes_out_and_comes_back(cache: Path, trained: Path
         (("--data", "{tmp}/holes"), "class 'wasps'"),
         (("--model", "resnet5O"), "did you mean resnet50?"),
         (("--weights", "resnet50.tv_in2k"), "did you mean resnet50.tv_in1k?"),
-        (("--weights", "{tmp}/evil.pth"), "os.system"),
+        (("--weights", "{tmp}/evil.pth"), "posix.system"),
         (("--model", "resnet18"), "efficientnet_lite0"),
         (("--freeze-to", "layer3"), "efficientnet_lite0 has no stage 'layer3'"),
         (("--workdir", "{tmp}/evil.pth/run"), "cannot be written"),
@@ -204,8 +212,7 @@ def test_a_bad_request_gets_one_line_and_code_2(
             paint(tmp_path / "photos" / part / name / "1.jpg", (9, 9, 9), 3)
     (tmp_path / "photos" / "train" / "ants" / "broken.jpg").write_bytes(b"\xff\xd8\xff")
     (tmp_path / "config.json").write_text("{}")
-    # The pickle of os.system("touch ran"): what an attacker would publish as weights.
-    (tmp_path / "evil.pth").write_bytes(b"cos\nsystem\n(S'touch ran'\ntR.")
+    torch.save(Evil(), tmp_path / "evil.pth")
     filled = [argument.format(tmp=tmp_path) for argument in arguments]
     if "--workdir" not in filled:
         filled += ["--workdir", str(tmp_path / "run")]
