@@ -186,6 +186,7 @@ def test_names_are_taken_as_they_are(tmp_path: Path, write: Any) -> None:
         "call with too much": b"cbuiltins\nset\n(" + b"N" * 9 + b"tR",
         "new object of a text": ops("x") + b")\x81",
         "new object the old way": b"(cbuiltins\nset\no",
+        "new object with keywords": b"cbuiltins\nset\n)}\x92",
         "extension": b"\x82\x01",
         "text persistent id": b"Pos.system\n",
         "persistent id that is no storage": ops(("module", "x", "y", "z")) + b"Q",
@@ -209,7 +210,7 @@ def test_names_are_taken_as_they_are(tmp_path: Path, write: Any) -> None:
 )
 def test_malformed_programs(tmp_path: Path, write: Any, value: tuple[str, bytes]) -> None:
     reason = refusal(write(tmp_path / "x", state_dict(GOOD, value[1])))
-    assert "the pickle makes no sense" in reason or "the pickle stops making sense" in reason
+    assert reason == DAMAGED + "the pickle makes no sense)"
 
 
 HUGE = 2**62
@@ -308,6 +309,13 @@ def test_storage_lists_of_the_legacy_format(tmp_path: Path, keys: object) -> Non
         "memo far away": b"Nr\xff\xff\xff\xff",
         "dict keyed by a deep tuple": b"}(" + b")" + b"\x85" * 50_000 + b"Nu",
         "dict keyed by lists": b"}(]Nu",
+        "dict keyed by a tuple of 2**60 parts": b"}(" + b")" + b"q\x00h\x00\x86" * 60 + b"Nu",
+        "dict with one such key": b"})" + b"q\x00h\x00\x86" * 60 + b"Ns",
+        "set of a deep tuple": b"\x8f()" + b"\x85" * 50_000 + b"\x90",
+        "frozen set of a deep tuple": b"()" + b"\x85" * 50_000 + b"\x91",
+        "state of a dtype": b"ctorch\nfloat32\n"
+        + ops((3, ">", None, None, None, -1, -1, 0))
+        + b"b",
     }.items(),
     ids=lambda item: item[0] if isinstance(item, tuple) else None,
 )
@@ -332,7 +340,7 @@ def test_what_lies_beside_the_weights_does_no_harm(
 @pytest.mark.parametrize("code", [b"\x8d", b"\x8e", b"\x96"])
 def test_lengths_are_not_believed(tmp_path: Path, write: Any, code: bytes) -> None:
     payload = b"\x80\x04" + code + struct.pack("<Q", HUGE) + bytes(1000)
-    assert "the pickle stops making sense" in refusal(write(tmp_path / "x", payload))
+    assert "the pickle makes no sense" in refusal(write(tmp_path / "x", payload))
 
 
 @both_formats

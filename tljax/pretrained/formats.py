@@ -8,23 +8,24 @@ written here replaces the old file as a whole, which is safe.
 import hashlib
 import json
 import lzma
-import math
 import mmap
 import os
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Mapping
 from io import BufferedReader
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import safetensors.numpy
 
 from tljax.errors import RequestError
 from tljax.files import written_whole
 from tljax.pretrained import torch_file
-from tljax.pretrained.torch_file import Buffer
 from tljax.pretrained.torch_pickle import DamagedError
 
-_SAFETENSORS = {
+# The library's own readers of bytes know neither bfloat16 nor float8, and copy.
+_DTYPES = {
     "F64": "float64",
     "F32": "float32",
     "F16": "float16",
@@ -42,8 +43,7 @@ _SAFETENSORS = {
     "F8_E4M3": "float8_e4m3fn",
     "F8_E5M2": "float8_e5m2",
 }
-_SAFETENSORS_OF = {dtype: name for name, dtype in _SAFETENSORS.items()}
-_MAX_HEADER = 100_000_000  # bytes; the format's own limit
+_MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
 
 _XZ = b"\xfd7zXZ\x00"
 # Weights hardly shrink; those decoded from a code book shrink 14-fold.
@@ -102,7 +102,9 @@ def write_safetensors(
     arrays: Mapping[str, np.ndarray],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes a safetensors file, all or nothing. Equal input, equal bytes.
+    """Writes a safetensors file, all or nothing.
+
+    Equal input, equal bytes; but the order of several metadata is left to chance.
 
     Args:
         path: the file; an old one is replaced.
@@ -112,24 +114,15 @@ def write_safetensors(
     Raises:
         RequestError: safetensors has no name for a dtype, or the file cannot be written.
     """
-    path = Path(path)
-    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
-    # The widest elements first, so that every tensor is aligned.
-    keys = sorted(arrays, key=lambda key: (-arrays[key].dtype.itemsize, key))
-    end = 0
-    for key in keys:
-        array = arrays[key]
-        if array.dtype.name not in _SAFETENSORS_OF:
-            raise RequestError(f"{path}: {key}: safetensors cannot hold dtype {array.dtype}")
-        begin, end = end, end + array.nbytes
-        dtype = _SAFETENSORS_OF[array.dtype.name]
-        header[key] = {"dtype": dtype, "shape": array.shape, "data_offsets": (begin, end)}
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with written_whole(path) as temporary, temporary.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for key in keys:
-            file.write(torch_file.little_endian(arrays[key]))
+    # The library writes the memory of an array as it lies, transposed ones too.
+    arrays = {key: np.asarray(array, order="C") for key, array in arrays.items()}
+    with written_whole(Path(path)) as temporary:
+        mode = temporary.stat().st_mode
+        try:
+            safetensors.numpy.save_file(arrays, temporary, dict(metadata) if metadata else None)
+        except safetensors.SafetensorError as error:
+            raise RequestError(f"{path}: cannot be written ({_one_line(error)})") from error
+        temporary.chmod(mode)  # the library lets its owner alone read a file
 
 
 def write_torch(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray]) -> None:
@@ -181,15 +174,15 @@ def _map(path: Path) -> mmap.mmap:
             raise RequestError(f"{path}: empty; fetch it again") from error
 
 
-def _is_index(data: Buffer) -> bool:
+def _is_index(data: mmap.mmap) -> bool:
     return data[:1] == b"{" and not _is_safetensors(data)
 
 
-def _is_safetensors(data: Buffer) -> bool:
+def _is_safetensors(data: mmap.mmap) -> bool:
     return data[8:9] == b"{" and int.from_bytes(data[:8], "little") <= _MAX_HEADER
 
 
-def _read_shards(path: Path, data: Buffer) -> Tensors:
+def _read_shards(path: Path, data: mmap.mmap) -> Tensors:
     try:
         index = json.loads(data[:])
     except (ValueError, RecursionError):
@@ -211,18 +204,22 @@ def _read_shards(path: Path, data: Buffer) -> Tensors:
     return Tensors({key: shards[name].arrays[key] for key, name in shard_of.items()}, metadata)
 
 
-def _read(path: Path, data: Buffer) -> Tensors:
+def _read(path: Path, data: mmap.mmap) -> Tensors:
     try:
-        return _parse(_unpacked(data))
+        if data[: len(_XZ)] != _XZ:
+            return _parse(path, data)
+        # The arrays keep their mapping of the unpacked file after its name is gone.
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            with written_whole(Path(folder, "unpacked")) as unpacked:
+                unpacked.write_bytes(_unpack(data))
+            return _parse(Path(folder, "unpacked"), _map(Path(folder, "unpacked")))
     except DamagedError as error:
         raise RequestError(f"{path}: truncated or damaged, fetch it again ({error})") from error
     except ValueError as error:
         raise RequestError(f"{path}: {error}") from error
 
 
-def _unpacked(data: Buffer) -> Buffer:
-    if data[: len(_XZ)] != _XZ:
-        return data
+def _unpack(data: mmap.mmap) -> bytes:
     unpacker = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=1 << 28)
     try:
         unpacked = unpacker.decompress(data, _MAX_XZ_RATIO * len(data))
@@ -239,13 +236,12 @@ def _unpacked(data: Buffer) -> Buffer:
     return unpacked
 
 
-def _parse(data: Buffer) -> Tensors:
+def _parse(path: Path, data: mmap.mmap) -> Tensors:
+    """The tensors of a file whose bytes are ``data``."""
     if _is_safetensors(data):
-        return _read_safetensors(data)
-    if data[:4] == b"PK\x03\x04":
-        return Tensors(torch_file.read_zip(data), {})
-    if data[:1] == b"\x80":
-        return Tensors(torch_file.read_legacy(data), {})
+        return _read_safetensors(path, data)
+    if torch_file.is_torch(data):
+        return Tensors(torch_file.read(data), {})
     for beginning, problem in _NOT_WEIGHTS.items():
         if data[:64].lstrip().startswith(beginning):
             raise ValueError(problem)
@@ -255,57 +251,32 @@ def _parse(data: Buffer) -> Tensors:
     )
 
 
-def _read_safetensors(data: Buffer) -> Tensors:
-    start = 8 + int.from_bytes(data[:8], "little")
-    if start > len(data):
-        raise DamagedError(f"its header alone takes {start} bytes, it has {len(data)}")
-    try:
-        header = json.loads(data[8:start])
-    except (ValueError, RecursionError) as error:
-        raise DamagedError("its safetensors header is not JSON") from error
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise DamagedError("its safetensors metadata is not text")
-    entries = sorted(_entries(header))
-    end = start + max((entry.end for entry in entries), default=0)
-    if end != len(data):
-        raise DamagedError(f"it should have {end} bytes and has {len(data)}")
+def _read_safetensors(path: Path, data: mmap.mmap) -> Tensors:
+    """The library checks that the tensors fill the file in their order, without gap or overlap."""
     arrays = {}
-    position = 0
-    for entry in entries:
-        if entry.begin != position:
-            raise DamagedError(f"tensor {entry.key!r:.80} overlaps another or leaves a gap")
-        if math.prod(entry.shape) * entry.dtype.itemsize != entry.end - entry.begin:
-            raise DamagedError(f"the shape of tensor {entry.key!r:.80} does not fit its bytes")
-        offset = start + entry.begin
-        arrays[entry.key] = np.ndarray(entry.shape, entry.dtype, buffer=data, offset=offset)
-        position = entry.end
+    position = 8 + int.from_bytes(data[:8], "little")
+    try:
+        with safetensors.safe_open(path, "np") as file:
+            for key in file.offset_keys():
+                header = file.get_slice(key)
+                dtype = header.get_dtype()
+                if dtype not in _DTYPES:
+                    raise ValueError(f"tensor {key!r:.80}: dtype {dtype} cannot be read")
+                arrays[key] = np.ndarray(
+                    header.get_shape(), _DTYPES[dtype], buffer=data, offset=position
+                )
+                position += arrays[key].nbytes
+            metadata = file.metadata() or {}
+    except safetensors.SafetensorError as error:
+        raise DamagedError(_one_line(error)) from error
+    if position != len(data):  # the library opened the path anew
+        raise DamagedError("it was replaced while it was read")
     return Tensors(arrays, metadata)
 
 
-class _Entry(NamedTuple):
-    """A tensor in a safetensors header; bytes are counted from the end of the header."""
-
-    begin: int
-    end: int
-    key: str
-    dtype: np.dtype
-    shape: list[int]
-
-
-def _entries(header: Mapping[str, object]) -> Iterator[_Entry]:
-    for key, value in header.items():
-        match value:
-            case {
-                "dtype": str(dtype),
-                "shape": [*shape],
-                "data_offsets": [int(begin), int(end)],
-            } if len(shape) <= 64 and all(type(size) is int and size >= 0 for size in shape):
-                if dtype not in _SAFETENSORS:
-                    raise ValueError(f"tensor {key!r:.80}: dtype {dtype!r:.20} cannot be read")
-                yield _Entry(begin, end, key, np.dtype(_SAFETENSORS[dtype]), shape)
-            case _:
-                raise DamagedError(f"the header's entry for tensor {key!r:.80}")
+def _one_line(error: Exception) -> str:
+    """The message of a library, which may quote from a file."""
+    return f"{' '.join(str(error).split()):.200}"
 
 
 def _without_prefix(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -10,33 +10,44 @@ of the file, whatever it holds.
 import io
 import math
 import mmap
+import pickle
 import struct
 import zipfile
-from collections.abc import Callable, Mapping
-from typing import IO, cast
+from collections.abc import Mapping
+from typing import IO, NamedTuple, cast
 
 import numpy as np
 
 from tljax.pretrained.torch_pickle import STORAGES, DamagedError, Tensor, load
 
-Buffer = bytes | mmap.mmap
-"""A whole file: mapped, or unpacked in memory."""
-
 CONTAINERS = ("state_dict", "model_state_dict", "model", "state_dict_ema")
 """Where training scripts put the weights in a checkpoint, in the order they are looked for."""
 
 _STORAGE_OF = {dtype: storage for storage, dtype in STORAGES.items()}
+_ZIP = b"PK\x03\x04"
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 _ORDERED_DICT = b"ccollections\nOrderedDict\n)R"
 _BIG_ENDIAN = "written on a big-endian machine; re-save it on a little-endian one"
 
 
-def read_zip(data: Buffer) -> dict[str, np.ndarray]:
-    """Reads the zip archive that ``torch.save`` writes.
+class _Contents(NamedTuple):
+    """What a container holds.
+
+    Attributes:
+        checkpoint: the object that was saved, with descriptions in place of tensors.
+        storages: where in the file the bytes of each storage lie, by key.
+    """
+
+    checkpoint: object
+    storages: dict[str, range]
+
+
+def read(data: mmap.mmap) -> dict[str, np.ndarray]:
+    """Reads what ``torch.save`` writes.
 
     Args:
-        data: the whole file.
+        data: the whole file, of either container (see `is_torch`).
 
     Returns:
         The state dict (see ``CONTAINERS``) as read-only views of ``data``.
@@ -45,58 +56,27 @@ def read_zip(data: Buffer) -> dict[str, np.ndarray]:
         DamagedError: the file is cut off, or was changed.
         ValueError: the file names code, holds no state dict, or cannot be read.
     """
-    spans = _zip_spans(data)
-    root = next(iter(spans), "").partition("/")[0]
-    if f"{root}/data.pkl" not in spans:
-        raise ValueError("a zip archive, but not one that torch.save wrote (it has no data.pkl)")
-    if f"{root}/constants.pkl" in spans:
+    checkpoint, storages = _read_zip(data) if data[:4] == _ZIP else _read_legacy(data)
+    tensors = _state_dict(checkpoint, depth=3)
+    if tensors is None:
+        keys = list(checkpoint)[:8] if isinstance(checkpoint, dict) else []
         raise ValueError(
-            "this file holds a whole model (TorchScript), not its weights; save model.state_dict()"
+            f"no state dict at the top or under {', '.join(CONTAINERS)}; at the top are: "
+            f"{', '.join(f'{key!r:.40}' for key in keys) or 'no named values'}; "
+            "re-save its state dict alone"
         )
-    order = spans.get(f"{root}/byteorder")
-    if order and data[order.start : order.stop] != b"little":
-        raise ValueError(_BIG_ENDIAN)
-    pickle = spans[f"{root}/data.pkl"]
-    checkpoint = load(io.BytesIO(data[pickle.start : pickle.stop])).root
-    return _views(data, lambda key: spans.get(f"{root}/data/{key}"), checkpoint)
+    arrays = {}
+    for key, tensor in tensors.items():
+        try:
+            arrays[key] = _view(data, storages.get(tensor.storage.key, range(0)), tensor)
+        except ValueError as error:
+            raise DamagedError(f"tensor {key!r:.80}: {error}") from error
+    return arrays
 
 
-def read_legacy(data: Buffer) -> dict[str, np.ndarray]:
-    """Reads the stream that ``torch.save`` wrote before version 1.6.
-
-    Five pickles (magic number, protocol, system, checkpoint, storage keys), then for each key the
-    number of elements as an int64 and the elements.
-
-    Args:
-        data: the whole file.
-
-    Returns:
-        The state dict (see ``CONTAINERS``) as read-only views of ``data``.
-
-    Raises:
-        DamagedError: the file is cut off, or was changed.
-        ValueError: the file names code, holds no state dict, or cannot be read.
-    """
-    stream = _stream(data)
-    if load(stream).root != _LEGACY_MAGIC or load(stream).root != _LEGACY_PROTOCOL:
-        raise ValueError("a pickle, but not one that torch.save wrote")
-    system = load(stream).root
-    if not isinstance(system, dict) or system.get("little_endian") is not True:
-        raise ValueError(_BIG_ENDIAN)
-    checkpoint, itemsizes = load(stream)
-    keys = load(stream).root
-    spans = {}
-    position = stream.tell()
-    for key in keys if isinstance(keys, list) else ():
-        if not isinstance(key, str) or key not in itemsizes:
-            raise DamagedError("it lists a storage that no tensor uses")
-        start = position + 8
-        numel = int.from_bytes(data[position:start], "little", signed=True)
-        position = start + numel * itemsizes[key]
-        if not start <= position <= len(data):
-            raise DamagedError(f"storage {key!r:.80} ends beyond the end of the file")
-        spans[key] = range(start, position)
-    return _views(data, spans.get, checkpoint)
+def is_torch(data: mmap.mmap) -> bool:
+    """Whether a file begins as a zip archive or as a pickle."""
+    return data[:4] == _ZIP or data[:1] == pickle.PROTO
 
 
 def write_zip(file: IO[bytes], arrays: Mapping[str, np.ndarray]) -> None:
@@ -164,15 +144,62 @@ def _add(archive: zipfile.ZipFile, name: str, data: bytes | memoryview) -> None:
         entry.write(data)
 
 
-def _stream(data: Buffer) -> IO[bytes]:
+def _read_zip(data: mmap.mmap) -> _Contents:
+    """An archive with the pickle in one entry, and each storage in one."""
+    spans = _zip_spans(data)
+    root = next(iter(spans), "").partition("/")[0]
+    if f"{root}/data.pkl" not in spans:
+        raise ValueError("a zip archive, but not one that torch.save wrote (it has no data.pkl)")
+    if f"{root}/constants.pkl" in spans:
+        raise ValueError(
+            "this file holds a whole model (TorchScript), not its weights; save model.state_dict()"
+        )
+    order = spans.get(f"{root}/byteorder")
+    if order and data[order.start : order.stop] != b"little":
+        raise ValueError(_BIG_ENDIAN)
+    pickled = spans[f"{root}/data.pkl"]
+    checkpoint = load(io.BytesIO(data[pickled.start : pickled.stop])).root
+    folder = f"{root}/data/"
+    storages = {
+        name.removeprefix(folder): span for name, span in spans.items() if name.startswith(folder)
+    }
+    return _Contents(checkpoint, storages)
+
+
+def _read_legacy(data: mmap.mmap) -> _Contents:
+    """Five pickles (magic number, protocol, system, checkpoint, keys of the storages).
+
+    Then for each key the number of elements as an int64 and the elements.
+    """
+    stream = _stream(data)
+    if load(stream).root != _LEGACY_MAGIC or load(stream).root != _LEGACY_PROTOCOL:
+        raise ValueError("a pickle, but not one that torch.save wrote")
+    system = load(stream).root
+    if not isinstance(system, dict) or system.get("little_endian") is not True:
+        raise ValueError(_BIG_ENDIAN)
+    checkpoint, itemsizes = load(stream)
+    keys = load(stream).root
+    storages = {}
+    position = stream.tell()
+    for key in keys if isinstance(keys, list) else ():
+        if not isinstance(key, str) or key not in itemsizes:
+            raise DamagedError("it lists a storage that no tensor uses")
+        start = position + 8
+        numel = int.from_bytes(data[position:start], "little", signed=True)
+        position = start + numel * itemsizes[key]
+        if not start <= position <= len(data):
+            raise DamagedError(f"storage {key!r:.80} ends beyond the end of the file")
+        storages[key] = range(start, position)
+    return _Contents(checkpoint, storages)
+
+
+def _stream(data: mmap.mmap) -> IO[bytes]:
     """The data as a file at its beginning. A mapping is close enough to one, and is not copied."""
-    if isinstance(data, bytes):
-        return io.BytesIO(data)
     data.seek(0)
     return cast("IO[bytes]", data)
 
 
-def _zip_spans(data: Buffer) -> dict[str, range]:
+def _zip_spans(data: mmap.mmap) -> dict[str, range]:
     """Where the bytes of each entry lie: stored as they are, one entry after the other."""
     try:
         with zipfile.ZipFile(_stream(data)) as archive:
@@ -198,26 +225,6 @@ def _zip_spans(data: Buffer) -> dict[str, range]:
     return spans
 
 
-def _views(
-    data: Buffer, span_of: Callable[[str], range | None], checkpoint: object
-) -> dict[str, np.ndarray]:
-    tensors = _state_dict(checkpoint, depth=3)
-    if tensors is None:
-        keys = list(checkpoint)[:8] if isinstance(checkpoint, dict) else []
-        raise ValueError(
-            f"no state dict at the top or under {', '.join(CONTAINERS)}; at the top are: "
-            f"{', '.join(f'{key!r:.40}' for key in keys) or 'no named values'}; "
-            "re-save its state dict alone"
-        )
-    arrays = {}
-    for key, tensor in tensors.items():
-        try:
-            arrays[key] = _view(data, span_of(tensor.storage.key) or range(0), tensor)
-        except ValueError as error:
-            raise DamagedError(f"tensor {key!r:.80}: {error}") from error
-    return arrays
-
-
 def _state_dict(node: object, depth: int) -> dict[str, Tensor] | None:
     """The tensors under the first container that leads to any, else the node's own.
 
@@ -232,7 +239,7 @@ def _state_dict(node: object, depth: int) -> dict[str, Tensor] | None:
     return {key: value for key, value in node.items() if isinstance(value, Tensor)} or None
 
 
-def _view(data: Buffer, span: range, tensor: Tensor) -> np.ndarray:
+def _view(data: mmap.mmap, span: range, tensor: Tensor) -> np.ndarray:
     """The tensor as a view of the file, which never reaches outside of its storage.
 
     It may not be larger than its storage either: a few bytes expanded to terabytes (stride 0) would

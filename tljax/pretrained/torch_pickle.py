@@ -1,16 +1,16 @@
 """A reader for the pickles of torch that cannot run code.
 
-Python's own unpickler calls whatever a file names. The stack machine here has no way to import, to
-look up an attribute, or to call anything but the stand-ins of ``_GLOBALS``. It makes lists, dicts,
-numbers and *descriptions* of tensors, which say where in the file the elements are. Time and memory
-are linear in the size of the pickle, whatever it holds.
+A pickle is a program: it names functions and calls them. Here a name finds only the stand-ins of
+``_GLOBALS``, which bear any argument and do nothing but describe: the result is lists, dicts,
+numbers and `Tensor` descriptions, which say where in the file the elements are. Time and memory are
+linear in the size of the pickle, whatever it holds.
 """
 
-import pickletools
-from collections.abc import Callable, Iterator
+import pickle
+import struct
+from collections.abc import Callable
 from dataclasses import dataclass
-from types import FunctionType
-from typing import IO, Any, NamedTuple, NoReturn
+from typing import IO, Any, ClassVar, NamedTuple
 
 import ml_dtypes  # noqa: F401  teaches numpy the names bfloat16 and float8_*
 import numpy as np
@@ -85,8 +85,39 @@ def load(stream: IO[bytes]) -> Pickle:
         DamagedError: the pickle is cut off, or no program that torch would write.
         ValueError: the pickle asks for more than the contents of a state dict.
     """
-    machine = _Machine(_operations(stream))
-    return Pickle(machine.run(), machine.itemsizes)
+    start = stream.tell()
+    unpickler = _Unpickler(stream)
+    try:
+        return Pickle(unpickler.load(), unpickler.itemsizes)
+    except _UnknownNameError as error:
+        stream.seek(start)
+        # Among the objects in checkpoints only torch.nn.Module has this attribute.
+        if b"_parameters" in stream.read(1 << 20):
+            raise ValueError(
+                f"this file holds a whole model ({error}), not its weights; load it where its "
+                "code is at hand and save model.state_dict()"
+            ) from None
+        raise ValueError(
+            f"refused, because weights are data and this file asks for {error}; "
+            "re-save it as safetensors or as a plain state dict"
+        ) from None
+    except _SENSELESS as error:
+        raise DamagedError("the pickle makes no sense") from error
+
+
+class _UnknownNameError(Exception):
+    """A pickle asks for what is not in ``_GLOBALS``."""
+
+
+_SENSELESS = (
+    AttributeError,
+    EOFError,
+    LookupError,
+    TypeError,
+    UnicodeError,
+    pickle.UnpicklingError,
+    struct.error,
+)
 
 
 # The stand-ins: what a pickle gets when it asks for a function. They must bear any argument.
@@ -155,157 +186,90 @@ _GLOBALS: dict[str, Callable[..., object] | np.dtype] = {
 }
 
 
-class _Machine:
-    """Executes a pickle as far as it only says what there is."""
+# What Python's own unpickler does with these is harmless, whatever stands on the stack.
+_OPCODES = (
+    *(pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK),
+    *(pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE, pickle.BINFLOAT),
+    *(pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG1),
+    *(pickle.BINUNICODE, pickle.SHORT_BINUNICODE, pickle.BINUNICODE8),
+    *(pickle.BINBYTES, pickle.SHORT_BINBYTES, pickle.BINBYTES8),
+    *(pickle.BINSTRING, pickle.SHORT_BINSTRING),
+    *(pickle.EMPTY_TUPLE, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3),
+    *(pickle.EMPTY_LIST, pickle.APPEND, pickle.APPENDS, pickle.EMPTY_DICT),
+    *(pickle.BINPUT, pickle.LONG_BINPUT, pickle.MEMOIZE, pickle.BINGET, pickle.LONG_BINGET),
+    *(pickle.GLOBAL, pickle.STACK_GLOBAL, pickle.BINPERSID),
+)
 
-    def __init__(self, operations: Iterator[tuple[str, Any]]) -> None:
+
+class _Unpickler(pickle._Unpickler):
+    """Python's unpickler, with the opcodes that torch uses and no others.
+
+    Not its faster twin in C, whose opcodes cannot be taken away: that one hashes whatever a file
+    makes a key, a tuple too that is a million deep or its own square sixty times over, and makes
+    its memo as long as the largest index in the file.
+    """
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        super().__init__(stream, encoding="latin-1")  # of the strings of Python 2
+        self.stack: list[Any] = []
         self.itemsizes: dict[str, int] = {}
-        self._operations = operations
-        self._stack: list[Any] = []
-        self._outer: list[list[Any]] = []  # the stack below each mark
-        self._memo: dict[int, Any] = {}
 
-    def run(self) -> object:
-        try:
-            for name, argument in self._operations:
-                _OPERATIONS[name](self, argument)
-            return self._stack.pop()
-        except (IndexError, KeyError, TypeError) as error:
-            raise DamagedError("the pickle makes no sense") from error
+    def find_class(self, module: str, name: str) -> Any:
+        """The stand-in; nothing is imported."""
+        if f"{module}.{name}" not in _GLOBALS:
+            raise _UnknownNameError(f"{f'{module}.{name}'!r:.80}")
+        return _GLOBALS[f"{module}.{name}"]
 
-    def push(self, value: object) -> None:
-        self._stack.append(value)
-
-    def mark(self, _: object) -> None:
-        self._outer.append(self._stack)
-        self._stack = []
-
-    def to_mark(self) -> list[Any]:
-        items, self._stack = self._stack, self._outer.pop()
-        return items
-
-    def pop(self, count: int) -> list[Any]:
-        return [self._stack.pop() for _ in range(count)][::-1]
-
-    def extend(self, items: list[Any]) -> None:
-        if not isinstance(self._stack[-1], list):
-            raise TypeError("APPENDS")
-        self._stack[-1].extend(items)
-
-    def update(self, items: list[Any]) -> None:
-        """Drops the entries that text does not name: optimizer states, never weights."""
-        if not isinstance(self._stack[-1], dict):
-            raise TypeError("SETITEMS")
-        pairs = zip(items[::2], items[1::2], strict=False)
-        self._stack[-1].update((key, value) for key, value in pairs if isinstance(key, str))
-
-    def memoize(self, index: int | None) -> None:
-        self._memo[len(self._memo) if index is None else index] = self._stack[-1]
-
-    def recall(self, index: int) -> None:
-        self.push(self._memo[index])
-
-    def find(self, name: str) -> None:
-        if name not in _GLOBALS:
-            self._refuse(name)
-        self.push(_GLOBALS[name])
-
-    def _refuse(self, name: str) -> NoReturn:
-        try:  # Among the objects in checkpoints only torch.nn.Module has this attribute.
-            module = any(argument == "_parameters" for _, argument in self._operations)
-        except ValueError:
-            module = False
-        if module:
-            raise ValueError(
-                f"this file holds a whole model ({name!r:.80}), not its weights; load it where its "
-                "code is at hand and save model.state_dict()"
-            )
-        raise ValueError(
-            f"refused, because weights are data and this file asks for {name!r:.80}; "
-            "re-save it as safetensors or as a plain state dict"
-        )
-
-    def reduce(self, _: object) -> None:
-        function, arguments = self.pop(2)
-        # No call of torch's has more arguments; a million, again and again, would cost time.
-        if not (isinstance(arguments, tuple) and len(arguments) <= 8):
-            raise TypeError("REDUCE")
-        if not isinstance(function, FunctionType):
-            raise TypeError("REDUCE")
-        self.push(function(*arguments))
-
-    def persistent_id(self, _: object) -> None:
-        match self._stack.pop():
+    def persistent_load(self, pid: object) -> Storage:
+        """A storage: what torch keeps outside of the pickle."""
+        match pid:
             # In legacy files, a part of another storage.
             case ("storage", np.dtype() as dtype, str(key), _, _, (_, offset, numel)):
                 pass
             case ("storage", np.dtype() as dtype, str(key), _, numel, *_):
                 offset = 0
             case _:
-                raise TypeError("BINPERSID")
+                raise TypeError("persistent id")
         self.itemsizes.setdefault(key, dtype.itemsize)
-        self.push(Storage(dtype, key, offset, numel))
+        return Storage(dtype, key, offset, numel)
 
+    def _call(self) -> None:
+        """Nothing on the stack can be called but the stand-ins."""
+        arguments = self.stack.pop()
+        # No call of torch's has more arguments; a million, again and again, would cost time.
+        if not (isinstance(arguments, tuple) and len(arguments) <= 8):
+            raise TypeError("arguments")
+        self.stack[-1] = self.stack[-1](*arguments)
 
-_OPERATIONS: dict[str, Callable[[_Machine, Any], object]] = {
-    **dict.fromkeys(("PROTO", "FRAME", "STOP"), lambda *_: None),
-    **dict.fromkeys(("NONE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"), _Machine.push),
-    **dict.fromkeys(("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"), _Machine.push),
-    **dict.fromkeys(("BINSTRING", "SHORT_BINSTRING", "BYTEARRAY8"), _Machine.push),
-    **dict.fromkeys(("BINBYTES", "SHORT_BINBYTES", "BINBYTES8"), _Machine.push),
-    "NEWTRUE": lambda machine, _: machine.push(True),
-    "NEWFALSE": lambda machine, _: machine.push(False),
-    "EMPTY_TUPLE": lambda machine, _: machine.push(()),
-    "EMPTY_LIST": lambda machine, _: machine.push([]),
-    "EMPTY_DICT": lambda machine, _: machine.push({}),
-    "EMPTY_SET": lambda machine, _: machine.push(None),
-    "ADDITEMS": lambda machine, _: machine.to_mark(),
-    "FROZENSET": lambda machine, _: machine.push(_nothing(machine.to_mark())),
-    "MARK": _Machine.mark,
-    "TUPLE": lambda machine, _: machine.push(tuple(machine.to_mark())),
-    "TUPLE1": lambda machine, _: machine.push(tuple(machine.pop(1))),
-    "TUPLE2": lambda machine, _: machine.push(tuple(machine.pop(2))),
-    "TUPLE3": lambda machine, _: machine.push(tuple(machine.pop(3))),
-    "APPEND": lambda machine, _: machine.extend(machine.pop(1)),
-    "APPENDS": lambda machine, _: machine.extend(machine.to_mark()),
-    "SETITEM": lambda machine, _: machine.update(machine.pop(2)),
-    "SETITEMS": lambda machine, _: machine.update(machine.to_mark()),
-    "BINPUT": _Machine.memoize,
-    "LONG_BINPUT": _Machine.memoize,
-    "MEMOIZE": _Machine.memoize,
-    "BINGET": _Machine.recall,
-    "LONG_BINGET": _Machine.recall,
-    "GLOBAL": _Machine.find,
-    "STACK_GLOBAL": lambda machine, _: machine.find(".".join(machine.pop(2))),
-    "REDUCE": _Machine.reduce,
-    "NEWOBJ": _Machine.reduce,
-    "BUILD": lambda machine, _: machine.pop(1),  # attributes of an object are no weights
-    "BINPERSID": _Machine.persistent_id,
-}
+    def _update(self, items: list[Any]) -> None:
+        """Drops the entries that text does not name: optimizer states, never weights."""
+        pairs = zip(items[::2], items[1::2], strict=False)
+        self.stack[-1].update((key, value) for key, value in pairs if isinstance(key, str))
 
+    def _set_item(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self._update([key, value])
 
-def _read_global(stream: IO[bytes]) -> str:
-    """Two lines as they are, where pickletools would interpret backslashes."""
-    return ".".join(stream.readline().decode().removesuffix("\n") for _ in range(2))
+    def _set_items(self) -> None:
+        self._update(self.pop_mark())  # pyright: ignore[reportAttributeAccessIssue]
 
-
-_OPCODES: dict[bytes, tuple[str, Callable[[IO[bytes]], Any]]] = {
-    info.code.encode("latin-1"): (info.name, info.arg.reader if info.arg else lambda _: None)
-    for info in pickletools.opcodes
-    if info.name in _OPERATIONS
-} | {b"c": ("GLOBAL", _read_global)}
-
-
-def _operations(stream: IO[bytes]) -> Iterator[tuple[str, Any]]:
-    """The names and arguments of a pickle's opcodes, up to its end; parsing executes nothing."""
-    name = ""
-    while name != "STOP":
-        code = stream.read(1)
-        if code not in _OPCODES:
-            raise DamagedError(f"the pickle stops making sense at opcode {code!r}")
-        name, read_argument = _OPCODES[code]
-        try:
-            argument = read_argument(stream)
-        except ValueError as error:
-            raise DamagedError(f"the pickle stops making sense: {error}") from error
-        yield name, argument
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
+        **{
+            ours[0]: pickle._Unpickler.dispatch[pythons[0]]
+            for ours, pythons in (
+                *zip(_OPCODES, _OPCODES, strict=True),
+                # Python's own would first make room for as many bytes as the file claims.
+                (pickle.BYTEARRAY8, pickle.BINBYTES8),
+                # A set is read as a list: nothing but text is ever hashed.
+                (pickle.EMPTY_SET, pickle.EMPTY_LIST),
+                (pickle.ADDITEMS, pickle.APPENDS),
+                (pickle.FROZENSET, pickle.TUPLE),
+                # The attributes of an object are no weights.
+                (pickle.BUILD, pickle.POP),
+            )
+        },
+        pickle.SETITEM[0]: _set_item,
+        pickle.SETITEMS[0]: _set_items,
+        pickle.REDUCE[0]: _call,
+        pickle.NEWOBJ[0]: _call,
+    }
