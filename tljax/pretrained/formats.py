@@ -252,7 +252,10 @@ def _parse(path: Path, data: mmap.mmap) -> Tensors:
 
 
 def _read_safetensors(path: Path, data: mmap.mmap) -> Tensors:
-    """The library checks that the tensors fill the file in their order, without gap or overlap."""
+    """The library checks that the tensors fill the file in their order, without gap or overlap.
+
+    It opens the path anew, and by then another file may have that name.
+    """
     arrays = {}
     position = 8 + int.from_bytes(data[:8], "little")
     try:
@@ -267,9 +270,9 @@ def _read_safetensors(path: Path, data: mmap.mmap) -> Tensors:
                 )
                 position += arrays[key].nbytes
             metadata = file.metadata() or {}
-    except safetensors.SafetensorError as error:
+    except (safetensors.SafetensorError, TypeError) as error:  # numpy's, for too small a buffer
         raise DamagedError(_one_line(error)) from error
-    if position != len(data):  # the library opened the path anew
+    if position != len(data):
         raise DamagedError("it was replaced while it was read")
     return Tensors(arrays, metadata)
 
