@@ -11,14 +11,9 @@ from sklearn.model_selection import StratifiedKFold
 from sklearn.preprocessing import StandardScaler
 
 from tljax.errors import RequestError
-from tljax.transfer import probe
-from tljax.transfer.probe import (
-    L2_VALUES,
-    fit_logistic,
-    fit_probe,
-    knn_predict,
-    predict_logits,
-)
+from tljax.transfer import logistic, probe
+from tljax.transfer.logistic import fit_logistic
+from tljax.transfer.probe import L2_VALUES, fit_probe, knn_predict, predict_logits
 
 # Problems of one shape share one compilation, which takes longer than the rest of a test; so do
 # the whole sweep of 45 values and 9 values in 5 folds.
@@ -155,16 +150,16 @@ def test_solution_does_not_depend_on_the_other_problems():
 
 def test_memory_budget_bounds_the_problems_in_flight(monkeypatch):
     seen = []
-    solve = probe._solve
+    solve = logistic._solve
 
-    def spy(*args, num_slots):
-        seen.append(num_slots)
-        return solve(*args, num_slots=2)  # compiled already
+    def spy(*args, block):
+        seen.append(block)
+        return solve(*args, block=2)  # compiled already
 
-    monkeypatch.setattr(probe, "_solve", spy)
-    for slots in (2, 1.5, 0):
-        slot_floats = (2 * 10 + 6) * (DIMENSIONS + 1) + 6 * EXAMPLES
-        monkeypatch.setattr(probe, "_MEMORY_BUDGET", int(slots * 4 * CLASSES * slot_floats))
+    monkeypatch.setattr(logistic, "_solve", spy)
+    for problems in (2, 1.5, 0):
+        floats = (2 * 10 + 6) * (DIMENSIONS + 1) + 6 * EXAMPLES
+        monkeypatch.setattr(logistic, "_MEMORY_BUDGET", int(problems * 4 * CLASSES * floats))
         fit_logistic(*random(), [0.01, 1.0], num_classes=CLASSES)
     assert seen == [2, 1, 1]
 
