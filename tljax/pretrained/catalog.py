@@ -95,6 +95,11 @@ def imagenet_wordnet_ids() -> tuple[str, ...]:
     return tuple(wordnet_id for wordnet_id, _ in _imagenet())
 
 
+def default_classes(count: int) -> tuple[str, ...]:
+    """The names of the classes where a file has none: ImageNet's if there are 1,000 of them."""
+    return imagenet_classes() if count == 1000 else tuple(f"class {i}" for i in range(count))
+
+
 def names_like(classes: tuple[str, ...], found: tuple[str, ...]) -> tuple[str, ...]:
     """The classes under the names that a data set uses: ImageNet folders carry WordNet ids."""
     if classes == imagenet_classes() and set(found) <= set(imagenet_wordnet_ids()):

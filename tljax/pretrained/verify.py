@@ -12,9 +12,10 @@ from tljax.errors import RequestError
 from tljax.models import layer_outputs, normalize
 from tljax.models.resnet import DEPTHS
 from tljax.pretrained.catalog import CATALOG
+from tljax.pretrained.fetch import fetch
 from tljax.pretrained.formats import read_tensors
 from tljax.pretrained.layouts import layout_rules
-from tljax.pretrained.load import Pretrained, fetch
+from tljax.pretrained.load import Pretrained
 from tljax.pretrained.rules import Rules, invert_rules
 from tljax.types import Preprocess, Variables
 

