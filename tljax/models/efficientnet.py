@@ -11,7 +11,7 @@ from typing import NamedTuple
 from flax import linen as nn
 from jax import Array
 
-from tljax.models.layers import ConvNorm, GlobalAveragePool, LinearHead
+from tljax.models.layers import ConvNorm, GlobalAveragePool, LinearHead, Train
 from tljax.models.model import Model, Stage
 from tljax.types import Preprocess
 
@@ -22,7 +22,7 @@ class Stem(nn.Module):
     """3x3 convolution at stride 2; the same width in every variant."""
 
     @nn.compact
-    def __call__(self, x: Array, train: bool) -> Array:
+    def __call__(self, x: Array, train: Train) -> Array:
         """``[b, h, w, 3] -> [b, h/2, w/2, 32]``."""
         return nn.relu6(_conv_norm(32, 3, stride=2, name="conv")(x, train))
 
@@ -36,7 +36,7 @@ class InvertedResidual(nn.Module):
     expansion: int
 
     @nn.compact
-    def __call__(self, x: Array, train: bool) -> Array:
+    def __call__(self, x: Array, train: Train) -> Array:
         """``[b, h, w, c] -> [b, h/stride, w/stride, features]``."""
         y, width = x, x.shape[-1] * self.expansion
         if self.expansion > 1:
@@ -59,7 +59,7 @@ class Blocks(nn.Module):
     expansion: int
 
     @nn.compact
-    def __call__(self, x: Array, train: bool) -> Array:
+    def __call__(self, x: Array, train: Train) -> Array:
         """``[b, h, w, c] -> [b, h/stride, w/stride, features]``."""
         for i in range(self.depth):
             stride = self.stride if i == 0 else 1
@@ -74,7 +74,7 @@ class ConvHead(nn.Module):
     """1x1 convolution to the features that are pooled; the same width in every variant."""
 
     @nn.compact
-    def __call__(self, x: Array, train: bool) -> Array:
+    def __call__(self, x: Array, train: Train) -> Array:
         """``[b, h, w, c] -> [b, h, w, 1280]``."""
         return nn.relu6(_conv_norm(1280, 1, name="conv")(x, train))
 

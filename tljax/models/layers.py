@@ -17,6 +17,10 @@ Padding = int | Literal["SAME"]
 """Symmetric zeros on each side, as torch pads; or TensorFlow's SAME, which depends on the size."""
 
 
+Train = bool | jax.Array
+"""False: on running statistics. True, or ``[batch]`` bool of the rows that count: training mode."""
+
+
 def conv2d(
     x: jax.Array, kernel: jax.Array, *, stride: int = 1, padding: Padding = 0, groups: int = 1
 ) -> jax.Array:
@@ -106,8 +110,9 @@ class ConvNorm(nn.Module):
     On running statistics the norm is an affine map per output channel, so it is folded into the
     kernel: the same function and the same gradients in one pass over the activations.
 
-    In training mode the norm uses the statistics of the batch and moves the running ones as torch
-    does: the variance with Bessel's correction, ``momentum`` being the share of the old value.
+    In training mode the norm uses the statistics of the batch (of the rows that count: padding must
+    not move them) and moves the running ones as torch does: the variance with Bessel's correction,
+    ``momentum`` being the share of the old value.
     """
 
     features: int
@@ -119,7 +124,7 @@ class ConvNorm(nn.Module):
     momentum: float = 0.9
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, train: Train) -> jax.Array:
         """``[b, h, w, c] -> [b, h', w', features]``, without activation."""
         k, out = self.kernel_size, (self.features,)
         shape = (k, k, x.shape[-1] // self.groups, self.features)
@@ -130,18 +135,20 @@ class ConvNorm(nn.Module):
         var = self.variable("batch_stats", "var", jnp.ones, out)
         conv = partial(conv2d, stride=self.stride, padding=self.padding, groups=self.groups)
 
-        if not train:
+        if train is False:
             factor = scale * lax.rsqrt(var.value + self.epsilon)
             shift = bias - mean.value * factor
             return conv(x, (kernel * factor).astype(x.dtype)) + shift.astype(x.dtype)
 
         y = conv(x, kernel.astype(x.dtype))
         y32 = y.astype(jnp.promote_types(y.dtype, jnp.float32))
-        batch_mean = y32.mean((0, 1, 2))
-        batch_var = jnp.square(y32 - batch_mean).mean((0, 1, 2))
+        rows = jnp.ones(len(y)) if train is True else train.astype(jnp.float32)
+        counts = rows[:, None, None, None]
+        count = jnp.maximum(rows.sum(), 1) * (y.shape[1] * y.shape[2])
+        batch_mean = (y32 * counts).sum((0, 1, 2)) / count
+        batch_var = (jnp.square(y32 - batch_mean) * counts).sum((0, 1, 2)) / count
         if not self.is_initializing():
-            count = y.size // self.features
-            unbiased = batch_var * (count / max(count - 1, 1))
+            unbiased = batch_var * (count / jnp.maximum(count - 1, 1))
             mean.value = self.momentum * mean.value + (1 - self.momentum) * batch_mean
             var.value = self.momentum * var.value + (1 - self.momentum) * unbiased
         factor = scale * lax.rsqrt(batch_var + self.epsilon)
@@ -152,7 +159,7 @@ class GlobalAveragePool(nn.Module):
     """``[b, h, w, c] -> [b, c]``: the features that a probe reads."""
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:  # noqa: ARG002 - a stage's signature
+    def __call__(self, x: jax.Array, train: Train) -> jax.Array:  # noqa: ARG002 - a stage's signature
         """The mean over all positions, in at least float32."""
         return x.mean((1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32))
 
@@ -167,11 +174,11 @@ class LinearHead(nn.Module):
     dropout: float = 0.0
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, train: Train) -> jax.Array:
         """The logits."""
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         if self.dropout:
-            x = nn.Dropout(self.dropout, deterministic=not train)(x)
+            x = nn.Dropout(self.dropout, deterministic=train is False)(x)
         kernel = self.param("kernel", nn.initializers.zeros, (x.shape[-1], self.num_classes))
         bias = self.param("bias", nn.initializers.zeros, (self.num_classes,))
         return x @ kernel + bias

@@ -107,6 +107,7 @@ def apply(
     train: Collection[str] = frozenset(),
     capture: Collection[str] = (),
     key: jax.Array | None = None,
+    mask: Array | None = None,
 ) -> Output:
     """Runs the stages from ``start`` up to, not including, ``stop``. A pure function.
 
@@ -124,6 +125,7 @@ def apply(
         train: stages in training mode: batch norm on the batch's statistics, dropout active.
         capture: stages whose outputs are returned as well.
         key: random key for dropout in the stages of ``train``.
+        mask: ``[batch]`` bool, the rows that count in batch statistics; by default all.
 
     Raises:
         RequestError: a stage that the model does not have.
@@ -141,7 +143,8 @@ def apply(
         of_stage = _of_stage(variables, name)
         if name in train:
             rngs = {} if key is None else {"dropout": jax.random.fold_in(key, position)}
-            x, moved = module.apply(of_stage, x, True, mutable=["batch_stats"], rngs=rngs)
+            rows = True if mask is None else jnp.asarray(mask)
+            x, moved = module.apply(of_stage, x, rows, mutable=["batch_stats"], rngs=rngs)
             if moved:
                 batch_stats[name] = moved["batch_stats"]
         else:

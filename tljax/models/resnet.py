@@ -6,7 +6,7 @@ Geometry of torchvision's reference implementation: symmetric padding everywhere
 from flax import linen as nn
 from jax import Array
 
-from tljax.models.layers import ConvNorm, GlobalAveragePool, LinearHead, max_pool
+from tljax.models.layers import ConvNorm, GlobalAveragePool, LinearHead, Train, max_pool
 from tljax.models.model import Model, Stage
 from tljax.types import Preprocess
 
@@ -15,7 +15,7 @@ class Stem(nn.Module):
     """7x7 convolution and max pooling: a quarter of the resolution."""
 
     @nn.compact
-    def __call__(self, x: Array, train: bool) -> Array:
+    def __call__(self, x: Array, train: Train) -> Array:
         """``[b, h, w, 3] -> [b, h/4, w/4, 64]``."""
         x = nn.relu(ConvNorm(64, 7, stride=2, padding=3, name="conv1")(x, train))
         return max_pool(x, 3, stride=2, padding=1)
@@ -29,7 +29,7 @@ class BasicBlock(nn.Module):
     expansion = 1
 
     @nn.compact
-    def __call__(self, x: Array, train: bool) -> Array:
+    def __call__(self, x: Array, train: Train) -> Array:
         """``[b, h, w, c] -> [b, h/stride, w/stride, features]``."""
         y = ConvNorm(self.features, 3, self.stride, padding=1, name="conv1")(x, train)
         y = ConvNorm(self.features, 3, padding=1, name="conv2")(nn.relu(y), train)
@@ -46,7 +46,7 @@ class Bottleneck(nn.Module):
     expansion = 4
 
     @nn.compact
-    def __call__(self, x: Array, train: bool) -> Array:
+    def __call__(self, x: Array, train: Train) -> Array:
         """``[b, h, w, c] -> [b, h/stride, w/stride, 4 * features]``."""
         out = self.features * self.expansion
         y = nn.relu(ConvNorm(self.features, 1, name="conv1")(x, train))
@@ -66,7 +66,7 @@ class Layer(nn.Module):
     stride: int
 
     @nn.compact
-    def __call__(self, x: Array, train: bool) -> Array:
+    def __call__(self, x: Array, train: Train) -> Array:
         """``[b, h, w, c] -> [b, h/stride, w/stride, features * expansion]``."""
         for i in range(self.depth):
             stride = self.stride if i == 0 else 1
