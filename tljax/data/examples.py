@@ -1,0 +1,210 @@
+"""What a data set is once it is open: random access to examples, labels, classes and names."""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property
+from os import PathLike
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from tljax.errors import RequestError, UnreadableImageError
+
+
+class Examples(Protocol):
+    """Random access to images: encoded files, or RGB pixels, ``[height, width, 3]`` uint8.
+
+    An array of images, ``[n, height, width, 3]``, is one already. Asking for an example that cannot
+    be read raises ``UnreadableImageError``.
+    """
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> bytes | np.ndarray: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """Labelled examples in an order.
+
+    Attributes:
+        examples: the images; nothing is read before it is asked for.
+        labels: ``[n]`` int32 indices into ``classes``; -1 where there is no label.
+        classes: the names of the classes; empty where nothing is labelled.
+        names: what a report calls each example: printable text.
+    """
+
+    examples: Examples
+    labels: np.ndarray
+    classes: tuple[str, ...]
+    names: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, index: int) -> bytes | np.ndarray:
+        """One example: an encoded image file, or RGB pixels, ``[height, width, 3]`` uint8.
+
+        Raises:
+            UnreadableImageError: the file cannot be read.
+        """
+        return self.examples[index]
+
+    @cached_property
+    def digest(self) -> str:
+        """Hex; changes if and only if a content, a label, the order or the classes change."""
+        header = json.dumps([self.classes, self.labels.tolist()]).encode()
+        return hashlib.sha256(header + b"".join(_hashes(self))).hexdigest()
+
+
+class Splits(NamedTuple):
+    """A data set to train on.
+
+    Attributes:
+        train: examples to learn from; every class has at least one.
+        val: examples to measure on, with the same classes; may lack some.
+        notes: remarks for a person, one line each.
+    """
+
+    train: Source
+    val: Source
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class _Subset:
+    examples: Examples
+    indices: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> bytes | np.ndarray:
+        return self.examples[self.indices[index]]
+
+
+def select(source: Source, indices: Sequence[int] | np.ndarray) -> Source:
+    """The examples at ``indices``, in that order, with the same classes."""
+    indices = np.asarray(indices, np.int64)
+    return Source(
+        _Subset(source.examples, indices),
+        source.labels[indices],
+        source.classes,
+        [source.names[int(index)] for index in indices],
+    )
+
+
+def match_classes(source: Source, classes: Sequence[str]) -> tuple[Source, tuple[str, ...]]:
+    """Gives a labelled source the class indices of a network, by the names of the classes.
+
+    Args:
+        source: examples under their own list of classes.
+        classes: the network's classes, in the order of its logits.
+
+    Returns:
+        The examples whose class the network knows, labelled with indices into ``classes``; and
+        notes for a person, one line each, on what the two lists do not share.
+
+    Raises:
+        RequestError: no example is of a class that the network knows.
+    """
+    position = {name: index for index, name in enumerate(classes)}
+    # The last entry is what an example without a label (-1) gets.
+    relabel = np.array([*(position.get(name, -1) for name in source.classes), -1], np.int32)
+    labels = relabel[source.labels]
+    kept = np.flatnonzero(labels >= 0)
+    if not kept.size:
+        raise RequestError(
+            f"no example is of a known class: the data has {shortened(source.classes)};"
+            f" the network knows {shortened(classes)}"
+        )
+    missing = [name for name in classes if name not in source.classes]
+    extra = [name for name in source.classes if name not in position]
+    empty = [name for name in without_example(source) if name in position]
+    notes = []
+    if missing:
+        notes.append(
+            f"{len(missing)} of {len(classes)} classes not in the data: {shortened(missing)}"
+        )
+    if empty:
+        notes.append(
+            f"{len(empty)} of {len(classes)} classes without an example: {shortened(empty)}"
+        )
+    if extra:
+        left_out = len(source) - kept.size
+        notes.append(f"left out {left_out} examples of unknown classes: {shortened(extra)}")
+    known = replace(select(source, kept), labels=labels[kept], classes=tuple(classes))
+    return known, tuple(notes)
+
+
+def split_by_content(source: Source, where: str, val_fraction: float) -> Splits:
+    """Splits a source by a hash of each example's content, as `open_splits` says.
+
+    Args:
+        source: labelled examples; all are read.
+        where: what an error calls the source.
+        val_fraction: the share of validation, in [0, 1).
+
+    Raises:
+        RequestError: a class is left without an example to train on, or validation without any.
+    """
+    in_val = np.array([int.from_bytes(h[:6]) / 2**48 < val_fraction for h in _hashes(source)], bool)
+    train, val = select(source, np.flatnonzero(~in_val)), select(source, np.flatnonzero(in_val))
+    advice = "add images, change the share, or lay the folder out as train/ and val/"
+    lost = without_example(train)
+    if lost:
+        raise RequestError(
+            f"all images of {shortened(lost)} in {where} fall into the"
+            f" validation share of {val_fraction}: {advice}"
+        )
+    if val_fraction and not len(val):
+        raise RequestError(
+            f"none of the {len(source)} images in {where} falls into the validation"
+            f" share of {val_fraction}: {advice}"
+        )
+    notes = [f"split by content: {len(train)} to train on, {len(val)} to validate on"]
+    unseen = without_example(val)
+    if unseen and val_fraction:
+        notes.append(f"no validation image of {shortened(unseen)}")
+    return Splits(train, val, tuple(notes))
+
+
+def _hashes(source: Source) -> list[bytes]:
+    """The SHA-256 of each example's content; one that cannot be read counts as empty."""
+
+    def hash_one(index: int) -> bytes:
+        try:
+            data = source.read(index)
+        except UnreadableImageError:
+            data = b""
+        if isinstance(data, np.ndarray):
+            data = repr(data.shape).encode() + data.tobytes()
+        return hashlib.sha256(data).digest()
+
+    def hash_chunk(indices: range) -> list[bytes]:
+        return [hash_one(index) for index in indices]
+
+    everything = range(len(source))
+    chunks = (everything[start : start + 256] for start in everything[::256])
+    with ThreadPoolExecutor() as pool:
+        return [digest for chunk in pool.map(hash_chunk, chunks) for digest in chunk]
+
+
+def without_example(source: Source) -> list[str]:
+    """The classes that no example of a source belongs to."""
+    counts = np.bincount(source.labels[source.labels >= 0], minlength=len(source.classes))
+    return [name for name, count in zip(source.classes, counts, strict=True) if not count]
+
+
+def printable(path: str | PathLike[str]) -> str:
+    """A path that any report can hold: bytes that are not UTF-8 show as escapes."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def shortened(names: Sequence[str]) -> str:
+    """The first five names, and how many more there are."""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return (", ".join(names[:5]) or "none") + more
