@@ -1,0 +1,163 @@
+"""Duplicates: copies of any kind are found, and different pictures are not called copies."""
+
+import io
+import random
+
+import numpy as np
+import pytest
+from PIL import Image, ImageEnhance
+from scipy.ndimage import gaussian_filter
+
+import tljax.data.duplicates as duplicates_module
+from tljax.data.decode import open_image
+from tljax.data.duplicates import Duplicate, find_duplicates
+from tljax.data.sources import open_splits
+from tljax.errors import UnreadableImageError
+
+MIRROR = Image.Transpose.FLIP_LEFT_RIGHT
+
+
+def picture(seed: int, height: int = 90, width: int = 120) -> np.ndarray:
+    """Clouds of several sizes: as smooth as a photograph, and like no other seed's."""
+    noise = np.random.default_rng(seed).normal(size=(height, width, 3))
+    clouds = sum(s * gaussian_filter(noise, (s, s, 0)) for s in (2, 6, 15))
+    low, high = np.min(clouds), np.max(clouds)
+    return ((clouds - low) / (high - low) * 255).astype(np.uint8)
+
+
+def jpeg(image: Image.Image, quality: int = 80) -> bytes:
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
+
+
+def png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def crop(image: Image.Image, keep: float, seed: int) -> Image.Image:
+    """At random, with at least the share ``keep`` of each side."""
+    draw = random.Random(seed)
+    width, height = (round(side * draw.uniform(keep, 1)) for side in image.size)
+    left, top = draw.randint(0, image.width - width), draw.randint(0, image.height - height)
+    return image.crop((left, top, left + width, top + height))
+
+
+COPIES = {
+    "saved again": lambda image: jpeg(image, 40),
+    "resized": lambda image: jpeg(image.resize((image.width // 2, image.height // 2))),
+    "squeezed": lambda image: jpeg(image.resize((100, 100))),
+    "cropped": lambda image: jpeg(crop(image, 0.85, image.width)),
+    "square": lambda image: png(image.crop((15, 0, 105, 90))),
+    "grey": lambda image: png(image.convert("L")),
+    "brighter": lambda image: jpeg(ImageEnhance.Brightness(image).enhance(1.2)),
+    "pale": lambda image: jpeg(ImageEnhance.Contrast(image).enhance(0.6)),
+    "mirrored": lambda image: jpeg(image.transpose(MIRROR)),
+    "mirrored and cropped": lambda image: jpeg(crop(image.transpose(MIRROR), 0.9, 5)),
+}
+
+
+@pytest.fixture(scope="module")
+def train() -> np.ndarray:
+    return np.stack([picture(seed) for seed in range(30)])
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_copies_are_found_whichever_side_was_changed(train: np.ndarray, name: str):
+    val = [COPIES[name](Image.fromarray(train[i])) for i in (3, 17)]
+    val.insert(1, jpeg(Image.fromarray(picture(99))))
+    found = find_duplicates(train, val)
+    assert [(one.train, one.val) for one in found] == [(3, 0), (17, 2)]
+    assert {one.kind for one in found} == {"mirrored" if "mirrored" in name else "near"}
+    assert all(0.9 <= one.similarity <= 1 for one in found)
+    back = find_duplicates(val, train)
+    assert [(one.train, one.val) for one in back] == [(0, 3), (2, 17)]
+
+
+def test_different_pictures_are_no_copies(train: np.ndarray):
+    others = np.stack([picture(seed) for seed in range(100, 130)])
+    assert find_duplicates(train, others) == []
+    upside_down = train[:, ::-1]  # which no mirror makes of it
+    assert find_duplicates(train, upside_down) == []
+
+
+def test_the_same_pixels_are_exact_in_any_container(train: np.ndarray):
+    val = [png(Image.fromarray(train[4])), train[9], jpeg(Image.fromarray(train[4]))]
+    first, second, third = find_duplicates([*train, train[9]], val)
+    assert first == Duplicate(4, 0, "exact", 1.0)
+    assert second == Duplicate(9, 1, "exact", 1.0)
+    assert (third.train, third.kind) == (4, "near")
+
+
+def test_the_same_bytes_in_another_shape_are_not_the_same():
+    wide = np.zeros((1, 4, 4, 3), np.uint8)
+    assert find_duplicates(wide, wide.reshape(1, 2, 8, 3)) == []
+    assert len(find_duplicates(wide, wide)) == 1
+
+
+def test_small_pictures_count_only_if_equal():
+    small = picture(0, 24, 40)
+    assert find_duplicates([small], [small + (small < 255)]) == []
+    assert find_duplicates([small], [small])[0].kind == "exact"
+
+
+def test_blank_pages_equal_only_themselves():
+    rng = np.random.default_rng(0)
+    blank = [jpeg(Image.fromarray(rng.integers(250, 253, (64, 64, 3), np.uint8))) for _ in "ab"]
+    assert find_duplicates(blank[:1], blank[1:]) == []
+
+
+def test_the_closest_training_image_is_named(train: np.ndarray):
+    image = Image.fromarray(train[5])
+    rows = [jpeg(crop(image, 0.85, 1)), jpeg(image, 95), png(Image.fromarray(train[6]))]
+    (one,) = find_duplicates(rows, [jpeg(image, 60)])
+    assert (one.train, one.kind) == (1, "near")
+
+
+def test_blocks_do_not_change_what_is_found(train: np.ndarray, monkeypatch: pytest.MonkeyPatch):
+    val = [COPIES["cropped"](Image.fromarray(image)) for image in train]
+    whole = find_duplicates(train, val)
+    assert len(whole) == 30
+    monkeypatch.setattr(duplicates_module, "_BLOCK", 7)
+    assert find_duplicates(train, val) == whole
+
+
+def test_the_threshold_decides(train: np.ndarray):
+    val = [COPIES["saved again"](Image.fromarray(train[0]))]
+    (one,) = find_duplicates(train, val)
+    assert find_duplicates(train, val, threshold=one.similarity) == [one]
+    assert find_duplicates(train, val, threshold=one.similarity + 1e-6) == []
+
+
+class Unreadable(list):
+    def __getitem__(self, index):
+        if index == 1:
+            raise UnreadableImageError("cannot be read: gone")
+        return super().__getitem__(index)
+
+
+def test_unreadable_images_are_left_out(train: np.ndarray):
+    bad = Unreadable([b"", b"", b"<html>", png(Image.fromarray(train[2]))])
+    assert find_duplicates(train, bad) == [Duplicate(2, 3, "exact", 1.0)]
+    assert find_duplicates(bad, bad) == [Duplicate(3, 3, "exact", 1.0)]
+
+
+def test_nothing_to_compare(train: np.ndarray):
+    assert find_duplicates([], train) == find_duplicates(train, []) == []
+
+
+def test_real_photographs(shared_data):
+    """No photograph of ants or bees is in both parts, and every copy of one is found."""
+    splits = open_splits(str(shared_data / "hymenoptera"))
+    originals = splits.val.examples
+    assert find_duplicates(splits.train.examples, originals) == []
+    copies = []
+    for i in range(0, len(splits.val), 3):
+        image = crop(open_image(originals[i]), 0.85, i)  # pyright: ignore[reportArgumentType]
+        image = image.transpose(MIRROR) if i % 2 else image
+        copies.append(jpeg(image.resize((image.width // 2, image.height // 2)), 50))
+    found = find_duplicates(originals, copies)
+    assert [(one.train, one.val) for one in found] == [(3 * k, k) for k in range(len(copies))]
+    assert [one.kind for one in found] == ["mirrored" if k % 2 else "near" for k in range(51)]

@@ -1,0 +1,164 @@
+"""Calibration: held against a plain loop, scipy's minimiser and networks of known temperature."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import minimize_scalar
+from scipy.special import log_softmax, softmax
+
+from tljax.errors import RequestError
+from tljax.transfer.calibration import (
+    TEMPERATURES,
+    calibrate,
+    calibration_bins,
+    expected_calibration_error,
+    fit_temperature,
+)
+
+
+def network(temperature: float, count: int, classes: int = 4, seed: int = 0):
+    """Logits whose labels are drawn from the softmax of ``logits / temperature``."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(0, 2, (count, classes))
+    probabilities = softmax(logits, 1)
+    labels = (rng.random((count, 1)) > probabilities.cumsum(1)).sum(1)
+    return temperature * logits, labels
+
+
+def loss(logits: np.ndarray, labels: np.ndarray) -> float:
+    return -log_softmax(logits, 1)[np.arange(len(labels)), labels].mean()
+
+
+def error_by_loop(confidence: list[float], correct: list[bool], bins: int) -> float:
+    total = 0.0
+    for m in range(bins):
+        inside = [
+            (p, c)
+            for p, c in zip(confidence, correct, strict=True)
+            if m / bins < p <= (m + 1) / bins or (m == 0 and p == 0)
+        ]
+        if inside:
+            accuracy = sum(c for _, c in inside) / len(inside)
+            mean = sum(p for p, _ in inside) / len(inside)
+            total += len(inside) / len(confidence) * abs(accuracy - mean)
+    return total
+
+
+# Multiples of 1/60 fall on the edges of bins.
+confidences = st.floats(0, 1) | st.integers(0, 60).map(lambda i: i / 60)
+
+
+@given(st.lists(st.tuples(confidences, st.booleans()), min_size=1, max_size=40), st.integers(1, 20))
+def test_the_error_is_that_of_a_plain_loop(pairs: list[tuple[float, bool]], bins: int):
+    confidence, correct = map(list, zip(*pairs, strict=True))
+    found = expected_calibration_error(np.array(confidence), np.array(correct), bins)
+    assert found == pytest.approx(error_by_loop(confidence, correct, bins), abs=1e-12)
+    assert calibration_bins(np.array(confidence), np.array(correct), bins).examples.sum() == len(
+        pairs
+    )
+
+
+def test_a_network_that_is_always_sure_and_right_half_the_time():
+    bins = calibration_bins(np.ones(10), np.arange(10) % 2 == 0)
+    assert bins.examples.tolist() == [0] * 14 + [10]
+    assert bins.accuracy[-1] == 0.5
+    assert np.isnan(bins.accuracy[:-1]).all()
+    assert bins.error == 0.5
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**32 - 1), st.floats(-1.5, 1.5), st.integers(2, 6), st.integers(2, 200))
+def test_the_temperature_is_the_optimum_that_scipy_finds(
+    seed: int, log_scale: float, classes: int, count: int
+):
+    logits, labels = network(10**log_scale, count, classes, seed)
+    found = fit_temperature(logits, labels)
+    span = np.log(TEMPERATURES)
+    oracle = minimize_scalar(
+        lambda log_t: loss(logits / np.exp(log_t), labels),
+        bounds=span,
+        method="bounded",
+        options={"xatol": 1e-9},
+    )
+    assert loss(logits / found, labels) <= oracle.fun + 1e-12
+    # The minimum of separable logits is so flat that no place in it is better than another.
+    if oracle.fun > 1e-3 and span[0] + 0.01 < oracle.x < span[1] - 0.01:
+        assert np.log(found) == pytest.approx(oracle.x, abs=1e-5)
+
+
+def test_a_known_temperature_is_found():
+    logits, labels = network(3.0, 20_000)
+    assert fit_temperature(logits, labels) == pytest.approx(3, rel=0.03)
+    assert fit_temperature(logits.astype(np.float32), labels) == pytest.approx(3, rel=0.03)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e6])
+def test_where_no_optimum_is_inside_the_temperature_stops_at_the_bound(scale: float):
+    labels = np.arange(12) % 3
+    separable = scale * np.eye(3)[labels]
+    contrary = -separable
+    found = fit_temperature(separable, labels)
+    assert found == pytest.approx(TEMPERATURES[0]) or loss(separable / found, labels) == 0
+    assert fit_temperature(contrary, labels) == pytest.approx(TEMPERATURES[1])
+
+
+def test_equal_logits_keep_the_temperature_one():
+    assert fit_temperature(np.full((4, 3), 7.0), np.array([0, 1, 2, 0])) == 1
+
+
+def test_calibration_after_is_measured_on_other_examples_than_the_fit():
+    # The two halves ask for opposite temperatures, so that whoever fits on what it measures shows.
+    rng = np.random.default_rng(5)
+    half = rng.permutation(400)[::2]
+    sharp, labels = network(5.0, 400)
+    logits = sharp / 25
+    logits[half] = sharp[half]
+    found = calibrate(logits, labels, seed=5)
+    other = np.setdiff1d(np.arange(400), half)
+    scaled = logits.copy()
+    scaled[half] /= fit_temperature(logits[other], labels[other])
+    scaled[other] /= fit_temperature(logits[half], labels[half])
+    probabilities = softmax(scaled, 1)
+    expected = expected_calibration_error(probabilities.max(1), probabilities.argmax(1) == labels)
+    assert found.after.error == pytest.approx(expected)
+    assert found.loss_after == pytest.approx(loss(scaled, labels))
+    assert found.loss_after > found.loss_before
+    assert found.loss_before == pytest.approx(loss(logits, labels))
+    assert found.temperature == fit_temperature(logits, labels)
+
+
+def test_scaling_mends_an_overconfident_network():
+    logits, labels = network(4.0, 5000)
+    found = calibrate(logits, labels)
+    assert found.before.error > 0.15
+    assert found.after.error < 0.03
+    assert found.loss_after < found.loss_before
+    assert found.before.examples.sum() == found.after.examples.sum() == 5000
+
+
+@pytest.mark.parametrize(
+    ("logits", "labels", "message"),
+    [
+        (np.zeros((0, 3)), np.zeros(0, int), "at least one example"),
+        (np.zeros((2, 3)), np.zeros(3, int), r"\(2, 3\) and \(3,\)"),
+        (np.zeros((2, 3)), np.array([0, -1]), "labels from 0 to 2; got -1 to 0"),
+        (np.zeros((2, 3)), np.array([0, 3]), "got 0 to 3"),
+        (np.array([[0, np.nan]]), np.array([0]), "finite"),
+    ],
+)
+def test_what_cannot_be_calibrated(logits: np.ndarray, labels: np.ndarray, message: str):
+    for function in (fit_temperature, calibrate):
+        with pytest.raises(RequestError, match=message):
+            function(logits, labels)
+
+
+def test_what_cannot_be_binned():
+    with pytest.raises(RequestError, match="two labelled"):
+        calibrate(np.zeros((1, 3)), np.array([0]))
+    with pytest.raises(RequestError, match="at least one example"):
+        expected_calibration_error(np.zeros(0), np.zeros(0))
+    with pytest.raises(RequestError, match=r"\[0, 1\]"):
+        expected_calibration_error(np.array([0.5, np.nan]), np.array([True, False]))
+    with pytest.raises(RequestError, match="softmax first"):
+        expected_calibration_error(np.array([3.0]), np.array([True]))
