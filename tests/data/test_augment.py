@@ -1,0 +1,408 @@
+"""Augmentation: a function of seed, epoch and example alone, and Pillow is the judge of it."""
+
+import math
+import os
+import subprocess
+import sys
+from functools import cache, partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageEnhance, ImageOps
+
+from tljax.data.augment import (
+    OPERATIONS,
+    AugmentConfig,
+    _distort,
+    _random_box,
+    _resized_crop,
+    augment,
+    epoch_key,
+    mix,
+)
+from tljax.data.decode import decode
+from tljax.errors import RequestError
+from tljax.types import Preprocess
+
+OFF = AugmentConfig(crop=False, flip=False)
+ALL = AugmentConfig(randaugment_layers=2)
+KEY = epoch_key(0, 0)
+IMAGES = np.random.default_rng(0).integers(0, 256, (6, 20, 20, 3), np.uint8)
+INDICES = np.array([3, 11, 0, -1, 7, 1000], np.int32)
+
+distort = jax.jit(_distort)
+resized_crop = jax.jit(_resized_crop, static_argnums=2)
+
+
+def levels(images: jax.Array) -> np.ndarray:
+    """The whole levels that float images stand for."""
+    exact = np.asarray(images) * 255
+    np.testing.assert_allclose(exact, exact.round(), atol=1e-4)
+    return exact.round().astype(np.uint8)
+
+
+def test_an_example_does_not_depend_on_its_batch():
+    whole = np.asarray(augment(IMAGES, INDICES, KEY, 16, ALL))
+    assert whole.shape == (6, 16, 16, 3)
+    assert whole.dtype == np.float32
+    for rows in ([5, 4, 3, 2, 1, 0], [2, 2, 0, 1, 2, 3], [4]):
+        part = np.asarray(augment(IMAGES[rows], INDICES[rows], KEY, 16, ALL))
+        assert part.tobytes() == whole[rows].tobytes()
+    assert (augment(IMAGES, INDICES[::-1], KEY, 16, ALL) != whole).any((1, 2, 3)).all()
+
+
+def test_an_example_does_not_depend_on_the_number_of_devices():
+    program = """
+import sys
+from tests.data import test_augment as t
+from tljax.parallel import data_mesh, shard
+batch = shard((t.IMAGES, t.INDICES), data_mesh())
+sys.stdout.buffer.write(t.np.asarray(t.augment(*batch, t.KEY, 16, t.ALL)).tobytes())
+"""
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=3", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | flags,
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        check=True,
+    )
+    assert done.stdout == np.asarray(augment(IMAGES, INDICES, KEY, 16, ALL)).tobytes()
+
+
+def test_seeds_and_epochs_differ():
+    keys = [epoch_key(seed, epoch) for seed in range(2) for epoch in range(3)]
+    results = [np.asarray(augment(IMAGES[:1], INDICES[:1], key, 16, ALL)) for key in keys]
+    assert len({result.tobytes() for result in results}) == 6
+    # A resumed run, years later, must go on with what the run would have seen.
+    assert jax.random.key_data(epoch_key(3, 4)).tolist() == [2514142082, 2772707869]
+
+
+def test_the_key_is_threefrys_whatever_the_default():
+    expected = jax.random.key_data(epoch_key(1, 2))
+    with jax.default_prng_impl("rbg"):
+        assert jax.random.key_data(epoch_key(1, 2)).tolist() == expected.tolist()
+
+
+def test_jit_changes_nothing():
+    with jax.disable_jit():  # without RandAugment, as a minute goes into its single operations
+        plain = augment(IMAGES[:1], INDICES[:1], KEY, 16, AugmentConfig())
+    compiled = augment(IMAGES[:1], INDICES[:1], KEY, 16, AugmentConfig())
+    np.testing.assert_array_equal(levels(plain), levels(compiled))
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**31 - 1), kind=st.sampled_from(["noise", "black", "white", "two"]))
+def test_values_stay_between_0_and_1(seed, kind):
+    high = {"noise": 256, "black": 1, "white": 1, "two": 2}[kind]
+    images = np.random.default_rng(seed).integers(0, high, IMAGES.shape).astype(np.uint8)
+    images = 255 - images if kind == "white" else images
+    config = AugmentConfig(randaugment_layers=2, randaugment_magnitude=30, mixup=0.2, cutmix=1)
+    result = augment(images, INDICES, epoch_key(seed, 0), 16, config)
+    mixed, _ = mix(result, np.eye(6), INDICES >= 0, jax.random.key(seed), config)
+    for values in (result, mixed):
+        assert np.isfinite(values).all()
+        assert values.min() >= 0
+        assert values.max() <= 1
+
+
+@pytest.mark.parametrize(("side", "size"), [(9, 6), (10, 5), (8, 5), (7, 7), (11, 4)])
+def test_off_is_the_central_crop_of_decode(side, size):
+    images = IMAGES[:, :side, :side]
+    crops = [decode(image, Preprocess(size=size, resize=side)) for image in images]
+    # What `normalize` makes of uint8; compiled, since XLA divides by 255 in its own way.
+    expected = jax.jit(lambda levels: levels.astype(jnp.float32) / 255)(np.stack(crops))
+    np.testing.assert_array_equal(augment(images, INDICES, KEY, size, OFF), expected)
+
+
+def test_a_flip_is_a_flip_half_of_the_time():
+    n = 2000
+    images = IMAGES[:1].repeat(n, 0)
+    config = AugmentConfig(crop=False)
+    result = levels(augment(images, np.arange(n), KEY, 20, config))
+    flipped = (result == IMAGES[0, :, ::-1]).all((1, 2, 3))
+    assert (flipped | (result == IMAGES[0]).all((1, 2, 3))).all()
+    assert abs(flipped.mean() - 0.5) < 4 * 0.5 / math.sqrt(n)
+
+
+@pytest.mark.parametrize("scale", [(0.08, 1.0), (0.35, 1.0), (0.5, 0.5), (1.0, 1.0)])
+@pytest.mark.parametrize("ratio", [(3 / 4, 4 / 3), (0.5, 1.0), (1.0, 1.0)])
+def test_boxes_have_the_area_and_the_ratio_asked_for(scale, ratio):
+    side, n = 4096, 4000  # so large that rounding to pixels does not blur the limits
+    config = AugmentConfig(scale=scale, ratio=ratio)
+    draws = jax.random.uniform(KEY, (n, 4))
+    boxes = jax.vmap(partial(_random_box, side=side, config=config))(draws)
+    top, left, height, width = np.asarray(boxes, np.float64).T
+    area, aspect = height * width / side**2, width / height
+    assert (np.minimum(top, left) >= 0).all()
+    assert (np.maximum(top + height, left + width) <= side).all()
+    assert area.min() >= scale[0] - 1e-3
+    assert area.max() <= scale[1] + 1e-3
+    assert aspect.min() >= ratio[0] - 2e-3
+    assert aspect.max() <= ratio[1] + 2e-3
+    # The area is uniform, and so are the positions that the box leaves room for.
+    spread = 5 * (scale[1] - scale[0]) / math.sqrt(12 * n)
+    assert abs(area.mean() - sum(scale) / 2) <= spread + 1e-3
+    for start, length in ((top, height), (left, width)):
+        free = length < side - 100
+        share = start[free] / (side - length[free])
+        if free.any():
+            assert abs(share.mean() - 0.5) < 5 / math.sqrt(12 * free.sum()) + 1e-3
+    small = area * max(ratio[1], 1 / ratio[0]) < 1  # any ratio fits: it is log-uniform
+    if small.any():
+        logs, width = np.log(aspect[small]), math.log(ratio[1] / ratio[0])
+        middle = math.log(ratio[0] * ratio[1]) / 2
+        assert abs(logs.mean() - middle) <= 5 * width / math.sqrt(12 * small.sum()) + 1e-3
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data(), size=st.sampled_from([5, 16, 33]))
+def test_the_crop_is_resized_as_pillow_does(data, size):
+    top, left = (data.draw(st.integers(0, 19)) for _ in range(2))
+    height, width = (data.draw(st.integers(1, 20 - start)) for start in (top, left))
+    result = resized_crop(IMAGES[0], jnp.array([top, left, height, width]), size)
+    crop = Image.fromarray(IMAGES[0]).crop((left, top, left + width, top + height))
+    expected = np.asarray(crop.resize((size, size), Image.Resampling.BILINEAR), int)
+    # Pillow rounds to whole levels between its two passes, and works in fixed point.
+    assert abs(np.asarray(result, int) - expected).max() <= 1
+
+
+def test_the_full_box_is_resized_as_jax_does():
+    config = AugmentConfig(flip=False, scale=(1, 1))
+    result = levels(augment(IMAGES, INDICES, KEY, 13, config)).astype(int)
+    expected = jax.image.resize(IMAGES.astype(np.float32), (6, 13, 13, 3), "linear")
+    np.testing.assert_allclose(result, expected, atol=0.5 + 1e-3)
+
+
+STRENGTHS = [-1.0, -0.7, -0.3, 0.0, 0.3, 0.7, 1.0]
+PHOTO = np.asarray(Image.fromarray(IMAGES[0]).resize((64, 64), Image.Resampling.BICUBIC))
+DIM = (PHOTO // 3 + [10, 50, 100]).astype(np.uint8)  # leaves autocontrast something to do
+FLAT = np.full((64, 64, 3), [0, 100, 255], np.uint8)
+SPARSE = np.where(np.arange(64 * 64).reshape(64, 64, 1) < 9, PHOTO, 7)  # equalize does nothing
+
+
+def pillow(name: str, image: Image.Image, strength: float) -> Image.Image:
+    """One operation at its share of torchvision's largest magnitude."""
+    factor = 1 + 0.9 * strength
+    grey = {"resample": Image.Resampling.NEAREST, "fillcolor": (128, 128, 128)}
+    shift = round(strength * 150 / 331 * image.width)
+
+    def affine(*coefficients: float) -> Image.Image:
+        return image.transform(image.size, Image.Transform.AFFINE, coefficients, **grey)
+
+    return {
+        "identity": lambda: image,
+        "autocontrast": lambda: ImageOps.autocontrast(image),
+        "equalize": lambda: ImageOps.equalize(image),
+        "rotate": lambda: image.rotate(30 * strength, **grey),
+        "solarize": lambda: ImageOps.solarize(image, 256 * (1 - abs(strength))),
+        "color": lambda: ImageEnhance.Color(image).enhance(factor),
+        "posterize": lambda: ImageOps.posterize(image, 8 - round(4 * abs(strength))),
+        "contrast": lambda: ImageEnhance.Contrast(image).enhance(factor),
+        "brightness": lambda: ImageEnhance.Brightness(image).enhance(factor),
+        "sharpness": lambda: ImageEnhance.Sharpness(image).enhance(factor),
+        "shear_x": lambda: affine(1, 0.3 * strength, 0, 0, 1, 0),
+        "shear_y": lambda: affine(1, 0, 0, 0.3 * strength, 1, 0),
+        "translate_x": lambda: affine(1, 0, shift, 0, 1, 0),
+        "translate_y": lambda: affine(1, 0, 0, 0, 1, shift),
+    }[name]()
+
+
+EXACT = {"identity", "equalize", "solarize", "posterize", "translate_x", "translate_y"}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_operations_are_pillows(name):
+    changed = 0
+    for image in (PHOTO, DIM, FLAT, SPARSE):
+        for strength in STRENGTHS:
+            expected = np.asarray(pillow(name, Image.fromarray(image), strength), int)
+            result = np.asarray(distort(image, OPERATIONS.index(name), strength), int)
+            changed += (result != image).any()
+            difference = abs(result - expected)
+            if name in EXACT:
+                assert difference.max() == 0
+            elif name == "rotate" or name.startswith("shear"):
+                # Pillow walks in 1/65536 of a pixel; on a border it may take the neighbour.
+                assert (difference > 0).mean() < 0.005
+            else:
+                assert difference.max() <= 1  # Pillow truncates; the last bit of a float decides
+    assert (changed > 0) == (name != "identity")
+
+
+def outcomes(image: np.ndarray, strength: float) -> dict[bytes, tuple[np.ndarray, int]]:
+    """What one layer can make of an image, and in how many of its 28 equally likely ways."""
+    found: dict[bytes, tuple[np.ndarray, int]] = {}
+    for operation in range(len(OPERATIONS)):
+        for signed in (strength, -strength):
+            result = np.asarray(distort(image, operation, signed))
+            _, ways = found.get(result.tobytes(), (result, 0))
+            found[result.tobytes()] = result, ways + 1
+    return found
+
+
+def randaugmented(n: int, layers: int) -> list[bytes]:
+    """One image under n indices, at strength 0.7."""
+    config = AugmentConfig(
+        crop=False, flip=False, randaugment_layers=layers, randaugment_magnitude=21
+    )
+    results = levels(augment(np.stack([DIM] * n), np.arange(n), KEY, 64, config))
+    return [result.tobytes() for result in results]
+
+
+def test_randaugment_draws_every_operation_in_both_directions():
+    n, ways = 2000, outcomes(DIM, 0.7)
+    counts = dict.fromkeys(ways, 0)
+    for result in randaugmented(n, 1):
+        counts[result] += 1
+    assert len(ways) == 14 + 9  # nine operations have two directions
+    for result, (_, number) in ways.items():
+        share = number / 28
+        assert abs(counts[result] / n - share) < 5 * math.sqrt(share / n)
+
+
+def test_layers_follow_each_other():
+    once = outcomes(DIM, 0.7)
+    twice = {result for image, _ in once.values() for result in outcomes(image, 0.7)}
+    found = randaugmented(100, 2)
+    assert set(found) <= twice
+    assert sum(result in once for result in found) < 50
+
+
+# Row i is all i / 10, and its target says so: what a mixed row is made of can be read off it.
+ROWS = 7
+PLAIN = (np.arange(ROWS, dtype=np.float32)[:, None, None, None] / 10).repeat(12, 1).repeat(16, 2)
+PLAIN = PLAIN.repeat(3, 3)
+TARGETS = np.eye(ROWS, dtype=np.float32)
+MASK = np.array([1, 0, 1, 1, 0, 1, 1], bool)
+FULL = np.ones(ROWS, bool)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_mixup_is_its_formula(seed):
+    images, targets = map(
+        np.asarray, mix(PLAIN, TARGETS, FULL, jax.random.key(seed), AugmentConfig(mixup=1.0))
+    )
+    np.testing.assert_allclose(targets.sum(1), 1, atol=1e-6)
+    np.testing.assert_allclose(images, np.einsum("ij,jhwc->ihwc", targets, PLAIN), atol=1e-6)
+    own = np.diagonal(targets)
+    assert len({round(float(share), 5) for share in own if share < 1}) == 1  # one for the batch
+    others = targets - np.diag(own)
+    assert sorted(others.argmax(1)[others.any(1)]) == sorted(np.flatnonzero(others.any(1)))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_cutmix_pastes_one_box_whose_area_is_the_partners_share(seed):
+    images, targets = map(
+        np.asarray, mix(PLAIN, TARGETS, FULL, jax.random.key(seed), AugmentConfig(cutmix=1.0))
+    )
+    boxes = set()
+    for row in range(ROWS):
+        partner = int((targets[row] - TARGETS[row]).argmax())
+        pasted = (images[row] != PLAIN[row]).all(-1)
+        np.testing.assert_array_equal(images[row][~pasted], PLAIN[row][~pasted])
+        if partner == row or not pasted.any():
+            assert not pasted.any()
+            continue
+        assert (images[row][pasted] == PLAIN[partner, 0, 0]).all()
+        assert targets[row, partner] == pytest.approx(pasted.mean(), abs=1e-7)
+        assert targets[row].sum() == pytest.approx(1, abs=1e-6)
+        y, x = np.nonzero(pasted)
+        assert pasted.sum() == (np.ptp(y) + 1) * (np.ptp(x) + 1)  # a filled rectangle
+        boxes.add((y.min(), x.min(), y.max(), x.max()))
+    assert len(boxes) == 1
+
+
+@cache
+def own_shares(mixup: float, cutmix: float, n: int = 400) -> tuple[np.ndarray, np.ndarray]:
+    """The shares that examples keep in n batches, and which of the batches are cut."""
+    config = AugmentConfig(mixup=mixup, cutmix=cutmix)
+    images, targets = np.zeros((2, 16, 16, 3), np.float32), np.eye(2, dtype=np.float32)
+    images[1] = 1
+    run = jax.vmap(lambda key: mix(images, targets, np.ones(2, bool), key, config))
+    mixed, labels = map(np.asarray, run(jax.random.split(KEY, n)))
+    swapped = labels[:, 0, 1] > 0  # half of the permutations of two move them
+    mixed, own = mixed[swapped, 0], labels[swapped, 0, 0]
+    np.testing.assert_allclose(mixed.mean((1, 2, 3)), 1 - own, atol=1e-5)
+    return own, np.isin(mixed, (0, 1)).all((1, 2, 3))
+
+
+@pytest.mark.parametrize("alpha", [0.2, 5.0])
+def test_shares_follow_beta(alpha):
+    own, _ = own_shares(alpha, 0)
+    variance = 1 / (4 * (2 * alpha + 1))
+    assert abs(own.mean() - 0.5) < 5 * math.sqrt(variance / len(own))
+    assert own.var() == pytest.approx(variance, rel=0.3)
+
+
+def test_both_take_turns():
+    _, cut = own_shares(5.0, 5.0)
+    assert abs(cut.mean() - 0.5) < 5 * 0.5 / math.sqrt(len(cut))
+    assert not own_shares(5.0, 0)[1].any()
+
+
+@pytest.mark.parametrize("config", [AugmentConfig(mixup=1.0), AugmentConfig(cutmix=1.0)])
+def test_masked_rows_never_leak(config):
+    met = set()
+    for seed in range(30):
+        images, targets = mix(PLAIN, TARGETS, MASK, jax.random.key(seed), config)
+        poisoned = np.where(MASK[:, None, None, None], PLAIN, 0.95)
+        again, labels = mix(poisoned, TARGETS, MASK, jax.random.key(seed), config)
+        np.testing.assert_array_equal(images[MASK], again[MASK])
+        np.testing.assert_allclose(again[~MASK], poisoned[~MASK], atol=1e-6)
+        np.testing.assert_array_equal(labels, targets)
+        assert not np.asarray(targets)[MASK][:, ~MASK].any()
+        np.testing.assert_allclose(targets[~MASK], TARGETS[~MASK], atol=1e-6)
+        met |= set(zip(*np.nonzero(np.asarray(targets)), strict=True))
+    # Every valid row meets every other, and itself; masked ones only themselves.
+    assert len(met) == MASK.sum() ** 2 + (~MASK).sum()
+
+
+@pytest.mark.parametrize("valid", [0, 1])
+def test_batches_without_a_pair_are_left_alone(valid):
+    mask = np.arange(ROWS) < valid
+    config = AugmentConfig(mixup=1.0)
+    images, targets = mix(PLAIN, TARGETS, mask, jax.random.key(0), config)
+    np.testing.assert_allclose(images, PLAIN, atol=1e-7)
+    np.testing.assert_allclose(targets, TARGETS, atol=1e-7)
+
+
+def test_without_mixing_the_batch_comes_back():
+    images, targets = mix(PLAIN, TARGETS, MASK, jax.random.key(0), ALL)
+    np.testing.assert_array_equal(images, PLAIN)
+    np.testing.assert_array_equal(targets, TARGETS)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scale": (0, 1)}, "scale"),
+        ({"scale": (0.5, 1.1)}, "scale"),
+        ({"scale": (0.5, 0.4)}, "scale"),
+        ({"ratio": (0, 1)}, "ratio"),
+        ({"ratio": (1.1, 2)}, "ratio"),
+        ({"ratio": (0.5, 0.9)}, "ratio"),
+        ({"randaugment_magnitude": 31}, "magnitude 31"),
+        ({"randaugment_magnitude": -1}, "magnitude -1"),
+        ({"randaugment_layers": -1}, "layers"),
+        ({"mixup": -0.1}, "mixup"),
+        ({"cutmix": -0.1}, "cutmix"),
+    ],
+)
+def test_a_wrong_config_is_refused(options, message):
+    with pytest.raises(RequestError, match=message):
+        AugmentConfig(**options)
+
+
+def test_images_that_do_not_fit_are_refused():
+    with pytest.raises(RequestError, match="20 x 20: need squares of at least 21"):
+        augment(IMAGES, INDICES, KEY, 21, OFF)
+    with pytest.raises(RequestError, match="20 x 19"):
+        augment(IMAGES[:, :, :19], INDICES, KEY, 16, ALL)
+    larger = jax.eval_shape(lambda: augment(IMAGES, INDICES, KEY, 21, AugmentConfig()))
+    assert larger.shape == (6, 21, 21, 3)  # a resized crop may be larger than its image
