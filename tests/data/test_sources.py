@@ -189,8 +189,8 @@ def test_files_keep_the_order_given(tmp_path):
 @pytest.mark.parametrize(
     ("files", "spec", "message"),
     [
-        ([], "digts", r"digts is neither a data set that tljax knows \(digits\) nor a folder"),
-        ([], "tfds:mnist", r"tfds:mnist is neither a data set"),
+        ([], "digts", r"digts is neither a data set that tljax knows \(digits, .*\) nor a folder"),
+        ([], "./tfds:mnist", r"./tfds:mnist is neither a data set"),
         (["hymenoptera/x"], "hymenopterra/train", "nor a folder; did you mean .*hymenoptera\\?"),
         (["file"], "file", "file is a file: name a folder"),
         (["x/1.jpg"], "x", "x holds no class folders: put the images of each class into a folder"),

@@ -1,4 +1,4 @@
-"""Opens what a request names: folders of images, scikit-learn's digits.
+"""Opens what a request names: folders, scikit-learn's digits, `tfds:` and `hf:` data sets.
 
 Nothing is decoded here; a source gives random access to encoded files or pixels, with labels.
 """
@@ -23,6 +23,7 @@ from tljax.data.folders import (
     open_labelled_folder,
     suggestion,
 )
+from tljax.data.hubs import is_hub, open_hub_splits, open_labelled_hub
 from tljax.errors import RequestError
 
 __all__ = [
@@ -37,19 +38,26 @@ __all__ = [
     "select",
 ]
 
+VAL_FRACTION = 0.2
 
-def open_splits(spec: str, *, val_fraction: float = 0.2) -> Splits:
+
+def open_splits(spec: str, *, val_fraction: float = VAL_FRACTION) -> Splits:
     """Opens a data set for training.
 
     A folder either holds ``train/`` and ``val/`` (or ``valid``, ``validation``, ``test``) with a
-    folder for each class inside, or the class folders themselves. The latter, and ``digits``, are
-    split by content: an example is for validation if and only if a hash of its content, as a
-    fraction of the hash's range, is below ``val_fraction``. So no example changes sides when others
-    are added, and copies of one image never end up on both.
+    folder for each class inside, or the class folders themselves. The latter, ``digits``, and data
+    sets of one split are split by content: an example is for validation if and only if a hash of
+    its content, as a fraction of the hash's range, is below ``val_fraction``. So no example changes
+    sides when others are added, and copies of one image never end up on both.
 
     Args:
-        spec: ``digits`` (1,797 handwritten digits of 8 x 8 pixels, from scikit-learn), or a folder
-            (``./digits`` for one of that name).
+        spec: a folder (``./digits`` for one of that name), or one of
+
+            - ``digits``: 1,797 handwritten digits of 8 x 8 pixels, from scikit-learn;
+            - ``tfds:NAME``, ``tfds:NAME/CONFIG:VERSION``: from TensorFlow Datasets; it is prepared
+              in ``$TFDS_DATA_DIR`` if need be;
+            - ``hf:OWNER/NAME``, ``hf:OWNER/NAME:CONFIG``, ``hf:FOLDER``: from Hugging Face, or a
+              folder of theirs: written by ``save_to_disk``, of parquet files, of images.
         val_fraction: the share of validation in a split by content, in [0, 1).
 
     Raises:
@@ -59,12 +67,13 @@ def open_splits(spec: str, *, val_fraction: float = 0.2) -> Splits:
         raise RequestError(f"a validation share of {val_fraction} makes no sense: 0 <= share < 1")
     if spec == "digits":
         return split_by_content(_digits(), spec, val_fraction)
+    if is_hub(spec):
+        return open_hub_splits(spec, val_fraction)
     path = Path(spec)
-    # "tfds:name" and "hf:name" will be told apart here.
     if not path.exists():
         raise RequestError(
-            f"{printable(spec)} is neither a data set that tljax knows (digits) nor a folder"
-            + suggestion(path)
+            f"{printable(spec)} is neither a data set that tljax knows (digits, tfds:NAME, hf:NAME)"
+            f" nor a folder{suggestion(path)}"
         )
     return open_folder_splits(path, val_fraction)
 
@@ -81,6 +90,8 @@ def open_labelled(spec: str) -> Source:
     """
     if spec == "digits":
         return open_splits(spec).val
+    if is_hub(spec):
+        return open_labelled_hub(spec, VAL_FRACTION)
     return open_labelled_folder(Path(spec))
 
 

@@ -1,0 +1,253 @@
+"""Data sets in the formats of TensorFlow Datasets and of Hugging Face, as sources.
+
+Neither package is imported before a data set of its kind is asked for; TensorFlow is not needed
+to read one.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tljax.data.examples import (
+    Source,
+    Splits,
+    match_classes,
+    shortened,
+    split_by_content,
+    without_example,
+)
+from tljax.data.folders import TRAIN, VAL, suggestion
+from tljax.errors import RequestError, UnreadableImageError
+
+_Parts = Mapping[str, Callable[[], Source]]  # opened late: reading the labels may take a while
+
+
+def is_hub(spec: str) -> bool:
+    """Whether a request names a data set of this file: ``tfds:...`` or ``hf:...``."""
+    return spec.startswith(tuple(f"{kind}:" for kind in _KINDS))
+
+
+def open_hub_splits(spec: str, val_fraction: float) -> Splits:
+    """The train and validation splits of a data set or, if it has one split, a split by content.
+
+    Examples without a label are left out, and so are classes without an example to train on.
+
+    Raises:
+        RequestError: the data set or a package is missing, or it cannot be trained on.
+    """
+    parts = _open(spec)
+    names = [name for name in TRAIN if name in parts] or list(parts)
+    if names[0] not in TRAIN and len(names) > 1:
+        raise RequestError(
+            f"{spec} has the splits {shortened(names)}, but none to train on: rename one to train"
+        )
+    train, notes = _trainable(parts[names[0]](), f"{spec} {names[0]}")
+    val = _validation({name: part for name, part in parts.items() if name != names[0]})
+    if val is None:
+        train, val, more = split_by_content(train, spec, val_fraction)
+    else:
+        val, more = match_classes(val, train.classes)
+    return Splits(train, val, (*notes, *more))
+
+
+def open_labelled_hub(spec: str, val_fraction: float) -> Source:
+    """What an evaluation measures on: all of the validation split, or that of a split by content.
+
+    Raises:
+        RequestError: the data set or a package is missing, or nothing has a label.
+    """
+    val = _validation(_open(spec))
+    return open_hub_splits(spec, val_fraction).val if val is None else val
+
+
+def _open(spec: str) -> _Parts:
+    kind, _, name = spec.partition(":")
+    if not name:
+        raise RequestError(f"{spec} lacks a name: write {kind}:NAME")
+    return {split.lower(): part for split, part in _KINDS[kind](spec, name).items()}
+
+
+def _validation(parts: _Parts) -> Source | None:
+    """The first split for validation that has a label; those of a competition's test have none."""
+    sources = (parts[name]() for name in VAL if name in parts)
+    return next((source for source in sources if (source.labels >= 0).any()), None)
+
+
+def _trainable(source: Source, where: str) -> tuple[Source, list[str]]:
+    unlabelled = np.count_nonzero(source.labels < 0)
+    unused = without_example(source)
+    used = [name for name in source.classes if name not in unused]
+    if len(used) < 2:
+        raise RequestError(
+            f"{where} has examples of these classes: {shortened(used)}; training needs two or more"
+        )
+    notes = []
+    if unlabelled:
+        notes.append(f"left out {unlabelled} examples without a label")
+    if unused:
+        notes.append(
+            f"left out {len(unused)} of {len(source.classes)} classes, without an example to train"
+            f" on: {shortened(unused)}"
+        )
+    return (match_classes(source, used)[0] if notes else source), notes
+
+
+def _source(spec: str, split: str, examples: Any, labels: np.ndarray, feature: Any) -> Source:
+    names = tuple(f"{spec} {split}[{index}]" for index in range(len(labels)))
+    return Source(examples, labels.astype(np.int32), tuple(feature.names), names)
+
+
+def _feature(
+    where: str, features: Mapping[str, object], kind: type, advice: str, preferred: object = None
+) -> str:
+    """The name of the one feature of a kind, or of the preferred one."""
+    names = [name for name, feature in features.items() if isinstance(feature, kind)]
+    chosen = [name for name in names if name == preferred] or names
+    if len(chosen) != 1:
+        have = names or [f"{name}: {type(feature).__name__}" for name, feature in features.items()]
+        raise RequestError(
+            f"{where} has {len(names) or 'no'} {kind.__name__} features ({shortened(have)});"
+            f" {advice}"
+        )
+    return chosen[0]
+
+
+@contextmanager
+def _explained(spec: str, advice: str) -> Iterator[None]:
+    """Turns whatever a package raises into one line."""
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+        raise RequestError(f"{spec} cannot be opened: {reason}; {advice}") from error
+
+
+@dataclass(frozen=True, eq=False)
+class _Records:
+    """The images of a split of TensorFlow Datasets, as they are stored."""
+
+    records: Sequence[bytes]
+    parse: Callable[[bytes], dict[str, bytes]]
+    image: str
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> bytes:
+        return self.parse(self.records[index])[self.image]
+
+
+def _tfds_parts(spec: str, name: str) -> _Parts:
+    try:
+        # Its annotations contradict what it does, and no checker should need it.
+        tfds: Any = import_module("tensorflow_datasets")
+    except ImportError as error:
+        raise RequestError(
+            f"{spec} is read with tensorflow-datasets:"
+            " pip install tensorflow-datasets importlib_resources"
+        ) from error
+    advice = (
+        f"check the name, or run `tfds build {name} --file_format=array_record --data_dir=FOLDER`"
+        " where TensorFlow is installed and set TFDS_DATA_DIR=FOLDER"
+        f" (now {tfds.core.constants.DATA_DIR})"
+    )
+    with _explained(spec, advice):
+        # Some data sets need TensorFlow to be prepared; none does to be read.
+        builder = tfds.builder(name, file_format="array_record")
+        builder.download_and_prepare()
+        features = dict(builder.info.features)
+    keys = builder.info.supervised_keys or (None, None)
+    other = "name a data set for image classification"
+    image = _feature(spec, features, tfds.features.Image, other, keys[0])
+    label = _feature(spec, features, tfds.features.ClassLabel, other, keys[1])
+    if features[image].np_dtype == np.float32:  # TFDS stores their bits as RGBA
+        raise RequestError(f"{spec} holds images of float32: name a data set with images of uint8")
+
+    def open_part(split: str) -> Source:
+        # Parsing one feature leaves the others, masks say, alone.
+        parse_image = partial(
+            tfds.features.FeaturesDict({image: features[image]}).deserialize_example_np,
+            decoders={image: tfds.decode.SkipDecoding()},
+        )
+        parse_label = tfds.features.FeaturesDict({label: features[label]}).deserialize_example_np
+        with _explained(f"{spec} {split}", advice):
+            records = builder.as_data_source(
+                split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
+            )
+            labels = np.fromiter((parse_label(record)[label] for record in records), np.int32)
+        # A version is a promise of contents, but one that a builder under development breaks.
+        shards = [(path.name, path.stat().mtime) for path in builder.info.splits[split].filepaths]
+        identity = repr((builder.info.full_name, split, image, shards))
+        fingerprint = hashlib.sha256(identity.encode()).hexdigest()
+        examples = _Records(records, parse_image, image, fingerprint)
+        return _source(spec, split, examples, labels, features[label])
+
+    return {split: partial(open_part, split) for split in builder.info.splits}
+
+
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """The images of a Hugging Face data set, as they are stored."""
+
+    rows: Any
+    image: str
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> bytes:
+        image = self.rows[int(index)][self.image]
+        if image is None or (image["bytes"] is None and image["path"] is None):
+            raise UnreadableImageError("the row holds no image")
+        if image["bytes"] is not None:
+            return image["bytes"]
+        try:
+            return Path(image["path"]).read_bytes()
+        except OSError as error:
+            raise UnreadableImageError(f"cannot be read: {error.strerror}") from error
+
+
+def _hf_parts(spec: str, name: str) -> _Parts:
+    try:
+        datasets: Any = import_module("datasets")
+    except ImportError as error:
+        raise RequestError(f"{spec} is read with datasets: pip install datasets") from error
+    base, _, config = (name, "", "") if Path(name).expanduser().is_dir() else name.partition(":")
+    path = Path(base).expanduser()
+    if not path.is_dir() and base.startswith(("/", "./", "../", "~")):
+        raise RequestError(f"{spec}: {path} is not a folder{suggestion(path)}")
+    with _explained(spec, "check the name, the files or the connection"):
+        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+            opened = datasets.load_from_disk(path)
+        else:
+            opened = datasets.load_dataset(str(path) if path.is_dir() else base, config or None)
+    parts = opened if isinstance(opened, dict) else {str(opened.split or "all"): opened}
+
+    def open_part(split: str, dataset: Any) -> Source:
+        dataset = dataset.with_format(None)  # one may be stored along
+        where = f"{spec} {split}"
+        advice = (
+            "give it one of Image and one of ClassLabel with the datasets library,"
+            " save_to_disk(FOLDER), and name hf:FOLDER"
+        )
+        image = _feature(where, dataset.features, datasets.Image, advice)
+        label = _feature(where, dataset.features, datasets.ClassLabel, advice, "label")
+        column = dataset.select_columns(label).with_format("arrow")[:].column(0)
+        rows = dataset.select_columns(image).cast_column(image, datasets.Image(decode=False))
+        examples = _Rows(rows, image, f"{dataset._fingerprint} {image}")
+        labels = column.fill_null(-1).to_numpy()
+        return _source(spec, split, examples, labels, dataset.features[label])
+
+    return {split: partial(open_part, split, dataset) for split, dataset in parts.items()}
+
+
+_KINDS = {"tfds": _tfds_parts, "hf": _hf_parts}
