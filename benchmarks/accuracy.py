@@ -15,9 +15,10 @@ from typing import Annotated
 import numpy as np
 import tyro
 
+from tljax.config import Loading
 from tljax.data.sources import Splits, open_splits
 from tljax.pretrained import Pretrained, load_pretrained
-from tljax.transfer.features import Features, Loading, compute_features
+from tljax.transfer.features import Features, compute_features
 from tljax.transfer.probe import L2_VALUES, fit_probe, predict_logits
 from tljax.transfer.rundir import environment
 

@@ -4,11 +4,14 @@ No argument runs the embedded default: EfficientNet-Lite0 on scikit-learn's digi
 """
 
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import tyro
+
 from tljax import cli
+from tljax.config import FitConfig
 
 
 @dataclass(frozen=True)
@@ -16,89 +19,90 @@ class Config(cli.Common):
     """Train a classifier of your own images on top of a pretrained network."""
 
     data: str = "digits"
-    """A folder of class folders (with or without train/ and val/), or digits."""
+    """A folder of class folders (with or without train/ and val/), tfds:NAME, hf:NAME or digits."""
     workdir: Path | None = None
     """The run directory to make; by default a new one under runs/."""
-    recipe: Literal["probe", "lp-ft"] = "lp-ft"
-    """probe: a linear head on frozen features. lp-ft: that, then fine-tune the last stages."""
-    freeze_to: str | None = None
-    """The last stage that stays frozen; by default the last before the lowest resolution."""
-    epochs: int = 10
-    """Of fine-tuning."""
-    optimizer: Literal["sgd", "adamw"] = "adamw"
-    """Of fine-tuning."""
-    learning_rate: float = 1e-4
-    """Of the head, at its peak."""
-    backbone_scale: float = 1.0
-    """The rest of the network learns at this multiple of the learning rate."""
-    weight_decay: float = 1e-4
-    """Of kernels; never of norms and biases."""
-    label_smoothing: float = 0.0
-    """Share of the target that is spread over all classes."""
+    resume: Path | None = None
+    """A run directory to go on with; every other setting comes from there."""
+    fit: tyro.conf.OmitArgPrefixes[FitConfig] = field(default_factory=FitConfig)
     val_fraction: float = 0.2
     """Share of the images kept for validation where the data has no validation part."""
     on_bad_image: Literal["skip", "fail"] = "skip"
     """Leave unreadable images out and list them in skipped.csv, or stop."""
+    checkpoint_minutes: float = 10.0
+    """From one checkpoint to the next within an epoch; every epoch ends with one."""
+    dry_run: bool = False
+    """Say what would be trained, what it costs and what is cached; train nothing."""
+    distributed: bool = False
+    """This is one of several processes: start one on every host. Needs --workdir."""
 
 
 def run(config: Config) -> dict[str, Any]:
     """Data in, run directory out."""
     from tljax.data.sources import open_splits
+    from tljax.errors import RequestError
+    from tljax.parallel import is_writer, join
     from tljax.pretrained import load_pretrained, save
     from tljax.report.runs import percent, write_training_report
     from tljax.transfer import rundir
-    from tljax.transfer.fit import FitConfig, fit
-    from tljax.transfer.optimizer import OptimizerConfig
+    from tljax.transfer.checkpoint import Checkpoints, variables_digest
+    from tljax.transfer.dry_run import dry_run
+    from tljax.transfer.fit import fit
 
     began = time.perf_counter()
-    fit_config = FitConfig(
-        config.recipe,
-        config.freeze_to,
-        config.epochs,
-        config.label_smoothing,
-        OptimizerConfig(
-            config.optimizer,
-            config.learning_rate,
-            config.backbone_scale,
-            weight_decay=config.weight_decay,
-        ),
-        config.seed,
-        replace(config.loading, on_bad_image=config.on_bad_image),
-    )
+    if config.resume:
+        asked = cli.from_json(Config, rundir.read_config(config.resume))
+        machine = {name: getattr(config, name) for name in ("workers", "devices", "distributed")}
+        config = replace(asked, **machine, resume=config.resume, workdir=config.resume)
+    if config.distributed:
+        if config.workdir is None:
+            raise RequestError("--distributed needs a --workdir that is the same for every process")
+        join()
     pretrained = load_pretrained(config.weights, model=config.model).with_size(config.image_size)
     splits = open_splits(config.data, val_fraction=config.val_fraction)
-    workdir = config.workdir or Path("runs", time.strftime("%Y%m%d-%H%M%S"))
-    rundir.create_run(workdir, asdict(config), splits)
-    for note in splits.notes:
-        print(note)
+    if config.dry_run:
+        print(dry_run(pretrained.model, splits, config.fit, config.batch_size))
+        return {"dry_run": True}
 
+    workdir = config.workdir or Path("runs", time.strftime("%Y%m%d-%H%M%S"))
+    if not config.resume and is_writer():
+        rundir.create_run(workdir, asdict(replace(config, workdir=workdir)), splits)
+    for note in splits.notes if is_writer() else ():
+        print(note)
+    digests = splits.train.digest, splits.val.digest, variables_digest(pretrained.variables)
     result = fit(
         pretrained.model,
         pretrained.variables,
         splits,
-        fit_config,
-        log=lambda entry: rundir.log_metrics(workdir, entry),
-    )
-    card = replace(pretrained.card, classes=splits.train.classes)
-    save(
-        workdir / rundir.BEST,
-        pretrained._replace(model=result.model, variables=result.variables, card=card),
+        config.fit,
+        loading=replace(config.loading, on_bad_image=config.on_bad_image),
+        seed=config.seed,
+        checkpoints=Checkpoints(workdir / "checkpoints", repr((config.fit, config.seed, digests))),
+        checkpoint_seconds=60 * config.checkpoint_minutes,
+        log=lambda history: rundir.write_metrics(workdir, history),
     )
     seconds = time.perf_counter() - began
-    write_training_report(workdir, result, splits, asdict(config), card, seconds)
-
-    print(f"probe accuracy       {percent(result.probe_evaluation.top1)}")
-    if config.recipe != "probe":
-        print(f"fine-tuned accuracy  {percent(result.evaluation.top1)}")
-    print(f"report               {workdir / 'report.html'}  ({seconds:.0f} s in all)")
-    print("your own images      python scripts/train.py --data FOLDER  (one subfolder a class)")
-    return {
+    summary = {
         "val_top1": result.evaluation.top1,
-        "probe_top1": result.probe_evaluation.top1,
-        "recipe": config.recipe,
+        "probe_top1": result.probe_evaluation.top1 if result.probe_evaluation else None,
+        "recipe": config.fit.recipe,
         "workdir": str(workdir),
         "seconds": round(seconds, 1),
     }
+    if not is_writer():
+        return summary
+    card = replace(pretrained.card, classes=splits.train.classes)
+    trained = pretrained._replace(model=result.model, variables=result.variables, card=card)
+    save(workdir / rundir.BEST, trained)
+    write_training_report(workdir, result, splits, asdict(config), card, seconds)
+
+    if result.probe_evaluation:
+        print(f"probe accuracy       {percent(result.probe_evaluation.top1)}")
+    if config.fit.recipe != "probe":
+        print(f"fine-tuned accuracy  {percent(result.evaluation.top1)}")
+    print(f"report               {workdir / 'report.html'}  ({seconds:.0f} s in all)")
+    print("your own images      python scripts/train.py --data FOLDER  (one subfolder a class)")
+    return summary
 
 
 if __name__ == "__main__":

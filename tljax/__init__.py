@@ -7,6 +7,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tljax.config import AugmentConfig as AugmentConfig
+    from tljax.config import FitConfig as FitConfig
+    from tljax.config import Loading as Loading
+    from tljax.config import OptimizerConfig as OptimizerConfig
     from tljax.data.decode import read_images as read_images
     from tljax.data.sources import open_images as open_images
     from tljax.data.sources import open_splits as open_splits
@@ -21,7 +25,6 @@ if TYPE_CHECKING:
     from tljax.pretrained import load_pretrained as load_pretrained
     from tljax.pretrained import save as save
     from tljax.transfer.features import compute_features as compute_features
-    from tljax.transfer.fit import FitConfig as FitConfig
     from tljax.transfer.fit import fit as fit
     from tljax.transfer.probe import fit_probe as fit_probe
 
@@ -41,7 +44,10 @@ _ROOMS = {
     "read_images": "data.decode",  # a few files -> one uint8 array
     "compute_features": "transfer.features",  # features or logits of a whole source
     "fit_probe": "transfer.probe",  # linear probe at its optimum, L2 chosen by itself
-    "FitConfig": "transfer.fit",  # what to train, and for how long
+    "FitConfig": "config",  # what to train, and for how long
+    "OptimizerConfig": "config",  # how the parameters move
+    "AugmentConfig": "config",  # how training images vary
+    "Loading": "config",  # how images are read and spread over devices
     "fit": "transfer.fit",  # train a head, and more as the recipe says
 }
 

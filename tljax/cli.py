@@ -2,16 +2,15 @@
 
 import json
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any
 
 import tyro
 
+from tljax.config import Loading
 from tljax.errors import RequestError, VerificationError
-
-if TYPE_CHECKING:
-    from tljax.transfer.features import Loading
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,10 +43,8 @@ class Common(Output):
     """Of everything random."""
 
     @property
-    def loading(self) -> "Loading":
+    def loading(self) -> Loading:
         """How images are read and spread over devices."""
-        from tljax.transfer.features import Loading  # noqa: PLC0415 - brings in JAX
-
         return Loading(self.batch_size, self.workers, self.devices)
 
 
@@ -72,9 +69,41 @@ def main(config_type: Any, run: Callable[[Any], dict[str, Any]]) -> None:
         if isinstance(error, VerificationError):
             sys.exit(_say(str(error), 1))
         text = " ".join(str(error).split()) or "no message"
+        if "RESOURCE_EXHAUSTED" in text:
+            sys.exit(_say(f"out of device memory: {_OUT_OF_MEMORY}", 1))
         sys.exit(_say(f"{type(error).__name__}: {text} (--debug shows where)", 1))
     if config.json:
         print(json.dumps(result))
+
+
+_OUT_OF_MEMORY = (
+    "halve --batch-size, or take it in parts with --accumulate 2, or --precision bfloat16, "
+    "or freeze more with --freeze-to"
+)
+
+
+def from_json(config_type: Any, values: Mapping[str, Any]) -> Any:
+    """A dataclass of flags from what `dataclasses.asdict` and JSON made of it.
+
+    Raises:
+        RequestError: a value is missing or nobody knows it.
+    """
+    known = {field.name: getattr(config_type(), field.name) for field in fields(config_type)}
+    if known.keys() != values.keys():
+        odd = sorted(known.keys() ^ values.keys())
+        raise RequestError(f"the run's config.json is of another version of tljax: '{odd[0]}'")
+
+    def value(default: Any, found: Any, name: str) -> Any:
+        if is_dataclass(default):
+            return from_json(type(default), found)
+        if isinstance(found, list):
+            return tuple(found)
+        return Path(found) if name in _PATHS and found is not None else found
+
+    return config_type(**{name: value(known[name], values[name], name) for name in known})
+
+
+_PATHS = ("workdir", "resume")
 
 
 def _say(message: str, code: int) -> int:

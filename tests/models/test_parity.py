@@ -22,6 +22,7 @@ from networks import (
 )
 from transformers import ResNetForImageClassification
 
+from tljax.config import Loading
 from tljax.data.decode import decode
 from tljax.data.sources import Source, match_classes, open_folder
 from tljax.models import apply, normalize
@@ -30,7 +31,7 @@ from tljax.pretrained.catalog import names_like
 from tljax.pretrained.layouts import layout_rules
 from tljax.pretrained.verify import INPUTS, verify
 from tljax.transfer.evaluate import evaluate
-from tljax.transfer.features import Loading, compute_features
+from tljax.transfer.features import compute_features
 from tljax.types import Preprocess
 
 TOLERANCE = 1e-4

@@ -7,12 +7,20 @@ import optax
 import pytest
 from tiny import MODEL
 
+from tljax.config import OptimizerConfig
+from tljax.data.augment import epoch_key
 from tljax.errors import RequestError
 from tljax.models import apply
-from tljax.transfer.freeze import combine, first_trainable_stage, freeze_to, label, partition
+from tljax.transfer.freeze import (
+    combine,
+    first_trainable_stage,
+    freeze_table,
+    label,
+    partition,
+)
 from tljax.transfer.metrics import Metrics, measure
-from tljax.transfer.optimizer import OptimizerConfig, build_optimizer, learning_rate_schedule
-from tljax.transfer.step import init_state, make_train_step
+from tljax.transfer.optimizer import build_optimizer, learning_rate_schedule
+from tljax.transfer.step import StepConfig, init_state, make_train_step
 from tljax.trees import flatten, unflatten
 from tljax.types import Batch
 
@@ -32,16 +40,33 @@ def batch(size=6, seed=0, masked=0):
     )
 
 
-def trained(variables, config, *, table, steps=1, train=frozenset(), batches=None):
+KEYS = (epoch_key(0, 1), jax.random.key(1))
+PLAIN = StepConfig()
+
+
+def freeze_to(model, stage):
+    return freeze_table(model, freeze_to=stage)
+
+
+def set_up(variables, config, *, table, how=PLAIN, steps=10):
+    """A step, its first state and what is frozen; nothing shares a buffer with ``variables``."""
+    variables = jax.tree.map(jnp.array, variables)
     labels = label(variables["params"], table)
-    trainable, frozen = partition(jax.tree.map(jnp.array, variables["params"]), labels)
-    optimizer = build_optimizer(config, labels, 10)
-    stats = jax.tree.map(jnp.array, variables["batch_stats"])
-    state = init_state(trainable, stats, optimizer, jax.random.key(1))
-    step = make_train_step(MODEL, optimizer, train=train)
+    trainable, frozen = partition(variables["params"], labels)
+    moving, still = {}, {}
+    for name, stats in variables["batch_stats"].items():
+        (moving if name in how.train else still)[name] = stats
+    optimizer = build_optimizer(config, labels, steps)
+    state = init_state(trainable, moving, optimizer, average=how.average > 0)
+    step = make_train_step(MODEL, optimizer, how)
+    return step, state, {"params": frozen, "batch_stats": still}
+
+
+def trained(variables, config, *, table, steps=1, batches=None, how=PLAIN):
+    step, state, frozen = set_up(variables, config, table=table, how=how)
     for i in range(steps):
-        state, metrics = step(state, frozen, (batches or [batch(seed=i)])[i % len(batches or [1])])
-    return state, frozen, metrics
+        state = step(state, frozen, (batches or [batch(seed=i)])[i % len(batches or [1])], KEYS)
+    return state, frozen
 
 
 def test_paths_round_trip():
@@ -52,13 +77,13 @@ def test_paths_round_trip():
 
 def test_the_first_pattern_wins_and_none_may_be_forgotten(variables):
     params = variables["params"]
-    labels = label(params, (("*/scale", "norm"), ("head/*", "head"), ("*", "rest")))
+    labels = label(params, (("*/scale", 0.5), ("head/*", 1.0), ("*", 0.0)))
     flat = flatten(labels)
-    assert flat["stem/conv/scale"] == "norm"
-    assert flat["stem/conv/kernel"] == "rest"
-    assert flat["head/kernel"] == "head"
+    assert flat["stem/conv/scale"] == 0.5
+    assert flat["stem/conv/kernel"] == 0
+    assert flat["head/kernel"] == 1
     with pytest.raises(RequestError, match=r"no pattern covers layer1/conv/bias and 5 other"):
-        label(params, (("head/*", "head"),))
+        label(params, (("head/*", 1.0),))
 
 
 def test_freezing_to_a_stage_splits_the_parameters_there(variables):
@@ -77,11 +102,10 @@ def test_freezing_to_a_stage_splits_the_parameters_there(variables):
 def test_frozen_parameters_and_statistics_keep_their_bytes(variables):
     config = OptimizerConfig("adamw", 0.1, weight_decay=0.1, clip_norm=0.5)
     table = freeze_to(MODEL, "stem")
-    state, frozen, _ = trained(variables, config, table=table, steps=20, train={"layer1", "head"})
-    for before, after in (
-        (variables["params"]["stem"], frozen["stem"]),
-        (variables["batch_stats"]["stem"], state.batch_stats["stem"]),
-    ):
+    how = StepConfig(frozenset({"layer1", "head"}))
+    state, frozen = trained(variables, config, table=table, steps=100, how=how)
+    for kind in ("params", "batch_stats"):
+        before, after = variables[kind]["stem"], frozen[kind]["stem"]
         jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b, strict=True), before, after)
     # And what trains has moved, its statistics too.
     assert not np.array_equal(
@@ -94,22 +118,23 @@ def test_frozen_parameters_and_statistics_keep_their_bytes(variables):
 
 def test_optimizer_state_exists_for_trainable_leaves_only(variables):
     config = OptimizerConfig("adamw")
-    state, _, _ = trained(variables, config, table=freeze_to(MODEL, "layer1"))
+    state, _ = trained(variables, config, table=freeze_to(MODEL, "layer1"))
     moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
     head = variables["params"]["head"]
     assert sorted(m.shape for m in moments) == sorted(2 * [x.shape for x in head.values()])
 
 
 def test_running_statistics_stay_by_default(variables):
-    state, _, _ = trained(variables, OptimizerConfig(), table=(("*", "all"),), steps=3)
-    jax.tree.map(np.testing.assert_array_equal, variables["batch_stats"], state.batch_stats)
+    state, frozen = trained(variables, OptimizerConfig(), table=(("*", 1.0),), steps=3)
+    jax.tree.map(np.testing.assert_array_equal, variables["batch_stats"], frozen["batch_stats"])
+    assert state.batch_stats == {}
 
 
 @pytest.mark.parametrize("masked", [0, 2])
 def test_one_sgd_step_is_the_gradient_of_the_mean_loss(variables, masked):
     data = batch(masked=masked)
-    config = OptimizerConfig("sgd", 0.1, 1.0, momentum=0.0, weight_decay=0.0, clip_norm=0.0)
-    state, _, _ = trained(variables, config, table=(("*", "all"),), batches=[data])
+    config = OptimizerConfig("sgd", 0.1, momentum=0.0, warmup=0.0, weight_decay=0.0, clip_norm=0.0)
+    state, _ = trained(variables, config, table=(("*", 1.0),), batches=[data])
 
     def loss(params):
         logits = apply(MODEL, {**variables, "params": params}, data.images).logits
@@ -127,8 +152,9 @@ def test_one_sgd_step_is_the_gradient_of_the_mean_loss(variables, masked):
 
 
 def test_the_head_learns_faster_than_the_backbone_and_norms_do_not_decay(variables):
-    config = OptimizerConfig("sgd", 1.0, 0.1, momentum=0.0, weight_decay=0.5, warmup=0.1)
-    labels = label(variables["params"], freeze_to(MODEL, "stem"))
+    config = OptimizerConfig("sgd", 1.0, momentum=0.0, weight_decay=0.5, warmup=0.1)
+    table = freeze_table(MODEL, freeze_to="stem", layer_decay=0.1)
+    labels = label(variables["params"], table)
     params = partition(variables["params"], labels)[0]
     optimizer = build_optimizer(config, labels, 10)
     zero = jax.tree.map(jnp.zeros_like, params)
@@ -161,12 +187,8 @@ def test_the_step_takes_no_gradient_of_what_is_frozen(variables):
     """Compiled cost: training the head alone costs one forward pass and next to nothing more."""
 
     def flops(stage):
-        labels = label(variables["params"], freeze_to(MODEL, stage))
-        trainable, frozen = partition(variables["params"], labels)
-        optimizer = build_optimizer(OptimizerConfig(), labels, 10)
-        state = init_state(trainable, variables["batch_stats"], optimizer, jax.random.key(0))
-        step = make_train_step(MODEL, optimizer)
-        return step.lower(state, frozen, batch()).compile().cost_analysis()["flops"]
+        step, state, frozen = set_up(variables, OptimizerConfig(), table=freeze_to(MODEL, stage))
+        return step.lower(state, frozen, batch(), KEYS).compile().cost_analysis()["flops"]
 
     forward = jax.jit(lambda v, x: apply(MODEL, v, x).logits)
     once = forward.lower(variables, batch().images).compile().cost_analysis()["flops"]

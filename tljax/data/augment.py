@@ -5,12 +5,12 @@ or with that and then `mix`.
 """
 
 import math
-from dataclasses import dataclass
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 
+from tljax.config import AugmentConfig
 from tljax.errors import RequestError
 from tljax.types import Array
 
@@ -22,47 +22,6 @@ OPERATIONS = (
 
 # "aug" and "mix" in ASCII: keys that no other consumer of the same seed folds out of it.
 _AUGMENT, _MIX = 0x617567, 0x6D6978
-
-
-@dataclass(frozen=True)
-class AugmentConfig:
-    """What `augment` and `mix` do. Hashable: a static argument of `jax.jit`.
-
-    Attributes:
-        crop: cut a random box and resize it (Szegedy et al. 2014, "Going deeper with
-            convolutions"), instead of the central crop.
-        scale: the box's share of the area of the image. Training from scratch takes (0.08, 1).
-        ratio: the box's width over its height, log-uniform; holds 1.
-        flip: mirror left and right, every other time.
-        randaugment_layers: the number of operations, one after the other, of RandAugment (Cubuk et
-            al. 2019, arXiv:1909.13719); 0 is off.
-        randaugment_magnitude: of every operation, 0 to 30; torchvision's scale.
-        mixup: the alpha of mixup (Zhang et al. 2017, arXiv:1710.09412); 0 is off.
-        cutmix: the alpha of CutMix (Yun et al. 2019, arXiv:1905.04899); 0 is off. With both on, a
-            batch gets one or the other, at even odds.
-
-    Raises:
-        RequestError: a value is out of its range.
-    """
-
-    crop: bool = True
-    scale: tuple[float, float] = (0.35, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    flip: bool = True
-    randaugment_layers: int = 0
-    randaugment_magnitude: float = 9.0
-    mixup: float = 0.0
-    cutmix: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise RequestError(f"scale {self.scale}: choose two numbers with 0 < low <= high <= 1")
-        if not 0 < self.ratio[0] <= 1 <= self.ratio[1]:
-            raise RequestError(f"ratio {self.ratio}: choose two numbers with 0 < low <= 1 <= high")
-        if not 0 <= self.randaugment_magnitude <= 30:
-            raise RequestError(f"magnitude {self.randaugment_magnitude}: choose from 0 to 30")
-        if min(self.randaugment_layers, self.mixup, self.cutmix) < 0:
-            raise RequestError("RandAugment's layers, mixup and cutmix: choose 0 (off) or more")
 
 
 def epoch_key(seed: int, epoch: Array | int) -> jax.Array:

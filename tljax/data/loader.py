@@ -31,6 +31,7 @@ def load_batches(
     epoch: int = 0,
     start: int = 0,
     shard: tuple[int, int] = (0, 1),
+    multiple: int = 1,
     workers: int = 0,
     on_bad_image: Literal["skip", "fail"] = "skip",
     skipped: dict[int, str] | None = None,
@@ -51,6 +52,7 @@ def load_batches(
         shard: (index of this process, number of processes). Every process gets equally many
             batches of ``batch_size // count`` rows; concatenated in the order of the processes,
             they are the batches of a single process.
+        multiple: batches are padded to a multiple of so many rows, which devices can share.
         workers: the number of processes that decode; 0 decodes in threads. A process takes seconds
             to start and pays off for large sources, where threads contend for the interpreter. A
             script that uses them needs the ``if __name__ == "__main__"`` guard.
@@ -67,7 +69,7 @@ def load_batches(
             an image cannot be read.
     """
     process, processes = shard
-    if batch_size < 1 or batch_size % processes:
+    if batch_size < 1 or (batch_size + -batch_size % multiple) % processes:
         raise RequestError(
             f"batch size {batch_size}: choose a positive multiple of {processes}, the number of"
             " processes"
@@ -76,21 +78,32 @@ def load_batches(
         raise RequestError(f"seed {seed}: choose 0 or more")
     if start < 0:
         raise RequestError(f"first batch {start}: choose 0 or more")
-    order = np.full((num_batches(source, batch_size), batch_size), -1, np.int32)
-    order.flat[: len(source)] = _order(len(source), seed, epoch)
-    rows = order.reshape(-1, processes, batch_size // processes)[start:, process]
+    order = batch_rows(len(source), batch_size, seed, epoch, multiple)[start:]
+    rows = order.reshape(len(order), processes, order.shape[1] // processes)[:, process]
     if not len(rows):
         return iter(())
     decoded = _dataset(_Decoded(source, preprocess, rows.ravel()), rows.shape[1], workers)
     return _iterate(source, rows, decoded, on_bad_image, skipped)
 
 
-def _order(n: int, seed: int | None, epoch: int) -> np.ndarray:
-    if seed is None:
-        return np.arange(n)
-    # Sorting raw bits, as numpy promises never to change those; it does not for its permutations.
-    bits = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(n)
-    return bits.argsort(kind="stable")
+def batch_rows(
+    n: int, batch_size: int, seed: int | None = None, epoch: int = 0, multiple: int = 1
+) -> np.ndarray:
+    """Which of ``n`` examples stand in which batch of a pass.
+
+    ``[batches, rows]`` int32, -1 for padding.
+
+    The same arguments give the same answer for ever. ``rows`` is the batch size, rounded up to a
+    multiple of ``multiple``; the arguments are those of `load_batches`.
+    """
+    order = np.arange(n)
+    if seed is not None:
+        # Sorting raw bits, as numpy promises never to change those; it does for its permutations.
+        bits = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(n)
+        order = bits.argsort(kind="stable")
+    rows = np.full((num_batches(n, batch_size), batch_size), -1, np.int32)
+    rows.flat[:n] = order
+    return np.pad(rows, ((0, 0), (0, -batch_size % multiple)), constant_values=-1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,6 +11,7 @@ from tljax.report.page import Mistake, Report, Sweep, write_report
 from tljax.transfer import rundir
 from tljax.transfer.evaluate import Evaluation
 from tljax.transfer.fit import FitResult
+from tljax.trees import flatten
 from tljax.types import Preprocess
 
 
@@ -57,8 +58,10 @@ def write_training_report(
         for row in rundir.skipped_rows(source, reasons)
     ]
     rundir.write_csv(workdir / "skipped.csv", ("name", "reason"), skipped)
-    headline = [("probe accuracy", percent(result.probe_evaluation.top1))]
-    if config["recipe"] != "probe":
+    headline = []
+    if result.probe_evaluation:
+        headline.append(("probe accuracy", percent(result.probe_evaluation.top1)))
+    if config["fit"]["recipe"] != "probe":
         headline.append(("fine-tuned accuracy", percent(result.evaluation.top1)))
     headline.append(("seconds", f"{seconds:.0f}"))
     model, probe = result.model, result.probe
@@ -67,7 +70,7 @@ def write_training_report(
         headline=headline,
         notes=splits.notes,
         history=result.history,
-        sweep=Sweep(probe.l2_values, probe.held_out_accuracy, float(probe.l2)),
+        sweep=probe and Sweep(probe.l2_values, probe.held_out_accuracy, float(probe.l2)),
         classes=card.classes,
         confusion=result.evaluation.confusion,
         mistakes=worst_mistakes(result.evaluation, splits.val, card.classes),
@@ -86,7 +89,7 @@ def write_training_report(
                 "SHA-256 of the weights": card.sha256,
                 "image size": f"{model.preprocess.size} px",
             },
-            "Recipe": {name: str(value) for name, value in config.items()},
+            "Recipe": {path: str(value) for path, value in flatten(config).items()},
             "Environment": rundir.environment(),
         },
         next_steps=[

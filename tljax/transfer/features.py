@@ -6,48 +6,61 @@ stage, on which fine-tuning the rest is exact and skips the frozen prefix.
 
 import hashlib
 import json
+import math
+import shutil
+import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from tljax.data.loader import load_batches
+from tljax.config import AugmentConfig, Dtype, Loading
+from tljax.data.augment import augment, epoch_key
+from tljax.data.loader import batch_rows, load_batches
 from tljax.data.sources import Source
+from tljax.errors import RequestError
 from tljax.files import cache_dir
 from tljax.models import Model, abstract_variables, apply
-from tljax.parallel import data_mesh, divisible, replicate, shard
-from tljax.pretrained.formats import read_tensors, write_safetensors
+from tljax.parallel import (
+    data_mesh,
+    divisible,
+    gather,
+    gather_json,
+    local_rows,
+    replicate,
+    shard,
+)
 from tljax.progress import track
 from tljax.trees import flatten
-from tljax.types import Batch, Variables
+from tljax.types import Array, Batch, Variables
 
 
-@dataclass(frozen=True)
-class Loading:
-    """How images are read and spread over devices. No result depends on it.
+class View(NamedTuple):
+    """One random augmentation of every image, instead of the central crop.
 
     Attributes:
-        batch_size: images a step, rounded up to a multiple of the number of devices.
-        workers: number of processes that decode; 0 decodes in threads.
-        devices: number of devices; by default all.
-        on_bad_image: ``skip`` leaves unreadable images out and lists them; ``fail`` stops.
+        config: see `AugmentConfig`.
+        seed: of the run.
+        number: which view; view ``k`` is what epoch ``k`` would draw.
     """
 
-    batch_size: int = 32
-    workers: int = 0
-    devices: int | None = None
-    on_bad_image: Literal["skip", "fail"] = "skip"
+    config: AugmentConfig
+    seed: int
+    number: int
 
 
 class Features(NamedTuple):
     """Activations of the images of a source that could be read.
 
     Attributes:
-        values: ``[n, ...]`` float32: the output of the last stage that ran.
+        values: ``[n, ...]`` the output of the last stage that ran; an array, or a file mapped into
+            memory.
         labels: ``[n]`` int32.
         indices: ``[n]`` int32 position of each row in the source.
         skipped: reason by position, for the images that could not be read.
@@ -72,12 +85,15 @@ def compute_features(
     *,
     stop: str | None = "head",
     cache: bool = False,
+    dtype: Dtype = "float32",
+    view: View | None = None,
     description: str = "features",
 ) -> Features:
-    """Runs the stages before ``stop`` over a whole source, or reads what an earlier run kept.
+    """Runs the stages before ``stop`` over a whole source, or maps what an earlier run kept.
 
     The cache is keyed by content: the weights of those stages, their preprocessing, the bytes of
-    the files. A file in it that is damaged is found and computed anew.
+    the files. A file in it that is damaged is found and computed anew. Several processes compute a
+    share each and all get everything; they use no cache.
 
     Args:
         model: the network.
@@ -85,20 +101,39 @@ def compute_features(
         source: the images.
         loading: see `Loading`; changes no value.
         stop: stage to stop before; None runs to the logits.
-        cache: look in the cache, and keep the result there.
+        cache: look in the cache, and keep the result there instead of in memory.
+        dtype: in which the result is kept.
+        view: a random augmentation of every image.
         description: of the progress bar.
 
     Raises:
-        RequestError: an image cannot be read, and ``loading.on_bad_image`` is ``fail``.
+        RequestError: an image cannot be read, and ``loading.on_bad_image`` is ``fail``; or the disk
+            has no room for the cache.
     """
-    path = cache_dir() / "features" / f"{_key(model, variables, source, stop)}.safetensors"
-    kept = _read(path) if cache else None
-    if kept is not None and not (kept.skipped and loading.on_bad_image == "fail"):
-        return kept._replace(labels=np.asarray(source.labels)[kept.indices])
-    computed = _compute(model, variables, source, loading, stop, description)
+    cache = cache and jax.process_count() == 1
+    folder = cache_dir() / "features"
     if cache:
-        _write(path, computed)
-    return computed
+        folder /= _key(model, variables, source, stop, dtype, view)
+        kept = _open(folder)
+        if kept is not None and not (kept.skipped and loading.on_bad_image == "fail"):
+            return kept._replace(labels=np.asarray(source.labels)[kept.indices])
+    skipped: dict[int, str] = {}
+    batches = track(
+        _forward_source(model, variables, source, loading, stop, dtype, view, skipped),
+        description=description,
+        total=len(source),
+        size=lambda part: len(part[1]),
+    )
+    if not cache:
+        values, indices = map(np.concatenate, zip(*batches, strict=True))
+        for others in gather_json(list(skipped.items())):
+            skipped |= dict(others)
+        return Features(values, np.asarray(source.labels)[indices], indices, skipped)
+    _write(folder, batches, feature_bytes(model, len(source), stop, dtype), skipped)
+    computed = _open(folder)
+    if computed is None:
+        raise RequestError(f"{folder}: what was just written reads back otherwise; mend the disk")
+    return computed._replace(labels=np.asarray(source.labels)[computed.indices])
 
 
 def advance(
@@ -121,30 +156,46 @@ def advance(
         stop: stage to stop before; None runs to the logits.
     """
     mesh = data_mesh(loading.devices)
-    rows = np.arange(len(features.labels))
-    values = [
-        np.asarray(_forward(model, variables, shard(batch.images, mesh), start, stop))[batch.mask]
-        for batch in feature_batches(features, rows, divisible(loading.batch_size, mesh))
+    variables = replicate(variables, mesh)
+    forward = partial(_forward, model, mesh, start, stop, "float32", None)
+    rows = batch_rows(len(features.labels), loading.batch_size, multiple=mesh.size)
+    outputs = [
+        gather(local_rows(forward(variables, *_on_devices(batch, mesh))))
+        for batch in feature_batches(features, process_rows(rows))
     ]
-    return features._replace(values=np.concatenate(values))
+    return features._replace(values=np.concatenate(outputs)[rows.ravel() >= 0])
 
 
-def feature_batches(features: Features, order: np.ndarray, batch_size: int) -> Iterator[Batch]:
-    """Activations in the given order as batches of one shape; the tail is padded and masked."""
-    for begin in range(0, len(order), batch_size):
-        rows = order[begin : begin + batch_size]
-        padded = np.pad(rows, (0, batch_size - len(rows)))
-        mask = np.arange(batch_size) < len(rows)
+def process_shard() -> tuple[int, int]:
+    """Which of how many processes this one is."""
+    return jax.process_index(), jax.process_count()
+
+
+def process_rows(rows: np.ndarray) -> np.ndarray:
+    """This process's part, ``[batches, rows / processes]``, of all rows of all batches."""
+    process, processes = process_shard()
+    return rows.reshape(len(rows), processes, rows.shape[1] // processes)[:, process]
+
+
+def feature_batches(features: Features, rows: np.ndarray) -> Iterator[Batch]:
+    """Activations as batches of one shape.
+
+    Args:
+        features: the activations.
+        rows: ``[batches, rows]`` of ``features``, -1 for padding, which comes out masked.
+    """
+    for row in rows:
+        mask = row >= 0
         yield Batch(
-            features.values[padded],
-            np.where(mask, features.labels[padded], -1),
+            np.asarray(features.values[np.where(mask, row, 0)]),
+            np.where(mask, features.labels[row], -1),
             mask,
-            np.where(mask, features.indices[padded], -1),
+            np.where(mask, features.indices[row], -1),
         )
 
 
-def feature_bytes(model: Model, count: int, stop: str) -> int:
-    """Memory that the features of ``count`` images take at the stage before ``stop``, in bytes."""
+def feature_bytes(model: Model, count: int, stop: str | None, dtype: Dtype = "float32") -> int:
+    """What the features of ``count`` images take at the stage before ``stop``, in bytes."""
     size = model.preprocess.size
     images = jax.ShapeDtypeStruct((1, size, size, 3), np.uint8)
     value = jax.eval_shape(
@@ -152,55 +203,88 @@ def feature_bytes(model: Model, count: int, stop: str) -> int:
         abstract_variables(model),
         images,
     )
-    return count * value.size * 4
+    return count * value.size * jnp.dtype(dtype).itemsize
 
 
-@partial(jax.jit, static_argnums=(0, 3, 4))
+def augmentable(model: Model) -> Model:
+    """The model whose preprocessing keeps the margin around the crop, for `augment` to cut from."""
+    preprocess = model.preprocess
+    return replace(model, preprocess=replace(preprocess, size=preprocess.resize))
+
+
+def _on_devices(batch: Batch, mesh: Mesh) -> tuple[Array, Array]:
+    return shard((batch.images, batch.indices), mesh)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
 def _forward(
-    model: Model, variables: Variables, x: jax.Array, start: str | None, stop: str | None
+    model: Model,
+    mesh: Mesh,
+    start: str | None,
+    stop: str | None,
+    dtype: Dtype,
+    view: View | None,
+    variables: Variables,
+    x: jax.Array,
+    indices: jax.Array,
 ) -> jax.Array:
-    value = apply(model, variables, x, start=start, stop=stop).value
-    return value.astype("float32")
+    if view is not None:
+        key = epoch_key(view.seed, view.number)
+        x = augment(x, indices, key, model.preprocess.size, view.config)
+    value = apply(model, variables, x, start=start, stop=stop).value.astype(dtype)
+    return jax.lax.with_sharding_constraint(value, NamedSharding(mesh, PartitionSpec("data")))
 
 
-def _compute(
+def _forward_source(
     model: Model,
     variables: Variables,
     source: Source,
     loading: Loading,
     stop: str | None,
-    description: str,
-) -> Features:
+    dtype: Dtype,
+    view: View | None,
+    skipped: dict[int, str],
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Values and indices, batch after batch, of all processes; fills in ``skipped`` of this one."""
     mesh = data_mesh(loading.devices)
     variables = replicate(variables, mesh)
-    skipped: dict[int, str] = {}
     batches = load_batches(
         source,
-        model.preprocess,
+        (augmentable(model) if view else model).preprocess,
         batch_size=divisible(loading.batch_size, mesh),
+        shard=process_shard(),
         workers=loading.workers,
         on_bad_image=loading.on_bad_image,
         skipped=skipped,
     )
-    values, indices = [], []
-    for batch in track(
-        batches,
-        description=description,
-        total=len(source),
-        size=lambda batch: int((batch.indices >= 0).sum()),
-    ):
-        output = _forward(model, variables, shard(batch.images, mesh), None, stop)
-        values.append(np.asarray(output)[batch.mask])
-        indices.append(batch.indices[batch.mask])
-    indices = np.concatenate(indices)
-    return Features(np.concatenate(values), np.asarray(source.labels)[indices], indices, skipped)
+    forward = partial(_forward, model, mesh, None, stop, dtype, view)
+    for batch in batches:
+        values = gather(local_rows(forward(variables, *_on_devices(batch, mesh))))
+        mask = gather(np.asarray(batch.mask))
+        yield values[mask], gather(np.asarray(batch.indices))[mask]
 
 
-def _key(model: Model, variables: Variables, source: Source, stop: str | None) -> str:
+def _key(
+    model: Model,
+    variables: Variables,
+    source: Source,
+    stop: str | None,
+    dtype: Dtype,
+    view: View | None,
+) -> str:
     """Of everything that the activations depend on."""
     prefix = model.stages[: model.position(stop) if stop else None]
     key = hashlib.sha256()
-    for part in (prefix, model.preprocess, model.dtype, source.digest, jax.default_backend()):
+    what = (
+        prefix,
+        model.preprocess,
+        model.dtype,
+        source.digest,
+        jax.default_backend(),
+        dtype,
+        view,
+    )
+    for part in what:
         key.update(repr(part).encode())
     for path, leaf in sorted(flatten(variables).items()):
         if path.split("/")[1] in {stage.name for stage in prefix}:
@@ -209,30 +293,54 @@ def _key(model: Model, variables: Variables, source: Source, stop: str | None) -
     return key.hexdigest()
 
 
-def _digest(values: np.ndarray, indices: np.ndarray) -> str:
-    digest = hashlib.sha256(np.ascontiguousarray(values).data)
-    digest.update(np.ascontiguousarray(indices).data)
-    return digest.hexdigest()
-
-
-def _write(path: Path, features: Features) -> None:
-    values, _, indices, skipped = features
-    metadata = {
-        "digest": _digest(values, indices),
-        "skipped": json.dumps({str(i): reason for i, reason in skipped.items()}),
-    }
-    write_safetensors(path, {"values": values, "indices": indices}, metadata)
-
-
-def _read(path: Path) -> Features | None:
-    if not path.exists():
-        return None
+def _write(
+    folder: Path,
+    batches: Iterator[tuple[np.ndarray, np.ndarray]],
+    size: int,
+    skipped: dict[int, str],
+) -> None:
+    """The folder appears when everything in it is whole."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder.parent).free
+    if size > free:
+        raise RequestError(
+            f"the cache takes {size / 2**30:.1f} GiB and {folder.parent} has {free / 2**30:.1f} "
+            "free: set TLJAX_CACHE to another disk, or --cache none"
+        )
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".part-"))
     try:
-        arrays, metadata = read_tensors(path)
-        values, indices = arrays["values"], arrays["indices"]
-        if metadata["digest"] != _digest(values, indices):
+        digest, indices, values = hashlib.sha256(), [], np.empty(0)
+        with (temporary / "values.bin").open("wb") as file:
+            for values, rows in batches:
+                data = np.ascontiguousarray(values).view(np.uint8).data
+                digest.update(data)
+                file.write(data)
+                indices += rows.tolist()
+        shape = [len(indices), *values.shape[1:]]
+        about = json.dumps([shape, values.dtype.name, indices, list(skipped.items())])
+        digest.update(about.encode())
+        (temporary / "about.json").write_text(about, "utf-8")
+        (temporary / "sha256").write_text(digest.hexdigest(), "utf-8")
+        shutil.rmtree(folder, ignore_errors=True)  # damaged, or this run would have used it
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _open(folder: Path) -> Features | None:
+    """What `_write` wrote, if every byte of it is as it was."""
+    try:
+        about = (folder / "about.json").read_bytes()
+        with (folder / "values.bin").open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256")
+        digest.update(about)
+        if digest.hexdigest() != (folder / "sha256").read_text("utf-8"):
             return None
-        skipped = {int(i): reason for i, reason in json.loads(metadata["skipped"]).items()}
-    except (ValueError, KeyError):  # RequestError is a ValueError
+        shape, dtype, indices, skipped = json.loads(about)
+    except (OSError, UnicodeDecodeError):
         return None
-    return Features(values, np.empty(0, np.int32), indices, skipped)
+    if math.prod(shape):
+        values = np.memmap(folder / "values.bin", jnp.dtype(dtype), "r", shape=tuple(shape))
+    else:
+        values = np.zeros(shape, jnp.dtype(dtype))  # an empty file cannot be mapped
+    return Features(values, np.empty(0, np.int32), np.asarray(indices, np.int32), dict(skipped))

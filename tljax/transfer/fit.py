@@ -1,65 +1,35 @@
-"""Recipes: how a pretrained network becomes a classifier of other images."""
+"""The training engine: a recipe's phases over the images of two sources."""
 
-import functools
+import sys
+import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from tljax.config import FitConfig, Loading
+from tljax.data.augment import epoch_key
+from tljax.data.loader import num_batches
 from tljax.data.sources import Splits
-from tljax.errors import RequestError
-from tljax.models import Model, abstract_variables, apply, replace_head
-from tljax.parallel import data_mesh, divisible, replicate, shard
+from tljax.models import Model, abstract_variables, init, replace_head
+from tljax.parallel import data_mesh, is_writer, replicate, shard
 from tljax.progress import track
+from tljax.transfer.checkpoint import Checkpoint, Checkpoints
 from tljax.transfer.evaluate import Evaluation, evaluate
-from tljax.transfer.features import (
-    Features,
-    Loading,
-    advance,
-    compute_features,
-    feature_batches,
-    feature_bytes,
-)
-from tljax.transfer.freeze import combine, first_trainable_stage, freeze_to, label, partition
+from tljax.transfer.features import Features
+from tljax.transfer.freeze import combine, first_trainable_stage, label, partition, training_stages
+from tljax.transfer.inputs import Inputs, open_inputs
 from tljax.transfer.metrics import Metrics
-from tljax.transfer.optimizer import OptimizerConfig, build_optimizer
+from tljax.transfer.optimizer import build_optimizer, learning_rate_schedule
 from tljax.transfer.probe import Probe, fit_probe
-from tljax.transfer.step import init_state, make_train_step
+from tljax.transfer.recipes import Phase, make_plan
+from tljax.transfer.step import StepConfig, TrainState, init_state, make_train_step
 from tljax.types import Variables
 
 History = list[dict[str, Any]]
-
-MAX_ACTIVATIONS = 8 * 2**30
-"""The activations of all images are held in memory up to this many bytes."""
-
-
-@dataclass(frozen=True)
-class FitConfig:
-    """What to train and for how long.
-
-    Attributes:
-        recipe: ``probe`` fits a linear head on frozen features; ``lp-ft`` then fine-tunes the last
-            stages from there (Kumar et al. 2022, which keeps the features from being distorted).
-        freeze_to: last frozen stage of ``lp-ft``; by default everything before the lowest
-            resolution is frozen.
-        epochs: of fine-tuning.
-        label_smoothing: share of the target that is spread over all classes.
-        optimizer: see `OptimizerConfig`.
-        seed: of everything random.
-        loading: see `Loading`.
-    """
-
-    recipe: Literal["probe", "lp-ft"] = "lp-ft"
-    freeze_to: str | None = None
-    epochs: int = 10
-    label_smoothing: float = 0.0
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    seed: int = 0
-    loading: Loading = field(default_factory=Loading)
 
 
 class FitResult(NamedTuple):
@@ -67,179 +37,304 @@ class FitResult(NamedTuple):
 
     Attributes:
         model: with a head for the classes of the data.
-        variables: of the best epoch on the validation set, the probe being epoch 0; on the host.
-        probe: the linear probe, with its sweep.
+        variables: of the best epoch on the validation set, what training started from being epoch
+            0; on the host.
+        probe: the linear probe, with its sweep; None for a recipe without.
         probe_evaluation: of the probe on the validation set.
         evaluation: of ``variables`` on the validation set.
+        logits: of ``variables``, of the validation set.
         history: one entry an epoch.
         skipped: reason by position, for the unreadable images of train and val.
     """
 
     model: Model
     variables: Variables
-    probe: Probe
-    probe_evaluation: Evaluation
+    probe: Probe | None
+    probe_evaluation: Evaluation | None
     evaluation: Evaluation
+    logits: Features
     history: History
     skipped: tuple[dict[int, str], dict[int, str]]
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What all phases share."""
+
+    model: Model
+    splits: Splits
+    config: FitConfig
+    loading: Loading
+    seed: int
+    mesh: Mesh
+    checkpoints: Checkpoints | None
+    checkpoint_seconds: float
+    log: Callable[[History], None]
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return num_batches(len(self.splits.train), self.loading.batch_size)
+
+
+class _Progress(NamedTuple):
+    """What one phase hands to the next."""
+
+    variables: Variables
+    best: Variables
+    history: History
+    epochs: int
 
 
 def fit(
     model: Model,
     variables: Variables,
     splits: Splits,
-    config: FitConfig,
-    log: Callable[[dict[str, Any]], None] = lambda _: None,
+    config: FitConfig | None = None,
+    *,
+    loading: Loading | None = None,
+    seed: int = 0,
+    checkpoints: Checkpoints | None = None,
+    checkpoint_seconds: float = 600,
+    log: Callable[[History], None] = lambda _: None,
 ) -> FitResult:
     """Trains a new head, and more as the recipe says.
+
+    The same arguments give the same bytes, and so does a run that was killed and goes on from its
+    checkpoints.
 
     Args:
         model: pretrained, with any head.
         variables: of ``model``.
         splits: what to learn from and what to measure on.
         config: see `FitConfig`.
-        log: called with every entry of the history as it is made.
+        loading: how images are read; its batch size is that of training.
+        seed: of everything random.
+        checkpoints: where to save, and from where to go on; None saves nothing.
+        checkpoint_seconds: from one save to the next within an epoch; every epoch ends with one.
+        log: called with the whole history whenever it has grown.
 
     Raises:
         RequestError: the configuration does not fit the model or the data.
     """
-    head = model.stages[-1].name
-    # A stage that does not exist is said before the work begins.
-    table = freeze_to(model, config.freeze_to or default_freeze_to(model))
-    labels = label(abstract_variables(model)["params"], table)
-    probe_only = config.recipe == "probe"
-    start = head if probe_only else first_trainable_stage(model, labels)
-    needed = feature_bytes(model, len(splits.train) + len(splits.val), start)
-    if needed > MAX_ACTIVATIONS:
-        raise RequestError(
-            f"the activations that enter {start} take {needed / 2**30:.1f} GiB for these images, "
-            f"more than {MAX_ACTIVATIONS / 2**30:.0f}; freeze more (--freeze-to), or --recipe probe"
-        )
+    loading = loading or Loading()
+    plan = make_plan(model, config or FitConfig(), len(splits.train), loading.batch_size)
+    config = plan.config
+    model = replace(model, dtype=config.precision)
+    tables = [label(abstract_variables(model)["params"], phase.table) for phase in plan.phases]
 
-    train, val = (
-        compute_features(
-            model,
-            variables,
-            source,
-            config.loading,
-            stop=start,
-            cache=probe_only,
-            description=f"{part} up to {start}",
-        )
-        for part, source in (("train", splits.train), ("val", splits.val))
+    classes, head = len(splits.train.classes), model.stages[-1].name
+    model, variables = replace_head(model, variables, classes, dropout=config.dropout)
+    if plan.start == "random":
+        variables = init(model, jax.random.key(seed))
+    start = first_trainable_stage(model, tables[0]) if tables else head
+    inputs = open_inputs(model, variables, splits, config, loading, seed, start)
+    probe = None
+    if plan.start == "probe":
+        features = inputs.pooled(model, variables)
+        probe = fit_probe(features.values, features.labels, num_classes=classes, seed=seed)
+        kernel, bias = np.asarray(probe.kernel), np.asarray(probe.bias)
+        variables["params"][head] = {"kernel": kernel, "bias": bias}
+
+    mesh = data_mesh(loading.devices)
+    run = _Run(model, splits, config, loading, seed, mesh, checkpoints, checkpoint_seconds, log)
+    first = evaluate(inputs.logits(model, variables))
+    history: History = [{"phase": plan.start, "epoch": 0, **_scores(first)}]
+    log(history)
+    saved = checkpoints.restore() if checkpoints else None
+    for note in saved.notes if saved else ():
+        print(f"{note}: going on from the one before", file=sys.stderr)
+    progress = _Progress(variables, variables, history, 0)
+    for number, (phase, labels) in enumerate(zip(plan.phases, tables, strict=True)):
+        if saved is not None and number < saved.position["phase"]:
+            progress = progress._replace(epochs=progress.epochs + phase.epochs)
+            continue
+        start = first_trainable_stage(model, labels)
+        if inputs.start not in (None, start):
+            inputs = open_inputs(model, variables, splits, config, loading, seed, start)
+        progress = _train(run, inputs, number, phase, labels, progress, saved)
+        saved = None
+    if checkpoints:
+        checkpoints.close()
+
+    best = jax.device_get(progress.best)
+    logits = inputs.logits(model, best)
+    return FitResult(
+        model,
+        best,
+        probe,
+        first if probe is not None else None,
+        evaluate(logits),
+        logits,
+        progress.history,
+        inputs.skipped,
     )
-    _check_readable(splits, train, val)
-    result = _fit_probe(model, variables, splits, train, val, start, config)
-    log(result.history[0])
-    if not probe_only:
-        result = _fine_tune(result, train, val, labels, config, log)
-    return result
 
 
-def _fit_probe(
-    model: Model,
-    variables: Variables,
-    splits: Splits,
-    train: Features,
-    val: Features,
-    start: str,
-    config: FitConfig,
-) -> FitResult:
-    """The network with the head that is optimal on its frozen features."""
-    head = model.stages[-1].name
-    run = partial(advance, model, variables, loading=config.loading, start=start, stop=head)
-    features = train if start == head else run(train)
-    classes = len(splits.train.classes)
-    probe = fit_probe(features.values, train.labels, num_classes=classes, seed=config.seed)
-    model, variables = replace_head(model, variables, classes)
-    variables["params"][head] = {"kernel": probe.kernel, "bias": probe.bias}
-    evaluation = evaluate(advance(model, variables, val, config.loading, start=start))
-    history = [{"phase": "probe", "epoch": 0, **_scores(evaluation)}]
-    skipped = (train.skipped, val.skipped)
-    return FitResult(model, variables, probe, evaluation, evaluation, history, skipped)
-
-
-def _fine_tune(
-    result: FitResult,
-    train: Features,
-    val: Features,
+def _train(
+    run: _Run,
+    inputs: Inputs,
+    number: int,
+    phase: Phase,
     labels: Variables,
-    config: FitConfig,
-    log: Callable[[dict[str, Any]], None],
-) -> FitResult:
-    """Trains what ``labels`` leave free, from the probe on, on the activations that enter it."""
-    model = result.model
-    start = first_trainable_stage(model, labels)
-    mesh = data_mesh(config.loading.devices)
-    batch_size = divisible(config.loading.batch_size, mesh)
-    steps = -(-len(train.labels) // batch_size)
-    optimizer = build_optimizer(config.optimizer, labels, config.epochs * steps)
-    # A copy, because the step donates its state and `result` must live on.
-    params, batch_stats = (
-        replicate(jax.tree.map(jnp.array, result.variables[kind]), mesh)
-        for kind in ("params", "batch_stats")
+    progress: _Progress,
+    saved: Checkpoint | None,
+) -> _Progress:
+    """One phase, from its beginning or from what was saved in it."""
+    model, config = run.model, run.config
+    training = training_stages(labels) if config.batch_norm == "batch" else frozenset[str]()
+    if config.dropout:
+        training |= training_stages(labels) & {model.stages[-1].name}
+
+    def trained(variables: Variables) -> tuple[Variables, Variables]:
+        params = partition(variables["params"], labels)[0]
+        stats = {k: v for k, v in variables["batch_stats"].items() if k in training}
+        return params, stats
+
+    def whole(params: Variables, stats: Variables) -> Variables:
+        return {
+            "params": combine(params, frozen["params"]),
+            "batch_stats": {**progress.variables["batch_stats"], **stats},
+        }
+
+    total_steps = phase.epochs * run.steps_per_epoch
+    optimizer = build_optimizer(config.optimizer, labels, total_steps)
+    schedule = learning_rate_schedule(config.optimizer, total_steps)
+    frozen = replicate(
+        {
+            "params": partition(progress.variables["params"], labels)[1],
+            "batch_stats": {
+                k: v for k, v in progress.variables["batch_stats"].items() if k not in training
+            },
+        },
+        run.mesh,
     )
-    trainable, frozen = partition(params, labels)
-    state = init_state(trainable, batch_stats, optimizer, jax.random.key(config.seed))
-    train_step = make_train_step(
-        model, optimizer, start=start, label_smoothing=config.label_smoothing
+    params, stats = trained(progress.variables)
+    state = init_state(params, stats, optimizer, average=config.average > 0)
+    best, history, epoch, batch = trained(progress.best), progress.history, 1, 0
+    if saved is not None:
+        state, best = saved.fill((state, best))
+        history, epoch, batch = (saved.position[name] for name in ("history", "epoch", "batch"))
+        run.log(history)
+    state = replicate(state, run.mesh)
+    step = make_train_step(
+        model,
+        optimizer,
+        StepConfig(
+            training,
+            config.label_smoothing,
+            _class_weights(run),
+            config.average,
+            config.accumulate,
+            config.augmentation if config.augment and inputs.start is None else None,
+        ),
+        start=inputs.start,
     )
-    for epoch in range(1, config.epochs + 1):
-        order = np.random.default_rng([config.seed, epoch]).permutation(len(train.labels))
-        metrics = []
-        for batch in track(
-            feature_batches(train, order, batch_size),
-            description=f"epoch {epoch} of {config.epochs}",
-            total=len(order),
-            size=lambda batch: int(batch.mask.sum()),
-        ):
-            state, sums = train_step(state, frozen, shard(batch, mesh))
-            metrics.append(sums)
-        variables = {"params": combine(state.params, frozen), "batch_stats": state.batch_stats}
-        evaluation = evaluate(advance(model, variables, val, config.loading, start=start))
-        means = functools.reduce(Metrics.merge, metrics).means()
+    run_key = jax.random.fold_in(jax.random.key(run.seed), number)
+
+    for epoch in range(epoch, phase.epochs + 1):  # noqa: B020 - from where it stands
+        if _patience_is_over(history, phase, config.patience):
+            break
+        passed = progress.epochs + epoch
+        position = {"phase": number, "epoch": epoch, "pass": passed, "history": history}
+        keys = epoch_key(run.seed, passed), run_key
+        state = _epoch(run, inputs, step, state, frozen, keys, best, position, batch)
+        batch = 0
+        means = state.metrics.means()
+        average = state.average or {"params": state.params, "batch_stats": state.batch_stats}
+        now = whole(average["params"], average["batch_stats"])
+        evaluation = evaluate(inputs.logits(model, now))
         entry = {
-            "phase": "fine-tune",
-            "epoch": epoch,
+            "phase": phase.name,
+            "epoch": passed,
+            "learning_rate": float(np.asarray(schedule(int(state.step) - 1))),
             "train_loss": means["loss"],
             "train_top1": means["top1"],
             **_scores(evaluation),
         }
-        log(entry)
-        result.history.append(entry)
-        if (evaluation.top1, -evaluation.loss) > (result.evaluation.top1, -result.evaluation.loss):
-            result = result._replace(variables=jax.device_get(variables), evaluation=evaluation)
-    return result
-
-
-def default_freeze_to(model: Model) -> str:
-    """The last stage before the lowest resolution: most parameters come after it, little compute.
-
-    ``layer3`` of a ResNet, ``stage5`` of an EfficientNet.
-    """
-    size = model.preprocess.size
-    image = jax.ShapeDtypeStruct((1, size, size, 3), "uint8")
-    names = model.stage_names
-    outputs = jax.eval_shape(
-        lambda variables, x: apply(model, variables, x, capture=names).captured,
-        abstract_variables(model),
-        image,
+        if _order(entry) > max(map(_order, history)):
+            best = jax.device_get(trained(now))
+        history = [*history, entry]
+        run.log(history)
+        state = state._replace(metrics=replicate(Metrics.zero(), run.mesh))
+        after = {"epoch": epoch + 1, "pass": passed + 1, "batch": 0, "history": history}
+        _save(run, {**position, **after}, state, best)
+    return _Progress(
+        whole(state.params, state.batch_stats),
+        whole(*best),
+        history,
+        progress.epochs + phase.epochs,
     )
-    heights = {name: output.shape[1] for name, output in outputs.items() if output.ndim == 4}
-    lowest = min(heights.values())
-    first = next(name for name in names if heights[name] == lowest)
-    return names[max(names.index(first) - 1, 0)]
+
+
+def _epoch(
+    run: _Run,
+    inputs: Inputs,
+    step: Any,
+    state: TrainState,
+    frozen: Variables,
+    keys: tuple[jax.Array, jax.Array],
+    best: tuple[Variables, Variables],
+    position: dict[str, Any],
+    first: int,
+) -> TrainState:
+    """The batches of an epoch from ``first`` on."""
+    began = saved = time.monotonic()
+    waited = 0.0
+    epoch = position["pass"]
+    batches = track(
+        inputs.batches(run.model, epoch, first),
+        description=f"epoch {epoch}",
+        total=len(run.splits.train) - first * run.loading.batch_size,
+        size=lambda batch: int((batch.indices >= 0).sum()) * jax.process_count(),
+        quiet=not is_writer(),
+    )
+    asked = time.monotonic()
+    for done, batch in enumerate(batches, start=first + 1):
+        if state.step.is_ready():  # pyright: ignore[reportAttributeAccessIssue]
+            waited += time.monotonic() - asked
+        on_devices = shard(batch, run.mesh)
+        # One step ahead and no more: batches must not pile up on the device.
+        jax.block_until_ready(state.step)
+        state = step(state, frozen, on_devices, keys)
+        if run.checkpoints and time.monotonic() - saved >= run.checkpoint_seconds:
+            _save(run, {**position, "batch": done}, state, best)
+            saved = time.monotonic()
+        asked = time.monotonic()
+    seconds = time.monotonic() - began
+    if inputs.start is None and is_writer():
+        print(f"  {waited / seconds:.0%} of the time waiting for data", file=sys.stderr)
+    return state
+
+
+def _save(
+    run: _Run, position: dict[str, Any], state: TrainState, best: tuple[Variables, Variables]
+) -> None:
+    if run.checkpoints:
+        # One more than there are steps: an epoch's end is saved too.
+        number = position["pass"] * (run.steps_per_epoch + 1) + position["batch"]
+        run.checkpoints.save(number, position, (state, best))
+
+
+def _class_weights(run: _Run) -> tuple[float, ...]:
+    """Weights that make every class count alike, of mean 1 over the images."""
+    if run.config.class_weights == "none":
+        return ()
+    labels = run.splits.train.labels
+    counts = np.bincount(labels, minlength=len(run.splits.train.classes))
+    return tuple((len(labels) / (len(counts) * np.maximum(counts, 1))).tolist())
 
 
 def _scores(evaluation: Evaluation) -> dict[str, float]:
     return {"val_loss": evaluation.loss, "val_top1": evaluation.top1}
 
 
-def _check_readable(splits: Splits, train: Features, val: Features) -> None:
-    """Every class needs an image to learn from, and the validation set one to measure on."""
-    learned = set(train.labels.tolist())
-    lost = [name for i, name in enumerate(splits.train.classes) if i not in learned]
-    if lost:
-        raise RequestError(f"no image of class '{lost[0]}' in the training data can be read")
-    if not len(val.labels):
-        raise RequestError("no image of the validation data can be read")
+def _order(entry: dict[str, Any]) -> tuple[float, float]:
+    return entry["val_top1"], -entry["val_loss"]
+
+
+def _patience_is_over(history: History, phase: Phase, patience: int) -> bool:
+    mine = [entry for entry in history if entry["phase"] == phase.name]
+    if not patience or len(mine) < patience:
+        return False
+    before = history[: len(history) - patience]
+    return max(map(_order, before)) >= max(map(_order, history[-patience:]))

@@ -24,6 +24,11 @@ class Metrics(NamedTuple):
     top5: Array
     examples: Array
 
+    @staticmethod
+    def zero() -> "Metrics":
+        """Of no examples."""
+        return Metrics(jnp.float32(0), *(jnp.zeros((), jnp.int32) for _ in range(3)))
+
     def merge(self, other: "Metrics") -> "Metrics":
         """The metrics of both sets of examples together."""
         return jax.tree.map(lambda a, b: a + b, self, other)

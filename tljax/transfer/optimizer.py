@@ -1,46 +1,32 @@
-"""From a configuration to an Optax transformation with one schedule a group."""
+"""From a configuration to an Optax transformation: one schedule, one group a learning rate."""
 
 from collections.abc import Hashable
-from dataclasses import dataclass
-from typing import Literal
 
 import optax
 
+from tljax.config import OptimizerConfig
 from tljax.transfer.freeze import FROZEN
 from tljax.trees import flatten, unflatten
 from tljax.types import Variables
 
 
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """How the trainable parameters move.
-
-    Attributes:
-        name: ``sgd`` has Nesterov momentum; ``adamw`` decoupled weight decay.
-        learning_rate: at its peak, for the head.
-        backbone_scale: the rest of the network learns at this multiple of that.
-        momentum: of ``sgd``.
-        weight_decay: of kernels; never of norms and biases.
-        warmup: share of the steps over which the learning rate rises linearly. It then falls
-            along a cosine.
-        clip_norm: largest global norm of the trainable gradient; 0 clips nothing.
-    """
-
-    name: Literal["sgd", "adamw"] = "adamw"
-    learning_rate: float = 1e-4
-    backbone_scale: float = 1.0
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    warmup: float = 0.1
-    clip_norm: float = 1.0
-
-
 def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
-    """Linear warm-up, then a cosine to 0; the head's rate by step. No step has rate 0."""
+    """The learning rate by step; no step before the last has rate 0."""
+    peak = 1e-4 if config.learning_rate is None else config.learning_rate
+    if config.schedule == "one-cycle":
+        return optax.cosine_onecycle_schedule(max(2, total_steps), peak, 0.25)
     warmup = max(1, round(config.warmup * total_steps))
-    rising = optax.linear_schedule(config.learning_rate / warmup, config.learning_rate, warmup - 1)
-    falling = optax.cosine_decay_schedule(config.learning_rate, max(1, total_steps - warmup + 1))
-    return optax.join_schedules((rising, falling), (warmup - 1,))
+    left = max(1, total_steps - warmup + 1)
+    after = {
+        "cosine": lambda: optax.cosine_decay_schedule(peak, left),
+        "constant": lambda: optax.constant_schedule(peak),
+        "exponential": lambda: optax.exponential_decay(peak, left, 0.01),
+        "step": lambda: optax.piecewise_constant_schedule(
+            peak, {round(share * total_steps) - warmup + 1: 0.1 for share in (0.3, 0.6, 0.9)}
+        ),
+    }
+    rising = optax.linear_schedule(peak / warmup, peak, warmup - 1)
+    return optax.join_schedules((rising, after[config.schedule]()), (warmup - 1,))
 
 
 def build_optimizer(
@@ -50,25 +36,27 @@ def build_optimizer(
 
     Args:
         config: see `OptimizerConfig`.
-        labels: the group of every parameter; those that are never given need no state.
+        labels: the rate of every parameter, as a multiple of the learning rate; frozen ones are
+            never given and need no state.
         total_steps: length of the schedule.
     """
     schedule = learning_rate_schedule(config, total_steps)
     flat = flatten(labels)
 
-    def group(scale: float) -> optax.GradientTransformation:
-        if config.name == "sgd":
-            inner = optax.trace(config.momentum, nesterov=True)
-        else:
-            inner = optax.scale_by_adam()
+    def group(rate: float) -> optax.GradientTransformation:
         decay = optax.add_decayed_weights(config.weight_decay, mask=_kernels)
-        # Plain SGD couples the decay with the momentum; AdamW must not.
-        steps = (decay, inner) if config.name == "sgd" else (inner, decay)
-        return optax.chain(*steps, optax.scale_by_learning_rate(lambda s: scale * schedule(s)))
+        adam = optax.scale_by_adam()
+        steps = {
+            # Coupled: the decay is part of the gradient that the momenta see.
+            "sgd": (decay, optax.trace(config.momentum, nesterov=True)),
+            "adam": (decay, adam),
+            "adamw": (adam, decay),
+            "lamb": (adam, decay, optax.scale_by_trust_ratio()),
+        }[config.optimizer]
+        return optax.chain(*steps, optax.scale_by_learning_rate(lambda s: rate * schedule(s)))
 
     groups: dict[Hashable, optax.GradientTransformation] = {FROZEN: optax.set_to_zero()}
-    for name in set(flat.values()) - {FROZEN}:
-        groups[name] = group(1.0 if name == "head" else config.backbone_scale)
+    groups |= {rate: group(rate) for rate in set(flat.values()) - {FROZEN}}
 
     def of_groups(params: Variables) -> Variables:
         return unflatten({path: flat[path] for path in flatten(params)})

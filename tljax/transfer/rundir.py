@@ -1,7 +1,7 @@
 """A run directory: what was asked, what it ran on, what came out. It alone is enough to go on.
 
 config.json  env.json  classes.json  split.csv  skipped.csv  metrics.jsonl
-best/model.safetensors  report.html  eval/
+checkpoints/  best/model.safetensors  report.html  README.md  eval/
 """
 
 import csv
@@ -18,6 +18,7 @@ import jax
 from tljax.data.sources import Source, Splits
 from tljax.errors import RequestError
 from tljax.files import written_whole
+from tljax.parallel import is_writer
 
 BEST = Path("best") / "model.safetensors"
 """The network of the best epoch, in tljax's own format: `load_pretrained` reads it."""
@@ -42,10 +43,11 @@ def create_run(workdir: Path, config: dict[str, Any], splits: Splits) -> None:
     write_csv(workdir / "split.csv", ("part", "name", "class"), rows)
 
 
-def log_metrics(workdir: Path, entry: dict[str, Any]) -> None:
-    """Appends one line to ``metrics.jsonl``."""
-    with (workdir / "metrics.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(entry) + "\n")
+def write_metrics(workdir: Path, history: Sequence[dict[str, Any]]) -> None:
+    """Writes the whole history to ``metrics.jsonl``, one line an epoch, nothing of the clock."""
+    if is_writer():
+        lines = (json.dumps(entry) + "\n" for entry in history)
+        _write(workdir / "metrics.jsonl", "".join(lines))
 
 
 def skipped_rows(source: Source, skipped: dict[int, str]) -> list[tuple[str, str]]:

@@ -1,16 +1,19 @@
 """The jitted training step: gradients of what trains, and of nothing else."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from tljax.config import AugmentConfig
+from tljax.data.augment import augment, mix
 from tljax.models import Model, apply
 from tljax.transfer.freeze import combine
 from tljax.transfer.metrics import Metrics, measure
-from tljax.types import Array, Batch, Variables
+from tljax.types import Batch, Variables
 
 
 class TrainState(NamedTuple):
@@ -19,70 +22,172 @@ class TrainState(NamedTuple):
     Attributes:
         step: number of steps taken.
         params: the trainable parameters.
-        batch_stats: running statistics of all stages.
+        batch_stats: running statistics of the stages that move them.
         opt_state: of the optimizer, for trainable leaves alone.
-        key: random key of the run; a step folds its number in.
+        average: exponential moving average of ``params`` and ``batch_stats``; {} without one.
+        metrics: sums since the caller last reset them: no step waits for the host.
     """
 
-    step: Array
+    step: jax.Array
     params: Variables
     batch_stats: Variables
     opt_state: optax.OptState
-    key: jax.Array
+    average: Variables
+    metrics: Metrics
+
+
+@dataclass(frozen=True)
+class StepConfig:
+    """What a training step does with a batch.
+
+    Attributes:
+        train: stages in training mode (batch statistics, dropout).
+        label_smoothing: share of the target that is spread over all classes.
+        class_weights: weight of each class in the loss; empty weighs all alike.
+        average: decay of the moving average, per step; 0 keeps none. It starts lower, so that the
+            first steps are forgotten: ``min(average, (1 + step) / (10 + step))``.
+        accumulate: the batch goes through in so many parts; only the memory it takes depends on
+            it, and batch statistics, which are those of a part.
+        augment: of the images; None for activations and for the central crop.
+    """
+
+    train: frozenset[str] = frozenset()
+    label_smoothing: float = 0.0
+    class_weights: tuple[float, ...] = ()
+    average: float = 0.0
+    accumulate: int = 1
+    augment: AugmentConfig | None = None
 
 
 def init_state(
     params: Variables,
     batch_stats: Variables,
     optimizer: optax.GradientTransformation,
-    key: jax.Array,
+    *,
+    average: bool = False,
 ) -> TrainState:
-    """The state before the first step; ``params`` are the trainable ones."""
-    return TrainState(jnp.int32(0), params, batch_stats, optimizer.init(params), key)
+    """The state before the first step.
+
+    Args:
+        params: the trainable ones.
+        batch_stats: of the stages in training mode.
+        optimizer: for ``params``.
+        average: keep a moving average.
+    """
+    kept = {"params": params, "batch_stats": batch_stats} if average else {}
+    # A copy: the step donates its state, and may not be given one buffer twice.
+    kept = jax.tree.map(jnp.array, kept)
+    return TrainState(
+        jnp.int32(0), params, batch_stats, optimizer.init(params), kept, Metrics.zero()
+    )
 
 
-TrainStep = Callable[[TrainState, Variables, Batch], tuple[TrainState, Metrics]]
+Keys = tuple[jax.Array, jax.Array]
+"""Of the epoch, from which every example draws its augmentation; and of the run, from which every
+step draws dropout and mixing."""
+
+TrainStep = Callable[[TrainState, Variables, Batch, Keys], TrainState]
 
 
 def make_train_step(
     model: Model,
     optimizer: optax.GradientTransformation,
+    config: StepConfig = StepConfig(),
     *,
     start: str | None = None,
-    train: Collection[str] = frozenset(),
-    label_smoothing: float = 0.0,
 ) -> TrainStep:
-    """A jitted ``step(state, frozen, batch) -> (state, metrics)``; the old state is donated.
+    """A jitted ``step(state, frozen, batch, keys) -> state``; the old state is donated.
 
     The gradient is taken with respect to ``state.params`` alone, so a frozen stage costs its
-    forward pass at most, and with ``start`` not even that.
+    forward pass at most, and with ``start`` not even that. ``frozen`` holds the parameters and the
+    running statistics that stay.
 
     Args:
         model: the network.
         optimizer: for the trainable parameters.
+        config: see `StepConfig`.
         start: ``batch.images`` are activations that enter this stage; by default photographs.
-        train: stages in training mode (batch statistics, dropout).
-        label_smoothing: share of the target that is spread over all classes.
     """
 
     def loss_fn(
-        params: Variables, frozen: Variables, state: TrainState, batch: Batch
-    ) -> tuple[jax.Array, tuple[Variables, Metrics]]:
-        variables = {"params": combine(params, frozen), "batch_stats": state.batch_stats}
-        key = jax.random.fold_in(state.key, state.step)
-        output = apply(model, variables, batch.images, start=start, train=train, key=key)
-        metrics = measure(output.logits, batch.labels, batch.mask)
-        targets = jax.nn.one_hot(batch.labels, output.logits.shape[-1])
-        targets = optax.smooth_labels(targets, label_smoothing)
-        losses = optax.softmax_cross_entropy(output.logits, targets)
-        loss = jnp.where(batch.mask, losses, 0).sum() / jnp.maximum(batch.mask.sum(), 1)
-        return loss, (output.batch_stats, metrics)
+        params: Variables, batch_stats: Variables, frozen: Variables, batch: Batch, keys: Keys
+    ) -> tuple[jax.Array, tuple[jax.Array, Variables, Metrics]]:
+        """Summed loss; summed weight of the examples, statistics and metrics beside it."""
+        variables = {
+            "params": combine(params, frozen["params"]),
+            "batch_stats": {**frozen["batch_stats"], **batch_stats},
+        }
+        images = batch.images
+        classes = model.num_classes
+        targets = jax.nn.one_hot(batch.labels, classes)
+        targets = optax.smooth_labels(targets, config.label_smoothing)
+        if config.augment is not None:
+            size = model.preprocess.size
+            images = augment(images, batch.indices, keys[0], size, config.augment)
+            images, targets = mix(images, targets, batch.mask, keys[1], config.augment)
+        output = apply(
+            model,
+            variables,
+            images,
+            start=start,
+            train=config.train,
+            key=keys[1],
+            mask=batch.mask,
+        )
+        weights = jnp.asarray(config.class_weights or (1.0,) * classes)
+        weight = jnp.where(batch.mask, targets @ weights, 0)
+        losses = -jnp.sum(weights * targets * jax.nn.log_softmax(output.logits), axis=1)
+        loss = jnp.where(batch.mask, losses, 0).sum()
+        stats = {name: output.batch_stats[name] for name in batch_stats}
+        return loss, (weight.sum(), stats, measure(output.logits, batch.labels, batch.mask))
 
-    def step(state: TrainState, frozen: Variables, batch: Batch) -> tuple[TrainState, Metrics]:
-        gradient = jax.grad(loss_fn, has_aux=True)
-        grads, (batch_stats, metrics) = gradient(state.params, frozen, state, batch)
+    def gradient(
+        state: TrainState, frozen: Variables, batch: Batch, keys: Keys
+    ) -> tuple[Variables, Variables, Metrics]:
+        run = jax.grad(loss_fn, has_aux=True)
+        if config.accumulate == 1:
+            sums, (weight, stats, metrics) = run(
+                state.params, state.batch_stats, frozen, batch, keys
+            )
+        else:
+            # Strided parts, so that every device keeps the rows it has.
+            parts = jax.tree.map(
+                lambda x: x.reshape(-1, config.accumulate, *x.shape[1:]).swapaxes(0, 1), batch
+            )
+
+            def add(
+                carry: tuple[Variables, jax.Array, Variables, Metrics],
+                part: tuple[Batch, jax.Array],
+            ) -> tuple[tuple[Variables, jax.Array, Variables, Metrics], None]:
+                sums, weight, stats, metrics = carry
+                batch, i = part
+                of_part = (keys[0], jax.random.fold_in(keys[1], i))
+                more, (w, stats, m) = run(state.params, stats, frozen, batch, of_part)
+                sums = jax.tree.map(jnp.add, sums, more)
+                return (sums, weight + w, stats, metrics.merge(m)), None
+
+            zeros = jax.tree.map(jnp.zeros_like, state.params)
+            carry = (zeros, jnp.float32(0), state.batch_stats, Metrics.zero())
+            (sums, weight, stats, metrics), _ = jax.lax.scan(
+                add, carry, (parts, jnp.arange(config.accumulate))
+            )
+        # No weight at all: every image of the batch is unreadable.
+        grads = jax.tree.map(lambda g: g / jnp.where(weight > 0, weight, 1), sums)
+        return grads, stats, metrics
+
+    def step(state: TrainState, frozen: Variables, batch: Batch, keys: Keys) -> TrainState:
+        keys = (keys[0], jax.random.fold_in(keys[1], state.step))
+        grads, batch_stats, metrics = gradient(state, frozen, batch, keys)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = cast("Variables", optax.apply_updates(state.params, updates))
-        return TrainState(state.step + 1, params, batch_stats, opt_state, state.key), metrics
+        decay = jnp.minimum(config.average, (1 + state.step) / (10 + state.step))
+        now = {"params": params, "batch_stats": batch_stats}
+        average = (
+            jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.average, now)
+            if state.average
+            else {}
+        )
+        metrics = state.metrics.merge(metrics)
+        return TrainState(state.step + 1, params, batch_stats, opt_state, average, metrics)
 
     return jax.jit(step, donate_argnums=0)

@@ -1,0 +1,177 @@
+"""Every setting, its default and what it means. Imports nothing heavy: --help reads this."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from tljax.errors import RequestError
+
+Dtype = Literal["float32", "bfloat16"]
+
+Recipe = Literal["probe", "lp-ft", "gradual", "finetune", "bit", "scratch"]
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How images are read and spread over devices. No feature depends on it.
+
+    Attributes:
+        batch_size: images a step.
+        workers: number of processes that decode; 0 decodes in threads.
+        devices: number of devices; by default all.
+        on_bad_image: skip leaves unreadable images out and lists them; fail stops.
+    """
+
+    batch_size: int = 32
+    workers: int = 0
+    devices: int | None = None
+    on_bad_image: Literal["skip", "fail"] = "skip"
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """What `augment` and `mix` do. Hashable: a static argument of `jax.jit`.
+
+    Attributes:
+        crop: cut a random box and resize it (Szegedy et al. 2014, "Going deeper with
+            convolutions"), instead of the central crop.
+        scale: the box's share of the area of the image. Training from scratch takes (0.08, 1).
+        ratio: the box's width over its height, log-uniform; holds 1.
+        flip: mirror left and right, every other time.
+        randaugment_layers: the number of operations, one after the other, of RandAugment (Cubuk et
+            al. 2019, arXiv:1909.13719); 0 is off.
+        randaugment_magnitude: of every operation, 0 to 30; torchvision's scale.
+        mixup: the alpha of mixup (Zhang et al. 2017, arXiv:1710.09412); 0 is off.
+        cutmix: the alpha of CutMix (Yun et al. 2019, arXiv:1905.04899); 0 is off. With both on, a
+            batch gets one or the other, at even odds.
+
+    Raises:
+        RequestError: a value is out of its range.
+    """
+
+    crop: bool = True
+    scale: tuple[float, float] = (0.35, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: bool = True
+    randaugment_layers: int = 0
+    randaugment_magnitude: float = 9.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise RequestError(f"scale {self.scale}: choose two numbers with 0 < low <= high <= 1")
+        if not 0 < self.ratio[0] <= 1 <= self.ratio[1]:
+            raise RequestError(f"ratio {self.ratio}: choose two numbers with 0 < low <= 1 <= high")
+        if not 0 <= self.randaugment_magnitude <= 30:
+            raise RequestError(f"magnitude {self.randaugment_magnitude}: choose from 0 to 30")
+        if min(self.randaugment_layers, self.mixup, self.cutmix) < 0:
+            raise RequestError("RandAugment's layers, mixup and cutmix: choose 0 (off) or more")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """How the trainable parameters move.
+
+    Attributes:
+        optimizer: sgd has Nesterov momentum; adamw decouples the weight decay (Loshchilov
+            and Hutter 2019), adam does not; lamb is for large batches (You et al. 2020).
+        learning_rate: at its peak; by default what the recipe says, or 1e-4.
+        momentum: of sgd.
+        weight_decay: of kernels; never of norms and biases.
+        schedule: after the warm-up. one-cycle rises along a cosine for a quarter of the run
+            instead (Smith 2018); step divides by ten after 30, 60 and 90% of the run;
+            exponential falls to a hundredth.
+        warmup: share of the steps over which the learning rate rises linearly.
+        clip_norm: largest global norm of the trainable gradient; 0 clips nothing.
+    """
+
+    optimizer: Literal["sgd", "adam", "adamw", "lamb"] = "adamw"
+    learning_rate: float | None = None
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    schedule: Literal["cosine", "constant", "one-cycle", "step", "exponential"] = "cosine"
+    warmup: float = 0.1
+    clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.warmup < 1:
+            raise RequestError(f"--warmup {self.warmup}: choose a share of the steps in [0, 1)")
+        for name in ("learning_rate", "momentum", "weight_decay", "clip_norm"):
+            if not 0 <= (getattr(self, name) or 0) < float("inf"):
+                raise RequestError(f"--{name.replace('_', '-')}: choose a number of 0 or more")
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """What to train and for how long.
+
+    Attributes:
+        recipe: probe fits a linear head on frozen features, to the optimum. lp-ft then
+            fine-tunes the last stages from there, which distorts the features less (Kumar et al.
+            2022, https://arxiv.org/abs/2202.10054). gradual unfreezes one stage after the other
+            from the top (ULMFiT, https://arxiv.org/abs/1801.06146). finetune trains everything
+            with a new head of zeros. bit is that by BiT's HyperRule
+            (https://arxiv.org/abs/1912.11370). scratch starts from random weights: the baseline
+            that shows what transfer is worth.
+        freeze_to: the last stage that stays frozen. By default lp-ft freezes everything before
+            the lowest resolution, and the others nothing.
+        train: patterns or stages that train, instead of freeze_to.
+        rates: PATTERN=RATE, multiples of the learning rate that win over all the others.
+        layer_decay: a stage trains at this multiple of the rate of the stage after it.
+        epochs: of training, all phases together; by default 10, for scratch 30, and for bit
+            as many as make 500, 10,000 or 20,000 steps.
+        batch_norm: on its running statistics, or on those of the batch in the stages that train; by
+            default the former, for scratch the latter.
+        dropout: rate before the head.
+        label_smoothing: share of the target that is spread over all classes.
+        class_weights: balanced weighs a class by the inverse of its share of the images.
+        average: decay of an exponential moving average of the weights, which is then what counts.
+        patience: stop a phase after so many epochs without a better validation; 0 never does.
+        accumulate: a batch goes through the network in so many parts, to save memory.
+        precision: of the activations; parameters, statistics and logits stay in float32.
+        cache: where the activations that enter the first stage to train are kept: they are computed
+            once and every epoch runs the rest alone. auto takes memory, then the disk, where
+            they fit.
+        cache_dtype: in which they are kept; bfloat16 takes half, and is approximate.
+        cache_views: with augment, so many random views of every image are cached and taken in
+            turn: approximate. 0 caches none and draws afresh in every epoch.
+        augment: random crops and flips, and what else augmentation says.
+        augmentation: see `AugmentConfig`.
+        optimizer: see `OptimizerConfig`.
+    """
+
+    recipe: Recipe = "lp-ft"
+    freeze_to: str | None = None
+    train: tuple[str, ...] = ()
+    rates: tuple[str, ...] = ()
+    layer_decay: float = 1.0
+    epochs: int | None = None
+    batch_norm: Literal["running", "batch"] | None = None
+    dropout: float = 0.0
+    label_smoothing: float = 0.0
+    class_weights: Literal["none", "balanced"] = "none"
+    average: float = 0.0
+    patience: int = 0
+    accumulate: int = 1
+    precision: Dtype = "float32"
+    cache: Literal["auto", "memory", "disk", "none"] = "auto"
+    cache_dtype: Dtype = "float32"
+    cache_views: int = 0
+    augment: bool = False
+    augmentation: AugmentConfig = field(default_factory=AugmentConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+    def __post_init__(self) -> None:
+        faults = {
+            "--epochs": self.epochs is not None and self.epochs < 1,
+            "--dropout": not 0 <= self.dropout < 1,
+            "--label-smoothing": not 0 <= self.label_smoothing < 1,
+            "--average": not 0 <= self.average < 1,
+            "--patience": self.patience < 0,
+            "--accumulate": self.accumulate < 1,
+            "--cache-views": self.cache_views < 0,
+        }
+        for flag, wrong in faults.items():
+            if wrong:
+                value = getattr(self, flag[2:].replace("-", "_"))
+                raise RequestError(f"{flag} {value} is out of range; --help says what it means")

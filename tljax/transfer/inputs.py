@@ -1,0 +1,197 @@
+"""What enters the stages that train: photographs, or activations that were computed once."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from tljax.config import FitConfig, Loading
+from tljax.data.loader import batch_rows, load_batches
+from tljax.data.sources import Source, Splits
+from tljax.errors import RequestError
+from tljax.models import Model
+from tljax.parallel import data_mesh
+from tljax.transfer.features import (
+    Features,
+    View,
+    advance,
+    augmentable,
+    compute_features,
+    feature_batches,
+    feature_bytes,
+    process_rows,
+    process_shard,
+)
+from tljax.types import Batch, Variables
+
+MEMORY_FOR_ACTIVATIONS = 8 * 2**30
+"""Bytes that ``--cache auto`` keeps in memory; more goes to the disk."""
+
+DISK_FOR_ACTIVATIONS = 200 * 2**30
+"""Bytes that ``--cache auto`` writes to the disk; more is computed again in every epoch."""
+
+Place = Literal["memory", "disk", "none"]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Batches for training, and logits of the validation images.
+
+    Attributes:
+        splits: the images.
+        config: of the run.
+        loading: how images are read.
+        seed: of the run.
+        start: the stage that the batches enter; None for photographs.
+        train: activations, one view after the other, epoch by epoch; none for photographs.
+        val: activations; None for photographs.
+        skipped: reason by position, for the images of train and val that could not be read.
+    """
+
+    splits: Splits
+    config: FitConfig
+    loading: Loading
+    seed: int
+    start: str | None
+    train: tuple[Features, ...]
+    val: Features | None
+    skipped: tuple[dict[int, str], dict[int, str]]
+
+    def batches(self, model: Model, epoch: int, first: int = 0) -> Iterator[Batch]:
+        """This process's rows of the batches of an epoch.
+
+        The examples of a batch depend on seed, epoch and batch size alone: photographs or
+        activations, one device or eight, one process or many.
+
+        Args:
+            model: for its preprocessing.
+            epoch: from 1, over all phases.
+            first: the batch to begin with, to resume.
+        """
+        mesh = data_mesh(self.loading.devices)
+        size, multiple = self.loading.batch_size, mesh.size * self.config.accumulate
+        if not self.train:
+            return load_batches(
+                self.splits.train,
+                (augmentable(model) if self.config.augment else model).preprocess,
+                batch_size=size,
+                seed=self.seed,
+                epoch=epoch,
+                start=first,
+                shard=process_shard(),
+                multiple=multiple,
+                workers=self.loading.workers,
+                on_bad_image=self.loading.on_bad_image,
+                skipped=self.skipped[0],
+            )
+        view = self.train[(epoch - 1) % len(self.train)]
+        examples = len(self.splits.train)
+        row_of = np.full(examples + 1, -1, np.int32)  # the last one is what padding finds
+        row_of[view.indices] = np.arange(len(view.indices))
+        rows = batch_rows(examples, size, self.seed, epoch, multiple)[first:]
+        return feature_batches(view, process_rows(row_of[rows]))
+
+    def logits(self, model: Model, variables: Variables) -> Features:
+        """Logits of the validation images."""
+        if self.val is not None and self.start is not None:
+            return advance(model, variables, self.val, self.loading, start=self.start)
+        logits = self._compute(model, variables, self.splits.val, None, "validation")
+        self.skipped[1].update(logits.skipped)
+        return logits
+
+    def pooled(self, model: Model, variables: Variables) -> Features:
+        """What enters the head, for every training image, without augmentation."""
+        head = model.stages[-1].name
+        if self.start is not None and not self.config.augment:
+            if self.start == head:
+                return self.train[0]
+            return advance(
+                model, variables, self.train[0], self.loading, start=self.start, stop=head
+            )
+        features = self._compute(model, variables, self.splits.train, head, "features")
+        self.skipped[0].update(features.skipped)
+        return features
+
+    def _compute(
+        self, model: Model, variables: Variables, source: Source, stop: str | None, description: str
+    ) -> Features:
+        return compute_features(
+            model, variables, source, self.loading, stop=stop, description=description
+        )
+
+
+def open_inputs(
+    model: Model,
+    variables: Variables,
+    splits: Splits,
+    config: FitConfig,
+    loading: Loading,
+    seed: int,
+    start: str,
+) -> Inputs:
+    """Computes the activations that enter ``start`` once, where that is exact or asked for.
+
+    Args:
+        model: the network.
+        variables: its variables.
+        splits: the images.
+        config: of the run.
+        loading: how images are read.
+        seed: of the run.
+        start: the first stage that trains.
+
+    Raises:
+        RequestError: no image of a class, or of the validation set, can be read.
+    """
+    place = cache_place(model, splits, config, start)
+    if place == "none":
+        return Inputs(splits, config, loading, seed, None, (), None, ({}, {}))
+
+    def compute(source: Source, part: str, view: View | None = None) -> Features:
+        return compute_features(
+            model,
+            variables,
+            source,
+            loading,
+            stop=start,
+            cache=place == "disk",
+            dtype=config.cache_dtype,
+            view=view,
+            description=f"{part} up to {start}",
+        )
+
+    if config.augment:
+        train = tuple(
+            compute(splits.train, f"view {k + 1}", View(config.augmentation, seed, k + 1))
+            for k in range(config.cache_views)
+        )
+    else:
+        train = (compute(splits.train, "train"),)
+    val = compute(splits.val, "val")
+    learned = set(train[0].labels.tolist())
+    lost = [name for i, name in enumerate(splits.train.classes) if i not in learned]
+    if lost:
+        raise RequestError(f"no image of class '{lost[0]}' in the training data can be read")
+    if not len(val.labels):
+        raise RequestError("no image of the validation data can be read")
+    return Inputs(splits, config, loading, seed, start, train, val, (train[0].skipped, val.skipped))
+
+
+def cache_bytes(model: Model, splits: Splits, config: FitConfig, start: str) -> int:
+    """What the activations that enter ``start`` take, all views together."""
+    count = len(splits.train) * max(1, config.cache_views) + len(splits.val)
+    return feature_bytes(model, count, start, config.cache_dtype)
+
+
+def cache_place(model: Model, splits: Splits, config: FitConfig, start: str) -> Place:
+    """Where the activations that enter ``start`` go; ``none`` where they do not stay the same."""
+    random = config.augment and not config.cache_views
+    if config.cache == "none" or model.position(start) == 0 or random:
+        return "none"
+    if config.cache != "auto":
+        return config.cache
+    size = cache_bytes(model, splits, config, start)
+    if size <= MEMORY_FOR_ACTIVATIONS:
+        return "memory"
+    return "disk" if size <= DISK_FOR_ACTIVATIONS else "none"
