@@ -10,9 +10,9 @@ with those of a dozen crops, for all pairs at once, by matrix products. Then the
 few most similar pairs is fitted until the 16 x 16 differences agree best.
 
 Measured on the 3,268 photographs of hymenoptera, pets37, cats_dogs and an ImageNet sample: among
-5.3 million pairs of different ones none is more similar than 0.81. Of copies that were cropped at
-random, half of them mirrored, resized and saved again as JPEG, 99.8% are found if the crop keeps at
-least 90% of each side, 98.7% at 80% and 77% at 70%.
+5.3 million pairs of different ones none is more similar than 0.81. Of 1,634 copies, cropped at
+random, half of them mirrored, resized and saved again as JPEG, all are found if the crop keeps at
+least 90% of each side, 99% at 80% and 77% at 70%, and none with another image than its own.
 """
 
 import hashlib

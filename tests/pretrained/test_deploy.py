@@ -1,0 +1,183 @@
+"""Deployment: the exported network says the same, without tljax."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from networks import random_pretrained
+from PIL import ExifTags, Image
+
+from tljax.data.decode import decode
+from tljax.errors import RequestError, VerificationError
+from tljax.models import Model, apply
+from tljax.models.layers import max_pool
+from tljax.pretrained import Card, Pretrained
+from tljax.pretrained import deploy as deploy_module
+from tljax.pretrained.deploy import export_onnx, export_stablehlo
+from tljax.types import Preprocess
+
+CLASSES = ("cat", "dog", 'a "quoted" 日本 name')
+
+
+def pretrained(**preprocess: Any) -> Pretrained:
+    model = Model("tiny", tiny.MODEL.stages, Preprocess(16, 20, **preprocess))
+    card = Card(CLASSES, "somewhere", "MIT", "0" * 64, "tljax")
+    return Pretrained(model, tiny.random_variables(), card)
+
+
+def images(batch: int, size: int) -> np.ndarray:
+    return np.random.default_rng(batch).integers(0, 256, (batch, size, size, 3), np.uint8)
+
+
+def call(folder: Path, pixels: np.ndarray) -> np.ndarray:
+    data = bytearray((folder / "model.stablehlo").read_bytes())
+    return np.asarray(jax.export.deserialize(data).call(pixels))
+
+
+@pytest.mark.parametrize(
+    ("name", "batches"), [("tiny", (1, 3)), ("resnet18", (2,)), ("efficientnet_lite0", (2,))]
+)
+def test_stablehlo_returns_the_same_logits(tmp_path: Path, name: str, batches: tuple[int, ...]):
+    network = pretrained() if name == "tiny" else random_pretrained(name).with_size(64)
+    export_stablehlo(tmp_path, network)
+    exported = jax.export.deserialize(bytearray((tmp_path / "model.stablehlo").read_bytes()))
+    assert exported.platforms == ("cpu", "cuda", "rocm", "tpu")
+    for batch in batches:
+        pixels = images(batch, network.model.preprocess.size)
+        expected = jax.jit(deploy_module._logits(network))(pixels)
+        np.testing.assert_allclose(exported.call(pixels), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_fixed_batch_is_the_only_one(tmp_path: Path):
+    export_stablehlo(tmp_path, pretrained(), batch=2, platforms=("cpu",))
+    assert call(tmp_path, images(2, 16)).shape == (2, 3)
+    with pytest.raises(ValueError, match="shape"):
+        call(tmp_path, images(3, 16))
+
+
+def test_a_platform_that_jax_does_not_know(tmp_path: Path):
+    with pytest.raises(RequestError, match="cannot export for abacus; the platforms are cpu"):
+        export_stablehlo(tmp_path, pretrained(), platforms=("abacus",))
+    assert not list(tmp_path.iterdir())
+
+
+# What a place without tljax is: importing it fails.
+ALONE = (
+    "import runpy, sys; sys.modules['tljax'] = sys.modules['flax'] = None;"
+    "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0])"
+)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_the_folder_predicts_without_tljax(tmp_path: Path, interpolation: str):
+    network = pretrained(interpolation=interpolation, channel_order="bgr")
+    export_stablehlo(tmp_path / "deployed", network)
+    rng = np.random.default_rng(1)
+    paths, expected = [], []
+    for i, (height, width) in enumerate([(37, 61), (50, 33)]):
+        image = Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = 6 if i else 1  # the second lies on its side
+        paths.append(tmp_path / f"{i}.png")
+        image.save(paths[-1], exif=exif)
+        pixels = decode(paths[-1].read_bytes(), network.model.preprocess)
+        logits = apply(network.model, network.variables, pixels[None]).logits[0]
+        expected.append(np.asarray(jax.nn.softmax(logits)))
+
+    run = subprocess.run(
+        [sys.executable, "-c", ALONE, tmp_path / "deployed" / "predict.py", *paths],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        encoding="utf-8",
+        check=True,
+    )
+    lines = run.stdout.splitlines()
+    assert len(lines) == 2 * (1 + len(CLASSES))
+    for path, probabilities in zip(paths, expected, strict=True):
+        found, *guesses = [lines.pop(0) for _ in range(1 + len(CLASSES))]
+        assert found == str(path)
+        order = np.argsort(-probabilities)
+        assert [guess[9:] for guess in guesses] == [CLASSES[i] for i in order]
+        shown = [float(guess.split()[0]) for guess in guesses]
+        np.testing.assert_allclose(shown, probabilities[order], atol=6e-4)
+
+
+def test_the_description_is_complete(tmp_path: Path):
+    export_stablehlo(tmp_path, pretrained())
+    assert json.loads((tmp_path / "model.json").read_text("utf-8")) == {
+        "model": "tiny",
+        "classes": list(CLASSES),
+        "preprocess": {"size": 16, "resize": 20, "interpolation": "bilinear"},
+        "source": "somewhere",
+        "licence": "MIT",
+    }
+
+
+# ONNX. The graph is rewritten before jax2onnx sees it; that much can be tested without it.
+
+
+@pytest.mark.parametrize("name", ["resnet18", "efficientnet_lite0"])
+def test_the_rewritten_network_is_the_same_function(name: str):
+    network = random_pretrained(name).with_size(64)
+    function = deploy_module._logits(network)
+    rewritten = jax.jit(deploy_module._in_plain_operations(function))
+    pixels = images(2, 64)
+    used = str(jax.make_jaxpr(rewritten)(pixels))
+    assert "reduce_window_max" not in used
+    assert "platform_index" not in used
+    np.testing.assert_allclose(rewritten(pixels), jax.jit(function)(pixels), rtol=1e-4)
+
+
+@pytest.mark.parametrize(("k", "stride", "padding"), [(3, 2, 1), (2, 2, 0), (3, 1, "SAME")])
+def test_the_rewritten_pooling_is_exact(k: int, stride: int, padding: Any):
+    x = -np.random.default_rng(0).random((2, 11, 14, 3), np.float32)  # padding must not win
+
+    def pool(x):
+        return max_pool(x, k, stride=stride, padding=padding)
+
+    rewritten = deploy_module._in_plain_operations(pool)
+    np.testing.assert_array_equal(rewritten(x), pool(x), strict=True)
+
+
+def test_onnx_without_its_packages_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(sys.modules, "jax2onnx", None)
+    with pytest.raises(RequestError, match=r"pip install 'tljax\[onnx\]'"):
+        export_onnx(tmp_path / "model.onnx", pretrained())
+
+
+@pytest.mark.filterwarnings("default")  # those of other people's packages
+@pytest.mark.parametrize("name", ["tiny", "resnet18", "efficientnet_lite0"])
+def test_onnx_runtime_returns_the_same_logits(tmp_path: Path, name: str):
+    pytest.importorskip("jax2onnx", reason="needs tljax[onnx]")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    network = pretrained() if name == "tiny" else random_pretrained(name).with_size(64)
+    export_onnx(tmp_path / "model.onnx", network)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    metadata = json.loads(session.get_modelmeta().custom_metadata_map["tljax"])
+    assert tuple(metadata["classes"]) == network.card.classes
+    for batch in (1, 3):
+        pixels = images(batch, network.model.preprocess.size)
+        expected = np.asarray(jax.jit(deploy_module._logits(network))(pixels))
+        found = session.run(["logits"], {"images": pixels})[0]
+        np.testing.assert_allclose(found, expected, atol=1e-4 * max(1, np.abs(expected).max()))
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_wrong_onnx_file_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("jax2onnx", reason="needs tljax[onnx]")
+    monkeypatch.setattr(
+        deploy_module, "_in_plain_operations", lambda f: lambda x: f(x) + np.float32(0.01)
+    )
+    with pytest.raises(VerificationError, match=r"differ from JAX's by 0\.01"):
+        export_onnx(tmp_path / "model.onnx", pretrained())
+    assert not list(tmp_path.iterdir())
