@@ -13,8 +13,9 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from tljax.errors import RequestError
-from tljax.report import confusion_matrix, curves, image_grid, sweep_curve
+from tljax.report import confusion_matrix, curves, image_grid, reliability_diagram, sweep_curve
 from tljax.report.figures import BLUE
+from tljax.transfer.calibration import Calibration, calibration_bins
 
 RED, GREEN, NAVY = (255, 0, 0), (0, 255, 0), (0, 0, 128)
 FILL, WHITE = (242, 242, 242), (255, 255, 255)
@@ -195,6 +196,26 @@ def test_sweep_marks_the_chosen_penalty():
     assert axes.get_xscale() == "log"
     np.testing.assert_array_equal(line.get_xydata(), [[0.001, 0.8], [0.1, 0.9], [10, 0.7]])
     np.testing.assert_array_equal(chosen.get_xydata(), [[0.1, 0.9]])
+    render(figure)
+
+
+# Calibration
+
+
+def test_the_reliability_diagram_shows_the_filled_bins():
+    confidence = np.array([0.5, 0.9, 0.9, 0.9])
+    before = calibration_bins(confidence, np.array([1, 0, 0, 1]))
+    after = calibration_bins(np.full(4, 0.4), np.array([1, 0, 0, 1]))
+    figure = reliability_diagram(Calibration(2.0, before, after, 1.0, 0.5))
+    (axes,) = figure.axes
+    diagonal, *lines = axes.lines
+    np.testing.assert_array_equal(diagonal.get_xydata(), [[0, 0], [1, 1]])
+    np.testing.assert_allclose(lines[0].get_xydata(), [[0.5, 1], [0.9, 1 / 3]])
+    np.testing.assert_allclose(lines[1].get_xydata(), [[0.4, 0.5]])
+    one, three = axes.collections[0].get_sizes()
+    assert three > one > 0
+    texts = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert texts == ["as it is: error 55.0%", "after temperature scaling: error 10.0%"]
     render(figure)
 
 

@@ -15,7 +15,16 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tljax.errors import RequestError
-from tljax.report import ClassResult, Mistake, Report, Sweep, per_class, write_report
+from tljax.report import (
+    ClassResult,
+    Mistake,
+    Report,
+    SeenInTraining,
+    Sweep,
+    per_class,
+    write_report,
+)
+from tljax.transfer.calibration import calibrate
 
 VOID = {"meta", "img"}
 EVIL = "<script>alert(1)</script>"
@@ -149,6 +158,21 @@ def test_what_is_left_out_has_no_section(tmp_path: Path):
     page = Page(tmp_path / "report.html")
     assert page.all_in("body").split() == ["nothing"]
     assert not page.pictures()
+
+
+def test_calibration_and_leaks_are_shown(tmp_path: Path):
+    logits = np.random.default_rng(0).normal(0, 3, (60, 4))
+    found = calibrate(logits, np.arange(60) % 4)
+    pairs = [SeenInTraining(f"val/{i}.jpg", EVIL, "mirrored", 0.9876) for i in range(21)]
+    path = tmp_path / "report.html"
+    write_report(path, Report(title="leaky", calibration=found, duplicates=pairs))
+    page = Page(path)
+    assert page.of("h2") == ["Calibration", "Seen in training"]
+    ((attributes, _),) = page.pictures()
+    assert attributes["alt"] == "Accuracy over confidence"
+    assert f"the temperature {found.temperature:.3g} makes" in page.of("p")[0]
+    assert page.of("td")[:4] == ["val/0.jpg", EVIL, "mirrored", "0.988"]
+    assert page.of("summary") == ["1 more"]
 
 
 def test_classes_without_examples(tmp_path: Path):

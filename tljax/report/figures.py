@@ -18,6 +18,7 @@ from jaxtyping import Float, Integer, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from tljax.errors import RequestError
+from tljax.transfer.calibration import Calibration, CalibrationBins
 
 if TYPE_CHECKING:
     import matplotlib.axes
@@ -243,6 +244,34 @@ def sweep_curve(
         label=f"chosen: {l2[best]:.2g}, {accuracy[best]:.1%}",
     )
     axes.legend(frameon=False, fontsize=10, labelcolor=INK)
+    _percent(axes.yaxis)
+    return figure
+
+
+def reliability_diagram(found: Calibration) -> "matplotlib.figure.Figure":
+    """Draws accuracy over confidence, before and after temperature scaling (Guo et al. 2017).
+
+    A dot is a bin, its area the share of the examples; on the diagonal the network is right as
+    often as it says. Below it, it is too sure of itself.
+    """
+    figure = _figure(4.6, 4.6)
+    axes = figure.subplots()
+    _style(axes, "Calibration")
+    axes.plot([0, 1], [0, 1], color="0.8", linewidth=1, zorder=0)
+
+    def draw(bins: CalibrationBins, name: str, colour: str) -> None:
+        filled = bins.examples > 0
+        x, y = bins.confidence[filled], bins.accuracy[filled]
+        area = 12 + 300 * bins.examples[filled] / bins.examples.sum()
+        axes.plot(x, y, color=colour, linewidth=1, label=f"{name}: error {bins.error:.1%}")
+        axes.scatter(x, y, area, color=colour, alpha=0.6, linewidths=0)
+
+    draw(found.before, "as it is", BLUE)
+    draw(found.after, "after temperature scaling", VERMILION)
+    axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), aspect="equal", xlabel="confidence")
+    axes.set_ylabel("accuracy", fontsize=10, color=INK)
+    axes.legend(frameon=False, fontsize=10, labelcolor=INK)
+    _percent(axes.xaxis)
     _percent(axes.yaxis)
     return figure
 

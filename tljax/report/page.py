@@ -13,7 +13,14 @@ from jaxtyping import Float, Integer, UInt8
 from PIL import Image
 
 from tljax.files import written_whole
-from tljax.report.figures import LogEntry, confusion_matrix, curves, sweep_curve
+from tljax.report.figures import (
+    LogEntry,
+    confusion_matrix,
+    curves,
+    reliability_diagram,
+    sweep_curve,
+)
+from tljax.transfer.calibration import Calibration
 
 if TYPE_CHECKING:
     import matplotlib.figure
@@ -39,6 +46,22 @@ class Mistake(NamedTuple):
     label: str
     predicted: str
     probability: float
+
+
+class SeenInTraining(NamedTuple):
+    """A validation image that is also in the training set; see `tljax.data.duplicates`.
+
+    Attributes:
+        val: which image it is, such as its path.
+        train: which training image it equals.
+        kind: ``exact``, ``near`` or ``mirrored``.
+        similarity: at most 1.
+    """
+
+    val: str
+    train: str
+    kind: str
+    similarity: float
 
 
 class Sweep(NamedTuple):
@@ -78,6 +101,8 @@ class Report:
         classes: the name of each class.
         confusion: the number of examples of class ``row`` predicted as class ``column``.
         mistakes: wrong predictions, the worst first.
+        calibration: how far confidence and accuracy are apart.
+        duplicates: the validation images that were seen in training.
         skipped: the images that could not be used, as (name, reason).
         details: for each group, such as "model" or "environment", its keys and values.
         next_steps: shell commands to go on with.
@@ -91,6 +116,8 @@ class Report:
     classes: Sequence[str] = ()
     confusion: Integer[np.ndarray, "classes classes"] | None = None
     mistakes: Sequence[Mistake] = ()
+    calibration: Calibration | None = None
+    duplicates: Sequence[SeenInTraining] = ()
     skipped: Sequence[tuple[str, str]] = ()
     details: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     next_steps: Sequence[str] = ()
@@ -130,6 +157,8 @@ def write_report(path: Path, report: Report) -> None:
             _section("Confusion matrix", _confusion(report)),
             _section("Classes", _classes(report)),
             _section("Worst mistakes", _mistakes(report.mistakes)),
+            _section("Calibration", _calibration(report.calibration)),
+            _section("Seen in training", _duplicates(report.duplicates)),
             _section("Skipped files", _table(("file", "reason"), map(_cells, report.skipped))),
             _section("Details", _details(report.details)),
             _section("What to do next", "".join(map(_command, report.next_steps))),
@@ -196,6 +225,25 @@ def _mistakes(mistakes: Sequence[Mistake]) -> str:
         for mistake in mistakes
     )
     return figures and f'<div class="photos">\n{figures}</div>\n'
+
+
+def _calibration(found: Calibration | None) -> str:
+    if found is None:
+        return ""
+    plot = _plot(reliability_diagram(found), "Accuracy over confidence")
+    return (
+        f"{plot}<p>Dividing the logits by the temperature {found.temperature:.3g} makes the network"
+        " as sure as it is right. The orange line was measured with temperatures fitted on other"
+        " images than its own.</p>\n"
+    )
+
+
+def _duplicates(duplicates: Sequence[SeenInTraining]) -> str:
+    rows = (
+        f'{_cells((one.val, one.train, one.kind))}<td class="number">{one.similarity:.3f}</td>'
+        for one in duplicates
+    )
+    return _table(("validation image", "training image", "kind", "similarity"), rows)
 
 
 def _details(details: Mapping[str, Mapping[str, str]]) -> str:

@@ -1,0 +1,220 @@
+"""The model card: what the hub and a Markdown reader make of it, whatever the names are."""
+
+import ast
+import shlex
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
+
+from tljax.pretrained import Card
+from tljax.report.card import RunFacts, model_card
+from tljax.transfer.calibration import calibrate
+from tljax.types import Preprocess
+
+LOGITS = np.random.default_rng(0).normal(0, 3, (60, 4))
+RUN = RunFacts(
+    title="ants and bees",
+    model="resnet18",
+    weights=Card(("ants", "bees"), "resnet18.ktb_in1k", "Apache-2.0", "ab" * 32, "tljax"),
+    preprocess=Preprocess(),
+    data="data/hymenoptera",
+    train_examples=245,
+    recipe={"recipe": "lp-ft", "epochs": "10"},
+    confusion=np.array([[60, 10], [5, 78]]),
+    environment={"jax": "0.10.2"},
+    workdir="runs/ants",
+)
+
+
+def parse(card: str) -> list[Token]:
+    body = card.split("\n---\n", 1)[1]
+    return MarkdownIt("commonmark").enable("table").parse(body)
+
+
+def shown(tokens: list[Token]) -> list[str]:
+    """The text of every heading, paragraph, item and cell, as a reader sees it."""
+    texts = []
+    for token in tokens:
+        if token.type == "inline":
+            kinds = {child.type for child in token.children or ()}
+            assert kinds <= {"text", "text_special", "softbreak"}, kinds  # no markup inside
+            texts.append("".join(child.content or " " for child in token.children or ()))
+    return texts
+
+
+def code(card: str) -> list[str]:
+    return [token.content for token in parse(card) if token.type == "fence"]
+
+
+def test_the_front_matter_is_the_hub_s():
+    data = ModelCard(model_card(replace(RUN, base_model="timm/resnet18.tv_in1k"))).data
+    assert data.license == "apache-2.0"
+    assert data.base_model == "timm/resnet18.tv_in1k"
+    assert data.library_name == "tljax"
+    assert data.pipeline_tag == "image-classification"
+    assert data.tags == ["jax", "transfer-learning", "resnet18"]
+    assert data.metrics == ["accuracy"]
+    assert data.model_name == "ants and bees"
+    (result,) = data.eval_results or ()
+    assert (result.task_type, result.dataset_name) == ("image-classification", "data/hymenoptera")
+    assert (result.metric_type, result.metric_value) == ("accuracy", 0.902)
+
+
+@pytest.mark.parametrize(
+    ("licence", "license_", "name"),
+    [("MIT", "mit", None), ("unknown", "unknown", None), ("LicenseRef-X: y", "other", True)],
+)
+def test_licences_that_the_hub_does_not_list_are_named(licence: str, license_: str, name: object):
+    card = model_card(replace(RUN, weights=replace(RUN.weights, licence=licence)))
+    data = ModelCard(card).data
+    assert data.license == license_
+    assert getattr(data, "license_name", None) == (licence if name else None)
+    assert ("is not known" in card) == (licence == "unknown")
+
+
+def test_the_numbers_are_those_of_the_run():
+    texts = shown(parse(model_card(RUN)))
+    assert texts[0] == "ants and bees"
+    assert "245 training and 153 validation images." in " ".join(texts)
+    at = texts.index("top-1 accuracy")
+    assert texts[at + 1] == "90.2%, standard error 2.4%"
+    at = texts.index("most often taken for")
+    assert texts[at + 1 : at + 9] == [
+        *("ants", "60 of 70", "85.7%", "bees"),
+        *("bees", "78 of 83", "94.0%", "ants"),
+    ]
+    assert texts[-2:] == ["jax", "0.10.2"]
+
+
+def test_what_was_not_measured_is_not_said():
+    headings = ["Data", "Training", "Results", "Limits", "Use", "Licence of the weights"]
+    texts = shown(parse(model_card(RUN)))
+    assert [text for text in texts if text in {*headings, "Calibration"}] == headings
+    assert "was not looked for" in " ".join(texts)
+    card = model_card(replace(RUN, confusion=np.zeros((2, 2), int)))
+    assert "nan" not in card
+    assert "model-index" not in card
+    assert "nothing is known of its accuracy" in card
+
+
+def test_calibration_has_its_table():
+    found = calibrate(LOGITS, np.arange(60) % 4)
+    texts = shown(parse(model_card(replace(RUN, calibration=found))))
+    at = texts.index("as it is")
+    assert texts[at + 1 : at + 3] == [f"{found.before.error:.1%}", f"{found.loss_before:.3f}"]
+    assert texts[at + 4 : at + 6] == [f"{found.after.error:.1%}", f"{found.loss_after:.3f}"]
+
+
+def test_limits_follow_from_the_facts():
+    def limits(**facts: object) -> str:
+        return " ".join(shown(parse(model_card(replace(RUN, **facts)))))  # pyright: ignore[reportArgumentType]
+
+    assert "fewer than 30" not in limits()
+    assert "1 of 2 classes had fewer" in limits(confusion=np.array([[9, 0], [0, 50]]))
+    assert "None of the validation images" in limits(seen_in_training=0)
+    assert "3 of the 153 validation images were found" in limits(seen_in_training=3)
+    assert "flatter" not in limits()
+    assert "flatter" in limits(chosen_on_validation=True)
+
+
+def test_many_classes_are_cut_to_the_weakest():
+    confusion = np.diag(np.arange(100, 0, -1))
+    confusion[:, 0] += 5
+    names = tuple(f"n{i}" for i in range(100))
+    weights = replace(RUN.weights, classes=names)
+    texts = shown(parse(model_card(replace(RUN, weights=weights, confusion=confusion, top5=0.75))))
+    assert "The 10 weakest classes:" in texts
+    assert texts[texts.index("top-5 accuracy") + 1] == "75.0%"
+    at = texts.index("most often taken for")
+    assert texts[at + 1 : at + 41 : 4] == [f"n{i}" for i in range(99, 89, -1)]
+
+
+anything = st.text(st.characters(exclude_characters="\0"), min_size=1)
+NASTY = [
+    "a | b",
+    "---",
+    "# x\n\n# y",
+    "<script>alert(1)</script>",
+    "[a](http://b)",
+    "https://evil.example www.evil.example",
+    "![x](y)",
+    "`code` ``` ~~~",
+    "*a* _b_ **c** ~~d~~",
+    "&lt; &#35;",
+    "caf\udce9",
+    "日本 \U0001f41c \u200d",
+    'a: b # "c" \\d',
+    "$(rm -rf /) 'q' $x$",
+    "\x85\u2028\ufeff\x07",
+    "1. x",
+    "===",
+    "a\\",
+]
+
+
+@settings(max_examples=100, deadline=None)
+@given(anything | st.sampled_from(NASTY))
+def check_any_text(text: str):
+    def card(word: str) -> str:
+        return model_card(
+            replace(
+                RUN,
+                title=word,
+                model=word,
+                base_model=word,
+                data=word,
+                weights=Card((word, "b"), word, word, word, "tljax"),
+                recipe={word: word},
+                environment={word: word},
+                workdir=word,
+            )
+        )
+
+    text_card, plain_card = card(text), card("plain")
+    text_card.encode("utf-8")
+    data, plain = (yaml.safe_load(c.split("\n---\n")[0]) for c in (text_card, plain_card))
+    assert data.keys() == plain.keys()
+    name = data["license_name"]
+    assert name == data["base_model"] == data["tags"][-1] == data["model-index"][0]["name"]
+
+    tokens, expected = parse(text_card), parse(plain_card)
+    assert [token.type for token in tokens] == [token.type for token in expected]
+    words = [found.replace("plain", name.strip()) for found in shown(expected)]
+    assert [" ".join(found.split()) for found in shown(tokens)] == [
+        " ".join(found.split()) for found in words
+    ]
+    assert name == " ".join(name.split())
+    if text.isprintable():
+        assert name == " ".join(text.split())
+
+
+for nasty in NASTY:
+    check_any_text = example(nasty)(check_any_text)
+
+
+def test_any_text_is_shown_as_it_is():
+    check_any_text()
+
+
+def test_bare_addresses_do_not_become_links():
+    card = model_card(replace(RUN, data="www.a.example https://b.example c@d.example"))
+    assert "www." not in card.split("\n---\n")[1]
+    assert "https:" not in card.split("\n---\n")[1]
+    assert "c@" not in card.split("\n---\n")[1]
+
+
+@pytest.mark.parametrize("workdir", ["runs/a", "a  b", "it's", '"', "``` ```", "a\n```\nb", "$x"])
+def test_the_commands_name_the_folder(workdir: str):
+    shell, python = code(model_card(replace(RUN, workdir=workdir)))
+    assert shlex.split(shell)[:2] == ["python", "scripts/predict.py"]
+    assert shlex.split(shell)[-2:] == ["--weights", workdir]
+    calls = [node for node in ast.walk(ast.parse(python)) if isinstance(node, ast.Call)]
+    (load,) = (c for c in calls if getattr(c.func, "id", "") == "load_pretrained")
+    assert ast.literal_eval(load.args[0]) == workdir
