@@ -4,17 +4,20 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from tljax.config import FitConfig, Loading
 from tljax.data.augment import epoch_key
 from tljax.data.loader import num_batches
 from tljax.data.sources import Splits
-from tljax.models import Model, abstract_variables, init, replace_head
+from tljax.errors import RequestError
+from tljax.models import Model, init, replace_head
 from tljax.parallel import data_mesh, is_writer, replicate, shard
 from tljax.progress import track
 from tljax.transfer.checkpoint import Checkpoint, Checkpoints
@@ -30,6 +33,8 @@ from tljax.transfer.step import StepConfig, TrainState, init_state, make_train_s
 from tljax.types import Variables
 
 History = list[dict[str, Any]]
+
+NewHead = Callable[[Model, Variables, int], tuple[Model, Variables]]
 
 
 class FitResult(NamedTuple):
@@ -70,6 +75,7 @@ class _Run:
     checkpoints: Checkpoints | None
     checkpoint_seconds: float
     log: Callable[[History], None]
+    transform: optax.GradientTransformation | None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -96,6 +102,8 @@ def fit(
     checkpoints: Checkpoints | None = None,
     checkpoint_seconds: float = 600,
     log: Callable[[History], None] = lambda _: None,
+    new_head: NewHead | None = None,
+    transform: optax.GradientTransformation | None = None,
 ) -> FitResult:
     """Trains a new head, and more as the recipe says.
 
@@ -112,6 +120,9 @@ def fit(
         checkpoints: where to save, and from where to go on; None saves nothing.
         checkpoint_seconds: from one save to the next within an epoch; every epoch ends with one.
         log: called with the whole history whenever it has grown.
+        new_head: ``(model, variables, classes) -> (model, variables)``, for another head than a
+            linear one; not for the recipes that start with a probe.
+        transform: what gradients go through before the optimizer: a regularisation, say.
 
     Raises:
         RequestError: the configuration does not fit the model or the data.
@@ -120,10 +131,13 @@ def fit(
     plan = make_plan(model, config or FitConfig(), len(splits.train), loading.batch_size)
     config = plan.config
     model = replace(model, dtype=config.precision)
-    tables = [label(abstract_variables(model)["params"], phase.table) for phase in plan.phases]
-
     classes, head = len(splits.train.classes), model.stages[-1].name
-    model, variables = replace_head(model, variables, classes, dropout=config.dropout)
+    if new_head is None:
+        new_head = partial(replace_head, dropout=config.dropout)
+    model, variables = new_head(model, variables, classes)
+    tables = [label(variables["params"], phase.table) for phase in plan.phases]
+    if plan.start == "probe" and variables["params"][head].keys() != {"kernel", "bias"}:
+        raise RequestError(f"--recipe {config.recipe} starts with a probe, so its head is linear")
     if plan.start == "random":
         variables = init(model, jax.random.key(seed))
     start = first_trainable_stage(model, tables[0]) if tables else head
@@ -136,7 +150,9 @@ def fit(
         variables["params"][head] = {"kernel": kernel, "bias": bias}
 
     mesh = data_mesh(loading.devices)
-    run = _Run(model, splits, config, loading, seed, mesh, checkpoints, checkpoint_seconds, log)
+    run = _Run(
+        model, splits, config, loading, seed, mesh, checkpoints, checkpoint_seconds, log, transform
+    )
     first = evaluate(inputs.logits(model, variables))
     history: History = [{"phase": plan.start, "epoch": 0, **_scores(first)}]
     log(history)
@@ -198,6 +214,8 @@ def _train(
 
     total_steps = phase.epochs * run.steps_per_epoch
     optimizer = build_optimizer(config.optimizer, labels, total_steps)
+    if run.transform is not None:
+        optimizer = optax.chain(run.transform, optimizer)
     schedule = learning_rate_schedule(config.optimizer, total_steps)
     frozen = replicate(
         {

@@ -1,0 +1,51 @@
+"""L2-SP: pull the weights towards where they started, not towards zero.
+
+Li, Grandvalet and Davoine 2018, "Explicit Inductive Bias for Transfer Learning with Convolutional
+Networks", https://arxiv.org/abs/1802.01483. The penalty ``strength / 2 * ||w - w0||^2`` adds
+``strength * (w - w0)`` to the gradient, so all of it is one Optax transformation.
+
+    python examples/l2_sp.py FOLDER
+"""
+
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import tljax
+
+
+def l2_sp(strength: float) -> optax.GradientTransformation:
+    """Adds the gradient of the penalty; its state is the starting point."""
+
+    def update(updates: Any, state: Any, params: Any = None, **_: Any) -> tuple[Any, Any]:
+        pull = jax.tree.map(lambda g, w, w0: g + strength * (w - w0), updates, params, state)
+        return pull, state
+
+    return optax.GradientTransformation(lambda params: jax.tree.map(jnp.array, params), update)
+
+
+def main(
+    data: str,
+    image_size: int = 96,
+    epochs: int = 4,
+    strengths: tuple[float, ...] = (0.0, 0.1),
+) -> dict[float, float]:
+    """Validation accuracy by strength, from the same probe."""
+    model, variables, _ = tljax.load_pretrained("efficientnet_lite0.in1k").with_size(image_size)
+    splits = tljax.open_splits(data)
+    config = tljax.FitConfig(
+        epochs=epochs, optimizer=tljax.OptimizerConfig(weight_decay=0.0, clip_norm=0.0)
+    )
+    accuracy = {}
+    for strength in strengths:
+        result = tljax.fit(model, variables, splits, config, transform=l2_sp(strength))
+        accuracy[strength] = result.evaluation.top1
+        print(f"strength {strength}: {result.evaluation.top1:.3f}")
+    return accuracy
+
+
+if __name__ == "__main__":
+    main(sys.argv[1] if sys.argv[1:] else "digits")
