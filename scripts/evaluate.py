@@ -24,7 +24,7 @@ def run(config: Config) -> dict[str, Any]:
     from tljax.errors import RequestError
     from tljax.pretrained import load_pretrained
     from tljax.pretrained.catalog import names_like
-    from tljax.report.runs import percent, write_evaluation_report
+    from tljax.report.runs import calibrated, percent, write_evaluation_report
     from tljax.transfer import rundir
     from tljax.transfer.evaluate import evaluate
     from tljax.transfer.features import compute_features
@@ -51,17 +51,22 @@ def run(config: Config) -> dict[str, Any]:
     evaluation = evaluate(logits)
     for label, value in (("top-1", evaluation.top1), ("top-5", evaluation.top5)):
         print(f"{label}  {percent(value)}  of {evaluation.examples} images")
+    calibration = calibrated(logits)
+    if calibration:
+        before, after = calibration.before.error, calibration.after.error
+        print(f"calibration error  {percent(before)}, {percent(after)} after temperature scaling")
     for name, reason in rundir.skipped_rows(source, logits.skipped):
         print(f"not read: {name}: {reason}")
     if config.workdir:
         page = config.workdir / "eval" / "report.html"
         skipped = rundir.skipped_rows(source, logits.skipped)
-        write_evaluation_report(page, evaluation, source, card, notes, skipped)
+        write_evaluation_report(page, evaluation, calibration, source, card, notes, skipped)
         print(f"report {page}")
     return {
         "top1": evaluation.top1,
         "top5": evaluation.top5,
         "examples": evaluation.examples,
+        "calibration_error": calibration and calibration.before.error,
         "images_per_second": round(evaluation.examples / seconds, 1),
     }
 

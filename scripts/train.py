@@ -4,6 +4,7 @@ No argument runs the embedded default: EfficientNet-Lite0 on scikit-learn's digi
 """
 
 import time
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -48,6 +49,7 @@ def run(config: Config) -> dict[str, Any]:
     from tljax.transfer.checkpoint import Checkpoints, variables_digest
     from tljax.transfer.dry_run import dry_run
     from tljax.transfer.fit import fit
+    from tljax.transfer.recipes import make_plan
 
     began = time.perf_counter()
     if config.resume:
@@ -64,23 +66,26 @@ def run(config: Config) -> dict[str, Any]:
         print(dry_run(pretrained.model, splits, config.fit, config.batch_size))
         return {"dry_run": True}
 
+    make_plan(pretrained.model, config.fit, len(splits.train), config.batch_size)  # or say why not
     workdir = config.workdir or Path("runs", time.strftime("%Y%m%d-%H%M%S"))
     if not config.resume and is_writer():
         rundir.create_run(workdir, asdict(replace(config, workdir=workdir)), splits)
     for note in splits.notes if is_writer() else ():
         print(note)
     digests = splits.train.digest, splits.val.digest, variables_digest(pretrained.variables)
-    result = fit(
-        pretrained.model,
-        pretrained.variables,
-        splits,
-        config.fit,
-        loading=replace(config.loading, on_bad_image=config.on_bad_image),
-        seed=config.seed,
-        checkpoints=Checkpoints(workdir / "checkpoints", repr((config.fit, config.seed, digests))),
-        checkpoint_seconds=60 * config.checkpoint_minutes,
-        log=lambda history: rundir.write_metrics(workdir, history),
-    )
+    identity = repr((config.fit, config.seed, config.batch_size, digests))
+    with closing(Checkpoints(workdir / "checkpoints", identity)) as checkpoints:
+        result = fit(
+            pretrained.model,
+            pretrained.variables,
+            splits,
+            config.fit,
+            loading=replace(config.loading, on_bad_image=config.on_bad_image),
+            seed=config.seed,
+            checkpoints=checkpoints,
+            checkpoint_seconds=60 * config.checkpoint_minutes,
+            log=lambda history: rundir.write_metrics(workdir, history),
+        )
     seconds = time.perf_counter() - began
     summary = {
         "val_top1": result.evaluation.top1,

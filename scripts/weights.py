@@ -43,15 +43,17 @@ class Export(cli.Output):
     weights: Annotated[str, tyro.conf.Positional]
     """A catalog name, hub id, file, saved folder or run directory."""
     path: Annotated[Path, tyro.conf.Positional]
-    """The file to write, .safetensors or .pth; for huggingface a folder."""
+    """The file to write, .safetensors, .pth or .onnx; for huggingface and stablehlo a folder."""
     layout: str = "torchvision"
-    """Whose keys to use: torchvision, timm, huggingface, efficientnet_pytorch or tljax."""
+    """Whose keys to use: torchvision, timm, huggingface, efficientnet_pytorch or tljax; or onnx, or
+    stablehlo: a compiled-ready network that runs with JAX alone."""
 
 
 def run(command: List | Verify | Import | Export) -> dict[str, Any]:
     """Does what the subcommand says."""
     from tljax.errors import VerificationError
     from tljax.pretrained import CATALOG, export, load_pretrained, save
+    from tljax.pretrained.deploy import export_onnx, export_stablehlo
 
     if isinstance(command, List):
         print(f"{'name':26}{'model':20}{'pixels':>6}{'top-1':>8}  licence")
@@ -79,6 +81,10 @@ def run(command: List | Verify | Import | Export) -> dict[str, Any]:
     pretrained = load_pretrained(command.weights, model=getattr(command, "model", None))
     if isinstance(command, Import):
         save(command.path, pretrained)
+    elif command.layout == "stablehlo":
+        export_stablehlo(command.path, pretrained)
+    elif command.layout == "onnx":
+        export_onnx(command.path, pretrained)
     else:
         export(command.path, pretrained, command.layout)
     print(f"{pretrained.model.name} written to {command.path}")

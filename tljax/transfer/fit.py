@@ -34,6 +34,9 @@ from tljax.types import Variables
 
 History = list[dict[str, Any]]
 
+MIN_DELTA = 1e-3
+"""Nats by which the validation loss must fall to count as better at the same accuracy."""
+
 NewHead = Callable[[Model, Variables, int], tuple[Model, Variables]]
 
 
@@ -269,9 +272,9 @@ def _train(
             "train_top1": means["top1"],
             **_scores(evaluation),
         }
-        if _order(entry) > max(map(_order, history)):
-            best = jax.device_get(trained(now))
         history = [*history, entry]
+        if best_epoch(history) == len(history) - 1:
+            best = jax.device_get(trained(now))
         run.log(history)
         state = state._replace(metrics=replicate(Metrics.zero(), run.mesh))
         after = {"epoch": epoch + 1, "pass": passed + 1, "batch": 0, "history": history}
@@ -346,13 +349,20 @@ def _scores(evaluation: Evaluation) -> dict[str, float]:
     return {"val_loss": evaluation.loss, "val_top1": evaluation.top1}
 
 
-def _order(entry: dict[str, Any]) -> tuple[float, float]:
-    return entry["val_top1"], -entry["val_loss"]
+def best_epoch(history: History) -> int:
+    """Which entry counts: the highest accuracy; where equal, a loss lower by at least `MIN_DELTA`.
+
+    Without that margin a network that has nothing left to learn would be preferred for being ever
+    more certain.
+    """
+    best = 0
+    for i, entry in enumerate(history):
+        gain = entry["val_top1"] - history[best]["val_top1"]
+        if gain > 0 or (gain == 0 and entry["val_loss"] < history[best]["val_loss"] - MIN_DELTA):
+            best = i
+    return best
 
 
 def _patience_is_over(history: History, phase: Phase, patience: int) -> bool:
-    mine = [entry for entry in history if entry["phase"] == phase.name]
-    if not patience or len(mine) < patience:
-        return False
-    before = history[: len(history) - patience]
-    return max(map(_order, before)) >= max(map(_order, history[-patience:]))
+    mine = sum(entry["phase"] == phase.name for entry in history)
+    return 0 < patience <= min(mine, len(history) - 1 - best_epoch(history))
