@@ -1,0 +1,81 @@
+"""What is each recipe worth on a folder of images, and how long does it take? JSON on stdout.
+
+python benchmarks/recipes.py FOLDER --recipes probe lp-ft finetune scratch --seeds 3
+"""
+
+import json
+import statistics
+import sys
+import time
+from dataclasses import dataclass, field, replace
+from typing import Annotated
+
+import tyro
+
+from tljax.config import FitConfig, Loading, Recipe
+from tljax.data.sources import open_splits
+from tljax.pretrained import load_pretrained
+from tljax.transfer.fit import fit
+from tljax.transfer.rundir import environment
+
+
+@dataclass(frozen=True)
+class Config:
+    """Validation accuracy and seconds of recipes on a folder of images, over seeds."""
+
+    data: Annotated[str, tyro.conf.Positional]
+    """As for scripts/train.py."""
+    weights: str = "efficientnet_lite0.in1k"
+    """As for scripts/train.py."""
+    recipes: tuple[Recipe, ...] = ("probe", "lp-ft", "finetune", "scratch")
+    """What to compare."""
+    seeds: int = 3
+    """How many runs of each."""
+    image_size: int | None = None
+    """As for scripts/train.py."""
+    batch_size: int = 32
+    """As for scripts/train.py."""
+    fit: tyro.conf.OmitArgPrefixes[FitConfig] = field(default_factory=FitConfig)
+
+
+def main() -> None:
+    """Prints one JSON object."""
+    config = tyro.cli(Config)
+    pretrained = load_pretrained(config.weights).with_size(config.image_size)
+    splits = open_splits(config.data)
+    results = {}
+    for recipe in config.recipes:
+        top1, seconds, first = [], [], []
+        for seed in range(config.seeds):
+            began = time.perf_counter()
+            result = fit(
+                pretrained.model,
+                pretrained.variables,
+                splits,
+                replace(config.fit, recipe=recipe),
+                loading=Loading(config.batch_size),
+                seed=seed,
+            )
+            top1.append(result.evaluation.top1)
+            seconds.append(time.perf_counter() - began)
+            first.append(result.history[0]["val_top1"])
+            print(f"{recipe} seed {seed}: {top1[-1]:.4f} in {seconds[-1]:.0f} s", file=sys.stderr)
+        results[recipe] = {
+            "val_top1": top1,
+            "val_top1_mean": statistics.mean(top1),
+            "val_top1_before_training": first,
+            "seconds_median": round(statistics.median(seconds), 1),
+        }
+    report = {
+        "environment": environment(),
+        "data": config.data,
+        "examples": [len(splits.train), len(splits.val)],
+        "weights": config.weights,
+        "image_size": pretrained.model.preprocess.size,
+        "results": results,
+    }
+    print(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    main()
