@@ -8,6 +8,7 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -68,7 +69,7 @@ def main() -> None:
         }
     report = {
         "environment": environment(),
-        "data": config.data,
+        "data": Path(config.data).name,
         "examples": [len(splits.train), len(splits.val)],
         "weights": config.weights,
         "image_size": pretrained.model.preprocess.size,
