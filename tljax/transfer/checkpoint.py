@@ -5,6 +5,7 @@ statistics that move, and where in which epoch the run stands. What is frozen is
 """
 
 import hashlib
+import json
 import logging
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -55,8 +56,9 @@ class Checkpoints:
             folder: of checkpoints alone.
             identity: of what does not change during the run: base weights, data, configuration.
         """
-        # Its progress is not for the user, and a half-written step is none of his business.
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        # Its progress is not for the user, half-written steps are none of his business, and of an
+        # error in the background he is told when it is raised.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         self._identity = identity
         self._folder = folder
         try:
@@ -80,7 +82,8 @@ class Checkpoints:
             RequestError: the write before this one failed.
         """
         leaves = [np.array(leaf) for leaf in jax.tree.leaves(state)]
-        about = {"position": position, "identity": self._identity, "sha256": _digest(leaves)}
+        about = {"position": position, "identity": self._identity}
+        about["sha256"] = _digest(leaves, about)
         try:
             self._manager.save(
                 number,
@@ -89,16 +92,19 @@ class Checkpoints:
                     position=ocp.args.JsonSave(about),  # pyright: ignore[reportCallIssue]
                 ),
             )
-        except OSError as error:
-            raise RequestError(self._failed(error)) from error
+        except (OSError, ValueError) as error:
+            raise self._failed(error) from error
 
     def restore(self) -> Checkpoint | None:
         """The last checkpoint that is whole; None if there is none at all.
+
+        Damaged ones after it are deleted, as their numbers will be needed again.
 
         Raises:
             RequestError: all are damaged, or they belong to another run.
         """
         notes: list[str] = []
+        damaged: list[int] = []
         for number in sorted(self._manager.all_steps(), reverse=True):
             try:
                 # The shapes come from the checkpoint itself: `fill` compares them.
@@ -111,18 +117,19 @@ class Checkpoints:
                 )
                 about, state = found["position"], found["state"]
                 leaves = [np.asarray(state[name]) for name in sorted(state)]
-                whole = _digest(leaves) == about["sha256"]
+                if about.pop("sha256") != _digest(leaves, about):
+                    raise ValueError("checksum")  # noqa: TRY301
             except Exception as error:  # noqa: BLE001 - Orbax promises no type for a damaged file
                 notes.append(f"checkpoint {number} is damaged ({type(error).__name__})")
-                continue
-            if not whole:
-                notes.append(f"checkpoint {number} is damaged (its checksum is wrong)")
+                damaged.append(number)
                 continue
             if about["identity"] != self._identity:
                 raise RequestError(
                     f"{self._folder} belongs to another run: its base weights, images or "
                     "configuration differ; choose another --workdir"
                 )
+            for later in damaged:
+                self._manager.delete(later)
             return Checkpoint(about["position"], leaves, tuple(notes))
         if notes:
             raise RequestError(f"{self._folder}: no checkpoint is whole: {'; '.join(notes)}")
@@ -137,12 +144,19 @@ class Checkpoints:
         try:
             self._manager.wait_until_finished()
             self._manager.close()
-        except OSError as error:
-            raise RequestError(self._failed(error)) from error
+        except (OSError, ValueError) as error:
+            raise self._failed(error) from error
 
-    def _failed(self, error: OSError) -> str:
-        return (
-            f"{self._folder}: a checkpoint cannot be written ({error.strerror or error}); "
+    def _failed(self, error: OSError | ValueError) -> Exception:
+        reason = error.strerror or str(error) if isinstance(error, OSError) else ""
+        if not reason:
+            # TensorStore's: "RESOURCE_EXHAUSTED: ...: No space left on device [os_error_code='28']"
+            text, found, _ = str(error).partition(" [os_error_code")
+            if not found:
+                return error
+            reason = text.rpartition(": ")[2]
+        return RequestError(
+            f"{self._folder}: a checkpoint cannot be written ({reason}); "
             "the one before it is kept: make room and go on with --resume"
         )
 
@@ -152,13 +166,13 @@ def variables_digest(variables: Variables) -> str:
     digest = hashlib.sha256()
     for path, leaf in sorted(flatten(variables).items()):
         digest.update(path.encode())
-        digest.update(np.ascontiguousarray(leaf).data)
+        digest.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 
-def _digest(leaves: list[np.ndarray]) -> str:
-    digest = hashlib.sha256()
+def _digest(leaves: list[np.ndarray], about: dict[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for leaf in leaves:
         digest.update(f"{leaf.dtype} {leaf.shape}".encode())
-        digest.update(np.ascontiguousarray(leaf).data)
+        digest.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()

@@ -1,0 +1,64 @@
+"""Small runs of the training engine: data, and everything that must be the same byte for byte."""
+
+from pathlib import Path
+
+import numpy as np
+import tiny
+
+from tljax.config import FitConfig, Loading, OptimizerConfig
+from tljax.data.sources import Source, Splits
+from tljax.transfer.checkpoint import Checkpoints
+from tljax.transfer.fit import FitResult, fit
+from tljax.transfer.rundir import write_metrics
+from tljax.trees import flatten
+
+LOADING = Loading(batch_size=4)
+
+
+def source(count, seed=0, broken=(), classes=3):
+    """Squares of noise, the brighter the higher the class."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(count, dtype=np.int32) % classes
+    images = rng.integers(0, 120, (count, 16, 16, 3)) + 60 * labels[:, None, None, None]
+    examples = [b"broken" if i in broken else x.astype(np.uint8) for i, x in enumerate(images)]
+    names = [f"image {i}" for i in range(count)]
+    return Source(examples, labels, tuple("abc"[:classes]), names)
+
+
+def splits(count=11, broken=(4,), val_broken=(2,)):
+    """With unreadable images in both, and a ragged tail in batches of 4."""
+    return Splits(source(count, broken=broken), source(7, 1, val_broken), ())
+
+
+def config(recipe="finetune", *, optimizer="adamw", rate=1e-2, clip_norm=1.0, **others):
+    how = OptimizerConfig(optimizer, rate, clip_norm=clip_norm)
+    return FitConfig(recipe, optimizer=how, **{"epochs": 2, **others})
+
+
+def train(what, data=None, *, folder=None, log=lambda _: None, loading=LOADING, **how) -> FitResult:
+    """Trains the tiny network; with ``folder``, checkpoints at every step and metrics.jsonl."""
+    arguments = tiny.MODEL, tiny.random_variables(), data or splits(), what
+    if folder is None:
+        return fit(*arguments, loading=loading, log=log, **how)
+
+    def write_and_log(history):
+        write_metrics(folder, history)
+        log(history)
+
+    checkpoints = Checkpoints(folder / "checkpoints", repr(what))
+    how |= {"checkpoints": checkpoints, "checkpoint_seconds": 0}
+    try:
+        return fit(*arguments, loading=loading, log=write_and_log, **how)
+    finally:
+        checkpoints.close()  # also after an error: what is being written belongs to this process
+
+
+def everything(result: FitResult, folder: Path | None = None):
+    """What two runs must agree in."""
+    return {
+        "history": result.history,
+        "variables": {k: np.asarray(v).tobytes() for k, v in flatten(result.variables).items()},
+        "logits": result.logits.values.tobytes(),
+        "skipped": [sorted(part) for part in result.skipped],
+        "metrics": folder and (folder / "metrics.jsonl").read_bytes(),
+    }
