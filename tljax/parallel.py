@@ -5,6 +5,7 @@ there on every function here means all of them together.
 """
 
 import json
+import os
 from typing import Any, TypeVar
 
 import jax
@@ -27,7 +28,12 @@ def join() -> None:
         RequestError: nobody tells, or the others do not answer.
     """
     try:
-        jax.distributed.initialize()
+        # JAX itself reads the address from the environment, and only that.
+        count, number = (
+            int(os.environ[name]) if name in os.environ else None
+            for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+        )
+        jax.distributed.initialize(num_processes=count, process_id=number)
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise RequestError(
@@ -96,6 +102,11 @@ def gather(rows: np.ndarray) -> np.ndarray:
     if jax.process_count() == 1:
         return rows
     return np.asarray(multihost_utils.process_allgather(rows)).reshape(-1, *rows.shape[1:])
+
+
+def agree(value: bool) -> bool:
+    """What the writer says: for decisions that clocks make."""
+    return bool(gather(np.array([value]))[0])
 
 
 def gather_json(value: Any) -> list[Any]:

@@ -129,7 +129,13 @@ def compute_features(
         for others in gather_json(list(skipped.items())):
             skipped |= dict(others)
         return Features(values, np.asarray(source.labels)[indices], indices, skipped)
-    _write(folder, batches, feature_bytes(model, len(source), stop, dtype), skipped)
+    try:
+        _write(folder, batches, feature_bytes(model, len(source), stop, dtype), skipped)
+    except OSError as error:
+        raise RequestError(
+            f"{folder.parent}: cannot be written ({error.strerror}): set TLJAX_CACHE to another "
+            "disk, or --cache none"
+        ) from error
     computed = _open(folder)
     if computed is None:
         raise RequestError(f"{folder}: what was just written reads back otherwise; mend the disk")
@@ -157,7 +163,7 @@ def advance(
     """
     mesh = data_mesh(loading.devices)
     variables = replicate(variables, mesh)
-    forward = partial(_forward, model, mesh, start, stop, "float32", None)
+    forward = partial(_forward, model, mesh, start, stop, "float32", None, None)
     rows = batch_rows(len(features.labels), loading.batch_size, multiple=mesh.size)
     outputs = [
         gather(local_rows(forward(variables, *_on_devices(batch, mesh))))
@@ -216,6 +222,7 @@ def _on_devices(batch: Batch, mesh: Mesh) -> tuple[Array, Array]:
     return shard((batch.images, batch.indices), mesh)
 
 
+# The key of a view is an argument, or every view would compile its own.
 @partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
 def _forward(
     model: Model,
@@ -223,14 +230,14 @@ def _forward(
     start: str | None,
     stop: str | None,
     dtype: Dtype,
-    view: View | None,
+    augmentation: AugmentConfig | None,
+    key: jax.Array | None,
     variables: Variables,
     x: jax.Array,
     indices: jax.Array,
 ) -> jax.Array:
-    if view is not None:
-        key = epoch_key(view.seed, view.number)
-        x = augment(x, indices, key, model.preprocess.size, view.config)
+    if augmentation is not None and key is not None:
+        x = augment(x, indices, key, model.preprocess.size, augmentation)
     value = apply(model, variables, x, start=start, stop=stop).value.astype(dtype)
     return jax.lax.with_sharding_constraint(value, NamedSharding(mesh, PartitionSpec("data")))
 
@@ -257,7 +264,9 @@ def _forward_source(
         on_bad_image=loading.on_bad_image,
         skipped=skipped,
     )
-    forward = partial(_forward, model, mesh, None, stop, dtype, view)
+    augmentation = view and view.config
+    key = view and epoch_key(view.seed, view.number)
+    forward = partial(_forward, model, mesh, None, stop, dtype, augmentation, key)
     for batch in batches:
         values = gather(local_rows(forward(variables, *_on_devices(batch, mesh))))
         mask = gather(np.asarray(batch.mask))

@@ -18,7 +18,7 @@ from tljax.data.loader import num_batches
 from tljax.data.sources import Splits
 from tljax.errors import RequestError
 from tljax.models import Model, init, replace_head
-from tljax.parallel import data_mesh, is_writer, replicate, shard
+from tljax.parallel import agree, data_mesh, is_writer, replicate, shard
 from tljax.progress import track
 from tljax.transfer.checkpoint import Checkpoint, Checkpoints
 from tljax.transfer.evaluate import Evaluation, evaluate
@@ -185,7 +185,7 @@ def fit(
         evaluate(logits),
         logits,
         progress.history,
-        inputs.skipped,
+        inputs.everyones_skipped(),
     )
 
 
@@ -235,6 +235,8 @@ def _train(
     if saved is not None:
         state, best = saved.fill((state, best))
         history, epoch, batch = (saved.position[name] for name in ("history", "epoch", "batch"))
+        for part, before in zip(inputs.skipped, saved.position["skipped"], strict=True):
+            part.update(before)
         run.log(history)
     state = replicate(state, run.mesh)
     step = make_train_step(
@@ -278,7 +280,7 @@ def _train(
         run.log(history)
         state = state._replace(metrics=replicate(Metrics.zero(), run.mesh))
         after = {"epoch": epoch + 1, "pass": passed + 1, "batch": 0, "history": history}
-        _save(run, {**position, **after}, state, best)
+        _save(run, inputs, {**position, **after}, state, best)
     return _Progress(
         whole(state.params, state.batch_stats),
         whole(*best),
@@ -317,8 +319,8 @@ def _epoch(
         # One step ahead and no more: batches must not pile up on the device.
         jax.block_until_ready(state.step)
         state = step(state, frozen, on_devices, keys)
-        if run.checkpoints and time.monotonic() - saved >= run.checkpoint_seconds:
-            _save(run, {**position, "batch": done}, state, best)
+        if run.checkpoints and agree(time.monotonic() - saved >= run.checkpoint_seconds):
+            _save(run, inputs, {**position, "batch": done}, state, best)
             saved = time.monotonic()
         asked = time.monotonic()
     seconds = time.monotonic() - began
@@ -328,12 +330,17 @@ def _epoch(
 
 
 def _save(
-    run: _Run, position: dict[str, Any], state: TrainState, best: tuple[Variables, Variables]
+    run: _Run,
+    inputs: Inputs,
+    position: dict[str, Any],
+    state: TrainState,
+    best: tuple[Variables, Variables],
 ) -> None:
     if run.checkpoints:
+        skipped = [sorted(part.items()) for part in inputs.everyones_skipped()]
         # One more than there are steps: an epoch's end is saved too.
         number = position["pass"] * (run.steps_per_epoch + 1) + position["batch"]
-        run.checkpoints.save(number, position, (state, best))
+        run.checkpoints.save(number, {**position, "skipped": skipped}, (state, best))
 
 
 def _class_weights(run: _Run) -> tuple[float, ...]:

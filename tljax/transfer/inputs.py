@@ -11,7 +11,7 @@ from tljax.data.loader import batch_rows, load_batches
 from tljax.data.sources import Source, Splits
 from tljax.errors import RequestError
 from tljax.models import Model
-from tljax.parallel import data_mesh
+from tljax.parallel import data_mesh, gather_json
 from tljax.transfer.features import (
     Features,
     View,
@@ -46,7 +46,8 @@ class Inputs:
         start: the stage that the batches enter; None for photographs.
         train: activations, one view after the other, epoch by epoch; none for photographs.
         val: activations; None for photographs.
-        skipped: reason by position, for the images of train and val that could not be read.
+        skipped: reason by position, for the images of train and val that this process could not
+            read.
     """
 
     splits: Splits
@@ -98,6 +99,7 @@ class Inputs:
             return advance(model, variables, self.val, self.loading, start=self.start)
         logits = self._compute(model, variables, self.splits.val, None, "validation")
         self.skipped[1].update(logits.skipped)
+        _refuse_none(logits)
         return logits
 
     def pooled(self, model: Model, variables: Variables) -> Features:
@@ -112,6 +114,12 @@ class Inputs:
         features = self._compute(model, variables, self.splits.train, head, "features")
         self.skipped[0].update(features.skipped)
         return features
+
+    def everyones_skipped(self) -> tuple[dict[int, str], dict[int, str]]:
+        """``skipped`` of all processes together."""
+        parts = gather_json([sorted(part.items()) for part in self.skipped])
+        train, val = ({i: why for part in parts for i, why in part[k]} for k in (0, 1))
+        return train, val
 
     def _compute(
         self, model: Model, variables: Variables, source: Source, stop: str | None, description: str
@@ -173,14 +181,19 @@ def open_inputs(
     lost = [name for i, name in enumerate(splits.train.classes) if i not in learned]
     if lost:
         raise RequestError(f"no image of class '{lost[0]}' in the training data can be read")
+    _refuse_none(val)
+    return Inputs(splits, config, loading, seed, start, train, val, (train[0].skipped, val.skipped))
+
+
+def _refuse_none(val: Features) -> None:
     if not len(val.labels):
         raise RequestError("no image of the validation data can be read")
-    return Inputs(splits, config, loading, seed, start, train, val, (train[0].skipped, val.skipped))
 
 
 def cache_bytes(model: Model, splits: Splits, config: FitConfig, start: str) -> int:
     """What the activations that enter ``start`` take, all views together."""
-    count = len(splits.train) * max(1, config.cache_views) + len(splits.val)
+    views = config.cache_views if config.augment else 1
+    count = len(splits.train) * views + len(splits.val)
     return feature_bytes(model, count, start, config.cache_dtype)
 
 

@@ -1,0 +1,222 @@
+"""Training whole: cached or not, killed or not, the same run."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+from engine import LOADING, config, everything, splits, train
+
+import tljax.transfer.fit as fit_module
+from tljax.config import AugmentConfig
+from tljax.data.loader import batch_rows
+from tljax.errors import RequestError
+from tljax.transfer.inputs import Inputs
+
+pytestmark = pytest.mark.usefixtures("compilation_cache")
+
+RANDOM = {"batch_norm": "batch", "dropout": 0.3, "average": 0.8}
+
+
+@pytest.fixture
+def indices(monkeypatch):
+    """Of the examples of every training batch that count."""
+    seen, shard = [], fit_module.shard
+
+    def recording(batch, mesh):
+        seen.append(batch.indices[batch.mask].tolist())
+        return shard(batch, mesh)
+
+    monkeypatch.setattr(fit_module, "shard", recording)
+    return seen
+
+
+@pytest.fixture(autouse=True)
+def feature_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TLJAX_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def losses(result):
+    entries = result.history[1:]
+    return [(entry["train_loss"], entry["val_loss"], entry["train_top1"]) for entry in entries]
+
+
+def test_a_cached_prefix_changes_nothing(indices, feature_cache):
+    found = {}
+    for cache in ("none", "memory", "disk"):
+        indices.clear()
+        what = config(freeze_to="stem", cache=cache, epochs=4, rate=5e-2, **RANDOM)
+        found[cache] = losses(train(what)), list(indices)
+        assert feature_cache.exists() == (cache == "disk")
+    np.testing.assert_allclose(found["memory"][0], found["none"][0], rtol=1e-6)
+    assert found["memory"] == found["disk"]
+    assert found["memory"][1] == found["none"][1]
+    rows = [row for epoch in range(1, 5) for row in batch_rows(11, 4, 0, epoch).tolist()]
+    assert found["none"][1] == [[i for i in row if i not in (-1, 4)] for row in rows]
+    # And it is training that is compared.
+    assert found["none"][0][-1][0] < 0.9 * found["none"][0][0][0]
+
+
+def test_cached_views_are_the_first_epochs_of_fresh_draws():
+    fresh = train(config(freeze_to="stem", augment=True, epochs=3))
+    cached = train(config(freeze_to="stem", augment=True, epochs=3, cache_views=3))
+    np.testing.assert_allclose(losses(cached), losses(fresh), rtol=1e-6)
+    fewer = train(config(freeze_to="stem", augment=True, epochs=3, cache_views=2))
+    assert losses(fewer)[:2] == losses(cached)[:2]
+    assert losses(fewer)[2] != losses(cached)[2]
+
+
+def test_an_approximate_cache_is_near(feature_cache):
+    exact = train(config(freeze_to="stem"))
+    for cache in ("memory", "disk"):
+        near = train(config(freeze_to="stem", cache=cache, cache_dtype="bfloat16"))
+        np.testing.assert_allclose(losses(near), losses(exact), rtol=2e-2)
+        assert losses(near) != losses(exact)
+
+
+class KilledError(Exception):
+    pass
+
+
+@pytest.fixture
+def lives(monkeypatch):
+    """After ``left.append(n)`` the engine does n things more, steps or entries of the history."""
+    left: list[int] = []
+    make, made = fit_module.make_train_step, {}
+
+    def once():
+        if not left[-1]:
+            raise KilledError
+        left[-1] -= 1
+
+    def make_train_step(model, optimizer, config, *, start):
+        # A life of its own would trace and compile the same step again.
+        key = model, config, start
+        step = made[key] = made.get(key) or make(model, optimizer, config, start=start)
+
+        def counted(*args):
+            once()
+            return step(*args)
+
+        return counted
+
+    monkeypatch.setattr(fit_module, "make_train_step", make_train_step)
+    # Neither is the probe what this is about, nor is it quick to compile.
+    rng = np.random.default_rng(0)
+    probe = SimpleNamespace(kernel=rng.normal(0, 0.1, (12, 3)), bias=np.zeros(3))
+    probe = SimpleNamespace(**{k: v.astype(np.float32) for k, v in vars(probe).items()})
+    monkeypatch.setattr(fit_module, "fit_probe", lambda *_, **__: probe)
+    longest = 1
+
+    def log(history):
+        nonlocal longest
+        if len(history) > longest:
+            once()
+            longest = len(history)
+
+    return left, log
+
+
+MIX = AugmentConfig(crop=False, mixup=0.4)  # a crop takes seconds to compile
+RUNS = {
+    "cached": config(freeze_to="stem", epochs=3, **RANDOM),
+    "augmented": config(epochs=3, augment=True, accumulate=2, average=0.9, augmentation=MIX),
+    "gradual": config("gradual", epochs=3, average=0.5, dropout=0.2, batch_norm="batch"),
+    "impatient": config(epochs=6, patience=2, rate=1e-9, optimizer="sgd", cache="none"),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_that_is_killed_and_goes_on_ends_the_same(name, lives, tmp_path, monkeypatch):
+    left, log = lives
+    what = RUNS[name]
+    left.append(10**6)
+    expected = everything(train(what, folder=tmp_path / "whole"), tmp_path / "whole")
+    result, rng = None, np.random.default_rng(list(RUNS).index(name))
+    while result is None:
+        left.append(int(rng.integers(1, 6)))
+        try:
+            result = train(what, folder=tmp_path / "killed", log=log)
+        except KilledError:
+            continue
+    assert len(left) > 3
+    assert everything(result, tmp_path / "killed") == expected
+    # Finished is finished: once more takes no step.
+    left.append(0)
+    again = train(what, folder=tmp_path / "killed")
+    assert everything(again, tmp_path / "killed") == expected
+    if name == "gradual":
+        assert {entry["phase"] for entry in expected["history"][1:]} == {"from layer1", "from stem"}
+    if name == "impatient":
+        assert len(expected["history"]) == 3
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_does_not():
+    first = everything(train(RUNS["cached"]))
+    assert everything(train(RUNS["cached"])) == first
+    assert everything(train(RUNS["cached"], seed=1))["variables"] != first["variables"]
+
+
+def test_patience_stops_and_the_best_is_kept(monkeypatch):
+    """Validation gets better, worse, worse, ...: after two worse ones it ends."""
+    top1, states = iter([0.2, 0.4, 0.8, 0.6, 0.8, 0.9, 1.0]), []
+    evaluate, logits = fit_module.evaluate, Inputs.logits
+    monkeypatch.setattr(
+        fit_module, "evaluate", lambda found: evaluate(found)._replace(top1=next(top1), loss=1.0)
+    )
+
+    def recording(self, model, variables):
+        states.append(jax.tree.map(np.array, variables))
+        return logits(self, model, variables)
+
+    monkeypatch.setattr(Inputs, "logits", recording)
+    result = train(config(epochs=6, patience=2))
+    # The tie of epoch 4 is not better, so two epochs have passed since epoch 2.
+    assert [entry["val_top1"] for entry in result.history] == [0.2, 0.4, 0.8, 0.6, 0.8]
+    jax.tree.map(np.testing.assert_array_equal, result.variables, states[2])
+    assert not np.array_equal(
+        states[2]["params"]["head"]["bias"], states[3]["params"]["head"]["bias"]
+    )
+
+
+def test_the_average_is_what_is_measured_and_accumulation_changes_nothing():
+    plain, averaged, parts = (
+        train(what) for what in (config(), config(average=0.999), config(accumulate=2))
+    )
+    for name in ("train_loss", "val_loss"):
+        found, expected = ([e[name] for e in r.history[1:]] for r in (parts, plain))
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+    for same, entry in zip(plain.history[1:], averaged.history[1:], strict=True):
+        assert entry["train_loss"] == pytest.approx(same["train_loss"], rel=1e-6)
+        assert entry["val_loss"] != pytest.approx(same["val_loss"], rel=1e-4)
+
+
+def test_a_network_that_diverges_is_not_the_best():
+    result = train(config(optimizer="sgd", rate=1e30, clip_norm=0.0))
+    assert not np.isfinite(result.history[-1]["val_loss"])
+    assert result.history[-1]["val_top1"] == 0
+    assert np.isfinite(result.evaluation.loss)
+
+
+def test_unreadable_images_are_named_and_a_blind_validation_refused():
+    for cache in ("none", "memory"):
+        what = config(freeze_to="stem", cache=cache, epochs=1)
+        assert [sorted(part) for part in train(what).skipped] == [[4], [2]]
+        with pytest.raises(RequestError, match="no image of the validation data can be read"):
+            train(what, splits(val_broken=range(7)))
+        with pytest.raises(RequestError, match=r"image \d: .*skip bad images"):
+            train(what, loading=replace(LOADING, on_bad_image="fail"))
+
+
+def test_balanced_classes_weigh_by_their_share():
+    data = splits(9, broken=())
+    labels = np.array([0, 0, 0, 0, 0, 0, 1, 1, 2], np.int32)
+    data = data._replace(train=replace(data.train, labels=labels))
+    assert train_weights(data) == pytest.approx((0.5, 1.5, 3.0))
+
+
+def train_weights(data):
+    run = SimpleNamespace(config=config(class_weights="balanced"), splits=data)
+    return fit_module._class_weights(run)
