@@ -225,6 +225,30 @@ def test_conv_norm_trains_as_torch_does(momentum: float) -> None:
     assert difference(to_x, by_x.transpose(0, 2, 3, 1)) <= 1e-5
 
 
+@pytest.mark.parametrize("rows", [[0, 1, 2], [3, 1], [2]])
+def test_rows_that_do_not_count_move_nothing(rows: list[int]) -> None:
+    """Training with a mask is training on the other rows alone, whatever the masked ones hold."""
+    module = ConvNorm(5, 3, stride=2, padding=1)
+    variables = random_norm(module, 6)
+    x = np.random.default_rng(0).standard_normal((4, 6, 7, 6)).astype(np.float32)
+    mask = np.isin(np.arange(4), rows)
+    x[~mask] *= 1e3
+    cotangent = np.random.default_rng(2).standard_normal((4, 3, 4, 5)).astype(np.float32)
+
+    def run(x: np.ndarray, train: Any, cotangent: np.ndarray) -> Any:
+        def function(params: Any, x: Any) -> Any:
+            return module.apply({**variables, "params": params}, x, train, mutable=["batch_stats"])
+
+        (y, state), pullback = jax.vjp(function, variables["params"], x)
+        params, to_x = pullback((jnp.asarray(cotangent), jax.tree.map(jnp.zeros_like, state)))
+        return y, state["batch_stats"], params, to_x
+
+    y, stats, params, to_x = run(x, jnp.asarray(mask), cotangent * mask[:, None, None, None])
+    alone = run(x[mask], True, cotangent[mask])
+    assert_close((y[mask], stats, params, to_x[mask]), alone, "float32")
+    assert not np.any(to_x[~mask])
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_compute_follows_the_input_and_statistics_stay_float32(
     dtype: Literal["bfloat16", "float32"],

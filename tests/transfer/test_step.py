@@ -5,12 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny import MODEL
+import torch
+from tiny import MODEL, Unit
 
 from tljax.config import OptimizerConfig
 from tljax.data.augment import epoch_key
 from tljax.errors import RequestError
-from tljax.models import apply
+from tljax.models import Model, Stage, apply, init
+from tljax.models.layers import GlobalAveragePool, LinearHead
 from tljax.transfer.freeze import (
     combine,
     first_trainable_stage,
@@ -22,7 +24,7 @@ from tljax.transfer.metrics import Metrics, measure
 from tljax.transfer.optimizer import build_optimizer, learning_rate_schedule
 from tljax.transfer.step import StepConfig, init_state, make_train_step
 from tljax.trees import flatten, unflatten
-from tljax.types import Batch
+from tljax.types import Batch, Preprocess
 
 
 @pytest.fixture
@@ -221,3 +223,215 @@ def test_metrics_merge_exactly_and_ignore_the_mask():
     assert whole.means()["top1"] == pytest.approx((order[:, 0] == labels).mean())
     assert whole.means()["top5"] == pytest.approx((order[:, :5] == labels[:, None]).any(1).mean())
     assert np.isnan(measure(logits, labels, np.zeros(50, bool)).means()["loss"])
+
+
+def test_metrics_of_a_network_that_diverged():
+    nan = np.full((4, 8), np.nan)
+    means = measure(nan, np.arange(4), np.ones(4, bool)).means()
+    assert means["top1"] == means["top5"] == 0
+
+
+DEEP = Model(
+    "deep",
+    (
+        Stage("stem", Unit(16)),
+        Stage("layer1", Unit(32)),
+        Stage("layer2", Unit(32, stride=2)),
+        Stage("pool", GlobalAveragePool()),
+        Stage("head", LinearHead(3)),
+    ),
+    Preprocess(16, 16),
+)
+
+
+def test_the_step_costs_a_forward_and_the_backward_of_the_suffix():
+    """Clipping reads every gradient: what trains alone may have one."""
+    frozen_to = "layer1"
+    variables = init(DEEP, jax.random.key(0))
+    data = batch(16)
+    names = DEEP.stage_names
+    start = names[names.index(frozen_to) + 1]
+    labels = label(variables["params"], freeze_to(DEEP, frozen_to))
+    params, frozen = partition(variables["params"], labels)
+    optimizer = build_optimizer(OptimizerConfig(clip_norm=1.0, weight_decay=0.1), labels, 10)
+    state = init_state(params, {}, optimizer)
+    still = {"params": frozen, "batch_stats": variables["batch_stats"]}
+
+    def loss(params, x):
+        whole = {"params": combine(params, frozen), "batch_stats": variables["batch_stats"]}
+        logits = apply(DEEP, whole, x, start=start).logits
+        return optax.softmax_cross_entropy_with_integer_labels(logits, data.labels).mean()
+
+    def flops(function, *args):
+        return jax.jit(function).lower(*args).compile().cost_analysis()["flops"]
+
+    def prefix(images):
+        return apply(DEEP, variables, images, stop=start).value
+
+    def step(start, data):
+        step = make_train_step(DEEP, optimizer, PLAIN, start=start)
+        compiled = step.lower(state, still, data, KEYS).compile()  # pyright: ignore[reportFunctionMemberAccess]
+        return compiled.cost_analysis()["flops"]
+
+    values = prefix(data.images)
+    suffix = flops(jax.grad(loss), params, values)
+    assert step(None, data) <= 1.05 * (flops(prefix, data.images) + suffix)
+    assert step(start, data._replace(images=np.asarray(values))) <= 1.05 * suffix
+
+
+def test_optimizer_memory_follows_what_trains(variables):
+    def size(tree):
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(tree) if leaf.ndim)
+
+    for name in ("sgd", "adam", "adamw", "lamb"):
+        for stage in ("stem", "layer1"):
+            table = freeze_to(MODEL, stage)
+            _, state, _ = set_up(variables, OptimizerConfig(name), table=table)
+            moments = 1 if name == "sgd" else 2
+            assert size(state.opt_state) == moments * size(state.params), (name, stage)
+
+
+KERNELS = {"kernel": True, "scale": False, "bias": False}
+
+
+def by_optax(name, decay):
+    """The same optimizers as Optax ships them; at a rate of 0.1."""
+
+    def mask(params):
+        return unflatten({path: KERNELS[path.split("/")[-1]] for path in flatten(params)})
+
+    decayed = optax.add_decayed_weights(decay, mask)
+    return {
+        "sgd": optax.chain(decayed, optax.sgd(0.1, 0.9, nesterov=True)),
+        "adam": optax.chain(decayed, optax.adam(0.1)),
+        "adamw": optax.adamw(0.1, weight_decay=decay, mask=mask),
+        "lamb": optax.lamb(0.1, eps=1e-8, weight_decay=decay, mask=mask),
+    }[name]
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "lamb"])
+def test_the_optimizers_are_optaxs(variables, name):
+    config = OptimizerConfig(
+        name, 0.1, weight_decay=0.3, schedule="constant", warmup=0.0, clip_norm=0.0
+    )
+    params = variables["params"]
+    ours, theirs = build_optimizer(config, label(params, (("*", 1.0),)), 9), by_optax(name, 0.3)
+    states = [ours.init(params), theirs.init(params)]
+    trees = [params, params]
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        grads = jax.tree.map(lambda p: rng.normal(size=p.shape).astype(np.float32), params)  # noqa: B023
+        for i, optimizer in enumerate((ours, theirs)):
+            updates, states[i] = optimizer.update(grads, states[i], trees[i])
+            trees[i] = optax.apply_updates(trees[i], updates)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), *trees)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "points"),
+    [
+        ("constant", {9: 1, 10: 1, 55: 1, 99: 1}),
+        ("step", {9: 1, 29: 1, 30: 0.1, 59: 0.1, 60: 0.01, 89: 0.01, 90: 0.001, 99: 0.001}),
+        ("exponential", {9: 1, 9 + 91 / 2: 0.1, 100: 0.01}),
+        ("cosine", {9: 1, 9 + 91 / 2: 0.5, 9 + 91 / 3: 0.75, 100: 0}),
+    ],
+)
+def test_schedules_at_known_points(schedule, points):
+    rate = learning_rate_schedule(OptimizerConfig(learning_rate=2.0, schedule=schedule), 100)
+    for at, share in ({0: 0.1, 4: 0.5} | points).items():
+        assert rate(at) == pytest.approx(2 * share, rel=1e-5, abs=1e-6), at
+
+
+def test_one_cycle_rises_for_a_quarter():
+    config = OptimizerConfig(learning_rate=2.0, schedule="one-cycle")
+    rates = np.array([learning_rate_schedule(config, 100)(i) for i in range(101)])
+    assert rates[0] == pytest.approx(2 / 25)
+    assert rates.argmax() == 25
+    assert rates[25] == pytest.approx(2)
+    assert np.all(np.diff(rates[:26]) > 0)
+    assert np.all(np.diff(rates[25:]) < 0)
+    assert 0 < rates[100] < 1e-4
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "constant", "one-cycle", "step", "exponential"])
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 7])
+def test_no_schedule_is_too_short(schedule, steps):
+    rate = learning_rate_schedule(OptimizerConfig(learning_rate=2.0, schedule=schedule), steps)
+    for i in range(steps):
+        assert 0 < rate(i) <= 2
+
+
+WEIGHTS = (0.5, 1.0, 2.5)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        StepConfig(class_weights=WEIGHTS),
+        StepConfig(label_smoothing=0.2),
+        StepConfig(class_weights=WEIGHTS, accumulate=3),
+    ],
+)
+def test_weights_and_smoothing_are_torchs(variables, how):
+    """By the gradient of the head, which a step of plain SGD shows."""
+    data = batch(size=6, masked=2)
+    config = OptimizerConfig(
+        "sgd", 1.0, 0.0, weight_decay=0.0, schedule="constant", warmup=0.0, clip_norm=0.0
+    )
+    state, _ = trained(variables, config, table=freeze_to(MODEL, "layer1"), batches=[data], how=how)
+    features = np.array(apply(MODEL, variables, data.images, stop="head").value)
+    head = {k: torch.tensor(v, requires_grad=True) for k, v in variables["params"]["head"].items()}
+    loss = torch.nn.CrossEntropyLoss(
+        torch.tensor(WEIGHTS) if how.class_weights else None, label_smoothing=how.label_smoothing
+    )
+    logits = torch.from_numpy(features[:4]) @ head["kernel"] + head["bias"]
+    loss(logits, torch.from_numpy(data.labels[:4]).long()).backward()
+    for name, tensor in head.items():
+        moved = variables["params"]["head"][name] - state.params["head"][name]
+        np.testing.assert_allclose(moved, tensor.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("masked", [0, 5])
+def test_parts_add_up_to_the_whole_batch(variables, masked):
+    """Also where a part has no image that counts."""
+    config = OptimizerConfig("sgd", 0.1)
+    data = [batch(size=8, seed=i, masked=masked) for i in range(3)]
+    found = [
+        trained(
+            variables,
+            config,
+            table=(("*", 1.0),),
+            batches=data,
+            steps=3,
+            how=StepConfig(accumulate=parts, label_smoothing=0.1),
+        )[0]
+        for parts in (1, 4)
+    ]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), *found)
+
+
+def test_the_moving_average_is_its_formula(variables):
+    how = StepConfig(frozenset({"layer1", "head"}), average=0.25)
+    step, state, frozen = set_up(
+        variables, OptimizerConfig("sgd", 0.1), table=freeze_to(MODEL, "stem"), how=how
+    )
+    expected = jax.tree.map(np.array, {"params": state.params, "batch_stats": state.batch_stats})
+    for i in range(4):
+        state = step(state, frozen, batch(seed=i), KEYS)
+        decay = min(0.25, (1 + i) / (10 + i))
+        now = {"params": state.params, "batch_stats": state.batch_stats}
+        expected = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, expected, now)  # noqa: B023
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), state.average, expected
+    )
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_batch_without_images_moves_no_statistics(variables, parts):
+    how = StepConfig(frozenset({"stem", "layer1"}), accumulate=parts)
+    step, state, frozen = set_up(
+        variables, OptimizerConfig("sgd", weight_decay=0.0), table=(("*", 1.0),), how=how
+    )
+    state = step(state, frozen, batch(masked=6), KEYS)
+    jax.tree.map(np.testing.assert_array_equal, state.batch_stats, variables["batch_stats"])
+    jax.tree.map(np.testing.assert_array_equal, state.params, variables["params"])

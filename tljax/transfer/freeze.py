@@ -32,7 +32,8 @@ def freeze_table(
     Args:
         model: for the names of its stages.
         freeze_to: every stage up to and including this one is frozen.
-        train: patterns or stages that train; all others are frozen.
+        train: patterns or stages that train, also several in one string with commas between them;
+            all others are frozen.
         rates: ``PATTERN=RATE`` or ``STAGE=RATE``; they come first in the table, so they win.
         layer_decay: a stage trains at this multiple of the rate of the stage after it (ULMFiT,
             https://arxiv.org/abs/1801.06146; ELECTRA, https://arxiv.org/abs/2003.10555).
@@ -41,6 +42,7 @@ def freeze_table(
         RequestError: the model has no such stage, a rate is not a number of 0 or more, two wishes
             exclude each other, or nothing is left to train.
     """
+    train = tuple(name.strip() for names in train for name in names.split(","))
     if freeze_to and train:
         raise RequestError("--freeze-to and --train say the same thing twice: give one of them")
     if not 0 < layer_decay <= 1:
@@ -52,10 +54,9 @@ def freeze_table(
         )
     position = model.position(freeze_to) if freeze_to else -1
     table = [_rate(model, text) for text in rates]
-    table += [(f"{name}/*", FROZEN) for name in model.stage_names[: position + 1]]
-    with_params = [
-        name for name in model.stage_names if name in abstract_variables(model)["params"]
-    ]
+    params = abstract_variables(model)["params"]
+    with_params = [name for name in model.stage_names if name in params]
+    table += [(f"{name}/*", FROZEN) for name in with_params if model.position(name) <= position]
     depth = {name: len(with_params) - 1 - i for i, name in enumerate(with_params)}
     stages = [name for name in with_params if model.position(name) > position]
     if train:
@@ -91,8 +92,7 @@ def label(params: Variables, table: Table) -> Variables:
     """The rate of every parameter, in a tree of the same shape.
 
     Raises:
-        RequestError: no pattern covers a parameter, a pattern with a rate matches none, or nothing
-            trains.
+        RequestError: no pattern covers a parameter, a pattern matches none, or nothing trains.
     """
     flat = flatten(params)
     labels = {
@@ -105,8 +105,8 @@ def label(params: Variables, table: Table) -> Variables:
             f"no pattern covers {uncovered[0]} and {len(uncovered) - 1} other parameters; "
             "end the table with ('*', rate)"
         )
-    for pattern, rate in table:
-        if rate != FROZEN and not any(fnmatchcase(path, pattern) for path in flat):
+    for pattern, _ in table:
+        if not any(fnmatchcase(path, pattern) for path in flat):
             raise RequestError(
                 f"'{pattern}' matches no parameter; one is called {next(iter(flat))}"
             )

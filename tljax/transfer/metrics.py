@@ -53,7 +53,8 @@ def measure(logits: Array, labels: Array, mask: Array) -> Metrics:
     # The number of classes that are more probable than the label; ties go to the lower index.
     of_label = jnp.take_along_axis(logits, safe[:, None], axis=1)
     earlier = jnp.arange(logits.shape[1]) < safe[:, None]
-    rank = ((logits > of_label) | ((logits == of_label) & earlier)).sum(1)
+    # Written so that nan, which a network that diverged says of all, is never right.
+    rank = (~(logits <= of_label) | ((logits == of_label) & earlier)).sum(1)
     return Metrics(
         loss=jnp.where(mask, loss, 0).sum(),
         top1=(mask & (rank < 1)).sum(),

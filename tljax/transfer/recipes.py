@@ -9,7 +9,8 @@ from tljax.config import FitConfig
 from tljax.data.loader import num_batches
 from tljax.errors import RequestError
 from tljax.models import Model, abstract_variables, apply
-from tljax.transfer.freeze import Table, freeze_table
+from tljax.transfer.freeze import Table, freeze_table, label
+from tljax.trees import flatten
 
 
 class Phase(NamedTuple):
@@ -57,7 +58,9 @@ def make_plan(model: Model, config: FitConfig, examples: int, batch_size: int) -
     if recipe == "bit":
         config = _hyperrule(config, examples, batch_size)
     scratch = recipe == "scratch"
-    rate = config.optimizer.learning_rate or (1e-3 if scratch else 1e-4)
+    rate = config.optimizer.learning_rate
+    if rate is None:
+        rate = 1e-3 if scratch else 1e-4
     epochs = config.epochs or (30 if scratch else 10)
     config = replace(
         config,
@@ -79,6 +82,9 @@ def make_plan(model: Model, config: FitConfig, examples: int, batch_size: int) -
         raise RequestError("--recipe scratch trains everything: random weights cannot stay frozen")
     if config.augment and config.cache_views == 0 and config.cache not in ("auto", "none"):
         raise RequestError("--augment draws afresh in every epoch: --cache-views 8 keeps 8 draws")
+    mixed = config.augmentation.mixup or config.augmentation.cutmix
+    if config.augment and config.cache_views and mixed:
+        raise RequestError("mixup and CutMix mix photographs, not cached views: --cache-views 0")
     if recipe == "probe":
         return Plan("probe", (), config)
     if recipe == "gradual":
@@ -108,10 +114,11 @@ def default_freeze_to(model: Model) -> str:
 
 def _gradual(model: Model, table: Table, epochs: int) -> tuple[Phase, ...]:
     """From the last two stages that train down to the first; the probe has trained the head."""
-    params = abstract_variables(model)["params"]
-    frozen = {pattern.removesuffix("/*") for pattern, rate in table if rate == 0}
-    stages = [name for name in model.stage_names if name in params and name not in frozen]
+    rates = label(abstract_variables(model)["params"], table)
+    stages = [name for name in model.stage_names if any(flatten(rates.get(name, {})).values())]
     steps = range(len(stages) - 2, -1, -1)
+    if not steps:
+        raise RequestError("--recipe gradual unfreezes stages: let at least two of them train")
     if len(steps) > epochs:
         raise RequestError(
             f"--recipe gradual unfreezes {len(steps)} stages: give it --epochs {len(steps)} or "
@@ -128,10 +135,11 @@ def _gradual(model: Model, table: Table, epochs: int) -> tuple[Phase, ...]:
 def _hyperrule(config: FitConfig, examples: int, batch_size: int) -> FitConfig:
     """BiT's: everything follows from the number of examples (section 3.3 of the paper)."""
     steps = 500 if examples < 20_000 else 10_000 if examples < 500_000 else 20_000
+    rate = config.optimizer.learning_rate
     optimizer = replace(
         config.optimizer,
         optimizer="sgd",
-        learning_rate=config.optimizer.learning_rate or 0.003 * batch_size / 512,
+        learning_rate=0.003 * batch_size / 512 if rate is None else rate,
         weight_decay=0.0,
         schedule="step",
         warmup=min(500, steps // 5) / steps,

@@ -138,7 +138,12 @@ def make_train_step(
         weight = jnp.where(batch.mask, targets @ weights, 0)
         losses = -jnp.sum(weights * targets * jax.nn.log_softmax(output.logits), axis=1)
         loss = jnp.where(batch.mask, losses, 0).sum()
-        stats = {name: output.batch_stats[name] for name in batch_stats}
+        # Of a batch, or a part of one, in which no image counts there are no statistics.
+        stats = jax.tree.map(
+            lambda old, new: jnp.where(batch.mask.any(), new, old),
+            batch_stats,
+            {name: output.batch_stats[name] for name in batch_stats},
+        )
         return loss, (weight.sum(), stats, measure(output.logits, batch.labels, batch.mask))
 
     def gradient(

@@ -1,0 +1,184 @@
+"""What a recipe plans, and that every one of them trains; the table of rates behind them."""
+
+import numpy as np
+import pytest
+from engine import LOADING, config, splits, train
+from tiny import MODEL
+
+from tljax.config import AugmentConfig, FitConfig, OptimizerConfig
+from tljax.errors import RequestError
+from tljax.models import abstract_variables
+from tljax.transfer.freeze import freeze_table, label
+from tljax.transfer.recipes import make_plan
+from tljax.trees import flatten
+
+PARAMS = abstract_variables(MODEL)["params"]
+
+
+def plan(recipe="finetune", examples=100, batch_size=10, **others):
+    return make_plan(MODEL, FitConfig(recipe, **others), examples, batch_size)
+
+
+def rates(table):
+    """The rate of every stage whose parameters share one, and of the other parameters."""
+    flat = flatten(label(PARAMS, table))
+    stages = {path.split("/")[0] for path in flat}
+    alike = {name: {r for p, r in flat.items() if p.startswith(f"{name}/")} for name in stages}
+    return {name: found.pop() if len(found) == 1 else None for name, found in alike.items()}
+
+
+def test_freezing_to_a_stage():
+    assert rates(freeze_table(MODEL)) == {"stem": 1, "layer1": 1, "head": 1}
+    assert rates(freeze_table(MODEL, freeze_to="stem")) == {"stem": 0, "layer1": 1, "head": 1}
+    # A stage without parameters freezes those before it.
+    assert rates(freeze_table(MODEL, freeze_to="pool")) == {"stem": 0, "layer1": 0, "head": 1}
+
+
+def test_training_stages_and_patterns():
+    expected = {"stem": 0, "layer1": 1, "head": 1}
+    for names in (("head", "layer1"), ("head,layer1",), ("head, layer1",), ("head", "layer*")):
+        assert rates(freeze_table(MODEL, train=names)) == expected
+    found = flatten(label(PARAMS, freeze_table(MODEL, train=("*/scale,*/bias",))))
+    assert {path for path, rate in found.items() if rate} == {
+        path for path in found if path.endswith(("scale", "bias"))
+    }
+
+
+def test_rates_come_first_and_decay_goes_down_the_stages():
+    assert rates(freeze_table(MODEL, layer_decay=0.5)) == {"stem": 0.25, "layer1": 0.5, "head": 1}
+    found = rates(freeze_table(MODEL, freeze_to="stem", layer_decay=0.5, rates=("head=3",)))
+    assert found == {"stem": 0, "layer1": 0.5, "head": 3}
+    found = rates(freeze_table(MODEL, train=("layer1",), layer_decay=0.5))
+    assert found == {"stem": 0, "layer1": 0.5, "head": 0}
+    flat = flatten(label(PARAMS, freeze_table(MODEL, rates=("stem/conv/scale=0.1", "*/scale=0"))))
+    assert flat["stem/conv/scale"] == 0.1
+    assert flat["layer1/conv/scale"] == 0
+    assert flat["layer1/conv/kernel"] == 1
+
+
+@pytest.mark.parametrize(
+    ("wish", "message"),
+    [
+        ({"freeze_to": "layer9"}, "no stage 'layer9'; its stages are stem"),
+        ({"freeze_to": "head"}, "leaves nothing to train"),
+        ({"freeze_to": "stem", "train": ("head",)}, "give one of them"),
+        ({"train": ("layer9",)}, "no stage 'layer9'"),
+        ({"train": ("head,layer9",)}, "no stage 'layer9'"),
+        ({"train": ("pool",)}, r"'pool/\*' matches no parameter"),
+        ({"train": ("head/kernle",)}, "'head/kernle' matches no parameter; one is called"),
+        ({"train": ("*/scale",), "layer_decay": 0.5}, r"'\*/scale' is none"),
+        ({"rates": ("head",)}, "PATTERN=RATE"),
+        ({"rates": ("head=fast",)}, "PATTERN=RATE"),
+        ({"rates": ("head=-1",)}, "PATTERN=RATE"),
+        ({"rates": ("head=nan",)}, "PATTERN=RATE"),
+        ({"rates": ("=1",)}, "PATTERN=RATE"),
+        ({"rates": ("layer9=1",)}, "no stage 'layer9'"),
+        ({"rates": ("*/kernle=0",)}, r"'\*/kernle' matches no parameter"),
+        ({"rates": ("*=0",)}, "everything is frozen"),
+        ({"layer_decay": 0.0}, "choose a number in"),
+        ({"layer_decay": 1.5}, "choose a number in"),
+    ],
+)
+def test_a_bad_wish_is_one_line(wish, message):
+    with pytest.raises(RequestError, match=message) as caught:
+        label(PARAMS, freeze_table(MODEL, **wish))
+    assert "\n" not in str(caught.value)
+
+
+def test_probe_and_lp_ft_start_at_the_probe():
+    found = plan("probe")
+    assert (found.start, found.phases) == ("probe", ())
+    found = plan("lp-ft")
+    assert found.start == "probe"
+    ((name, table, epochs),) = found.phases
+    assert (name, rates(table), epochs) == ("train", {"stem": 0, "layer1": 1, "head": 1}, 10)
+    assert found.config.optimizer.learning_rate == 1e-4
+    assert rates(plan("lp-ft", train=("head",)).phases[0].table)["layer1"] == 0
+
+
+def test_gradual_unfreezes_from_the_top():
+    found = plan("gradual", epochs=5)
+    assert found.start == "probe"
+    assert [(p.name, p.epochs, rates(p.table)) for p in found.phases] == [
+        ("from layer1", 3, {"stem": 0, "layer1": 1, "head": 1}),
+        ("from stem", 2, {"stem": 1, "layer1": 1, "head": 1}),
+    ]
+    only = plan("gradual", freeze_to="stem", epochs=5)
+    assert [(p.name, p.epochs) for p in only.phases] == [("from layer1", 5)]
+    # What is frozen by a pattern is not unfrozen, and not a phase of its own.
+    for how in ({"train": ("stem", "layer1")}, {"rates": ("head=0",)}):
+        (phase,) = plan("gradual", **how).phases
+        assert rates(phase.table) == {"stem": 1, "layer1": 1, "head": 0}
+    with pytest.raises(RequestError, match="give it --epochs 2"):
+        plan("gradual", epochs=1)
+    with pytest.raises(RequestError, match="at least two"):
+        plan("gradual", train=("head",))
+
+
+@pytest.mark.parametrize(
+    ("examples", "steps", "warmup", "mixup"),
+    [
+        (1000, 500, 100, 0),
+        (19_999, 500, 100, 0),
+        (20_000, 10_000, 500, 0.1),
+        (10**6, 20_000, 500, 0.1),
+    ],
+)
+def test_bit_follows_the_hyperrule(examples, steps, warmup, mixup):
+    found = plan("bit", examples, 512)
+    (phase,), config = found.phases, found.config
+    assert found.start == "zeros"
+    per_epoch = -(-examples // 512)
+    assert phase.epochs == -(-steps // per_epoch)
+    how = config.optimizer
+    assert (how.optimizer, how.schedule, how.momentum) == ("sgd", "step", 0.9)
+    assert how.learning_rate == pytest.approx(0.003)
+    assert how.weight_decay == 0
+    assert how.clip_norm == 0
+    assert how.warmup == pytest.approx(warmup / steps)
+    assert config.augment
+    assert config.augmentation.mixup == mixup
+    assert plan("bit", examples, 128).config.optimizer.learning_rate == pytest.approx(0.00075)
+
+
+def test_scratch_trains_everything_from_random_weights():
+    found = plan("scratch")
+    assert found.start == "random"
+    assert found.phases[0].epochs == found.config.epochs == 30
+    assert found.config.optimizer.learning_rate == 1e-3
+    assert (found.config.batch_norm, found.config.augment) == ("batch", True)
+    for how in ({"freeze_to": "stem"}, {"train": ("head",)}, {"rates": ("stem=0",)}):
+        with pytest.raises(RequestError, match="cannot stay frozen"):
+            plan("scratch", **how)
+
+
+def test_what_is_asked_wins_over_a_recipe():
+    zero = OptimizerConfig(learning_rate=0.0)
+    for recipe in ("finetune", "bit", "scratch"):
+        found = plan(recipe, optimizer=zero, epochs=3, batch_norm="running")
+        assert found.config.optimizer.learning_rate == 0
+        assert found.phases[0].epochs == 3
+        assert found.config.batch_norm == "running"
+
+
+def test_what_an_augmented_cache_cannot_be():
+    with pytest.raises(RequestError, match="--cache-views 8 keeps 8"):
+        plan(augment=True, cache="disk")
+    with pytest.raises(RequestError, match="not cached views"):
+        plan(augment=True, cache_views=2, augmentation=AugmentConfig(mixup=0.2))
+
+
+@pytest.mark.usefixtures("compilation_cache")
+@pytest.mark.parametrize("recipe", ["lp-ft", "gradual", "finetune", "bit", "scratch"])
+def test_every_recipe_learns(recipe, monkeypatch):
+    import tljax.transfer.fit as fit_module
+
+    # A probe that knows nothing leaves something to learn, and takes no time to compile.
+    probe = type("Probe", (), {"kernel": np.zeros((12, 3), "f"), "bias": np.zeros(3, "f")})
+    monkeypatch.setattr(fit_module, "fit_probe", lambda *_, **__: probe)
+    plain = {"augmentation": AugmentConfig(crop=False)}
+    result = train(config(recipe, rate=0.02, epochs=8, **plain), splits(24), loading=LOADING)
+    losses = [entry["train_loss"] for entry in result.history[1:]]
+    assert len(losses) == 8
+    assert losses[-1] < 0.97 * losses[0]
+    assert (result.probe is None) == (recipe not in ("lp-ft", "gradual"))
