@@ -1,6 +1,7 @@
 """From the results of a run to its page."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,7 @@ def write_training_report(
     seconds: float,
 ) -> None:
     """Writes ``skipped.csv``, ``report.html`` and ``README.md`` of a run of train.py."""
+    asked = {**config, "fit": asdict(result.config)}
     sources = (splits.train, splits.val)
     few = len(splits.train) + len(splits.val) <= LOOKED_THROUGH
     seen = find_duplicates(splits.train.examples, splits.val.examples) if few else None
@@ -112,7 +114,7 @@ def write_training_report(
                 "SHA-256 of the weights": card.sha256,
                 "image size": f"{model.preprocess.size} px",
             },
-            "Recipe": {path: str(value) for path, value in flatten(config).items()},
+            "Recipe": {path: str(value) for path, value in flatten(asked).items()},
             "Environment": rundir.environment(),
         },
         next_steps=[
@@ -128,7 +130,7 @@ def write_training_report(
         preprocess=model.preprocess,
         data=str(config["data"]),
         train_examples=len(splits.train) - len(result.skipped[0]),
-        recipe={path: str(value) for path, value in flatten(config["fit"]).items()},
+        recipe={path: str(value) for path, value in flatten(asked["fit"]).items()},
         confusion=result.evaluation.confusion,
         top5=result.evaluation.top5,
         calibration=calibration,

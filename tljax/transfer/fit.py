@@ -53,6 +53,7 @@ class FitResult(NamedTuple):
         logits: of ``variables``, of the validation set.
         history: one entry an epoch.
         skipped: reason by position, for the unreadable images of train and val.
+        config: as asked, with every default filled in.
     """
 
     model: Model
@@ -63,6 +64,7 @@ class FitResult(NamedTuple):
     logits: Features
     history: History
     skipped: tuple[dict[int, str], dict[int, str]]
+    config: FitConfig
 
 
 @dataclass(frozen=True)
@@ -186,6 +188,7 @@ def fit(
         logits,
         progress.history,
         inputs.everyones_skipped(),
+        config,
     )
 
 
