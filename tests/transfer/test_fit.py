@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+import tiny
 from engine import LOADING, config, everything, splits, train
 
 import tljax.transfer.fit as fit_module
@@ -13,6 +14,7 @@ from tljax.config import AugmentConfig
 from tljax.data.loader import batch_rows
 from tljax.errors import RequestError
 from tljax.transfer.inputs import Inputs
+from tljax.trees import flatten
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
 
@@ -159,26 +161,49 @@ def test_the_same_seed_gives_the_same_bytes_and_another_does_not():
     assert everything(train(RUNS["cached"], seed=1))["variables"] != first["variables"]
 
 
-def test_patience_stops_and_the_best_is_kept(monkeypatch):
-    """Validation gets better, worse, worse, ...: after two worse ones it ends."""
-    top1, states = iter([0.2, 0.4, 0.8, 0.6, 0.8, 0.9, 1.0]), []
-    evaluate, logits = fit_module.evaluate, Inputs.logits
-    monkeypatch.setattr(
-        fit_module, "evaluate", lambda found: evaluate(found)._replace(top1=next(top1), loss=1.0)
-    )
+@pytest.fixture
+def measured(monkeypatch):
+    """The variables of every evaluation, from before training on."""
+    seen, logits = [], Inputs.logits
 
     def recording(self, model, variables):
-        states.append(jax.tree.map(np.array, variables))
+        seen.append(jax.tree.map(np.array, variables))
         return logits(self, model, variables)
 
     monkeypatch.setattr(Inputs, "logits", recording)
+    return seen
+
+
+def test_what_is_frozen_keeps_its_bytes_for_a_hundred_steps(measured):
+    what = config(freeze_to="stem", batch_norm="batch", epochs=34, cache="none", average=0.5)
+    what = replace(what, optimizer=replace(what.optimizer, weight_decay=0.1, clip_norm=0.5))
+    train(what)
+    first = tiny.random_variables()
+    assert len(measured) == 36
+    for variables in measured:
+        for kind in ("params", "batch_stats"):
+            before, after = first[kind]["stem"], variables[kind]["stem"]
+            jax.tree.map(
+                lambda a, b: np.testing.assert_array_equal(a, b, strict=True), before, after
+            )
+    for kind in ("params", "batch_stats"):
+        for path, leaf in flatten(first[kind]["layer1"]).items():
+            assert not np.array_equal(leaf, flatten(measured[-2][kind]["layer1"])[path]), path
+
+
+def test_patience_stops_and_the_best_is_kept(measured, monkeypatch):
+    """Validation gets better, worse, worse, ...: after two worse ones it ends."""
+    top1 = iter([0.2, 0.4, 0.8, 0.6, 0.8, 0.9, 1.0])
+    evaluate = fit_module.evaluate
+    monkeypatch.setattr(
+        fit_module, "evaluate", lambda found: evaluate(found)._replace(top1=next(top1), loss=1.0)
+    )
     result = train(config(epochs=6, patience=2))
     # The tie of epoch 4 is not better, so two epochs have passed since epoch 2.
     assert [entry["val_top1"] for entry in result.history] == [0.2, 0.4, 0.8, 0.6, 0.8]
-    jax.tree.map(np.testing.assert_array_equal, result.variables, states[2])
-    assert not np.array_equal(
-        states[2]["params"]["head"]["bias"], states[3]["params"]["head"]["bias"]
-    )
+    jax.tree.map(np.testing.assert_array_equal, result.variables, measured[2])
+    heads = [variables["params"]["head"]["bias"] for variables in measured]
+    assert not np.array_equal(heads[2], heads[3])
 
 
 def test_the_average_is_what_is_measured_and_accumulation_changes_nothing():
