@@ -168,7 +168,6 @@ def test_a_half_written_one_is_never_taken(good, tmp_path):
     shutil.copytree(good / "3", folder / "4.orbax-checkpoint-tmp")
     (folder / "5.orbax-checkpoint-tmp").mkdir()
     assert_is(Checkpoints(folder, "mine").restore(), 3)
-    assert sorted(path.name for path in folder.iterdir()) == ["2", "3"]
 
 
 @pytest.mark.parametrize("folder", ["/dev/null/run", "/proc/run"])
