@@ -14,7 +14,7 @@ demo: $(VENV)/.demo
 
 # Checks the style and the types, then runs the tests that take seconds.
 test: $(VENV)/.test lint
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 # Also the tests that take minutes.
 test-all: $(VENV)/.test lint
