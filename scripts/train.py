@@ -46,10 +46,11 @@ def run(config: Config) -> dict[str, Any]:
     from tljax.pretrained import load_pretrained, save
     from tljax.report.runs import percent, write_training_report
     from tljax.transfer import rundir
-    from tljax.transfer.checkpoint import Checkpoints, variables_digest
+    from tljax.transfer.checkpoint import Checkpoints
     from tljax.transfer.dry_run import dry_run
     from tljax.transfer.fit import fit
     from tljax.transfer.recipes import make_plan
+    from tljax.trees import tree_digest
 
     began = time.perf_counter()
     if config.resume:
@@ -72,7 +73,7 @@ def run(config: Config) -> dict[str, Any]:
         rundir.create_run(workdir, asdict(replace(config, workdir=workdir)), splits)
     for note in splits.notes if is_writer() else ():
         print(note)
-    digests = splits.train.digest, splits.val.digest, variables_digest(pretrained.variables)
+    digests = splits.train.digest, splits.val.digest, tree_digest(pretrained.variables)
     identity = repr((config.fit, config.seed, config.batch_size, digests))
     with closing(Checkpoints(workdir / "checkpoints", identity)) as checkpoints:
         result = fit(

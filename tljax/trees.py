@@ -1,7 +1,10 @@
 """Nested dicts as flat ones whose keys are paths: ``layer3/block0/conv1/kernel``."""
 
+import hashlib
 from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -25,3 +28,17 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
             node = node.setdefault(parent, {})
         node[name] = leaf
     return tree
+
+
+def tree_digest(tree: Mapping[str, Any]) -> str:
+    """SHA-256 of the paths and bytes of all arrays in a tree, whatever its order."""
+    digest = hashlib.sha256()
+    for path, leaf in sorted(flatten(tree).items()):
+        digest.update(path.encode())
+        digest.update(array_bytes(leaf))
+    return digest.hexdigest()
+
+
+def array_bytes(array: Any) -> memoryview:
+    """The bytes of an array of any dtype, bfloat16 too, in C order."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data

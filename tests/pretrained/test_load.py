@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -24,13 +25,13 @@ from networks import (
 from transformers import ResNetForImageClassification
 
 from tljax.errors import RequestError
-from tljax.models import Model, abstract_variables, apply, normalize, replace_head
+from tljax.models import Model, apply, init, normalize, replace_head
+from tljax.models import model as network
 from tljax.pretrained import (
     Card,
     Pretrained,
     export,
     imagenet_classes,
-    layouts,
     load_pretrained,
     save,
 )
@@ -158,12 +159,12 @@ def test_a_network_is_traced_once(
     export(tmp_path / "x.safetensors", resnet18, "torchvision")
     traced = []
 
-    def trace(model: Model) -> Variables:
+    def trace(model: Model, key: jax.Array) -> Variables:
         traced.append(model)
-        return abstract_variables(model)
+        return init(model, key)
 
-    monkeypatch.setattr(layouts, "abstract_variables", trace)
-    layouts.skeleton.cache_clear()
+    monkeypatch.setattr(network, "init", trace)
+    network._skeleton.cache_clear()
     load_pretrained(tmp_path / "x.safetensors")
     assert len(traced) == 1
 

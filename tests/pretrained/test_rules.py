@@ -10,27 +10,17 @@ from networks import random_variables
 
 from tljax.errors import RequestError
 from tljax.models import MODELS, abstract_variables, build_model
-from tljax.pretrained import layouts
 from tljax.pretrained.layouts import LAYOUTS, check, layout_rules
 from tljax.pretrained.rules import apply_rules, compare, invert_rules
 from tljax.trees import flatten
 
 Arrays = dict[str, np.ndarray]
-skeleton = functools.cache(abstract_variables)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _skeletons_once() -> object:
-    """Building a skeleton takes up to a second, and the pairs below need hundreds."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layouts, "abstract_variables", skeleton)
-        yield
 
 
 @functools.cache
 def shapes_of(name: str, layout: str, num_classes: int = 7) -> Arrays:
     """A file without content: its arrays take no memory."""
-    leaves = flatten(skeleton(build_model(name, num_classes)))
+    leaves = flatten(abstract_variables(build_model(name, num_classes)))
     return {
         key: np.broadcast_to(
             np.float32(1),
@@ -54,7 +44,7 @@ def test_every_table_is_a_bijection_and_known_by_its_keys(name: str, layout: str
     rules = layout_rules(name, layout)
     paths = [rule.path for rule in rules]
     assert len({rule.key for rule in rules}) == len(set(paths)) == len(rules)
-    assert set(paths) == set(flatten(skeleton(build_model(name))))
+    assert set(paths) == set(flatten(abstract_variables(build_model(name))))
     found = check(shapes_of(name, layout), "file")
     assert (found.model.name, found.model.num_classes) == (name, 7)
     assert LAYOUTS[name][found.layout] is LAYOUTS[name][layout]
@@ -69,7 +59,7 @@ def test_there_is_no_such_layout() -> None:
 def test_a_table_must_cover_the_network(arrays: Arrays) -> None:
     rules = layout_rules("resnet18", "torchvision")[:-1]
     with pytest.raises(AssertionError, match=r"does not cover the network: .'params/head/bias'"):
-        compare(rules, arrays, skeleton(build_model("resnet18", 7)))
+        compare(rules, arrays, abstract_variables(build_model("resnet18", 7)))
 
 
 @pytest.mark.parametrize(("wanted", "held"), list(permutations(MODELS, 2)))

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from tljax.errors import RequestError
-from tljax.transfer.checkpoint import Checkpoints, variables_digest
+from tljax.transfer.checkpoint import Checkpoints
+from tljax.trees import tree_digest
 
 TESTS = Path(__file__).parents[1]
 
@@ -214,11 +215,11 @@ def test_a_full_disk_is_one_line_and_the_one_before_stays(tmp_path):
 
 def test_the_digest_is_of_names_and_bytes():
     tree = {"params": {"a": np.arange(3.0), "b": np.ones((2, 2), ml_dtypes.bfloat16)}}
-    first = variables_digest(tree)
-    assert variables_digest(jax.tree.map(np.copy, tree)) == first
+    first = tree_digest(tree)
+    assert tree_digest(jax.tree.map(np.copy, tree)) == first
     renamed = {"params": {"a": tree["params"]["a"], "c": tree["params"]["b"]}}
     moved = {"params": {**tree["params"], "a": np.nextafter(tree["params"]["a"], 9)}}
-    assert len({first, variables_digest(renamed), variables_digest(moved)}) == 3
+    assert len({first, tree_digest(renamed), tree_digest(moved)}) == 3
 
 
 LONG_RUN = """

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
@@ -180,6 +181,12 @@ def init(model: Model, key: jax.Array) -> Variables:
 
 def abstract_variables(model: Model) -> Variables:
     """The skeleton that weights are filled into: shapes and dtypes, no memory, no random draw."""
+    return jax.tree.map(lambda leaf: leaf, _skeleton(model))  # the caller's own
+
+
+@lru_cache(maxsize=32)
+def _skeleton(model: Model) -> Variables:
+    """Kept, because finding it takes a second."""
     return jax.eval_shape(lambda: init(model, jax.random.key(0)))
 
 

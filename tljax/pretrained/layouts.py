@@ -13,7 +13,6 @@ from tljax.models.efficientnet import VARIANTS
 from tljax.models.resnet import DEPTHS
 from tljax.pretrained import efficientnet, resnet
 from tljax.pretrained.rules import NUM_BATCHES, Difference, Rules, compare
-from tljax.types import Variables
 
 _RESNET = {
     "torchvision": resnet.torchvision,
@@ -85,13 +84,7 @@ def _compare(arrays: Mapping[str, np.ndarray], name: str, layout: str) -> Identi
     head = next(rule.key for rule in rules if rule.path == "params/head/bias")
     num_classes = arrays[head].size if head in arrays else 1000
     model = build_model(name, num_classes)
-    return Identity(model, layout, compare(rules, arrays, skeleton(model)))
-
-
-@lru_cache(maxsize=8)
-def skeleton(model: Model) -> Variables:
-    """The shapes of a network's variables, kept because finding them takes a second."""
-    return abstract_variables(model)
+    return Identity(model, layout, compare(rules, arrays, abstract_variables(model)))
 
 
 def check(arrays: Mapping[str, np.ndarray], where: str, model: str | None = None) -> Identity:

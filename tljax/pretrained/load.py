@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from tljax.errors import RequestError
-from tljax.models import MODELS, Model, build_model, replace_head
+from tljax.models import MODELS, Model, abstract_variables, build_model, replace_head
 from tljax.pretrained.catalog import CATALOG, Entry, default_classes
 from tljax.pretrained.configs import read_configs, write_configs
 from tljax.pretrained.fetch import fetch, fetch_hub
@@ -22,7 +22,7 @@ from tljax.pretrained.formats import (
     write_safetensors,
     write_torch,
 )
-from tljax.pretrained.layouts import check, layout_rules, skeleton
+from tljax.pretrained.layouts import check, layout_rules
 from tljax.pretrained.rules import Rule, apply_rules, compare, invert_rules
 from tljax.trees import flatten
 from tljax.types import Preprocess, Variables
@@ -164,7 +164,7 @@ def _load_native(path: Path, tensors: Tensors, model: str | None) -> Pretrained:
     if model not in (None, name):
         raise RequestError(f"{path} holds {name}, not {model}")
     built = build_model(name, len(card.classes))
-    expected = skeleton(built)
+    expected = abstract_variables(built)
     rules = tuple(Rule(path, path) for path in flatten(expected))
     difference = compare(rules, tensors.arrays, expected)
     if any(difference):

@@ -15,8 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from tljax.errors import RequestError
-from tljax.trees import flatten
-from tljax.types import Variables
+from tljax.trees import array_bytes
 
 Tree = TypeVar("Tree")
 
@@ -161,18 +160,9 @@ class Checkpoints:
         )
 
 
-def variables_digest(variables: Variables) -> str:
-    """SHA-256 of all names and bytes."""
-    digest = hashlib.sha256()
-    for path, leaf in sorted(flatten(variables).items()):
-        digest.update(path.encode())
-        digest.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
-
-
 def _digest(leaves: list[np.ndarray], about: dict[str, Any]) -> str:
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for leaf in leaves:
         digest.update(f"{leaf.dtype} {leaf.shape}".encode())
-        digest.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)
+        digest.update(array_bytes(leaf))
     return digest.hexdigest()

@@ -79,16 +79,16 @@ def _table(
     for column in ("stage", "parameters", "learning rate", "optimizer memory, MiB"):
         table.add_column(column, justify="left" if column == "stage" else "right")
     peak = config.optimizer.learning_rate or 0.0
+    trained = partition(params, labels)[0]
+    state = jax.eval_shape(build_optimizer(config.optimizer, labels, 1).init, trained)
+    per_byte = _bytes(state) / _bytes(trained)
     for (stage, rate), paths in sorted(rows.items(), key=lambda row: model.position(row[0][0])):
         count = sum(int(np.prod(shapes[path].shape)) for path in paths)
         if rate == FROZEN:
             table.add_row(stage, f"{count:,}", "frozen", "0")
             continue
-        optimizer = build_optimizer(config.optimizer, labels, 1)
-        trained = partition(params, labels)[0]
-        chosen = jax.eval_shape(optimizer.init, trained)
-        total = _bytes(chosen) / max(_bytes(trained), 1)
-        table.add_row(stage, f"{count:,}", f"{rate * peak:.2g}", f"{total * count * 4 / 2**20:.1f}")
+        memory = f"{per_byte * count * 4 / 2**20:.1f}"
+        table.add_row(stage, f"{count:,}", f"{rate * peak:.2g}", memory)
     return table
 
 

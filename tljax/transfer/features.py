@@ -37,7 +37,7 @@ from tljax.parallel import (
     shard,
 )
 from tljax.progress import track
-from tljax.trees import flatten
+from tljax.trees import array_bytes, tree_digest
 from tljax.types import Array, Batch, Variables
 
 
@@ -295,10 +295,12 @@ def _key(
     )
     for part in what:
         key.update(repr(part).encode())
-    for path, leaf in sorted(flatten(variables).items()):
-        if path.split("/")[1] in {stage.name for stage in prefix}:
-            key.update(path.encode())
-            key.update(np.ascontiguousarray(leaf).data)
+    names = {stage.name for stage in prefix}
+    of_prefix = {
+        kind: {name: tree for name, tree in stages.items() if name in names}
+        for kind, stages in variables.items()
+    }
+    key.update(tree_digest(of_prefix).encode())
     return key.hexdigest()
 
 
@@ -321,7 +323,7 @@ def _write(
         digest, indices, values = hashlib.sha256(), [], np.empty(0)
         with (temporary / "values.bin").open("wb") as file:
             for values, rows in batches:
-                data = np.ascontiguousarray(values).view(np.uint8).data
+                data = array_bytes(values)
                 digest.update(data)
                 file.write(data)
                 indices += rows.tolist()

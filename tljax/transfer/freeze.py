@@ -129,9 +129,14 @@ def combine(trainable: Variables, frozen: Variables) -> Variables:
     return unflatten(flatten(trainable) | flatten(frozen))
 
 
+def trainable_stages(model: Model, labels: Variables) -> list[str]:
+    """The stages of which at least one parameter trains, in order."""
+    return [name for name in model.stage_names if any(flatten(labels.get(name, {})).values())]
+
+
 def first_trainable_stage(model: Model, labels: Variables) -> str:
     """The stage at which the gradient ends: every stage before it is frozen as a whole."""
-    return next(name for name in model.stage_names if any(flatten(labels.get(name, {})).values()))
+    return trainable_stages(model, labels)[0]
 
 
 def training_stages(labels: Variables) -> frozenset[str]:

@@ -9,8 +9,7 @@ from tljax.config import FitConfig
 from tljax.data.loader import num_batches
 from tljax.errors import RequestError
 from tljax.models import Model, abstract_variables, apply
-from tljax.transfer.freeze import Table, freeze_table, label
-from tljax.trees import flatten
+from tljax.transfer.freeze import Table, freeze_table, label, trainable_stages
 
 
 class Phase(NamedTuple):
@@ -114,8 +113,7 @@ def default_freeze_to(model: Model) -> str:
 
 def _gradual(model: Model, table: Table, epochs: int) -> tuple[Phase, ...]:
     """From the last two stages that train down to the first; the probe has trained the head."""
-    rates = label(abstract_variables(model)["params"], table)
-    stages = [name for name in model.stage_names if any(flatten(rates.get(name, {})).values())]
+    stages = trainable_stages(model, label(abstract_variables(model)["params"], table))
     steps = range(len(stages) - 2, -1, -1)
     if not steps:
         raise RequestError("--recipe gradual unfreezes stages: let at least two of them train")
