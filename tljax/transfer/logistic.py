@@ -1,8 +1,12 @@
-"""Multinomial logistic regressions over the same features, solved to their optimum side by side.
+"""Multinomial logistic regression for a whole list of L2 values, each solved to its optimum.
 
-The L2 sweep of a linear probe is a batch of convex problems that differ in the penalty and in the
-examples they leave out. Two things make L-BFGS quick here; neither moves an optimum:
+The L2 sweep of a linear probe is a path of convex problems. Four things make L-BFGS quick along it;
+none of them moves an optimum:
 
+* From the strongest penalty to the weakest, each problem starts where the line through the last two
+  optima leads, over the logarithm of L2. A few iterations are left of about a hundred.
+* The memory is carried along: lowering L2 changes the Hessian by a known multiple of the identity,
+  so a remembered change of gradient is corrected exactly.
 * The features are centred and rotated into the eigenbasis of their covariance. There the Hessian of
   every problem is nearly diagonal and known up to one number per class, which gives L-BFGS its
   initial inverse Hessian afresh at each iteration, whatever the L2 value and however
@@ -12,7 +16,6 @@ examples they leave out. Two things make L-BFGS quick here; neither moves an opt
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -22,14 +25,14 @@ import numpy as np
 from tljax.errors import RequestError
 from tljax.types import Array
 
-_MEMORY_BUDGET = 2**30  # bytes for the problems that are solved at the same time
-_BLOCK = 9  # of them; more only wait for the hardest (measured on a CPU). 45 and 225 are multiples
 _HISTORY = 10  # pairs that L-BFGS remembers
-_ABSENT = 1e-12  # examples that a class without any is taken to have, so that its bias is finite
+_ABSENT = 1e-12  # share of the examples of a class without any, so that its bias is finite
 
 
 class LogisticFit(NamedTuple):
     """The optima of ``k`` logistic regressions with ``d`` features and ``c`` classes.
+
+    With ``f`` rows of weights, each field has a first axis ``f`` more.
 
     Attributes:
         kernel: ``[k, d, c]`` float32.
@@ -58,14 +61,14 @@ def fit_logistic(
     num_classes: int,
     weights: Array | None = None,
     max_iterations: int = 1000,
-    tolerance: float = 1e-5,
+    tolerance: float = 1e-6,
 ) -> LogisticFit:
     """Solves multinomial logistic regressions over the same features, all in one call.
 
-    Problem ``j`` minimises over kernel ``W`` and bias ``b``
+    For each value of ``l2``, minimises over kernel ``W`` and bias ``b``
 
-        sum_i weights[j, i] * cross_entropy(features[i] @ W + b, labels[i]) / sum_i weights[j, i]
-            + l2[j] / 2 * ||W||^2
+        sum_i weights[i] * cross_entropy(features[i] @ W + b, labels[i]) / sum_i weights[i]
+            + l2 / 2 * ||W||^2
 
     The bias is not penalised. scikit-learn's ``LogisticRegression`` has the same optimum at
     ``C = 1 / (n * l2)`` for ``n`` examples of weight 1. The protocol's papers do not say whether
@@ -79,8 +82,8 @@ def fit_logistic(
     convex in ``W``, so this bounds how far it lies above its optimum, relatively, by ``tolerance``.
     Features of which one axis is far longer than the rest cost accuracy in float32: standardise.
 
-    A class without examples (of positive weight) is given 1e-12 of one: its kernel stays 0 and its
-    bias finite.
+    A class without examples (of positive weight) keeps a kernel of 0, and the bias of a class with
+    1e-12 of the examples.
 
     Source: L-BFGS with a variable initial matrix, Nocedal and Wright, *Numerical Optimization*,
     2nd edition, algorithm 7.4.
@@ -88,11 +91,12 @@ def fit_logistic(
     Args:
         features: ``[n, d]``, finite; used in float32.
         labels: ``[n]`` int class indices in [0, num_classes).
-        l2: ``[k]`` positive.
+        l2: ``[k]`` positive, in any order. A weak value alone takes longer than at the end of a
+            path of values that are log-spaced.
         num_classes: ``c``.
-        weights: ``[k, n]`` weight of each example in each problem, not negative; 0 leaves an
-            example out. None weighs all examples alike.
-        max_iterations: of each problem.
+        weights: ``[n]`` weight of each example, not negative; 0 leaves an example out. ``[f, n]``
+            solves for every L2 value under each of the rows. None weighs all examples alike.
+        max_iterations: for each L2 value.
         tolerance: largest relative distance of the objective from its optimum.
 
     Raises:
@@ -103,33 +107,25 @@ def fit_logistic(
     l2 = np.asarray(l2, np.float32)
     if l2.ndim != 1 or not l2.size or not (np.isfinite(l2) & (l2 > 0)).all():
         raise RequestError(f"l2 must be a list of positive numbers, got {l2}")
-    weights = np.ones((len(l2), len(labels))) if weights is None else np.asarray(weights)
-    if weights.shape != (len(l2), len(labels)) or (weights < 0).any() or not weights.any(1).all():
+    weights = np.ones(len(labels)) if weights is None else np.asarray(weights)
+    rows = np.atleast_2d(weights)
+    if rows.shape[1:] != labels.shape or (rows < 0).any() or not rows.any(1).all():
         raise RequestError(
-            f"weights must be [{len(l2)}, {len(labels)}] (one row per l2 value, one column per "
-            f"example), not negative and not all 0 in a row; got shape {list(weights.shape)}"
+            f"weights must be [{len(labels)}] or rows of as many (one per example), not negative "
+            f"and not all 0 in a row; got shape {list(weights.shape)}"
         )
-    weights = np.asarray(weights / weights.sum(1, keepdims=True), np.float32)
+    rows = np.asarray(rows / rows.sum(1, keepdims=True), np.float32)
 
-    # Neighbours in L2 take about as many iterations, so nobody in a block waits long.
-    order = np.argsort(l2)
-    rows = min(features.shape) + 1
-    bytes_each = 4 * ((2 * _HISTORY + 6) * rows + 6 * len(labels)) * num_classes
+    path = np.argsort(-l2, kind="stable")
     with jax.default_matmul_precision("highest"):
         basis = _eigenbasis(features)
-        params, *rest = _solve(
-            basis,
-            jax.nn.one_hot(labels, num_classes, axis=0),
-            weights[order],
-            l2[order],
-            tolerance,
-            max_iterations,
-            block=max(1, min(_BLOCK, len(l2), _MEMORY_BUDGET // bytes_each)),
-        )
-        kernel = jnp.einsum("dr,kcr->kdc", basis.rotation, params[:, :, :-1])
-        bias = params[:, :, -1] - basis.mean @ kernel
-        bias -= bias.mean(1, keepdims=True)
-    return LogisticFit(*(x[np.argsort(order)] for x in (kernel, bias, *rest)))
+        onehot = jax.nn.one_hot(labels, num_classes, axis=0)
+        params, *rest = _solve(basis, onehot, rows, l2[path], tolerance, max_iterations)
+        kernel = jnp.einsum("dr,fkcr->fkdc", basis.rotation, params[..., :-1])
+        bias = params[..., -1] - basis.mean @ kernel
+        bias -= bias.mean(-1, keepdims=True)
+    in_order = [x[:, np.argsort(path)] for x in (kernel, bias, *rest)]
+    return LogisticFit(*(x if weights.ndim > 1 else x[0] for x in in_order))
 
 
 def finite(features: Array) -> np.ndarray:
@@ -202,40 +198,58 @@ def _eigenbasis(features) -> _Eigenbasis:
 
 
 class _State(NamedTuple):
-    """One problem on its way: ``r`` rows of kernel and bias, ``m`` remembered pairs.
+    """A problem on its way: ``r`` rows of kernel and bias, ``m`` remembered pairs.
 
     Attributes:
-        iterations: so far.
         params: ``[c, r]`` kernel in the eigenbasis, and the bias in the last column.
         margins: ``[c, n]`` logits minus the logit of the example's own class.
         objective: at the params.
         gradient: ``[c, r]`` of it.
         curvature: ``[c, 1]`` mean of p (1 - p) of each class.
-        steps: ``[m, c, r]`` ring of past steps; iteration ``i`` writes entry ``i % m``.
-        changes: ``[m, c, r]`` the changes of gradient along them.
-        rho: ``[m]`` 1 / <step, change>; 0 for a pair not to be used.
+        memory: of this problem and of those before it on the path.
+        iterations: for this problem.
     """
 
-    iterations: jax.Array
     params: jax.Array
     margins: jax.Array
     objective: jax.Array
     gradient: jax.Array
     curvature: jax.Array
+    memory: "_Memory"
+    iterations: jax.Array
+
+
+class _Memory(NamedTuple):
+    """The last ``m`` pairs of L-BFGS.
+
+    Attributes:
+        steps: ``[m, c, r]`` a ring: pair ``i`` stands in entry ``i % m``.
+        changes: ``[m, c, r]`` the changes of gradient along the steps.
+        rho: ``[m]`` 1 / <step, change>; 0 for a pair not to be used.
+        written: how many pairs there were.
+    """
+
     steps: jax.Array
     changes: jax.Array
     rho: jax.Array
+    written: jax.Array
 
 
-@partial(jax.jit, static_argnames=("block",))
-def _solve(basis, onehot, weights, l2, tolerance, max_iterations, *, block):
-    """Params ``[k, c, r]`` and the other fields of LogisticFit. Rows of ``weights`` sum to 1."""
+@jax.jit
+def _solve(basis, onehot, weights, l2, tolerance, max_iterations):
+    """Params ``[f, k, c, r]`` and the other fields of LogisticFit.
+
+    Rows of ``weights`` sum to 1; ``l2`` descends.
+    """
     design, spectrum = basis.design, basis.spectrum
     is_kernel = jnp.arange(len(spectrum)) < len(spectrum) - 1
 
-    def solve(problem):
-        weight, l2 = problem
+    def solve(weight, l2, params, predicted, memory):
+        """The optimum at one ``l2``, from the better of two starts."""
         penalty = jnp.where(is_kernel, l2, 0)
+
+        def evaluate(params, margins):
+            return _evaluate(design, onehot, weight, penalty, params, margins)
 
         def converged(state):
             bound = jnp.sum(state.gradient**2 / jnp.where(is_kernel, l2, state.curvature)) / 2
@@ -244,55 +258,51 @@ def _solve(basis, onehot, weights, l2, tolerance, max_iterations, *, block):
 
         def iterate(state):
             initial = 1 / (spectrum * state.curvature + penalty)
-            direction = _direction(state, initial)
+            direction = _direction(state.gradient, state.memory, initial)
             margins = _margins(design, onehot, direction)
             length = _line_search(weight, penalty, state, direction, margins)
             params = state.params + length * direction
             margins = state.margins + length * margins
-            objective, gradient, curvature = _evaluate(
-                design, onehot, weight, penalty, params, margins
-            )
-            step, change = params - state.params, gradient - state.gradient
-            product = jnp.vdot(step, change)
-            # A pair whose product is lost in rounding would blow the direction up.
-            usable = product > 1e-6 * jnp.linalg.norm(step) * jnp.linalg.norm(change)
-            newest = state.iterations % _HISTORY
-            rho = state.rho.at[newest].set(jnp.where(usable, 1 / product, 0))
+            objective, gradient, curvature = evaluate(params, margins)
+            memory = _remember(state.memory, params - state.params, gradient - state.gradient)
+            # No way down: the memory is at fault, so it starts afresh.
+            memory = memory._replace(rho=jnp.where(length > 0, memory.rho, 0))
             return _State(
-                state.iterations + 1,
-                params,
-                margins,
-                objective,
-                gradient,
-                curvature,
-                state.steps.at[newest].set(step),
-                state.changes.at[newest].set(change),
-                # No way down: the memory is at fault, so it starts afresh.
-                jnp.where(length > 0, rho, 0),
+                params, margins, objective, gradient, curvature, memory, state.iterations + 1
             )
+
+        starts = [(start, _margins(design, onehot, start)) for start in (params, predicted)]
+        better = evaluate(*starts[1])[0] < evaluate(*starts[0])[0]
+        params, margins = (jnp.where(better, new, old) for old, new in zip(*starts, strict=True))
+        objective, gradient, curvature = evaluate(params, margins)
+        state = jax.lax.while_loop(
+            lambda state: ~converged(state) & (state.iterations < max_iterations),
+            iterate,
+            _State(params, margins, objective, gradient, curvature, memory, jnp.zeros((), int)),
+        )
+        norm = jnp.linalg.norm(state.gradient)
+        result = state.params, state.objective, norm, state.iterations, converged(state)
+        return result, state.memory
+
+    def follow(weight):
+        """The path of optima for one row of weights."""
+
+        def advance(carry, l2):
+            params, velocity, last_l2, memory = carry
+            ratio = jnp.log(last_l2 / l2)
+            memory = _lower_penalty(memory, jnp.where(is_kernel, last_l2 - l2, 0))
+            result, memory = solve(weight, l2, params, params + ratio * velocity, memory)
+            velocity = jnp.where(ratio > 0, (result[0] - params) / ratio, velocity)
+            return (result[0], velocity, l2, memory), result
 
         # Kernel 0 and the best bias for it: the logarithm of the class frequencies.
         bias = jnp.log(jnp.maximum(onehot @ weight, _ABSENT))
         params = jnp.zeros((len(onehot), len(spectrum))).at[:, -1].set(bias)
-        margins = bias[:, None] - bias @ onehot
         ring = jnp.zeros((_HISTORY, *params.shape))
-        state = jax.lax.while_loop(
-            lambda state: ~converged(state) & (state.iterations < max_iterations),
-            iterate,
-            _State(
-                jnp.zeros((), int),
-                params,
-                margins,
-                *_evaluate(design, onehot, weight, penalty, params, margins),
-                ring,
-                ring,
-                jnp.zeros(_HISTORY),
-            ),
-        )
-        norm = jnp.linalg.norm(state.gradient)
-        return state.params, state.objective, norm, state.iterations, converged(state)
+        memory = _Memory(ring, ring, jnp.zeros(_HISTORY), jnp.zeros((), int))
+        return jax.lax.scan(advance, (params, jnp.zeros_like(params), l2[0], memory), l2)[1]
 
-    return jax.lax.map(solve, (weights, l2), batch_size=block)
+    return jax.lax.map(follow, weights)
 
 
 def _margins(design, onehot, params):
@@ -311,15 +321,37 @@ def _evaluate(design, onehot, weight, penalty, params, margins):
     residual = (exponential - onehot * others) / (others + jnp.exp(-top))
     curvature = (jnp.abs(residual) * (1 - jnp.abs(residual))) @ weight
     objective = weight @ loss + jnp.vdot(penalty * params, params) / 2
-    gradient = (residual * weight) @ design + penalty * params
+    is_present = (onehot @ weight > 0)[:, None]  # of the others only rounding would be followed
+    gradient = is_present * ((residual * weight) @ design + penalty * params)
     return objective, gradient, jnp.maximum(curvature, _ABSENT)[:, None]
 
 
-def _direction(state, inverse_hessian):
+def _remember(memory, step, change):
+    product = jnp.vdot(step, change)
+    # A pair whose product is lost in rounding would blow the direction up.
+    usable = product > 1e-6 * jnp.linalg.norm(step) * jnp.linalg.norm(change)
+    entry = memory.written % _HISTORY
+    return _Memory(
+        memory.steps.at[entry].set(step),
+        memory.changes.at[entry].set(change),
+        memory.rho.at[entry].set(jnp.where(usable, 1 / product, 0)),
+        memory.written + 1,
+    )
+
+
+def _lower_penalty(memory, difference):
+    """What the changes of gradient would have been with a penalty smaller by ``difference``."""
+    changes = memory.changes - difference * memory.steps
+    product = jnp.sum(memory.steps * changes, (1, 2))
+    usable = (memory.rho > 0) & (product > 0)
+    return memory._replace(changes=changes, rho=jnp.where(usable, 1 / product, 0))
+
+
+def _direction(gradient, memory, inverse_hessian):
     """Minus the L-BFGS inverse Hessian times the gradient."""
-    newest = (state.iterations - 1) % _HISTORY
+    newest = (memory.written - 1) % _HISTORY
     order = (newest - jnp.arange(_HISTORY)) % _HISTORY
-    steps, changes, rho = state.steps, state.changes, state.rho
+    steps, changes, rho = memory.steps, memory.changes, memory.rho
 
     def subtract(vector, i):
         alpha = rho[i] * jnp.vdot(steps[i], vector)
@@ -329,7 +361,7 @@ def _direction(state, inverse_hessian):
         i, alpha = i_alpha
         return vector + (alpha - rho[i] * jnp.vdot(changes[i], vector)) * steps[i], None
 
-    vector, alphas = jax.lax.scan(subtract, state.gradient, order)
+    vector, alphas = jax.lax.scan(subtract, gradient, order)
     # The initial matrix is right up to a factor, which the newest pair measures.
     scale = rho[newest] * jnp.vdot(changes[newest], inverse_hessian * changes[newest])
     vector = inverse_hessian * vector / jnp.where(scale > 0, scale, 1)

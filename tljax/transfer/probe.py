@@ -2,8 +2,8 @@
 
 The L2 sweep of the linear-evaluation protocol (Kornblith et al. 2019,
 https://arxiv.org/abs/1805.08974; SimCLR, https://arxiv.org/abs/2002.05709; BYOL,
-https://arxiv.org/abs/2006.07733) is a batch of convex problems over the same features, so one
-call of ``fit_logistic`` solves all of them to the optimum.
+https://arxiv.org/abs/2006.07733) is a path of convex problems over the same features, so one call
+of ``fit_logistic`` solves all of them to the optimum.
 """
 
 from collections.abc import Sequence
@@ -83,37 +83,32 @@ def fit_probe(
     standardized /= scale
 
     held_out = _held_out(labels, seed)
-    num_folds = len(held_out)
     if not held_out.any():
         raise RequestError(
             "no class has two examples, so none can be held out to choose an L2 value: "
             "add images, or call fit_logistic with a value of your own"
         )
-    rows = np.tile(held_out, (len(l2_values), 1))
-    sweep = fit_logistic(
+    # The last row of weights leaves nothing out: the probe, should its L2 value win.
+    fits = fit_logistic(
         standardized,
         labels,
-        np.repeat(l2_values, num_folds),
+        l2_values,
         num_classes=num_classes,
-        weights=~rows,
-        max_iterations=200,
-        tolerance=1e-3,  # a choice between values needs no more
+        weights=~np.concatenate([held_out, np.zeros((1, len(labels)), bool)]),
     )
-    correct, loss = _score(standardized, labels, sweep.kernel, sweep.bias, rows)
-    accuracy = np.asarray(correct).reshape(-1, num_folds).sum(1) / held_out.sum()
-    loss = np.asarray(loss).reshape(-1, num_folds).sum(1) / held_out.sum()
+    correct, loss = _score(standardized, labels, fits.kernel, fits.bias, held_out)
+    accuracy, loss = np.asarray(correct) / held_out.sum(), np.asarray(loss) / held_out.sum()
     best = np.lexsort((loss, -accuracy))[0]
 
-    fit = fit_logistic(standardized, labels, l2_values[best : best + 1], num_classes=num_classes)
-    kernel = np.asarray(fit.kernel[0], np.float64) / scale[:, None]
+    kernel = np.asarray(fits.kernel[-1, best], np.float64) / scale[:, None]
     return Probe(
         kernel=jnp.asarray(kernel, jnp.float32),
-        bias=jnp.asarray(np.asarray(fit.bias[0]) - mean @ kernel, jnp.float32),
+        bias=jnp.asarray(np.asarray(fits.bias[-1, best]) - mean @ kernel, jnp.float32),
         l2=float(l2_values[best]),
         l2_values=l2_values,
         held_out_accuracy=accuracy,
         held_out_loss=loss,
-        converged=bool(fit.converged[0]),
+        converged=bool(fits.converged[-1, best]),
     )
 
 
@@ -184,15 +179,23 @@ def _held_out(labels: np.ndarray, seed: int) -> np.ndarray:
 
 @jax.jit
 def _score(features, labels, kernels, biases, held_out):
-    """Correct answers and summed cross-entropy of each problem's held-out examples."""
+    """Correct answers and summed cross-entropy ``[k]``, each fold's fits on what it held out."""
 
-    def score(problem):
-        kernel, bias, mask = problem
-        logits = jnp.matmul(features, kernel, precision="highest") + bias
-        loss = jax.nn.logsumexp(logits, 1) - jnp.take_along_axis(logits, labels[:, None], 1)[:, 0]
-        return jnp.sum(mask * (logits.argmax(1) == labels)), jnp.sum(mask * loss)
+    def score(total, fold):
+        kernels, biases, mask = fold
 
-    return jax.lax.map(score, (kernels, biases, held_out))
+        def at_one_l2(kernel_bias):
+            kernel, bias = kernel_bias
+            logits = jnp.matmul(features, kernel, precision="highest") + bias
+            own = jnp.take_along_axis(logits, labels[:, None], 1)[:, 0]
+            loss = jax.nn.logsumexp(logits, 1) - own
+            return jnp.sum(mask * (logits.argmax(1) == labels)), jnp.sum(mask * loss)
+
+        scores = jax.lax.map(at_one_l2, (kernels, biases))
+        return jax.tree.map(jnp.add, total, scores), None
+
+    zeros = jnp.zeros(kernels.shape[1], int), jnp.zeros(kernels.shape[1])
+    return jax.lax.scan(score, zeros, (kernels[:-1], biases[:-1], held_out))[0]
 
 
 @partial(jax.jit, static_argnames=("num_classes", "k"))
