@@ -7,12 +7,16 @@ import time
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
 from tljax import cli
 from tljax.config import FitConfig
+
+if TYPE_CHECKING:
+    from tljax.data.sources import Splits
+    from tljax.pretrained import Pretrained
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,8 @@ class Config(cli.Common):
     """Leave unreadable images out and list them in skipped.csv, or stop."""
     checkpoint_minutes: float = 10.0
     """From one checkpoint to the next within an epoch; every epoch ends with one."""
+    find_learning_rate: bool = False
+    """Try a hundred learning rates on the first steps and suggest one; train nothing."""
     dry_run: bool = False
     """Say what would be trained, what it costs and what is cached; train nothing."""
     distributed: bool = False
@@ -53,10 +59,7 @@ def run(config: Config) -> dict[str, Any]:
     from tljax.trees import tree_digest
 
     began = time.perf_counter()
-    if config.resume:
-        asked = cli.from_json(Config, rundir.read_config(config.resume))
-        machine = {name: getattr(config, name) for name in ("workers", "devices", "distributed")}
-        config = replace(asked, **machine, resume=config.resume, workdir=config.resume)
+    config = resumed(config, config.resume) if config.resume else config
     if config.distributed:
         if config.workdir is None:
             raise RequestError("--distributed needs a --workdir that is the same for every process")
@@ -66,6 +69,8 @@ def run(config: Config) -> dict[str, Any]:
     if config.dry_run:
         print(dry_run(pretrained.model, splits, config.fit, config.batch_size))
         return {"dry_run": True}
+    if config.find_learning_rate:
+        return suggest_learning_rate(config, pretrained, splits)
 
     make_plan(pretrained.model, config.fit, len(splits.train), config.batch_size)  # or say why not
     workdir = config.workdir or Path("runs", time.strftime("%Y%m%d-%H%M%S"))
@@ -109,6 +114,40 @@ def run(config: Config) -> dict[str, Any]:
     print(f"report               {workdir / 'report.html'}  ({seconds:.0f} s in all)")
     print("your own images      python scripts/train.py --data FOLDER  (one subfolder a class)")
     return summary
+
+
+def resumed(config: Config, workdir: Path) -> Config:
+    """The settings of the run to go on with, on this machine's processes and devices."""
+    from tljax.transfer import rundir
+
+    asked = cli.from_json(Config, rundir.read_config(workdir))
+    machine = {name: getattr(config, name) for name in ("workers", "devices", "distributed")}
+    return replace(asked, **machine, resume=workdir, workdir=workdir)
+
+
+def suggest_learning_rate(
+    config: Config, pretrained: "Pretrained", splits: "Splits"
+) -> dict[str, Any]:
+    """Prints a learning rate for the recipe and draws the curve that it was read from."""
+    from tljax.parallel import is_writer
+    from tljax.report.figures import learning_rates
+    from tljax.transfer.lr_finder import find_learning_rate
+
+    test = find_learning_rate(
+        pretrained.model,
+        pretrained.variables,
+        splits,
+        config.fit,
+        loading=replace(config.loading, on_bad_image=config.on_bad_image),
+        seed=config.seed,
+    )
+    curve = (config.workdir or Path("runs")) / "learning_rate.png"
+    if is_writer():
+        curve.parent.mkdir(parents=True, exist_ok=True)
+        learning_rates(test).savefig(curve)
+        print(f"suggested            --learning-rate {test.suggestion:.1e}")
+        print(f"its curve            {curve}")
+    return {"learning_rate": test.suggestion, "curve": str(curve)}
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import tiny
 from engine import LOADING, config, everything, splits, train
 
 import tljax.transfer.fit as fit_module
+import tljax.transfer.setup as preparation
 from tljax.config import AugmentConfig
 from tljax.data.loader import batch_rows
 from tljax.errors import RequestError
@@ -86,7 +87,7 @@ class KilledError(Exception):
 def lives(monkeypatch):
     """After ``left.append(n)`` the engine does n things more, steps or entries of the history."""
     left: list[int] = []
-    make, made = fit_module.make_train_step, {}
+    make, made = preparation.make_train_step, {}
 
     def once():
         if not left[-1]:
@@ -104,12 +105,12 @@ def lives(monkeypatch):
 
         return counted
 
-    monkeypatch.setattr(fit_module, "make_train_step", make_train_step)
+    monkeypatch.setattr(preparation, "make_train_step", make_train_step)
     # Neither is the probe what this is about, nor is it quick to compile.
     rng = np.random.default_rng(0)
     probe = SimpleNamespace(kernel=rng.normal(0, 0.1, (12, 3)), bias=np.zeros(3))
     probe = SimpleNamespace(**{k: v.astype(np.float32) for k, v in vars(probe).items()})
-    monkeypatch.setattr(fit_module, "fit_probe", lambda *_, **__: probe)
+    monkeypatch.setattr(preparation, "fit_probe", lambda *_, **__: probe)
     longest = 1
 
     def log(history):
@@ -244,4 +245,4 @@ def test_balanced_classes_weigh_by_their_share():
 
 def train_weights(data):
     run = SimpleNamespace(config=config(class_weights="balanced"), splits=data)
-    return fit_module._class_weights(run)
+    return preparation._class_weights(run)

@@ -171,11 +171,11 @@ def test_what_an_augmented_cache_cannot_be():
 @pytest.mark.usefixtures("compilation_cache")
 @pytest.mark.parametrize("recipe", ["lp-ft", "gradual", "finetune", "bit", "scratch"])
 def test_every_recipe_learns(recipe, monkeypatch):
-    import tljax.transfer.fit as fit_module
+    import tljax.transfer.setup as preparation
 
     # A probe that knows nothing leaves something to learn, and takes no time to compile.
     probe = type("Probe", (), {"kernel": np.zeros((12, 3), "f"), "bias": np.zeros(3, "f")})
-    monkeypatch.setattr(fit_module, "fit_probe", lambda *_, **__: probe)
+    monkeypatch.setattr(preparation, "fit_probe", lambda *_, **__: probe)
     plain = {"augmentation": AugmentConfig(crop=False)}
     result = train(config(recipe, rate=0.02, epochs=8, **plain), splits(24), loading=LOADING)
     losses = [entry["train_loss"] for entry in result.history[1:]]

@@ -58,7 +58,7 @@ def set_up(variables, config, *, table, how=PLAIN, steps=10):
     moving, still = {}, {}
     for name, stats in variables["batch_stats"].items():
         (moving if name in how.train else still)[name] = stats
-    optimizer = build_optimizer(config, labels, steps)
+    optimizer = build_optimizer(config, labels, learning_rate_schedule(config, steps))
     state = init_state(trainable, moving, optimizer, average=how.average > 0)
     step = make_train_step(MODEL, optimizer, how)
     return step, state, {"params": frozen, "batch_stats": still}
@@ -158,7 +158,7 @@ def test_the_head_learns_faster_than_the_backbone_and_norms_do_not_decay(variabl
     table = freeze_table(MODEL, freeze_to="stem", layer_decay=0.1)
     labels = label(variables["params"], table)
     params = partition(variables["params"], labels)[0]
-    optimizer = build_optimizer(config, labels, 10)
+    optimizer = build_optimizer(config, labels, learning_rate_schedule(config, 10))
     zero = jax.tree.map(jnp.zeros_like, params)
     updates, _ = optimizer.update(zero, optimizer.init(params), params)
     flat, moved = flatten(params), flatten(updates)
@@ -253,7 +253,8 @@ def test_the_step_costs_a_forward_and_the_backward_of_the_suffix():
     start = names[names.index(frozen_to) + 1]
     labels = label(variables["params"], freeze_to(DEEP, frozen_to))
     params, frozen = partition(variables["params"], labels)
-    optimizer = build_optimizer(OptimizerConfig(clip_norm=1.0, weight_decay=0.1), labels, 10)
+    config = OptimizerConfig(clip_norm=1.0, weight_decay=0.1)
+    optimizer = build_optimizer(config, labels, learning_rate_schedule(config, 10))
     state = init_state(params, {}, optimizer)
     still = {"params": frozen, "batch_stats": variables["batch_stats"]}
 
@@ -315,7 +316,9 @@ def test_the_optimizers_are_optaxs(variables, name):
         name, 0.1, weight_decay=0.3, schedule="constant", warmup=0.0, clip_norm=0.0
     )
     params = variables["params"]
-    ours, theirs = build_optimizer(config, label(params, (("*", 1.0),)), 9), by_optax(name, 0.3)
+    schedule = learning_rate_schedule(config, 9)
+    ours = build_optimizer(config, label(params, (("*", 1.0),)), schedule)
+    theirs = by_optax(name, 0.3)
     states = [ours.init(params), theirs.init(params)]
     trees = [params, params]
     for seed in range(3):

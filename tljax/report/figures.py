@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from tljax.errors import RequestError
 from tljax.transfer.calibration import Calibration, CalibrationBins
+from tljax.transfer.lr_finder import RangeTest
 
 if TYPE_CHECKING:
     import matplotlib.axes
@@ -245,6 +246,21 @@ def sweep_curve(
     )
     axes.legend(frameon=False, fontsize=10, labelcolor=INK)
     _percent(axes.yaxis)
+    return figure
+
+
+def learning_rates(test: RangeTest) -> "matplotlib.figure.Figure":
+    """The smoothed training loss over the learning rate, and the rate that is suggested."""
+    figure = _figure(6, 3.4)
+    axes = figure.add_subplot()
+    axes.plot(test.rates, test.losses, color=BLUE)
+    axes.axvline(test.suggestion, color=VERMILION, linestyle="--", linewidth=1)
+    axes.set_xscale("log")
+    lowest = np.nanmin(test.losses)
+    axes.set_ylim(0.95 * lowest, 1.05 * max(test.losses[0], 2 * lowest))
+    axes.set_xlabel("learning rate")
+    axes.set_ylabel("training loss, smoothed")
+    _style(axes, f"suggested: {test.suggestion:.1e}")
     return figure
 
 

@@ -80,7 +80,9 @@ def _table(
         table.add_column(column, justify="left" if column == "stage" else "right")
     peak = config.optimizer.learning_rate or 0.0
     trained = partition(params, labels)[0]
-    state = jax.eval_shape(build_optimizer(config.optimizer, labels, 1).init, trained)
+    state = jax.eval_shape(
+        build_optimizer(config.optimizer, labels, optax.constant_schedule(0.0)).init, trained
+    )
     per_byte = _bytes(state) / _bytes(trained)
     for (stage, rate), paths in sorted(rows.items(), key=lambda row: model.position(row[0][0])):
         count = sum(int(np.prod(shapes[path].shape)) for path in paths)
@@ -106,7 +108,7 @@ def _step_flops(
 ) -> float:
     """Floating-point operations of one training step, as XLA counts them before it optimises."""
     params, frozen = partition(variables["params"], labels)
-    optimizer = build_optimizer(config.optimizer, labels, 1)
+    optimizer = build_optimizer(config.optimizer, labels, optax.constant_schedule(0.0))
     size = model.preprocess.size
     images = jax.ShapeDtypeStruct((batch_size, size, size, 3), jnp.uint8)
     if start is not None:

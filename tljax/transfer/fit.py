@@ -3,41 +3,36 @@
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import optax
-from jax.sharding import Mesh
 
 from tljax.config import FitConfig, Loading
 from tljax.data.augment import epoch_key
-from tljax.data.loader import num_batches
 from tljax.data.sources import Splits
-from tljax.errors import RequestError
-from tljax.models import Model, init, replace_head
-from tljax.parallel import agree, data_mesh, is_writer, replicate, shard
+from tljax.models import Model
+from tljax.parallel import agree, is_writer, replicate, shard
 from tljax.progress import track
 from tljax.transfer.checkpoint import Checkpoint, Checkpoints
 from tljax.transfer.evaluate import Evaluation, evaluate
 from tljax.transfer.features import Features
-from tljax.transfer.freeze import combine, first_trainable_stage, label, partition, training_stages
-from tljax.transfer.inputs import Inputs, open_inputs
+from tljax.transfer.freeze import first_trainable_stage
+from tljax.transfer.inputs import Inputs
 from tljax.transfer.metrics import Metrics
-from tljax.transfer.optimizer import build_optimizer, learning_rate_schedule
-from tljax.transfer.probe import Probe, fit_probe
-from tljax.transfer.recipes import Phase, make_plan
-from tljax.transfer.step import StepConfig, TrainState, init_state, make_train_step
+from tljax.transfer.optimizer import learning_rate_schedule
+from tljax.transfer.probe import Probe
+from tljax.transfer.recipes import Phase
+from tljax.transfer.setup import NewHead, Setup, divide, first_state, prepare
+from tljax.transfer.step import TrainState, TrainStep
 from tljax.types import Variables
 
 History = list[dict[str, Any]]
 
 MIN_DELTA = 1e-3
 """Nats by which the validation loss must fall to count as better at the same accuracy."""
-
-NewHead = Callable[[Model, Variables, int], tuple[Model, Variables]]
 
 
 class FitResult(NamedTuple):
@@ -71,20 +66,10 @@ class FitResult(NamedTuple):
 class _Run:
     """What all phases share."""
 
-    model: Model
-    splits: Splits
-    config: FitConfig
-    loading: Loading
-    seed: int
-    mesh: Mesh
+    setup: Setup
     checkpoints: Checkpoints | None
     checkpoint_seconds: float
     log: Callable[[History], None]
-    transform: optax.GradientTransformation | None
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return num_batches(len(self.splits.train), self.loading.batch_size)
 
 
 class _Progress(NamedTuple):
@@ -132,32 +117,9 @@ def fit(
     Raises:
         RequestError: the configuration does not fit the model or the data.
     """
-    loading = loading or Loading()
-    plan = make_plan(model, config or FitConfig(), len(splits.train), loading.batch_size)
-    config = plan.config
-    model = replace(model, dtype=config.precision)
-    classes, head = len(splits.train.classes), model.stages[-1].name
-    if new_head is None:
-        new_head = partial(replace_head, dropout=config.dropout)
-    model, variables = new_head(model, variables, classes)
-    tables = [label(variables["params"], phase.table) for phase in plan.phases]
-    if plan.start == "probe" and variables["params"][head].keys() != {"kernel", "bias"}:
-        raise RequestError(f"--recipe {config.recipe} starts with a probe, so its head is linear")
-    if plan.start == "random":
-        variables = init(model, jax.random.key(seed))
-    start = first_trainable_stage(model, tables[0]) if tables else head
-    inputs = open_inputs(model, variables, splits, config, loading, seed, start)
-    probe = None
-    if plan.start == "probe":
-        features = inputs.pooled(model, variables)
-        probe = fit_probe(features.values, features.labels, num_classes=classes, seed=seed)
-        kernel, bias = np.asarray(probe.kernel), np.asarray(probe.bias)
-        variables["params"][head] = {"kernel": kernel, "bias": bias}
-
-    mesh = data_mesh(loading.devices)
-    run = _Run(
-        model, splits, config, loading, seed, mesh, checkpoints, checkpoint_seconds, log, transform
-    )
+    setup, inputs = prepare(model, variables, splits, config, loading, seed, new_head, transform)
+    model, variables, plan = setup.model, setup.variables, setup.plan
+    run = _Run(setup, checkpoints, checkpoint_seconds, log)
     first = evaluate(inputs.logits(model, variables))
     history: History = [{"phase": plan.start, "epoch": 0, **_scores(first)}]
     log(history)
@@ -165,13 +127,13 @@ def fit(
     for note in saved.notes if saved else ():
         print(f"{note}: going on from the one before", file=sys.stderr)
     progress = _Progress(variables, variables, history, 0)
-    for number, (phase, labels) in enumerate(zip(plan.phases, tables, strict=True)):
+    for number, (phase, labels) in enumerate(zip(plan.phases, setup.labels, strict=True)):
         if saved is not None and number < saved.position["phase"]:
             progress = progress._replace(epochs=progress.epochs + phase.epochs)
             continue
         start = first_trainable_stage(model, labels)
         if inputs.start not in (None, start):
-            inputs = open_inputs(model, variables, splits, config, loading, seed, start)
+            inputs = setup.open_inputs(start)
         progress = _train(run, inputs, number, phase, labels, progress, saved)
         saved = None
     if checkpoints:
@@ -182,13 +144,13 @@ def fit(
     return FitResult(
         model,
         best,
-        probe,
-        first if probe is not None else None,
+        setup.probe,
+        first if setup.probe is not None else None,
         evaluate(logits),
         logits,
         progress.history,
         inputs.everyones_skipped(),
-        config,
+        setup.config,
     )
 
 
@@ -202,72 +164,32 @@ def _train(
     saved: Checkpoint | None,
 ) -> _Progress:
     """One phase, from its beginning or from what was saved in it."""
-    model, config = run.model, run.config
-    training = training_stages(labels) if config.batch_norm == "batch" else frozenset[str]()
-    if config.dropout:
-        training |= training_stages(labels) & {model.stages[-1].name}
-
-    def trained(variables: Variables) -> tuple[Variables, Variables]:
-        params = partition(variables["params"], labels)[0]
-        stats = {k: v for k, v in variables["batch_stats"].items() if k in training}
-        return params, stats
-
-    def whole(params: Variables, stats: Variables) -> Variables:
-        return {
-            "params": combine(params, frozen["params"]),
-            "batch_stats": {**progress.variables["batch_stats"], **stats},
-        }
-
-    total_steps = phase.epochs * run.steps_per_epoch
-    optimizer = build_optimizer(config.optimizer, labels, total_steps)
-    if run.transform is not None:
-        optimizer = optax.chain(run.transform, optimizer)
-    schedule = learning_rate_schedule(config.optimizer, total_steps)
-    frozen = replicate(
-        {
-            "params": partition(progress.variables["params"], labels)[1],
-            "batch_stats": {
-                k: v for k, v in progress.variables["batch_stats"].items() if k not in training
-            },
-        },
-        run.mesh,
-    )
-    params, stats = trained(progress.variables)
-    state = init_state(params, stats, optimizer, average=config.average > 0)
-    best, history, epoch, batch = trained(progress.best), progress.history, 1, 0
+    setup = run.setup
+    model, config = setup.model, setup.config
+    schedule = learning_rate_schedule(config.optimizer, phase.epochs * setup.steps_per_epoch)
+    division = divide(setup, labels)
+    state, frozen, step = first_state(setup, inputs, division, progress.variables, schedule)
+    best, history, epoch, batch = division.split(progress.best)[0], progress.history, 1, 0
     if saved is not None:
         state, best = saved.fill((state, best))
+        state = replicate(state, setup.mesh)
         history, epoch, batch = (saved.position[name] for name in ("history", "epoch", "batch"))
         for part, before in zip(inputs.skipped, saved.position["skipped"], strict=True):
             part.update(before)
         run.log(history)
-    state = replicate(state, run.mesh)
-    step = make_train_step(
-        model,
-        optimizer,
-        StepConfig(
-            training,
-            config.label_smoothing,
-            _class_weights(run),
-            config.average,
-            config.accumulate,
-            config.augmentation if config.augment and inputs.start is None else None,
-        ),
-        start=inputs.start,
-    )
-    run_key = jax.random.fold_in(jax.random.key(run.seed), number)
+    run_key = jax.random.fold_in(jax.random.key(setup.seed), number)
 
     for epoch in range(epoch, phase.epochs + 1):  # noqa: B020 - from where it stands
         if _patience_is_over(history, phase, config.patience):
             break
         passed = progress.epochs + epoch
         position = {"phase": number, "epoch": epoch, "pass": passed, "history": history}
-        keys = epoch_key(run.seed, passed), run_key
+        keys = epoch_key(setup.seed, passed), run_key
         state = _epoch(run, inputs, step, state, frozen, keys, best, position, batch)
         batch = 0
         means = state.metrics.means()
-        average = state.average or {"params": state.params, "batch_stats": state.batch_stats}
-        now = whole(average["params"], average["batch_stats"])
+        changing = state.average or {"params": state.params, "batch_stats": state.batch_stats}
+        now = division.join(changing, frozen)
         evaluation = evaluate(inputs.logits(model, now))
         entry = {
             "phase": phase.name,
@@ -279,14 +201,14 @@ def _train(
         }
         history = [*history, entry]
         if best_epoch(history) == len(history) - 1:
-            best = jax.device_get(trained(now))
+            best = jax.device_get(changing)
         run.log(history)
-        state = state._replace(metrics=replicate(Metrics.zero(), run.mesh))
+        state = state._replace(metrics=replicate(Metrics.zero(), setup.mesh))
         after = {"epoch": epoch + 1, "pass": passed + 1, "batch": 0, "history": history}
         _save(run, inputs, {**position, **after}, state, best)
     return _Progress(
-        whole(state.params, state.batch_stats),
-        whole(*best),
+        division.join({"params": state.params, "batch_stats": state.batch_stats}, frozen),
+        division.join(best, frozen),
         history,
         progress.epochs + phase.epochs,
     )
@@ -295,22 +217,23 @@ def _train(
 def _epoch(
     run: _Run,
     inputs: Inputs,
-    step: Any,
+    step: TrainStep,
     state: TrainState,
     frozen: Variables,
     keys: tuple[jax.Array, jax.Array],
-    best: tuple[Variables, Variables],
+    best: Variables,
     position: dict[str, Any],
     first: int,
 ) -> TrainState:
     """The batches of an epoch from ``first`` on."""
+    setup = run.setup
     began = saved = time.monotonic()
     waited = 0.0
     epoch = position["pass"]
     batches = track(
-        inputs.batches(run.model, epoch, first),
+        inputs.batches(setup.model, epoch, first),
         description=f"epoch {epoch}",
-        total=len(run.splits.train) - first * run.loading.batch_size,
+        total=len(setup.splits.train) - first * setup.loading.batch_size,
         size=lambda batch: int((batch.indices >= 0).sum()) * jax.process_count(),
         quiet=not is_writer(),
     )
@@ -318,7 +241,7 @@ def _epoch(
     for done, batch in enumerate(batches, start=first + 1):
         if state.step.is_ready():  # pyright: ignore[reportAttributeAccessIssue]
             waited += time.monotonic() - asked
-        on_devices = shard(batch, run.mesh)
+        on_devices = shard(batch, setup.mesh)
         # One step ahead and no more: batches must not pile up on the device.
         jax.block_until_ready(state.step)
         state = step(state, frozen, on_devices, keys)
@@ -337,22 +260,13 @@ def _save(
     inputs: Inputs,
     position: dict[str, Any],
     state: TrainState,
-    best: tuple[Variables, Variables],
+    best: Variables,
 ) -> None:
     if run.checkpoints:
         skipped = [sorted(part.items()) for part in inputs.everyones_skipped()]
         # One more than there are steps: an epoch's end is saved too.
-        number = position["pass"] * (run.steps_per_epoch + 1) + position["batch"]
+        number = position["pass"] * (run.setup.steps_per_epoch + 1) + position["batch"]
         run.checkpoints.save(number, {**position, "skipped": skipped}, (state, best))
-
-
-def _class_weights(run: _Run) -> tuple[float, ...]:
-    """Weights that make every class count alike, of mean 1 over the images."""
-    if run.config.class_weights == "none":
-        return ()
-    labels = run.splits.train.labels
-    counts = np.bincount(labels, minlength=len(run.splits.train.classes))
-    return tuple((len(labels) / (len(counts) * np.maximum(counts, 1))).tolist())
 
 
 def _scores(evaluation: Evaluation) -> dict[str, float]:

@@ -30,7 +30,7 @@ def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.S
 
 
 def build_optimizer(
-    config: OptimizerConfig, labels: Variables, total_steps: int
+    config: OptimizerConfig, labels: Variables, schedule: optax.Schedule
 ) -> optax.GradientTransformation:
     """`optax.multi_transform` over the groups, after clipping by the global norm.
 
@@ -38,9 +38,8 @@ def build_optimizer(
         config: see `OptimizerConfig`.
         labels: the rate of every parameter, as a multiple of the learning rate; frozen ones are
             never given and need no state.
-        total_steps: length of the schedule.
+        schedule: the learning rate by step.
     """
-    schedule = learning_rate_schedule(config, total_steps)
     flat = flatten(labels)
 
     def group(rate: float) -> optax.GradientTransformation:

@@ -1,0 +1,58 @@
+import jax
+import numpy as np
+import pytest
+from engine import LOADING, config, splits
+from tiny import MODEL
+
+from tljax.errors import RequestError
+from tljax.models import init
+from tljax.report.figures import learning_rates
+from tljax.transfer.lr_finder import find_learning_rate
+
+pytestmark = pytest.mark.usefixtures("compilation_cache")
+SGD = config("finetune", optimizer="sgd")
+
+
+def find(what=SGD, **options):
+    variables = jax.device_get(init(MODEL, jax.random.key(0)))
+    return find_learning_rate(MODEL, variables, splits(24), what, loading=LOADING, **options)
+
+
+def test_the_suggestion_learns_and_more_than_the_last_rate_diverges():
+    found = find(highest=1e4)
+    assert len(found.rates) == len(found.losses) < 100  # it stopped where the loss blew up
+    lowest = found.losses[np.isfinite(found.losses)].min()
+    assert not found.losses[-1] < 4 * lowest
+    assert lowest < 0.97 * found.losses[0]
+    assert found.suggestion == pytest.approx(found.rates[found.losses == lowest][0] / 10)
+    np.testing.assert_allclose(np.diff(np.log(found.rates)), np.log(1e11) / 99)
+
+
+def test_rates_too_low_to_matter_leave_the_loss_as_it_is():
+    """The first loss of a head of zeros over three classes is log 3, whatever the images."""
+    found = find(highest=1e-6, steps=5)
+    np.testing.assert_allclose(found.losses, np.log(3), rtol=1e-3)
+    assert len(found.rates) == 5
+
+
+def test_it_is_repeatable_and_depends_on_the_seed():
+    first, again, other = find(steps=9), find(steps=9), find(steps=9, seed=1)
+    np.testing.assert_array_equal(first.losses, again.losses)
+    assert (first.losses != other.losses).any()
+
+
+def test_a_probe_has_no_learning_rate():
+    with pytest.raises(RequestError, match="--recipe probe is solved"):
+        find(config("probe"))
+
+
+def test_weights_that_are_no_numbers_are_said():
+    variables = jax.device_get(init(MODEL, jax.random.key(0)))
+    broken = jax.tree.map(lambda x: np.full_like(x, np.nan), variables)
+    with pytest.raises(RequestError, match="no number from the start"):
+        find_learning_rate(MODEL, broken, splits(24), SGD, loading=LOADING)
+
+
+def test_the_curve_can_be_drawn(tmp_path):
+    learning_rates(find(highest=1e4)).savefig(tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").stat().st_size > 10_000
