@@ -18,7 +18,7 @@ class Config(cli.Common):
     neighbours: int = 20
     """Of the nearest-neighbour classifier."""
     val_fraction: float = 0.2
-    """Share of the images kept for validation where the data has no validation part."""
+    """As for scripts/train.py."""
 
 
 def run(config: Config) -> dict[str, Any]:

@@ -31,7 +31,8 @@ class Config(cli.Common):
     """A run directory to go on with; every other setting comes from there."""
     fit: tyro.conf.OmitArgPrefixes[FitConfig] = field(default_factory=FitConfig)
     val_fraction: float = 0.2
-    """Share of the images kept for validation where the data has no validation part."""
+    """Share of the images kept for validation where the data has no validation part. 0 keeps none:
+    every figure is of the training images."""
     on_bad_image: Literal["skip", "fail"] = "skip"
     """Leave unreadable images out and list them in skipped.csv, or stop."""
     checkpoint_minutes: float = 10.0

@@ -108,9 +108,15 @@ def test_content_split_follows_the_hash(tmp_path):
     assert set(contents(val)) == {content for content in everything if fraction(content) < 0.3}
     assert set(contents(train)) == everything - set(contents(val))
     assert notes == (f"split by content: {len(train)} to train on, {len(val)} to validate on",)
-    assert open_splits(str(tmp_path), val_fraction=0).notes == (
-        "split by content: 100 to train on, 0 to validate on",
-    )
+
+
+def test_without_validation_the_training_images_are_measured_and_that_is_said(tmp_path):
+    write(tmp_path, "a/1", "b/2")
+    train, val, notes = open_splits(str(tmp_path), val_fraction=0)
+    assert sorted(contents(train)) == sorted(contents(val)) == [b"a/1", b"b/2"]
+    assert notes == ("no validation images: all figures are of the 2 training images",)
+    with pytest.raises(RequestError, match="--val-fraction 0"):
+        open_splits(str(tmp_path), val_fraction=1e-9)
 
 
 CONTENTS = st.lists(st.binary(max_size=3), max_size=30)

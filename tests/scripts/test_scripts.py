@@ -4,10 +4,10 @@ import csv
 import http.server
 import json
 import os
+import resource
 import subprocess
 import sys
 import threading
-import time
 from functools import partial
 from pathlib import Path
 
@@ -251,14 +251,13 @@ def test_a_bad_request_gets_one_line_and_code_2(
     "name", ["train.py", "probe.py", "evaluate.py", "predict.py", "weights.py"]
 )
 def test_help_is_quick(cache: Path, name: str):
-    seconds = []
-    for _ in range(3):
-        began = time.perf_counter()
-        done = run_script(cache, name, "--help")
-        seconds.append(time.perf_counter() - began)
-        assert done.returncode == 0
-        assert "usage" in done.stdout
-    assert min(seconds) < 1
+    """Seconds of the processor: a machine that is busy elsewhere does not make it slow."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = run_script(cache, name, "--help")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0
+    assert "usage" in done.stdout
+    assert after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime < 1
 
 
 def test_an_unexpected_failure_is_one_line_and_code_1(cache: Path, trained: Path, tmp_path: Path):

@@ -232,6 +232,8 @@ def test_unreadable_images_are_named_and_a_blind_validation_refused():
         assert [sorted(part) for part in train(what).skipped] == [[4], [2]]
         with pytest.raises(RequestError, match="no image of the validation data can be read"):
             train(what, splits(val_broken=range(7)))
+        with pytest.raises(RequestError, match="no image of class 'b' in the training data"):
+            train(what, splits(broken=range(1, 11, 3)))
         with pytest.raises(RequestError, match=r"image \d: .*skip bad images"):
             train(what, loading=replace(LOADING, on_bad_image="fail"))
 

@@ -170,11 +170,15 @@ def split_by_content(source: Source, where: str, val_fraction: float) -> Splits:
     Args:
         source: labelled examples; all are read.
         where: what an error calls the source.
-        val_fraction: the share of validation, in [0, 1).
+        val_fraction: the share of validation, in [0, 1). With 0 the training images are their own
+            validation.
 
     Raises:
         RequestError: a class is left without an example to train on, or validation without any.
     """
+    if not val_fraction:
+        note = f"no validation images: all figures are of the {len(source)} training images"
+        return Splits(source, source, (note,))
     in_val = np.array([int.from_bytes(h[:6]) / 2**48 < val_fraction for h in _hashes(source)], bool)
     train, val = select(source, np.flatnonzero(~in_val)), select(source, np.flatnonzero(in_val))
     advice = "add images, change the share, or lay the folder out as train/ and val/"
@@ -184,14 +188,14 @@ def split_by_content(source: Source, where: str, val_fraction: float) -> Splits:
             f"all images of {shortened(lost)} in {where} fall into the"
             f" validation share of {val_fraction}: {advice}"
         )
-    if val_fraction and not len(val):
+    if not len(val):
         raise RequestError(
-            f"none of the {len(source)} images in {where} falls into the validation"
-            f" share of {val_fraction}: {advice}"
+            f"none of the {len(source)} images in {where} falls into the validation share of"
+            f" {val_fraction}: {advice}, or measure on the training images: --val-fraction 0"
         )
     notes = [f"split by content: {len(train)} to train on, {len(val)} to validate on"]
     unseen = without_example(val)
-    if unseen and val_fraction:
+    if unseen:
         notes.append(f"no validation image of {shortened(unseen)}")
     return Splits(train, val, tuple(notes))
 

@@ -58,7 +58,8 @@ def open_splits(spec: str, *, val_fraction: float = VAL_FRACTION) -> Splits:
               in ``$TFDS_DATA_DIR`` if need be;
             - ``hf:OWNER/NAME``, ``hf:OWNER/NAME:CONFIG``, ``hf:FOLDER``: from Hugging Face, or a
               folder of theirs: written by ``save_to_disk``, of parquet files, of images.
-        val_fraction: the share of validation in a split by content, in [0, 1).
+        val_fraction: the share of validation in a split by content, in [0, 1). With 0 the training
+            images are their own validation.
 
     Raises:
         RequestError: there is no such data set, or it cannot be trained on.

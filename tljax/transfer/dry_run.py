@@ -47,14 +47,14 @@ def dry_run(model: Model, splits: Splits, config: FitConfig, batch_size: int) ->
     if plan.start == "probe":
         console.print("first a linear probe: the head, solved to its optimum on frozen features")
     everything = jax.tree.map(lambda _: 1.0, variables["params"])
-    full = _step_flops(model, variables, everything, plan.config, batch_size, None)
+    full = step_flops(model, variables, everything, plan.config, batch_size, None)
     for phase in plan.phases:
         labels = label(variables["params"], phase.table)
         console.print(_table(model, variables["params"], labels, phase.name, plan.config))
         start = first_trainable_stage(model, labels)
         place = cache_place(model, splits, plan.config, start)
         entering = None if place == "none" else start
-        flops = _step_flops(model, variables, labels, plan.config, batch_size, entering)
+        flops = step_flops(model, variables, labels, plan.config, batch_size, entering)
         console.print(
             f"{phase.epochs} epochs; a step takes {flops / 1e9:.1f} GFLOP, "
             f"{flops / full:.0%} of training everything"
@@ -98,7 +98,7 @@ def _bytes(tree: Variables | optax.OptState) -> int:
     return sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree) if x.ndim)
 
 
-def _step_flops(
+def step_flops(
     model: Model,
     variables: Variables,
     labels: Variables,
@@ -106,7 +106,16 @@ def _step_flops(
     batch_size: int,
     start: str | None,
 ) -> float:
-    """Floating-point operations of one training step, as XLA counts them before it optimises."""
+    """Floating-point operations of one training step, as XLA counts them before it optimises.
+
+    Args:
+        model: with a head for the classes of the data.
+        variables: of ``model``; shapes are enough.
+        labels: the rate of every parameter.
+        config: for the optimizer.
+        batch_size: images a step.
+        start: the stage that cached activations enter; None for photographs.
+    """
     params, frozen = partition(variables["params"], labels)
     optimizer = build_optimizer(config.optimizer, labels, optax.constant_schedule(0.0))
     size = model.preprocess.size

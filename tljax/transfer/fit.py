@@ -21,6 +21,7 @@ from tljax.transfer.evaluate import Evaluation, evaluate
 from tljax.transfer.features import Features
 from tljax.transfer.freeze import first_trainable_stage
 from tljax.transfer.inputs import Inputs
+from tljax.transfer.memory import within_memory
 from tljax.transfer.metrics import Metrics
 from tljax.transfer.optimizer import learning_rate_schedule
 from tljax.transfer.probe import Probe
@@ -186,6 +187,7 @@ def _train(
         position = {"phase": number, "epoch": epoch, "pass": passed, "history": history}
         keys = epoch_key(setup.seed, passed), run_key
         state = _epoch(run, inputs, step, state, frozen, keys, best, position, batch)
+        inputs.refuse_lost_class()
         batch = 0
         means = state.metrics.means()
         changing = state.average or {"params": state.params, "batch_stats": state.batch_stats}
@@ -226,7 +228,8 @@ def _epoch(
     first: int,
 ) -> TrainState:
     """The batches of an epoch from ``first`` on."""
-    setup = run.setup
+    setup, config = run.setup, run.setup.config
+    multiple = setup.mesh.size * config.accumulate
     began = saved = time.monotonic()
     waited = 0.0
     epoch = position["pass"]
@@ -242,9 +245,10 @@ def _epoch(
         if state.step.is_ready():  # pyright: ignore[reportAttributeAccessIssue]
             waited += time.monotonic() - asked
         on_devices = shard(batch, setup.mesh)
-        # One step ahead and no more: batches must not pile up on the device.
-        jax.block_until_ready(state.step)
-        state = step(state, frozen, on_devices, keys)
+        with within_memory(step, state, frozen, on_devices, keys, multiple, config.accumulate):
+            # One step ahead and no more: batches must not pile up on the device.
+            jax.block_until_ready(state.step)
+            state = step(state, frozen, on_devices, keys)
         if run.checkpoints and agree(time.monotonic() - saved >= run.checkpoint_seconds):
             _save(run, inputs, {**position, "batch": done}, state, best)
             saved = time.monotonic()

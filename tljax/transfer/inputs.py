@@ -121,6 +121,15 @@ class Inputs:
         train, val = ({i: why for part in parts for i, why in part[k]} for k in (0, 1))
         return train, val
 
+    def refuse_lost_class(self) -> None:
+        """For photographs, which are seen to be unreadable only when an epoch has been through.
+
+        Raises:
+            RequestError: no image of a class can be read.
+        """
+        labels = np.delete(self.splits.train.labels, list(self.everyones_skipped()[0]))
+        _refuse_lost_class(self.splits.train, labels)
+
     def _compute(
         self, model: Model, variables: Variables, source: Source, stop: str | None, description: str
     ) -> Features:
@@ -177,12 +186,16 @@ def open_inputs(
     else:
         train = (compute(splits.train, "train"),)
     val = compute(splits.val, "val")
-    learned = set(train[0].labels.tolist())
-    lost = [name for i, name in enumerate(splits.train.classes) if i not in learned]
-    if lost:
-        raise RequestError(f"no image of class '{lost[0]}' in the training data can be read")
+    _refuse_lost_class(splits.train, train[0].labels)
     _refuse_none(val)
     return Inputs(splits, config, loading, seed, start, train, val, (train[0].skipped, val.skipped))
+
+
+def _refuse_lost_class(source: Source, labels: np.ndarray) -> None:
+    lost = sorted(set(range(len(source.classes))) - set(labels.tolist()))
+    if lost:
+        name = source.classes[lost[0]]
+        raise RequestError(f"no image of class '{name}' in the training data can be read")
 
 
 def _refuse_none(val: Features) -> None:

@@ -1,0 +1,147 @@
+"""What does an epoch cost when the network is frozen up to a stage, with and without a cache?
+
+Prints one JSON object: for each stage, the FLOPs of a step against training everything, and the
+seconds of an epoch, the photographs' decoding included. Runs take turns; medians count.
+
+    python benchmarks/epochs.py FOLDER --weights timm/resnet50.tv_in1k --images 32
+"""
+
+import json
+import statistics
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import tyro
+
+from tljax.config import FitConfig, Loading
+from tljax.data.augment import epoch_key
+from tljax.data.sources import Source, Splits, open_splits
+from tljax.models import Model
+from tljax.parallel import shard
+from tljax.pretrained import load_pretrained
+from tljax.transfer.dry_run import step_flops
+from tljax.transfer.rundir import environment
+from tljax.transfer.setup import divide, first_state, prepare
+from tljax.types import Variables
+
+
+@dataclass(frozen=True)
+class Config:
+    """Seconds of an epoch for every --freeze-to, cached and uncached."""
+
+    data: Annotated[str, tyro.conf.Positional]
+    """As for scripts/train.py."""
+    weights: str = "efficientnet_lite0.in1k"
+    """As for scripts/train.py."""
+    images: int = 32
+    """Training images."""
+    batch_size: int = 16
+    """Images a step."""
+    image_size: int | None = None
+    """As for scripts/train.py."""
+    repeats: int = 3
+    """Epochs timed of each."""
+
+
+class Runner:
+    """A run that stands before its first step, and can be asked for epochs."""
+
+    def __init__(
+        self,
+        model: Model,
+        variables: Variables,
+        splits: Splits,
+        config: FitConfig,
+        loading: Loading,
+    ) -> None:
+        self.setup, self.inputs = prepare(model, variables, splits, config, loading, 0, None, None)
+        self.state, self.frozen, self.step = first_state(
+            self.setup,
+            self.inputs,
+            divide(self.setup, self.setup.labels[0]),
+            self.setup.variables,
+            lambda _: 1e-5,
+        )
+
+    def epoch(self) -> tuple[float, float]:
+        """Wall and processor seconds."""
+        began, busy = time.perf_counter(), time.process_time()
+        keys = epoch_key(0, 1), jax.random.key(0)
+        for batch in self.inputs.batches(self.setup.model, 1):
+            self.state = self.step(self.state, self.frozen, shard(batch, self.setup.mesh), keys)
+        jax.block_until_ready(self.state)
+        return time.perf_counter() - began, time.process_time() - busy
+
+    def flops(self, batch_size: int, *, everything: bool = False) -> float:
+        """Of one step, as XLA counts them before it optimises."""
+        labels = self.setup.labels[0]
+        if everything:
+            labels = jax.tree.map(lambda _: 1.0, labels)
+        start = None if everything else self.inputs.start
+        model, variables = self.setup.model, self.setup.variables
+        return step_flops(model, variables, labels, self.setup.config, batch_size, start)
+
+
+def first(source: Source, count: int) -> Source:
+    """Images of all classes in turn."""
+    order = sorted(range(len(source)), key=lambda i: (i * 7919) % len(source))[:count]
+    return replace(
+        source,
+        examples=[source.examples[i] for i in order],
+        labels=source.labels[order],
+        names=[source.names[i] for i in order],
+    )
+
+
+def main() -> None:
+    config = tyro.cli(Config)
+    model, variables, _ = load_pretrained(config.weights).with_size(config.image_size)
+    splits = open_splits(config.data)
+    splits = splits._replace(train=first(splits.train, config.images), val=first(splits.val, 2))
+    loading = Loading(config.batch_size)
+    with_params = [name for name in model.stage_names if name in variables["params"]]
+    runners = {}
+    for frozen in (None, *with_params[:-1]):
+        for cache in ("memory", "none"):
+            if frozen is None and cache == "memory":
+                continue  # there is nothing before the first stage to keep
+            how = FitConfig("finetune", freeze_to=frozen, cache=cache)
+            runners[frozen, cache] = Runner(model, variables, splits, how, loading)
+            runners[frozen, cache].epoch()  # compiles
+    seconds: dict[Any, list[tuple[float, float]]] = {name: [] for name in runners}
+    for _ in range(config.repeats):
+        for name, runner in runners.items():
+            seconds[name].append(runner.epoch())
+            print(name, seconds[name][-1], file=sys.stderr)
+    full = next(iter(runners.values())).flops(config.batch_size, everything=True)
+    rows = []
+    for (frozen, cache), times in seconds.items():
+        wall, processor = (statistics.median(column) for column in zip(*times, strict=True))
+        flops = runners[frozen, cache].flops(config.batch_size)
+        rows.append(
+            {
+                "freeze_to": frozen,
+                "cache": cache,
+                "flops_of_full": round(flops / full, 4),
+                "seconds": round(wall, 3),
+                "processor_seconds": round(processor, 3),
+            }
+        )
+    report = {
+        "environment": environment(),
+        "weights": Path(config.weights).name,
+        "image_size": model.preprocess.size,
+        "images": config.images,
+        "batch_size": config.batch_size,
+        "gflops_of_a_full_step": round(full / 1e9, 1),
+        "epochs": rows,
+    }
+    print(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""What would fit, when a training step does not."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import jax
+
+from tljax.errors import RequestError
+from tljax.transfer.step import Keys, TrainState, TrainStep
+from tljax.types import Batch, Variables
+
+
+@contextmanager
+def within_memory(
+    step: TrainStep,
+    state: TrainState,
+    frozen: Variables,
+    batch: Batch,
+    keys: Keys,
+    multiple: int,
+    accumulate: int,
+) -> Iterator[None]:
+    """Turns a device's lack of memory for a step into one line that says what would fit.
+
+    Args:
+        step: the jitted step, which runs within.
+        state: its arguments, as `step` takes them.
+        frozen: likewise.
+        batch: likewise.
+        keys: likewise.
+        multiple: batch sizes are multiples of it.
+        accumulate: the parts in which a batch goes through the network now.
+
+    Raises:
+        RequestError: the step ran out of memory.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        size = len(batch.labels)
+        fits = fitting_batch_size(step, state, frozen, batch, keys, multiple, device_memory())
+        if fits is None:
+            advice = "halve --batch-size, or take it in parts with --accumulate 2"
+        elif fits:
+            parts = accumulate * -(-size // fits)
+            advice = f"--batch-size {fits} would fit, and so would --accumulate {parts}"
+        else:
+            advice = "no batch fits: --precision bfloat16, a smaller --image-size or --freeze-to"
+        raise RequestError(f"out of device memory at --batch-size {size}: {advice}") from error
+
+
+def device_memory() -> int | None:
+    """Bytes that a program may use on one device; None where nobody knows, as on a CPU."""
+    stats = jax.local_devices()[0].memory_stats()
+    return stats and stats.get("bytes_limit")
+
+
+def fitting_batch_size(
+    step: TrainStep,
+    state: TrainState,
+    frozen: Variables,
+    batch: Batch,
+    keys: Keys,
+    multiple: int,
+    limit: int | None,
+) -> int | None:
+    """The batch, halved until XLA's own account of the step's memory is within the limit.
+
+    Each attempt compiles the step, and runs nothing.
+
+    Args:
+        step: the jitted step.
+        state: shapes and shardings are enough, so its buffers may be gone.
+        frozen: likewise.
+        batch: likewise; the one that does not fit.
+        keys: of the step.
+        multiple: batch sizes are multiples of it.
+        limit: bytes of one device.
+
+    Returns:
+        A batch size; 0 if none fits, None if ``limit`` is not known.
+    """
+    if limit is None:
+        return None
+    size = len(batch.labels) // 2 // multiple * multiple
+    while size:
+        smaller = jax.tree.map(lambda x, n=size: _like(x, (n, *x.shape[1:])), batch)
+        others = jax.tree.map(lambda x: _like(x, x.shape), (state, frozen))
+        lowered = step.lower(*others, smaller, keys)  # pyright: ignore[reportFunctionMemberAccess]
+        try:
+            if _bytes(lowered.compile()) <= limit:
+                return size
+        except jax.errors.JaxRuntimeError as error:  # some backends refuse while they compile
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+        size = size // 2 // multiple * multiple
+    return 0
+
+
+def _like(x: jax.Array, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, x.dtype, sharding=x.sharding)
+
+
+def _bytes(compiled: jax.stages.Compiled) -> int:
+    """Of one device, at the same time."""
+    found = compiled.memory_analysis()
+    assert found is not None
+    return (
+        found.argument_size_in_bytes
+        + found.temp_size_in_bytes
+        + found.output_size_in_bytes
+        - found.alias_size_in_bytes
+    )
