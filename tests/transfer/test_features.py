@@ -1,6 +1,8 @@
 """Features of a whole source, their cache, and the recipes that stand on them."""
 
 import json
+import os
+import time
 from dataclasses import replace
 
 import jax
@@ -42,6 +44,21 @@ def cached(tmp_path, monkeypatch):
 
     monkeypatch.setattr(features_module, "_forward_source", counting)
     return tmp_path, calls
+
+
+def test_what_a_killed_process_had_begun_is_swept_away_after_a_day(tiny, cached):
+    model, variables = tiny
+    folder = cached[0] / "features"
+    for name, age in (("old", 90_000), ("fresh", 0), ("older, still written to", 90_000)):
+        part = folder / f".part-{name}"
+        part.mkdir(parents=True)
+        (part / "values.bin").write_bytes(b"half")
+        for path in (part, part / "values.bin"):
+            os.utime(path, (time.time() - age,) * 2)
+    os.utime(part / "values.bin")
+    compute_features(model, variables, source(), LOADING, cache=True)
+    left = sorted(path.name for path in folder.glob(".part-*"))
+    assert left == [".part-fresh", ".part-older, still written to"]
 
 
 def test_features_are_what_apply_returns_whatever_the_batch(tiny):

@@ -9,6 +9,7 @@ import json
 import math
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -318,6 +319,7 @@ def _write(
             f"the cache takes {size / 2**30:.1f} GiB and {folder.parent} has {free / 2**30:.1f} "
             "free: set TLJAX_CACHE to another disk, or --cache none"
         )
+    _sweep(folder.parent)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".part-"))
     try:
         digest, indices, values = hashlib.sha256(), [], np.empty(0)
@@ -336,6 +338,14 @@ def _write(
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sweep(parent: Path) -> None:
+    """Removes what processes that were killed had begun: nothing was written to it for a day."""
+    for temporary in parent.glob(".part-*"):
+        written = max(path.stat().st_mtime for path in (temporary, *temporary.iterdir()))
+        if time.time() - written > 24 * 3600:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _open(folder: Path) -> Features | None:
