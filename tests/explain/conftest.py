@@ -61,7 +61,11 @@ def make_twin(activation: str) -> Twin:
     def conv(x, name, stride):
         kernel = state[f"features.{name}.weight"].transpose(2, 3, 1, 0)
         x = jax.lax.conv_general_dilated(
-            x, kernel, (stride, stride), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
+            x,
+            kernel,
+            (stride, stride),
+            ((1, 1), (1, 1)),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
         return in_jax(x + state[f"features.{name}.bias"])
 

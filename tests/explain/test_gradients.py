@@ -80,11 +80,10 @@ def test_integrated_gradients_sum_to_the_rise_of_the_logit(smooth_twin):
     assert float(jnp.abs(rise).min()) > 1e-3
     shares = integrated_gradients(twin.logits, twin.images, twin.labels, baselines=baselines)
     np.testing.assert_allclose(shares.sum((1, 2, 3)), rise, rtol=0, atol=1e-5)
-    # Five points already know a smooth path; one does not.
     coarse = integrated_gradients(
         twin.logits, twin.images, twin.labels, baselines=baselines, num_steps=1
     )
-    assert np.abs(coarse.sum((1, 2, 3)) - rise).max() > 1e-4
+    assert np.abs(coarse.sum((1, 2, 3)) - rise).max() > 5e-5  # one point does not know the path
 
 
 def test_a_linear_models_shares_are_weight_times_way(linear):
@@ -111,10 +110,12 @@ def test_smooth_grad_is_the_mean_over_noise_of_the_images_own_scale(smooth_twin)
     def logits_fn(x):
         return jnp.stack([jnp.square(x).sum((1, 2, 3))] * 2, axis=1)
 
-    def noise(num_samples):
+    labels = jnp.zeros(2, int)
+
+    def noise(num_samples, key=KEY):
         # The gradient at an image of zeros and a half is 0 or 1; the other one has no range.
         found = smooth_grad(
-            logits_fn, images, jnp.zeros(2, int), KEY, noise_level=0.2, num_samples=num_samples
+            logits_fn, images, labels, key, noise_level=0.2, num_samples=num_samples
         )
         np.testing.assert_allclose(found[1], 2.0, rtol=1e-6)
         return np.asarray(found[0, 1:]), np.asarray(found[0, 0])
@@ -125,26 +126,21 @@ def test_smooth_grad_is_the_mean_over_noise_of_the_images_own_scale(smooth_twin)
     assert 0.22 < few.mean() < 0.32
     assert 0.7 * few.mean() < 20 * many.mean() < 1.4 * few.mean()
     assert abs(lit.mean() - 1) < 0.5
-    other = smooth_grad(logits_fn, images, jnp.zeros(2, int), jax.random.key(1), num_samples=1)
-    assert not np.array_equal(other[0, 1:], few)
+    assert not np.array_equal(noise(1, jax.random.key(1))[0], few)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_picture_alone_is_explained_as_in_its_batch(method, relu_twin):
-    explain = methods(relu_twin.logits)[method]
-    batch = explain(relu_twin.images, relu_twin.labels)
-    for i in range(len(batch)):
-        alone = explain(relu_twin.images[i : i + 1], relu_twin.labels[i : i + 1])
-        assert_close(batch[i : i + 1], alone, 1e-6)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_jit_changes_nothing_and_nothing_is_random(method, relu_twin):
+def test_neither_batch_nor_jit_nor_chance_changes_a_map(method, relu_twin):
     explain = methods(relu_twin.logits)[method]
     plain = explain(relu_twin.images, relu_twin.labels)
-    compiled = jax.jit(explain)(relu_twin.images, relu_twin.labels)
-    assert_close(compiled, plain, 1e-6)
-    np.testing.assert_array_equal(explain(relu_twin.images, relu_twin.labels), plain)
+    compiled = jax.jit(explain)
+    assert_close(compiled(relu_twin.images, relu_twin.labels), plain, 1e-6)
+    np.testing.assert_array_equal(
+        compiled(relu_twin.images, relu_twin.labels), compiled(relu_twin.images, relu_twin.labels)
+    )
+    for i in (0, 2):
+        alone = compiled(relu_twin.images[i : i + 1], relu_twin.labels[i : i + 1])
+        assert_close(alone, plain[i : i + 1], 1e-6)
 
 
 @pytest.mark.parametrize("method", METHODS)

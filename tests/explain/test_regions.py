@@ -59,7 +59,7 @@ def occlude_plainly(logits_fn, image, label, window, stride, fill):
 
 @pytest.mark.parametrize(
     ("window", "stride", "fill"),
-    [(4, 4, 0.5), (5, 3, 0.0), (1, 1, 1.0), (13, 2, 0.5), (40, 7, 0.2), (4, 3, (0.1, 0.5, 0.9))],
+    [(4, 4, 0.5), (5, 3, (0.1, 0.5, 0.9)), (13, 2, 0.0), (40, 7, 1.0)],
 )
 def test_occlusion_is_a_plain_loop(window, stride, fill, relu_twin):
     twin, fill = relu_twin, np.asarray(fill, np.float32)
@@ -94,9 +94,10 @@ def test_neither_batch_nor_jit_changes_a_map(method, relu_twin):
     # What falls is a difference of logits, and no more exact than they are.
     scale = np.abs(relu_twin.logits(relu_twin.images)).max()
     close = {"rtol": 0, "atol": 1e-6 * (scale if method == "occlusion" else plain.max())}
-    np.testing.assert_allclose(jax.jit(explain)(relu_twin.images, relu_twin.labels), plain, **close)
-    for i in range(len(plain)):
-        alone = explain(relu_twin.images[i : i + 1], relu_twin.labels[i : i + 1])
+    compiled = jax.jit(explain)
+    np.testing.assert_allclose(compiled(relu_twin.images, relu_twin.labels), plain, **close)
+    for i in (0, 2):
+        alone = compiled(relu_twin.images[i : i + 1], relu_twin.labels[i : i + 1])
         np.testing.assert_allclose(alone[0], plain[i], **close)
 
 
@@ -111,7 +112,7 @@ def test_requests_that_make_no_sense_are_refused(relu_twin):
     with pytest.raises(RequestError, match=r"not \(4, 8\); cut the network before its pooling"):
         grad_cam(lambda x: twin.features(x).mean((1, 2)), lambda x: x, twin.images, twin.labels)
     for stride in (0, 6):
-        with pytest.raises(RequestError, match="stride . must lie between 1 and the window 5"):
+        with pytest.raises(RequestError, match=r"stride \d must lie between 1 and the window 5"):
             occlusion(twin.logits, twin.images, twin.labels, window=5, stride=stride)
     with pytest.raises(RequestError, match="images are uint8"):
         occlusion(twin.logits, (twin.images * 255).astype(np.uint8), twin.labels)

@@ -22,12 +22,15 @@ from tljax.explain.pictures import (
     to_pixels,
 )
 from tljax.explain.regions import grad_cam, occlusion
-from tljax.explain.transforms import Transforms
-from tljax.explain.visualize import channel_mean, total_variation, visualize
+from tljax.explain.transforms import MOVING, STILL, Transforms
+from tljax.explain.visualize import Objective, channel_mean, total_variation, visualize
 
 __all__ = [
     "FOURIER",
+    "MOVING",
     "PIXELS",
+    "STILL",
+    "Objective",
     "Parametrization",
     "Transforms",
     "channel_mean",

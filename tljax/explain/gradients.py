@@ -1,4 +1,4 @@
-"""Which pixels does a logit depend on? Gradients with respect to the image, three ways to read them.
+"""Which pixels does a logit depend on? Gradients with respect to the image, read in three ways.
 
 Each is a pure function over ``logits_fn``: batched, differentiable, and free to be wrapped in
 `jax.jit` by the caller. What a picture gets does not depend on the others in its batch.

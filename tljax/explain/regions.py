@@ -1,4 +1,4 @@
-"""Which regions does a logit depend on? Grad-CAM reads a late feature map, occlusion covers parts."""
+"""Which regions does a logit depend on? Grad-CAM reads a feature map, occlusion covers parts."""
 
 import math
 from collections.abc import Callable

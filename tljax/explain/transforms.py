@@ -34,7 +34,7 @@ class Transforms:
         Returns:
             ``[height, width, channels]``, [0, 1]; mid-grey where the picture does not reach.
         """
-        if self == _STILL:
+        if self == STILL:
             return image
         draws = jax.random.uniform(key, (5,), minval=-1.0)
         angle = jnp.deg2rad(self.rotate * draws[0])
@@ -45,7 +45,11 @@ class Transforms:
         return warp(image, matrix / zoom, self.jitter * draws[2:4])
 
 
-_STILL = Transforms(0, 0, 0)
+MOVING = Transforms()
+"""The usual movements."""
+
+STILL = Transforms(0, 0, 0)
+"""None at all."""
 
 
 def warp(image: jax.Array, matrix: jax.Array, shift: jax.Array) -> jax.Array:

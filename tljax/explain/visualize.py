@@ -1,9 +1,9 @@
 """What does a class, or a channel, look like? Gradient ascent on a picture.
 
-    labels = jnp.array([284])
-    ideal = visualize(
-        score_of(logits_fn, labels), jax.random.split(key, len(labels)), size=224, tv_weight=1e-3
-    )
+labels = jnp.array([284])
+ideal = visualize(
+    score_of(logits_fn, labels), jax.random.split(key, len(labels)), size=224, tv_weight=1e-3
+)
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from tljax.explain.parametrization import FOURIER, Parametrization
-from tljax.explain.transforms import Transforms
+from tljax.explain.transforms import MOVING, Transforms
 from tljax.types import Array
 
 Objective = Callable[[jax.Array], jax.Array]
@@ -54,12 +54,12 @@ def visualize(
     *,
     size: int,
     parametrization: Parametrization = FOURIER,
-    transforms: Transforms = Transforms(),
+    transforms: Transforms = MOVING,
     tv_weight: float | Array = 0.0,
     num_steps: int = 512,
     learning_rate: float | Array = 0.05,
 ) -> jax.Array:
-    """Climbs to pictures for which the objective is large (Erhan et al. 2009; Simonyan et al. 2014).
+    """Climbs to pictures that make the objective large (Erhan et al. 2009; Simonyan et al. 2014).
 
     Adam maximises ``objective(moved pictures) - tv_weight * total_variation(pictures)``. A picture
     is a function of its key alone, whatever else is in the batch.
