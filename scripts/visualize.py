@@ -87,23 +87,23 @@ def run(config: Ideal | Explain | Features | Dream | Channel) -> dict[str, Any]:
 
     from tljax.files import written_whole
     from tljax.pretrained import load_pretrained
-    from tljax.report import pictures as report
+    from tljax.report import gallery
     from tljax.report.figures import image_grid
 
     network = load_pretrained(config.weights, model=config.model).with_size(config.image_size)
     match config:
         case Ideal(classes=classes, steps=steps, tv_weight=tv_weight, seed=seed):
-            rows = report.ideal_pictures(
+            rows = gallery.ideal_pictures(
                 network, classes, num_steps=steps, tv_weight=tv_weight, seed=seed
             )
         case Explain(images=images, target=target, seed=seed):
-            rows = report.explanation_pictures(network, images, target=target, seed=seed)
+            rows = gallery.explanation_pictures(network, images, target=target, seed=seed)
         case Features(images=images, count=count):
-            rows = report.feature_pictures(network, images, count=count)
+            rows = gallery.feature_pictures(network, images, count=count)
         case Dream(images=images, stage=stage, steps=steps):
-            rows = report.dream_pictures(network, images, stage=stage, num_steps=steps)
+            rows = gallery.dream_pictures(network, images, stage=stage, num_steps=steps)
         case Channel(channels=channels, stage=stage, steps=steps, seed=seed):
-            rows = report.channel_pictures(
+            rows = gallery.channel_pictures(
                 network, channels, stage=stage, num_steps=steps, seed=seed
             )
     pictures = [picture for row in rows for picture in row]

@@ -56,9 +56,11 @@ def ideal_pictures(
         and the picture's total variation.
 
     Raises:
-        RequestError: an unknown class.
+        RequestError: no class, or an unknown one.
     """
     model, variables, card = network
+    if not classes:
+        raise RequestError("name at least one class")
     labels = np.repeat([card.index_of(name) for name in classes], 2)
     weights = jnp.tile(jnp.array([0, tv_weight]), len(classes))
     # Those that are compared start alike.
@@ -153,17 +155,22 @@ def feature_pictures(network: Pretrained, paths: Sequence[str], *, count: int = 
     Args:
         network: any.
         paths: files, folders or URLs.
-        count: channels of each stage.
+        count: channels of each stage; as many as the narrowest stage has, if that is fewer.
 
     Raises:
         RequestError: a missing file.
         UnreadableImageError: a file that is no image.
     """
     model, variables, _ = network
+    if count < 1:
+        raise RequestError(
+            f"{count} channels of each stage leave nothing to show; ask for 1 or more"
+        )
     stages = map_stages(model, variables)
     rows: Rows = []
     for number, (_, pixels) in enumerate(_photographs(network, paths)):
         captured = apply(model, variables, pixels[None], capture=stages).captured
+        count = min(count, *(captured[stage].shape[-1] for stage in stages))  # rows of one length
         for stage in stages:
             features = np.asarray(captured[stage][0])
             strongest = explain.strongest_channels(features, count)
@@ -230,9 +237,11 @@ def channel_pictures(
         seed: of the starts and of the movements.
 
     Raises:
-        RequestError: an unknown stage or channel.
+        RequestError: an unknown stage, no channel, or an unknown one.
     """
     model, variables, _ = network
+    if not channels:
+        raise RequestError("name at least one channel")
     features_fn, stage = _features_of(network, stage)
     size = model.preprocess.size
     known = jax.eval_shape(features_fn, variables, jnp.zeros((1, size, size, 3))).shape[-1]
