@@ -31,9 +31,9 @@ class Ideal(Common):
 
     classes: Annotated[tuple[str, ...], tyro.conf.Positional] = ("Siamese cat", "zebra")
     """Names or indices of classes."""
-    steps: int = 256
+    steps: int = 128
     """Gradient steps."""
-    tv_weight: float = 5e-4
+    tv_weight: float = 1e-3
     """Of the total variation."""
 
 
@@ -77,7 +77,7 @@ class Channel(Common):
     """Which ones."""
     stage: str | None = None
     """Of which stage's output; by default one in the middle."""
-    steps: int = 256
+    steps: int = 128
     """Gradient steps."""
 
 

@@ -4,7 +4,7 @@ Pure functions over ``logits_fn(images) -> logits`` or over the halves of a netw
 nothing of the rest of tljax and work with any JAX model.
 """
 
-from tljax.explain.dream import deep_dream, strength
+from tljax.explain.dream import deep_dream, mean_square
 from tljax.explain.gradients import (
     input_gradient,
     integrated_gradients,
@@ -46,7 +46,7 @@ __all__ = [
     "scale_maps",
     "score_of",
     "smooth_grad",
-    "strength",
+    "mean_square",
     "strongest_channels",
     "to_pixels",
     "total_variation",

@@ -11,7 +11,7 @@ from tljax.explain.visualize import Objective
 from tljax.types import Array
 
 
-def strength(features_fn: Callable[[jax.Array], jax.Array]) -> Objective:
+def mean_square(features_fn: Callable[[jax.Array], jax.Array]) -> Objective:
     """The mean square of a feature map: whatever a stage sees, see more of it.
 
     Args:

@@ -1,10 +1,12 @@
 """Which pixels does a logit depend on? Gradients with respect to the image, read in three ways.
 
-Each is a pure function over ``logits_fn``: batched, differentiable, and free to be wrapped in
-`jax.jit` by the caller. What a picture gets does not depend on the others in its batch.
+Each is a pure function over ``logits_fn``, for batches. What a picture gets does not depend on the
+others of its batch. Wrapped in `jax.jit`, with the variables as an argument, it compiles once:
 
-    logits_fn = lambda images: tljax.apply(model, variables, images).logits
-    maps = integrated_gradients(logits_fn, images, labels).sum(-1)
+    @jax.jit
+    def explain(variables, images, labels):
+        logits_fn = lambda x: tljax.apply(model, variables, x).logits
+        return integrated_gradients(logits_fn, images, labels).sum(-1)
 """
 
 from collections.abc import Callable

@@ -38,8 +38,8 @@ def ideal_pictures(
     network: Pretrained,
     classes: Sequence[str],
     *,
-    num_steps: int = 256,
-    tv_weight: float = 5e-4,
+    num_steps: int = 128,
+    tv_weight: float = 1e-3,
     seed: int = 0,
 ) -> Rows:
     """What classes look like to a network: as pixels and as waves, without and with a penalty.
@@ -204,7 +204,7 @@ def dream_pictures(
 
     @jax.jit
     def dream(variables: Variables, image: jax.Array) -> jax.Array:
-        objective = explain.strength(partial(features_fn, variables))
+        objective = explain.mean_square(partial(features_fn, variables))
         return explain.deep_dream(objective, image, num_steps=num_steps)
 
     rows: Rows = []
@@ -224,7 +224,7 @@ def channel_pictures(
     channels: Sequence[int],
     *,
     stage: str | None = None,
-    num_steps: int = 256,
+    num_steps: int = 128,
     seed: int = 0,
 ) -> Rows:
     """What single channels of a stage answer to, in one row.
