@@ -1,9 +1,11 @@
 """What does a class, or a channel, look like? Gradient ascent on a picture.
 
-labels = jnp.array([284])
-ideal = visualize(
-    score_of(logits_fn, labels), jax.random.split(key, len(labels)), size=224, tv_weight=1e-3
-)
+@jax.jit
+def ideal(variables, labels, keys):
+    logits_fn = lambda x: tljax.apply(model, variables, x).logits
+    return visualize(score_of(logits_fn, labels), keys, size=224, tv_weight=1e-3)
+
+siamese_cat, zebra = ideal(variables, jnp.array([284, 340]), jax.random.split(key))
 """
 
 from collections.abc import Callable
@@ -57,7 +59,7 @@ def visualize(
     transforms: Transforms = MOVING,
     tv_weight: float | Array = 0.0,
     num_steps: int = 512,
-    learning_rate: float | Array = 0.05,
+    learning_rate: float = 0.05,
 ) -> jax.Array:
     """Climbs to pictures that make the objective large (Erhan et al. 2009; Simonyan et al. 2014).
 
@@ -70,7 +72,7 @@ def visualize(
         size: side of the pictures, in pixels.
         parametrization: `FOURIER` or `PIXELS`.
         transforms: how the picture moves from step to step.
-        tv_weight: of the total variation.
+        tv_weight: of the total variation, for all or ``[batch]`` for each picture.
         num_steps: gradient steps.
         learning_rate: of Adam (Kingma and Ba 2015), for the parameters before the sigmoid.
 
