@@ -80,6 +80,15 @@ def make_twin(activation: str) -> Twin:
     return Twin(network, features, head, images, np.array([0, 3, 3, 4]))
 
 
+@pytest.fixture(scope="package", autouse=True)
+def quick_compilation():
+    """These networks are too small to gain from what the compiler takes minutes for."""
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.fixture(scope="session")
 def relu_twin() -> Twin:
     return make_twin("relu")

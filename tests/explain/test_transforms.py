@@ -53,7 +53,7 @@ def centre_of(image):
 
 
 def test_movements_fill_their_range_and_stay_in_it():
-    keys = jax.random.split(jax.random.key(0), 300)
+    keys = jax.random.split(jax.random.key(0), 200)
     middle = np.array([20, 20])
     # Grey at the border would weigh: what moves is measured against a picture of nothing.
     empty = jnp.zeros((41, 41, 1))
