@@ -72,6 +72,7 @@ def test_five_methods_explain_each_photograph(network, photographs):
         name, answer = photograph.caption.split("\n")
         assert name.endswith(f"{number}.png")
         assert answer.split(",")[0] in network.card.classes
+        assert [picture.caption for picture in explained][::3] == ["saliency", "Grad-CAM"]
         assert len({picture.pixels.tobytes() for picture in explained}) == 5
     other = explanation_pictures(network, photographs, target="ant")
     assert all(row[0].caption.split("\n")[1].startswith("ant, p ") for row in other)

@@ -142,11 +142,15 @@ def explanation_pictures(
         label = int(probabilities.argmax()) if chosen is None else chosen
         caption = f"{name}\n{card.classes[label]}, p {probabilities[label]:.3f}"
         row = [Picture(f"{number}-photograph", caption, pixels)]
-        for method, found in maps_of(variables, image, jnp.array([label])).items():
-            picture = explain.overlay(image, found)[0]
+        maps = maps_of(variables, image, jnp.array([label]))
+        for method in _METHODS:
+            picture = explain.overlay(image, maps[method])[0]
             row.append(Picture(f"{number}-{method.replace(' ', '-').lower()}", method, picture))
         rows.append(row)
     return rows
+
+
+_METHODS = ("saliency", "SmoothGrad", "integrated gradients", "Grad-CAM", "occlusion")
 
 
 def feature_pictures(network: Pretrained, paths: Sequence[str], *, count: int = 8) -> Rows:
@@ -294,7 +298,7 @@ def _features_of(
 def _photographs(network: Pretrained, paths: Sequence[str]) -> list[tuple[str, np.ndarray]]:
     if not paths:
         raise RequestError("name at least one file, folder or URL")
-    names = open_images(paths).names
+    names = [name.rpartition("/")[2] for name in open_images(paths).names]
     return list(zip(names, read_images(paths, network.model.preprocess), strict=True))
 
 
