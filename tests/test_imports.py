@@ -15,7 +15,7 @@ ALLOWED = {
     "pretrained": {"models"},
     "data": set(),
     "transfer": {"models", "pretrained", "data"},
-    "report": {"models", "pretrained", "data", "transfer"},
+    "report": {"models", "pretrained", "data", "transfer", "explain"},
     "attack": set(),
     "explain": set(),
 }

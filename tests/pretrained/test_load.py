@@ -186,6 +186,21 @@ def test_misspelt_weights_suggest_the_nearest(weights: str, hint: str) -> None:
         load_pretrained(weights)
 
 
+def test_a_class_is_found_by_its_name_or_index(resnet18: Pretrained) -> None:
+    card = replace(resnet18.card, classes=("crane", "Siamese cat", "zebra", "crane", "7"))
+    assert card.index_of("siamese CAT") == 1
+    assert card.index_of("2") == 2
+    assert card.index_of("7") == 4
+    with pytest.raises(RequestError, match="2 classes are called 'crane'; say which: 0 and 3"):
+        card.index_of("crane")
+    with pytest.raises(RequestError, match="'zebre' among 5; did you mean zebra"):
+        card.index_of("zebre")
+    with pytest.raises(RequestError, match="no class is called '5' among 5"):
+        card.index_of("5")
+    with pytest.raises(RequestError, match="no class is called '-1'"):
+        card.index_of("-1")
+
+
 def test_misspelt_model_is_said_first() -> None:
     with pytest.raises(RequestError, match=r"did you mean resnet50?"):
         load_pretrained("nobody/nothing", model="resnet5O")

@@ -248,7 +248,8 @@ def test_a_bad_request_gets_one_line_and_code_2(
 
 
 @pytest.mark.parametrize(
-    "name", ["train.py", "probe.py", "evaluate.py", "predict.py", "weights.py"]
+    "name",
+    ["train.py", "probe.py", "evaluate.py", "predict.py", "visualize.py", "weights.py"],
 )
 def test_help_is_quick(cache: Path, name: str):
     """Seconds of the processor: a machine that is busy elsewhere does not make it slow."""

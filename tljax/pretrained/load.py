@@ -46,6 +46,24 @@ class Card:
     sha256: str
     layout: str
 
+    def index_of(self, name: str) -> int:
+        """The logit of a class, by the class's name or by the index itself.
+
+        Raises:
+            RequestError: there is no such class; the message names the nearest.
+        """
+        if name.isdecimal() and int(name) < len(self.classes):
+            return int(name)
+        found = [i for i, known in enumerate(self.classes) if known.lower() == name.lower()]
+        if len(found) == 1:
+            return found[0]
+        if found:  # ImageNet has two cranes and two maillots
+            indices = " and ".join(map(str, found))
+            raise RequestError(f"{len(found)} classes are called '{name}'; say which: {indices}")
+        near = get_close_matches(name, self.classes, n=1)
+        hint = f"did you mean {near[0]}?" if near else "`tljax.load_pretrained` lists card.classes"
+        raise RequestError(f"no class is called '{name}' among {len(self.classes)}; {hint}")
+
 
 class Pretrained(NamedTuple):
     """A model, its variables (float32, on the host) and their card."""

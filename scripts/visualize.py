@@ -1,0 +1,129 @@
+"""Shows what a network looks at on photographs, and what it has in mind: PNG files."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from tljax import cli
+
+
+@dataclass(frozen=True, kw_only=True)
+class Common(cli.Output):
+    """Flags of all subcommands."""
+
+    weights: str = "efficientnet_lite0.in1k"
+    """Pretrained weights: a catalog name, hub id, file, saved folder or run directory."""
+    model: str | None = None
+    """The architecture that the weights must be; found out if not given."""
+    image_size: int | None = None
+    """Side of the square pictures, in pixels; by default what the weights expect."""
+    seed: int = 0
+    """Of everything random."""
+    out: Path = Path("pictures")
+    """The folder for the PNG files."""
+
+
+@dataclass(frozen=True)
+class Ideal(Common):
+    """Paint what a class looks like to the network, without and with total variation."""
+
+    classes: Annotated[tuple[str, ...], tyro.conf.Positional] = ("Siamese cat", "zebra")
+    """Names or indices of classes."""
+    steps: int = 128
+    """Gradient steps."""
+    tv_weight: float = 1e-3
+    """Of the total variation."""
+
+
+@dataclass(frozen=True)
+class Explain(Common):
+    """Show which parts of photographs speak for a class, by five methods."""
+
+    images: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Files, folders or URLs."""
+    target: str | None = None
+    """Name or index of the class to explain; by default what the network sees."""
+
+
+@dataclass(frozen=True)
+class Features(Common):
+    """Show the channels of every stage that answer most to each photograph."""
+
+    images: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Files, folders or URLs."""
+    count: int = 8
+    """Channels of a stage."""
+
+
+@dataclass(frozen=True)
+class Dream(Common):
+    """Let a stage see more and more of what it sees on photographs (DeepDream)."""
+
+    images: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Files, folders or URLs."""
+    stage: str | None = None
+    """Whose output is strengthened; by default one in the middle."""
+    steps: int = 20
+    """Gradient steps at each of three sizes."""
+
+
+@dataclass(frozen=True)
+class Channel(Common):
+    """Paint what single channels of a stage answer to."""
+
+    channels: Annotated[tuple[int, ...], tyro.conf.Positional] = (0, 1, 2, 3)
+    """Which ones."""
+    stage: str | None = None
+    """Of which stage's output; by default one in the middle."""
+    steps: int = 128
+    """Gradient steps."""
+
+
+def run(config: Ideal | Explain | Features | Dream | Channel) -> dict[str, Any]:
+    """Paints, and writes each picture and a grid of all."""
+    from PIL import Image
+
+    from tljax.files import written_whole
+    from tljax.pretrained import load_pretrained
+    from tljax.report import gallery
+    from tljax.report.figures import image_grid
+
+    network = load_pretrained(config.weights, model=config.model).with_size(config.image_size)
+    match config:
+        case Ideal(classes=classes, steps=steps, tv_weight=tv_weight, seed=seed):
+            rows = gallery.ideal_pictures(
+                network, classes, num_steps=steps, tv_weight=tv_weight, seed=seed
+            )
+        case Explain(images=images, target=target, seed=seed):
+            rows = gallery.explanation_pictures(network, images, target=target, seed=seed)
+        case Features(images=images, count=count):
+            rows = gallery.feature_pictures(network, images, count=count)
+        case Dream(images=images, stage=stage, steps=steps):
+            rows = gallery.dream_pictures(network, images, stage=stage, num_steps=steps)
+        case Channel(channels=channels, stage=stage, steps=steps, seed=seed):
+            rows = gallery.channel_pictures(
+                network, channels, stage=stage, num_steps=steps, seed=seed
+            )
+    pictures = [picture for row in rows for picture in row]
+    mode = type(config).__name__.lower()
+    grid = image_grid(
+        [picture.pixels for picture in pictures],
+        [picture.caption for picture in pictures],
+        columns=len(rows[0]),
+        cell=max(picture.pixels.shape[0] for picture in pictures),
+    )
+    files = {mode: grid, **{f"{mode}-{p.name}": Image.fromarray(p.pixels) for p in pictures}}
+    paths = [config.out / f"{name}.png" for name in files]
+    for path, image in zip(paths, files.values(), strict=True):
+        with written_whole(path) as temporary:
+            image.save(temporary, "PNG")
+    for picture in pictures:
+        print(f"{mode}-{picture.name}.png  {'  '.join(picture.caption.splitlines())}")
+    print(f"all of them in {paths[0]}")
+    return {"pictures": [str(path) for path in paths]}
+
+
+if __name__ == "__main__":
+    cli.main(Ideal | Explain | Features | Dream | Channel, run)

