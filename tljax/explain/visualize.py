@@ -11,9 +11,11 @@ Wrapped in `jax.jit`, with the variables as an argument, all steps are one compi
 """
 
 from collections.abc import Callable
+from typing import cast
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from tljax.explain.parametrization import FOURIER, Parametrization
 from tljax.explain.transforms import MOVING, Transforms
@@ -90,17 +92,16 @@ def visualize(
         moved = jax.vmap(lambda k, x: transforms(jax.random.fold_in(k, step), x))(keys, images)
         return jnp.sum(tv_weight * total_variation(images) - objective(moved))
 
-    def climb(step: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        params, mean, square = state
-        gradient = jax.grad(loss)(params, step)
-        mean = 0.9 * mean + 0.1 * gradient
-        square = 0.999 * square + 0.001 * gradient**2
-        count = step + 1
-        change = (mean / (1 - 0.9**count)) / (jnp.sqrt(square / (1 - 0.999**count)) + 1e-8)
-        return params - learning_rate * change, mean, square
+    adam = optax.adam(learning_rate)
+
+    def climb(
+        step: jax.Array, carry: tuple[jax.Array, optax.OptState]
+    ) -> tuple[jax.Array, optax.OptState]:
+        params, state = carry
+        change, state = adam.update(jax.grad(loss)(params, step), state)
+        return cast("jax.Array", optax.apply_updates(params, change)), state
 
     # The first random number of a key makes the picture; step i's come from fold_in(key, i).
     params = jax.vmap(lambda key: parametrization.init(key, size))(keys)
-    zeros = jnp.zeros_like(params)
-    params, _, _ = jax.lax.fori_loop(0, num_steps, climb, (params, zeros, zeros))
+    params, _ = jax.lax.fori_loop(0, num_steps, climb, (params, adam.init(params)))
     return images_of(params)
