@@ -50,10 +50,11 @@ def test_dlr_and_its_gradient_are_those_of_torchattacks():
             loss = torchattacks.APGD(torch_victim()).dlr_loss(z, torch.tensor(labels))
         else:
             attack = torchattacks.APGDT(torch_victim())
-            attack.y_target = torch.tensor(targets)
-            loss = attack.dlr_loss_targeted(z, torch.tensor(labels))
+            loss = attack.dlr_loss_targeted(z, torch.tensor(labels), torch.tensor(targets))
         (theirs,) = torch.autograd.grad(loss.sum(), z)
-        np.testing.assert_allclose(dlr(logits, labels, targets), loss.detach(), rtol=0, atol=1e-6)
+        np.testing.assert_allclose(
+            dlr(logits, labels, targets), loss.detach(), rtol=1e-6, atol=1e-6
+        )
         gradient = jax.grad(lambda z, t=targets: dlr(z, labels, t).sum())(logits)
         np.testing.assert_allclose(gradient, theirs, rtol=1e-5, atol=1e-6)
 
@@ -71,13 +72,16 @@ def test_dlr_does_not_change_with_scale_or_shift_and_needs_its_classes():
 def test_losses_of_equal_logits_have_finite_gradients(loss):
     labels = jnp.array([0])
     for targets in (None, jnp.array([1])):
-        gradient = jax.grad(lambda z, t=targets: LOSSES[loss](z, labels, t).sum())(jnp.zeros((1, 5)))
+        gradient = jax.grad(lambda z, t=targets: LOSSES[loss](z, labels, t).sum())(
+            jnp.zeros((1, 5))
+        )
         assert jnp.isfinite(gradient).all()
 
 
 def test_checkpoints():
     assert np.flatnonzero(checkpoints(100)).tolist() == [21, 40, 56, 69, 79, 86, 92, 98]
-    assert checkpoints(100)[[21, 40, 56, 69, 79, 86, 92, 98]].tolist() == [22, 19, 16, 13, 10, 7, 6, 6]
+    windows = checkpoints(100)
+    assert windows[windows > 0].tolist() == [22, 19, 16, 13, 10, 7, 6, 6]
     assert np.flatnonzero(checkpoints(3)).tolist() == [0, 1, 2]
 
 
@@ -113,22 +117,23 @@ def test_never_weaker_than_pgd_at_equal_steps(norm):
 
 
 def test_stopping_early_fools_the_same():
-    options = {"epsilon": 1.2 / 255, "num_steps": 20}
-    for attack in (apgd, apgd_t):
+    for attack, options in ((apgd, {}), (apgd_t, {"num_targets": 3})):
+        options |= {"epsilon": 1.2 / 255, "num_steps": 20}
         late = victim()(attack(victim(), *examples(), KEY, **options)).argmax(-1)
         early = victim()(attack(victim(), *examples(), KEY, stop_early=True, **options)).argmax(-1)
         labels = examples()[1]
         np.testing.assert_array_equal(late != labels, early != labels)
 
 
-def test_more_restarts_fool_more():
-    options = {"epsilon": 1 / 255, "num_steps": 1}
-    found = [
-        accuracy(apgd(victim(), *examples(), KEY, restarts=n, **options), examples()[1])
-        for n in (1, 3, 20)
-    ]
-    assert found[0] > found[2]
-    assert found == sorted(found, reverse=True)
+def test_more_restarts_get_further():
+    labels = examples()[1]
+    once, often = (
+        victim()(apgd(victim(), *examples(), KEY, epsilon=1 / 255, num_steps=1, restarts=restarts))
+        for restarts in (1, 8)
+    )
+    still = np.asarray(often.argmax(-1) == labels)
+    gain = np.asarray(cross_entropy(often, labels) - cross_entropy(once, labels))[still]
+    assert gain.mean() > 0.01
 
 
 def test_towards_targets():

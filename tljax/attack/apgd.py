@@ -1,5 +1,6 @@
 """Auto-PGD: projected gradient descent that chooses its step size by itself."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -16,6 +17,9 @@ from tljax.types import Array
 
 _RHO = 0.75  # a window in which the loss rose less often than this halves the step
 _INERTIA = 0.75  # weight of the new step; the rest is the last movement
+
+
+_Found = tuple[jax.Array, jax.Array, jax.Array]  # images, whether they reach the goal, their loss
 
 
 class _Climb(NamedTuple):
@@ -73,27 +77,29 @@ def _climb(
     num_steps: int,
     stop_early: bool,
     bounds: Bounds,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> _Found:
     """One start: the images found, whether they reach the goal, and the highest loss met."""
-    ball, windows = norm_of(norm), jnp.asarray(checkpoints(num_steps))
+    ball, windows = norm_of(norm), jnp.asarray([0, *checkpoints(num_steps)])
     project = partial(into_ball, images=images, epsilon=epsilon, norm=ball, bounds=bounds)
+
+    start = project(images + along(epsilon, images) * ball.surface(keys, images.shape[1:]))
 
     def working(state: _Climb) -> jax.Array:
         return ~(state.fooled | done) if stop_early else jnp.ones_like(done)
 
     def step(number: jax.Array, state: _Climb) -> _Climb:
+        """Number 0 only looks at the start, 1 takes the first step."""
         x, at = state.x, state.at
         z = project(x + along(state.size, x) * ball.steepest(at.gradient))
         new = project(x + _INERTIA * (z - x) + (1 - _INERTIA) * (x - state.previous))
-        new = jnp.where(number == 0, z, new)
+        new = jnp.where(number == 1, z, jnp.where(number == 0, start, new))
         there = ascent(logits_fn, aim.objective, new)
         reached = aim.reached(there.logits)
-        best_x, best = choose(
-            there.loss > state.best.loss, (new, there), (state.best_x, state.best)
-        )
+        better = (number == 0) | (there.loss > state.best.loss)
+        best_x, best = choose(better, (new, there), (state.best_x, state.best))
 
         checkpoint = windows[number] > 0
-        rises = state.rises + (there.loss > state.loss)
+        rises = state.rises + ((there.loss > state.loss) & (number > 0))
         stuck = ~state.halved & (best.loss <= state.checked)
         halve = checkpoint & ((rises <= _RHO * windows[number]) | stuck)
         x, at = choose(halve, (best_x, best), (new, there))
@@ -109,7 +115,7 @@ def _climb(
             size=jnp.where(halve, state.size / 2, state.size),
             rises=jnp.where(checkpoint, 0, rises),
             halved=jnp.where(checkpoint, halve, state.halved),
-            checked=jnp.where(checkpoint, best.loss, state.checked),
+            checked=jnp.where(checkpoint | (number == 0), best.loss, state.checked),
         )
 
     def body(carry: tuple[jax.Array, _Climb]) -> tuple[jax.Array, _Climb]:
@@ -117,26 +123,44 @@ def _climb(
         # Who is done stays as he is, so that his neighbours make no difference.
         return number + 1, choose(working(state), step(number, state), state)
 
-    start = project(images + along(epsilon, images) * ball.surface(keys, images.shape[1:]))
-    at = ascent(logits_fn, aim.objective, start)
+    nowhere = jax.tree.map(
+        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
+        jax.eval_shape(partial(ascent, logits_fn, aim.objective), images),
+    )
     state = _Climb(
         x=start,
-        at=at,
-        loss=at.loss,
+        at=nowhere,
+        loss=nowhere.loss,
         previous=start,
         best_x=start,
-        best=at,
-        fooled=aim.reached(at.logits),
+        best=nowhere,
+        fooled=jnp.zeros_like(done),
         adversarial=start,
         size=2 * epsilon,
         rises=jnp.zeros(len(images), jnp.int32),
-        halved=jnp.ones(len(images), bool),
-        checked=at.loss,
+        halved=jnp.ones_like(done),
+        checked=nowhere.loss,
     )
     _, end = lax.while_loop(
-        lambda carry: (carry[0] < num_steps) & working(carry[1]).any(), body, (jnp.int32(0), state)
+        lambda carry: (carry[0] <= num_steps) & working(carry[1]).any(), body, (jnp.int32(0), state)
     )
     return choose(end.fooled, end.adversarial, end.best_x), end.fooled, end.best.loss
+
+
+def _best_of(
+    run: Callable[[jax.Array, jax.Array], _Found], count: int, images: jax.Array
+) -> _Found:
+    """The best of the runs ``0 .. count - 1``, which are told who has been fooled already."""
+    fooled = jnp.zeros(len(images), bool)
+    if count == 1:
+        return run(jnp.int32(0), fooled)
+
+    def body(number: jax.Array, best: _Found) -> _Found:
+        new = run(number, best[1])
+        return choose(~best[1] & (new[1] | (new[2] > best[2])), new, best)
+
+    loss = jnp.full(len(images), -jnp.inf, jnp.promote_types(images.dtype, jnp.float32))
+    return lax.fori_loop(0, count, body, (images, fooled, loss))
 
 
 @compiled
@@ -198,12 +222,7 @@ def apgd(
         aim=aim, norm=norm, num_steps=num_steps, stop_early=stop_early, bounds=bounds,
     )  # fmt: skip
 
-    def restart(number, best):
-        new = run(fold_in(keys, number), best[1])
-        return choose(~best[1] & (new[1] | (new[2] > best[2])), new, best)
-
-    first = run(fold_in(keys, 0), jnp.zeros(len(images), bool))
-    return lax.fori_loop(1, restarts, restart, first)[0] if restarts > 1 else first[0]
+    return _best_of(lambda number, done: run(fold_in(keys, number), done), restarts, images)[0]
 
 
 @compiled
@@ -250,7 +269,7 @@ def apgd_t(
     images, labels, epsilon, keys = prepare(images, labels, key, epsilon, ids)
     ranked = best_others(mean_logits(logits_fn, images), labels, num_targets)
 
-    def run(rank, done):
+    def run(rank: jax.Array, done: jax.Array) -> _Found:
         targets = ranked[:, rank]
         aim = Goal(goal(loss, labels, targets).objective, goal(loss, labels).reached)
         return _climb(
@@ -258,9 +277,4 @@ def apgd_t(
             aim=aim, norm=norm, num_steps=num_steps, stop_early=stop_early, bounds=bounds,
         )  # fmt: skip
 
-    def another(rank, best):
-        new = run(rank, best[1])
-        return choose(~best[1] & (new[1] | (new[2] > best[2])), new, best)
-
-    first = run(0, jnp.zeros(len(images), bool))
-    return lax.fori_loop(1, ranked.shape[1], another, first)[0]
+    return _best_of(run, ranked.shape[1], images)[0]

@@ -101,10 +101,11 @@ def pgd(
         better = ~best[1] & (new[1] | (new[2] > best[2]))
         return choose(better, new, best)
 
-    first = run(fold_in(keys, 0))
     if restarts == 1:
-        return first
-    return lax.fori_loop(1, restarts, restart, judge(first))[0]
+        return run(keys)
+    lowest = jnp.full(len(images), -jnp.inf, jnp.promote_types(images.dtype, jnp.float32))
+    nothing = (images, jnp.zeros(len(images), bool), lowest)
+    return lax.fori_loop(0, restarts, restart, nothing)[0]
 
 
 def fgsm(
