@@ -6,6 +6,8 @@ It knows functions and arrays and nothing of tljax's networks: any JAX classifie
 
 from tljax.attack.apgd import apgd as apgd
 from tljax.attack.apgd import apgd_t as apgd_t
+from tljax.attack.carlini_wagner import carlini_wagner as carlini_wagner
+from tljax.attack.deepfool import deepfool as deepfool
 from tljax.attack.ensemble import auto_attack as auto_attack
 from tljax.attack.ensemble import ensemble as ensemble
 from tljax.attack.eot import eot as eot
