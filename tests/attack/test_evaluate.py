@@ -25,7 +25,7 @@ TESTS = Path(__file__).resolve().parents[1]
 
 def cousin(images):
     """A network that is nearly `victim`."""
-    return victim()(images * 0.97 + 0.01)
+    return victim()(images * 0.9)
 
 
 def with_errors():
@@ -132,6 +132,7 @@ def test_worst_examples_are_those_that_the_least_fools(found):
 ENSEMBLE = ensemble(10, num_steps=10, num_queries=60)
 
 
+@pytest.mark.slow
 def test_huge_logits_raise_the_flag_and_save_nobody():
     reports = [
         evaluate(
