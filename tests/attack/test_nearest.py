@@ -126,27 +126,36 @@ def test_deepfool_goes_as_far_as_foolbox_s(norm):
     assert 0.93 < ratio < 1.001
 
 
-def test_carlini_wagner_goes_as_far_as_foolbox_s():
+@pytest.mark.parametrize("rounds", [1, 5])
+def test_carlini_wagner_goes_as_far_as_foolbox_s(rounds):
     n = 12
     x, y = (t[:n] for t in torch_examples())
     attack = foolbox.attacks.L2CarliniWagnerAttack(
-        binary_search_steps=5, steps=100, abort_early=False, initial_const=0.1
+        binary_search_steps=rounds, steps=100, abort_early=False, initial_const=0.1
     )
     theirs = l2(to_numpy(attack(foolbox_victim(), x, y, epsilons=None)[1]), n)
-    ours, sooner = (
+    ours = carlini_wagner(
+        victim(), *(a[:n] for a in examples()), KEY, num_steps=100, search_steps=rounds,
+        first_constant=0.1, abort_early=False,
+    )  # fmt: skip
+    assert accuracy(ours, examples()[1][:n]) == 0
+    off = np.abs(l2(ours, n) / theirs - 1)
+    print(f"C&W after {rounds}: {np.sort(off)[-2:]} from foolbox's length")
+    # After the first round a step that fools by a hair in one library may halve an interval.
+    assert (off > 1e-4).sum() <= (0 if rounds == 1 else 1)
+    assert off.max() < 0.01
+
+
+def test_carlini_wagner_that_aborts_early_goes_little_farther():
+    found = [
         carlini_wagner(
-            victim(), *(a[:n] for a in examples()), KEY, num_steps=100, search_steps=5,
+            victim(), *(a[:12] for a in examples()), KEY, num_steps=100, search_steps=5,
             first_constant=0.1, abort_early=abort_early,
         )
         for abort_early in (False, True)
-    )  # fmt: skip
-    assert accuracy(ours, examples()[1][:n]) == accuracy(sooner, examples()[1][:n]) == 0
-    ratio = l2(ours, n) / theirs
-    print(
-        f"C&W: {np.median(ratio):.5f} of foolbox's length, {ratio.min():.4f} to {ratio.max():.4f}"
-    )
-    np.testing.assert_allclose(ratio, 1, atol=1e-3)
-    assert np.median(l2(sooner, n) / theirs) < 1.05
+    ]  # fmt: skip
+    assert accuracy(found[1], examples()[1][:12]) == 0
+    assert 1 <= np.median(l2(found[1], 12) / l2(found[0], 12)) < 1.05
 
 
 def test_square_is_as_strong_as_torchattacks():
