@@ -133,7 +133,10 @@ def test_more_restarts_get_further():
     )
     still = np.asarray(often.argmax(-1) == labels)
     gain = np.asarray(cross_entropy(often, labels) - cross_entropy(once, labels))[still]
-    assert gain.mean() > 0.01
+    assert np.asarray(once.argmax(-1) == labels)[still].all()  # who one start fools, eight do
+    # The first start is the same: nobody's best loss falls, and for most another start is better.
+    assert gain.min() > -1e-6
+    assert (gain > 1e-6).mean() > 0.5
 
 
 def test_towards_targets():
