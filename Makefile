@@ -32,6 +32,8 @@ $(VENV)/.demo: pyproject.toml
 
 $(VENV)/.test: pyproject.toml $(VENV)/.demo
 	$(BIN)/python -m pip install --quiet --editable ".[demo,test]"
+	@# torchattacks asks for old versions and for torchvision, and needs neither.
+	$(BIN)/python -m pip install --quiet --no-deps torchattacks==3.5.1
 	touch $@
 
 clean:

@@ -1,0 +1,158 @@
+"""APGD and its losses, held against torchattacks and against its own paper's numbers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import torchattacks
+from victims import (
+    CLASSES,
+    accuracy,
+    examples,
+    images,
+    linear_victim,
+    to_numpy,
+    torch_examples,
+    torch_victim,
+    victim,
+)
+
+from tljax.attack import apgd, apgd_t, pgd
+from tljax.attack.apgd import checkpoints
+from tljax.attack.losses import LOSSES, cross_entropy, dlr, margin
+from tljax.errors import RequestError
+
+KEY = jax.random.key(0)
+LOGITS = jnp.array([[3.0, 1, 2, -1]])
+
+
+def test_loss_values():
+    at = [jnp.array([i]) for i in range(4)]
+    assert dlr(LOGITS, at[0]) == -0.5
+    assert dlr(LOGITS, at[1]) == 1.0
+    np.testing.assert_allclose(dlr(LOGITS, at[0], at[2]), -1 / 3, rtol=1e-6)
+    np.testing.assert_allclose(dlr(LOGITS, at[1], at[2]), 1 / 3, rtol=1e-6)
+    assert margin(LOGITS, at[0]) == -1
+    assert margin(LOGITS, at[1]) == 2
+    assert margin(LOGITS, at[0], at[1]) == -2
+    expected = -np.log(np.exp(3) / np.exp(np.asarray(LOGITS)).sum())
+    np.testing.assert_allclose(cross_entropy(LOGITS, at[0]), expected, rtol=1e-6)
+    np.testing.assert_allclose(cross_entropy(LOGITS, at[1], at[0]), -expected, rtol=1e-6)
+
+
+def test_dlr_and_its_gradient_are_those_of_torchattacks():
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(0, 3, (200, 7)).astype("f"), rng.integers(0, 7, 200)
+    z = torch.tensor(logits, requires_grad=True)
+    for targets in (None, (labels + 2) % 7):
+        if targets is None:
+            loss = torchattacks.APGD(torch_victim()).dlr_loss(z, torch.tensor(labels))
+        else:
+            attack = torchattacks.APGDT(torch_victim())
+            loss = attack.dlr_loss_targeted(z, torch.tensor(labels), torch.tensor(targets))
+        (theirs,) = torch.autograd.grad(loss.sum(), z)
+        np.testing.assert_allclose(
+            dlr(logits, labels, targets), loss.detach(), rtol=1e-6, atol=1e-6
+        )
+        gradient = jax.grad(lambda z, t=targets: dlr(z, labels, t).sum())(logits)
+        np.testing.assert_allclose(gradient, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_dlr_does_not_change_with_scale_or_shift_and_needs_its_classes():
+    labels = jnp.array([1])
+    np.testing.assert_allclose(dlr(LOGITS * 1e4 + 7, labels), dlr(LOGITS, labels), rtol=1e-5)
+    with pytest.raises(RequestError, match="the dlr loss needs 3 classes, the network has 2"):
+        dlr(LOGITS[:, :2], labels)
+    with pytest.raises(RequestError, match="targeted dlr loss needs 4 classes"):
+        dlr(LOGITS[:, :3], labels, labels)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_losses_of_equal_logits_have_finite_gradients(loss):
+    labels = jnp.array([0])
+    for targets in (None, jnp.array([1])):
+        gradient = jax.grad(lambda z, t=targets: LOSSES[loss](z, labels, t).sum())(
+            jnp.zeros((1, 5))
+        )
+        assert jnp.isfinite(gradient).all()
+
+
+def test_checkpoints():
+    assert np.flatnonzero(checkpoints(100)).tolist() == [21, 40, 56, 69, 79, 86, 92, 98]
+    windows = checkpoints(100)
+    assert windows[windows > 0].tolist() == [22, 19, 16, 13, 10, 7, 6, 6]
+    assert np.flatnonzero(checkpoints(3)).tolist() == [0, 1, 2]
+
+
+def within_two_errors(ours: float, theirs: float, n: int) -> bool:
+    return abs(ours - theirs) <= 2 * np.sqrt(max(theirs * (1 - theirs), 1 / n) / n)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("loss", ["ce", "dlr", "targeted"])
+def test_robust_accuracy_is_that_of_torchattacks(norm, loss):
+    (x, y), labels = torch_examples(), examples()[1]
+    epsilon = {"linf": 1 / 255, "l2": 0.06}[norm]
+    options = {"norm": norm.capitalize(), "eps": epsilon, "steps": 20}
+    if loss == "targeted":
+        theirs = torchattacks.APGDT(torch_victim(), **options, n_classes=CLASSES)
+        ours = apgd_t(victim(), *examples(), KEY, epsilon=epsilon, norm=norm, num_steps=20)
+    else:
+        theirs = torchattacks.APGD(torch_victim(), **options, loss=loss)
+        ours = apgd(victim(), *examples(), KEY, epsilon=epsilon, norm=norm, loss=loss, num_steps=20)
+    found, expected = accuracy(ours, labels), accuracy(to_numpy(theirs(x, y)), labels)
+    print(f"{norm} {loss}: {found} (torchattacks {expected})")
+    assert 0.2 < expected < 0.8  # neither hopeless nor trivial
+    assert within_two_errors(found, expected, len(labels))
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_never_weaker_than_pgd_at_equal_steps(norm):
+    for epsilon in {"linf": (0.5 / 255, 1 / 255, 2 / 255), "l2": (0.03, 0.06, 0.12)}[norm]:
+        # APGD takes one gradient more than it takes steps.
+        weaker = pgd(victim(), *examples(), KEY, epsilon=epsilon, norm=norm, num_steps=21)
+        ours = apgd(victim(), *examples(), KEY, epsilon=epsilon, norm=norm, num_steps=20)
+        assert accuracy(ours, examples()[1]) <= accuracy(weaker, examples()[1])
+
+
+def test_stopping_early_fools_the_same():
+    for attack, options in ((apgd, {}), (apgd_t, {"num_targets": 3})):
+        options |= {"epsilon": 1.2 / 255, "num_steps": 20}
+        late = victim()(attack(victim(), *examples(), KEY, **options)).argmax(-1)
+        early = victim()(attack(victim(), *examples(), KEY, stop_early=True, **options)).argmax(-1)
+        labels = examples()[1]
+        np.testing.assert_array_equal(late != labels, early != labels)
+
+
+def test_more_restarts_get_further():
+    labels = examples()[1]
+    once, often = (
+        victim()(apgd(victim(), *examples(), KEY, epsilon=1 / 255, num_steps=1, restarts=restarts))
+        for restarts in (1, 8)
+    )
+    still = np.asarray(often.argmax(-1) == labels)
+    gain = np.asarray(cross_entropy(often, labels) - cross_entropy(once, labels))[still]
+    assert np.asarray(once.argmax(-1) == labels)[still].all()  # who one start fools, eight do
+    # The first start is the same: nobody's best loss falls, and for most another start is better.
+    assert gain.min() > -1e-6
+    assert (gain > 1e-6).mean() > 0.5
+
+
+def test_towards_targets():
+    targets = (examples()[1] + 1) % CLASSES
+    ours = apgd(victim(), *examples(), KEY, epsilon=8 / 255, targets=targets, num_steps=20)
+    assert accuracy(ours, targets) > 0.7
+
+
+def test_linear_closed_form():
+    rng = np.random.default_rng(0)
+    weights, x = rng.normal(size=300), images(20) * 0.5 + 0.25
+    f = x.reshape(20, -1) @ weights - 1.0
+    logits_fn = linear_victim(weights, -1.0)
+    distance = np.abs(f) / np.abs(weights).sum()
+    for share, expected in ((0.99, 1.0), (1.01, 0.0)):
+        adversarial = apgd(
+            logits_fn, x, (f > 0).astype(int), KEY, epsilon=share * distance, num_steps=50
+        )
+        assert accuracy(adversarial, f > 0, logits_fn) == expected

@@ -1,0 +1,256 @@
+"""Robust accuracy of a data set, and the flags that say when not to trust it."""
+
+import json
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from victims import accuracy, examples, linear_victim, victim
+
+from tljax.attack import check_network, ensemble, evaluate, fgsm, pgd, round_inward
+from tljax.attack.flags import check_outcome
+from tljax.errors import RequestError
+
+KEY = jax.random.key(0)
+EPSILONS = [2 / 255, 0.0, 1 / 255]
+ATTACKS = {"fgsm": fgsm, "pgd": partial(pgd, num_steps=5)}
+TESTS = Path(__file__).resolve().parents[1]
+
+
+def cousin(images):
+    """A network that is nearly `victim`."""
+    return victim()(images * 0.9)
+
+
+def with_errors():
+    x, labels = examples()
+    labels = labels.copy()
+    labels[:5] = (labels[:5] + 1) % 10
+    return x, labels
+
+
+@pytest.fixture(scope="module")
+def found():
+    return evaluate(
+        victim(),
+        with_errors(),
+        KEY,
+        epsilons=EPSILONS,
+        attacks=ATTACKS,
+        other=cousin,
+        batch_size=20,  # of 48: the last batch is ragged
+    )
+
+
+def test_accuracies_are_those_of_the_attacks_run_by_hand(found):
+    x, labels = with_errors()
+    np.testing.assert_allclose(found.epsilons, sorted(EPSILONS))
+    np.testing.assert_array_equal(found.clean, np.arange(48) >= 5)
+    for name, attack in ATTACKS.items():
+        for epsilon, got in zip(found.epsilons, found.accuracy(name), strict=True):
+            adversarial = attack(victim(), x, labels, KEY, epsilon=epsilon)
+            right = accuracy(adversarial[5:], labels[5:]) * 43 / 48
+            assert got.value == pytest.approx(right)
+            assert got.error == pytest.approx(np.sqrt(right * (1 - right) / 48))
+    values = [got.value for got in found.accuracy()]
+    assert values[0] == 43 / 48
+    assert values == sorted(values, reverse=True)
+    union = found.outcomes["fgsm"].right & found.outcomes["pgd"].right
+    np.testing.assert_array_equal(found.right, union)
+    assert found.flags == {}
+
+
+def test_batches_with_masks_and_bytes_are_the_same_data(found):
+    x, labels = with_errors()
+    x = np.round(x * 255).astype(np.uint8)
+    padding = np.zeros((3, *x.shape[1:]), np.uint8)
+    batches = [
+        (x[:30], labels[:30], np.ones(30, bool), np.arange(30)),
+        (np.r_[x[30:], padding], np.r_[labels[30:], 0, 1, -1], np.arange(21) < 18, np.arange(21)),
+    ]
+    again = evaluate(
+        victim(), iter(batches), KEY, epsilons=EPSILONS, attacks=ATTACKS, batch_size=20
+    )
+    np.testing.assert_array_equal(again.clean, found.clean)
+    np.testing.assert_array_equal(again.right, found.right)
+    with pytest.raises(RequestError, match="second network"):
+        again.transfer("pgd")
+
+
+def test_transfer_is_counted_where_it_can_happen(found):
+    x, labels = with_errors()
+    adversarial = ATTACKS["pgd"](victim(), x, labels, KEY, epsilon=2 / 255)
+    both = found.clean & (np.asarray(cousin(x).argmax(-1)) == labels)
+    fooled = both & (np.asarray(victim()(adversarial).argmax(-1)) != labels)
+    expected = np.mean(np.asarray(cousin(adversarial).argmax(-1))[fooled] != labels[fooled])
+    got = found.transfer("pgd")
+    assert got[0] is None  # epsilon 0 fools nobody
+    assert got[2].value == pytest.approx(expected)
+    assert 0.3 < expected < 1
+
+
+def test_rounding(found):
+    x, labels = with_errors()
+    for k, epsilon in enumerate(found.epsilons):
+        adversarial = ATTACKS["fgsm"](victim(), x, labels, KEY, epsilon=epsilon)
+        # Steps of whole grid points stay what they are.
+        np.testing.assert_allclose(round_inward(adversarial, x), adversarial, atol=1e-6)
+        assert found.rounded_accuracy("fgsm")[k] == found.accuracy("fgsm")[k]
+
+
+@pytest.mark.parametrize("epsilon", [0.4 / 255, 1.7 / 255, 8 / 255])
+def test_rounded_images_are_bytes_and_stay_in_the_ball(epsilon):
+    x, _ = examples()
+    rng = np.random.default_rng(0)
+    adversarial = np.clip(x + rng.uniform(-epsilon, epsilon, x.shape), 0, 1).astype("f")
+    rounded = np.asarray(round_inward(adversarial, x))
+    levels = rounded * 255
+    np.testing.assert_allclose(levels, np.round(levels), atol=1e-4)
+    assert (np.abs(rounded - x) <= np.abs(adversarial - x) + 1e-6).all()
+    assert np.abs(rounded - adversarial).max() < 1 / 255 + 1e-6
+    # Of an image that is off the grid, the next grid point where there is none between the two.
+    np.testing.assert_allclose(
+        round_inward(np.float32(10.4 / 255), np.float32(10.2 / 255)), 10 / 255
+    )
+
+
+def test_worst_examples_are_those_that_the_least_fools(found):
+    worst = found.worst(100)
+    needed = found.right.sum(0)[worst]
+    assert (np.diff(needed) >= 0).all()
+    assert not set(worst) & set(range(5))
+    assert len(worst) == (found.clean & ~found.right[-1]).sum()
+    np.testing.assert_array_equal(found.worst(2), worst[:2])
+
+
+ENSEMBLE = ensemble(10, num_steps=10, num_queries=60)
+
+
+@pytest.mark.slow
+def test_huge_logits_raise_the_flag_and_save_nobody():
+    reports = [
+        evaluate(
+            lambda images, scale=scale: victim()(images) * scale, examples(), KEY,
+            epsilons=[1 / 255], attacks=ENSEMBLE, survivors_only=True, batch_size=48,
+        )
+        for scale in (1.0, 1e4)
+    ]  # fmt: skip
+    plain, huge = reports
+    assert plain.flags == {}
+    assert "zero_gradient" in huge.flags
+    masked, seen = (report.accuracy("apgd-ce")[0].value for report in (huge, plain))
+    assert masked > seen + 0.2  # the flag is not raised for nothing
+    assert not (huge.right & ~plain.right).any()
+    by_attack = [plain.accuracy(name)[0].value for name in ENSEMBLE]
+    assert by_attack == sorted(by_attack, reverse=True)
+    assert plain.accuracy()[0].value == by_attack[-1]
+
+
+def test_flags_of_networks():
+    x, labels = examples()
+    assert check_network(victim(), x, labels) == {}
+
+    def names(logits_fn):
+        return list(check_network(logits_fn, x, labels))
+
+    assert names(lambda x: jax.nn.softmax(victim()(x))) == ["probabilities"]
+    draws = iter(range(100))
+    noise = lambda x: jax.random.normal(jax.random.key(next(draws)), x.shape)  # noqa: E731
+    assert names(lambda x: victim()(x + 0.01 * noise(x))) == ["randomised"]
+    fixed = lambda x: jax.random.normal(KEY, x.shape)  # noqa: E731
+    assert names(lambda x: victim()(x + 0.01 * fixed(x))) == ["randomised"]
+    assert names(lambda x: victim()(x - x.mean(0))) == ["randomised"]  # depends on its neighbours
+    assert names(lambda x: victim()(jnp.round(x * 4) / 4)) == ["zero_gradient"]
+    two = linear_victim(np.random.default_rng(0).normal(size=300) / 9, 0)
+    found = check_network(two, x, np.asarray(two(x).argmax(-1)))
+    assert list(found) == ["few_classes"]
+    assert "any DLR" in found["few_classes"]
+    assert all("\n" not in line for line in found.values())
+
+
+def test_two_classes_are_attacked_by_their_margin():
+    rng = np.random.default_rng(0)
+    logits_fn, x = linear_victim(rng.normal(size=300), -1.0), examples()[0] * 0.5 + 0.25
+    labels = np.asarray(logits_fn(x).argmax(-1))
+    attacks = ensemble(2, num_steps=10, num_queries=10)
+    report = evaluate(logits_fn, (x, labels), KEY, epsilons=[0.2], attacks=attacks)
+    assert "few_classes" in report.flags
+    assert report.accuracy("apgd-t")[0].value == 0
+
+
+def test_square_that_improves_raises_its_flag():
+    right = {"pgd": np.ones((2, 1000), bool), "square": np.ones((2, 1000), bool)}
+    right["square"][1, :2] = False
+    assert check_outcome(right) == {}
+    right["square"][1, :3] = False
+    assert "0.3%" in check_outcome(right)["square_improves"]
+    right["pgd"][1, :1] = False
+    assert check_outcome(right) == {}
+    assert check_outcome({"square": right["square"]}) == {}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"epsilons": []}, "epsilons of at least 0"),
+        ({"epsilons": [-1]}, "epsilons of at least 0"),
+        ({"attacks": {}}, "and attacks"),
+        ({"data": (np.zeros((2, 10, 10, 3), "f"), np.array([-1, -1]))}, "no labelled image"),
+        ({"data": (np.zeros((2, 10, 10, 3), "f"), np.array([1, 10]))}, "label 10.*10 classes"),
+    ],
+)
+def test_what_cannot_be_evaluated(change, message):
+    request = {"data": examples(), "epsilons": [0.1], "attacks": ATTACKS, **change}
+    with pytest.raises(RequestError, match=message):
+        evaluate(victim(), key=KEY, **request)
+    with pytest.raises(RequestError, match="no ensemble 'custom'"):
+        ensemble(10, version="custom")
+    assert list(ensemble(10, version="rand")) == ["apgd-ce", "apgd-dlr"]
+    assert list(ensemble(10, norm="l2")) == ["apgd-ce", "apgd-t", "fab-t"]
+
+
+DEVICES = """
+import json, sys
+import jax
+jax.config.update("jax_disable_most_optimizations", True)
+from functools import partial
+from tljax.attack import apgd, evaluate, pgd
+from tljax.parallel import data_mesh
+from victims import examples, one_by_one
+x, labels = (a[:21] for a in examples())
+attacks = {"pgd": partial(pgd, num_steps=4), "apgd": partial(apgd, num_steps=8, stop_early=True)}
+for devices in (1, 8):
+    found = evaluate(
+        one_by_one(), (x, labels), jax.random.key(0), epsilons=[1 / 255, 2 / 255], attacks=attacks,
+        survivors_only=True, batch_size=9, mesh=data_mesh(devices),
+    )
+    right = {name: outcome.right.tolist() for name, outcome in found.outcomes.items()}
+    print(json.dumps([jax.device_count(), found.clean.tolist(), right]))
+"""
+
+
+def test_eight_devices_find_what_one_does():
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS), *sys.path]),
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+    }
+    run = subprocess.run(
+        [sys.executable, "-c", DEVICES],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    one, eight = (json.loads(line) for line in run.stdout.splitlines())
+    assert one == eight
+    assert one[0] == 8
+    assert 0 < np.sum(one[2]["apgd"]) < 42

@@ -1,0 +1,200 @@
+"""What holds for every attack, whatever the network, the images and the radius."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax import lax
+from victims import accuracy, examples, victim
+
+from tljax.attack import (
+    apgd,
+    apgd_t,
+    auto_attack,
+    bim,
+    carlini_wagner,
+    deepfool,
+    eot,
+    fab_t,
+    fgsm,
+    mi_fgsm,
+    pgd,
+    square,
+)
+from tljax.attack.norms import NORMS
+
+SHAPE, CLASSES = (4, 5, 3), 5
+_WEIGHTS = np.random.default_rng(0).normal(size=(60, 12, 1)).astype("f")
+_HEAD = np.random.default_rng(1).normal(size=(12, CLASSES)).astype("f")
+traces = []
+
+
+def one(image):
+    # Sums rather than products of matrices: rounding does not depend on the batch's size.
+    hidden = jnp.maximum(jnp.sum((image.reshape(-1, 1) - 0.4) * _WEIGHTS[..., 0], 0), 0)
+    logits = jnp.sum(hidden[:, None] * _HEAD, 0)
+    return jnp.where(jnp.mean(image) > 0.75, 0.0, logits)  # bright images: a constant network
+
+
+def logits_fn(images):
+    traces.append(images.shape)
+    return lax.map(one, images)
+
+
+@jax.jit
+def predict(images):
+    return lax.map(one, images).argmax(-1)
+
+
+def noisy(images, key):
+    return logits_fn(images + 0.05 * jax.random.normal(key, images.shape))
+
+
+ATTACKS = {
+    "fgsm-start": ("linf", partial(fgsm, random_start=True)),
+    "bim": ("linf", partial(bim, num_steps=3, loss="margin")),
+    "mi-fgsm-l2": ("l2", partial(mi_fgsm, num_steps=3, norm="l2")),
+    "pgd": ("linf", partial(pgd, num_steps=4, restarts=2, loss="dlr")),
+    "pgd-l2": ("l2", partial(pgd, num_steps=4, norm="l2")),
+    "apgd": ("linf", partial(apgd, num_steps=8, stop_early=True)),
+    "apgd-l2": ("l2", partial(apgd, num_steps=8, norm="l2", loss="dlr", restarts=2)),
+    "apgd-t": ("linf", partial(apgd_t, num_steps=5, num_targets=2, stop_early=True)),
+    "fab-t": ("linf", partial(fab_t, num_steps=5, num_targets=2)),
+    "fab-t-l2": ("l2", partial(fab_t, num_steps=5, num_targets=2, norm="l2", stop_early=True)),
+    "square": ("linf", partial(square, num_queries=20)),
+    "deepfool": ("l2", partial(deepfool, num_steps=4)),
+    "deepfool-linf": ("linf", partial(deepfool, num_steps=4, norm="linf")),
+    "cw": ("l2", partial(carlini_wagner, num_steps=20, search_steps=3, first_constant=1.0)),
+}
+
+
+def length(norm, delta):
+    return np.asarray(NORMS[norm].length(jnp.asarray(delta)))
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_every_attack(name):
+    norm, attack = ATTACKS[name]
+    compiled = []
+
+    @settings(max_examples=12, deadline=None, derandomize=True)
+    @given(
+        seed=st.integers(0, 2**31 - 1),
+        radius=st.floats(1e-4, 0.5),
+        on_bounds=st.booleans(),
+    )
+    def check(seed, radius, on_bounds):
+        rng = np.random.default_rng(seed)
+        x = rng.uniform(0, 0.7, (3, *SHAPE)).astype("f")
+        x[2] = 0.98  # the constant network, and so bright that it stays so
+        if on_bounds:
+            x[0] = x[0] > 0.35
+        y = np.asarray(predict(x))
+        scale = 1 if norm == "linf" else 4
+        epsilon = np.array([radius, 0, 0.5 * radius], "f") * scale
+        key = jax.random.key(seed)
+        before = len(traces)
+        found = np.asarray(attack(logits_fn, x, y, key, epsilon=epsilon))
+        assert len(traces) == before or not compiled  # other values compile nothing
+        compiled.append(True)
+
+        assert found.dtype == np.float32
+        assert np.isfinite(found).all()
+        assert found.min() >= 0
+        assert found.max() <= 1
+        assert (length(norm, found.astype("f8") - x) <= epsilon + 1e-6).all()
+        assert found[1].tobytes() == x[1].tobytes()  # epsilon 0
+        again = np.asarray(attack(logits_fn, x, y, key, epsilon=epsilon))
+        assert again.tobytes() == found.tobytes()
+        # Alone, and with a radius of its own: as among others, but for a fused multiply-add.
+        for i in (0, 2):
+            alone = attack(logits_fn, x[i : i + 1], y[i : i + 1], key, epsilon=epsilon[i : i + 1])
+            np.testing.assert_allclose(alone[0], found[i], rtol=0, atol=1e-6)
+
+    check()
+
+
+def test_the_id_and_the_key_make_the_start():
+    x, y = (a[:4] for a in examples())
+    attack = partial(pgd, victim(), x, y, epsilon=0.1, num_steps=1, step_size=0.0)
+    key = jax.random.key(0)
+    found = attack(key, ids=np.array([7, 8, 7, 9])) - x
+    np.testing.assert_array_equal(found == 0, 0)
+    other = attack(key, ids=np.array([8, 7, 9, 7])) - x
+    for i in range(4):  # clipping to the bounds is the images', not the id's
+        both = (np.abs(x[i] - 0.5) < 0.39) & (np.abs(x[i ^ 1] - 0.5) < 0.39)
+        np.testing.assert_allclose(found[i][both], other[i ^ 1][both], atol=1e-6)
+    assert np.abs(found - (attack(jax.random.key(1)) - x)).max() > 0.05
+    assert np.abs(found[0] - found[1]).max() > 0.05
+
+
+def test_a_number_is_a_vector_of_it_and_jit_changes_nothing():
+    x, y = examples()
+    for attack in (partial(pgd, num_steps=5), partial(apgd, num_steps=5)):
+        key = jax.random.key(0)
+        found = np.asarray(attack(logits_fn_of_victim, x, y, key, epsilon=0.01))
+        vector = attack(logits_fn_of_victim, x, y, key, epsilon=np.full(len(x), 0.01, "f"))
+        np.testing.assert_array_equal(found, vector)
+        within = jax.jit(lambda x, a=attack, k=key: a(logits_fn_of_victim, x, y, k, epsilon=0.01))
+        np.testing.assert_array_equal(found, within(x))
+
+
+def logits_fn_of_victim(images):
+    return victim()(images)
+
+
+@pytest.mark.slow
+def test_without_any_compilation():
+    x, y = (a[:6] for a in examples())
+    attack = partial(pgd, victim(), x, y, jax.random.key(0), epsilon=0.01, num_steps=2)
+    compiled = attack()
+    with jax.disable_jit():
+        np.testing.assert_allclose(attack(), compiled, rtol=0, atol=1e-6)
+
+
+def test_a_randomised_network_is_averaged_over():
+    x = np.random.default_rng(3).uniform(0, 0.7, (5, *SHAPE)).astype("f")
+    network = eot(noisy, jax.random.key(1), samples=8)
+    logits = network(jnp.asarray(x))
+    assert logits.shape == (8, 5, CLASSES)
+    assert jnp.std(logits, axis=0).min() > 1e-3
+    np.testing.assert_allclose(network(jnp.asarray(x[3:4]))[:, 0], logits[:, 3], atol=1e-6)
+    y = np.asarray(logits.mean(0).argmax(-1))
+    found = np.asarray(apgd(network, x, y, jax.random.key(0), epsilon=0.05, num_steps=8))
+    alone = apgd(network, x[3:4], y[3:4], jax.random.key(0), epsilon=0.05, num_steps=8)
+    np.testing.assert_allclose(alone[0], found[3], atol=1e-6)
+    assert accuracy(found, y, lambda x: network(x).mean(0)) < 1
+
+
+def test_the_gradient_of_a_randomised_network_is_the_mean():
+    from tljax.attack.losses import ascent, goal
+
+    keys = jax.random.split(jax.random.key(0), 6)
+    x, y = jnp.full((2, *SHAPE), 0.3), jnp.array([0, 1])
+    objective = goal("ce", y).objective
+
+    @jax.jit
+    def compare(keys):
+        each = jax.vmap(lambda k: ascent(lambda x: noisy(x, k), objective, x))(keys)
+        return each, ascent(lambda x: jnp.stack([noisy(x, k) for k in keys]), objective, x)
+
+    each, both = compare(keys)
+    np.testing.assert_allclose(both.gradient, each.gradient.mean(0), atol=1e-5)
+    np.testing.assert_allclose(both.loss, each.loss.mean(0), rtol=1e-5)
+
+
+def test_the_ensemble_as_one_attack():
+    x = np.random.default_rng(3).uniform(0, 0.7, (6, *SHAPE)).astype("f")
+    y = np.array(predict(x))
+    y[0] = (y[0] + 1) % CLASSES  # wrong anyway: left as it is
+    key, options = jax.random.key(0), {"num_steps": 6, "num_queries": 10}
+    found = np.asarray(auto_attack(logits_fn, x, y, key, epsilon=0.02, **options))
+    np.testing.assert_array_equal(found[0], x[0])
+    assert np.abs(found - x).max() <= 0.02 + 1e-6
+    fooled = np.asarray(predict(found)) != y
+    np.testing.assert_array_equal(found[~fooled], x[~fooled])
+    assert fooled.sum() > 1

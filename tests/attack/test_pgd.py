@@ -1,0 +1,210 @@
+"""One loop, held against the attackers of four other libraries."""
+
+import captum.robust
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import torchattacks
+from art.attacks.evasion import FastGradientMethod, MomentumIterativeMethod
+from art.estimators.classification import PyTorchClassifier
+from victims import (
+    CLASSES,
+    SIZE,
+    accuracy,
+    examples,
+    foolbox,
+    foolbox_victim,
+    images,
+    linear_victim,
+    to_numpy,
+    torch_examples,
+    torch_victim,
+    victim,
+)
+
+from tljax.attack import bim, fgsm, mi_fgsm, pgd
+from tljax.attack.norms import NORMS
+from tljax.errors import RequestError
+
+KEY = jax.random.key(0)
+EPSILON = 4 / 255
+
+
+def art_victim() -> PyTorchClassifier:
+    return PyTorchClassifier(
+        torch_victim(),
+        torch.nn.CrossEntropyLoss(),
+        (3, SIZE, SIZE),
+        CLASSES,
+        clip_values=(0.0, 1.0),
+        device_type="cpu",
+    )
+
+
+def by_art(attack, targets=None) -> np.ndarray:
+    x, y = torch_examples()
+    labels = np.eye(CLASSES)[y.numpy() if targets is None else targets]
+    return np.moveaxis(attack.generate(x.numpy(), labels), 1, -1)
+
+
+def same(ours, theirs, tolerance=1e-6):
+    assert np.abs(np.asarray(ours) - examples()[0]).max() > 0.9 * EPSILON  # something happened
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("library", ["foolbox", "torchattacks", "art", "captum"])
+def test_fgsm_is_the_one_of_other_libraries(library):
+    x, y = torch_examples()
+    match library:
+        case "foolbox":
+            attack = foolbox.attacks.LinfFastGradientAttack()
+            theirs = attack(foolbox_victim(), x, y, epsilons=EPSILON)[1]
+        case "torchattacks":
+            theirs = torchattacks.FGSM(torch_victim(), eps=EPSILON)(x, y)
+        case "art":
+            theirs = torch.from_numpy(
+                FastGradientMethod(art_victim(), eps=EPSILON).generate(x.numpy(), np.eye(10)[y])
+            )
+        case _:
+            loss = torch.nn.CrossEntropyLoss(reduction="none")
+            attack = captum.robust.FGSM(torch_victim(), loss, lower_bound=0, upper_bound=1)
+            theirs = attack.perturb(x.clone().requires_grad_(), epsilon=EPSILON, target=y)
+    same(fgsm(victim(), *examples(), KEY, epsilon=EPSILON), to_numpy(theirs))
+
+
+def test_fgsm_in_l2_and_towards_targets():
+    x, y = torch_examples()
+    attack = foolbox.attacks.L2FastGradientAttack()
+    theirs = to_numpy(attack(foolbox_victim(), x, y, epsilons=0.5)[1])
+    ours = fgsm(victim(), *examples(), KEY, epsilon=0.5, norm="l2")
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6)
+    targets = (examples()[1] + 1) % CLASSES
+    theirs = by_art(FastGradientMethod(art_victim(), eps=EPSILON, targeted=True), targets)
+    same(fgsm(victim(), *examples(), KEY, epsilon=EPSILON, targets=targets), theirs)
+
+
+def test_iterated_attacks_without_random_start_are_the_ones_of_torchattacks():
+    x, y = torch_examples()
+    options = {"eps": EPSILON, "alpha": 1 / 255, "steps": 10}
+    ours = bim(victim(), *examples(), KEY, epsilon=EPSILON, step_size=1 / 255)
+    same(ours, to_numpy(torchattacks.BIM(torch_victim(), **options)(x, y)))
+    ours = pgd(
+        victim(), *examples(), KEY, epsilon=EPSILON, step_size=1 / 255, num_steps=10,
+        random_start=False,
+    )  # fmt: skip
+    theirs = torchattacks.PGD(torch_victim(), **options, random_start=False)(x, y)
+    same(ours, to_numpy(theirs))
+
+
+def test_pgd_in_l2_is_the_one_of_torchattacks_and_of_foolbox():
+    x, y = torch_examples()
+    theirs = torchattacks.PGDL2(torch_victim(), eps=0.5, alpha=0.1, steps=10, random_start=False)
+    options = {"epsilon": 0.5, "norm": "l2", "random_start": False}
+    ours = pgd(victim(), *examples(), KEY, step_size=0.1, num_steps=10, **options)
+    np.testing.assert_allclose(ours, to_numpy(theirs(x, y)), rtol=0, atol=1e-6)
+    theirs = foolbox.attacks.L2PGD(rel_stepsize=0.025, steps=20, random_start=False)
+    ours = pgd(victim(), *examples(), KEY, step_size=0.0125, num_steps=20, **options)
+    theirs = to_numpy(theirs(foolbox_victim(), x, y, epsilons=0.5)[1])
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6)
+
+
+def test_pgd_towards_targets_is_the_one_of_torchattacks():
+    x, y = torch_examples()
+    targets = (y + 3) % CLASSES
+    theirs = torchattacks.PGD(torch_victim(), EPSILON, 1 / 255, 10, random_start=False)
+    theirs.set_mode_targeted_by_label(quiet=True)
+    ours = pgd(
+        victim(), *examples(), KEY, epsilon=EPSILON, step_size=1 / 255, num_steps=10,
+        random_start=False, targets=targets.numpy(),
+    )  # fmt: skip
+    same(ours, to_numpy(theirs(x, targets)))
+
+
+@pytest.mark.parametrize("library", ["torchattacks", "art"])
+def test_mi_fgsm_is_the_one_of_torchattacks_and_of_art(library):
+    x, y = torch_examples()
+    if library == "art":
+        attack = MomentumIterativeMethod(
+            art_victim(), eps=EPSILON, eps_step=1 / 255, decay=1.0, max_iter=10, verbose=False
+        )
+        theirs = by_art(attack)
+    else:
+        attack = torchattacks.MIFGSM(torch_victim(), EPSILON, 1 / 255, 10, decay=1.0)
+        theirs = to_numpy(attack(x, y))
+    same(mi_fgsm(victim(), *examples(), KEY, epsilon=EPSILON, step_size=1 / 255), theirs)
+
+
+def test_more_restarts_fool_more():
+    # Weak on purpose, so that chance matters.
+    options = {"epsilon": 1.5 / 255, "num_steps": 1, "step_size": 0.5 / 255}
+    found = [
+        accuracy(pgd(victim(), *examples(), KEY, restarts=n, **options), examples()[1])
+        for n in (2, 20)
+    ]
+    assert found[0] > found[1]
+
+
+def test_a_random_start_fills_the_ball():
+    keys = jax.random.split(KEY, 2000)
+    for name, expected in {"linf": 0.5, "l2": 0.5 ** (1 / 3)}.items():
+        points = NORMS[name].inside(keys, (3,))
+        lengths = NORMS[name].length(points)
+        assert lengths.max() <= 1 + 1e-6
+        np.testing.assert_allclose(points.mean(0), 0, atol=0.06)
+        if name == "linf":
+            np.testing.assert_allclose(jnp.abs(points).mean(), expected, atol=0.02)
+        else:
+            np.testing.assert_allclose(jnp.median(lengths), expected, atol=0.02)
+        np.testing.assert_allclose(NORMS[name].length(NORMS[name].surface(keys, (3,))), 1, 1e-6)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-18])
+def test_the_unit_gradient_is_one_even_of_tiny_gradients(scale):
+    gradient = jnp.array([[3.0, 4.0], [0, 0]]) * scale
+    found = NORMS["l2"].steepest(gradient)
+    np.testing.assert_allclose(found, [[0.6, 0.8], [0, 0]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("attack", [fgsm, pgd])
+def test_linear_closed_form(attack):
+    rng = np.random.default_rng(0)
+    weights, x = rng.normal(size=300), images(20) * 0.5 + 0.25
+    f = x.reshape(20, -1) @ weights - 1.0
+    logits_fn = linear_victim(weights, -1.0)
+    distance = np.abs(f) / np.abs(weights).sum()  # Linf, to the boundary
+    assert distance.max() < 0.25  # no bound is in the way
+    for share, expected in ((0.99, 1.0), (1.01, 0.0)):
+        adversarial = attack(logits_fn, x, (f > 0).astype(int), KEY, epsilon=share * distance)
+        assert accuracy(adversarial, f > 0, logits_fn) == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"images": np.zeros((4, 8, 8, 3), np.uint8)}, "divide uint8 by 255"),
+        ({"labels": np.zeros(3, int)}, "labels must be 4 integers"),
+        ({"labels": np.zeros(4)}, r"labels must be 4 integers.*float"),
+        ({"ids": np.zeros(3, int)}, "ids must be 4 integers"),
+        ({"epsilon": np.zeros(3)}, "epsilon must be a number or 4 numbers"),
+        ({"step_size": np.zeros(3)}, "step_size must be a number or 4"),
+        ({"norm": "l7"}, "no norm 'l7'; choose from linf, l2"),
+        ({"loss": "cw"}, "no loss 'cw'; choose from ce, dlr, margin"),
+        ({"num_steps": 0}, "at least 1"),
+        ({"loss": "dlr", "logits_fn": linear_victim(np.ones(192), 0)}, "needs 3 classes"),
+        ({"logits_fn": lambda x: x.mean((1, 2, 3))}, r"logits_fn must return \[n, classes\]"),
+        ({"logits_fn": []}, "wrap it"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_one_line(change, message):
+    request = {
+        "logits_fn": linear_victim(np.ones(192), 0),
+        "images": np.zeros((4, 8, 8, 3), np.float32),
+        "labels": np.zeros(4, int),
+        "key": KEY,
+        "epsilon": 0.1,
+    }
+    with pytest.raises(RequestError, match=message) as error:
+        pgd(**{**request, **change})
+    assert "\n" not in str(error.value)

@@ -1,0 +1,126 @@
+"""AutoAttack: a fixed list of attacks, each on what the ones before could not fool."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from tljax.attack.apgd import apgd, apgd_t
+from tljax.attack.contract import Attack, LogitsFn, choose, compiled, prepare
+from tljax.attack.fab import fab_t
+from tljax.attack.losses import mean_logits
+from tljax.attack.norms import Bounds
+from tljax.attack.square import square
+from tljax.errors import RequestError
+from tljax.types import Array
+
+
+def ensemble(
+    num_classes: int,
+    *,
+    norm: str = "linf",
+    version: str = "standard",
+    num_steps: int = 100,
+    num_queries: int = 5000,
+    bounds: Bounds = (0.0, 1.0),
+) -> dict[str, Attack]:
+    """The attacks of AutoAttack by name, in their order: for `evaluate`, or to be run by hand.
+
+    "standard" is APGD-CE, APGD-T, FAB-T and Square (for Linf; there is none for L2 here). "rand"
+    is for randomised networks (see `tljax.attack.eot.eot`): APGD-CE and APGD-DLR.
+
+    The DLR loss needs 3 classes and with targets 4; where there are fewer the margin stands in.
+
+    Source: Croce and Hein, "Reliable evaluation of adversarial robustness with an ensemble of
+    diverse parameter-free attacks", 2020 (arXiv 2003.01690).
+
+    Args:
+        num_classes: number of logits.
+        norm: "linf" or "l2".
+        version: "standard" or "rand".
+        num_steps: of each attack by gradients.
+        num_queries: of Square.
+        bounds: smallest and largest value of a pixel.
+
+    Raises:
+        RequestError: there is no such version.
+    """
+    climb = partial(apgd, norm=norm, num_steps=num_steps, stop_early=True, bounds=bounds)
+    targeted = {"norm": norm, "num_steps": num_steps, "stop_early": True, "bounds": bounds}
+    ce = partial(climb, loss="ce")
+    if version == "rand":
+        return {"apgd-ce": ce, "apgd-dlr": partial(climb, loss=_dlr_or_margin(num_classes, 3))}
+    if version != "standard":
+        raise RequestError(f"there is no ensemble '{version}'; choose from standard, rand")
+    attacks: dict[str, Attack] = {
+        "apgd-ce": ce,
+        "apgd-t": partial(apgd_t, loss=_dlr_or_margin(num_classes, 4), **targeted),
+        "fab-t": partial(fab_t, **targeted),
+    }
+    if norm == "linf":
+        attacks["square"] = partial(square, num_queries=num_queries, bounds=bounds)
+    return attacks
+
+
+def _dlr_or_margin(num_classes: int, needed: int) -> str:
+    return "dlr" if num_classes >= needed else "margin"
+
+
+@compiled
+def auto_attack(
+    logits_fn: LogitsFn,
+    images: Array,
+    labels: Array,
+    key: jax.Array,
+    *,
+    epsilon: Array | float,
+    ids: Array | None = None,
+    norm: str = "linf",
+    version: str = "standard",
+    num_steps: int = 100,
+    num_queries: int = 5000,
+    bounds: Bounds = (0.0, 1.0),
+) -> jax.Array:
+    """The whole `ensemble` as one attack, on one batch.
+
+    For a data set `tljax.attack.evaluate.evaluate` with ``survivors_only`` is quicker: it fills the
+    batches of each attack with the survivors of the one before.
+
+    Args:
+        logits_fn: images to logits.
+        images: ``[n, height, width, 3]`` floating point within ``bounds``.
+        labels: ``[n]`` int, the true classes.
+        key: random key.
+        epsilon: radius of the ball in the units of the images; one number, or ``[n]``.
+        ids: ``[n]`` int names of the examples (see `tljax.attack.pgd.pgd`).
+        norm: "linf" or "l2".
+        version: "standard" or "rand".
+        num_steps: of each attack by gradients.
+        num_queries: of Square.
+        bounds: smallest and largest value of a pixel.
+
+    Returns:
+        The first image found that fools the network; the image itself if the network is wrong
+        anyway, or cannot be fooled.
+
+    Raises:
+        RequestError: an argument has the wrong shape or type, or an unknown name.
+    """
+    images, labels, epsilon, _ = prepare(images, labels, key, epsilon, ids)
+    logits = mean_logits(logits_fn, images)
+    options = {"norm": norm, "version": version, "num_steps": num_steps}
+    attacks = ensemble(logits.shape[-1], num_queries=num_queries, bounds=bounds, **options)
+    # Every prediction differs from -1: for an attack that example is fooled, and left alone.
+    found, left = images, jnp.where(logits.argmax(-1) == labels, labels, -1)
+
+    def run(attack: Attack, found: jax.Array, left: jax.Array) -> tuple[jax.Array, jax.Array]:
+        new = attack(logits_fn, images, left, key, epsilon=epsilon, ids=ids)
+        fooled = (left >= 0) & (mean_logits(logits_fn, new).argmax(-1) != left)
+        return choose(fooled, (new, jnp.full_like(left, -1)), (found, left))
+
+    for attack in attacks.values():
+        found, left = lax.cond(
+            (left >= 0).any(), partial(run, attack), lambda *same: same, found, left
+        )
+    return found

@@ -1,0 +1,234 @@
+"""Robust accuracy of a data set, over a list of epsilons, on all devices."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from tljax.attack.contract import Attack, LogitsFn
+from tljax.attack.flags import check_network, check_outcome
+from tljax.attack.losses import mean_logits
+from tljax.errors import RequestError
+from tljax.parallel import data_mesh, divisible, local_rows, shard
+from tljax.types import Array
+
+
+class Share(NamedTuple):
+    """A share of ``n`` examples.
+
+    Attributes:
+        value: in [0, 1].
+        error: its standard error, ``sqrt(value * (1 - value) / n)``.
+    """
+
+    value: float
+    error: float
+
+
+def share(which: np.ndarray) -> Share:
+    """The share of True among ``[n]`` bool."""
+    value = float(np.mean(which))
+    return Share(value, float(np.sqrt(value * (1 - value) / len(which))))
+
+
+class Outcome(NamedTuple):
+    """What an attack did; each ``[epsilons, n]`` bool, False where the network was wrong anyway.
+
+    Attributes:
+        right: whether the network still is.
+        rounded: also after the adversarial image was rounded inward to 8 bits.
+        other: whether the other network is right about the adversarial image; None without one.
+    """
+
+    right: np.ndarray
+    rounded: np.ndarray
+    other: np.ndarray | None
+
+
+class Robustness(NamedTuple):
+    """How a network stood up to some attacks.
+
+    Attributes:
+        epsilons: ``[k]`` ascending.
+        clean: ``[n]`` bool, whether the network is right about each image.
+        other_clean: the same of the other network; None without one.
+        outcomes: by attack. With ``survivors_only`` each includes the attacks before it.
+        flags: reasons for doubt, by name; see `tljax.attack.flags`.
+    """
+
+    epsilons: np.ndarray
+    clean: np.ndarray
+    other_clean: np.ndarray | None
+    outcomes: dict[str, Outcome]
+    flags: dict[str, str]
+
+    @property
+    def right(self) -> np.ndarray:
+        """``[k, n]`` bool, whether no attack fooled the network."""
+        return np.logical_and.reduce([outcome.right for outcome in self.outcomes.values()])
+
+    def accuracy(self, attack: str | None = None) -> list[Share]:
+        """Robust accuracy for each epsilon under one attack, by default under the worst of all."""
+        return [share(row) for row in (self.outcomes[attack].right if attack else self.right)]
+
+    def rounded_accuracy(self, attack: str) -> list[Share]:
+        """`accuracy` if the adversarial images are saved with 8 bits."""
+        return [share(row) for row in self.outcomes[attack].rounded]
+
+    def transfer(self, attack: str) -> list[Share | None]:
+        """Of the images that fool this network and that both saw right, the share that fools both.
+
+        For each epsilon; None where there is no such image.
+
+        Raises:
+            RequestError: there was no other network.
+        """
+        right, _, other = self.outcomes[attack]
+        if other is None or self.other_clean is None:
+            raise RequestError("transfer: evaluate(other=...) was not given a second network")
+        rows = self.clean & self.other_clean & ~right
+        return [
+            share(~fooled[row]) if row.any() else None
+            for row, fooled in zip(rows, other, strict=True)
+        ]
+
+    def worst(self, count: int) -> np.ndarray:
+        """Examples that the network saw right, those first that the smallest epsilon fools."""
+        needed = self.right.sum(0)
+        fooled = np.flatnonzero(self.clean & ~self.right.all(0))
+        return fooled[np.argsort(needed[fooled], kind="stable")][:count]
+
+
+def evaluate(
+    logits_fn: LogitsFn,
+    data: tuple[Array, Array] | Iterable[Sequence[Any]],
+    key: jax.Array,
+    *,
+    epsilons: Sequence[float],
+    attacks: Mapping[str, Attack],
+    survivors_only: bool = False,
+    other: LogitsFn | None = None,
+    batch_size: int = 64,
+    mesh: Mesh | None = None,
+) -> Robustness:
+    """Attacks every image of a data set that the network sees right.
+
+        attacks = {"pgd": partial(pgd, num_steps=20), "apgd": apgd}
+        found = evaluate(logits_fn, (images, labels), key, epsilons=[4 / 255], attacks=attacks)
+        print(found.accuracy("pgd"), found.accuracy(), found.flags)
+
+    AutoAttack is ``attacks=ensemble(num_classes), survivors_only=True``.
+
+    Args:
+        logits_fn: images to logits.
+        data: images ``[n, height, width, 3]`` and labels ``[n]``; or batches
+            ``(images, labels, mask, ...)``, of which the rows in the mask count. Images are uint8,
+            or floating point in [0, 1]; all are held on the host. Labels of -1 do not count.
+        key: random key.
+        epsilons: radii in the units of images in [0, 1], in any order; one program serves all.
+        attacks: by name, in order.
+        survivors_only: whether an attack gets only what those before it could not fool.
+        other: a second network, which the adversarial images are shown, too.
+        batch_size: rounded up to a multiple of the number of devices. Of the last batch the
+            missing rows are padding.
+        mesh: by default all devices of this process.
+
+    Raises:
+        RequestError: no images, attacks or epsilons, or a label that the network has no logit for.
+    """
+    images, labels = _collect(data)
+    radii = np.sort(np.asarray(epsilons, np.float32))
+    if radii.ndim != 1 or not radii.size or radii[0] < 0 or not attacks:
+        raise RequestError(f"evaluate needs epsilons of at least 0 and attacks, got {epsilons}")
+    if jax.process_count() > 1:
+        raise RequestError("evaluate runs on the devices of one process: give each its own images")
+    classes = jax.eval_shape(logits_fn, _as_float(images[:1])).shape[-1]
+    if labels.max() >= classes:
+        raise RequestError(
+            f"evaluate: label {labels.max()}, but the network has {classes} classes: is it the "
+            "right network for these images?"
+        )
+    mesh = mesh or data_mesh()
+    size = divisible(min(batch_size, len(images)), mesh)
+
+    def run(function: Any, rows: np.ndarray, *arguments: Any) -> list[np.ndarray]:
+        found = []
+        for start in range(0, len(rows), size):
+            part = rows[start : start + size]
+            x = np.zeros((size, *images.shape[1:]), images.dtype)
+            y = np.full(size, -1, np.int32)  # no prediction: padding is fooled from the start
+            x[: len(part)], y[: len(part)] = images[part], labels[part]
+            outputs = function(*shard((x, y), mesh), *arguments)
+            found.append([local_rows(output)[: len(part)] for output in outputs])
+        return [np.concatenate(parts) for parts in zip(*found, strict=True)]
+
+    networks = (logits_fn,) if other is None else (logits_fn, other)
+    clean, *others = run(partial(_clean, networks), np.arange(len(images)))
+    flags = check_network(logits_fn, _as_float(images[:size]), labels[:size])
+    table = np.zeros((len(attacks), 2 + len(others), len(radii), len(images)), bool)
+    for k, epsilon in enumerate(radii):
+        standing = np.zeros(table.shape[1::2], bool)
+        for number, attack in enumerate(attacks.values()):
+            rows = np.flatnonzero(standing[0] if survivors_only and number else clean)
+            if rows.size:
+                standing[:, rows] = run(partial(_attacked, attack, networks), rows, key, epsilon)
+            table[number, :, k] = standing
+    outcomes = {
+        name: Outcome(cells[0], cells[1], cells[2] if others else None)
+        for name, cells in zip(attacks, table, strict=True)
+    }
+    flags |= check_outcome({name: outcome.right for name, outcome in outcomes.items()})
+    return Robustness(radii, clean, others[0] if others else None, outcomes, flags)
+
+
+def round_inward(adversarial: jax.Array, images: jax.Array) -> jax.Array:
+    """Adversarial images in [0, 1] on the grid of 8-bit images, no farther from the images.
+
+    A pixel is rounded towards the image. That keeps it in the ball if the image is on the grid
+    itself; where there is no grid point between the two, the nearest is taken.
+    """
+    rounding = 1e-4  # of a step: what float32 leaves of a grid point
+    at, to = adversarial * 255, images * 255
+    towards = jnp.where(at > to, jnp.floor(at + rounding), jnp.ceil(at - rounding))
+    between = (towards - at) * (towards - to) <= rounding
+    return jnp.clip(jnp.where(between, towards, jnp.round(at)), 0, 255) / 255
+
+
+def _as_float(images: Array) -> jax.Array:
+    images = jnp.asarray(images)
+    return images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images
+
+
+def _right(network: LogitsFn, images: jax.Array, labels: jax.Array) -> jax.Array:
+    return mean_logits(network, images).argmax(-1) == labels
+
+
+@partial(jax.jit, static_argnums=0)
+def _clean(networks: tuple[LogitsFn, ...], images, labels) -> list[jax.Array]:
+    return [_right(network, _as_float(images), labels) for network in networks]
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _attacked(attack: Attack, networks: tuple[LogitsFn, ...], images, labels, key, epsilon):
+    x = _as_float(images)
+    adversarial = attack(networks[0], x, labels, key, epsilon=epsilon)
+    looks = [(network, adversarial) for network in networks]
+    looks.insert(1, (networks[0], round_inward(adversarial, x)))
+    return [_right(network, shown, labels) for network, shown in looks]
+
+
+def _collect(data: tuple[Array, Array] | Iterable[Sequence[Any]]) -> tuple[np.ndarray, np.ndarray]:
+    if isinstance(data, tuple) and len(data) == 2 and hasattr(data[0], "shape"):
+        data = [(*data, np.ones(len(data[1]), bool))]
+    parts = []
+    for images, labels, mask, *_ in data:
+        keep = np.asarray(mask) & (np.asarray(labels) >= 0)
+        parts.append((np.asarray(images)[keep], np.asarray(labels)[keep]))
+    if not sum(len(labels) for _, labels in parts):
+        raise RequestError("evaluate was given no labelled image")
+    images, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    return images, labels.astype(np.int32)
