@@ -108,7 +108,8 @@ def fit(
         config: see `FitConfig`.
         loading: how images are read; its batch size is that of training.
         seed: of everything random.
-        checkpoints: where to save, and from where to go on; None saves nothing.
+        checkpoints: where to save, and from where to go on; None saves nothing. Whoever opened
+            them closes them, and hears then of a write that failed.
         checkpoint_seconds: from one save to the next within an epoch; every epoch ends with one.
         log: called with the whole history whenever it has grown.
         new_head: ``(model, variables, classes) -> (model, variables)``, for another head than a
@@ -137,8 +138,6 @@ def fit(
             inputs = setup.open_inputs(start)
         progress = _train(run, inputs, number, phase, labels, progress, saved)
         saved = None
-    if checkpoints:
-        checkpoints.close()
 
     best = jax.device_get(progress.best)
     logits = inputs.logits(model, best)
