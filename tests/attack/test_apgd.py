@@ -116,7 +116,8 @@ def test_robust_accuracy_is_that_of_torchattacks(norm, loss):
     assert within_two_errors(found, expected, len(labels))
 
 
-@pytest.mark.parametrize("norm", ["linf", pytest.param("l2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_never_weaker_than_pgd_at_equal_steps(norm):
     for epsilon in {"linf": (0.5 / 255, 1 / 255, 2 / 255), "l2": (0.03, 0.06, 0.12)}[norm]:
         # APGD takes one gradient more than it takes steps.

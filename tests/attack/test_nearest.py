@@ -60,7 +60,7 @@ def test_linear_closed_form(norm):
         assert ratio.max() < 1.03
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", [pytest.param("linf", marks=pytest.mark.slow), "l2"])
 def test_projection_onto_a_plane_within_bounds_is_the_solver_s(norm):
     rng = np.random.default_rng(0)
     x, w = rng.uniform(0, 1, (12, 6)).astype("f"), rng.normal(size=(12, 6)).astype("f")
@@ -175,6 +175,7 @@ def test_square_is_as_strong_as_torchattacks():
     assert abs(found - expected) <= 2 * np.sqrt(2 * expected * (1 - expected) / len(labels))
 
 
+@pytest.mark.slow
 def test_squares_shrink_as_they_do_in_torchattacks():
     attack = torchattacks.Square(torch.nn.Linear(1, 1), n_queries=5000)
     for query in (0, 5, 6, 25, 26, 100, 101, 250, 251, 1000, 1001, 3000, 3001, 4001, 4999):

@@ -150,6 +150,7 @@ def test_more_restarts_fool_more():
     assert found[0] > found[1]
 
 
+@pytest.mark.slow
 def test_a_random_start_fills_the_ball():
     keys = jax.random.split(KEY, 2000)
     for name, expected in {"linf": 0.5, "l2": 0.5 ** (1 / 3)}.items():

@@ -11,7 +11,7 @@ from jax import lax
 from jax.tree_util import Partial
 from victims import CLASSES, images
 
-from tljax.attack import evaluate, fgsm, pgd
+from tljax.attack import fgsm, pgd
 from tljax.models import apply, normalize
 from tljax.types import Preprocess
 
@@ -80,10 +80,7 @@ def test_weights_are_arguments_and_stay_what_they_are():
     attack = partial(pgd, num_steps=3)
     network = Partial(logits_of, variables)
     found = attack(network, x, labels, KEY, epsilon=0.1)
-    report = evaluate(network, (x, labels), KEY, epsilons=[0.1], attacks={"pgd": attack})
     jax.tree.map(np.testing.assert_array_equal, variables, before)
-    predicted = np.asarray(logits_of(variables, found).argmax(-1))
-    np.testing.assert_array_equal(report.right[0], predicted == labels)
 
     # Closed over, as constants of the program: the same image. Other weights: the same program.
     closed = attack(lambda images: logits_of(variables, images), x, labels, KEY, epsilon=0.1)
