@@ -393,6 +393,8 @@ def _cell(share: Share) -> str:
 
 def _caption(facts: Mapping[str, Any], when: str) -> str:
     caption = f"{facts[when]['name']}, p {facts[when]['probability']:.3f}"
-    if "target" in facts:
-        caption += f"\n{facts['target']['name']}: p {facts['target'][when]:.3f}"
+    if "target" in facts and facts["target"]["name"] != facts[when]["name"]:
+        probability = facts["target"][when]
+        digits = ".3f" if probability >= 1e-3 else ".0e"
+        caption += f"\n{facts['target']['name']}, p {probability:{digits}}"
     return caption
