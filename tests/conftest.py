@@ -3,6 +3,7 @@
 import lzma
 from pathlib import Path
 
+import jax
 import pytest
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -26,3 +27,13 @@ def shared_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for path in packed:
         (folder / path.stem).write_bytes(lzma.decompress(path.read_bytes()))
     return folder
+
+
+@pytest.fixture(scope="module")
+def quick_to_compile():
+    """For tiny networks, which take longer to compile than to run."""
+    name = "jax_disable_most_optimizations"
+    before = jax.config.values[name]
+    jax.config.update(name, True)
+    yield
+    jax.config.update(name, before)

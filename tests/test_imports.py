@@ -15,7 +15,7 @@ ALLOWED = {
     "pretrained": {"models"},
     "data": set(),
     "transfer": {"models", "pretrained", "data"},
-    "report": {"models", "pretrained", "data", "transfer", "explain"},
+    "report": {"models", "pretrained", "data", "transfer", "explain", "attack"},
     "attack": set(),
     "explain": set(),
 }

@@ -81,6 +81,7 @@ def victim(seed: int = 0):
         kernel = kernel.reshape(-1, kernel.shape[-1])
         return jnp.concatenate(patches, axis=-1) @ kernel + weights[f"{name}.bias"]
 
+    @jax.jit  # outside an attack, too, it is one program and not one for each operation
     def logits_fn(images):
         x = conv(jnp.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0))), "0", 1)
         x = (x - weights["1.running_mean"]) / jnp.sqrt(weights["1.running_var"] + 1e-5)
@@ -124,6 +125,7 @@ def linear_victim(weights, bias):
     return partial(_linear, np.asarray(weights, np.float32), np.float32(bias))
 
 
+@jax.jit
 def _linear(weights, bias, images):
     f = jnp.dot(images.reshape(len(images), -1), weights, precision="highest") + bias
     return jnp.stack([jnp.zeros_like(f), f], axis=1)

@@ -1,16 +1,12 @@
 """Attacks on tiny networks take longer to compile than to run."""
 
-import jax
 import pytest
 import torch
 
 
-@pytest.fixture(scope="package", autouse=True)
-def quick_to_compile():
-    name = "jax_disable_most_optimizations"
-    before, threads = jax.config.values[name], torch.get_num_threads()
-    jax.config.update(name, True)
+@pytest.fixture(scope="module", autouse=True)
+def one_thread(quick_to_compile):
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
-    jax.config.update(name, before)
     torch.set_num_threads(threads)

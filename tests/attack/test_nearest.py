@@ -39,6 +39,7 @@ def linear_problem():
     return linear_victim(weights, -1.0), x, f, weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_linear_closed_form(norm):
     logits_fn, x, f, weights = linear_problem()
@@ -59,7 +60,7 @@ def test_linear_closed_form(norm):
         assert ratio.max() < 1.03
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", [pytest.param("linf", marks=pytest.mark.slow), "l2"])
 def test_projection_onto_a_plane_within_bounds_is_the_solver_s(norm):
     rng = np.random.default_rng(0)
     x, w = rng.uniform(0, 1, (12, 6)).astype("f"), rng.normal(size=(12, 6)).astype("f")
@@ -92,6 +93,7 @@ def test_projection_onto_a_plane_within_bounds_is_the_solver_s(norm):
     assert reachable > 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_fab_finds_what_torchattacks_finds(norm):
     (x, y), labels = torch_examples(), examples()[1]
@@ -108,6 +110,7 @@ def test_fab_finds_what_torchattacks_finds(norm):
     assert abs(accuracy(ours, labels) - expected) <= 1 / len(labels) + 1e-9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_deepfool_goes_as_far_as_foolbox_s(norm):
     x, y = torch_examples()
@@ -126,6 +129,7 @@ def test_deepfool_goes_as_far_as_foolbox_s(norm):
     assert 0.93 < ratio < 1.001
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rounds", [1, 5])
 def test_carlini_wagner_goes_as_far_as_foolbox_s(rounds):
     n = 12
@@ -146,6 +150,7 @@ def test_carlini_wagner_goes_as_far_as_foolbox_s(rounds):
     assert off.max() < 0.01
 
 
+@pytest.mark.slow
 def test_carlini_wagner_that_aborts_early_goes_little_farther():
     found = [
         carlini_wagner(
@@ -158,6 +163,7 @@ def test_carlini_wagner_that_aborts_early_goes_little_farther():
     assert 1 <= np.median(l2(found[1], 12) / l2(found[0], 12)) < 1.05
 
 
+@pytest.mark.slow
 def test_square_is_as_strong_as_torchattacks():
     (x, y), labels = torch_examples(), examples()[1]
     options = {"eps": 1.5 / 255, "n_queries": 100}
@@ -169,6 +175,7 @@ def test_square_is_as_strong_as_torchattacks():
     assert abs(found - expected) <= 2 * np.sqrt(2 * expected * (1 - expected) / len(labels))
 
 
+@pytest.mark.slow
 def test_squares_shrink_as_they_do_in_torchattacks():
     attack = torchattacks.Square(torch.nn.Linear(1, 1), n_queries=5000)
     for query in (0, 5, 6, 25, 26, 100, 101, 250, 251, 1000, 1001, 3000, 3001, 4001, 4999):
@@ -176,6 +183,7 @@ def test_squares_shrink_as_they_do_in_torchattacks():
         assert side(query, 5000, 0.8, 224, 224) == max(round(np.sqrt(p * 224 * 224)), 1)
 
 
+@pytest.mark.slow
 def test_nothing_beyond_epsilon():
     for attack in (fab_t, deepfool):
         found = attack(victim(), *examples(), KEY, epsilon=0.03, norm="l2", num_steps=10)

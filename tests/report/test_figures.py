@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from tljax.errors import RequestError
 from tljax.report import confusion_matrix, curves, image_grid, reliability_diagram, sweep_curve
-from tljax.report.figures import BLUE
+from tljax.report.figures import BLUE, robustness_curve
 from tljax.transfer.calibration import Calibration, calibration_bins
 
 RED, GREEN, NAVY = (255, 0, 0), (0, 255, 0), (0, 0, 128)
@@ -279,3 +279,14 @@ def test_the_room_opens_quickly_and_leaves_pyplot_alone():
         "assert 'matplotlib.pyplot' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_robustness_begins_at_the_clean_accuracy():
+    figure = robustness_curve([0.5, 2], 0.9, {"fgsm": [(0.5, 0.1), (0.2, 0.05)], "_": [(1, 0)] * 2})
+    axes = figure.axes[0]
+    first, second = (container.lines[0] for container in axes.containers)
+    assert first.get_xydata().tolist() == [[0, 0.9], [0.5, 0.5], [2, 0.2]]
+    assert second.get_ydata().tolist() == [0.9, 1, 1]
+    assert has_colour(render(figure), BLUE)
+    at_zero = robustness_curve([0, 2], 0.9, {"fgsm": [(0.9, 0), (0.2, 0.05)]})
+    assert len(at_zero.axes[0].containers[0].lines[0].get_xdata()) == 2

@@ -13,17 +13,22 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.tree_util import Partial
 
 from tljax.errors import RequestError
 from tljax.types import Array
 
 LogitsFn = Callable[[jax.Array], jax.Array]
 """Images ``[n, ...]`` to logits ``[n, classes]``; of a randomised network ``[samples, n, classes]``
-(see `tljax.attack.eot.eot`), and then losses and logits are averaged over the samples."""
+(see `tljax.attack.eot.eot`), and then losses and logits are averaged over the samples.
+
+Of a ``jax.tree_util.Partial(function, variables)`` the variables are arguments of the compiled
+program: they are not copied into it, and other variables compile nothing.
+"""
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-_TRACED = {"images", "labels", "key", "epsilon", "ids", "targets", "step_size"}
+_TRACED = {"logits_fn", "images", "labels", "key", "epsilon", "ids", "targets", "step_size"}
 
 
 class Attack(Protocol):
@@ -62,23 +67,35 @@ class Examples(NamedTuple):
 def compiled(attack: Function) -> Function:
     """`jax.jit` for an attack: arrays are traced, everything else is static.
 
-    A second call with the same ``logits_fn`` object compiles nothing, whatever the values of the
-    arrays, epsilon among them. Within another `jit` the attack becomes part of that.
+    A second call with the same ``logits_fn`` object, or with a `Partial` of the same function,
+    compiles nothing, whatever the values of the arrays, epsilon among them. Within another `jit`
+    the attack becomes part of that.
     """
     names = inspect.signature(attack).parameters
     jitted = jax.jit(attack, static_argnames=[name for name in names if name not in _TRACED])
 
     @wraps(attack)
     def call(logits_fn: LogitsFn, *args: Any, **options: Any) -> Any:
-        try:
-            hash(logits_fn)
-        except TypeError as error:
-            raise RequestError(
-                f"logits_fn cannot be hashed ({error}): wrap it, lambda images: model(images)"
-            ) from error
-        return jitted(logits_fn, *args, **options)
+        return jitted(as_tree(logits_fn), *args, **options)
 
     return call  # pyright: ignore[reportReturnType]
+
+
+def as_tree(logits_fn: LogitsFn) -> Partial:
+    """The function as an argument of `jax.jit`: static itself, with arrays that are traced.
+
+    Raises:
+        RequestError: it cannot be hashed.
+    """
+    if isinstance(logits_fn, Partial):
+        return logits_fn
+    try:
+        hash(logits_fn)
+    except TypeError as error:
+        raise RequestError(
+            f"logits_fn cannot be hashed ({error}): wrap it, lambda images: model(images)"
+        ) from error
+    return Partial(logits_fn)
 
 
 def prepare(

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from tljax.attack.contract import Attack, LogitsFn
+from tljax.attack.contract import Attack, LogitsFn, as_tree
 from tljax.attack.flags import check_network, check_outcome
 from tljax.attack.losses import mean_logits
 from tljax.errors import RequestError
-from tljax.parallel import data_mesh, divisible, local_rows, shard
+from tljax.parallel import data_mesh, divisible, local_rows, replicate, shard
 from tljax.types import Array
 
 
@@ -154,6 +154,8 @@ def evaluate(
         )
     mesh = mesh or data_mesh()
     size = divisible(min(batch_size, len(images)), mesh)
+    networks = [as_tree(network) for network in (logits_fn, other) if network is not None]
+    networks = replicate(networks, mesh)
 
     def run(function: Any, rows: np.ndarray, *arguments: Any) -> list[np.ndarray]:
         found = []
@@ -162,12 +164,11 @@ def evaluate(
             x = np.zeros((size, *images.shape[1:]), images.dtype)
             y = np.full(size, -1, np.int32)  # no prediction: padding is fooled from the start
             x[: len(part)], y[: len(part)] = images[part], labels[part]
-            outputs = function(*shard((x, y), mesh), *arguments)
+            outputs = function(networks, *shard((x, y), mesh), *arguments)
             found.append([local_rows(output)[: len(part)] for output in outputs])
         return [np.concatenate(parts) for parts in zip(*found, strict=True)]
 
-    networks = (logits_fn,) if other is None else (logits_fn, other)
-    clean, *others = run(partial(_clean, networks), np.arange(len(images)))
+    clean, *others = run(_clean, np.arange(len(images)))
     flags = check_network(logits_fn, _as_float(images[:size]), labels[:size])
     table = np.zeros((len(attacks), 2 + len(others), len(radii), len(images)), bool)
     for k, epsilon in enumerate(radii):
@@ -175,7 +176,7 @@ def evaluate(
         for number, attack in enumerate(attacks.values()):
             rows = np.flatnonzero(standing[0] if survivors_only and number else clean)
             if rows.size:
-                standing[:, rows] = run(partial(_attacked, attack, networks), rows, key, epsilon)
+                standing[:, rows] = run(partial(_attacked, attack), rows, key, epsilon)
             table[number, :, k] = standing
     outcomes = {
         name: Outcome(cells[0], cells[1], cells[2] if others else None)
@@ -207,13 +208,13 @@ def _right(network: LogitsFn, images: jax.Array, labels: jax.Array) -> jax.Array
     return mean_logits(network, images).argmax(-1) == labels
 
 
-@partial(jax.jit, static_argnums=0)
-def _clean(networks: tuple[LogitsFn, ...], images, labels) -> list[jax.Array]:
+@jax.jit
+def _clean(networks: list[LogitsFn], images, labels) -> list[jax.Array]:
     return [_right(network, _as_float(images), labels) for network in networks]
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _attacked(attack: Attack, networks: tuple[LogitsFn, ...], images, labels, key, epsilon):
+@partial(jax.jit, static_argnums=0)
+def _attacked(attack: Attack, networks: list[LogitsFn], images, labels, key, epsilon):
     x = _as_float(images)
     adversarial = attack(networks[0], x, labels, key, epsilon=epsilon)
     looks = [(network, adversarial) for network in networks]

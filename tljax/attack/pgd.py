@@ -45,7 +45,8 @@ def pgd(
 
     Args:
         logits_fn: images to logits; it alone knows the network and its preprocessing. Keep one
-            function object for all calls: each new one is compiled.
+            function object for all calls: each new one is compiled. For a large network better
+            ``jax.tree_util.Partial(function, variables)``: `tljax.attack.contract.LogitsFn`.
         images: ``[n, height, width, 3]``, or ``[n, ...]``, floating point within ``bounds``.
         labels: ``[n]`` int, the true classes.
         key: random key. The same key gives the same adversarial images.

@@ -264,6 +264,44 @@ def learning_rates(test: RangeTest) -> "matplotlib.figure.Figure":
     return figure
 
 
+def robustness_curve(
+    epsilons: Sequence[float] | Float[np.ndarray, " radii"],
+    clean: float,
+    robust: Mapping[str, Sequence[tuple[float, float]]],
+) -> "matplotlib.figure.Figure":
+    """Draws the accuracy under each attack over epsilon, with bars of one standard error.
+
+    Args:
+        epsilons: ascending, in units of 1/255.
+        clean: accuracy without an attack, in [0, 1]; the curves begin there.
+        robust: for each attack (accuracy, standard error) at every epsilon.
+    """
+    figure = _figure(6, 3.6)
+    axes = figure.subplots()
+    _style(axes, "Accuracy under attack")
+    radii = [0, *epsilons] if epsilons[0] > 0 else list(epsilons)
+    colours = (BLUE, VERMILION, "#009e73", "#cc79a7", "#e69f00", "#56b4e9", INK)
+    for number, (name, shares) in enumerate(robust.items()):
+        start = [(clean, 0.0)] * (len(radii) - len(shares))
+        values, errors = np.array([*start, *shares], float).T
+        axes.errorbar(
+            radii,
+            values,
+            errors,
+            color=colours[number % len(colours)],
+            marker="osD^v<>"[number % 7],
+            markersize=4,
+            capsize=2,
+            label=name,
+        )
+    axes.set_xlabel("epsilon, in units of 1/255")
+    axes.set_ylabel("accuracy", fontsize=10, color=INK)
+    axes.set_ylim(-0.02, 1.02)
+    axes.legend(frameon=False, fontsize=10, labelcolor=INK)
+    _percent(axes.yaxis)
+    return figure
+
+
 def reliability_diagram(found: Calibration) -> "matplotlib.figure.Figure":
     """Draws accuracy over confidence, before and after temperature scaling (Guo et al. 2017).
 

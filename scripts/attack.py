@@ -1,0 +1,91 @@
+"""Attacks a network: how little it takes to fool it, in numbers, a curve and pictures."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from tljax import cli
+
+
+@dataclass(frozen=True)
+class Config(cli.Common):
+    """Measure how easily small changes of its pixels make a network mistake an image.
+
+    Of images without labels the network's own prediction counts as the label.
+    """
+
+    images: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """Files, URLs, or a folder: of images, or of class folders, which are matched by name."""
+    data: str | None = None
+    """A labelled data set instead: a folder of class folders, digits, tfds:NAME or hf:NAME."""
+    workdir: Path | None = None
+    """A run directory instead: its network is attacked, by default on its own validation data."""
+    count: int | None = None
+    """Attack so many of the images, chosen by the seed; by default all."""
+    attacks: tuple[str, ...] = ("fgsm", "pgd")
+    """fgsm bim mi-fgsm pgd apgd-ce apgd-dlr apgd-t fab-t square deepfool cw autoattack."""
+    epsilons: tuple[float, ...] = (0.25, 0.5, 1, 2, 4)
+    """Radii, in units of 1/255 of a pixel's range."""
+    norm: Literal["linf", "l2"] = "linf"
+    """In which the radii are measured."""
+    steps: int | None = None
+    """Gradient steps of each attack, queries of Square; by default what each one's paper has."""
+    target: str | None = None
+    """Name or index of the class that the network shall see; by default any but the right one."""
+    out: Path | None = None
+    """A folder for the curve, adversarial PNGs of the size the network sees, and a grid of them."""
+    pictures: int = 8
+    """How many images to paint, the most easily fooled first."""
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Prints a table of accuracies; with a folder also writes pictures."""
+    from tljax.data.sources import open_folder, open_images, open_labelled, open_splits
+    from tljax.errors import RequestError
+    from tljax.pretrained import load_pretrained
+    from tljax.report import attacks
+    from tljax.transfer import rundir
+
+    if config.images:
+        one_folder = len(config.images) == 1 and Path(config.images[0]).is_dir()
+        source = open_folder(config.images[0]) if one_folder else open_images(config.images)
+    elif config.data:
+        source = open_labelled(config.data)
+    elif config.workdir:
+        asked = rundir.read_config(config.workdir)
+        source = open_splits(asked["data"], val_fraction=asked["val_fraction"]).val
+    else:
+        raise RequestError("name what to attack: images, --data FOLDER or --workdir RUN")
+    network = load_pretrained(config.workdir or config.weights, model=config.model)
+    network = network.with_size(config.image_size)
+    target = None if config.target is None else network.card.index_of(config.target)
+    chosen = attacks.choose_attacks(
+        config.attacks, norm=config.norm, num_steps=config.steps, target=target
+    )
+    victims = attacks.read_victims(
+        network, source, config.loading, count=config.count, seed=config.seed
+    )
+    print("\n".join(victims.notes))
+    radii = [epsilon / 255 for epsilon in config.epsilons]
+    found = attacks.attack(network, victims, chosen, radii, config.loading, seed=config.seed)
+    print(attacks.table(found))
+    for flag, meaning in found.flags.items():
+        print(f"warning ({flag}): {meaning}")
+    result = attacks.summary(found)
+    if config.out:
+        paintings = attacks.paint(
+            network, victims, chosen, found,
+            count=config.pictures, target=target, seed=config.seed,
+        )  # fmt: skip
+        paths = attacks.write_pictures(config.out, found, paintings)
+        print("\n".join(painting.line for painting in paintings))
+        print(f"curve {paths[0]}\ngrid  {paths[1]}")
+        result["pictures"] = [str(path) for path in paths]
+        result["images"] = [painting.facts for painting in paintings]
+    return result
+
+
+if __name__ == "__main__":
+    cli.main(Config, run)

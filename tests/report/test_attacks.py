@@ -1,0 +1,141 @@
+"""What attacks did to a network small enough for a test: numbers, captions and pictures."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+from tljax.config import Loading
+from tljax.data.sources import open_folder
+from tljax.errors import RequestError
+from tljax.models import apply
+from tljax.pretrained import Card, Pretrained
+from tljax.report import attacks
+
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
+LOADING = Loading(batch_size=4)
+
+
+@jax.jit
+def seen(variables, images: np.ndarray) -> jax.Array:
+    return apply(tiny.MODEL, variables, images).logits
+
+
+@pytest.fixture(scope="module")
+def network() -> Pretrained:
+    card = Card(("ant", "bee", "cat"), "somewhere", "MIT", "0" * 64, "torchvision")
+    variables = jax.tree.map(np.array, tiny.random_variables())
+    # So that every class is some image's best.
+    noise = np.random.default_rng(1).uniform(0, 1, (20, 16, 16, 3)).astype("f")
+    variables["params"]["head"]["bias"] -= np.asarray(seen(variables, noise)).mean(0)
+    return Pretrained(tiny.MODEL, variables, card)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photographs")
+    rng = np.random.default_rng(0)
+    for i in range(6):
+        path = folder / ("bee", "cat")[i % 2] / f"{i}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3)).astype(np.uint8)).save(path)
+    (folder / "cat" / "bad.png").touch()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def attacked(network, folder):
+    """The folder without its labels."""
+    source = replace(open_folder(folder), classes=(), labels=np.full(7, -1, np.int32))
+    victims = attacks.read_victims(network, source, LOADING)
+    chosen = attacks.choose_attacks(["fgsm", "pgd"], num_steps=3)
+    found = attacks.attack(network, victims, chosen, [24 / 255, 4 / 255], LOADING)
+    return victims, chosen, found
+
+
+def predicted(network: Pretrained, images: np.ndarray) -> np.ndarray:
+    return np.asarray(seen(network.variables, images).argmax(-1))
+
+
+def test_labels_are_the_folder_s_or_what_the_network_sees(network, folder, attacked):
+    victims = attacks.read_victims(network, open_folder(folder), LOADING)
+    assert victims.labels.tolist() == [1, 1, 1, 2, 2, 2]
+    assert any("not read: " in note and "bad.png" in note for note in victims.notes)
+    np.testing.assert_array_equal(attacked[0].labels, predicted(network, victims.images))
+    few = attacks.read_victims(network, open_folder(folder), LOADING, count=3, seed=1)
+    assert len(few.images) < 4
+    assert set(few.names) < set(victims.names) | {"cat/bad.png"}
+
+
+def test_table_and_summary_say_the_same(attacked):
+    _, _, found = attacked
+    result = attacks.summary(found)
+    assert result["clean"] == 1
+    assert result["examples"] == 6
+    assert list(result["robust"]) == ["fgsm", "pgd"]
+    assert list(result["robust"]["pgd"]) == ["4", "24"]
+    head, columns, *rows = attacks.table(found).splitlines()
+    assert "6 images" in head
+    assert columns.split()[-3:] == ["0", "4", "24"]
+    assert [row.split("  ")[0] for row in rows] == ["fgsm", "", "pgd", "", "worst of all"]
+    share = result["robust"]["pgd"]["24"]
+    assert rows[2].endswith(f"{100 * share:.1f} +- {100 * np.sqrt(share * (1 - share) / 6):.1f}")
+
+
+def test_what_is_painted_is_in_the_ball_and_still_fools(network, attacked, tmp_path):
+    victims, chosen, found = attacked
+    paintings = attacks.paint(network, victims, chosen, found, count=4)
+    assert len(paintings) == 4
+    saved = np.stack([painting.pictures[2].pixels for painting in paintings])
+    before = np.stack([painting.pictures[0].pixels for painting in paintings])
+    epsilons = np.array([painting.facts["epsilon"] for painting in paintings])
+    away = np.abs(saved.astype(int) - before).max((1, 2, 3))
+    assert (away <= epsilons + 1e-4).all()
+    fools = predicted(network, saved) != predicted(network, before)
+    assert fools.any()
+    for painting, label, fooled in zip(paintings, predicted(network, saved), fools, strict=True):
+        assert painting.facts["after"]["index"] == label
+        assert (painting.facts["before"]["name"] != painting.facts["after"]["name"]) == fooled
+        photograph, perturbation, adversarial = painting.pictures
+        factor = int(perturbation.caption.rpartition(" ")[2])
+        change = adversarial.pixels.astype(int) - photograph.pixels
+        np.testing.assert_array_equal(perturbation.pixels.astype(int) - 127, factor * change)
+    paths = attacks.write_pictures(tmp_path, found, paintings)
+    assert sorted(paths) == sorted(tmp_path.iterdir())
+    assert len(paths) == 2 + 2 * 4
+    np.testing.assert_array_equal(np.asarray(Image.open(paths[3])), saved[0])
+
+
+def test_towards_a_class(network, attacked):
+    victims, _, _ = attacked
+    chosen = attacks.choose_attacks(["pgd"], num_steps=3, target=1)
+    found = attacks.attack(network, victims, chosen, [24 / 255], LOADING)
+    paintings = attacks.paint(network, victims, chosen, found, count=6, target=1)
+    targets = [painting.facts["target"] for painting in paintings]
+    assert all(target["name"] == "bee" for target in targets)
+    assert all(target["after"] > target["before"] for target in targets)
+    for painting in paintings:  # the target's probability is told, but not twice
+        assert painting.pictures[2].caption.count("bee, p ") == 1
+
+
+@pytest.mark.slow
+def test_autoattack_stands_beside_the_others(network, attacked):
+    victims, _, _ = attacked
+    chosen = attacks.choose_attacks(["fgsm", "autoattack"], num_steps=5)
+    found = attacks.attack(network, victims, chosen, [4 / 255], LOADING)
+    assert list(found.outcomes) == ["fgsm", "autoattack"]
+    assert found.accuracy("autoattack")[0].value <= found.accuracy("fgsm")[0].value
+    assert "few_classes" in found.flags
+
+
+def test_what_cannot_be_done_is_said():
+    with pytest.raises(RequestError, match="no attack 'pdg'; choose from fgsm"):
+        attacks.choose_attacks(["pdg"])
+    with pytest.raises(RequestError, match="square knows no norm but linf"):
+        attacks.choose_attacks(["square"], norm="l2")
+    with pytest.raises(RequestError, match="fab-t takes no --target; fgsm, bim"):
+        attacks.choose_attacks(["fab-t"], target=1)
