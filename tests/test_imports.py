@@ -14,7 +14,7 @@ ALLOWED = {
     "models": set(),
     "pretrained": {"models"},
     "data": set(),
-    "transfer": {"models", "pretrained", "data"},
+    "transfer": {"models", "pretrained", "data", "attack"},
     "report": {"models", "pretrained", "data", "transfer", "explain"},
     "attack": set(),
     "explain": set(),
