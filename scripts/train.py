@@ -96,6 +96,7 @@ def run(config: Config) -> dict[str, Any]:
     seconds = time.perf_counter() - began
     summary = {
         "val_top1": result.evaluation.top1,
+        "val_robust_top1": result.robust.top1 if result.robust else None,
         "probe_top1": result.probe_evaluation.top1 if result.probe_evaluation else None,
         "recipe": config.fit.recipe,
         "workdir": str(workdir),
@@ -108,10 +109,14 @@ def run(config: Config) -> dict[str, Any]:
     save(workdir / rundir.BEST, trained)
     write_training_report(workdir, result, splits, asdict(config), card, seconds)
 
-    if result.probe_evaluation:
-        print(f"probe accuracy       {percent(result.probe_evaluation.top1)}")
-    if config.fit.recipe != "probe":
-        print(f"fine-tuned accuracy  {percent(result.evaluation.top1)}")
+    lines = {
+        "probe accuracy": result.probe_evaluation,
+        "fine-tuned accuracy": None if config.fit.recipe == "probe" else result.evaluation,
+        "attacked accuracy": result.robust,
+    }
+    for name, found in lines.items():
+        if found:
+            print(f"{name:20} {percent(found.top1)}")
     print(f"report               {workdir / 'report.html'}  ({seconds:.0f} s in all)")
     print("your own images      python scripts/train.py --data FOLDER  (one subfolder a class)")
     return summary

@@ -14,8 +14,8 @@ ALLOWED = {
     "models": set(),
     "pretrained": {"models"},
     "data": set(),
-    "transfer": {"models", "pretrained", "data"},
-    "report": {"models", "pretrained", "data", "transfer", "explain", "attack"},
+    "transfer": {"models", "pretrained", "data", "attack"},
+    "report": {"models", "pretrained", "data", "transfer", "attack", "explain"},
     "attack": set(),
     "explain": set(),
 }

@@ -69,6 +69,28 @@ class AugmentConfig:
 
 
 @dataclass(frozen=True)
+class AdversaryConfig:
+    """How training images are attacked before the network learns from them.
+
+    Attributes:
+        attack: fast takes one step from a random start (Wong et al. 2020), pgd several (Madry et
+            al. 2018), and costs as many forward and backward passes more.
+        epsilon: largest change of a pixel value, in units of 1/255.
+        attack_steps: of pgd.
+    """
+
+    attack: Literal["none", "fast", "pgd"] = "none"
+    epsilon: float = 4.0
+    attack_steps: int = 7
+
+    def __post_init__(self) -> None:
+        if not 0 < self.epsilon <= 255:
+            raise RequestError(f"--epsilon {self.epsilon}: choose from 0 to 255, of 255")
+        if self.attack_steps < 1:
+            raise RequestError(f"--attack-steps {self.attack_steps}: choose 1 or more")
+
+
+@dataclass(frozen=True)
 class OptimizerConfig:
     """How the trainable parameters move.
 
@@ -137,6 +159,7 @@ class FitConfig:
             turn: approximate. 0 caches none and draws afresh in every epoch.
         augment: random crops and flips, and what else augmentation says.
         augmentation: see `AugmentConfig`.
+        adversary: see `AdversaryConfig`. With one, epochs are compared by robust accuracy.
         optimizer: see `OptimizerConfig`.
     """
 
@@ -159,6 +182,7 @@ class FitConfig:
     cache_views: int = 0
     augment: bool = False
     augmentation: AugmentConfig = field(default_factory=AugmentConfig)
+    adversary: AdversaryConfig = field(default_factory=AdversaryConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
     def __post_init__(self) -> None:

@@ -139,8 +139,9 @@ def curves(history: Sequence[LogEntry]) -> "matplotlib.figure.Figure":
     Args:
         history: what was logged, in order. Each row holds ``epoch``, which counts on through all
             phases and may be a fraction, and any of ``train_loss``, ``val_loss``, ``train_top1``,
-            ``val_top1`` (in [0, 1]) and ``phase``. A missing key means not measured then; a NaN or
-            None leaves a gap in the line. Other keys and rows without an epoch are ignored.
+            ``val_top1``, ``val_robust_loss``, ``val_robust_top1`` (accuracies in [0, 1]) and
+            ``phase``. A missing key means not measured then; a NaN or None leaves a gap in the
+            line. Other keys and rows without an epoch are ignored.
     """
     history = [entry for entry in history if entry.get("epoch") is not None]
     phases = _phases(history)
@@ -148,7 +149,7 @@ def curves(history: Sequence[LogEntry]) -> "matplotlib.figure.Figure":
     panels = figure.subplots(1, 2, sharex=True)
     for axes, title, metric in zip(panels, ("Loss", "Accuracy"), ("loss", "top1"), strict=True):
         _style(axes, title)
-        for split, name, colour in (("train", "training", BLUE), ("val", "validation", VERMILION)):
+        for split, name, colour in _SPLITS:
             key = f"{split}_{metric}"
             entries = [entry for entry in history if key in entry]
             values = np.array([entry[key] for entry in entries], float)
@@ -171,6 +172,13 @@ def curves(history: Sequence[LogEntry]) -> "matplotlib.figure.Figure":
     if len(epochs) == 1:
         panels[0].set_xlim(min(epochs) - 1, max(epochs) + 1)
     return figure
+
+
+_SPLITS = (
+    ("train", "training", BLUE),
+    ("val", "validation", VERMILION),
+    ("val_robust", "validation, attacked", PALE),
+)
 
 
 def _phases(history: Sequence[LogEntry]) -> list[tuple[float, str]]:

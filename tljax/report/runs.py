@@ -76,6 +76,9 @@ def write_training_report(
         headline.append(("probe accuracy", percent(result.probe_evaluation.top1)))
     if config["fit"]["recipe"] != "probe":
         headline.append(("fine-tuned accuracy", percent(result.evaluation.top1)))
+    if result.robust:
+        epsilon = result.config.adversary.epsilon
+        headline.append((f"attacked at {epsilon:g}/255", percent(result.robust.top1)))
     if calibration:
         headline.append(("calibration error", percent(calibration.before.error)))
     headline.append(("seconds", f"{seconds:.0f}"))

@@ -16,6 +16,7 @@ from tljax.data.sources import Splits
 from tljax.models import Model
 from tljax.parallel import agree, is_writer, replicate, shard
 from tljax.progress import track
+from tljax.transfer.adversary import robust_logits
 from tljax.transfer.checkpoint import Checkpoint, Checkpoints
 from tljax.transfer.evaluate import Evaluation, evaluate
 from tljax.transfer.features import Features
@@ -46,6 +47,7 @@ class FitResult(NamedTuple):
         probe: the linear probe, with its sweep; None for a recipe without.
         probe_evaluation: of the probe on the validation set.
         evaluation: of ``variables`` on the validation set.
+        robust: of ``variables`` on the attacked validation set; None without an adversary.
         logits: of ``variables``, of the validation set.
         history: one entry an epoch.
         skipped: reason by position, for the unreadable images of train and val.
@@ -57,6 +59,7 @@ class FitResult(NamedTuple):
     probe: Probe | None
     probe_evaluation: Evaluation | None
     evaluation: Evaluation
+    robust: Evaluation | None
     logits: Features
     history: History
     skipped: tuple[dict[int, str], dict[int, str]]
@@ -123,7 +126,8 @@ def fit(
     model, variables, plan = setup.model, setup.variables, setup.plan
     run = _Run(setup, checkpoints, checkpoint_seconds, log)
     first = evaluate(inputs.logits(model, variables))
-    history: History = [{"phase": plan.start, "epoch": 0, **_scores(first)}]
+    robust = _robust(setup, variables)
+    history: History = [{"phase": plan.start, "epoch": 0, **_scores(first, robust)}]
     log(history)
     saved = checkpoints.restore() if checkpoints else None
     for note in saved.notes if saved else ():
@@ -147,6 +151,7 @@ def fit(
         setup.probe,
         first if setup.probe is not None else None,
         evaluate(logits),
+        _robust(setup, best),
         logits,
         progress.history,
         inputs.everyones_skipped(),
@@ -198,7 +203,7 @@ def _train(
             "learning_rate": float(np.asarray(schedule(int(state.step) - 1))),
             "train_loss": means["loss"],
             "train_top1": means["top1"],
-            **_scores(evaluation),
+            **_scores(evaluation, _robust(setup, now)),
         }
         history = [*history, entry]
         if best_epoch(history) == len(history) - 1:
@@ -272,20 +277,37 @@ def _save(
         run.checkpoints.save(number, {**position, "skipped": skipped}, (state, best))
 
 
-def _scores(evaluation: Evaluation) -> dict[str, float]:
-    return {"val_loss": evaluation.loss, "val_top1": evaluation.top1}
+def _robust(setup: Setup, variables: Variables) -> Evaluation | None:
+    """On the attacked validation set, if training is attacked."""
+    adversary = setup.config.adversary
+    if adversary.attack == "none":
+        return None
+    return evaluate(
+        robust_logits(
+            setup.model, variables, setup.splits.val, setup.loading, adversary, setup.seed
+        )
+    )
+
+
+def _scores(evaluation: Evaluation, robust: Evaluation | None) -> dict[str, float]:
+    scores = {"val_loss": evaluation.loss, "val_top1": evaluation.top1}
+    if robust is not None:
+        scores |= {"val_robust_loss": robust.loss, "val_robust_top1": robust.top1}
+    return scores
 
 
 def best_epoch(history: History) -> int:
     """Which entry counts: the highest accuracy; where equal, a loss lower by at least `MIN_DELTA`.
 
     Without that margin a network that has nothing left to learn would be preferred for being ever
-    more certain.
+    more certain. With an adversary it is the robust accuracy that counts, and its loss.
     """
+    kind = "val_robust" if "val_robust_top1" in history[0] else "val"
+    top1, loss = ([entry[f"{kind}_{name}"] for entry in history] for name in ("top1", "loss"))
     best = 0
-    for i, entry in enumerate(history):
-        gain = entry["val_top1"] - history[best]["val_top1"]
-        if gain > 0 or (gain == 0 and entry["val_loss"] < history[best]["val_loss"] - MIN_DELTA):
+    for i in range(len(history)):
+        gain = top1[i] - top1[best]
+        if gain > 0 or (gain == 0 and loss[i] < loss[best] - MIN_DELTA):
             best = i
     return best
 

@@ -213,7 +213,8 @@ def cache_bytes(model: Model, splits: Splits, config: FitConfig, start: str) -> 
 def cache_place(model: Model, splits: Splits, config: FitConfig, start: str) -> Place:
     """Where the activations that enter ``start`` go; ``none`` where they do not stay the same."""
     random = config.augment and not config.cache_views
-    if config.cache == "none" or model.position(start) == 0 or random:
+    moving = random or config.adversary.attack != "none"
+    if config.cache == "none" or model.position(start) == 0 or moving:
         return "none"
     if config.cache != "auto":
         return config.cache

@@ -84,12 +84,24 @@ def make_plan(model: Model, config: FitConfig, examples: int, batch_size: int) -
     mixed = config.augmentation.mixup or config.augmentation.cutmix
     if config.augment and config.cache_views and mixed:
         raise RequestError("mixup and CutMix mix photographs, not cached views: --cache-views 0")
+    if config.adversary.attack != "none":
+        _check_adversary(config, bool(mixed and config.augment))
     if recipe == "probe":
         return Plan("probe", (), config)
     if recipe == "gradual":
         return Plan("probe", _gradual(model, table, epochs), config)
     start = {"lp-ft": "probe", "scratch": "random"}.get(recipe, "zeros")
     return Plan(start, (Phase("train", table, epochs),), config)  # pyright: ignore[reportArgumentType]
+
+
+def _check_adversary(config: FitConfig, mixed: bool) -> None:
+    attack = config.adversary.attack
+    if config.recipe == "probe":
+        raise RequestError(f"--attack {attack}: a probe is solved on clean images; --recipe lp-ft")
+    if config.cache not in ("auto", "none") or config.cache_views:
+        raise RequestError(f"--attack {attack} moves every image afresh: nothing can be cached")
+    if mixed:
+        raise RequestError(f"--attack {attack} needs one label an image: no mixup, no CutMix")
 
 
 def default_freeze_to(model: Model) -> str:

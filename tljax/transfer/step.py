@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from tljax.config import AugmentConfig
+from tljax.config import AdversaryConfig, AugmentConfig
 from tljax.data.augment import augment, mix
 from tljax.models import Model, apply
+from tljax.transfer.adversary import attacked
 from tljax.transfer.freeze import combine
 from tljax.transfer.metrics import Metrics, measure
 from tljax.types import Batch, Variables
@@ -49,6 +50,7 @@ class StepConfig:
         accumulate: the batch goes through in so many parts; only the memory it takes depends on
             it, and batch statistics, which are those of a part.
         augment: of the images; None for activations and for the central crop.
+        adversary: what attacks the images, on running statistics; None for nobody.
     """
 
     train: frozenset[str] = frozenset()
@@ -57,6 +59,7 @@ class StepConfig:
     average: float = 0.0
     accumulate: int = 1
     augment: AugmentConfig | None = None
+    adversary: AdversaryConfig | None = None
 
 
 def init_state(
@@ -125,6 +128,16 @@ def make_train_step(
             size = model.preprocess.size
             images = augment(images, batch.indices, keys[0], size, config.augment)
             images, targets = mix(images, targets, batch.mask, keys[1], config.augment)
+        if config.adversary is not None:
+            still = jax.lax.stop_gradient(variables)
+            images = attacked(
+                config.adversary,
+                lambda x: apply(model, still, x).logits,
+                images,
+                batch.labels,
+                keys[1],
+                batch.indices,
+            )
         output = apply(
             model,
             variables,

@@ -1,0 +1,102 @@
+"""Adversarial training: what the step sees, and that it makes a network harder to fool."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from engine import LOADING, config, source, splits, train
+from tiny import MODEL, random_variables
+
+from tljax.attack import pgd
+from tljax.config import AdversaryConfig, AugmentConfig
+from tljax.errors import RequestError
+from tljax.models import apply
+from tljax.transfer.adversary import PROOF_STEPS, attacked, robust_logits
+from tljax.transfer.evaluate import evaluate
+from tljax.transfer.fit import best_epoch
+from tljax.transfer.recipes import make_plan
+
+pytestmark = pytest.mark.usefixtures("compilation_cache")
+FAST, PGD = AdversaryConfig("fast", 16.0), AdversaryConfig("pgd", 16.0, 3)
+
+
+def logits_fn(images):
+    return apply(MODEL, random_variables(), images).logits
+
+
+@pytest.mark.parametrize("how", [FAST, PGD])
+def test_images_are_moved_within_the_ball_to_where_the_loss_is_higher(how):
+    data = source(8)
+    images = np.stack([data.read(i) for i in range(8)])
+    labels = np.append(data.labels[:7], -1)  # the last one is padding
+    moved = attacked(how, logits_fn, images, labels, jax.random.key(0), np.arange(8))
+    clean = images.astype(np.float32) / 255
+    assert jnp.abs(moved - clean).max() <= 16 / 255 + 1e-6
+    assert jnp.abs(moved - clean).max() > 8 / 255
+    assert moved.min() >= 0
+    assert moved.max() <= 1
+
+    def loss(x):
+        return -jax.nn.log_softmax(logits_fn(x))[np.arange(7), labels[:7]].mean()
+
+    assert loss(moved[:7]) > loss(clean[:7]) + 0.01
+
+
+def test_robust_logits_are_those_of_pgd():
+    data = source(7, broken=(2,))
+    found = robust_logits(MODEL, random_variables(), data, LOADING, FAST, seed=3)
+    kept = np.array([0, 1, 3, 4, 5, 6])
+    assert found.indices.tolist() == kept.tolist()
+    assert list(found.skipped) == [2]
+    images = np.stack([data.read(i) for i in kept]).astype(np.float32) / 255
+    moved = pgd(
+        logits_fn,
+        images,
+        data.labels[kept],
+        jax.random.key(3),
+        epsilon=16 / 255,
+        ids=kept,
+        num_steps=PROOF_STEPS,
+    )
+    np.testing.assert_allclose(found.values, logits_fn(moved), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("how", [FAST, pytest.param(PGD, marks=pytest.mark.slow)])
+def test_training_on_attacked_images_makes_it_harder_to_fool(how):
+    what = {"epochs": 8, "rate": 0.02}
+    data = splits(24, (), ())
+    plain = train(config(**what), data)
+    hardened = train(config(adversary=how, **what), data)
+    assert plain.robust is None
+    before = evaluate(robust_logits(plain.model, plain.variables, data.val, LOADING, how, 0))
+    assert hardened.robust.loss < before.loss
+    entry = hardened.history[best_epoch(hardened.history)]
+    assert entry["val_robust_loss"] == pytest.approx(hardened.robust.loss, rel=1e-5)
+    assert entry["val_robust_top1"] == max(e["val_robust_top1"] for e in hardened.history)
+
+
+def test_it_is_repeatable():
+    first, again = (train(config(adversary=FAST)) for _ in range(2))
+    assert first.history == again.history
+
+
+@pytest.mark.parametrize(
+    ("wish", "message"),
+    [
+        ({"recipe": "probe"}, "a probe is solved on clean images"),
+        ({"cache": "disk"}, "nothing can be cached"),
+        ({"augment": True, "cache_views": 2}, "nothing can be cached"),
+        ({"augment": True, "augmentation": AugmentConfig(mixup=0.2)}, "no mixup"),
+    ],
+)
+def test_wishes_that_exclude_an_adversary(wish, message):
+    what = config(**{"recipe": "finetune", "adversary": FAST, **wish})
+    with pytest.raises(RequestError, match=message):
+        make_plan(MODEL, what, 100, 10)
+
+
+def test_a_ball_without_a_radius_and_no_steps_are_refused():
+    with pytest.raises(RequestError, match="--epsilon 0"):
+        AdversaryConfig("fast", 0.0)
+    with pytest.raises(RequestError, match="--attack-steps 0"):
+        AdversaryConfig("pgd", 1.0, 0)
