@@ -67,7 +67,8 @@ def run(config: Config) -> dict[str, Any]:
     victims = attacks.read_victims(
         network, source, config.loading, count=config.count, seed=config.seed
     )
-    print("\n".join(victims.notes))
+    for note in victims.notes:
+        print(note)
     radii = [epsilon / 255 for epsilon in config.epsilons]
     found = attacks.attack(network, victims, chosen, radii, config.loading, seed=config.seed)
     print(attacks.table(found))

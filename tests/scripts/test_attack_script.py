@@ -15,6 +15,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
+@pytest.mark.slow
 def test_photographs_are_attacked_and_painted(cache: Path, tmp_path: Path):
     for i, colour in enumerate(((200, 60, 60), (60, 60, 200))):
         paint(tmp_path / "in" / f"{i}.png", colour, i)

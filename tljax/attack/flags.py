@@ -1,9 +1,10 @@
 """Reasons not to trust a robust accuracy, found without being asked for."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tljax.attack.contract import LogitsFn
+from tljax.attack.contract import LogitsFn, as_tree
 from tljax.attack.losses import ascent, goal, mean_logits
 from tljax.types import Array
 
@@ -17,7 +18,7 @@ def check_network(logits_fn: LogitsFn, images: Array, labels: Array) -> dict[str
     gradients give a false sense of security", 2018 (arXiv 1802.00420).
 
     Args:
-        logits_fn: images to logits; it is called outside `jax.jit`, where randomness shows.
+        logits_fn: images to logits; it is also called outside `jax.jit`, where randomness shows.
         images: ``[n, ...]`` floating point; a few dozen suffice.
         labels: ``[n]`` int.
 
@@ -47,8 +48,7 @@ def check_network(logits_fn: LogitsFn, images: Array, labels: Array) -> dict[str
         flags["probabilities"] = (
             "the outputs are probabilities, which flatten the gradients: leave out the softmax"
         )
-    gradient = ascent(logits_fn, goal("ce", y).objective, x).gradient
-    none = np.asarray(jnp.all(gradient == 0, axis=range(1, x.ndim)))
+    none = np.asarray(_no_gradient(as_tree(logits_fn), x, y))
     if none.any():
         flags["zero_gradient"] = (
             f"the cross-entropy of {none.mean():.0%} of the images has no gradient (logits too "
@@ -60,6 +60,12 @@ def check_network(logits_fn: LogitsFn, images: Array, labels: Array) -> dict[str
             "loss: the ensemble uses the margin, which large logits mask as little"
         )
     return flags
+
+
+@jax.jit
+def _no_gradient(logits_fn: LogitsFn, images: jax.Array, labels: jax.Array) -> jax.Array:
+    gradient = ascent(logits_fn, goal("ce", labels).objective, images).gradient
+    return jnp.all(gradient == 0, axis=range(1, images.ndim))
 
 
 def check_outcome(right: dict[str, np.ndarray], *, threshold: float = 0.002) -> dict[str, str]:
