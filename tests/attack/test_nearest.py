@@ -24,6 +24,8 @@ from tljax.attack import carlini_wagner, deepfool, fab_t, square
 from tljax.attack.fab import onto_plane
 from tljax.attack.square import side
 
+pytestmark = pytest.mark.slow
+
 KEY = jax.random.key(0)
 
 

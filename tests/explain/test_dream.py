@@ -8,6 +8,8 @@ import pytest
 from tljax.errors import RequestError
 from tljax.explain import deep_dream, mean_square
 
+pytestmark = pytest.mark.slow
+
 IMAGES = np.random.default_rng(0).uniform(0.2, 0.8, (2, 20, 31, 3)).astype(np.float32)
 
 

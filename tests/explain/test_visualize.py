@@ -16,6 +16,8 @@ from tljax.explain import (
 )
 from tljax.explain.parametrization import correlate_colours, fourier_field
 
+pytestmark = pytest.mark.slow
+
 KEYS = jax.random.split(jax.random.key(0), 2)
 
 

@@ -92,6 +92,7 @@ def test_without_a_reference_one_is_asked_for(monkeypatch: pytest.MonkeyPatch) -
         verify(random_pretrained("resnet18"))
 
 
+@pytest.mark.slow
 def test_the_script_names_the_layer_in_one_line(folder: Path, tmp_path: Path) -> None:
     wrong = tmp_path / "wrong.safetensors"
     save(wrong, with_swapped_statistics(load_pretrained(folder)))

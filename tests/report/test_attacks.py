@@ -123,6 +123,7 @@ def test_towards_a_class(network, attacked):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_autoattack_stands_beside_the_others(network, attacked):
     victims, _, _ = attacked
     chosen = attacks.choose_attacks(["fgsm", "autoattack"], num_steps=5)

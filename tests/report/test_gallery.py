@@ -44,6 +44,7 @@ def assert_rows(rows, shape) -> None:
     assert all(picture.pixels.ndim == 3 for picture in pictures)
 
 
+@pytest.mark.slow
 def test_the_ideal_of_a_class_four_ways(network):
     rows = ideal_pictures(network, ["BEE", "2"], num_steps=60, tv_weight=0.02)
     assert_rows(rows, (2, 4))
@@ -64,6 +65,7 @@ def test_the_ideal_of_a_class_four_ways(network):
     assert (again[0][2].pixels != fourier.pixels).any()
 
 
+@pytest.mark.slow
 def test_five_methods_explain_each_photograph(network, photographs):
     rows = explanation_pictures(network, photographs)
     assert_rows(rows, (2, 6))

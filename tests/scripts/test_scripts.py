@@ -109,6 +109,7 @@ def test_a_run_directory_holds_everything(trained: Path):
     assert [entry["phase"] for entry in entries] == ["probe", "train", "train"]
 
 
+@pytest.mark.slow
 def test_a_run_that_is_over_goes_on_to_the_same_end(cache: Path, trained: Path):
     before = {name: (trained / name).read_bytes() for name in ("metrics.jsonl", "config.json")}
     network = (trained / "best" / "model.safetensors").read_bytes()
@@ -118,6 +119,7 @@ def test_a_run_that_is_over_goes_on_to_the_same_end(cache: Path, trained: Path):
     assert network == (trained / "best" / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_dry_run_writes_nothing(cache: Path, photographs: Path, tmp_path: Path):
     done = run_script(
         cache, "train.py", "--data", photographs, "--dry-run", "--workdir", tmp_path / "run"

@@ -61,7 +61,8 @@ def test_robust_logits_are_those_of_pgd():
     np.testing.assert_allclose(found.values, logits_fn(moved), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("how", [FAST, pytest.param(PGD, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("how", [FAST, PGD])
+@pytest.mark.slow
 def test_training_on_attacked_images_makes_it_harder_to_fool(how):
     what = {"epochs": 8, "rate": 0.02}
     data = splits(24, (), ())
