@@ -10,7 +10,7 @@ import json
 import statistics
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +19,7 @@ import tyro
 
 from tljax.config import FitConfig, Loading
 from tljax.data.augment import epoch_key
-from tljax.data.sources import Source, Splits, open_splits
+from tljax.data.sources import Source, Splits, open_splits, select
 from tljax.models import Model
 from tljax.parallel import shard
 from tljax.pretrained import load_pretrained
@@ -88,13 +88,7 @@ class Runner:
 
 def first(source: Source, count: int) -> Source:
     """Images of all classes in turn."""
-    order = sorted(range(len(source)), key=lambda i: (i * 7919) % len(source))[:count]
-    return replace(
-        source,
-        examples=[source.examples[i] for i in order],
-        labels=source.labels[order],
-        names=[source.names[i] for i in order],
-    )
+    return select(source, sorted(range(len(source)), key=lambda i: i * 7919 % len(source))[:count])
 
 
 def main() -> None:

@@ -42,7 +42,7 @@ class Config(cli.Common):
 
 def run(config: Config) -> dict[str, Any]:
     """Prints a table of accuracies; with a folder also writes pictures."""
-    from tljax.data.sources import open_folder, open_images, open_labelled, open_splits
+    from tljax.data.sources import open_folder, open_images, open_labelled
     from tljax.errors import RequestError
     from tljax.pretrained import load_pretrained
     from tljax.report import attacks
@@ -54,8 +54,7 @@ def run(config: Config) -> dict[str, Any]:
     elif config.data:
         source = open_labelled(config.data)
     elif config.workdir:
-        asked = rundir.read_config(config.workdir)
-        source = open_splits(asked["data"], val_fraction=asked["val_fraction"]).val
+        source = rundir.open_validation(config.workdir)
     else:
         raise RequestError("name what to attack: images, --data FOLDER or --workdir RUN")
     network = load_pretrained(config.workdir or config.weights, model=config.model)

@@ -20,7 +20,7 @@ class Config(cli.Common):
 
 def run(config: Config) -> dict[str, Any]:
     """Prints accuracies; with a run directory also writes a page with the mistakes."""
-    from tljax.data.sources import match_classes, open_labelled, open_splits
+    from tljax.data.sources import match_classes, open_labelled
     from tljax.errors import RequestError
     from tljax.pretrained import load_pretrained
     from tljax.pretrained.catalog import names_like
@@ -32,8 +32,7 @@ def run(config: Config) -> dict[str, Any]:
     if config.data:
         source = open_labelled(config.data)
     elif config.workdir:
-        asked = rundir.read_config(config.workdir)
-        source = open_splits(asked["data"], val_fraction=asked["val_fraction"]).val
+        source = rundir.open_validation(config.workdir)
     else:
         raise RequestError("name what to measure on: --data FOLDER, or --workdir RUN")
     pretrained = load_pretrained(config.workdir or config.weights, model=config.model)

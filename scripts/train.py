@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from tljax import cli
-from tljax.config import FitConfig
+from tljax.config import FitConfig, Loading
 
 if TYPE_CHECKING:
     from tljax.data.sources import Splits
@@ -43,6 +43,11 @@ class Config(cli.Common):
     """Say what would be trained, what it costs and what is cached; train nothing."""
     distributed: bool = False
     """This is one of several processes: start one on every host. Needs --workdir."""
+
+    @property
+    def loading(self) -> Loading:
+        """How images are read; unreadable ones as asked."""
+        return replace(super().loading, on_bad_image=self.on_bad_image)
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -87,7 +92,7 @@ def run(config: Config) -> dict[str, Any]:
             pretrained.variables,
             splits,
             config.fit,
-            loading=replace(config.loading, on_bad_image=config.on_bad_image),
+            loading=config.loading,
             seed=config.seed,
             checkpoints=checkpoints,
             checkpoint_seconds=60 * config.checkpoint_minutes,
@@ -135,6 +140,7 @@ def suggest_learning_rate(
     config: Config, pretrained: "Pretrained", splits: "Splits"
 ) -> dict[str, Any]:
     """Prints a learning rate for the recipe and draws the curve that it was read from."""
+    from tljax.files import written_whole
     from tljax.parallel import is_writer
     from tljax.report.figures import learning_rates
     from tljax.transfer.lr_finder import find_learning_rate
@@ -144,13 +150,13 @@ def suggest_learning_rate(
         pretrained.variables,
         splits,
         config.fit,
-        loading=replace(config.loading, on_bad_image=config.on_bad_image),
+        loading=config.loading,
         seed=config.seed,
     )
     curve = (config.workdir or Path("runs")) / "learning_rate.png"
     if is_writer():
-        curve.parent.mkdir(parents=True, exist_ok=True)
-        learning_rates(test).savefig(curve)
+        with written_whole(curve) as temporary:
+            learning_rates(test).savefig(temporary, format="png")
         print(f"suggested            --learning-rate {test.suggestion:.1e}")
         print(f"its curve            {curve}")
     return {"learning_rate": test.suggestion, "curve": str(curve)}

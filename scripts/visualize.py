@@ -10,17 +10,9 @@ from tljax import cli
 
 
 @dataclass(frozen=True, kw_only=True)
-class Common(cli.Output):
+class Common(cli.Network):
     """Flags of all subcommands."""
 
-    weights: str = "efficientnet_lite0.in1k"
-    """Pretrained weights: a catalog name, hub id, file, saved folder or run directory."""
-    model: str | None = None
-    """The architecture that the weights must be; found out if not given."""
-    image_size: int | None = None
-    """Side of the square pictures, in pixels; by default what the weights expect."""
-    seed: int = 0
-    """Of everything random."""
     out: Path = Path("pictures")
     """The folder for the PNG files."""
 
@@ -83,12 +75,8 @@ class Channel(Common):
 
 def run(config: Ideal | Explain | Features | Dream | Channel) -> dict[str, Any]:
     """Paints, and writes each picture and a grid of all."""
-    from PIL import Image
-
-    from tljax.files import written_whole
     from tljax.pretrained import load_pretrained
     from tljax.report import gallery
-    from tljax.report.figures import image_grid
 
     network = load_pretrained(config.weights, model=config.model).with_size(config.image_size)
     match config:
@@ -108,17 +96,11 @@ def run(config: Ideal | Explain | Features | Dream | Channel) -> dict[str, Any]:
             )
     pictures = [picture for row in rows for picture in row]
     mode = type(config).__name__.lower()
-    grid = image_grid(
-        [picture.pixels for picture in pictures],
-        [picture.caption for picture in pictures],
-        columns=len(rows[0]),
-        cell=max(picture.pixels.shape[0] for picture in pictures),
-    )
-    files = {mode: grid, **{f"{mode}-{p.name}": Image.fromarray(p.pixels) for p in pictures}}
+    files = {mode: gallery.grid(pictures, len(rows[0]))}
+    files |= {f"{mode}-{picture.name}": picture.pixels for picture in pictures}
     paths = [config.out / f"{name}.png" for name in files]
     for path, image in zip(paths, files.values(), strict=True):
-        with written_whole(path) as temporary:
-            image.save(temporary, "PNG")
+        gallery.write_png(path, image)
     for picture in pictures:
         print(f"{mode}-{picture.name}.png  {'  '.join(picture.caption.splitlines())}")
     print(f"all of them in {paths[0]}")

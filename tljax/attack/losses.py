@@ -106,9 +106,8 @@ def mean_logits(logits_fn: LogitsFn, images: jax.Array) -> jax.Array:
 
 def best_others(logits: jax.Array, labels: jax.Array, count: int) -> jax.Array:
     """``[n, count]`` classes other than the label, the highest logit first; fewer if there are."""
-    itself = jnp.arange(logits.shape[-1]) == labels[:, None]
     count = min(count, logits.shape[-1] - 1)
-    return lax.top_k(jnp.where(itself, -jnp.inf, logits), count)[1]
+    return lax.top_k(_without(logits, labels), count)[1]
 
 
 class Ascent(NamedTuple):
@@ -155,5 +154,9 @@ def _at(values: jax.Array, classes: jax.Array) -> jax.Array:
 
 
 def _best_other(logits: jax.Array, classes: jax.Array) -> jax.Array:
+    return jnp.max(_without(logits, classes), axis=-1)
+
+
+def _without(logits: jax.Array, classes: jax.Array) -> jax.Array:
     itself = jnp.arange(logits.shape[-1]) == classes[:, None]
-    return jnp.max(jnp.where(itself, -jnp.inf, logits), axis=-1)
+    return jnp.where(itself, -jnp.inf, logits)

@@ -6,7 +6,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from tljax.attack.contract import LogitsFn, along, choose, compiled, fold_in, one_each, prepare
+from tljax.attack.contract import (
+    Found,
+    LogitsFn,
+    along,
+    best_of,
+    compiled,
+    fold_in,
+    one_each,
+    prepare,
+)
 from tljax.attack.losses import Loss, ascent, goal
 from tljax.attack.norms import Bounds, into_ball, norm_of
 from tljax.errors import RequestError
@@ -93,20 +102,13 @@ def pgd(
             start = project(images + along(epsilon, images) * ball.inside(keys, images.shape[1:]))
         return lax.fori_loop(0, num_steps, body, (start, jnp.zeros_like(images)))[0]
 
-    def judge(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def judge(x: jax.Array) -> Found:
         end = ascent(logits_fn, aim.objective, x)  # nothing uses its gradient: it is not computed
         return x, aim.reached(end.logits), end.loss
 
-    def restart(number, best):
-        new = judge(run(fold_in(keys, number)))
-        better = ~best[1] & (new[1] | (new[2] > best[2]))
-        return choose(better, new, best)
-
     if restarts == 1:
         return run(keys)
-    lowest = jnp.full(len(images), -jnp.inf, jnp.promote_types(images.dtype, jnp.float32))
-    nothing = (images, jnp.zeros(len(images), bool), lowest)
-    return lax.fori_loop(0, restarts, restart, nothing)[0]
+    return best_of(lambda number, _: judge(run(fold_in(keys, number))), restarts, images)[0]
 
 
 def fgsm(

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
-from PIL import Image
 
 from tljax import attack as library
 from tljax.attack.contract import Attack, LogitsFn
@@ -25,8 +24,8 @@ from tljax.parallel import data_mesh
 from tljax.pretrained import Pretrained
 from tljax.pretrained.catalog import names_like
 from tljax.progress import track
-from tljax.report.figures import image_grid, robustness_curve
-from tljax.report.gallery import Picture
+from tljax.report.figures import robustness_curve
+from tljax.report.gallery import Picture, grid, write_png
 from tljax.types import Variables
 
 ATTACKS: dict[str, Any] = {
@@ -351,22 +350,14 @@ def write_pictures(out: Path, found: Robustness, paintings: Sequence[Painting]) 
         {name: found.accuracy(name) for name in found.outcomes},
     )
     pictures = [picture for painting in paintings for picture in painting.pictures]
-    grid = image_grid(
-        [picture.pixels for picture in pictures],
-        [picture.caption for picture in pictures],
-        columns=3,
-        cell=max(224, *(picture.pixels.shape[0] for picture in pictures)),
-    )
     paths = [out / "curve.png", out / "grid.png"]
     with written_whole(paths[0]) as temporary:
         curve.savefig(temporary, format="png", dpi=150)
-    with written_whole(paths[1]) as temporary:
-        grid.save(temporary, "PNG")
+    write_png(paths[1], grid(pictures, 3, smallest=224))
     for picture in pictures:
         if not picture.name.endswith("-photograph"):
             paths.append(out / f"{picture.name}.png")
-            with written_whole(paths[-1]) as temporary:
-                Image.fromarray(picture.pixels).save(temporary, "PNG")
+            write_png(paths[-1], picture.pixels)
     return paths
 
 

@@ -2,18 +2,22 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
 from tljax import explain
 from tljax.data.decode import read_images
 from tljax.data.sources import open_images
 from tljax.errors import RequestError
+from tljax.files import written_whole
 from tljax.models import Model, apply
 from tljax.pretrained import Pretrained
+from tljax.report.figures import image_grid
 from tljax.types import Array, Variables
 
 
@@ -32,6 +36,22 @@ class Picture(NamedTuple):
 
 
 Rows = list[list[Picture]]
+
+
+def grid(pictures: Sequence[Picture], columns: int, *, smallest: int = 0) -> Image.Image:
+    """All pictures with their captions, in cells as large as the tallest, or as ``smallest``."""
+    return image_grid(
+        [picture.pixels for picture in pictures],
+        [picture.caption for picture in pictures],
+        columns=columns,
+        cell=max(smallest, *(picture.pixels.shape[0] for picture in pictures)),
+    )
+
+
+def write_png(path: Path, image: Image.Image | np.ndarray) -> None:
+    """Writes a whole PNG file or none; arrays are ``[height, width, 3]`` uint8."""
+    with written_whole(path) as temporary:
+        (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(temporary, "PNG")
 
 
 def ideal_pictures(

@@ -9,16 +9,15 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from tljax.attack import fgsm, pgd
+from tljax.attack.contract import as_float
 from tljax.config import AdversaryConfig, Loading
-from tljax.data.loader import load_batches
 from tljax.data.sources import Source
 from tljax.models import Model, apply
-from tljax.parallel import data_mesh, divisible, gather, local_rows, replicate, shard
+from tljax.parallel import data_mesh, shard
 from tljax.progress import track
-from tljax.transfer.features import Features, process_shard
+from tljax.transfer.features import Features, collect, over_source
 from tljax.types import Array, Batch, Variables
 
 PROOF_STEPS = 20
@@ -46,17 +45,13 @@ def attacked(
     Returns:
         Floating point in [0, 1]; no gradient flows back through it.
     """
-    images = jnp.asarray(images)
-    if jnp.issubdtype(images.dtype, jnp.integer):
-        images = images.astype(jnp.float32) / 255
     by = (
         partial(fgsm, random_start=True)
         if config.attack == "fast"
         else partial(pgd, num_steps=config.attack_steps)
     )
-    moved = by(
-        logits_fn, images, jnp.maximum(labels, 0), key, epsilon=config.epsilon / 255, ids=ids
-    )
+    images, labels = as_float(images), jnp.maximum(labels, 0)
+    moved = by(logits_fn, images, labels, key, epsilon=config.epsilon / 255, ids=ids)
     return jax.lax.stop_gradient(moved)
 
 
@@ -79,31 +74,23 @@ def robust_logits(
         seed: of the random starts.
     """
     mesh = data_mesh(loading.devices)
-    variables = replicate(variables, mesh)
-    proof = AdversaryConfig("pgd", config.epsilon, PROOF_STEPS)
+    forward = partial(_attacked_logits, model, AdversaryConfig("pgd", config.epsilon, PROOF_STEPS))
+    key = jax.random.key(seed)
     skipped: dict[int, str] = {}
     batches = track(
-        load_batches(
+        over_source(
+            lambda variables, batch: forward(variables, shard(batch, mesh), key),
+            variables,
             source,
             model.preprocess,
-            batch_size=divisible(loading.batch_size, mesh),
-            shard=process_shard(),
-            workers=loading.workers,
-            on_bad_image=loading.on_bad_image,
-            skipped=skipped,
+            loading,
+            skipped,
         ),
         description=f"attack at {config.epsilon:g}/255",
         total=len(source),
-        size=lambda batch: int(batch.mask.sum()),
+        size=lambda part: len(part[1]),
     )
-    values, indices = [], []
-    for batch in batches:
-        logits = _attacked_logits(model, proof, variables, shard(batch, mesh), jax.random.key(seed))
-        mask = gather(np.asarray(batch.mask))
-        values.append(gather(local_rows(logits))[mask])
-        indices.append(gather(np.asarray(batch.indices))[mask])
-    rows = np.concatenate(indices)
-    return Features(np.concatenate(values), np.asarray(source.labels)[rows], rows, skipped)
+    return collect(batches, source, skipped)
 
 
 @partial(jax.jit, static_argnums=(0, 1))

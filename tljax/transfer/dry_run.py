@@ -128,8 +128,8 @@ def step_flops(
     mask = jax.ShapeDtypeStruct((batch_size,), bool)
     batch = Batch(*cast("tuple[Array, ...]", (images, rows, mask, rows)))
     state = jax.eval_shape(lambda p: init_state(p, {}, optimizer), params)
-    adversary = config.adversary if config.adversary.attack != "none" else None
-    step = make_train_step(model, optimizer, StepConfig(adversary=adversary), start=start)
+    how = StepConfig(adversary=config.attacker)
+    step = make_train_step(model, optimizer, how, start=start)
     keys = jax.eval_shape(lambda: (epoch_key(0, 0), jax.random.key(0)))
     still = {"params": frozen, "batch_stats": variables["batch_stats"]}
     lowered = step.lower(state, still, batch, keys)  # pyright: ignore[reportFunctionMemberAccess]

@@ -10,7 +10,7 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -39,7 +39,7 @@ from tljax.parallel import (
 )
 from tljax.progress import track
 from tljax.trees import array_bytes, tree_digest
-from tljax.types import Array, Batch, Variables
+from tljax.types import Array, Batch, Preprocess, Variables
 
 
 class View(NamedTuple):
@@ -126,10 +126,7 @@ def compute_features(
         size=lambda part: len(part[1]),
     )
     if not cache:
-        values, indices = map(np.concatenate, zip(*batches, strict=True))
-        for others in gather_json(list(skipped.items())):
-            skipped |= dict(others)
-        return Features(values, np.asarray(source.labels)[indices], indices, skipped)
+        return collect(batches, source, skipped)
     try:
         _write(folder, batches, feature_bytes(model, len(source), stop, dtype), skipped)
     except OSError as error:
@@ -253,25 +250,67 @@ def _forward_source(
     view: View | None,
     skipped: dict[int, str],
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Values and indices, batch after batch, of all processes; fills in ``skipped`` of this one."""
+    mesh = data_mesh(loading.devices)
+    augmentation = view and view.config
+    key = view and epoch_key(view.seed, view.number)
+    forward = partial(_forward, model, mesh, None, stop, dtype, augmentation, key)
+    preprocess = (augmentable(model) if view else model).preprocess
+    return over_source(
+        lambda variables, batch: forward(variables, *_on_devices(batch, mesh)),
+        variables,
+        source,
+        preprocess,
+        loading,
+        skipped,
+    )
+
+
+def over_source(
+    forward: Callable[[Variables, Batch], jax.Array],
+    variables: Variables,
+    source: Source,
+    preprocess: Preprocess,
+    loading: Loading,
+    skipped: dict[int, str],
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """What a network makes of the images of a source, in batches of all processes together.
+
+    Args:
+        forward: the variables, on all devices, and a batch on the host to ``[batch, ...]``, split
+            along its first axis over the devices.
+        variables: of the network.
+        source: the images.
+        preprocess: how they are cut.
+        loading: how they are read.
+        skipped: is filled in with the reason by position, of this process.
+
+    Yields:
+        Values and positions in the source, without padding and what could not be read.
+    """
     mesh = data_mesh(loading.devices)
     variables = replicate(variables, mesh)
-    batches = load_batches(
+    for batch in load_batches(
         source,
-        (augmentable(model) if view else model).preprocess,
+        preprocess,
         batch_size=divisible(loading.batch_size, mesh),
         shard=process_shard(),
         workers=loading.workers,
         on_bad_image=loading.on_bad_image,
         skipped=skipped,
-    )
-    augmentation = view and view.config
-    key = view and epoch_key(view.seed, view.number)
-    forward = partial(_forward, model, mesh, None, stop, dtype, augmentation, key)
-    for batch in batches:
-        values = gather(local_rows(forward(variables, *_on_devices(batch, mesh))))
+    ):
+        values = gather(local_rows(forward(variables, batch)))
         mask = gather(np.asarray(batch.mask))
         yield values[mask], gather(np.asarray(batch.indices))[mask]
+
+
+def collect(
+    batches: Iterable[tuple[np.ndarray, np.ndarray]], source: Source, skipped: dict[int, str]
+) -> Features:
+    """All that `over_source` yields, in memory, with what any process could not read."""
+    values, indices = map(np.concatenate, zip(*batches, strict=True))
+    for others in gather_json(list(skipped.items())):
+        skipped |= dict(others)
+    return Features(values, np.asarray(source.labels)[indices], indices, skipped)
 
 
 def _key(

@@ -194,7 +194,7 @@ def _train(
         inputs.refuse_lost_class()
         batch = 0
         means = state.metrics.means()
-        changing = state.average or {"params": state.params, "batch_stats": state.batch_stats}
+        changing = state.average or state.changing
         now = division.join(changing, frozen)
         evaluation = evaluate(inputs.logits(model, now))
         entry = {
@@ -213,7 +213,7 @@ def _train(
         after = {"epoch": epoch + 1, "pass": passed + 1, "batch": 0, "history": history}
         _save(run, inputs, {**position, **after}, state, best)
     return _Progress(
-        division.join({"params": state.params, "batch_stats": state.batch_stats}, frozen),
+        division.join(state.changing, frozen),
         division.join(best, frozen),
         history,
         progress.epochs + phase.epochs,
@@ -248,11 +248,11 @@ def _epoch(
     for done, batch in enumerate(batches, start=first + 1):
         if state.step.is_ready():  # pyright: ignore[reportAttributeAccessIssue]
             waited += time.monotonic() - asked
-        on_devices = shard(batch, setup.mesh)
-        with within_memory(step, state, frozen, on_devices, keys, multiple, config.accumulate):
+        arguments = state, frozen, shard(batch, setup.mesh), keys
+        with within_memory(step, arguments, multiple, config.accumulate):
             # One step ahead and no more: batches must not pile up on the device.
             jax.block_until_ready(state.step)
-            state = step(state, frozen, on_devices, keys)
+            state = step(*arguments)
         if run.checkpoints and agree(time.monotonic() - saved >= run.checkpoint_seconds):
             _save(run, inputs, {**position, "batch": done}, state, best)
             saved = time.monotonic()
@@ -279,13 +279,11 @@ def _save(
 
 def _robust(setup: Setup, variables: Variables) -> Evaluation | None:
     """On the attacked validation set, if training is attacked."""
-    adversary = setup.config.adversary
-    if adversary.attack == "none":
+    attacker = setup.config.attacker
+    if attacker is None:
         return None
     return evaluate(
-        robust_logits(
-            setup.model, variables, setup.splits.val, setup.loading, adversary, setup.seed
-        )
+        robust_logits(setup.model, variables, setup.splits.val, setup.loading, attacker, setup.seed)
     )
 
 

@@ -213,7 +213,7 @@ def cache_bytes(model: Model, splits: Splits, config: FitConfig, start: str) -> 
 def cache_place(model: Model, splits: Splits, config: FitConfig, start: str) -> Place:
     """Where the activations that enter ``start`` go; ``none`` where they do not stay the same."""
     random = config.augment and not config.cache_views
-    moving = random or config.adversary.attack != "none"
+    moving = random or config.attacker is not None
     if config.cache == "none" or model.position(start) == 0 or moving:
         return "none"
     if config.cache != "auto":

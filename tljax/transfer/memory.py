@@ -9,25 +9,19 @@ from tljax.errors import RequestError
 from tljax.transfer.step import Keys, TrainState, TrainStep
 from tljax.types import Batch, Variables
 
+Arguments = tuple[TrainState, Variables, Batch, Keys]
+"""What a `TrainStep` takes."""
+
 
 @contextmanager
 def within_memory(
-    step: TrainStep,
-    state: TrainState,
-    frozen: Variables,
-    batch: Batch,
-    keys: Keys,
-    multiple: int,
-    accumulate: int,
+    step: TrainStep, arguments: Arguments, multiple: int, accumulate: int
 ) -> Iterator[None]:
     """Turns a device's lack of memory for a step into one line that says what would fit.
 
     Args:
         step: the jitted step, which runs within.
-        state: its arguments, as `step` takes them.
-        frozen: likewise.
-        batch: likewise.
-        keys: likewise.
+        arguments: of the step.
         multiple: batch sizes are multiples of it.
         accumulate: the parts in which a batch goes through the network now.
 
@@ -39,8 +33,8 @@ def within_memory(
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        size = len(batch.labels)
-        fits = fitting_batch_size(step, state, frozen, batch, keys, multiple, device_memory())
+        size = len(arguments[2].labels)
+        fits = fitting_batch_size(step, arguments, multiple, device_memory())
         if fits is None:
             advice = "halve --batch-size, or take it in parts with --accumulate 2"
         elif fits:
@@ -58,13 +52,7 @@ def device_memory() -> int | None:
 
 
 def fitting_batch_size(
-    step: TrainStep,
-    state: TrainState,
-    frozen: Variables,
-    batch: Batch,
-    keys: Keys,
-    multiple: int,
-    limit: int | None,
+    step: TrainStep, arguments: Arguments, multiple: int, limit: int | None
 ) -> int | None:
     """The batch, halved until XLA's own account of the step's memory is within the limit.
 
@@ -72,10 +60,8 @@ def fitting_batch_size(
 
     Args:
         step: the jitted step.
-        state: shapes and shardings are enough, so its buffers may be gone.
-        frozen: likewise.
-        batch: likewise; the one that does not fit.
-        keys: of the step.
+        arguments: of the step, with the batch that does not fit. Shapes and shardings are enough,
+            so the buffers of the state may be gone.
         multiple: batch sizes are multiples of it.
         limit: bytes of one device.
 
@@ -84,6 +70,7 @@ def fitting_batch_size(
     """
     if limit is None:
         return None
+    state, frozen, batch, keys = arguments
     size = len(batch.labels) // 2 // multiple * multiple
     while size:
         smaller = jax.tree.map(lambda x, n=size: _like(x, (n, *x.shape[1:])), batch)

@@ -84,7 +84,7 @@ def make_plan(model: Model, config: FitConfig, examples: int, batch_size: int) -
     mixed = config.augmentation.mixup or config.augmentation.cutmix
     if config.augment and config.cache_views and mixed:
         raise RequestError("mixup and CutMix mix photographs, not cached views: --cache-views 0")
-    if config.adversary.attack != "none":
+    if config.attacker is not None:
         _check_adversary(config, bool(mixed and config.augment))
     if recipe == "probe":
         return Plan("probe", (), config)

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from tljax.data.sources import Source, Splits
+from tljax.data.sources import Source, Splits, open_splits
 from tljax.errors import RequestError
 from tljax.files import written_whole
 from tljax.parallel import is_writer
@@ -65,6 +65,16 @@ def read_config(workdir: Path) -> dict[str, Any]:
     if not path.exists():
         raise RequestError(f"{workdir} is not a run directory: it has no config.json")
     return json.loads(path.read_text("utf-8"))
+
+
+def open_validation(workdir: Path) -> Source:
+    """The validation part of a run's data.
+
+    Raises:
+        RequestError: there is no run, or its data has gone.
+    """
+    asked = read_config(workdir)
+    return open_splits(asked["data"], val_fraction=asked["val_fraction"]).val
 
 
 def environment() -> dict[str, str]:

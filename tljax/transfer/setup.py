@@ -174,7 +174,7 @@ def first_state(
         config.average,
         config.accumulate,
         config.augmentation if config.augment and inputs.start is None else None,
-        config.adversary if config.adversary.attack != "none" else None,
+        config.attacker,
     )
     step = make_train_step(setup.model, optimizer, how, start=inputs.start)
     return replicate(state, setup.mesh), replicate(staying, setup.mesh), step

@@ -36,6 +36,11 @@ class TrainState(NamedTuple):
     average: Variables
     metrics: Metrics
 
+    @property
+    def changing(self) -> Variables:
+        """The parameters and statistics, as `apply` names them."""
+        return {"params": self.params, "batch_stats": self.batch_stats}
+
 
 @dataclass(frozen=True)
 class StepConfig:
