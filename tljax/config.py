@@ -144,6 +144,8 @@ class FitConfig:
             as many as make 500, 10,000 or 20,000 steps.
         batch_norm: on its running statistics, or on those of the batch in the stages that train; by
             default the former, for scratch the latter.
+        head_after: the stage that the new head reads; those behind it are dropped. By default the
+            one before the old head.
         dropout: rate before the head.
         label_smoothing: share of the target that is spread over all classes.
         class_weights: balanced weighs a class by the inverse of its share of the images.
@@ -170,6 +172,7 @@ class FitConfig:
     layer_decay: float = 1.0
     epochs: int | None = None
     batch_norm: Literal["running", "batch"] | None = None
+    head_after: str | None = None
     dropout: float = 0.0
     label_smoothing: float = 0.0
     class_weights: Literal["none", "balanced"] = "none"

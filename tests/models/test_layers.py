@@ -15,7 +15,18 @@ from jax import lax
 from networks import difference, from_torch, to_torch
 from torch.nn import functional
 
-from tljax.models.layers import ConvNorm, GlobalAveragePool, LinearHead, Padding, conv2d, max_pool
+from tljax.models.layers import (
+    BatchNorm,
+    Conv,
+    ConvNorm,
+    Dense,
+    GlobalAveragePool,
+    LinearHead,
+    Padding,
+    avg_pool,
+    conv2d,
+    max_pool,
+)
 
 CHANNELS = 6
 # kernel size, groups, output channels: pointwise, dense, depthwise, grouped, channel multiplier
@@ -270,3 +281,79 @@ def test_the_end_of_the_network_is_float32() -> None:
     logits = LinearHead(3).apply(head, jnp.ones((1, 2), "bfloat16"), False)
     assert isinstance(logits, jax.Array)
     np.testing.assert_allclose(logits, [[0.2, 1.2, 2.2]], rtol=1e-6)
+
+
+def test_rectangular_kernels_and_uneven_padding_are_torchs() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2, 9, 12, CHANNELS), np.float32)
+    for groups in (1, CHANNELS):
+        kernel = rng.standard_normal((1, 7, CHANNELS // groups, CHANNELS), np.float32)
+        ours = conv2d(jnp.asarray(x), jnp.asarray(kernel), padding=((0, 0), (2, 3)), groups=groups)
+        padded = functional.pad(to_torch(x), (2, 3, 0, 0))
+        weight = torch.from_numpy(kernel).permute(3, 2, 0, 1)
+        theirs = functional.conv2d(padded, weight, groups=groups)
+        assert difference(ours, from_torch(theirs)) <= 1e-5
+
+
+@pytest.mark.parametrize("count_padding", [True, False])
+@pytest.mark.parametrize(("k", "stride", "padding"), [(3, 1, 1), (3, 2, 1), (2, 2, 0)])
+def test_avg_pool_is_torchs(count_padding: bool, k: int, stride: int, padding: int) -> None:
+    x = np.random.default_rng(0).standard_normal((2, 9, 12, 3), np.float32)
+    ours = avg_pool(jnp.asarray(x), k, stride=stride, padding=padding, count_padding=count_padding)
+    theirs = functional.avg_pool2d(to_torch(x), k, stride, padding, count_include_pad=count_padding)
+    assert difference(ours, from_torch(theirs)) <= 1e-6
+
+
+def test_layers_without_norm_are_torchs() -> None:
+    x = np.random.default_rng(0).standard_normal((2, 9, 12, CHANNELS), np.float32)
+    conv = Conv(4, 3, stride=2, padding=1, groups=2)
+    variables = random_like(conv.init(jax.random.key(0), jnp.asarray(x)))
+    kernel, bias = (torch.from_numpy(variables["params"][name]) for name in ("kernel", "bias"))
+    theirs = functional.conv2d(to_torch(x), kernel.permute(3, 2, 0, 1), bias, 2, 1, groups=2)
+    assert difference(conv.apply(variables, jnp.asarray(x)), from_torch(theirs)) <= 1e-5
+
+    rows = x[:, 0, 0]
+    dense = Dense(4)
+    variables = random_like(dense.init(jax.random.key(0), jnp.asarray(rows)))
+    kernel, bias = (torch.from_numpy(variables["params"][name]) for name in ("kernel", "bias"))
+    theirs = functional.linear(torch.from_numpy(rows), kernel.T, bias)
+    assert difference(dense.apply(variables, jnp.asarray(rows)), theirs) <= 1e-5
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_a_norm_by_itself_is_torchs(train: bool) -> None:
+    x = np.random.default_rng(0).standard_normal((2, 9, 12, CHANNELS), np.float32)
+    norm = BatchNorm(epsilon=1e-3)
+    variables = random_like(norm.init(jax.random.key(0), jnp.asarray(x), False))
+    reference = torch.nn.BatchNorm2d(CHANNELS, eps=1e-3).train(train)
+    state = {"weight": variables["params"]["scale"], "bias": variables["params"]["bias"]}
+    state |= {f"running_{k}": v for k, v in variables["batch_stats"].items()}
+    reference.load_state_dict({k: torch.from_numpy(v) for k, v in state.items()}, strict=False)
+    ours, moved = norm.apply(variables, jnp.asarray(x), train, mutable=["batch_stats"])
+    assert difference(ours, from_torch(reference(to_torch(x)))) <= 1e-5
+    for name, value in moved["batch_stats"].items():
+        assert difference(value, getattr(reference, f"running_{name}")) <= 1e-6
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("use_scale", [False, True])
+def test_a_bias_before_the_norm_is_added(train: bool, use_scale: bool) -> None:
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 9, 12, CHANNELS), np.float32))
+    module = ConvNorm(4, 3, padding=1, use_bias=True, use_scale=use_scale)
+    variables = random_like(module.init(jax.random.key(0), x, False))
+    assert ("scale" in variables["params"]) == use_scale
+    params = variables["params"]
+    y = conv2d(x, params["kernel"], padding=1) + params["conv_bias"]
+    norm = {name: params[name] for name in ("scale", "bias") if name in params}
+    norm.setdefault("scale", np.ones(4, np.float32))
+    expected, _ = BatchNorm().apply(
+        {"params": norm, "batch_stats": variables["batch_stats"]}, y, train, mutable=["batch_stats"]
+    )
+    ours, _ = module.apply(variables, x, train, mutable=["batch_stats"])
+    assert difference(ours, expected) <= 1e-5
+
+
+def random_like(variables: Any) -> Any:
+    """Values of the same shapes, none of them special."""
+    rng = np.random.default_rng(1)
+    return jax.tree.map(lambda leaf: rng.uniform(0.5, 1.5, leaf.shape).astype("f"), variables)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from networks import (
+    assert_same_variables,
     difference,
     from_torch,
     random_images,
@@ -147,7 +148,11 @@ STAGES = {
 
 def variables_of(network: torch.nn.Module) -> Variables:
     arrays = {key: value.numpy().copy() for key, value in network.state_dict().items()}
-    return apply_rules(layout_rules("resnet18", "huggingface"), arrays)
+    return apply_rules(
+        layout_rules("resnet18", "huggingface"),
+        arrays,
+        abstract_variables(build_model("resnet18", 7)),
+    )
 
 
 def test_only_the_stages_in_train_move_their_statistics() -> None:
@@ -187,7 +192,7 @@ def test_gradients_in_training_mode_are_torchs() -> None:
     ours = flatten({"params": gradients(variables["params"])})
     rules = [rule for rule in layout_rules("resnet18", "huggingface") if rule.path in ours]
     assert len(rules) == len(ours) == len(parameters)
-    for key, path, axes in rules:
+    for key, path, axes, *_ in rules:
         grad = parameters[key].grad
         assert grad is not None
         theirs = grad.numpy().transpose(axes) if axes else grad.numpy()
@@ -285,10 +290,32 @@ def test_a_new_head_is_zero_and_nothing_else_changes(resnet18: tuple[Model, Vari
     new, replaced = replace_head(model, variables, 3)
     assert (new.num_classes, new.name, new.stages[:-1]) == (3, model.name, model.stages[:-1])
     np.testing.assert_array_equal(apply(new, replaced, IMAGES).logits, np.zeros((4, 3)))
-    assert replaced["batch_stats"] is variables["batch_stats"]
+    assert_same_variables(replaced["batch_stats"], variables["batch_stats"])
     for stage, tree in variables["params"].items():
         assert (replaced["params"][stage] is tree) == (stage != "head")
     assert apply(model, variables, IMAGES).logits.shape == (4, 7)
+
+
+@pytest.mark.parametrize(("after", "features"), [("layer2", 128), ("layer4", 512), ("pool", 512)])
+def test_a_new_head_drops_the_stages_behind_its_own(
+    resnet18: tuple[Model, Variables], after: str, features: int
+) -> None:
+    model, variables = resnet18
+    new, replaced = replace_head(model, variables, 3, after=after)
+    kept = model.stage_names[: model.position(after) + 1]
+    assert new.stage_names == (*kept, *(["pool"] if after != "pool" else []), "head")
+    assert set(replaced["params"]) == {*kept, "head"} - {"pool"}
+    assert replaced["params"]["head"]["kernel"].shape == (features, 3)
+    read = apply(new, replaced, IMAGES, stop="head").value
+    expected = apply(model, variables, IMAGES, capture={after}).captured[after]
+    expected = expected.mean((1, 2)) if expected.ndim == 4 else expected
+    assert difference(read, expected) <= 1e-6
+
+
+@pytest.mark.parametrize("after", ["head", "layer9"])
+def test_a_new_head_cannot_stand_there(resnet18: tuple[Model, Variables], after: str) -> None:
+    with pytest.raises(RequestError, match=after):
+        replace_head(*resnet18, 3, after=after)
 
 
 def test_dropout_is_of_a_training_head(resnet18: tuple[Model, Variables]) -> None:

@@ -123,6 +123,21 @@ def test_native_file_keeps_everything(resnet18: Pretrained, tmp_path: Path) -> N
         load_pretrained(tmp_path, model="resnet50")
 
 
+@pytest.mark.parametrize("after", ["layer2", "pool"])
+def test_native_file_knows_which_stages_were_dropped(
+    resnet18: Pretrained, tmp_path: Path, after: str
+) -> None:
+    model, variables = replace_head(resnet18.model, resnet18.variables, 7, after=after)
+    pretrained = resnet18._replace(model=model, variables=variables)
+    save(tmp_path / "cut.safetensors", pretrained)
+    found = load_pretrained(tmp_path / "cut.safetensors")
+    assert found.model == model
+    assert_same_variables(found.variables, variables)
+    if after == "layer2":
+        with pytest.raises(RequestError, match=r"stages of resnet18 after layer2 were dropped"):
+            export(tmp_path / "cut.pth", pretrained, "torchvision")
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -135,6 +150,7 @@ def test_native_file_keeps_everything(resnet18: Pretrained, tmp_path: Path) -> N
         lambda header: json.dumps(header | {"preprocess": header["preprocess"] | {"colour": 1}}),
         lambda header: json.dumps(header | {"dtype": "float17"}),
         lambda header: json.dumps(header | {"dropout": "much"}),
+        lambda header: json.dumps(header | {"head_after": []}),
     ],
 )
 def test_native_headers_that_are_damaged(

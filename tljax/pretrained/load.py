@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -155,7 +156,8 @@ def _load_file(path: Path, name: str, model: str | None) -> Pretrained:
     if "tljax" in tensors.metadata:
         return _load_native(path, tensors, model)
     found = check(tensors.arrays, name, model)
-    variables = apply_rules(layout_rules(found.model.name, found.layout), tensors.arrays)
+    rules = layout_rules(found.model.name, found.layout)
+    variables = apply_rules(rules, tensors.arrays, abstract_variables(found.model))
     classes = default_classes(found.model.num_classes)
     return Pretrained(
         found.model, variables, Card(classes, name, "unknown", sha256(path), found.layout)
@@ -175,6 +177,7 @@ def _load_native(path: Path, tensors: Tensors, model: str | None) -> Pretrained:
         # The first files had neither of these.
         dtype = np.dtype(header.get("dtype", "float32")).name
         dropout = float(header.get("dropout", 0))
+        after = header.get("head_after")
     except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
         raise RequestError(
             f"{path}: its tljax header is damaged ({error!r:.80}); write or fetch the file again"
@@ -182,13 +185,14 @@ def _load_native(path: Path, tensors: Tensors, model: str | None) -> Pretrained:
     if model not in (None, name):
         raise RequestError(f"{path} holds {name}, not {model}")
     built = build_model(name, len(card.classes))
-    expected = abstract_variables(built)
+    built, expected = replace_head(
+        built, abstract_variables(built), len(card.classes), after=after, dropout=dropout
+    )
     rules = tuple(Rule(path, path) for path in flatten(expected))
     difference = compare(rules, tensors.arrays, expected)
     if any(difference):
         raise RequestError(f"{path} does not fit {name}: {difference}")
-    variables = apply_rules(rules, tensors.arrays)
-    built, _ = replace_head(built, variables, len(card.classes), dropout=dropout)
+    variables = apply_rules(rules, tensors.arrays, expected)
     return Pretrained(replace(built, preprocess=preprocess, dtype=dtype), variables, card)
 
 
@@ -202,11 +206,21 @@ def save(path: Path, pretrained: Pretrained) -> None:
         "model": model.name,
         "dtype": model.dtype,
         "dropout": model.stages[-1].module.dropout,  # pyright: ignore[reportAttributeAccessIssue]
+        "head_after": _head_after(model),
         "preprocess": asdict(model.preprocess),
         "card": {**asdict(card), "layout": "tljax"},
     }
     flat = {key: np.asarray(value) for key, value in flatten(variables).items()}
     write_safetensors(path, flat, {"tljax": json.dumps(header)})
+
+
+def _head_after(model: Model) -> str | None:
+    """The stage behind which stages were dropped, if any were."""
+    whole = build_model(model.name).stage_names
+    if model.stage_names == whole:
+        return None
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(model.stage_names, whole, strict=False))
+    return [name for name, _ in same][-1]
 
 
 # --- export to other layouts --------------------------------------------------------------------
@@ -222,11 +236,17 @@ def export(path: Path, pretrained: Pretrained, layout: str) -> None:
         layout: one of the model's `LAYOUTS`, or ``tljax``.
 
     Raises:
-        RequestError: the model has no such layout, or the file name no known suffix.
+        RequestError: the model has no such layout, it lacks stages, or the file name has no known
+            suffix.
     """
     model, variables, card = pretrained
     if layout == "tljax":
         return save(path, pretrained)
+    if after := _head_after(model):
+        raise RequestError(
+            f"the stages of {model.name} after {after} were dropped, and the {layout} layout needs "
+            "them; export it as tljax, stablehlo or onnx"
+        )
     arrays = invert_rules(layout_rules(model.name, layout), jax.device_get(variables))
     if layout == "huggingface":
         write_safetensors(path / "model.safetensors", arrays, {"format": "pt"})

@@ -1,7 +1,7 @@
 """Key tables of ResNet: torchvision (timm's are the same) and Hugging Face transformers."""
 
 from tljax.models.resnet import DEPTHS
-from tljax.pretrained.rules import Rules, conv_norm, dense
+from tljax.pretrained.rules import Layout, Rules, conv_norm, dense
 
 
 def _blocks(name: str) -> list[tuple[int, int]]:
@@ -44,3 +44,15 @@ def huggingface(name: str) -> Rules:
         if _has_shortcut(name, layer, block):
             rules += unit(f"{key}.shortcut", f"{path}/shortcut")
     return rules + dense("classifier.1", "head")
+
+
+_TORCHVISION = Layout(torchvision)
+
+LAYOUTS: dict[str, dict[str, Layout]] = {
+    name: {
+        "torchvision": _TORCHVISION,
+        "timm": _TORCHVISION,  # the same keys
+        "huggingface": Layout(huggingface),
+    }
+    for name in DEPTHS
+}

@@ -4,14 +4,15 @@ A table lists every tensor of a network once: its key in the file, its path here
 permutation of axes between them. So a table is a bijection, and the same one imports and exports.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
 
 from tljax.errors import RequestError
 from tljax.trees import flatten, unflatten
-from tljax.types import Variables
+from tljax.types import Preprocess, Variables
 
 CONV = (2, 3, 1, 0)
 """From torch's ``[out, in, k, k]`` to our ``[k, k, in, out]``; depthwise kernels likewise."""
@@ -24,17 +25,50 @@ NUM_BATCHES = "num_batches_tracked"
 
 
 class Rule(NamedTuple):
-    """One tensor: ``ours = theirs.transpose(axes)``.
+    """One tensor: ``ours = theirs.reshape(view).transpose(axes)``, in the shape that ours has.
+
+    Most tensors differ by the order of their axes alone. ``shape`` and ``view`` are for the others:
+    a linear layer that reads a flattened map, or is kept as a 1x1 convolution.
 
     Attributes:
         key: in the foreign file.
         path: in our variables, joined by slashes: ``params/layer1/block0/conv1/kernel``.
         axes: the permutation; empty for none.
+        shape: theirs, where it is not ours permuted; -1 for the number of classes.
+        view: the shape in which the axes of theirs are permuted, with -1 likewise.
     """
 
     key: str
     path: str
     axes: tuple[int, ...] = ()
+    shape: tuple[int, ...] = ()
+    view: tuple[int, ...] = ()
+
+    def expected(self, ours: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of theirs, given that of ours."""
+        if self.shape:
+            return _filled(self.shape, math.prod(ours))
+        return tuple(ours[i] for i in np.argsort(self.axes)) if self.axes else ours
+
+    def to_ours(self, theirs: np.ndarray, ours: tuple[int, ...]) -> np.ndarray:
+        """Our tensor, contiguous."""
+        seen = theirs.reshape(self.view) if self.view else theirs
+        seen = seen.transpose(self.axes) if self.axes else seen
+        return np.ascontiguousarray(seen).reshape(ours)
+
+    def to_theirs(self, ours: np.ndarray) -> np.ndarray:
+        """Their tensor, contiguous: the inverse of `to_ours`."""
+        theirs = self.expected(ours.shape)
+        view = _filled(self.view, ours.size) if self.view else theirs
+        axes = self.axes or tuple(range(len(view)))
+        seen = ours.reshape([view[i] for i in axes]).transpose(np.argsort(axes))
+        return np.ascontiguousarray(seen).reshape(theirs)
+
+
+def _filled(shape: tuple[int, ...], size: int) -> tuple[int, ...]:
+    """The shape with its -1 worked out, for so many elements."""
+    rest = size // math.prod(side for side in shape if side != -1)
+    return tuple(rest if side == -1 else side for side in shape)
 
 
 Rules = tuple[Rule, ...]
@@ -57,6 +91,20 @@ def dense(key: str, path: str) -> Rules:
         Rule(f"{key}.weight", f"params/{path}/kernel", DENSE),
         Rule(f"{key}.bias", f"params/{path}/bias"),
     )
+
+
+class Layout(NamedTuple):
+    """How one project writes a network.
+
+    Attributes:
+        table: from the name of a model to its table.
+        preprocess: the usual one of weights in this layout, where it is not the model's own.
+        ignore: beginnings of keys that may be there and are dropped: an auxiliary head.
+    """
+
+    table: Callable[[str], Rules]
+    preprocess: Preprocess | None = None
+    ignore: tuple[str, ...] = ()
 
 
 class Difference(NamedTuple):
@@ -82,13 +130,29 @@ def _few(items: tuple[str, ...], count: int = 4) -> str:
     return ", ".join(items[:count]) + more
 
 
-def compare(rules: Rules, arrays: Mapping[str, np.ndarray], skeleton: Variables) -> Difference:
+def counted(keys: Iterable[str], ignore: tuple[str, ...] = ()) -> Iterator[str]:
+    """The keys that a table has to account for.
+
+    Args:
+        keys: of a file.
+        ignore: beginnings of keys that a network does without.
+    """
+    return (key for key in keys if not key.endswith(NUM_BATCHES) and not key.startswith(ignore))
+
+
+def compare(
+    rules: Rules,
+    arrays: Mapping[str, np.ndarray],
+    skeleton: Variables,
+    ignore: tuple[str, ...] = (),
+) -> Difference:
     """What a file lacks, has too much or has in another shape, by its own keys.
 
     Args:
         rules: the table; it must cover the skeleton exactly.
         arrays: the file.
         skeleton: shapes of our variables.
+        ignore: beginnings of keys that the network does without.
     """
     expected = flatten(skeleton)
     if expected.keys() != {rule.path for rule in rules}:
@@ -96,28 +160,32 @@ def compare(rules: Rules, arrays: Mapping[str, np.ndarray], skeleton: Variables)
         raise AssertionError(f"the table does not cover the network: {wrong}")
     keys = {rule.key for rule in rules}
     shapes = []
-    for key, path, axes in rules:
-        if key in arrays:
-            theirs = arrays[key].shape
-            ours = expected[path].shape
-            wanted = tuple(np.array(ours)[np.argsort(axes)].tolist()) if axes else ours
+    for rule in rules:
+        if rule.key in arrays:
+            theirs, wanted = arrays[rule.key].shape, rule.expected(expected[rule.path].shape)
             if theirs != wanted:
-                shapes.append(f"{key} is {list(theirs)}, not {list(wanted)}")
+                shapes.append(f"{rule.key} is {list(theirs)}, not {list(wanted)}")
     return Difference(
         tuple(rule.key for rule in rules if rule.key not in arrays),
-        tuple(key for key in arrays if key not in keys and not key.endswith(NUM_BATCHES)),
+        tuple(key for key in counted(arrays, ignore) if key not in keys),
         tuple(shapes),
     )
 
 
-def apply_rules(rules: Rules, arrays: Mapping[str, np.ndarray]) -> Variables:
+def apply_rules(rules: Rules, arrays: Mapping[str, np.ndarray], skeleton: Variables) -> Variables:
     """Our variables, float32, from a file that fits (see `compare`).
+
+    Args:
+        rules: the table.
+        arrays: the file.
+        skeleton: shapes of our variables.
 
     Raises:
         RequestError: a tensor holds NaN or infinity, or a running variance is negative.
     """
-    flat = {}
-    for key, path, axes in rules:
+    flat, expected = {}, flatten(skeleton)
+    for rule in rules:
+        key, path = rule.key, rule.path
         array = np.asarray(arrays[key], np.float32)
         if not np.isfinite(array).all():
             raise RequestError(f"{key} holds NaN or infinity; the file is damaged")
@@ -126,7 +194,7 @@ def apply_rules(rules: Rules, arrays: Mapping[str, np.ndarray]) -> Variables:
                 f"{key} is a running variance and holds negative values; "
                 "were running_mean and running_var swapped when the file was written?"
             )
-        flat[path] = np.ascontiguousarray(array.transpose(axes)) if axes else array
+        flat[path] = rule.to_ours(array, expected[path].shape)
     return unflatten(flat)
 
 
@@ -134,9 +202,9 @@ def invert_rules(rules: Rules, variables: Variables) -> dict[str, np.ndarray]:
     """The tensors of a foreign file from our variables: the inverse of `apply_rules`."""
     flat = flatten(variables)
     arrays: dict[str, np.ndarray] = {}
-    for key, path, axes in rules:
-        array = np.asarray(flat[path])
-        arrays[key] = np.ascontiguousarray(array.transpose(np.argsort(axes))) if axes else array
+    for rule in rules:
+        key = rule.key
+        arrays[key] = rule.to_theirs(np.asarray(flat[rule.path]))
         if key.endswith("running_var"):
             arrays[key.removesuffix("running_var") + NUM_BATCHES] = np.zeros((), np.int64)
     return arrays

@@ -137,7 +137,7 @@ def _compare_tensors(rules: Rules, network: Any, variables: Variables) -> dict[s
     theirs = {key: value.numpy() for key, value in network.state_dict().items()}
     ours = invert_rules(rules, variables)
     wrong: dict[str, list[str]] = {}
-    for key, path, _ in rules:
+    for key, path, *_ in rules:
         if ours[key].shape != theirs[key].shape or not np.array_equal(ours[key], theirs[key]):
             wrong.setdefault(_layer(path), []).append(path.rpartition("/")[2])
     return {layer: f"{' and '.join(names)} differ" for layer, names in wrong.items()}
@@ -160,7 +160,7 @@ def _torch_outputs(
 
     hooks = [
         modules[key.rpartition(".")[0]].register_forward_hook(keep(_layer(path)))
-        for key, path, _ in rules
+        for key, path, *_ in rules
         if path.endswith("/scale") or path == "params/head/kernel"
     ]
     pixels = np.asarray(normalize(images, preprocess)).transpose(0, 3, 1, 2)

@@ -36,9 +36,11 @@ def dry_run(model: Model, splits: Splits, config: FitConfig, batch_size: int) ->
     Raises:
         RequestError: as `tljax.transfer.fit.fit` would.
     """
-    plan = make_plan(model, config, len(splits.train), batch_size)
-    model, variables = replace_head(model, abstract_variables(model), len(splits.train.classes))
+    model, variables = replace_head(
+        model, abstract_variables(model), len(splits.train.classes), after=config.head_after
+    )
     variables = jax.eval_shape(lambda: variables)
+    plan = make_plan(model, config, len(splits.train), batch_size)
     console = Console(file=io.StringIO(), width=100)
     console.print(
         f"{plan.config.recipe}: {len(splits.train)} training and {len(splits.val)} validation "

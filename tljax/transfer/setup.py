@@ -83,13 +83,14 @@ def prepare(
 ) -> tuple[Setup, Inputs]:
     """Everything up to the first step, and the inputs of the first phase; see `fit`."""
     loading = loading or Loading()
-    plan = make_plan(model, config or FitConfig(), len(splits.train), loading.batch_size)
-    config = plan.config
-    model = replace(model, dtype=config.precision)
+    config = config or FitConfig()
     classes, head = len(splits.train.classes), model.stages[-1].name
     if new_head is None:
-        new_head = partial(replace_head, dropout=config.dropout)
+        new_head = partial(replace_head, after=config.head_after, dropout=config.dropout)
     model, variables = new_head(model, variables, classes)
+    plan = make_plan(model, config, len(splits.train), loading.batch_size)
+    config = plan.config
+    model = replace(model, dtype=config.precision)
     labels = tuple(label(variables["params"], phase.table) for phase in plan.phases)
     if plan.start == "probe" and variables["params"][head].keys() != {"kernel", "bias"}:
         raise RequestError(f"--recipe {config.recipe} starts with a probe, so its head is linear")
