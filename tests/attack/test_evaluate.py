@@ -267,3 +267,42 @@ def test_eight_devices_find_what_one_does():
     assert one == eight
     assert one[0] == 8
     assert 0 < np.sum(one[2]["apgd"]) < 42
+
+
+@pytest.mark.parametrize("survivors_only", [False, True])
+def test_nested_radii_attack_only_what_still_stands(survivors_only):
+    x, labels = with_errors()
+    rows = []
+
+    def counted(logits_fn, images, labels, key, *, epsilon):
+        jax.debug.callback(lambda y: rows.append(int((y >= 0).sum())), labels)
+        return ATTACKS["pgd"](logits_fn, images, labels, key, epsilon=epsilon)
+
+    attacks = {"fgsm": ATTACKS["fgsm"], "pgd": counted}
+    found = evaluate(
+        victim(),
+        (x, labels),
+        KEY,
+        epsilons=[1 / 255, 2 / 255, 3 / 255],
+        attacks=attacks,
+        survivors_only=survivors_only,
+        nested=True,
+        batch_size=48,
+    )
+    jax.effects_barrier()
+    standing = found.outcomes["fgsm" if survivors_only else "pgd"].right
+    before = np.stack([found.clean, *found.outcomes["pgd"].right[:-1]])
+    expected = [int((now & old).sum()) for now, old in zip(standing, before, strict=True)]
+    if not survivors_only:
+        expected = [int(old.sum()) for old in before]
+    assert rows == [count for count in expected if count]
+    for outcome in found.outcomes.values():
+        assert (np.diff(outcome.right.astype(int), axis=0) <= 0).all()
+    # The smallest radius is attacked as ever, and a larger one finds what it finds by itself.
+    alone = evaluate(
+        victim(), (x, labels), KEY, epsilons=found.epsilons, attacks=ATTACKS, batch_size=48
+    )
+    np.testing.assert_array_equal(
+        found.outcomes["fgsm"].right,
+        np.logical_and.accumulate(alone.outcomes["fgsm"].right),
+    )
