@@ -20,12 +20,11 @@ import tyro
 from tljax.attack import apgd, ensemble, evaluate, fgsm, pgd
 from tljax.config import Loading
 from tljax.data.sources import open_folder
-from tljax.files import written_whole
 from tljax.parallel import data_mesh
 from tljax.pretrained import load_pretrained
 from tljax.pretrained.catalog import imagenet_wordnet_ids
 from tljax.report import attacks
-from tljax.report.figures import robustness_curve
+from tljax.report.figures import robustness_curve, write_figure
 from tljax.transfer.rundir import environment
 
 
@@ -104,8 +103,7 @@ def main() -> None:
     if config.curve:
         shares = {name: found.accuracy(name) for name in outcomes}
         figure = robustness_curve(found.epsilons * 255, float(found.clean.mean()), shares)
-        with written_whole(config.curve) as temporary:
-            figure.savefig(temporary, format="png", dpi=150)
+        write_figure(config.curve, figure)
     report = {
         "environment": environment(),
         "data": "foolbox" if is_foolbox else Path(config.data).name,

@@ -140,9 +140,8 @@ def suggest_learning_rate(
     config: Config, pretrained: "Pretrained", splits: "Splits"
 ) -> dict[str, Any]:
     """Prints a learning rate for the recipe and draws the curve that it was read from."""
-    from tljax.files import written_whole
     from tljax.parallel import is_writer
-    from tljax.report.figures import learning_rates
+    from tljax.report.figures import learning_rates, write_figure
     from tljax.transfer.lr_finder import find_learning_rate
 
     test = find_learning_rate(
@@ -155,8 +154,7 @@ def suggest_learning_rate(
     )
     curve = (config.workdir or Path("runs")) / "learning_rate.png"
     if is_writer():
-        with written_whole(curve) as temporary:
-            learning_rates(test).savefig(temporary, format="png")
+        write_figure(curve, learning_rates(test))
         print(f"suggested            --learning-rate {test.suggestion:.1e}")
         print(f"its curve            {curve}")
     return {"learning_rate": test.suggestion, "curve": str(curve)}

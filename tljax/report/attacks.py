@@ -18,13 +18,12 @@ from tljax.config import Loading
 from tljax.data.loader import load_batches
 from tljax.data.sources import Source, match_classes, select
 from tljax.errors import RequestError
-from tljax.files import written_whole
 from tljax.models import Model, apply
 from tljax.parallel import data_mesh
 from tljax.pretrained import Pretrained
 from tljax.pretrained.catalog import names_like
 from tljax.progress import track
-from tljax.report.figures import robustness_curve
+from tljax.report.figures import robustness_curve, write_figure
 from tljax.report.gallery import Picture, grid, write_png
 from tljax.types import Variables
 
@@ -351,8 +350,7 @@ def write_pictures(out: Path, found: Robustness, paintings: Sequence[Painting]) 
     )
     pictures = [picture for painting in paintings for picture in painting.pictures]
     paths = [out / "curve.png", out / "grid.png"]
-    with written_whole(paths[0]) as temporary:
-        curve.savefig(temporary, format="png", dpi=150)
+    write_figure(paths[0], curve)
     write_png(paths[1], grid(pictures, 3, smallest=224))
     for picture in pictures:
         if not picture.name.endswith("-photograph"):

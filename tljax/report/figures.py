@@ -18,7 +18,9 @@ from jaxtyping import Float, Integer, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from tljax.errors import RequestError
+from tljax.files import written_whole
 from tljax.transfer.calibration import Calibration, CalibrationBins
+from tljax.transfer.compare import Candidate
 from tljax.transfer.lr_finder import RangeTest
 
 if TYPE_CHECKING:
@@ -308,6 +310,57 @@ def robustness_curve(
     axes.legend(frameon=False, fontsize=10, labelcolor=INK)
     _percent(axes.yaxis)
     return figure
+
+
+def accuracy_and_speed(candidates: Sequence[Candidate]) -> "matplotlib.figure.Figure":
+    """Draws the accuracy of networks over their speed; the area of a dot is its parameters.
+
+    Up and to the right is better. A line joins those that no other beats in both.
+    """
+    figure = _figure(7, 4.5)
+    axes = figure.subplots()
+    _style(axes, "Accuracy against speed")
+    best = [
+        one
+        for one in sorted(candidates, key=lambda one: one.images_per_second)
+        if not any(
+            other.val_top1 > one.val_top1 and other.images_per_second > one.images_per_second
+            for other in candidates
+        )
+    ]
+    axes.plot(
+        [one.images_per_second for one in best],
+        [one.val_top1 for one in best],
+        color="0.8",
+        linewidth=1,
+        zorder=0,
+    )
+    for one in candidates:
+        at = one.images_per_second, one.val_top1
+        colour = BLUE if one in best else PALE
+        axes.errorbar(*at, yerr=one.error, color=colour, linewidth=1, capsize=2)
+        axes.scatter(*at, 20 + 4 * one.parameters / 1e6, color=colour, alpha=0.6, linewidths=0)
+        axes.annotate(
+            _shorten(_printable(one.name)),
+            at,
+            xytext=(6, 4),
+            textcoords="offset points",
+            fontsize=9,
+            color=INK,
+            parse_math=False,  # pyright: ignore[reportArgumentType]
+        )
+    axes.set_xscale("log")
+    axes.set_xlabel("images/s of the features")
+    axes.set_ylabel("accuracy of a linear probe", fontsize=10, color=INK)
+    axes.margins(x=0.15, y=0.15)
+    _percent(axes.yaxis)
+    return figure
+
+
+def write_figure(path: Path, figure: "matplotlib.figure.Figure") -> None:
+    """Writes a whole PNG file or none."""
+    with written_whole(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
 
 
 def reliability_diagram(found: Calibration) -> "matplotlib.figure.Figure":

@@ -1,0 +1,102 @@
+"""Which backbone? Every network is probed on the same images, and timed."""
+
+import time
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from tljax.config import Loading
+from tljax.data.sources import Splits
+from tljax.models import Model, apply
+from tljax.parallel import data_mesh, divisible, replicate, shard
+from tljax.pretrained import Pretrained
+from tljax.transfer.features import compute_features
+from tljax.transfer.probe import fit_probe, predict_logits
+from tljax.types import Variables
+
+
+class Candidate(NamedTuple):
+    """How one network does on somebody's images.
+
+    Attributes:
+        name: of its weights.
+        model: of its architecture.
+        val_top1: accuracy of a linear probe on the validation images, in [0, 1].
+        error: its standard error.
+        images_per_second: of the features, compiled, all devices; without reading the images.
+        parameters: of the backbone, without the head.
+        features: how many values the probe reads.
+        size: side of the images, in pixels.
+    """
+
+    name: str
+    model: str
+    val_top1: float
+    error: float
+    images_per_second: float
+    parameters: int
+    features: int
+    size: int
+
+
+def measure(
+    name: str, network: Pretrained, splits: Splits, loading: Loading, seed: int = 0
+) -> Candidate:
+    """Probes the pooled features of a network, and times them.
+
+    Args:
+        name: what to call it.
+        network: with any head.
+        splits: the images to learn from and to be judged by.
+        loading: see `Loading`; the batch size is what is timed.
+        seed: of the choice of the probe's L2 value.
+
+    Raises:
+        RequestError: no image can be read.
+    """
+    model, variables, _ = network
+    train, val = (
+        compute_features(
+            model, variables, source, loading, cache=True, description=f"{name}: {part}"
+        ).pooled()
+        for part, source in (("train", splits.train), ("val", splits.val))
+    )
+    classes = len(splits.train.classes)
+    probe = fit_probe(train.values, train.labels, num_classes=classes, seed=seed)
+    right = np.asarray(predict_logits(probe, val.values)).argmax(1) == val.labels
+    top1 = float(right.mean())
+    body = {stage: tree for stage, tree in variables["params"].items() if stage != "head"}
+    return Candidate(
+        name,
+        model.name,
+        top1,
+        float(np.sqrt(top1 * (1 - top1) / len(right))),
+        images_per_second(model, variables, loading),
+        sum(leaf.size for leaf in jax.tree.leaves(body)),
+        train.values.shape[1],
+        model.preprocess.size,
+    )
+
+
+def images_per_second(
+    model: Model, variables: Variables, loading: Loading, *, repeats: int = 5
+) -> float:
+    """Throughput of the features: the median of a few batches, after compilation."""
+    mesh = data_mesh(loading.devices)
+    size, side = divisible(loading.batch_size, mesh), model.preprocess.size
+    images = np.random.default_rng(0).integers(0, 256, (size, side, side, 3)).astype(np.uint8)
+    arguments = replicate(variables, mesh), shard(images, mesh)
+    run = jax.jit(partial(_features, model))
+    jax.block_until_ready(run(*arguments))
+    seconds = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        jax.block_until_ready(run(*arguments))
+        seconds.append(time.perf_counter() - began)
+    return size / float(np.median(seconds))
+
+
+def _features(model: Model, variables: Variables, images: jax.Array) -> jax.Array:
+    return apply(model, variables, images, stop="head").value
