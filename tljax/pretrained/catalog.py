@@ -73,6 +73,21 @@ CATALOG: dict[str, Entry] = {
     "vgg13_bn.tv_in1k": _torchvision("vgg13_bn", "abd245e5", 71.586, _V1),
     "vgg16_bn.tv_in1k": _torchvision("vgg16_bn", "6c64b313", 73.360, _V1),
     "vgg19_bn.tv_in1k": _torchvision("vgg19_bn", "c79401a0", 74.218, _V1),
+    "mobilenetv2_100.tv_in1k": _torchvision(
+        "mobilenet_v2", "b0353104", 71.878, _V1, "mobilenetv2_100"
+    ),
+    "mobilenetv2_100.tv2_in1k": _torchvision(
+        "mobilenet_v2", "7ebf99e0", 72.154, _V2, "mobilenetv2_100"
+    ),
+    "tv_mobilenetv3_large_100.tv_in1k": _torchvision(
+        "mobilenet_v3_large", "8738ca79", 74.042, _V1, "tv_mobilenetv3_large_100"
+    ),
+    "tv_mobilenetv3_large_100.tv2_in1k": _torchvision(
+        "mobilenet_v3_large", "5c1a4163", 75.274, _V2, "tv_mobilenetv3_large_100"
+    ),
+    "tv_mobilenetv3_small_100.tv_in1k": _torchvision(
+        "mobilenet_v3_small", "047dcff4", 67.668, _V1, "tv_mobilenetv3_small_100"
+    ),
     "resnet18.a1_in1k": _strikes_back(18, "d63eafa0", 73.158),
     "resnet34.a1_in1k": _strikes_back(34, "46f8f793", 77.918),
     "resnet50.a1_in1k": _strikes_back(50, "14fe96d1", 81.214),
@@ -107,7 +122,12 @@ def imagenet_wordnet_ids() -> tuple[str, ...]:
 
 
 def default_classes(count: int) -> tuple[str, ...]:
-    """The names of the classes where a file has none: ImageNet's if there are 1,000 of them."""
+    """The names of the classes where a file has none: ImageNet's if there are as many.
+
+    TensorFlow's networks of 1,001 classes begin with the background.
+    """
+    if count == 1001:
+        return "background", *imagenet_classes()
     return imagenet_classes() if count == 1000 else tuple(f"class {i}" for i in range(count))
 
 
