@@ -180,13 +180,25 @@ def init(model: Model, key: jax.Array) -> Variables:
 
 def abstract_variables(model: Model) -> Variables:
     """The skeleton that weights are filled into: shapes and dtypes, no memory, no random draw."""
-    return jax.tree.map(lambda leaf: leaf, _skeleton(model))  # the caller's own
+    *body, head = model.stages
+    one_class = Model(
+        name="",
+        stages=(*body, Stage(head.name, LinearHead(1))),
+        preprocess=Preprocess(size=model.preprocess.size),
+    )
+    skeleton = jax.tree.map(lambda leaf: leaf, _skeleton(one_class))  # the caller's own
+    kernel = skeleton["params"][head.name]["kernel"]
+    skeleton["params"][head.name] = {
+        "kernel": kernel.update(shape=(kernel.shape[0], model.num_classes)),
+        "bias": kernel.update(shape=(model.num_classes,)),
+    }
+    return skeleton
 
 
 @lru_cache(maxsize=128)
-def _skeleton(model: Model) -> Variables:
-    """Kept, because finding it takes a second."""
-    return jax.eval_shape(lambda: init(model, jax.random.key(0)))
+def _skeleton(one_class: Model) -> Variables:
+    """Kept, because finding it takes a second; once for all numbers of classes."""
+    return jax.eval_shape(lambda: init(one_class, jax.random.key(0)))
 
 
 def replace_head(

@@ -1,7 +1,7 @@
 """Key tables of ResNet: torchvision (timm's are the same) and Hugging Face transformers."""
 
 from tljax.models.resnet import DEPTHS
-from tljax.pretrained.rules import Layout, Rules, conv_norm, dense
+from tljax.pretrained.rules import Config, Layout, Rules, conv_norm, dense
 
 
 def _blocks(name: str) -> list[tuple[int, int]]:
@@ -46,13 +46,30 @@ def huggingface(name: str) -> Rules:
     return rules + dense("classifier.1", "head")
 
 
+def huggingface_config(name: str) -> Config:
+    """Of ``ResNetForImageClassification``; version 1 has its stride elsewhere."""
+    basic = len(_convs(name)) == 2
+    return {
+        "architectures": ["ResNetForImageClassification"],
+        "model_type": "resnet",
+        "depths": list(DEPTHS[name]),
+        "hidden_sizes": [64, 128, 256, 512] if basic else [256, 512, 1024, 2048],
+        "layer_type": "basic" if basic else "bottleneck",
+        "downsample_in_bottleneck": False,
+        "downsample_in_first_stage": False,
+        "embedding_size": 64,
+        "hidden_act": "relu",
+        "num_channels": 3,
+    }
+
+
 _TORCHVISION = Layout(torchvision)
 
 LAYOUTS: dict[str, dict[str, Layout]] = {
     name: {
         "torchvision": _TORCHVISION,
         "timm": _TORCHVISION,  # the same keys
-        "huggingface": Layout(huggingface),
+        "huggingface": Layout(huggingface, config=huggingface_config),
     }
     for name in DEPTHS
 }
