@@ -23,6 +23,7 @@ from tljax.models.layers import (
     GlobalAveragePool,
     LinearHead,
     Padding,
+    adaptive_avg_pool,
     avg_pool,
     conv2d,
     max_pool,
@@ -302,6 +303,15 @@ def test_avg_pool_is_torchs(count_padding: bool, k: int, stride: int, padding: i
     ours = avg_pool(jnp.asarray(x), k, stride=stride, padding=padding, count_padding=count_padding)
     theirs = functional.avg_pool2d(to_torch(x), k, stride, padding, count_include_pad=count_padding)
     assert difference(ours, from_torch(theirs)) <= 1e-6
+
+
+@pytest.mark.parametrize("size", [(7, 7), (9, 8), (4, 3), (1, 15)])
+def test_adaptive_avg_pool_is_torchs(size: tuple[int, int]) -> None:
+    x = np.random.default_rng(0).standard_normal((2, *size, 3)).astype(np.float32)
+    ours = adaptive_avg_pool(jnp.asarray(x), 7)
+    assert difference(ours, from_torch(functional.adaptive_avg_pool2d(to_torch(x), 7))) <= 1e-6
+    if size == (7, 7):
+        np.testing.assert_array_equal(ours, x)
 
 
 def test_layers_without_norm_are_torchs() -> None:

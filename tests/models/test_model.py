@@ -64,17 +64,25 @@ def resnet18() -> tuple[Model, Variables]:
         ("efficientnet_lite2", 6.09),
         ("efficientnet_lite3", 8.20),
         ("efficientnet_lite4", 13.01),
+        ("vgg11", 132.863336),
+        ("vgg13", 133.047848),
+        ("vgg16", 138.357544),
+        ("vgg19", 143.667240),
+        ("vgg11_bn", 132.868840),
+        ("vgg13_bn", 133.053736),
+        ("vgg16_bn", 138.365992),
+        ("vgg19_bn", 143.678248),
     ],
 )
 def test_number_of_parameters_is_the_published_one(name: str, millions: float) -> None:
     """As torchvision and timm print it."""
     leaves = jax.tree.leaves(abstract_variables(build_model(name))["params"])
-    exact = millions if name.startswith("resnet") else pytest.approx(millions, abs=0.005)
+    exact = millions if name.startswith(("resnet", "vgg")) else pytest.approx(millions, abs=0.005)
     assert sum(leaf.size for leaf in leaves) / 1e6 == exact
 
 
 def test_every_model_is_in_that_test() -> None:
-    assert len(MODELS) == 10
+    assert len(MODELS) == 18
 
 
 def test_misspelt_model_suggests_the_nearest() -> None:

@@ -6,14 +6,16 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from networks import assert_same_variables, difference, random_images
+from networks import assert_same_variables, difference, random_images, random_variables
 from references import FAST, REFERENCES
 
-from tljax.models import MODELS, apply, normalize
+from tljax.models import MODELS, apply, build_model, normalize
 from tljax.pretrained import export, load_pretrained
 from tljax.pretrained.layouts import LAYOUTS
+from tljax.types import Variables
 
 TOLERANCE = 1e-4
+NAMES = [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in MODELS]
 PAIRS = [
     pytest.param(name, layout, marks=[] if name in FAST else pytest.mark.slow)
     for name, layout in REFERENCES
@@ -55,3 +57,36 @@ def test_every_stage_agrees_and_export_is_the_inverse(
     again = load_pretrained(path, model=name)
     assert again.card.layout == layout
     assert_same_variables(again.variables, variables)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_any_cut_gives_the_whole(name: str) -> None:
+    model = build_model(name, 7)
+    variables, images = random_variables(model), random_images(2, 65, 48)
+    whole = apply(model, variables, images, capture=model.stage_names)
+    x = jax.numpy.asarray(images)
+    for stage, following in zip(model.stage_names, (*model.stage_names[1:], None), strict=True):
+        start = None if stage == model.stage_names[0] else stage
+        x = apply(model, variables, x, start=start, stop=following).value
+        np.testing.assert_array_equal(x, whole.captured[stage])
+    np.testing.assert_array_equal(x, whole.logits)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_are_finite(name: str) -> None:
+    """In training mode, of every parameter; every stage that has parameters gets some."""
+    model = build_model(name, 7)
+    variables, images = random_variables(model), random_images(2, 65, 48)
+    weights = np.random.default_rng(0).standard_normal((2, 7)).astype(np.float32)
+
+    @jax.jit
+    @jax.grad
+    def gradients(params: Variables) -> jax.Array:
+        everything, key = set(model.stage_names), jax.random.key(0)
+        mixed = {**variables, "params": params}
+        return (apply(model, mixed, images, train=everything, key=key).logits * weights).sum()
+
+    for stage, tree in gradients(variables["params"]).items():
+        leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+        assert all(np.isfinite(leaf).all() for leaf in leaves), stage
+        assert any(leaf.any() for leaf in leaves), stage

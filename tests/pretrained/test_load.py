@@ -22,6 +22,7 @@ from networks import (
     torch_resnet,
     torchvision_key,
 )
+from references import FAST
 from transformers import ResNetForImageClassification
 
 from tljax.errors import RequestError
@@ -57,7 +58,11 @@ def resnet18() -> Pretrained:
 
 @pytest.mark.parametrize(
     ("name", "layout"),
-    [(name, layout) for name in LAYOUTS for layout in (*LAYOUTS[name], "tljax")],
+    [
+        pytest.param(name, layout, marks=[] if name in FAST else pytest.mark.slow)
+        for name in LAYOUTS
+        for layout in (*LAYOUTS[name], "tljax")
+    ],
 )
 def test_export_and_load_is_the_identity(name: str, layout: str, scratch: Path) -> None:
     pretrained = random_pretrained(name, 3)

@@ -5,7 +5,7 @@ from difflib import get_close_matches
 from functools import partial
 
 from tljax.errors import RequestError
-from tljax.models import efficientnet, resnet
+from tljax.models import efficientnet, resnet, vgg
 from tljax.models.model import (
     Model,
     Output,
@@ -21,6 +21,7 @@ from tljax.models.model import (
 MODELS: dict[str, Callable[..., Model]] = {
     **{name: partial(resnet.resnet, name) for name in resnet.DEPTHS},
     **{name: partial(efficientnet.efficientnet, name) for name in efficientnet.VARIANTS},
+    **{name: partial(vgg.vgg, name) for name in vgg.DEPTHS},
 }
 """Every architecture by name: ``MODELS["resnet50"](num_classes=1000) -> Model``."""
 

@@ -130,6 +130,20 @@ def avg_pool(
     return total / lax.reduce_window(ones, 0.0, lax.add, sizes, strides, pads)
 
 
+def adaptive_avg_pool(x: jax.Array, k: int) -> jax.Array:
+    """To ``k`` x ``k`` means, whatever the size, as torch cuts it: windows differ and may overlap.
+
+    Args:
+        x: ``[batch, height, width, channels]``.
+        k: side of the result.
+    """
+    for axis in (1, 2):
+        n = x.shape[axis]
+        windows = ((i * n // k, -(-(i + 1) * n // k)) for i in range(k))
+        x = jnp.stack([lax.slice_in_dim(x, *w, axis=axis).mean(axis) for w in windows], axis)
+    return x
+
+
 class Conv(nn.Module):
     """A convolution with a bias, or without."""
 

@@ -30,9 +30,12 @@ class Entry:
     top1: float
 
 
-def _torchvision(depth: int, sha256: str, top1: float, preprocess: Preprocess) -> Entry:
-    url = f"https://download.pytorch.org/models/resnet{depth}-{sha256}.pth"
-    return Entry(f"resnet{depth}", url, sha256, "BSD-3-Clause", preprocess, top1)
+def _torchvision(
+    name: str, sha256: str, top1: float, preprocess: Preprocess, model: str = ""
+) -> Entry:
+    """``name`` is what torchvision calls the network, ``model`` what we do if that differs."""
+    url = f"https://download.pytorch.org/models/{name}-{sha256}.pth"
+    return Entry(model or name, url, sha256, "BSD-3-Clause", preprocess, top1)
 
 
 def _strikes_back(depth: int, sha256: str, top1: float) -> Entry:
@@ -54,14 +57,22 @@ _V2 = Preprocess(224, 232)
 _A1 = Preprocess(288, 288, "bicubic")
 
 CATALOG: dict[str, Entry] = {
-    "resnet18.tv_in1k": _torchvision(18, "f37072fd", 69.758, _V1),
-    "resnet34.tv_in1k": _torchvision(34, "b627a593", 73.314, _V1),
-    "resnet50.tv_in1k": _torchvision(50, "0676ba61", 76.130, _V1),
-    "resnet101.tv_in1k": _torchvision(101, "63fe2227", 77.374, _V1),
-    "resnet152.tv_in1k": _torchvision(152, "394f9c45", 78.312, _V1),
-    "resnet50.tv2_in1k": _torchvision(50, "11ad3fa6", 80.858, _V2),
-    "resnet101.tv2_in1k": _torchvision(101, "cd907fc2", 81.886, _V2),
-    "resnet152.tv2_in1k": _torchvision(152, "f82ba261", 82.284, _V2),
+    "resnet18.tv_in1k": _torchvision("resnet18", "f37072fd", 69.758, _V1),
+    "resnet34.tv_in1k": _torchvision("resnet34", "b627a593", 73.314, _V1),
+    "resnet50.tv_in1k": _torchvision("resnet50", "0676ba61", 76.130, _V1),
+    "resnet101.tv_in1k": _torchvision("resnet101", "63fe2227", 77.374, _V1),
+    "resnet152.tv_in1k": _torchvision("resnet152", "394f9c45", 78.312, _V1),
+    "resnet50.tv2_in1k": _torchvision("resnet50", "11ad3fa6", 80.858, _V2),
+    "resnet101.tv2_in1k": _torchvision("resnet101", "cd907fc2", 81.886, _V2),
+    "resnet152.tv2_in1k": _torchvision("resnet152", "f82ba261", 82.284, _V2),
+    "vgg11.tv_in1k": _torchvision("vgg11", "8a719046", 69.020, _V1),
+    "vgg13.tv_in1k": _torchvision("vgg13", "19584684", 69.928, _V1),
+    "vgg16.tv_in1k": _torchvision("vgg16", "397923af", 71.592, _V1),
+    "vgg19.tv_in1k": _torchvision("vgg19", "dcbb9e9d", 72.376, _V1),
+    "vgg11_bn.tv_in1k": _torchvision("vgg11_bn", "6002323d", 70.370, _V1),
+    "vgg13_bn.tv_in1k": _torchvision("vgg13_bn", "abd245e5", 71.586, _V1),
+    "vgg16_bn.tv_in1k": _torchvision("vgg16_bn", "6c64b313", 73.360, _V1),
+    "vgg19_bn.tv_in1k": _torchvision("vgg19_bn", "c79401a0", 74.218, _V1),
     "resnet18.a1_in1k": _strikes_back(18, "d63eafa0", 73.158),
     "resnet34.a1_in1k": _strikes_back(34, "46f8f793", 77.918),
     "resnet50.a1_in1k": _strikes_back(50, "14fe96d1", 81.214),

@@ -1,0 +1,51 @@
+"""VGG's hidden layers: kept or dropped by a transfer, with dropout in training mode."""
+
+import jax
+import numpy as np
+import pytest
+from networks import random_images, random_variables
+
+from tljax.models import Model, apply, build_model, replace_head
+from tljax.types import Variables
+
+IMAGES = random_images(2, 64, 48)
+
+
+@pytest.fixture(scope="module")
+def vgg11() -> tuple[Model, Variables]:
+    model = build_model("vgg11", 7)
+    return model, random_variables(model)
+
+
+@pytest.mark.parametrize(
+    ("after", "hidden", "features"),
+    [("pool", (), 25088), ("fc1", ("fc1",), 4096), ("fc2", ("fc1", "fc2"), 4096)],
+)
+def test_a_transfer_keeps_none_one_or_both(
+    vgg11: tuple[Model, Variables], after: str, hidden: tuple[str, ...], features: int
+) -> None:
+    model, variables = vgg11
+    new, replaced = replace_head(model, variables, 3, after=after)
+    blocks = tuple(f"block{i}" for i in range(1, 6))
+    assert new.stage_names == (*blocks, "pool", *hidden, "head")
+    assert set(replaced["params"]) == {*blocks, *hidden, "head"}
+    assert replaced["params"]["head"]["kernel"].shape == (features, 3)
+    read = apply(new, replaced, IMAGES, stop="head").value
+    expected = apply(model, variables, IMAGES, capture={after}).captured[after]
+    np.testing.assert_array_equal(read, expected)
+
+
+def test_hidden_layers_drop_half_in_training_mode(vgg11: tuple[Model, Variables]) -> None:
+    model, variables = vgg11
+    pooled = np.random.default_rng(0).standard_normal((2, 25088)).astype(np.float32)
+
+    def hidden(train: set[str]) -> np.ndarray:
+        key = jax.random.key(0)
+        output = apply(model, variables, pooled, start="fc1", stop="fc2", train=train, key=key)
+        return np.asarray(output.value)
+
+    whole, dropped = hidden(set()), hidden({"fc1"})
+    alive, kept = whole > 0, dropped > 0
+    np.testing.assert_allclose(dropped[kept], 2 * whole[kept], rtol=1e-6)
+    assert abs(kept[alive].mean() - 0.5) < 0.04  # five standard errors
+    np.testing.assert_array_equal(hidden({"fc2"}), whole)

@@ -1,0 +1,92 @@
+"""VGG (Simonyan and Zisserman 2014), with batch norm or without.
+
+Geometry of torchvision's reference implementation, whose adaptive pooling takes images of any size.
+"""
+
+from flax import linen as nn
+from jax import Array
+
+from tljax.models.layers import (
+    Conv,
+    ConvNorm,
+    Dense,
+    LinearHead,
+    Train,
+    adaptive_avg_pool,
+    max_pool,
+)
+from tljax.models.model import Model, Stage
+from tljax.types import Preprocess
+
+
+class Block(nn.Module):
+    """3x3 convolutions of one width, then max pooling: half of the resolution."""
+
+    depth: int
+    features: int
+    norm: bool
+
+    @nn.compact
+    def __call__(self, x: Array, train: Train) -> Array:
+        """``[b, h, w, c] -> [b, h/2, w/2, features]``."""
+        for i in range(1, self.depth + 1):
+            if self.norm:
+                conv = ConvNorm(self.features, 3, padding=1, use_bias=True, name=f"conv{i}")
+                x = nn.relu(conv(x, train))
+            else:
+                x = nn.relu(Conv(self.features, 3, padding=1, name=f"conv{i}")(x))
+        return max_pool(x, 2, stride=2)
+
+
+class FlattenedPool(nn.Module):
+    """Average pooling to 7x7; the features that are read where the hidden layers are dropped."""
+
+    @nn.compact
+    def __call__(self, x: Array, train: Train) -> Array:  # noqa: ARG002 - a stage's signature
+        """``[b, h, w, c] -> [b, 49 * c]`` in the order height, width, channel."""
+        return adaptive_avg_pool(x, 7).reshape(len(x), -1)
+
+
+class Hidden(nn.Module):
+    """A fully connected layer, with dropout of one half in training mode."""
+
+    @nn.compact
+    def __call__(self, x: Array, train: Train) -> Array:
+        """``[b, c] -> [b, 4096]``."""
+        x = nn.relu(Dense(4096, name="dense")(x))
+        return nn.Dropout(0.5, deterministic=train is False)(x)
+
+
+_DEPTHS = {
+    "vgg11": (1, 1, 2, 2, 2),
+    "vgg13": (2, 2, 2, 2, 2),
+    "vgg16": (2, 2, 3, 3, 3),
+    "vgg19": (2, 2, 4, 4, 4),
+}
+
+DEPTHS = _DEPTHS | {f"{name}_bn": depths for name, depths in _DEPTHS.items()}
+"""Number of convolutions in each block."""
+
+
+def vgg(name: str, num_classes: int = 1000) -> Model:
+    """One of `DEPTHS`, with stages ``block1 ... block5, pool, fc1, fc2, head``.
+
+    `replace_head` behind ``pool``, ``fc1`` or ``fc2`` keeps none, one or both hidden layers.
+    """
+    norm = name.endswith("_bn")
+    widths = (64, 128, 256, 512, 512)
+    blocks = (
+        Stage(f"block{i}", Block(depth, features, norm))
+        for i, (depth, features) in enumerate(zip(DEPTHS[name], widths, strict=True), start=1)
+    )
+    return Model(
+        name,
+        (
+            *blocks,
+            Stage("pool", FlattenedPool()),
+            Stage("fc1", Hidden()),
+            Stage("fc2", Hidden()),
+            Stage("head", LinearHead(num_classes)),
+        ),
+        Preprocess(),
+    )
