@@ -16,7 +16,7 @@ from transformers import ResNetConfig, ResNetForImageClassification
 from transformers.models.resnet.modeling_resnet import ResNetBasicLayer, ResNetBottleNeckLayer
 
 from tljax.models import Model, abstract_variables, build_model
-from tljax.models.resnet import DEPTHS
+from tljax.models.resnet import VARIANTS
 from tljax.pretrained import Card, Pretrained
 from tljax.trees import flatten, unflatten
 from tljax.types import Variables
@@ -93,7 +93,7 @@ def torch_resnet(name: str, num_classes: int = 7, **config: bool) -> ResNetForIm
     torch.manual_seed(0)
     network = ResNetForImageClassification(
         ResNetConfig(
-            depths=list(DEPTHS[name]),
+            depths=list(VARIANTS[name].depths),
             hidden_sizes=[64, 128, 256, 512] if basic else [256, 512, 1024, 2048],
             layer_type="basic" if basic else "bottleneck",
             num_labels=num_classes,  # pyright: ignore[reportCallIssue]

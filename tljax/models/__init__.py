@@ -19,7 +19,7 @@ from tljax.models.model import (
 )
 
 MODELS: dict[str, Callable[..., Model]] = {
-    **{name: partial(resnet.resnet, name) for name in resnet.DEPTHS},
+    **{name: partial(resnet.resnet, name) for name in resnet.VARIANTS},
     **{name: partial(efficientnet.efficientnet, name) for name in efficientnet.VARIANTS},
     **{name: partial(vgg.vgg, name) for name in vgg.DEPTHS},
 }

@@ -16,7 +16,8 @@ from tljax.errors import RequestError
 from tljax.files import written_whole
 from tljax.models import Model
 from tljax.models.efficientnet import VARIANTS
-from tljax.models.resnet import DEPTHS
+from tljax.models.resnet import VARIANTS as RESNETS
+from tljax.models.resnet import BasicBlock
 from tljax.pretrained.catalog import default_classes
 from tljax.types import Preprocess
 
@@ -67,11 +68,12 @@ def read_configs(folder: Path, model: Model) -> Described:
 
 def write_configs(folder: Path, model: Model, classes: tuple[str, ...]) -> None:
     """Writes what ``ResNetForImageClassification`` and ``AutoImageProcessor`` read."""
-    basic = model.name in ("resnet18", "resnet34")
+    variant = RESNETS[model.name]
+    basic = variant.block is BasicBlock
     config = {
         "architectures": ["ResNetForImageClassification"],
         "model_type": "resnet",
-        "depths": DEPTHS[model.name],
+        "depths": variant.depths,
         "hidden_sizes": [64, 128, 256, 512] if basic else [256, 512, 1024, 2048],
         "layer_type": "basic" if basic else "bottleneck",
         "downsample_in_bottleneck": False,

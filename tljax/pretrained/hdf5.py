@@ -84,10 +84,9 @@ class File:
 
     def text(self, at: int, end: int) -> str:
         """The text at an address, up to a zero."""
-        end = min(end, at + _MAX_TEXT)
-        found = self.data.find(b"\0", self.span.start + at, self.span.start + end)
-        size = (self.span.start + end if found < 0 else found) - self.span.start - at
-        return _decoded(self.read(at, size))
+        self.read(at, 0)
+        text = self.read(at, min(end, at + _MAX_TEXT, len(self.span)) - at)
+        return _decoded(text.partition(b"\0")[0])
 
     def in_heap(self, heap: int, index: int, size: int) -> bytes:
         """An object of a global heap, where texts of any length are kept."""
@@ -108,6 +107,8 @@ class File:
             index, size = self.unpack("<H6xQ", at)
             if index == 0:
                 break  # the free space
+            if size > end - at:
+                raise DamagedError("a text in it is lost")
             spans[index] = range(at + 16, at + 16 + size)
             at += 16 + _padded(size)
         return spans
@@ -149,7 +150,10 @@ class Object:
         file = self._file
         if self._spans(_EXTERNAL):
             raise ValueError("refused: its weights lie in another file; save them in one")
-        [space], [datatype], [layout] = map(self._spans, (_DATASPACE, _DATATYPE, _LAYOUT))
+        described = [self._spans(kind) for kind in (_DATASPACE, _DATATYPE, _LAYOUT)]
+        if not all(described):
+            raise DamagedError("a dataset lacks its shape, its type or its place")
+        space, datatype, layout = (spans[0] for spans in described)
         shape, dtype = _shape(file, space), _dtype(file, datatype)
         version, kind = file.unpack("<BB", layout.start)
         if version not in (3, 4) or kind not in (_COMPACT, _CONTIGUOUS):

@@ -36,7 +36,6 @@ WEIGHTS = {
 _IN_ARCHIVE = "model.weights.h5"
 # TensorFlow 2.12 had another name for the layers, and on Windows backslashes in it.
 _CONTAINERS = re.compile(r"(?:layers|_layer_checkpoint_dependencies)(?:\\(.+))?")
-_COUNTED = re.compile(r"(.+?)(?:_(\d+))?")
 
 Layer = tuple[str, list[np.ndarray]]
 """What it is called in the file, by class or at all, and its weights in Keras' order."""
@@ -153,9 +152,8 @@ def _counted(root: Object) -> Iterator[Layer]:
 
 def _position(name: str) -> tuple[str, int, str]:
     """The class of a layer and its number in it, of ``conv2d_3``."""
-    found = _COUNTED.fullmatch(name)
-    assert found
-    return found[1], int(found[2] or 0), name
+    kind, _, number = name.rpartition("_")
+    return (kind, int(number), name) if number.isdecimal() else (name, 0, name)
 
 
 def write(

@@ -10,11 +10,10 @@ import numpy as np
 
 from tljax.errors import RequestError
 from tljax.models import layer_outputs, normalize
-from tljax.models.resnet import DEPTHS
 from tljax.pretrained.catalog import CATALOG
 from tljax.pretrained.fetch import fetch
 from tljax.pretrained.formats import read_tensors
-from tljax.pretrained.layouts import layout_rules
+from tljax.pretrained.layouts import LAYOUTS, layout_rules
 from tljax.pretrained.load import Pretrained
 from tljax.pretrained.rules import Rules, invert_rules
 from tljax.types import Preprocess, Variables
@@ -76,7 +75,8 @@ def _layer(path: str) -> str:
 def _reference(pretrained: Pretrained, reference: str | None) -> tuple[Any, str]:
     """A torch module with the reference's own weights, and the layout of its keys."""
     model, _, card = pretrained
-    if reference is None and card.layout in ("torchvision", "timm") and model.name in DEPTHS:
+    known = "torchvision" in LAYOUTS[model.name]
+    if reference is None and known and card.layout in ("torchvision", "timm"):
         return _torchvision(pretrained), "torchvision"
     if reference is None and card.layout != "huggingface":
         raise RequestError(
