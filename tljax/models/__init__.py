@@ -5,7 +5,7 @@ from difflib import get_close_matches
 from functools import partial
 
 from tljax.errors import RequestError
-from tljax.models import efficientnet, resnet, vgg
+from tljax.models import efficientnet, resnet, resnetv2, vgg
 from tljax.models.model import (
     Model,
     Output,
@@ -20,6 +20,7 @@ from tljax.models.model import (
 
 MODELS: dict[str, Callable[..., Model]] = {
     **{name: partial(resnet.resnet, name) for name in resnet.VARIANTS},
+    **{name: partial(resnetv2.resnetv2, name) for name in resnetv2.DEPTHS},
     **{name: partial(efficientnet.efficientnet, name) for name in efficientnet.VARIANTS},
     **{name: partial(vgg.vgg, name) for name in vgg.DEPTHS},
 }

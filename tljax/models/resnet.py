@@ -7,6 +7,7 @@ implementation, of timm's for ResNet-D: symmetric padding everywhere.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 from flax import linen as nn
@@ -21,7 +22,7 @@ from tljax.models.layers import (
     max_pool,
 )
 from tljax.models.model import Model, Stage
-from tljax.types import Preprocess
+from tljax.types import CAFFE, Preprocess
 
 
 class Variant(NamedTuple):
@@ -160,6 +161,20 @@ VARIANTS |= {
     "resnet50d": _d("resnet50", Preprocess(224, 256, "bicubic")),
     "resnet101d": _d("resnet101", Preprocess(256, 269, "bicubic")),
     "resnet152d": _d("resnet152", Preprocess(256, 269, "bicubic")),
+}
+
+_keras_conv_norm = partial(ConvNorm, use_bias=True, epsilon=1.001e-5, momentum=0.99)
+
+
+def _keras(plain: str) -> Variant:
+    """Version 1, as Keras has it."""
+    return VARIANTS[plain]._replace(stride_first=True, conv_norm=_keras_conv_norm, preprocess=CAFFE)
+
+
+VARIANTS |= {
+    "keras_resnet50": _keras("resnet50"),
+    "keras_resnet101": _keras("resnet101"),
+    "keras_resnet152": _keras("resnet152"),
 }
 
 

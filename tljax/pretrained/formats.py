@@ -74,7 +74,8 @@ def read_tensors(path: str | os.PathLike[str]) -> Tensors:
     """Reads a weight file. Its first bytes tell the format, its name does not.
 
     Understood are safetensors, ``torch.save``'s zip and legacy formats, Keras' ``.h5``,
-    ``.weights.h5`` and ``.keras`` (see `keras_file` for their keys), each of these packed with xz, and the ``.index.json`` beside the shards of a Hugging Face checkpoint. Of a torch
+    ``.weights.h5`` and ``.keras`` (see `keras_file` for their keys), each of these packed with xz,
+    and the ``.index.json`` beside the shards of a Hugging Face checkpoint. Of a torch
     checkpoint the state dict is taken: what lies under ``state_dict``, else ``model_state_dict``,
     else ``model``, else ``state_dict_ema`` (averaged weights only where there are no others), else
     the tensors at the top. A ``module.`` or ``model.`` that begins every key is removed.
@@ -144,14 +145,44 @@ def write_torch(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray]) 
             raise RequestError(f"{path}: {error}") from error
 
 
+def write_keras(
+    path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray], names: Mapping[str, str]
+) -> None:
+    """Writes a file for ``load_weights`` of Keras, all or nothing.
+
+    Equal input, equal bytes.
+
+    Args:
+        path: ``.weights.h5``, which Keras 3 reads, or any other ``.h5``, which Keras 2 reads too;
+            an old one is replaced.
+        arrays: every weight by key (see `keras_file`), in the order of the model's layers.
+        names: what Keras calls each layer, by the first part of its keys.
+
+    Raises:
+        RequestError: the file cannot be written.
+    """
+    path = Path(path)
+    with written_whole(path) as temporary:
+        keras_file.write(temporary, arrays, names, legacy=not path.name.endswith(".weights.h5"))
+
+
 def sha256(path: str | os.PathLike[str]) -> str:
-    """The SHA-256 of a file as 64 hexadecimal digits; memory use does not grow with the file.
+    """The SHA-256 of a file as 64 hexadecimal digits; see `digest`."""
+    return digest(path, "sha256")
+
+
+def digest(path: str | os.PathLike[str], algorithm: str) -> str:
+    """The hash of a file in hexadecimal digits; memory use does not grow with the file.
+
+    Args:
+        path: the file.
+        algorithm: a name that hashlib knows.
 
     Raises:
         RequestError: the file cannot be read.
     """
     with _open(Path(path)) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, algorithm).hexdigest()
 
 
 def _open(path: Path) -> BufferedReader:

@@ -1,8 +1,8 @@
 """The files in which Keras keeps weights, read and written without Keras.
 
 There are three: the legacy ``.h5`` of Keras 1 and 2, weights alone or within a whole model, which
-names layers and lists them in their order in the model; the ``.weights.h5`` of Keras 3, which counts
-the layers of each class; and the ``.keras`` of Keras 3, a zip archive with such a file in it.
+names layers and lists them in their order in the model; the ``.weights.h5`` of Keras 3, which
+counts the layers of each class; and its ``.keras``, a zip archive with such a file in it.
 
 Names of layers and weights changed over the years, and automatic ones depend on what else a process
 had built, so Keras itself goes by the order of the layers. So do we, and the keys are the same for

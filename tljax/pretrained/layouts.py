@@ -10,13 +10,18 @@ import numpy as np
 
 from tljax.errors import RequestError
 from tljax.models import MODELS, Model, abstract_variables, build_model
-from tljax.pretrained import efficientnet, resnet, vgg
+from tljax.pretrained import efficientnet, keras, resnet, vgg
 from tljax.pretrained.rules import Difference, Layout, Rules, compare, counted
 
+_FAMILIES = (resnet, efficientnet, vgg, keras)
+
 LAYOUTS: dict[str, dict[str, Layout]] = {
-    **resnet.LAYOUTS,
-    **efficientnet.LAYOUTS,
-    **vgg.LAYOUTS,
+    model: {
+        name: layout
+        for family in _FAMILIES
+        for name, layout in family.LAYOUTS.get(model, {}).items()
+    }
+    for model in MODELS
 }
 """The layouts of each model by name."""
 

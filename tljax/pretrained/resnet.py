@@ -70,4 +70,9 @@ def _layouts(name: str) -> dict[str, Layout]:
     return {**both, "huggingface": Layout(huggingface)} if name in _PLAIN else both
 
 
-LAYOUTS: dict[str, dict[str, Layout]] = {name: _layouts(name) for name in VARIANTS}
+LAYOUTS: dict[str, dict[str, Layout]] = {
+    # those of Keras are in keras.py
+    name: _layouts(name)
+    for name in VARIANTS
+    if not name.startswith("keras_")
+}

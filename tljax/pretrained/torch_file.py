@@ -226,7 +226,8 @@ def zip_spans(data: mmap.mmap) -> dict[str, range]:
         name, header = info.filename, info.header_offset
         if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
             raise ValueError(
-                f"a zip archive, but not one that torch.save or Keras wrote ({name!r:.80} is compressed)"
+                "a zip archive, but not one that torch.save or Keras wrote "
+                f"({name!r:.80} is compressed)"
             )
         if not free <= header <= directory - 30 or name in spans:
             raise DamagedError(f"zip entry {name!r:.80} overlaps another")
