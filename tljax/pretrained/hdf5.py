@@ -21,8 +21,8 @@ from tljax.pretrained.torch_pickle import DamagedError
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
 # Types of header messages.
-_DATASPACE, _DATATYPE, _EXTERNAL, _LAYOUT, _ATTRIBUTE, _CONTINUATION, _SYMBOLS = (
-    *(0x01, 0x03, 0x07, 0x08, 0x0C, 0x10, 0x11),
+_DATASPACE, _LINKS, _DATATYPE, _EXTERNAL, _LAYOUT, _ATTRIBUTE, _CONTINUATION, _SYMBOLS = (
+    *(0x01, 0x02, 0x03, 0x07, 0x08, 0x0C, 0x10, 0x11),
 )
 _INTEGER, _FLOAT, _STRING, _VARIABLE = 0, 1, 3, 9  # classes of datatypes
 _COMPACT, _CONTIGUOUS = 0, 1  # classes of layouts
@@ -179,6 +179,8 @@ class Object:
 
     def _members(self) -> dict[str, int]:
         """A tree of tables of names, which are kept in a heap."""
+        if self._spans(_LINKS):
+            raise ValueError("a group of a kind that Keras does not write: it may hold links")
         if not self._spans(_SYMBOLS):
             return {}
         file = self._file

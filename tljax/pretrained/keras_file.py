@@ -114,12 +114,12 @@ def _legacy(root: Object, names: Iterable[str]) -> Iterator[Layer]:
 
 def _class_of(name: str, shapes: list[tuple[int, ...]]) -> str:
     match shapes:
-        case [(height, _, inputs, 1), *_] if height > 1 < inputs and len(shapes) <= 2:
+        case [(_, _, _, _), (_, _, _, _), *_]:
+            return "separable_conv2d"
+        case [(height, _, inputs, 1), *_] if height > 1 < inputs:
             return "depthwise_conv2d"
         case [(_, _, _, _)] | [(_, _, _, _), (_,)]:
             return "conv2d"
-        case [(_, _, _, _), (_, _, _, _), *_]:
-            return "separable_conv2d"
         case [(_, _)] | [(_, _), (_,)]:
             return "dense"
         case [(_,), (_,), (_,), *_]:
