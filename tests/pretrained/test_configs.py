@@ -17,7 +17,7 @@ from transformers.models.convnext.image_processing_pil_convnext import ConvNextI
 from tljax.data.decode import decode
 from tljax.errors import RequestError
 from tljax.models import normalize
-from tljax.pretrained import Pretrained, export, load_pretrained
+from tljax.pretrained import Pretrained, export, imagenet_classes, load_pretrained
 from tljax.pretrained.configs import read_configs, write_configs
 from tljax.types import Preprocess
 
@@ -187,6 +187,40 @@ def test_timm_folder(resnet18: Pretrained, tmp_path: Path) -> None:
     assert_same_variables(variables, resnet18.variables)
 
 
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_mobilenet_folder_as_google_publishes_it(version: str, tmp_path: Path) -> None:
+    """With 1,001 classes, of which the first is the background, and transformers' older names."""
+    name = {"v1": "tf_mobilenetv1_025", "v2": "tf_mobilenetv2_035"}[version]
+    pretrained = random_pretrained(name, 1001)
+    export(tmp_path, pretrained, "huggingface")
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["model_type"] == f"mobilenet_{version}"
+    del config["id2label"], config["label2id"]
+    write(tmp_path / "config.json", **config)
+    half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    crop = {"crop_size": {"height": 192, "width": 192}, "size": {"shortest_edge": 220}}
+    kind = f"MobileNet{version.upper()}FeatureExtractor"
+    for said in ({"feature_extractor_type": kind, "resample": 2}, {}):
+        write(tmp_path / "preprocessor_config.json", **half, **crop, **said)
+        found = load_pretrained(tmp_path)
+        expected = Preprocess(192, 220, "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+        assert (found.model.name, found.model.preprocess) == (name, expected)
+        assert found.card.classes == ("background", *imagenet_classes())
+
+
+def test_timm_says_which_of_two_networks_with_the_same_tensors_it_is(tmp_path: Path) -> None:
+    name = "tf_mobilenetv3_small_075"
+    pretrained = random_pretrained(name)
+    path = tmp_path / "model.safetensors"
+    export(path, pretrained, "timm")
+    assert load_pretrained(path).model.name == "mobilenetv3_small_075"
+    assert load_pretrained(path, model=name).model.name == name
+    write(tmp_path / "config.json", architecture=name)
+    assert load_pretrained(tmp_path).model.name == name
+    with pytest.raises(RequestError, match=f"architecture is '{name}'; tljax builds only"):
+        load_pretrained(tmp_path, model="mobilenetv3_small_075")
+
+
 # --- classes -------------------------------------------------------------------------------------
 
 
@@ -327,6 +361,11 @@ def test_configs_that_cannot_be_followed(
         ("resnet18", "hidden_act", "relu", "gelu"),
         ("resnet18", "architecture", "resnet18", "resnetblur18"),
         ("efficientnet_lite0", "architecture", "tf_efficientnet_lite0", "efficientnet_lite0"),
+        ("resnet18", "model_type", "resnet", "regnet"),
+        ("tf_mobilenetv1_025", "tf_padding", True, False),
+        ("tf_mobilenetv1_025", "depth_multiplier", 0.25, 1.0),
+        ("tf_mobilenetv2_035", "layer_norm_eps", 0.001, 1e-5),
+        ("tf_mobilenetv2_035", "output_stride", 32, 16),
     ],
 )
 def test_the_same_tensors_in_another_network_are_refused(

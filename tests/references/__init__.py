@@ -3,7 +3,7 @@
 Batch-norm statistics are random throughout: with mean 0 and variance 1 a wrong norm goes unseen.
 """
 
-from references import efficientnet, keras, resnet, vgg
+from references import efficientnet, keras, mobilenet, resnet, vgg
 from references.contract import Build, Reference
 
 __all__ = ["FAST", "REFERENCES", "Build", "Reference"]
@@ -12,9 +12,10 @@ REFERENCES: dict[tuple[str, str], Build] = {
     **resnet.REFERENCES,
     **efficientnet.REFERENCES,
     **vgg.REFERENCES,
+    **mobilenet.REFERENCES,
     **keras.REFERENCES,
 }
 """(model, layout) -> what writes a file as that project would, and the network behind it."""
 
-FAST = {*resnet.FAST, *efficientnet.FAST, *vgg.FAST, *keras.FAST}
+FAST = {*resnet.FAST, *efficientnet.FAST, *vgg.FAST, *mobilenet.FAST, *keras.FAST}
 """The models that are tested by `make test`; the others take minutes."""

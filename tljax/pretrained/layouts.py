@@ -10,10 +10,10 @@ import numpy as np
 
 from tljax.errors import RequestError
 from tljax.models import MODELS, Model, abstract_variables, build_model
-from tljax.pretrained import efficientnet, keras, resnet, vgg
+from tljax.pretrained import efficientnet, keras, mobilenet, resnet, vgg
 from tljax.pretrained.rules import Difference, Layout, Rules, compare, counted
 
-_FAMILIES = (resnet, efficientnet, vgg, keras)
+_FAMILIES = (resnet, efficientnet, vgg, mobilenet, keras)
 
 LAYOUTS: dict[str, dict[str, Layout]] = {
     model: {

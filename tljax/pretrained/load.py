@@ -14,7 +14,7 @@ import numpy as np
 from tljax.errors import RequestError
 from tljax.models import MODELS, Model, abstract_variables, build_model, replace_head
 from tljax.pretrained.catalog import CATALOG, Entry, catalog_name, default_classes
-from tljax.pretrained.configs import read_configs, write_configs
+from tljax.pretrained.configs import read_architecture, read_configs, write_configs
 from tljax.pretrained.fetch import fetch, fetch_hub
 from tljax.pretrained.formats import (
     Tensors,
@@ -137,7 +137,7 @@ def _load_folder(folder: Path, name: str, model: str | None) -> Pretrained:
     if not files:
         expected = ", ".join(_WEIGHT_FILES)
         raise RequestError(f"{folder} is neither a run directory nor a saved model: no {expected}")
-    loaded = _load_file(files[0], name, model)
+    loaded = _load_file(files[0], name, model or read_architecture(folder))
     if loaded.card.layout == "tljax":
         return loaded  # our own files say everything themselves
     said = read_configs(folder, loaded.model)

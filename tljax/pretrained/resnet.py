@@ -1,7 +1,7 @@
 """Key tables of ResNet: torchvision (timm's are the same) and Hugging Face transformers."""
 
 from tljax.models.resnet import VARIANTS, Bottleneck
-from tljax.pretrained.rules import Layout, Rules, conv_norm, dense
+from tljax.pretrained.rules import Config, Layout, Rules, conv_norm, dense
 
 
 def _blocks(name: str) -> list[tuple[int, int]]:
@@ -59,6 +59,23 @@ def huggingface(name: str) -> Rules:
     return rules + dense("classifier.1", "head")
 
 
+def huggingface_config(name: str) -> Config:
+    """Of ``ResNetForImageClassification``; version 1 has its stride elsewhere."""
+    basic = len(_convs(name)) == 2
+    return {
+        "architectures": ["ResNetForImageClassification"],
+        "model_type": "resnet",
+        "depths": list(VARIANTS[name].depths),
+        "hidden_sizes": [64, 128, 256, 512] if basic else [256, 512, 1024, 2048],
+        "layer_type": "basic" if basic else "bottleneck",
+        "downsample_in_bottleneck": False,
+        "downsample_in_first_stage": False,
+        "embedding_size": 64,
+        "hidden_act": "relu",
+        "num_channels": 3,
+    }
+
+
 _PLAIN = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 _TORCHVISION = Layout(torchvision)
 
@@ -67,7 +84,9 @@ def _layouts(name: str) -> dict[str, Layout]:
     if VARIANTS[name].deep_stem:
         return {"timm": _TORCHVISION}
     both = {"torchvision": _TORCHVISION, "timm": _TORCHVISION}  # the same keys
-    return {**both, "huggingface": Layout(huggingface)} if name in _PLAIN else both
+    if name not in _PLAIN:
+        return both
+    return {**both, "huggingface": Layout(huggingface, config=huggingface_config)}
 
 
 LAYOUTS: dict[str, dict[str, Layout]] = {

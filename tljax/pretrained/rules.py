@@ -6,7 +6,7 @@ permutation of axes between them. So a table is a bijection, and the same one im
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -85,12 +85,29 @@ def conv_norm(conv: str, norm: str, path: str) -> Rules:
     )
 
 
+def conv(key: str, path: str) -> Rules:
+    """The two tensors of a torch convolution without a norm."""
+    return (
+        Rule(f"{key}.weight", f"params/{path}/kernel", CONV),
+        Rule(f"{key}.bias", f"params/{path}/bias"),
+    )
+
+
 def dense(key: str, path: str) -> Rules:
     """The two tensors of a torch linear layer."""
     return (
         Rule(f"{key}.weight", f"params/{path}/kernel", DENSE),
         Rule(f"{key}.bias", f"params/{path}/bias"),
     )
+
+
+Config = dict[str, Any]
+"""What the config.json beside the weights says of the architecture."""
+
+
+def timm_config(name: str) -> Config:
+    """Of a network that timm calls as we do."""
+    return {"architecture": name}
 
 
 class Layout(NamedTuple):
@@ -100,11 +117,14 @@ class Layout(NamedTuple):
         table: from the name of a model to its table.
         preprocess: the usual one of weights in this layout, where it is not the model's own.
         ignore: beginnings of keys that may be there and are dropped: an auxiliary head.
+        config: from the name of a model to what config.json has to say of it, if it says anything:
+            tensors do not tell geometry. For ``huggingface`` it is also what export writes.
     """
 
     table: Callable[[str], Rules]
     preprocess: Preprocess | None = None
     ignore: tuple[str, ...] = ()
+    config: Callable[[str], Config] = timm_config
 
 
 class Difference(NamedTuple):

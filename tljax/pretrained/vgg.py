@@ -1,7 +1,7 @@
 """Key tables of VGG: torchvision, and timm, which keeps the hidden layers as convolutions."""
 
 from tljax.models.vgg import DEPTHS
-from tljax.pretrained.rules import CONV, DENSE, Layout, Rule, Rules, conv_norm, dense
+from tljax.pretrained.rules import CONV, DENSE, Layout, Rule, Rules, conv, conv_norm, dense
 
 _MAP = (4096, 512, 7, 7)
 """What the first hidden layer reads: torch flattens channel, height, width."""
@@ -12,16 +12,13 @@ def _features(name: str) -> Rules:
     rules: Rules = ()
     norm, position = name.endswith("_bn"), 0
     for block, depth in enumerate(DEPTHS[name], start=1):
-        for conv in range(1, depth + 1):
-            key, path = f"features.{position}", f"block{block}/conv{conv}"
+        for i in range(1, depth + 1):
+            key, path = f"features.{position}", f"block{block}/conv{i}"
             if norm:
                 rules += conv_norm(key, f"features.{position + 1}", path)
                 rules += (Rule(f"{key}.bias", f"params/{path}/conv_bias"),)
             else:
-                rules += (
-                    Rule(f"{key}.weight", f"params/{path}/kernel", CONV),
-                    Rule(f"{key}.bias", f"params/{path}/bias"),
-                )
+                rules += conv(key, path)
             position += 3 if norm else 2
         position += 1
     return rules

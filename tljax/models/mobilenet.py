@@ -1,0 +1,200 @@
+"""MobileNet v1 (Howard et al. 2017), v2 (Sandler et al. 2018) and v3 (Howard et al. 2019).
+
+The same network is published with several geometries and constants, so each is a model of its own:
+``tf_`` pads as the TensorFlow reference does (tensorflow/models, slim), ``tv_`` has torchvision's
+batch norm where that differs, and a bare name is timm's, with torch's padding.
+"""
+
+from typing import NamedTuple
+
+from flax import linen as nn
+from jax import Array
+
+from tljax.models.depthwise import ConvAct, Convention, Run, round_width, stages
+from tljax.models.layers import Dense, GlobalAveragePool, LinearHead, Train
+from tljax.models.model import Model, Stage
+from tljax.types import Preprocess
+
+
+class Separable(nn.Module):
+    """Depthwise and 1x1 convolutions of one width in turn; the first one carries the stride."""
+
+    depth: int
+    features: int
+    stride: int
+    convention: Convention
+
+    @nn.compact
+    def __call__(self, x: Array, train: Train) -> Array:
+        """``[b, h, w, c] -> [b, h/stride, w/stride, features]``."""
+        for i in range(self.depth):
+            inputs, stride = x.shape[-1], self.stride if i == 0 else 1
+            block = SeparableBlock(inputs, self.features, stride, self.convention, name=f"block{i}")
+            x = block(x, train)
+        return x
+
+
+class SeparableBlock(nn.Module):
+    """A depthwise and a 1x1 convolution, each with norm and activation."""
+
+    inputs: int
+    features: int
+    stride: int
+    convention: Convention
+
+    @nn.compact
+    def __call__(self, x: Array, train: Train) -> Array:
+        """``[b, h, w, inputs] -> [b, h/stride, w/stride, features]``."""
+        conv_norm = self.convention.conv_norm
+        depthwise = conv_norm(self.inputs, 3, self.stride, groups=self.inputs, name="depthwise")
+        x = nn.relu6(depthwise(x, train))
+        return nn.relu6(conv_norm(self.features, 1, name="pointwise")(x, train))
+
+
+class Hidden(nn.Module):
+    """The fully connected layer behind the pooling of version 3."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x: Array, train: Train) -> Array:  # noqa: ARG002 - a stage's signature
+        """``[b, c] -> [b, features]``."""
+        return nn.hard_swish(Dense(self.features, name="dense")(x))
+
+
+V1 = ((1, 64, 1), (2, 128, 2), (2, 256, 2), (6, 512, 2), (2, 1024, 2))
+"""Depth, width and stride of the stages of version 1."""
+
+V2 = (
+    Run(16, 3, 1, (1,)),
+    Run(24, 3, 2, (6,) * 2),
+    Run(32, 3, 2, (6,) * 3),
+    Run(64, 3, 2, (6,) * 4),
+    Run(96, 3, 1, (6,) * 3),
+    Run(160, 3, 2, (6,) * 3),
+    Run(320, 3, 1, (6,)),
+)
+
+V3_LARGE = (
+    Run(16, 3, 1, (1,), activation=nn.relu),
+    Run(24, 3, 2, (4, 3), activation=nn.relu),
+    Run(40, 5, 2, (3, 3, 3), squeeze=True, activation=nn.relu),
+    Run(80, 3, 2, (6, 2.5, 2.3, 2.3), activation=nn.hard_swish),
+    Run(112, 3, 1, (6, 6), squeeze=True, activation=nn.hard_swish),
+    Run(160, 5, 2, (6, 6, 6), squeeze=True, activation=nn.hard_swish),
+)
+
+V3_SMALL = (
+    Run(16, 3, 2, (1,), squeeze=True, activation=nn.relu),
+    Run(24, 3, 2, (4.5, 3.67), activation=nn.relu),
+    Run(40, 5, 2, (4, 6, 6), squeeze=True, activation=nn.hard_swish),
+    Run(48, 5, 1, (3, 3), squeeze=True, activation=nn.hard_swish),
+    Run(96, 5, 2, (6, 6, 6), squeeze=True, activation=nn.hard_swish),
+)
+
+
+class Variant(NamedTuple):
+    """Multiplier of the widths, what a port adds, and the preprocessing of its weights."""
+
+    width: float
+    convention: Convention
+    preprocess: Preprocess
+
+
+def mobilenet_v1(name: str, num_classes: int = 1000) -> Model:
+    """One of `V1_VARIANTS`, with stages ``stem, stage1 ... stage5, pool, head``."""
+    width, convention, preprocess = V1_VARIANTS[name]
+    body = (
+        Stage(f"stage{i}", Separable(depth, round_width(features * width), stride, convention))
+        for i, (depth, features, stride) in enumerate(V1, start=1)
+    )
+    stem = ConvAct(round_width(32 * width), 3, 2, convention, nn.relu6)
+    return Model(
+        name,
+        (
+            Stage("stem", stem),
+            *body,
+            Stage("pool", GlobalAveragePool()),
+            Stage("head", LinearHead(num_classes)),
+        ),
+        preprocess,
+    )
+
+
+def mobilenet_v2(name: str, num_classes: int = 1000) -> Model:
+    """One of `V2_VARIANTS`, with stages ``stem, stage1 ... stage7, conv_head, pool, head``.
+
+    The last map has the features of width 1 in the narrow networks too.
+    """
+    width, convention, preprocess = V2_VARIANTS[name]
+    last = round_width(1280 * max(1, width))
+    return Model(
+        name,
+        (
+            Stage("stem", ConvAct(round_width(32 * width), 3, 2, convention, nn.relu6)),
+            *stages((run.scaled(width) for run in V2), convention),
+            Stage("conv_head", ConvAct(last, 1, 1, convention, nn.relu6)),
+            Stage("pool", GlobalAveragePool()),
+            Stage("head", LinearHead(num_classes)),
+        ),
+        preprocess,
+    )
+
+
+def mobilenet_v3(name: str, num_classes: int = 1000) -> Model:
+    """One of `V3_VARIANTS`, with stages ``stem, stage1 ..., conv_head, pool, hidden, head``.
+
+    The large one has six stages, the small one five; stem and hidden layer never get narrower.
+    """
+    width, convention, preprocess = V3_VARIANTS[name]
+    runs, hidden = (V3_LARGE, 1280) if "large" in name else (V3_SMALL, 1024)
+    last = round_width(6 * runs[-1].features * width)
+    return Model(
+        name,
+        (
+            Stage("stem", ConvAct(16, 3, 2, convention, nn.hard_swish)),
+            *stages((run.scaled(width) for run in runs), convention),
+            Stage("conv_head", ConvAct(last, 1, 1, convention, nn.hard_swish)),
+            Stage("pool", GlobalAveragePool()),
+            Stage("hidden", Hidden(hidden)),
+            Stage("head", LinearHead(num_classes)),
+        ),
+        preprocess,
+    )
+
+
+_TORCH = Convention("torch", epsilon=1e-5, momentum=0.9)
+_TORCHVISION_V3 = Convention("torch", epsilon=1e-3, momentum=0.99)
+_SLIM_V1 = Convention("SAME", epsilon=1e-3, momentum=0.9997)
+_SLIM = Convention("SAME", epsilon=1e-3, momentum=0.997)
+
+_HALF = (0.5, 0.5, 0.5)
+_TIMM = Preprocess(interpolation="bicubic")
+_TF = Preprocess(mean=_HALF, std=_HALF)
+
+
+def _variants(
+    prefix: str, widths: tuple[int, ...], convention: Convention, preprocess: Preprocess
+) -> dict[str, Variant]:
+    """``prefix_075`` and so on: the widths are per cent."""
+    return {
+        f"{prefix}_{width:03}": Variant(width / 100, convention, preprocess) for width in widths
+    }
+
+
+V1_VARIANTS = {
+    **_variants("mobilenetv1", (100,), _TORCH, Preprocess(224, 256, "bicubic", _HALF, _HALF)),
+    **_variants("tf_mobilenetv1", (25, 50, 75, 100), _SLIM_V1, _TF),
+}
+V2_VARIANTS = {
+    **_variants("mobilenetv2", (50, 100, 140), _TORCH, _TIMM),
+    **_variants("tf_mobilenetv2", (35, 50, 75, 100, 130, 140), _SLIM, _TF),
+}
+V3_VARIANTS = {
+    **_variants("mobilenetv3_large", (75, 100), _TORCH, _TIMM),
+    **_variants("mobilenetv3_small", (50, 75, 100), _TORCH, _TIMM),
+    **_variants("tv_mobilenetv3_large", (100,), _TORCHVISION_V3, Preprocess()),
+    **_variants("tv_mobilenetv3_small", (100,), _TORCHVISION_V3, Preprocess()),
+    **_variants("tf_mobilenetv3_large", (75, 100), _SLIM, _TF),
+    **_variants("tf_mobilenetv3_small", (75, 100), _SLIM, _TF),
+}

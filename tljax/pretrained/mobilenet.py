@@ -1,0 +1,195 @@
+"""Key tables of the MobileNets: torchvision, timm and Hugging Face transformers."""
+
+from collections.abc import Callable
+
+from tljax.models.depthwise import Run
+from tljax.models.mobilenet import (
+    V1,
+    V1_VARIANTS,
+    V2,
+    V2_VARIANTS,
+    V3_LARGE,
+    V3_SMALL,
+    V3_VARIANTS,
+)
+from tljax.pretrained import depthwise
+from tljax.pretrained.rules import DENSE, Config, Layout, Rule, Rules, conv, conv_norm, dense
+from tljax.types import Preprocess
+
+Unit = Callable[[str, str], Rules]
+"""From the key of a convolution with its norm, and our path, to its tensors."""
+
+# --- version 1 -----------------------------------------------------------------------------------
+
+
+def timm_v1(name: str) -> Rules:  # noqa: ARG001 - all widths have the same keys
+    """``blocks.1.0.conv_dw.weight``; there is no ``conv_head``."""
+    rules = conv_norm("conv_stem", "bn1", "stem/conv")
+    for stage, (depth, _, _) in enumerate(V1):
+        for block in range(depth):
+            key, path = f"blocks.{stage}.{block}", f"stage{stage + 1}/block{block}"
+            rules += conv_norm(f"{key}.conv_dw", f"{key}.bn1", f"{path}/depthwise")
+            rules += conv_norm(f"{key}.conv_pw", f"{key}.bn2", f"{path}/pointwise")
+    return rules + dense("classifier", "head")
+
+
+def huggingface_v1(name: str) -> Rules:  # noqa: ARG001
+    """``mobilenet_v1.layer.0.convolution.weight``: depthwise and 1x1 in one row."""
+    unit, position = _huggingface_unit("mobilenet_v1"), 0
+    rules = unit("conv_stem", "stem/conv")
+    for stage, (depth, _, _) in enumerate(V1, start=1):
+        for block in range(depth):
+            rules += unit(f"layer.{position}", f"stage{stage}/block{block}/depthwise")
+            rules += unit(f"layer.{position + 1}", f"stage{stage}/block{block}/pointwise")
+            position += 2
+    return rules + dense("classifier", "head")
+
+
+def _huggingface_unit(prefix: str) -> Unit:
+    def unit(key: str, path: str) -> Rules:
+        return conv_norm(f"{prefix}.{key}.convolution", f"{prefix}.{key}.normalization", path)
+
+    return unit
+
+
+def huggingface_v1_config(name: str) -> Config:
+    """Of ``MobileNetV1ForImageClassification``."""
+    return _huggingface_config("MobileNetV1ForImageClassification", "mobilenet_v1") | {
+        "depth_multiplier": V1_VARIANTS[name].width
+    }
+
+
+def _huggingface_config(architecture: str, model_type: str) -> Config:
+    return {
+        "architectures": [architecture],
+        "model_type": model_type,
+        "min_depth": 8,
+        "hidden_act": "relu6",
+        "tf_padding": True,
+        "layer_norm_eps": 0.001,
+        "num_channels": 3,
+    }
+
+
+# --- version 2 -----------------------------------------------------------------------------------
+
+
+def timm_v2(name: str) -> Rules:  # noqa: ARG001
+    """``blocks.1.0.conv_pw.weight``, as EfficientNet's."""
+    return depthwise.timm(V2)
+
+
+def torchvision_v2(name: str) -> Rules:  # noqa: ARG001
+    """``features.2.conv.0.0.weight``: the projection is not in a unit with its norm."""
+    rules = _pair("features.0", "stem/conv")
+    rows = depthwise.blocks(V2)
+    for i, (stage, block, expands) in enumerate(rows, start=1):
+        key, path = f"features.{i}.conv", f"stage{stage + 1}/block{block}"
+        if expands:
+            rules += _pair(f"{key}.0", f"{path}/expand")
+        position = 1 if expands else 0
+        rules += _pair(f"{key}.{position}", f"{path}/depthwise")
+        rules += conv_norm(f"{key}.{position + 1}", f"{key}.{position + 2}", f"{path}/project")
+    return (
+        *rules,
+        *_pair(f"features.{len(rows) + 1}", "conv_head/conv"),
+        *dense("classifier.1", "head"),
+    )
+
+
+def _pair(key: str, path: str) -> Rules:
+    """A convolution and its norm as torchvision's ``Conv2dNormActivation`` names them."""
+    return conv_norm(f"{key}.0", f"{key}.1", path)
+
+
+def huggingface_v2(name: str) -> Rules:  # noqa: ARG001
+    """``mobilenet_v2.layer.0.expand_1x1.convolution.weight``; the first block is in the stem."""
+    unit = _huggingface_unit("mobilenet_v2")
+    rules = unit("conv_stem.first_conv", "stem/conv")
+    for i, (stage, block, expands) in enumerate(depthwise.blocks(V2)):
+        key, path = f"layer.{i - 1}" if i else "conv_stem", f"stage{stage + 1}/block{block}"
+        if expands:
+            rules += unit(f"{key}.expand_1x1", f"{path}/expand")
+        rules += unit(f"{key}.conv_3x3", f"{path}/depthwise")
+        rules += unit(f"{key}.reduce_1x1", f"{path}/project")
+    return rules + unit("conv_1x1", "conv_head/conv") + dense("classifier", "head")
+
+
+def huggingface_v2_config(name: str) -> Config:
+    """Of ``MobileNetV2ForImageClassification``."""
+    return _huggingface_config("MobileNetV2ForImageClassification", "mobilenet_v2") | {
+        "depth_multiplier": V2_VARIANTS[name].width,
+        "depth_divisible_by": 8,
+        "expand_ratio": 6.0,
+        "output_stride": 32,
+        "first_layer_is_expansion": True,
+        "finegrained_output": True,
+    }
+
+
+# --- version 3 -----------------------------------------------------------------------------------
+
+
+def _runs(name: str) -> tuple[Run, ...]:
+    return V3_LARGE if "large" in name else V3_SMALL
+
+
+def timm_v3(name: str) -> Rules:
+    """``blocks.6.0.conv.weight`` is the last map, ``conv_head.weight`` the 1x1 hidden layer."""
+    runs = _runs(name)
+    last, hidden = f"blocks.{len(runs)}.0", 1280 if "large" in name else 1024
+    return (
+        *depthwise.timm_body(runs),
+        *conv_norm(f"{last}.conv", f"{last}.bn1", "conv_head/conv"),
+        Rule(
+            "conv_head.weight",
+            "params/hidden/dense/kernel",
+            DENSE,
+            shape=(hidden, -1, 1, 1),
+            view=(hidden, -1),
+        ),
+        Rule("conv_head.bias", "params/hidden/dense/bias"),
+        *dense("classifier", "head"),
+    )
+
+
+def torchvision_v3(name: str) -> Rules:
+    """``features.4.block.2.fc1.weight``: the parts of a block in one row."""
+    runs = _runs(name)
+    rules, rows = _pair("features.0", "stem/conv"), depthwise.blocks(runs)
+    for i, (stage, block, expands) in enumerate(rows, start=1):
+        key, path = f"features.{i}.block", f"stage{stage + 1}/block{block}"
+        units = [*(["expand"] if expands else []), "depthwise"]
+        for position, unit in enumerate(units):
+            rules += _pair(f"{key}.{position}", f"{path}/{unit}")
+        position = len(units)
+        if runs[stage].squeeze:
+            rules += conv(f"{key}.{position}.fc1", f"{path}/squeeze_excite/reduce")
+            rules += conv(f"{key}.{position}.fc2", f"{path}/squeeze_excite/expand")
+            position += 1
+        rules += _pair(f"{key}.{position}", f"{path}/project")
+    return (
+        *rules,
+        *_pair(f"features.{len(rows) + 1}", "conv_head/conv"),
+        *dense("classifier.0", "hidden/dense"),
+        *dense("classifier.3", "head"),
+    )
+
+
+def _layouts(name: str) -> dict[str, Layout]:
+    if name in V1_VARIANTS:
+        if name.startswith("tf_"):
+            return {"huggingface": Layout(huggingface_v1, config=huggingface_v1_config)}
+        return {"timm": Layout(timm_v1)}
+    if name in V2_VARIANTS:
+        if name.startswith("tf_"):
+            return {"huggingface": Layout(huggingface_v2, config=huggingface_v2_config)}
+        return {"timm": Layout(timm_v2), "torchvision": Layout(torchvision_v2, Preprocess())}
+    if name.startswith("tv_"):
+        return {"torchvision": Layout(torchvision_v3)}
+    return {"timm": Layout(timm_v3)}
+
+
+LAYOUTS: dict[str, dict[str, Layout]] = {
+    name: _layouts(name) for name in (*V1_VARIANTS, *V2_VARIANTS, *V3_VARIANTS)
+}
