@@ -327,6 +327,10 @@ def test_configs_that_cannot_be_followed(
         ("resnet18", "hidden_act", "relu", "gelu"),
         ("resnet18", "architecture", "resnet18", "resnetblur18"),
         ("efficientnet_lite0", "architecture", "tf_efficientnet_lite0", "efficientnet_lite0"),
+        ("xception", "architecture", "legacy_xception", "xception41"),
+        ("resnetv2_50x1_bit", "layer_type", "preactivation", "bottleneck"),
+        ("resnetv2_50x1_bit", "global_padding", None, "SAME"),
+        ("resnetv2_50x1_bit", "num_groups", 32, 16),
     ],
 )
 def test_the_same_tensors_in_another_network_are_refused(

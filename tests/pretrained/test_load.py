@@ -23,7 +23,7 @@ from networks import (
     torchvision_key,
 )
 from references import FAST
-from transformers import ResNetForImageClassification
+from transformers import AutoModelForImageClassification
 
 from tljax.errors import RequestError
 from tljax.models import Model, apply, init, normalize, replace_head
@@ -76,11 +76,11 @@ def test_export_and_load_is_the_identity(name: str, layout: str, scratch: Path) 
     assert found.card.layout == first
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnetv2_50x1_bit"])
 def test_transformers_reads_what_is_exported(name: str, scratch: Path) -> None:
     model, variables, card = pretrained = random_pretrained(name)
     export(scratch, pretrained, "huggingface")
-    network = ResNetForImageClassification.from_pretrained(scratch).eval()
+    network = AutoModelForImageClassification.from_pretrained(scratch).eval()
     assert network.config.id2label == dict(enumerate(card.classes))
     images = random_images(2, 97, 64)
     with torch.no_grad():

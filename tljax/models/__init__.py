@@ -5,7 +5,7 @@ from difflib import get_close_matches
 from functools import partial
 
 from tljax.errors import RequestError
-from tljax.models import efficientnet, resnet
+from tljax.models import bit, efficientnet, inception, resnet, xception
 from tljax.models.model import (
     Model,
     Output,
@@ -20,6 +20,9 @@ from tljax.models.model import (
 
 MODELS: dict[str, Callable[..., Model]] = {
     **{name: partial(resnet.resnet, name) for name in resnet.VARIANTS},
+    **{name: partial(bit.bit, name) for name in bit.VARIANTS},
+    **{name: partial(inception.inception, name) for name in inception.VARIANTS},
+    **{name: partial(xception.xception, name) for name in xception.VARIANTS},
     **{name: partial(efficientnet.efficientnet, name) for name in efficientnet.VARIANTS},
 }
 """Every architecture by name: ``MODELS["resnet50"](num_classes=1000) -> Model``."""

@@ -14,10 +14,7 @@ from typing import Any, NamedTuple
 
 from tljax.errors import RequestError
 from tljax.files import written_whole
-from tljax.models import Model
-from tljax.models.efficientnet import VARIANTS
-from tljax.models.resnet import VARIANTS as RESNETS
-from tljax.models.resnet import BasicBlock
+from tljax.models import Model, bit, efficientnet, resnet
 from tljax.pretrained.catalog import default_classes
 from tljax.types import Preprocess
 
@@ -67,18 +64,9 @@ def read_configs(folder: Path, model: Model) -> Described:
 
 
 def write_configs(folder: Path, model: Model, classes: tuple[str, ...]) -> None:
-    """Writes what ``ResNetForImageClassification`` and ``AutoImageProcessor`` read."""
-    variant = RESNETS[model.name]
-    basic = variant.block is BasicBlock
+    """Writes what ``AutoModelForImageClassification`` and ``AutoImageProcessor`` read."""
     config = {
-        "architectures": ["ResNetForImageClassification"],
-        "model_type": "resnet",
-        "depths": variant.depths,
-        "hidden_sizes": [64, 128, 256, 512] if basic else [256, 512, 1024, 2048],
-        "layer_type": "basic" if basic else "bottleneck",
-        "downsample_in_bottleneck": False,
-        "downsample_in_first_stage": False,
-        "embedding_size": 64,
+        **_ARCHITECTURES[model.name](model.name),
         "hidden_act": "relu",
         "num_channels": 3,
         "id2label": {str(i): name for i, name in enumerate(classes)},
@@ -163,15 +151,70 @@ def _check_architecture(config: _Section, name: str) -> None:
         "downsample_in_first_stage": False,
         "hidden_act": "relu",
         # timm: resnetblur50 blurs; efficientnet_lite0 pads as torch does, tf_ as TensorFlow
-        "architecture": f"tf_{name}" if name in VARIANTS else name,
+        "architecture": _TIMM_NAMES.get(name, name),
     }
-    for key, expected in own.items():
+    for key, expected in (own | _BIT if name in bit.VARIANTS else own).items():
         value = config.values.get(key)
         if value not in (None, expected):
             raise RequestError(
                 f"{config.where}: the tensors are those of {name}, but {key} is "
                 f"{reprlib.repr(value)}; tljax builds only the network where it is {expected!r}"
             )
+
+
+# --- architectures -------------------------------------------------------------------------------
+
+
+def _resnet(name: str) -> dict[str, Any]:
+    variant = resnet.VARIANTS[name]
+    basic = variant.block is resnet.BasicBlock
+    return {
+        "architectures": ["ResNetForImageClassification"],
+        "model_type": "resnet",
+        "depths": variant.depths,
+        "hidden_sizes": [64, 128, 256, 512] if basic else [256, 512, 1024, 2048],
+        "layer_type": "basic" if basic else "bottleneck",
+        "downsample_in_bottleneck": False,
+        "downsample_in_first_stage": False,
+        "embedding_size": 64,
+    }
+
+
+_BIT = {
+    "layer_type": "preactivation",
+    "global_padding": None,
+    "embedding_dynamic_padding": False,
+    "num_groups": 32,
+    "output_stride": 32,
+}
+
+
+def _bit(name: str) -> dict[str, Any]:
+    depths, width, _ = bit.VARIANTS[name]
+    return {
+        "architectures": ["BitForImageClassification"],
+        "model_type": "bit",
+        "depths": depths,
+        "hidden_sizes": [256 * width, 512 * width, 1024 * width, 2048 * width],
+        "embedding_size": 64 * width,
+        **_BIT,
+    }
+
+
+_ARCHITECTURES: dict[str, Callable[[str], dict[str, Any]]] = {
+    **dict.fromkeys(resnet.VARIANTS, _resnet),
+    **dict.fromkeys(bit.VARIANTS, _bit),
+}
+"""What the configuration of transformers says of a network."""
+
+_TIMM_NAMES = {
+    **{name: f"tf_{name}" for name in efficientnet.VARIANTS},
+    "xception": "legacy_xception",
+}
+"""What timm calls a network, where it is not our name."""
+
+
+# --- classes -------------------------------------------------------------------------------------
 
 
 def _classes(config: _Section, count: int) -> tuple[str, ...]:

@@ -10,10 +10,16 @@ import numpy as np
 
 from tljax.errors import RequestError
 from tljax.models import MODELS, Model, abstract_variables, build_model
-from tljax.pretrained import efficientnet, resnet
+from tljax.pretrained import bit, efficientnet, inception, resnet, xception
 from tljax.pretrained.rules import Difference, Layout, Rules, compare, counted
 
-LAYOUTS: dict[str, dict[str, Layout]] = {**resnet.LAYOUTS, **efficientnet.LAYOUTS}
+LAYOUTS: dict[str, dict[str, Layout]] = {
+    **resnet.LAYOUTS,
+    **bit.LAYOUTS,
+    **inception.LAYOUTS,
+    **xception.LAYOUTS,
+    **efficientnet.LAYOUTS,
+}
 """The layouts of each model by name."""
 
 
