@@ -22,7 +22,7 @@ MODELS: dict[str, Callable[..., Model]] = {
     **{name: partial(resnet.resnet, name) for name in resnet.VARIANTS},
     **{name: partial(bit.bit, name) for name in bit.VARIANTS},
     **{name: partial(inception.inception, name) for name in inception.VARIANTS},
-    **{name: partial(xception.xception, name) for name in xception.VARIANTS},
+    "xception": partial(xception.xception, "xception"),
     **{name: partial(efficientnet.efficientnet, name) for name in efficientnet.VARIANTS},
 }
 """Every architecture by name: ``MODELS["resnet50"](num_classes=1000) -> Model``."""

@@ -1,10 +1,11 @@
 """Xception (Chollet 2016): depthwise separable convolutions around shortcuts.
 
 Geometry of timm's `legacy_xception`: symmetric padding, batch-norm epsilon 1e-5. Keras, which its
-weights come from, pads the max pools like TensorFlow and has epsilon 1e-3.
+weights come from, pads the max pools like TensorFlow and has epsilon 1e-3: `keras_xception`.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 from flax import linen as nn
@@ -102,7 +103,10 @@ BLOCKS = {
 }
 """Features of the convolutions and stride of each block."""
 
-VARIANTS = {"xception": Variant(ConvNorm, pool_padding=1)}
+VARIANTS = {
+    "xception": Variant(ConvNorm, pool_padding=1),
+    "keras_xception": Variant(partial(ConvNorm, epsilon=1e-3, momentum=0.99), pool_padding="SAME"),
+}
 
 PREPROCESS = Preprocess(299, 333, "bicubic", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 """That of the published weights."""
