@@ -1,6 +1,7 @@
 """Inception v3 (Szegedy et al. 2015, Rethinking the Inception Architecture).
 
-Geometry of torchvision's reference implementation: what strides is not padded, everything else
+Geometry of torchvision's reference implementation, and of Keras', whose batch norms have no scale
+and whose average pools do not count what they pad: what strides is not padded, everything else
 keeps its size; batch-norm epsilon 1e-3. The auxiliary head, which only training from scratch needs,
 is left out.
 """
@@ -224,6 +225,11 @@ VARIANTS = {
     "inception_v3": Variant(
         partial(ConvNorm, epsilon=1e-3),
         count_padding=True,
+        preprocess=Preprocess(299, 342, mean=_HALF, std=_HALF),
+    ),
+    "keras_inception_v3": Variant(
+        partial(ConvNorm, epsilon=1e-3, momentum=0.99, use_scale=False),
+        count_padding=False,
         preprocess=Preprocess(299, 342, mean=_HALF, std=_HALF),
     ),
 }

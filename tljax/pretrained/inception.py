@@ -1,6 +1,6 @@
 """Key table of Inception v3: torchvision and timm, whose keys are the same."""
 
-from tljax.models.inception import BLOCKS, VARIANTS
+from tljax.models.inception import BLOCKS
 from tljax.pretrained.rules import Layout, Rules, conv_norm, dense
 
 _STEM = ("1a_3x3", "2a_3x3", "2b_3x3", "3b_1x1", "4a_3x3")
@@ -26,5 +26,5 @@ def torchvision(name: str) -> Rules:  # noqa: ARG001 - a table's signature
 _TORCHVISION = Layout(torchvision, ignore=("AuxLogits.",))
 
 LAYOUTS: dict[str, dict[str, Layout]] = {
-    name: {"torchvision": _TORCHVISION, "timm": _TORCHVISION} for name in VARIANTS
+    "inception_v3": {"torchvision": _TORCHVISION, "timm": _TORCHVISION}
 }
