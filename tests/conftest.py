@@ -1,10 +1,13 @@
 """Fixtures that every room's tests share."""
 
 import lzma
+import os
 from pathlib import Path
 
 import jax
 import pytest
+
+os.environ["KERAS_BACKEND"] = "jax"  # it is read when keras is imported
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

@@ -16,7 +16,7 @@ from transformers import ResNetConfig, ResNetForImageClassification
 from transformers.models.resnet.modeling_resnet import ResNetBasicLayer, ResNetBottleNeckLayer
 
 from tljax.models import Model, abstract_variables, build_model
-from tljax.models.resnet import DEPTHS
+from tljax.models.resnet import VARIANTS
 from tljax.pretrained import Card, Pretrained
 from tljax.trees import flatten, unflatten
 from tljax.types import Variables
@@ -38,7 +38,8 @@ def random_variables(model: Model, seed: int = 0) -> Variables:
                 return rng.normal(0, 0.2, shape).astype(np.float32)
 
     skeleton = flatten(abstract_variables(model))
-    return unflatten({path: draw(path, leaf.shape) for path, leaf in skeleton.items()})
+    drawn = unflatten({path: draw(path, leaf.shape) for path, leaf in skeleton.items()})
+    return {"params": {}, "batch_stats": {}, **drawn}
 
 
 def random_pretrained(name: str, num_classes: int = 7, seed: int = 0) -> Pretrained:
@@ -80,9 +81,10 @@ def from_torch(value: torch.Tensor) -> np.ndarray:
 @torch.no_grad()
 def randomize_norms(network: nn.Module, generator: torch.Generator) -> None:
     for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, nn.BatchNorm2d | nn.GroupNorm):
             module.weight.uniform_(0.5, 1.5, generator=generator)
             module.bias.normal_(0, 0.2, generator=generator)
+        if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.2, generator=generator)  # pyright: ignore[reportCallIssue, reportOptionalMemberAccess]
             module.running_var.uniform_(0.5, 2, generator=generator)  # pyright: ignore[reportCallIssue, reportOptionalMemberAccess]
 
@@ -93,7 +95,7 @@ def torch_resnet(name: str, num_classes: int = 7, **config: bool) -> ResNetForIm
     torch.manual_seed(0)
     network = ResNetForImageClassification(
         ResNetConfig(
-            depths=list(DEPTHS[name]),
+            depths=list(VARIANTS[name].depths),
             hidden_sizes=[64, 128, 256, 512] if basic else [256, 512, 1024, 2048],
             layer_type="basic" if basic else "bottleneck",
             num_labels=num_classes,  # pyright: ignore[reportCallIssue]

@@ -44,6 +44,17 @@ class Preprocess:
         return replace(self, size=size, resize=max(size, round(size * self.resize / self.size)))
 
 
+HALF = Preprocess(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+"""Of networks that expect values in [-1, 1]."""
+
+CAFFE = Preprocess(
+    mean=(123.68 / 255, 116.779 / 255, 103.939 / 255),
+    std=(1 / 255, 1 / 255, 1 / 255),
+    channel_order="bgr",
+)
+"""Of networks that were trained with Caffe, or as there: BGR in [0, 255], less the mean."""
+
+
 class Batch(NamedTuple):
     """A fixed number of examples; the tail of a data set is padded and masked.
 

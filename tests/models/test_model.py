@@ -39,7 +39,10 @@ from tljax.types import Preprocess, Variables
 IMAGES = random_images(4, 64, 48)
 
 
-@pytest.fixture(scope="module", params=["resnet18", "efficientnet_lite0"])
+@pytest.fixture(
+    scope="module",
+    params=["resnet18", "resnetv2_50x1_bit", "xception", "efficientnet_lite0"],
+)
 def network(request: pytest.FixtureRequest) -> tuple[Model, Variables]:
     model = build_model(request.param, 7)
     return model, random_variables(model)
@@ -59,6 +62,24 @@ def resnet18() -> tuple[Model, Variables]:
         ("resnet50", 25.557032),
         ("resnet101", 44.549160),
         ("resnet152", 60.192808),
+        ("resnext50_32x4d", 25.028904),
+        ("resnext101_32x8d", 88.791336),
+        ("resnext101_64x4d", 83.455272),
+        ("wide_resnet50_2", 68.883240),
+        ("wide_resnet101_2", 126.886696),
+        ("resnet18d", 11.71),
+        ("resnet34d", 21.82),
+        ("resnet50d", 25.58),
+        ("resnet101d", 44.57),
+        ("resnet152d", 60.21),
+        ("resnetv2_50x1_bit", 25.55),
+        ("resnetv2_50x3_bit", 217.32),
+        ("resnetv2_101x1_bit", 44.54),
+        ("resnetv2_101x3_bit", 387.93),
+        ("resnetv2_152x2_bit", 236.34),
+        ("resnetv2_152x4_bit", 936.53),
+        ("inception_v3", 23.83),
+        ("xception", 22.86),
         ("efficientnet_lite0", 4.65),
         ("efficientnet_lite1", 5.42),
         ("efficientnet_lite2", 6.09),

@@ -366,6 +366,10 @@ def test_configs_that_cannot_be_followed(
         ("tf_mobilenetv1_025", "depth_multiplier", 0.25, 1.0),
         ("tf_mobilenetv2_035", "layer_norm_eps", 0.001, 1e-5),
         ("tf_mobilenetv2_035", "output_stride", 32, 16),
+        ("xception", "architecture", "legacy_xception", "xception41"),
+        ("resnetv2_50x1_bit", "layer_type", "preactivation", "bottleneck"),
+        ("resnetv2_50x1_bit", "global_padding", None, "SAME"),
+        ("resnetv2_50x1_bit", "num_groups", 32, 16),
     ],
 )
 def test_the_same_tensors_in_another_network_are_refused(

@@ -61,7 +61,7 @@ def test_weights_in_a_wheel() -> None:
     model, variables, card = load_pretrained("efficientnet_lite0.in1k")
     entry = CATALOG["efficientnet_lite0.in1k"]
     assert (model.name, model.preprocess) == ("efficientnet_lite0", entry.preprocess)
-    assert (card.sha256, card.licence) == (entry.sha256, "Apache-2.0")
+    assert (f"sha256:{card.sha256}", card.licence) == (entry.digest, "Apache-2.0")
     assert (card.layout, card.source) == ("efficientnet_pytorch", "efficientnet_lite0.in1k")
     assert card.classes == imagenet_classes()
     assert np.isfinite(apply(model, variables, random_images(1, 64, 64)).logits).all()
@@ -77,7 +77,7 @@ def test_a_changed_byte_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     package.joinpath("net.pth").write_bytes(data)
     monkeypatch.syspath_prepend(tmp_path)
     change_entry(monkeypatch, "efficientnet_lite0.in1k", source="package:wheel_of_weights/net.pth")
-    with pytest.raises(RequestError, match=r"net.pth is not the published file: its SHA-256"):
+    with pytest.raises(RequestError, match=r"net.pth is not the published file: its sha256"):
         load_pretrained("efficientnet_lite0.in1k")
 
 
@@ -119,7 +119,7 @@ def server(
     monkeypatch.setenv("TLJAX_CACHE", str(tmp_path / "cache"))
     with Server(data) as server:
         digest = hashlib.sha256(data).hexdigest()[:8]
-        change_entry(monkeypatch, "resnet18.a1_in1k", source=server.url, sha256=digest)
+        change_entry(monkeypatch, "resnet18.a1_in1k", source=server.url, digest=f"sha256:{digest}")
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         yield server

@@ -73,12 +73,14 @@ def test_export_and_load_is_the_identity(name: str, layout: str, scratch: Path) 
     preprocess = usual or pretrained.model.preprocess
     assert found.model == replace(pretrained.model, preprocess=preprocess)
     assert_same_variables(found.variables, pretrained.variables)
-    known = "torchvision" if (name[:6], layout) == ("resnet", "timm") else layout
-    assert found.card.layout == known
+    table = LAYOUTS[name].get(layout)
+    first = next((key for key, other in LAYOUTS[name].items() if other is table), layout)
+    assert found.card.layout == first
 
 
 @pytest.mark.parametrize(
-    "name", ["resnet18", "resnet50", "tf_mobilenetv1_025", "tf_mobilenetv2_035"]
+    "name",
+    ["resnet18", "resnet50", "resnetv2_50x1_bit", "tf_mobilenetv1_025", "tf_mobilenetv2_035"],
 )
 def test_transformers_reads_what_is_exported(name: str, scratch: Path) -> None:
     model, variables, card = pretrained = random_pretrained(name)
@@ -202,6 +204,7 @@ def test_a_network_is_traced_once(
     [
         ("resnet50.tv_in1", "did you mean resnet50.tv_in1k?"),
         ("efficientnet_lite0", "did you mean efficientnet_lite0.in1k?"),
+        ("keras:VGG6", "known names: keras:VGG16, keras:VGG19, "),
         ("missing/net.pth", "known names: resnet18.tv_in1k, "),
     ],
 )

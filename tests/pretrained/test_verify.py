@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 from networks import random_pretrained, save_resnet, torch_resnet, torchvision_key
+from references.bit import torch_bit
 
 from tljax.errors import RequestError
 from tljax.pretrained import Pretrained, load_pretrained, save
@@ -46,6 +47,15 @@ def test_the_same_network_in_another_file_passes(folder: Path, tmp_path: Path) -
     pretrained = load_pretrained(tmp_path / "torchvision.safetensors")
     assert pretrained.card.layout == "torchvision"
     assert wrong_layers(pretrained, folder) == []
+
+
+def test_layers_without_batch_norm_pass(tmp_path: Path) -> None:
+    torch_bit("resnetv2_50x1_bit").save_pretrained(tmp_path)
+    layers = verify(load_pretrained(tmp_path))
+    assert {"stem/conv", "layer2/block0/shortcut", "layer4/block2/norm3", "norm/norm"} < {
+        layer.layer for layer in layers
+    }
+    assert max(layer.difference for layer in layers) <= TOLERANCE
 
 
 def test_swapped_mean_and_variance_are_found(folder: Path) -> None:

@@ -3,18 +3,40 @@
 Batch-norm statistics are random throughout: with mean 0 and variance 1 a wrong norm goes unseen.
 """
 
-from references import efficientnet, mobilenet, resnet, vgg
+from references import (
+    bit,
+    efficientnet,
+    inception,
+    keras,
+    mobilenet,
+    resnet,
+    vgg,
+    xception,
+)
 from references.contract import Build, Reference
 
 __all__ = ["FAST", "REFERENCES", "Build", "Reference"]
 
 REFERENCES: dict[tuple[str, str], Build] = {
     **resnet.REFERENCES,
+    **bit.REFERENCES,
+    **inception.REFERENCES,
+    **xception.REFERENCES,
     **efficientnet.REFERENCES,
     **vgg.REFERENCES,
     **mobilenet.REFERENCES,
+    **keras.REFERENCES,
 }
 """(model, layout) -> what writes a file as that project would, and the network behind it."""
 
-FAST = {*resnet.FAST, *efficientnet.FAST, *vgg.FAST, *mobilenet.FAST}
+FAST = {
+    *resnet.FAST,
+    *bit.FAST,
+    *inception.FAST,
+    *xception.FAST,
+    *efficientnet.FAST,
+    *vgg.FAST,
+    *mobilenet.FAST,
+    *keras.FAST,
+}
 """The models that are tested by `make test`; the others take minutes."""

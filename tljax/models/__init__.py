@@ -5,7 +5,7 @@ from difflib import get_close_matches
 from functools import partial
 
 from tljax.errors import RequestError
-from tljax.models import efficientnet, mobilenet, resnet, vgg
+from tljax.models import bit, efficientnet, inception, mobilenet, resnet, resnetv2, vgg, xception
 from tljax.models.model import (
     Model,
     Output,
@@ -19,7 +19,11 @@ from tljax.models.model import (
 )
 
 MODELS: dict[str, Callable[..., Model]] = {
-    **{name: partial(resnet.resnet, name) for name in resnet.DEPTHS},
+    **{name: partial(resnet.resnet, name) for name in resnet.VARIANTS},
+    **{name: partial(resnetv2.resnetv2, name) for name in resnetv2.DEPTHS},
+    **{name: partial(bit.bit, name) for name in bit.VARIANTS},
+    **{name: partial(inception.inception, name) for name in inception.VARIANTS},
+    **{name: partial(xception.xception, name) for name in xception.VARIANTS},
     **{name: partial(efficientnet.efficientnet, name) for name in efficientnet.VARIANTS},
     **{name: partial(vgg.vgg, name) for name in vgg.DEPTHS},
     **{name: partial(mobilenet.mobilenet_v1, name) for name in mobilenet.V1_VARIANTS},

@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 from flax import linen as nn
 from jax import Array
 
-from tljax.models.layers import Conv, ConvNorm, Train
+from tljax.models.layers import Conv, ConvNorm, Padding, Train
 from tljax.models.model import Stage
 
 Activation = Callable[[Array], Array]
@@ -16,12 +16,13 @@ class Convention(NamedTuple):
     """What all convolutions of a network have in common, and two ports of it need not.
 
     Attributes:
-        padding: symmetric, as torch pads, or TensorFlow's SAME.
+        padding: symmetric, as torch pads; TensorFlow's SAME; or Keras' in MobileNet v1: SAME, but
+            what is depthwise and strides is padded by one row below and one column on the right.
         epsilon: of batch norm.
         momentum: of batch norm: the share of the old value.
     """
 
-    padding: Literal["torch", "SAME"]
+    padding: Literal["torch", "SAME", "keras"]
     epsilon: float
     momentum: float
 
@@ -29,11 +30,16 @@ class Convention(NamedTuple):
         self, features: int, kernel_size: int, stride: int = 1, *, groups: int = 1, name: str
     ) -> ConvNorm:
         """A convolution and its norm, inside of a module."""
+        padding: Padding = "SAME"
+        if self.padding == "torch":
+            padding = kernel_size // 2
+        elif self.padding == "keras" and groups > 1 < stride:
+            padding = ((0, 1), (0, 1))
         return ConvNorm(
             features,
             kernel_size,
             stride,
-            padding=kernel_size // 2 if self.padding == "torch" else "SAME",
+            padding=padding,
             groups=groups,
             epsilon=self.epsilon,
             momentum=self.momentum,

@@ -145,7 +145,11 @@ def adaptive_avg_pool(x: jax.Array, k: int) -> jax.Array:
 
 
 class Conv(nn.Module):
-    """A convolution with a bias, or without."""
+    """A convolution with a bias, or without.
+
+    ``standardize`` gives the kernel of every output channel mean 0 and variance 1 first (Qiao et
+    al. 2019, Weight Standardization).
+    """
 
     features: int
     kernel_size: Kernel
@@ -153,11 +157,15 @@ class Conv(nn.Module):
     padding: Padding = 0
     groups: int = 1
     use_bias: bool = True
+    standardize: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """``[b, h, w, c] -> [b, h', w', features]``, without activation."""
         kernel = _kernel(self, self.kernel_size, x.shape[-1] // self.groups, self.features)
+        if self.standardize:
+            kernel -= kernel.mean((0, 1, 2))
+            kernel *= lax.rsqrt(jnp.square(kernel).mean((0, 1, 2)) + 1e-8)
         y = conv2d(
             x,
             kernel.astype(x.dtype),
@@ -285,6 +293,29 @@ class BatchNorm(nn.Module):
         )
 
 
+class GroupNorm(nn.Module):
+    """Group norm (Wu and He 2018): by the statistics of one image, over groups of channels.
+
+    The same in training mode; there are no running statistics.
+    """
+
+    groups: int = 32
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """``[b, h, w, c] -> [b, h, w, c]``; statistics in at least float32."""
+        channels = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (channels,))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        grouped = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        grouped = grouped.reshape(*x.shape[:-1], self.groups, channels // self.groups)
+        grouped -= grouped.mean((1, 2, 4), keepdims=True)
+        variance = jnp.square(grouped).mean((1, 2, 4), keepdims=True)
+        y = (grouped * lax.rsqrt(variance + self.epsilon)).reshape(x.shape)
+        return (y * scale + bias).astype(x.dtype)
+
+
 class Dense(nn.Module):
     """A fully connected layer between features, not the head."""
 
@@ -299,7 +330,7 @@ class Dense(nn.Module):
         return x @ kernel.astype(x.dtype) + bias.astype(x.dtype)
 
 
-LAYERS = (Conv, ConvNorm, BatchNorm, Dense)
+LAYERS = (Conv, ConvNorm, BatchNorm, GroupNorm, Dense)
 """What `layer_outputs` reports, besides the head."""
 
 

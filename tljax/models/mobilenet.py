@@ -166,6 +166,7 @@ def mobilenet_v3(name: str, num_classes: int = 1000) -> Model:
 _TORCH = Convention("torch", epsilon=1e-5, momentum=0.9)
 _TORCHVISION_V3 = Convention("torch", epsilon=1e-3, momentum=0.99)
 _SLIM_V1 = Convention("SAME", epsilon=1e-3, momentum=0.9997)
+_KERAS_V1 = Convention("keras", epsilon=1e-3, momentum=0.99)
 _SLIM = Convention("SAME", epsilon=1e-3, momentum=0.997)
 
 _HALF = (0.5, 0.5, 0.5)
@@ -185,6 +186,7 @@ def _variants(
 V1_VARIANTS = {
     **_variants("mobilenetv1", (100,), _TORCH, Preprocess(224, 256, "bicubic", _HALF, _HALF)),
     **_variants("tf_mobilenetv1", (25, 50, 75, 100), _SLIM_V1, _TF),
+    **_variants("keras_mobilenetv1", (25, 50, 75, 100), _KERAS_V1, _TF),
 }
 V2_VARIANTS = {
     **_variants("mobilenetv2", (50, 100, 140), _TORCH, _TIMM),

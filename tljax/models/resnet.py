@@ -1,66 +1,128 @@
-"""ResNet (He et al. 2015), version 1.5: the 3x3 convolution of a bottleneck carries the stride.
+"""ResNet (He et al. 2015) and its relatives, which differ by a line of `VARIANTS` each.
 
-Geometry of torchvision's reference implementation: symmetric padding everywhere.
+The plain ones are version 1.5: the 3x3 convolution of a bottleneck carries the stride. ResNeXt (Xie
+et al. 2017) groups that convolution, Wide ResNet (Zagoruyko and Komodakis 2016) widens it, ResNet-D
+(He et al. 2018, Bag of Tricks) loses no pixel where it strides. Geometry of torchvision's reference
+implementation, of timm's for ResNet-D: symmetric padding everywhere.
 """
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 from flax import linen as nn
 from jax import Array
 
-from tljax.models.layers import ConvNorm, GlobalAveragePool, LinearHead, Train, max_pool
+from tljax.models.layers import (
+    ConvNorm,
+    GlobalAveragePool,
+    LinearHead,
+    Train,
+    avg_pool,
+    max_pool,
+)
 from tljax.models.model import Model, Stage
-from tljax.types import Preprocess
+from tljax.types import CAFFE, Preprocess
+
+
+class Variant(NamedTuple):
+    """What tells one ResNet from another.
+
+    Attributes:
+        block: `BasicBlock` or `Bottleneck`.
+        depths: number of blocks in each of the four layers.
+        groups: of a bottleneck's 3x3 convolution.
+        group_width: channels of each group in layer1; doubled from layer to layer.
+        deep_stem: three 3x3 convolutions instead of one 7x7 (ResNet-D).
+        pooled_shortcut: a shortcut averages 2x2 pixels instead of taking one of them (ResNet-D).
+        stride_first: a bottleneck's first 1x1 convolution carries the stride (version 1).
+        conv_norm: builds every convolution: with another epsilon, or a bias, for other sources.
+        preprocess: that of the usual published weights.
+    """
+
+    block: "type[BasicBlock] | type[Bottleneck]"
+    depths: tuple[int, int, int, int]
+    groups: int = 1
+    group_width: int = 64
+    deep_stem: bool = False
+    pooled_shortcut: bool = False
+    stride_first: bool = False
+    conv_norm: Callable[..., ConvNorm] = ConvNorm
+    preprocess: Preprocess = Preprocess()
 
 
 class Stem(nn.Module):
-    """7x7 convolution and max pooling: a quarter of the resolution."""
+    """A 7x7 convolution, or three 3x3 ones, and max pooling: a quarter of the resolution."""
+
+    variant: Variant
 
     @nn.compact
     def __call__(self, x: Array, train: Train) -> Array:
         """``[b, h, w, 3] -> [b, h/4, w/4, 64]``."""
-        x = nn.relu(ConvNorm(64, 7, stride=2, padding=3, name="conv1")(x, train))
+        conv_norm = self.variant.conv_norm
+        if self.variant.deep_stem:
+            x = nn.relu(conv_norm(32, 3, stride=2, padding=1, name="conv1")(x, train))
+            x = nn.relu(conv_norm(32, 3, padding=1, name="conv2")(x, train))
+            x = nn.relu(conv_norm(64, 3, padding=1, name="conv3")(x, train))
+        else:
+            x = nn.relu(conv_norm(64, 7, stride=2, padding=3, name="conv1")(x, train))
         return max_pool(x, 3, stride=2, padding=1)
 
 
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions around a shortcut: ResNet-18 and 34."""
 
+    variant: Variant
     features: int
     stride: int = 1
     expansion = 1
+    convolutions = 2
 
     @nn.compact
     def __call__(self, x: Array, train: Train) -> Array:
         """``[b, h, w, c] -> [b, h/stride, w/stride, features]``."""
-        y = ConvNorm(self.features, 3, self.stride, padding=1, name="conv1")(x, train)
-        y = ConvNorm(self.features, 3, padding=1, name="conv2")(nn.relu(y), train)
-        if self.stride > 1 or x.shape[-1] != self.features:
-            x = ConvNorm(self.features, 1, self.stride, name="shortcut")(x, train)
-        return nn.relu(x + y)
+        conv_norm = self.variant.conv_norm
+        y = nn.relu(conv_norm(self.features, 3, self.stride, padding=1, name="conv1")(x, train))
+        y = conv_norm(self.features, 3, padding=1, name="conv2")(y, train)
+        return nn.relu(_shortcut(self.variant, x, self.features, self.stride, train) + y)
 
 
 class Bottleneck(nn.Module):
     """1x1, 3x3 and 1x1 convolution around a shortcut: ResNet-50, 101 and 152."""
 
+    variant: Variant
     features: int
     stride: int = 1
     expansion = 4
+    convolutions = 3
 
     @nn.compact
     def __call__(self, x: Array, train: Train) -> Array:
         """``[b, h, w, c] -> [b, h/stride, w/stride, 4 * features]``."""
-        out = self.features * self.expansion
-        y = nn.relu(ConvNorm(self.features, 1, name="conv1")(x, train))
-        y = nn.relu(ConvNorm(self.features, 3, self.stride, padding=1, name="conv2")(y, train))
-        y = ConvNorm(out, 1, name="conv3")(y, train)
-        if self.stride > 1 or x.shape[-1] != out:
-            x = ConvNorm(out, 1, self.stride, name="shortcut")(x, train)
-        return nn.relu(x + y)
+        _, _, groups, group_width, *_ = self.variant
+        conv_norm = self.variant.conv_norm
+        width, out = self.features * group_width // 64 * groups, self.features * self.expansion
+        first, second = (self.stride, 1) if self.variant.stride_first else (1, self.stride)
+        y = nn.relu(conv_norm(width, 1, first, name="conv1")(x, train))
+        spatial = conv_norm(width, 3, second, padding=1, groups=groups, name="conv2")
+        y = conv_norm(out, 1, name="conv3")(nn.relu(spatial(y, train)), train)
+        return nn.relu(_shortcut(self.variant, x, out, self.stride, train) + y)
+
+
+def _shortcut(variant: Variant, x: Array, features: int, stride: int, train: Train) -> Array:
+    """A block's input in the shape of its output."""
+    if stride == 1 and x.shape[-1] == features:
+        return x
+    if stride > 1 and variant.pooled_shortcut:
+        # The last row and column of an odd map are averaged over what is there.
+        x, stride = avg_pool(x, 2, stride=stride, padding="SAME", count_padding=False), 1
+    return variant.conv_norm(features, 1, stride, name="shortcut")(x, train)
 
 
 class Layer(nn.Module):
     """A run of blocks at one resolution; the first one carries the stride."""
 
-    block: type[BasicBlock] | type[Bottleneck]
+    variant: Variant
     depth: int
     features: int
     stride: int
@@ -70,34 +132,66 @@ class Layer(nn.Module):
         """``[b, h, w, c] -> [b, h/stride, w/stride, features * expansion]``."""
         for i in range(self.depth):
             stride = self.stride if i == 0 else 1
-            x = self.block(self.features, stride, name=f"block{i}")(x, train)
+            x = self.variant.block(self.variant, self.features, stride, name=f"block{i}")(x, train)
         return x
 
 
-DEPTHS = {
-    "resnet18": (2, 2, 2, 2),
-    "resnet34": (3, 4, 6, 3),
-    "resnet50": (3, 4, 6, 3),
-    "resnet101": (3, 4, 23, 3),
-    "resnet152": (3, 8, 36, 3),
+VARIANTS = {
+    "resnet18": Variant(BasicBlock, (2, 2, 2, 2)),
+    "resnet34": Variant(BasicBlock, (3, 4, 6, 3)),
+    "resnet50": Variant(Bottleneck, (3, 4, 6, 3)),
+    "resnet101": Variant(Bottleneck, (3, 4, 23, 3)),
+    "resnet152": Variant(Bottleneck, (3, 8, 36, 3)),
+    "resnext50_32x4d": Variant(Bottleneck, (3, 4, 6, 3), groups=32, group_width=4),
+    "resnext101_32x8d": Variant(Bottleneck, (3, 4, 23, 3), groups=32, group_width=8),
+    "resnext101_64x4d": Variant(Bottleneck, (3, 4, 23, 3), groups=64, group_width=4),
+    "wide_resnet50_2": Variant(Bottleneck, (3, 4, 6, 3), group_width=128),
+    "wide_resnet101_2": Variant(Bottleneck, (3, 4, 23, 3), group_width=128),
 }
-"""Number of blocks in each layer."""
+
+
+def _d(plain: str, preprocess: Preprocess) -> Variant:
+    """ResNet-D, as timm trained it."""
+    return VARIANTS[plain]._replace(deep_stem=True, pooled_shortcut=True, preprocess=preprocess)
+
+
+VARIANTS |= {
+    "resnet18d": _d("resnet18", Preprocess(224, 256, "bicubic")),
+    "resnet34d": _d("resnet34", Preprocess(224, 256, "bicubic")),
+    "resnet50d": _d("resnet50", Preprocess(224, 256, "bicubic")),
+    "resnet101d": _d("resnet101", Preprocess(256, 269, "bicubic")),
+    "resnet152d": _d("resnet152", Preprocess(256, 269, "bicubic")),
+}
+
+_keras_conv_norm = partial(ConvNorm, use_bias=True, epsilon=1.001e-5, momentum=0.99)
+
+
+def _keras(plain: str) -> Variant:
+    """Version 1, as Keras has it."""
+    return VARIANTS[plain]._replace(stride_first=True, conv_norm=_keras_conv_norm, preprocess=CAFFE)
+
+
+VARIANTS |= {
+    "keras_resnet50": _keras("resnet50"),
+    "keras_resnet101": _keras("resnet101"),
+    "keras_resnet152": _keras("resnet152"),
+}
 
 
 def resnet(name: str, num_classes: int = 1000) -> Model:
-    """One of `DEPTHS`, with stages ``stem, layer1 ... layer4, pool, head``."""
-    block = BasicBlock if name in ("resnet18", "resnet34") else Bottleneck
+    """One of `VARIANTS`, with stages ``stem, layer1 ... layer4, pool, head``."""
+    variant = VARIANTS[name]
     layers = (
-        Stage(f"layer{i + 1}", Layer(block, depth, features=64 * 2**i, stride=min(i, 1) + 1))
-        for i, depth in enumerate(DEPTHS[name])
+        Stage(f"layer{i + 1}", Layer(variant, depth, features=64 * 2**i, stride=min(i, 1) + 1))
+        for i, depth in enumerate(variant.depths)
     )
     return Model(
         name,
         (
-            Stage("stem", Stem()),
+            Stage("stem", Stem(variant)),
             *layers,
             Stage("pool", GlobalAveragePool()),
             Stage("head", LinearHead(num_classes)),
         ),
-        Preprocess(),
+        variant.preprocess,
     )

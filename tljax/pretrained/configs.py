@@ -174,6 +174,9 @@ def _check_architecture(config: _Section, name: str) -> None:
             )
 
 
+# --- classes -------------------------------------------------------------------------------------
+
+
 def _classes(config: _Section, count: int) -> tuple[str, ...]:
     by_index = config.get("id2label", lambda value: isinstance(value, dict), "an object", {})
     in_order = config.get("label_names", lambda value: isinstance(value, list), "a list", [])

@@ -8,11 +8,11 @@ from pathlib import Path
 from tljax.errors import RequestError
 from tljax.files import cache_dir, written_whole
 from tljax.pretrained.catalog import CATALOG
-from tljax.pretrained.formats import sha256
+from tljax.pretrained.formats import digest
 
 
 def fetch(name: str) -> Path:
-    """The local file of a catalog entry: downloaded once, and its SHA-256 checked.
+    """The local file of a catalog entry: downloaded once, and its hash checked.
 
     Raises:
         RequestError: it cannot be fetched, or is not the file that was published.
@@ -29,11 +29,12 @@ def fetch(name: str) -> Path:
         path = cache_dir() / "weights" / entry.source.rpartition("/")[2]
         if not path.exists():
             _download(entry.source, path)
-    found = sha256(path)
-    if not found.startswith(entry.sha256):
+    algorithm, _, published = entry.digest.partition(":")
+    found = digest(path, algorithm)
+    if not found.startswith(published):
         raise RequestError(
-            f"{path} is not the published file: its SHA-256 begins {found[: len(entry.sha256)]}, "
-            f"not {entry.sha256}; delete it and try again"
+            f"{path} is not the published file: its {algorithm} begins {found[: len(published)]}, "
+            f"not {published}; delete it and try again"
         )
     return path
 

@@ -21,7 +21,7 @@ import safetensors.numpy
 
 from tljax.errors import RequestError
 from tljax.files import written_whole
-from tljax.pretrained import torch_file
+from tljax.pretrained import keras_file, torch_file
 from tljax.pretrained.torch_pickle import DamagedError
 
 # The library's own readers of bytes know neither bfloat16 nor float8, and copy.
@@ -50,7 +50,6 @@ _XZ = b"\xfd7zXZ\x00"
 _MAX_XZ_RATIO = 100
 
 _NOT_WEIGHTS = {
-    b"\x89HDF": "a Keras HDF5 file, and reading those is not supported yet",
     b"version https://git-lfs": "a Git LFS pointer, not the weights; fetch them with git lfs pull",
     b"<": "a web page, not weights; the download went wrong, fetch it again",
     b"{": "JSON, not weights; give the weight file, or the .index.json of a sharded one",
@@ -74,8 +73,9 @@ class Tensors(NamedTuple):
 def read_tensors(path: str | os.PathLike[str]) -> Tensors:
     """Reads a weight file. Its first bytes tell the format, its name does not.
 
-    Understood are safetensors, ``torch.save``'s zip and legacy formats, each of these packed with
-    xz, and the ``.index.json`` beside the shards of a Hugging Face checkpoint. Of a torch
+    Understood are safetensors, ``torch.save``'s zip and legacy formats, Keras' ``.h5``,
+    ``.weights.h5`` and ``.keras`` (see `keras_file` for their keys), each of these packed with xz,
+    and the ``.index.json`` beside the shards of a Hugging Face checkpoint. Of a torch
     checkpoint the state dict is taken: what lies under ``state_dict``, else ``model_state_dict``,
     else ``model``, else ``state_dict_ema`` (averaged weights only where there are no others), else
     the tensors at the top. A ``module.`` or ``model.`` that begins every key is removed.
@@ -145,14 +145,44 @@ def write_torch(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray]) 
             raise RequestError(f"{path}: {error}") from error
 
 
+def write_keras(
+    path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray], names: Mapping[str, str]
+) -> None:
+    """Writes a file for ``load_weights`` of Keras, all or nothing.
+
+    Equal input, equal bytes.
+
+    Args:
+        path: ``.weights.h5``, which Keras 3 reads, or any other ``.h5``, which Keras 2 reads too;
+            an old one is replaced.
+        arrays: every weight by key (see `keras_file`), in the order of the model's layers.
+        names: what Keras calls each layer, by the first part of its keys.
+
+    Raises:
+        RequestError: the file cannot be written.
+    """
+    path = Path(path)
+    with written_whole(path) as temporary:
+        keras_file.write(temporary, arrays, names, legacy=not path.name.endswith(".weights.h5"))
+
+
 def sha256(path: str | os.PathLike[str]) -> str:
-    """The SHA-256 of a file as 64 hexadecimal digits; memory use does not grow with the file.
+    """The SHA-256 of a file as 64 hexadecimal digits; see `digest`."""
+    return digest(path, "sha256")
+
+
+def digest(path: str | os.PathLike[str], algorithm: str) -> str:
+    """The hash of a file in hexadecimal digits; memory use does not grow with the file.
+
+    Args:
+        path: the file.
+        algorithm: a name that hashlib knows.
 
     Raises:
         RequestError: the file cannot be read.
     """
     with _open(Path(path)) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, algorithm).hexdigest()
 
 
 def _open(path: Path) -> BufferedReader:
@@ -240,6 +270,8 @@ def _parse(path: Path, data: mmap.mmap) -> Tensors:
     """The tensors of a file whose bytes are ``data``."""
     if _is_safetensors(data):
         return _read_safetensors(path, data)
+    if span := keras_file.hdf5_span(data):
+        return Tensors(keras_file.read(data, span), {})
     if torch_file.is_torch(data):
         return Tensors(torch_file.read(data), {})
     for beginning, problem in _NOT_WEIGHTS.items():
@@ -247,7 +279,7 @@ def _parse(path: Path, data: mmap.mmap) -> Tensors:
             raise ValueError(problem)
     raise ValueError(
         f"not a weight file (it begins with {data[:8]!r}); "
-        "safetensors and what torch.save writes can be read"
+        "safetensors and what torch.save and Keras write can be read"
     )
 
 

@@ -10,14 +10,27 @@ import numpy as np
 
 from tljax.errors import RequestError
 from tljax.models import MODELS, Model, abstract_variables, build_model
-from tljax.pretrained import efficientnet, mobilenet, resnet, vgg
+from tljax.pretrained import (
+    bit,
+    efficientnet,
+    inception,
+    keras,
+    mobilenet,
+    resnet,
+    vgg,
+    xception,
+)
 from tljax.pretrained.rules import Difference, Layout, Rules, compare, counted
 
+_FAMILIES = (resnet, bit, inception, xception, efficientnet, vgg, mobilenet, keras)
+
 LAYOUTS: dict[str, dict[str, Layout]] = {
-    **resnet.LAYOUTS,
-    **efficientnet.LAYOUTS,
-    **vgg.LAYOUTS,
-    **mobilenet.LAYOUTS,
+    model: {
+        name: layout
+        for family in _FAMILIES
+        for name, layout in family.LAYOUTS.get(model, {}).items()
+    }
+    for model in MODELS
 }
 """The layouts of each model by name."""
 

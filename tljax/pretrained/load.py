@@ -13,16 +13,18 @@ import numpy as np
 
 from tljax.errors import RequestError
 from tljax.models import MODELS, Model, abstract_variables, build_model, replace_head
-from tljax.pretrained.catalog import CATALOG, Entry, default_classes
+from tljax.pretrained.catalog import CATALOG, Entry, catalog_name, default_classes
 from tljax.pretrained.configs import read_architecture, read_configs, write_configs
 from tljax.pretrained.fetch import fetch, fetch_hub
 from tljax.pretrained.formats import (
     Tensors,
     read_tensors,
     sha256,
+    write_keras,
     write_safetensors,
     write_torch,
 )
+from tljax.pretrained.keras import layer_names
 from tljax.pretrained.layouts import check, layout_rules
 from tljax.pretrained.rules import Rule, apply_rules, compare, invert_rules
 from tljax.trees import flatten
@@ -85,10 +87,10 @@ def load_pretrained(weights: str | Path, *, model: str | None = None) -> Pretrai
     """Finds, reads and ports pretrained weights; format, architecture and depth are found out.
 
     Args:
-        weights: a name of `CATALOG` (``resnet50.tv_in1k``); a Hugging Face hub id
-            (``microsoft/resnet-50``, ``timm/resnet50.tv_in1k``); a file (safetensors, ``.pth``;
-            also xz-compressed); a folder written by ``save_pretrained``; a run directory of
-            ``scripts/train.py``.
+        weights: a name of `CATALOG` (``resnet50.tv_in1k``, ``keras:VGG16``); a Hugging Face hub id
+            (``microsoft/resnet-50``, ``timm/resnet50.tv_in1k``); a file (safetensors, ``.pth``,
+            ``.h5``, ``.keras``; also xz-compressed); a folder written by ``save_pretrained``; a run
+            directory of ``scripts/train.py``.
         model: the architecture that the weights must be; by default any.
 
     Returns:
@@ -101,8 +103,8 @@ def load_pretrained(weights: str | Path, *, model: str | None = None) -> Pretrai
     if model is not None:
         build_model(model)  # a misspelt name is said before anything is fetched
     name = str(weights)
-    if name in CATALOG:
-        return _load_catalog(name, CATALOG[name], model)
+    if known := catalog_name(name):
+        return _load_catalog(known, CATALOG[known], model)
     path = Path(weights)
     if path.is_dir():
         return _load_folder(path, name, model)
@@ -110,8 +112,11 @@ def load_pretrained(weights: str | Path, *, model: str | None = None) -> Pretrai
         return _load_file(path, name, model)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and path.suffix not in (".safetensors", ".pth"):
         return _load_folder(fetch_hub(name), name, model)
-    near = get_close_matches(name, [*CATALOG, *(f"{m}.tv_in1k" for m in MODELS)], n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]}?" if near else f"known names: {', '.join(CATALOG)}"
+    keras = name.lower().startswith("keras:")  # few names, and much alike: all are listed
+    known = [key for key in CATALOG if key.startswith("keras:") == keras]
+    candidates = [] if keras else [*known, *(f"{m}.tv_in1k" for m in MODELS)]
+    near = get_close_matches(name, candidates, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else f"known names: {', '.join(known)}"
     raise RequestError(f"no weights are called '{name}' and no such file exists; {hint}")
 
 
@@ -231,7 +236,8 @@ def export(path: Path, pretrained: Pretrained, layout: str) -> None:
 
     Args:
         path: ``.safetensors`` or ``.pth``; for ``huggingface`` a folder that
-            ``from_pretrained`` of transformers reads.
+            ``from_pretrained`` of transformers reads; for ``keras`` a file that ``load_weights``
+            of Keras reads, ``.weights.h5`` or ``.h5``.
         pretrained: what to write.
         layout: one of the model's `LAYOUTS`, or ``tljax``.
 
@@ -251,6 +257,10 @@ def export(path: Path, pretrained: Pretrained, layout: str) -> None:
     if layout == "huggingface":
         write_safetensors(path / "model.safetensors", arrays, {"format": "pt"})
         write_configs(path, model, card.classes)
+    elif layout == "keras":
+        if path.suffix != ".h5":
+            raise RequestError(f"Keras reads no {path.name}; end it in .weights.h5 or .h5")
+        write_keras(path, arrays, layer_names(model.name))
     elif path.suffix == ".safetensors":
         write_safetensors(path, arrays, {"format": "pt"})
     elif path.suffix in (".pth", ".pt", ".bin"):

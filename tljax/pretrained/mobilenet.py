@@ -191,5 +191,8 @@ def _layouts(name: str) -> dict[str, Layout]:
 
 
 LAYOUTS: dict[str, dict[str, Layout]] = {
-    name: _layouts(name) for name in (*V1_VARIANTS, *V2_VARIANTS, *V3_VARIANTS)
+    # those of Keras are in keras.py
+    name: _layouts(name)
+    for name in (*V1_VARIANTS, *V2_VARIANTS, *V3_VARIANTS)
+    if not name.startswith("keras_")
 }

@@ -1,32 +1,45 @@
 """Key tables of ResNet: torchvision (timm's are the same) and Hugging Face transformers."""
 
-from tljax.models.resnet import DEPTHS
+from tljax.models.resnet import VARIANTS, Bottleneck
 from tljax.pretrained.rules import Config, Layout, Rules, conv_norm, dense
 
 
 def _blocks(name: str) -> list[tuple[int, int]]:
     """Every (layer, block) of a network, both counted from 0."""
-    return [(layer, block) for layer, depth in enumerate(DEPTHS[name]) for block in range(depth)]
+    depths = VARIANTS[name].depths
+    return [(layer, block) for layer, depth in enumerate(depths) for block in range(depth)]
 
 
 def _convs(name: str) -> range:
-    return range(2 if name in ("resnet18", "resnet34") else 3)
+    return range(VARIANTS[name].block.convolutions)
 
 
 def _has_shortcut(name: str, layer: int, block: int) -> bool:
     """The first block of a layer changes stride or width; not so layer1 of the basic networks."""
-    return block == 0 and (layer > 0 or len(_convs(name)) == 3)
+    return block == 0 and (layer > 0 or VARIANTS[name].block is Bottleneck)
 
 
 def torchvision(name: str) -> Rules:
-    """``layer1.0.conv1.weight``, ``layer1.0.downsample.0.weight``, ``fc.weight``."""
-    rules = conv_norm("conv1", "bn1", "stem/conv1")
+    """``layer1.0.conv1.weight``, ``layer1.0.downsample.0.weight``, ``fc.weight``.
+
+    So does timm, whose ResNet-D counts the pooling of a shortcut (``downsample.1.weight``) and the
+    activations of its stem (``conv1.3.weight``).
+    """
+    variant = VARIANTS[name]
+    if variant.deep_stem:
+        rules = conv_norm("conv1.0", "conv1.1", "stem/conv1")
+        rules += conv_norm("conv1.3", "conv1.4", "stem/conv2")
+        rules += conv_norm("conv1.6", "bn1", "stem/conv3")
+    else:
+        rules = conv_norm("conv1", "bn1", "stem/conv1")
+    conv, norm = (1, 2) if variant.pooled_shortcut else (0, 1)
     for layer, block in _blocks(name):
         key, path = f"layer{layer + 1}.{block}", f"layer{layer + 1}/block{block}"
         for i in _convs(name):
             rules += conv_norm(f"{key}.conv{i + 1}", f"{key}.bn{i + 1}", f"{path}/conv{i + 1}")
         if _has_shortcut(name, layer, block):
-            rules += conv_norm(f"{key}.downsample.0", f"{key}.downsample.1", f"{path}/shortcut")
+            shortcut = f"{key}.downsample"
+            rules += conv_norm(f"{shortcut}.{conv}", f"{shortcut}.{norm}", f"{path}/shortcut")
     return rules + dense("fc", "head")
 
 
@@ -52,7 +65,7 @@ def huggingface_config(name: str) -> Config:
     return {
         "architectures": ["ResNetForImageClassification"],
         "model_type": "resnet",
-        "depths": list(DEPTHS[name]),
+        "depths": list(VARIANTS[name].depths),
         "hidden_sizes": [64, 128, 256, 512] if basic else [256, 512, 1024, 2048],
         "layer_type": "basic" if basic else "bottleneck",
         "downsample_in_bottleneck": False,
@@ -63,13 +76,22 @@ def huggingface_config(name: str) -> Config:
     }
 
 
+_PLAIN = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 _TORCHVISION = Layout(torchvision)
 
+
+def _layouts(name: str) -> dict[str, Layout]:
+    if VARIANTS[name].deep_stem:
+        return {"timm": _TORCHVISION}
+    both = {"torchvision": _TORCHVISION, "timm": _TORCHVISION}  # the same keys
+    if name not in _PLAIN:
+        return both
+    return {**both, "huggingface": Layout(huggingface, config=huggingface_config)}
+
+
 LAYOUTS: dict[str, dict[str, Layout]] = {
-    name: {
-        "torchvision": _TORCHVISION,
-        "timm": _TORCHVISION,  # the same keys
-        "huggingface": Layout(huggingface, config=huggingface_config),
-    }
-    for name in DEPTHS
+    # those of Keras are in keras.py
+    name: _layouts(name)
+    for name in VARIANTS
+    if not name.startswith("keras_")
 }

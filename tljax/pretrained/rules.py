@@ -215,7 +215,7 @@ def apply_rules(rules: Rules, arrays: Mapping[str, np.ndarray], skeleton: Variab
                 "were running_mean and running_var swapped when the file was written?"
             )
         flat[path] = rule.to_ours(array, expected[path].shape)
-    return unflatten(flat)
+    return {"params": {}, "batch_stats": {}, **unflatten(flat)}  # a network may have no batch norm
 
 
 def invert_rules(rules: Rules, variables: Variables) -> dict[str, np.ndarray]:

@@ -56,7 +56,7 @@ def read(data: mmap.mmap) -> dict[str, np.ndarray]:
         DamagedError: the file is cut off, or was changed.
         ValueError: the file names code, holds no state dict, or cannot be read.
     """
-    checkpoint, storages = _read_zip(data) if data[:4] == _ZIP else _read_legacy(data)
+    checkpoint, storages = _read_zip(data) if is_zip(data) else _read_legacy(data)
     tensors = _state_dict(checkpoint, depth=3)
     if tensors is None:
         keys = list(checkpoint)[:8] if isinstance(checkpoint, dict) else []
@@ -74,9 +74,14 @@ def read(data: mmap.mmap) -> dict[str, np.ndarray]:
     return arrays
 
 
+def is_zip(data: mmap.mmap) -> bool:
+    """Whether a file begins as a zip archive."""
+    return data[:4] == _ZIP
+
+
 def is_torch(data: mmap.mmap) -> bool:
     """Whether a file begins as a zip archive or as a pickle."""
-    return data[:4] == _ZIP or data[:1] == pickle.PROTO
+    return is_zip(data) or data[:1] == pickle.PROTO
 
 
 def write_zip(file: IO[bytes], arrays: Mapping[str, np.ndarray]) -> None:
@@ -146,10 +151,13 @@ def _add(archive: zipfile.ZipFile, name: str, data: bytes | memoryview) -> None:
 
 def _read_zip(data: mmap.mmap) -> _Contents:
     """An archive with the pickle in one entry, and each storage in one."""
-    spans = _zip_spans(data)
+    spans = zip_spans(data)
     root = next(iter(spans), "").partition("/")[0]
     if f"{root}/data.pkl" not in spans:
-        raise ValueError("a zip archive, but not one that torch.save wrote (it has no data.pkl)")
+        raise ValueError(
+            "a zip archive, but not one that torch.save or Keras wrote (it has no data.pkl and no "
+            "model.weights.h5)"
+        )
     if f"{root}/constants.pkl" in spans:
         raise ValueError(
             "this file holds a whole model (TorchScript), not its weights; save model.state_dict()"
@@ -199,8 +207,13 @@ def _stream(data: mmap.mmap) -> IO[bytes]:
     return cast("IO[bytes]", data)
 
 
-def _zip_spans(data: mmap.mmap) -> dict[str, range]:
-    """Where the bytes of each entry lie: stored as they are, one entry after the other."""
+def zip_spans(data: mmap.mmap) -> dict[str, range]:
+    """Where the bytes of each entry of an archive lie.
+
+    Raises:
+        DamagedError: the archive is cut off, or was changed.
+        ValueError: an entry is compressed.
+    """
     try:
         with zipfile.ZipFile(_stream(data)) as archive:
             infos = sorted(archive.infolist(), key=lambda info: info.header_offset)
@@ -213,7 +226,8 @@ def _zip_spans(data: mmap.mmap) -> dict[str, range]:
         name, header = info.filename, info.header_offset
         if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
             raise ValueError(
-                f"a zip archive, but not one that torch.save wrote ({name!r:.80} is compressed)"
+                "a zip archive, but not one that torch.save or Keras wrote "
+                f"({name!r:.80} is compressed)"
             )
         if not free <= header <= directory - 30 or name in spans:
             raise DamagedError(f"zip entry {name!r:.80} overlaps another")

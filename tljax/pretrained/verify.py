@@ -10,11 +10,10 @@ import numpy as np
 
 from tljax.errors import RequestError
 from tljax.models import layer_outputs, normalize
-from tljax.models.resnet import DEPTHS
 from tljax.pretrained.catalog import CATALOG
 from tljax.pretrained.fetch import fetch
 from tljax.pretrained.formats import read_tensors
-from tljax.pretrained.layouts import layout_rules
+from tljax.pretrained.layouts import LAYOUTS, layout_rules
 from tljax.pretrained.load import Pretrained
 from tljax.pretrained.rules import Rules, invert_rules
 from tljax.types import Preprocess, Variables
@@ -76,7 +75,8 @@ def _layer(path: str) -> str:
 def _reference(pretrained: Pretrained, reference: str | None) -> tuple[Any, str]:
     """A torch module with the reference's own weights, and the layout of its keys."""
     model, _, card = pretrained
-    if reference is None and card.layout in ("torchvision", "timm") and model.name in DEPTHS:
+    known = "torchvision" in LAYOUTS[model.name]
+    if reference is None and known and card.layout in ("torchvision", "timm"):
         return _torchvision(pretrained), "torchvision"
     if reference is None and card.layout != "huggingface":
         raise RequestError(
@@ -152,17 +152,22 @@ def _torch_outputs(
     modules, outputs = dict(network.named_modules()), {}
 
     def keep(layer: str) -> Any:
-        def hook(_module: Any, _inputs: Any, output: Any) -> None:
+        def hook(module: Any, inputs: Any, output: Any) -> None:
+            if isinstance(module, torch.nn.GroupNorm):
+                # BiT's holds its activation as well, which is not part of our layer.
+                output = torch.nn.GroupNorm.forward(module, *inputs)
             value = output.numpy().copy()  # the reference adds its shortcuts in place
             outputs[layer] = value.transpose(0, 2, 3, 1) if value.ndim == 4 else value
 
         return hook
 
-    hooks = [
-        modules[key.rpartition(".")[0]].register_forward_hook(keep(_layer(path)))
+    # A table lists a convolution before its norm, so the last one is the end of a layer.
+    ends = {
+        _layer(path): key.rpartition(".")[0]
         for key, path, *_ in rules
-        if path.endswith("/scale") or path == "params/head/kernel"
-    ]
+        if path.endswith(("/kernel", "/scale"))
+    }
+    hooks = [modules[key].register_forward_hook(keep(layer)) for layer, key in ends.items()]
     pixels = np.asarray(normalize(images, preprocess)).transpose(0, 3, 1, 2)
     with torch.no_grad():
         network.eval()(torch.from_numpy(np.ascontiguousarray(pixels)))

@@ -1,0 +1,250 @@
+"""Inception v3 (Szegedy et al. 2015, Rethinking the Inception Architecture).
+
+Geometry of torchvision's reference implementation, and of Keras', whose batch norms have no scale
+and whose average pools do not count what they pad: what strides is not padded, everything else
+keeps its size; batch-norm epsilon 1e-3. The auxiliary head, which only training from scratch needs,
+is left out.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+
+from tljax.models.layers import (
+    ConvNorm,
+    GlobalAveragePool,
+    Kernel,
+    LinearHead,
+    Train,
+    avg_pool,
+    max_pool,
+)
+from tljax.models.model import Model, Stage
+from tljax.types import Preprocess
+
+
+class Variant(NamedTuple):
+    """What tells the sources apart.
+
+    Attributes:
+        conv_norm: builds every convolution.
+        count_padding: of the average pools, see `avg_pool`.
+        preprocess: that of the usual published weights.
+    """
+
+    conv_norm: Callable[..., ConvNorm]
+    count_padding: bool
+    preprocess: Preprocess
+
+
+class Unit(NamedTuple):
+    """A convolution with its norm and ReLU, by torchvision's name."""
+
+    name: str
+    features: int
+    kernel_size: Kernel = 1
+
+
+Branch = tuple[tuple[Unit, ...], ...]
+"""Steps in a row; the units of one step read the same input and are concatenated."""
+
+
+class Block(NamedTuple):
+    """Branches side by side, concatenated; the last one pools.
+
+    Attributes:
+        branches: those that begin with a convolution.
+        pool: the 1x1 convolution behind the average pool. Without one the block halves the
+            resolution: its pool is a maximum, and each branch ends in an unpadded stride.
+    """
+
+    branches: tuple[Branch, ...]
+    pool: tuple[Unit, ...] = ()
+
+    @property
+    def units(self) -> tuple[Unit, ...]:
+        """Every convolution, in order."""
+        steps = (unit for branch in self.branches for step in branch for unit in step)
+        return (*steps, *self.pool)
+
+
+def _row(*units: Unit) -> Branch:
+    return tuple((unit,) for unit in units)
+
+
+def _grid35(pool: int) -> Block:
+    """A block at stride 8, of the paper's figure 5."""
+    return Block(
+        (
+            _row(Unit("branch1x1", 64)),
+            _row(Unit("branch5x5_1", 48), Unit("branch5x5_2", 64, 5)),
+            _row(
+                Unit("branch3x3dbl_1", 64),
+                Unit("branch3x3dbl_2", 96, 3),
+                Unit("branch3x3dbl_3", 96, 3),
+            ),
+        ),
+        (Unit("branch_pool", pool),),
+    )
+
+
+def _grid17(width: int) -> Block:
+    """A block at stride 16, figure 6: 7x7 convolutions as 1x7 and 7x1."""
+    return Block(
+        (
+            _row(Unit("branch1x1", 192)),
+            _row(
+                Unit("branch7x7_1", width),
+                Unit("branch7x7_2", width, (1, 7)),
+                Unit("branch7x7_3", 192, (7, 1)),
+            ),
+            _row(
+                Unit("branch7x7dbl_1", width),
+                Unit("branch7x7dbl_2", width, (7, 1)),
+                Unit("branch7x7dbl_3", width, (1, 7)),
+                Unit("branch7x7dbl_4", width, (7, 1)),
+                Unit("branch7x7dbl_5", 192, (1, 7)),
+            ),
+        ),
+        (Unit("branch_pool", 192),),
+    )
+
+
+_GRID8 = Block(  # at stride 32, figure 7: ends that spread out
+    (
+        _row(Unit("branch1x1", 320)),
+        (
+            *_row(Unit("branch3x3_1", 384)),
+            (Unit("branch3x3_2a", 384, (1, 3)), Unit("branch3x3_2b", 384, (3, 1))),
+        ),
+        (
+            *_row(Unit("branch3x3dbl_1", 448), Unit("branch3x3dbl_2", 384, 3)),
+            (Unit("branch3x3dbl_3a", 384, (1, 3)), Unit("branch3x3dbl_3b", 384, (3, 1))),
+        ),
+    ),
+    (Unit("branch_pool", 192),),
+)
+
+BLOCKS = {
+    "mixed5b": _grid35(pool=32),
+    "mixed5c": _grid35(pool=64),
+    "mixed5d": _grid35(pool=64),
+    "mixed6a": Block(
+        (
+            _row(Unit("branch3x3", 384, 3)),
+            _row(
+                Unit("branch3x3dbl_1", 64),
+                Unit("branch3x3dbl_2", 96, 3),
+                Unit("branch3x3dbl_3", 96, 3),
+            ),
+        )
+    ),
+    "mixed6b": _grid17(128),
+    "mixed6c": _grid17(160),
+    "mixed6d": _grid17(160),
+    "mixed6e": _grid17(192),
+    "mixed7a": Block(
+        (
+            _row(Unit("branch3x3_1", 192), Unit("branch3x3_2", 320, 3)),
+            _row(
+                Unit("branch7x7x3_1", 192),
+                Unit("branch7x7x3_2", 192, (1, 7)),
+                Unit("branch7x7x3_3", 192, (7, 1)),
+                Unit("branch7x7x3_4", 192, 3),
+            ),
+        )
+    ),
+    "mixed7b": _GRID8,
+    "mixed7c": _GRID8,
+}
+"""The mixed blocks by stage."""
+
+
+class Stem(nn.Module):
+    """Five convolutions and two max pools."""
+
+    variant: Variant
+
+    @nn.compact
+    def __call__(self, x: Array, train: Train) -> Array:
+        """``[b, h, w, 3] -> [b, h/8, w/8, 192]``."""
+        conv_norm = self.variant.conv_norm
+        x = nn.relu(conv_norm(32, 3, stride=2, name="conv1a")(x, train))
+        x = nn.relu(conv_norm(32, 3, name="conv2a")(x, train))
+        x = nn.relu(conv_norm(64, 3, padding=1, name="conv2b")(x, train))
+        x = max_pool(x, 3, stride=2)
+        x = nn.relu(conv_norm(80, 1, name="conv3b")(x, train))
+        x = nn.relu(conv_norm(192, 3, name="conv4a")(x, train))
+        return max_pool(x, 3, stride=2)
+
+
+class Mixed(nn.Module):
+    """One of `BLOCKS`."""
+
+    variant: Variant
+    block: Block
+
+    @nn.compact
+    def __call__(self, x: Array, train: Train) -> Array:
+        """``[b, h, w, c] -> [b, h, w, c']``, or half the resolution; see `Block`."""
+        branches, pool = self.block
+        outputs = []
+        for *steps, last in branches:
+            y = x
+            for step in steps:
+                y = self._run(step, y, train)
+            outputs.append(self._run(last, y, train, halve=not pool))
+        if pool:
+            count_padding = self.variant.count_padding
+            y = avg_pool(x, 3, stride=1, padding=1, count_padding=count_padding)
+            outputs.append(self._run(pool, y, train))
+        else:
+            outputs.append(max_pool(x, 3, stride=2))
+        return jnp.concatenate(outputs, -1)
+
+    def _run(self, step: tuple[Unit, ...], x: Array, train: Train, *, halve: bool = False) -> Array:
+        outputs = []
+        for name, features, kernel_size in step:
+            size = kernel_size if isinstance(kernel_size, tuple) else (kernel_size, kernel_size)
+            (vertical, horizontal), stride = (side // 2 for side in size), 1
+            padding = ((vertical, vertical), (horizontal, horizontal))
+            if halve:
+                padding, stride = 0, 2
+            unit = self.variant.conv_norm(features, kernel_size, stride, padding, name=name)
+            outputs.append(nn.relu(unit(x, train)))
+        return jnp.concatenate(outputs, -1)
+
+
+_HALF = (0.5, 0.5, 0.5)
+
+VARIANTS = {
+    "inception_v3": Variant(
+        partial(ConvNorm, epsilon=1e-3),
+        count_padding=True,
+        preprocess=Preprocess(299, 342, mean=_HALF, std=_HALF),
+    ),
+    "keras_inception_v3": Variant(
+        partial(ConvNorm, epsilon=1e-3, momentum=0.99, use_scale=False),
+        count_padding=False,
+        preprocess=Preprocess(299, 342, mean=_HALF, std=_HALF),
+    ),
+}
+
+
+def inception(name: str, num_classes: int = 1000) -> Model:
+    """One of `VARIANTS`, with stages ``stem``, those of `BLOCKS`, ``pool`` and ``head``."""
+    variant = VARIANTS[name]
+    return Model(
+        name,
+        (
+            Stage("stem", Stem(variant)),
+            *(Stage(stage, Mixed(variant, block)) for stage, block in BLOCKS.items()),
+            Stage("pool", GlobalAveragePool()),
+            Stage("head", LinearHead(num_classes)),
+        ),
+        variant.preprocess,
+    )

@@ -1,0 +1,110 @@
+"""ResNetV2 (He et al. 2016, Identity Mappings): the norm and activation of a block come first.
+
+Geometry of Keras' implementation: the last block of a layer carries the stride, and not its first.
+"""
+
+from functools import partial
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+
+from tljax.models.layers import (
+    BatchNorm,
+    Conv,
+    ConvNorm,
+    GlobalAveragePool,
+    LinearHead,
+    Train,
+    max_pool,
+)
+from tljax.models.model import Model, Stage
+from tljax.types import HALF
+
+_KERAS = {"epsilon": 1.001e-5, "momentum": 0.99}
+_conv_norm = partial(ConvNorm, **_KERAS)
+_norm = partial(BatchNorm, **_KERAS)
+
+
+class Stem(nn.Module):
+    """7x7 convolution and max pooling: a quarter of the resolution."""
+
+    @nn.compact
+    def __call__(self, x: Array, train: Train) -> Array:  # noqa: ARG002 - a stage's signature
+        """``[b, h, w, 3] -> [b, h/4, w/4, 64]``."""
+        x = Conv(64, 7, stride=2, padding=3, name="conv1")(x)
+        # These zeros are values, and win over what is negative: no activation stands before.
+        x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        return max_pool(x, 3, stride=2)
+
+
+class Block(nn.Module):
+    """1x1, 3x3 and 1x1 convolution around a shortcut that nothing stands behind."""
+
+    features: int
+    stride: int
+    project: bool
+
+    @nn.compact
+    def __call__(self, x: Array, train: Train) -> Array:
+        """``[b, h, w, c] -> [b, h/stride, w/stride, 4 * features]``."""
+        y = nn.relu(_norm(name="preact")(x, train))
+        if self.project:
+            x = Conv(4 * self.features, 1, self.stride, name="shortcut")(y)
+        else:
+            x = x[:, :: self.stride, :: self.stride]
+        y = nn.relu(_conv_norm(self.features, 1, name="conv1")(y, train))
+        y = nn.relu(_conv_norm(self.features, 3, self.stride, padding=1, name="conv2")(y, train))
+        return x + Conv(4 * self.features, 1, name="conv3")(y)
+
+
+class Layer(nn.Module):
+    """A run of blocks of one width; the first one projects, the last one carries the stride."""
+
+    depth: int
+    features: int
+    stride: int
+
+    @nn.compact
+    def __call__(self, x: Array, train: Train) -> Array:
+        """``[b, h, w, c] -> [b, h/stride, w/stride, 4 * features]``."""
+        for i in range(self.depth):
+            stride = self.stride if i == self.depth - 1 else 1
+            x = Block(self.features, stride, project=i == 0, name=f"block{i}")(x, train)
+        return x
+
+
+class Norm(nn.Module):
+    """The norm and activation that the last block lacks."""
+
+    @nn.compact
+    def __call__(self, x: Array, train: Train) -> Array:
+        """``[b, h, w, c] -> [b, h, w, c]``."""
+        return nn.relu(_norm(name="norm")(x, train))
+
+
+DEPTHS = {
+    "keras_resnet50v2": (3, 4, 6, 3),
+    "keras_resnet101v2": (3, 4, 23, 3),
+    "keras_resnet152v2": (3, 8, 36, 3),
+}
+"""Number of blocks in each layer."""
+
+
+def resnetv2(name: str, num_classes: int = 1000) -> Model:
+    """One of `DEPTHS`, with stages ``stem, layer1 ... layer4, norm, pool, head``."""
+    layers = (
+        Stage(f"layer{i + 1}", Layer(depth, features=64 * 2**i, stride=2 if i < 3 else 1))
+        for i, depth in enumerate(DEPTHS[name])
+    )
+    return Model(
+        name,
+        (
+            Stage("stem", Stem()),
+            *layers,
+            Stage("norm", Norm()),
+            Stage("pool", GlobalAveragePool()),
+            Stage("head", LinearHead(num_classes)),
+        ),
+        HALF,
+    )

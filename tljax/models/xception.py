@@ -1,0 +1,132 @@
+"""Xception (Chollet 2016): depthwise separable convolutions around shortcuts.
+
+Geometry of timm's `legacy_xception`: symmetric padding, batch-norm epsilon 1e-5. Keras, which its
+weights come from, pads the max pools like TensorFlow and has epsilon 1e-3: `keras_xception`.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+from flax import linen as nn
+from jax import Array
+
+from tljax.models.layers import (
+    Conv,
+    ConvNorm,
+    GlobalAveragePool,
+    LinearHead,
+    Padding,
+    Train,
+    max_pool,
+)
+from tljax.models.model import Model, Stage
+from tljax.types import Preprocess
+
+
+class Variant(NamedTuple):
+    """What tells the sources apart: the convolutions, and the padding of the max pools."""
+
+    conv_norm: Callable[..., ConvNorm]
+    pool_padding: Padding
+
+
+class Stem(nn.Module):
+    """Two 3x3 convolutions without padding; the first one strides."""
+
+    variant: Variant
+
+    @nn.compact
+    def __call__(self, x: Array, train: Train) -> Array:
+        """``[b, h, w, 3] -> [b, h/2, w/2, 64]``."""
+        x = nn.relu(self.variant.conv_norm(32, 3, stride=2, name="conv1")(x, train))
+        return nn.relu(self.variant.conv_norm(64, 3, name="conv2")(x, train))
+
+
+class SeparableConv(nn.Module):
+    """A depthwise 3x3 convolution, a 1x1 convolution and a norm; nothing between the first two."""
+
+    variant: Variant
+    features: int
+
+    @nn.compact
+    def __call__(self, x: Array, train: Train) -> Array:
+        """``[b, h, w, c] -> [b, h, w, features]``, without activation."""
+        width = x.shape[-1]
+        x = Conv(width, 3, padding=1, groups=width, use_bias=False, name="depthwise")(x)
+        return self.variant.conv_norm(self.features, 1, name="pointwise")(x, train)
+
+
+class Block(nn.Module):
+    """Separable convolutions, each behind a ReLU, around a shortcut.
+
+    A block that strides does so with a max pool, and its shortcut has a convolution.
+    """
+
+    variant: Variant
+    features: tuple[int, ...]
+    stride: int
+    relu_first: bool = True
+
+    @nn.compact
+    def __call__(self, x: Array, train: Train) -> Array:
+        """``[b, h, w, c] -> [b, h/stride, w/stride, features[-1]]``."""
+        y = x
+        for i, features in enumerate(self.features, start=1):
+            y = nn.relu(y) if i > 1 or self.relu_first else y
+            y = SeparableConv(self.variant, features, name=f"conv{i}")(y, train)
+        if self.stride > 1:
+            y = max_pool(y, 3, stride=self.stride, padding=self.variant.pool_padding)
+            shortcut = self.variant.conv_norm(self.features[-1], 1, self.stride, name="shortcut")
+            x = shortcut(x, train)
+        return x + y
+
+
+class ConvHead(nn.Module):
+    """Two separable convolutions to the features that are pooled."""
+
+    variant: Variant
+
+    @nn.compact
+    def __call__(self, x: Array, train: Train) -> Array:
+        """``[b, h, w, c] -> [b, h, w, 2048]``."""
+        x = nn.relu(SeparableConv(self.variant, 1536, name="conv1")(x, train))
+        return nn.relu(SeparableConv(self.variant, 2048, name="conv2")(x, train))
+
+
+BLOCKS = {
+    "block1": ((128, 128), 2),
+    "block2": ((256, 256), 2),
+    "block3": ((728, 728), 2),
+    **{f"block{i}": ((728, 728, 728), 1) for i in range(4, 12)},
+    "block12": ((728, 1024), 2),
+}
+"""Features of the convolutions and stride of each block."""
+
+VARIANTS = {
+    "xception": Variant(ConvNorm, pool_padding=1),
+    "keras_xception": Variant(partial(ConvNorm, epsilon=1e-3, momentum=0.99), pool_padding="SAME"),
+}
+
+PREPROCESS = Preprocess(299, 333, "bicubic", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+"""That of the published weights."""
+
+
+def xception(name: str, num_classes: int = 1000) -> Model:
+    """One of `VARIANTS`, with stages ``stem, block1 ... block12, conv_head, pool, head``."""
+    variant = VARIANTS[name]
+    blocks = (
+        Stage(stage, Block(variant, features, stride, relu_first=stage != "block1"))
+        for stage, (features, stride) in BLOCKS.items()
+    )
+    return Model(
+        name,
+        (
+            Stage("stem", Stem(variant)),
+            *blocks,
+            Stage("conv_head", ConvHead(variant)),
+            Stage("pool", GlobalAveragePool()),
+            Stage("head", LinearHead(num_classes)),
+        ),
+        PREPROCESS,
+    )

@@ -1,0 +1,30 @@
+"""Key table of Inception v3: torchvision and timm, whose keys are the same."""
+
+from tljax.models.inception import BLOCKS
+from tljax.pretrained.rules import Layout, Rules, conv_norm, dense
+
+_STEM = ("1a_3x3", "2a_3x3", "2b_3x3", "3b_1x1", "4a_3x3")
+
+
+def torchvision(name: str) -> Rules:  # noqa: ARG001 - a table's signature
+    """``Conv2d_1a_3x3.conv.weight``, ``Mixed_5b.branch1x1.conv.weight``, ``fc.weight``."""
+
+    def unit(key: str, path: str) -> Rules:
+        return conv_norm(f"{key}.conv", f"{key}.bn", path)
+
+    rules: Rules = ()
+    for key in _STEM:
+        rules += unit(f"Conv2d_{key}", f"stem/conv{key[:2]}")
+    for stage, block in BLOCKS.items():
+        for convolution, *_ in block.units:
+            key = f"{stage.replace('mixed', 'Mixed_')}.{convolution}"
+            rules += unit(key, f"{stage}/{convolution}")
+    return rules + dense("fc", "head")
+
+
+# Torchvision's published files hold the auxiliary head; timm reads and writes both kinds.
+_TORCHVISION = Layout(torchvision, ignore=("AuxLogits.",))
+
+LAYOUTS: dict[str, dict[str, Layout]] = {
+    "inception_v3": {"torchvision": _TORCHVISION, "timm": _TORCHVISION}
+}
