@@ -208,6 +208,7 @@ def test_a_network_is_traced_once(
         ("resnet50.tv_in1", "did you mean resnet50.tv_in1k?"),
         ("efficientnet_lite0", "did you mean efficientnet_lite0.in1k?"),
         ("keras:VGG6", "known names: keras:VGG16, keras:VGG19, "),
+        ("Keras:DenseNet121", "known names: keras:VGG16, keras:VGG19, "),
         ("missing/net.pth", "known names: resnet18.tv_in1k, "),
     ],
 )
