@@ -16,12 +16,13 @@ class List(cli.Output):
 
 @dataclass(frozen=True)
 class Verify(cli.Output):
-    """Compare a port with its reference implementation (torch), layer by layer."""
+    """Compare a port with its reference implementation (torch or keras), layer by layer."""
 
     weights: Annotated[str, tyro.conf.Positional]
     """A catalog name, hub id, file, saved folder or run directory."""
     reference: str | None = None
-    """A folder or hub id that transformers can load; by default what the weights came from."""
+    """A folder or hub id that transformers can load, or a file that Keras can; by default what the
+    weights came from."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,11 @@ class Export(cli.Output):
     weights: Annotated[str, tyro.conf.Positional]
     """A catalog name, hub id, file, saved folder or run directory."""
     path: Annotated[Path, tyro.conf.Positional]
-    """The file to write, .safetensors, .pth or .onnx; for huggingface and stablehlo a folder."""
+    """The file to write, .safetensors, .pth, .weights.h5, .h5 or .onnx; for huggingface and stablehlo
+    a folder."""
     layout: str = "torchvision"
-    """Whose keys to use: torchvision, timm, huggingface, efficientnet_pytorch or tljax; or onnx, or
-    stablehlo: a compiled-ready network that runs with JAX alone."""
+    """Whose keys to use: torchvision, timm, huggingface, keras, efficientnet_pytorch or tljax; or onnx,
+    or stablehlo: a compiled-ready network that runs with JAX alone."""
 
 
 def run(command: List | Verify | Import | Export) -> dict[str, Any]:
@@ -56,10 +58,12 @@ def run(command: List | Verify | Import | Export) -> dict[str, Any]:
     from tljax.pretrained.deploy import export_onnx, export_stablehlo
 
     if isinstance(command, List):
-        print(f"{'name':26}{'model':20}{'pixels':>6}{'top-1':>8}  licence")
+        name_width = max(map(len, CATALOG)) + 2
+        model_width = max(len(entry.model) for entry in CATALOG.values())
+        print(f"{'name':{name_width}}{'model':{model_width}}{'pixels':>8}{'top-1':>8}  licence")
         for name, entry in CATALOG.items():
-            size = entry.preprocess.size
-            print(f"{name:26}{entry.model:20}{size:>6}{entry.top1:>8.2f}  {entry.licence}")
+            size = f"{entry.preprocess.size:>8}{entry.top1:>8.2f}"
+            print(f"{name:{name_width}}{entry.model:{model_width}}{size}  {entry.licence}")
         return {"weights": list(CATALOG)}
     if isinstance(command, Verify):
         from tljax.pretrained.verify import TOLERANCE, verify

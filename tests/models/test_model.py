@@ -80,6 +80,18 @@ def resnet18() -> tuple[Model, Variables]:
         ("resnetv2_152x4_bit", 936.53),
         ("inception_v3", 23.83),
         ("xception", 22.86),
+        ("keras_resnet50", 25.583592),
+        ("keras_resnet101", 44.601832),
+        ("keras_resnet152", 60.268520),
+        ("keras_resnet50v2", 25.568360),
+        ("keras_resnet101v2", 44.577896),
+        ("keras_resnet152v2", 60.236904),
+        ("keras_inception_v3", 23.817352),
+        ("keras_xception", 22.855952),
+        ("keras_mobilenetv1_025", 0.47),
+        ("keras_mobilenetv1_050", 1.33),
+        ("keras_mobilenetv1_075", 2.59),
+        ("keras_mobilenetv1_100", 4.231976),
         ("efficientnet_lite0", 4.65),
         ("efficientnet_lite1", 5.42),
         ("efficientnet_lite2", 6.09),
@@ -121,14 +133,14 @@ def resnet18() -> tuple[Model, Variables]:
     ],
 )
 def test_number_of_parameters_is_the_published_one(name: str, millions: float) -> None:
-    """As torchvision prints it, exactly, or timm, to two decimals."""
+    """As torchvision and Keras print it, exactly, or timm, to two decimals."""
     leaves = jax.tree.leaves(abstract_variables(build_model(name))["params"])
     tolerance = 0.005 if millions == round(millions, 2) else 0
     assert abs(sum(leaf.size for leaf in leaves) / 1e6 - millions) <= tolerance
 
 
 def test_every_model_is_in_that_test() -> None:
-    assert len(MODELS) == 43
+    assert len(MODELS) == 73
 
 
 def test_misspelt_model_suggests_the_nearest() -> None:

@@ -414,7 +414,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12
         (POINTER, "Git LFS pointer"),
         (
             b"\x89HDF\r\n\x1a\n" + bytes(100),
-            "Keras HDF5 file, and reading those is not supported yet",
+            "truncated or damaged, fetch it again (it should have 0 bytes",
         ),
         (b'{"architectures": ["ResNet"]}', "JSON, not weights"),
         (b'{"arch":{"name": "resnet18"}}', "JSON, not weights"),
@@ -422,8 +422,14 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12
         (b"{ not even JSON", "JSON, not weights"),
         (b"\x80\x02}.", "a pickle, but not one that torch.save wrote"),
         (b"\x80\x04]\x94.", "a pickle, but not one that torch.save wrote"),
-        (numpy_zip_bytes(compressed=False), "a zip archive, but not one that torch.save wrote"),
-        (numpy_zip_bytes(compressed=True), "a zip archive, but not one that torch.save wrote"),
+        (
+            numpy_zip_bytes(compressed=False),
+            "a zip archive, but not one that torch.save or Keras wrote",
+        ),
+        (
+            numpy_zip_bytes(compressed=True),
+            "a zip archive, but not one that torch.save or Keras wrote",
+        ),
         (lzma.compress(b"<html>"), "a web page"),
         (lzma.compress(FILES["zip.xz"]), "not a weight file"),
         (lzma.compress(bytes(10_000_000)), "expands it more than 100-fold"),

@@ -66,7 +66,7 @@ def resnet18() -> Pretrained:
 )
 def test_export_and_load_is_the_identity(name: str, layout: str, scratch: Path) -> None:
     pretrained = random_pretrained(name, 3)
-    path = scratch / ("folder" if layout == "huggingface" else "file.safetensors")
+    path = scratch / {"huggingface": "folder", "keras": "file.h5"}.get(layout, "file.safetensors")
     export(path, pretrained, layout)
     found = load_pretrained(path, model=name)
     usual = layout != "tljax" and LAYOUTS[name][layout].preprocess
@@ -114,6 +114,9 @@ def test_export_needs_a_known_suffix_and_layout(resnet18: Pretrained, tmp_path: 
         export(tmp_path / "net.h5", resnet18, "torchvision")
     with pytest.raises(RequestError, match=r"no layout 'keras' for resnet18; known: torchvision"):
         export(tmp_path / "net.pth", resnet18, "keras")
+    mobilenet = random_pretrained("keras_mobilenetv1_025")
+    with pytest.raises(RequestError, match=r"Keras reads no net.keras; end it in .weights.h5"):
+        export(tmp_path / "net.keras", mobilenet, "keras")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -205,6 +208,7 @@ def test_a_network_is_traced_once(
         ("resnet50.tv_in1", "did you mean resnet50.tv_in1k?"),
         ("efficientnet_lite0", "did you mean efficientnet_lite0.in1k?"),
         ("keras:VGG6", "known names: keras:VGG16, keras:VGG19, "),
+        ("Keras:DenseNet121", "known names: keras:VGG16, keras:VGG19, "),
         ("missing/net.pth", "known names: resnet18.tv_in1k, "),
     ],
 )

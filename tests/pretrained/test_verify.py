@@ -13,7 +13,7 @@ from networks import random_pretrained, save_resnet, torch_resnet, torchvision_k
 from references.bit import torch_bit
 
 from tljax.errors import RequestError
-from tljax.pretrained import Pretrained, load_pretrained, save
+from tljax.pretrained import Pretrained, export, load_pretrained, save
 from tljax.pretrained.verify import TOLERANCE, LayerDifference, verify
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -100,6 +100,23 @@ def test_without_a_reference_one_is_asked_for(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sys.modules, "torchvision", None)
     with pytest.raises(RequestError, match=r"torchvision does not import here; name another"):
         verify(random_pretrained("resnet18"))
+
+
+def test_keras_is_the_reference_of_its_files(tmp_path: Path) -> None:
+    """Of MobileNet v1: depthwise kernels, and a head that is a convolution."""
+    pretrained = random_pretrained("keras_mobilenetv1_025")
+    export(tmp_path / "x.weights.h5", pretrained, "keras")
+    pretrained = load_pretrained(tmp_path / "x.weights.h5")
+    layers = verify(pretrained)
+    assert all(layer.difference <= TOLERANCE and not layer.reason for layer in layers)
+    assert len(layers) == 1 + 2 * 13 + 1
+    variables = jax.tree.map(np.array, pretrained.variables)
+    variables["params"]["stage3"]["block1"]["depthwise"]["kernel"] *= 1.1
+    export(tmp_path / "y.h5", pretrained, "keras")
+    found = wrong_layers(pretrained._replace(variables=variables), tmp_path / "y.h5")[0]
+    assert (found.layer, found.reason) == ("stage3/block1/depthwise", "kernel differ")
+    with pytest.raises(RequestError, match=r"keras.applications has no resnet18"):
+        verify(random_pretrained("resnet18"), "x.h5")
 
 
 @pytest.mark.slow

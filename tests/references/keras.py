@@ -11,7 +11,7 @@ import numpy as np
 from references.contract import Build, Reference
 from tljax.models import inception, mobilenet, resnet, resnetv2, xception
 
-FAST = ("keras_resnet50", "keras_resnet50v2")
+FAST = ("keras_resnet50", "keras_mobilenetv1_025")
 
 
 class Application(NamedTuple):

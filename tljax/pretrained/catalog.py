@@ -5,7 +5,7 @@ from functools import cache
 from importlib.resources import files
 
 from tljax.models import build_model
-from tljax.types import CAFFE, HALF, Preprocess
+from tljax.types import CAFFE, Preprocess
 
 
 @dataclass(frozen=True)
@@ -61,14 +61,11 @@ def _timm(model: str, file: str, top1: float) -> Entry:
     return Entry(model, url, f"sha256:{sha256}", "Apache-2.0", preprocess, top1)
 
 
-def _keras(model: str, licence: str, top1: float, md5: str, preprocess: Preprocess) -> Entry:
-    """What `keras.applications` downloads for ``weights="imagenet"``."""
-    name = model.removeprefix("keras_")
-    folder = "resnet" if name.startswith("resnet") else name
-    url = (
-        "https://storage.googleapis.com/tensorflow/keras-applications/"
-        f"{folder}/{name}_weights_tf_dim_ordering_tf_kernels.h5"
-    )
+def _keras(model: str, path: str, md5: str, licence: str, top1: float) -> Entry:
+    """What `keras.applications` downloads for ``weights="imagenet"``; ``path`` lacks its end."""
+    end = "" if "mobilenet" in path else "_weights_tf_dim_ordering_tf_kernels"
+    url = f"https://storage.googleapis.com/tensorflow/keras-applications/{path}{end}.h5"
+    preprocess = CAFFE if model.startswith("vgg") else build_model(model).preprocess
     return Entry(model, url, f"md5:{md5}", licence, preprocess, top1)
 
 
@@ -192,25 +189,79 @@ CATALOG: dict[str, Entry] = {
     "efficientnet_lite4.in1k": _timm(
         "efficientnet_lite4", "tf_efficientnet_lite4-741542c3", 81.532
     ),
-    "keras:VGG16": _keras("vgg16", "CC-BY-4.0", 71.3, "64373286793e3c8b2b4e3219cbf3544b", CAFFE),
-    "keras:VGG19": _keras("vgg19", "CC-BY-4.0", 71.3, "cbe5617147190e668d6c5d5026f83318", CAFFE),
+    "keras:VGG16": _keras(
+        "vgg16", "vgg16/vgg16", "64373286793e3c8b2b4e3219cbf3544b", "CC-BY-4.0", 71.3
+    ),
+    "keras:VGG19": _keras(
+        "vgg19", "vgg19/vgg19", "cbe5617147190e668d6c5d5026f83318", "CC-BY-4.0", 71.3
+    ),
     "keras:ResNet50": _keras(
-        "keras_resnet50", "MIT", 74.9, "2cb95161c43110f7111970584f804107", CAFFE
+        "keras_resnet50", "resnet/resnet50", "2cb95161c43110f7111970584f804107", "MIT", 74.9
     ),
     "keras:ResNet101": _keras(
-        "keras_resnet101", "MIT", 76.4, "f1aeb4b969a6efcfb50fad2f0c20cfc5", CAFFE
+        "keras_resnet101", "resnet/resnet101", "f1aeb4b969a6efcfb50fad2f0c20cfc5", "MIT", 76.4
     ),
     "keras:ResNet152": _keras(
-        "keras_resnet152", "MIT", 76.6, "100835be76be38e30d865e96f2aaae62", CAFFE
+        "keras_resnet152", "resnet/resnet152", "100835be76be38e30d865e96f2aaae62", "MIT", 76.6
     ),
     "keras:ResNet50V2": _keras(
-        "keras_resnet50v2", "BSD-3-Clause", 76.0, "3ef43a0b657b3be2300d5770ece849e0", HALF
+        "keras_resnet50v2",
+        "resnet/resnet50v2",
+        "3ef43a0b657b3be2300d5770ece849e0",
+        "BSD-3-Clause",
+        76.0,
     ),
     "keras:ResNet101V2": _keras(
-        "keras_resnet101v2", "BSD-3-Clause", 77.2, "6343647c601c52e1368623803854d971", HALF
+        "keras_resnet101v2",
+        "resnet/resnet101v2",
+        "6343647c601c52e1368623803854d971",
+        "BSD-3-Clause",
+        77.2,
     ),
     "keras:ResNet152V2": _keras(
-        "keras_resnet152v2", "BSD-3-Clause", 78.0, "a49b44d1979771252814e80f8ec446f9", HALF
+        "keras_resnet152v2",
+        "resnet/resnet152v2",
+        "a49b44d1979771252814e80f8ec446f9",
+        "BSD-3-Clause",
+        78.0,
+    ),
+    "keras:InceptionV3": _keras(
+        "keras_inception_v3",
+        "inception_v3/inception_v3",
+        "9a0d58056eeedaa3f26cb7ebd46da564",
+        "Apache-2.0",
+        77.9,
+    ),
+    "keras:Xception": _keras(
+        "keras_xception", "xception/xception", "0a58e3b7378bc2990ea3b43d5981f1f6", "MIT", 79.0
+    ),
+    "keras:MobileNetV3Large": _keras(
+        "tf_mobilenetv3_large_100",
+        "mobilenet_v3/weights_mobilenet_v3_large_224_1.0_float",
+        "59e551e166be033d707958cf9e29a6a7",
+        "Apache-2.0",
+        75.6,
+    ),
+    "keras:MobileNetV3Large_075": _keras(
+        "tf_mobilenetv3_large_075",
+        "mobilenet_v3/weights_mobilenet_v3_large_224_0.75_float",
+        "765b44a33ad4005b3ac83185abf1d0eb",
+        "Apache-2.0",
+        73.3,
+    ),
+    "keras:MobileNetV3Small": _keras(
+        "tf_mobilenetv3_small_100",
+        "mobilenet_v3/weights_mobilenet_v3_small_224_1.0_float",
+        "8768d4c2e7dee89b9d02b2d03d65d862",
+        "Apache-2.0",
+        68.1,
+    ),
+    "keras:MobileNetV3Small_075": _keras(
+        "tf_mobilenetv3_small_075",
+        "mobilenet_v3/weights_mobilenet_v3_small_224_0.75_float",
+        "cb65d4e5be93758266aa0a7f2c6708b7",
+        "Apache-2.0",
+        65.4,
     ),
 }
 """``architecture.tag`` as timm names weights, or ``keras:`` and the name in `keras.applications`;

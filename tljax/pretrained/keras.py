@@ -143,8 +143,8 @@ def _inception(_: str) -> Layers:
                     # an activation stands behind the norm
                     found += [(distance + 3, conv), (distance + 2, norm)]
                 distance += 3
-        for _, layer in sorted(found, key=lambda pair: -pair[0]):
-            layers += layer
+        for pair in sorted(found, key=lambda pair: -pair[0]):
+            layers += pair[1]
     return layers + _dense("predictions", "head")
 
 

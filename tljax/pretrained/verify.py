@@ -1,8 +1,9 @@
 """Is a port right? Layer by layer against the reference implementation, where one is installed.
 
-torch and transformers (or torchvision) are needed for this and for nothing else.
+torch and transformers (or torchvision), or keras, are needed for this and for nothing else.
 """
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from tljax.errors import RequestError
 from tljax.models import layer_outputs, normalize
+from tljax.pretrained import verify_keras
 from tljax.pretrained.catalog import CATALOG
 from tljax.pretrained.fetch import fetch
 from tljax.pretrained.formats import read_tensors
@@ -45,26 +47,67 @@ def verify(pretrained: Pretrained, reference: str | None = None) -> list[LayerDi
 
     Args:
         pretrained: the port.
-        reference: a folder or hub id that ``from_pretrained`` of transformers reads; by default
-            the one that the port was read from, or the torchvision network that its file fits.
+        reference: a folder or hub id that ``from_pretrained`` of transformers reads, or a file that
+            ``load_weights`` of Keras reads; by default the one that the port was read from, or the
+            torchvision network that its file fits.
 
     Raises:
         RequestError: no reference implementation is installed, or there is none for this network.
     """
+    keras = pretrained.card.layout == "keras"
+    if Path(reference).suffix in (".h5", ".keras") if reference else keras:
+        compared = _with_keras(pretrained, reference)
+    else:
+        compared = _with_torch(pretrained, reference)
+    worst: dict[str, LayerDifference] = {}
+    for found in compared:
+        if found.layer not in worst or found.difference > worst[found.layer].difference:
+            worst[found.layer] = found
+    return list(worst.values())
+
+
+def _images(shape: tuple[int, ...]) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
+
+
+def _with_torch(pretrained: Pretrained, reference: str | None) -> Iterator[LayerDifference]:
     model, variables, _ = pretrained
     network, layout = _reference(pretrained, reference)
     rules = layout_rules(model.name, layout)
-    wrong_tensors = _compare_tensors(rules, network, variables)
-    worst: dict[str, LayerDifference] = {}
+    tensors = {key: value.numpy() for key, value in network.state_dict().items()}
+    wrong = _compare_tensors(rules, tensors, variables)
     for shape in INPUTS:
-        images = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
+        images = _images(shape)
         theirs = _torch_outputs(network, rules, images, model.preprocess)
         for layer, value in layer_outputs(model, variables, images).items():
-            ours, reason = np.asarray(value), wrong_tensors.get(layer, "")
-            found = _compare_layer(layer, ours, theirs[layer], reason)
-            if layer not in worst or found.difference > worst[layer].difference:
-                worst[layer] = found
-    return list(worst.values())
+            yield _compare_layer(layer, np.asarray(value), theirs[layer], wrong.get(layer, ""))
+
+
+def _with_keras(pretrained: Pretrained, reference: str | None) -> Iterator[LayerDifference]:
+    model, variables, card = pretrained
+    if "keras" not in LAYOUTS[model.name]:
+        raise RequestError(f"keras.applications has no {model.name}; leave --reference out")
+    weights = _file(reference or card.source)
+    # Only maps of 7x7 fit the hidden layers of Keras' VGG.
+    shapes = ((2, 224, 224, 3), (2, 225, 253, 3)) if model.name.startswith("vgg") else INPUTS
+    for shape in shapes:
+        images = _images(shape)
+        network = verify_keras.application(model, shape[1:3], weights)
+        tensors = verify_keras.tensors(model, network)
+        wrong = _compare_tensors(layout_rules(model.name, "keras"), tensors, variables)
+        theirs = verify_keras.outputs(model, network, images)
+        for layer, value in layer_outputs(model, variables, images).items():
+            if layer in theirs:
+                ours = np.asarray(theirs[layer].activation(value))
+                expected = theirs[layer].output
+                if expected.shape[1:3] == (1, 1):  # a vector, for Keras' MobileNets
+                    ours, expected = ours.reshape(len(ours), -1), expected.reshape(len(ours), -1)
+                yield _compare_layer(layer, ours, expected, wrong.get(layer, ""))
+
+
+def _file(source: str) -> Path:
+    """What a port was read from."""
+    return fetch(source) if source in CATALOG else Path(source)
 
 
 def _layer(path: str) -> str:
@@ -118,8 +161,7 @@ def _torchvision(pretrained: Pretrained) -> Any:
             "name another --reference, a folder or hub id that transformers can load"
         ) from None
     network = getattr(torchvision.models, model.name)(num_classes=model.num_classes)
-    path = fetch(card.source) if card.source in CATALOG else Path(card.source)
-    arrays = read_tensors(path).arrays
+    arrays = read_tensors(_file(card.source)).arrays
     network.load_state_dict({key: torch.from_numpy(np.array(a)) for key, a in arrays.items()})
     return network
 
@@ -132,9 +174,10 @@ def _compare_layer(layer: str, ours: np.ndarray, theirs: np.ndarray, wrong: str)
     return LayerDifference(layer, float(difference), wrong)
 
 
-def _compare_tensors(rules: Rules, network: Any, variables: Variables) -> dict[str, str]:
+def _compare_tensors(
+    rules: Rules, theirs: Mapping[str, np.ndarray], variables: Variables
+) -> dict[str, str]:
     """The parameters and statistics that are not the reference's own, by layer."""
-    theirs = {key: value.numpy() for key, value in network.state_dict().items()}
     ours = invert_rules(rules, variables)
     wrong: dict[str, list[str]] = {}
     for key, path, *_ in rules:

@@ -1,0 +1,89 @@
+"""Key tables of keras.applications: Keras loads what is exported, and pixels reach it alike."""
+
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from networks import assert_same_variables, difference, random_images
+from references import FAST, REFERENCES
+from references.keras import APPLICATIONS, network
+
+from tljax.models import apply, build_model, normalize
+from tljax.pretrained import CATALOG, export, load_pretrained
+from tljax.pretrained.keras import layer_names
+from tljax.pretrained.layouts import LAYOUTS
+
+NAMES = [
+    pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in APPLICATIONS
+]
+
+
+def layers_with_weights(model: Any) -> list[Any]:
+    return [layer for layer in model.layers if layer.weights]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_keras_loads_what_is_exported(name: str, tmp_path: Path) -> None:
+    """By order and, in legacy files, by name."""
+    reference = REFERENCES[name, "keras"](tmp_path / "theirs")
+    pretrained = load_pretrained(reference.weights)
+    size = reference.sizes[-1]
+    original = network(name, size, reference.weights)
+    for file in ("ours.h5", "ours.weights.h5"):
+        export(tmp_path / file, pretrained, "keras")
+        loaded = network(name, size, tmp_path / file)
+        for ours, theirs in zip(loaded.get_weights(), original.get_weights(), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+        assert_same_variables(load_pretrained(tmp_path / file).variables, pretrained.variables)
+    images = random_images(2, *size)
+    theirs = loaded(np.asarray(normalize(images, pretrained.model.preprocess)), training=False)
+    ours = apply(pretrained.model, pretrained.variables, images).logits
+    assert difference(ours, theirs) <= 1e-4
+    automatic = ("conv2d", "batch_normalization")
+    for ours, layer in zip(layer_names(name).values(), layers_with_weights(original), strict=True):
+        assert ours == layer.name or (
+            ours.startswith(automatic) and layer.name.startswith(automatic)
+        )
+
+
+@pytest.mark.parametrize("form", ["x.keras", "x.h5"])
+def test_whole_models_are_read(form: str, tmp_path: Path) -> None:
+    """Those that are built late in a process too: automatic names count on."""
+    keras.applications.MobileNet(weights=None, classes=3)
+    model = network("keras_mobilenetv1_025")
+    model.save_weights(tmp_path / "y.weights.h5")
+    model.save(tmp_path / form)
+    expected = load_pretrained(tmp_path / "y.weights.h5").variables
+    assert_same_variables(load_pretrained(tmp_path / form).variables, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [
+        ("vgg16", "vgg16"),
+        ("vgg19", "vgg19"),
+        ("keras_resnet50", "resnet"),
+        ("keras_resnet50v2", "resnet_v2"),
+        ("keras_inception_v3", "inception_v3"),
+        ("keras_xception", "xception"),
+        ("keras_mobilenetv1_100", "mobilenet"),
+        ("tf_mobilenetv2_100", "mobilenet_v2"),
+    ],
+)
+def test_pixels_are_those_of_preprocess_input(name: str, module: str) -> None:
+    images = random_images(1, 16, 16)
+    preprocess = LAYOUTS[name]["keras"].preprocess or build_model(name).preprocess
+    expected = getattr(keras.applications, module).preprocess_input(images.astype(np.float32))
+    np.testing.assert_allclose(normalize(images, preprocess), expected, rtol=0, atol=1e-4)
+    assert preprocess.size == (299 if module in ("inception_v3", "xception") else 224)
+
+
+def test_the_catalog_agrees_with_the_layouts() -> None:
+    for name, entry in CATALOG.items():
+        if name.startswith("keras:"):
+            layout = LAYOUTS[entry.model]["keras"]
+            assert entry.preprocess == (layout.preprocess or build_model(entry.model).preprocess)
+            assert entry.digest.startswith("md5:")
+            assert len(entry.digest) == 36

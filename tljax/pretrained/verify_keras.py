@@ -1,0 +1,101 @@
+"""What `keras.applications` makes of a port's file, layer by layer. Needs keras."""
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tljax.errors import RequestError
+from tljax.models import Model, normalize
+from tljax.pretrained.keras import layer_names
+from tljax.pretrained.layouts import layout_rules
+
+_APPLICATIONS = {
+    "vgg16": "VGG16",
+    "vgg19": "VGG19",
+    "keras_inception_v3": "InceptionV3",
+    "keras_xception": "Xception",
+    "keras_mobilenetv1": "MobileNet",
+    "tf_mobilenetv2": "MobileNetV2",
+    "tf_mobilenetv3_large": "MobileNetV3Large",
+    "tf_mobilenetv3_small": "MobileNetV3Small",
+    **{f"keras_resnet{depth}": f"ResNet{depth}" for depth in (50, 101, 152)},
+    **{f"keras_resnet{depth}v2": f"ResNet{depth}V2" for depth in (50, 101, 152)},
+}
+
+
+class Layer(NamedTuple):
+    """The output of a layer of Keras, and what stands behind the layer of ours to get there."""
+
+    output: np.ndarray
+    activation: Callable[[Any], Any]
+
+
+def application(model: Model, size: tuple[int, int], weights: Path | None) -> Any:
+    """The Keras model for images of one size, up to the logits.
+
+    Raises:
+        RequestError: keras is not installed, or cannot load the file.
+    """
+    os.environ.setdefault("KERAS_BACKEND", "jax")  # it is read when keras is imported
+    try:
+        import keras  # noqa: PLC0415
+    except ImportError:
+        raise RequestError(
+            "verifying needs a reference implementation: pip install keras"
+        ) from None
+    name, width = model.name, {}
+    if found := re.fullmatch(r"(.*)_(\d{3})", model.name):
+        name, width = found[1], {"alpha": int(found[2]) / 100}
+    if "mobilenetv3" in name:
+        width["include_preprocessing"] = False
+    try:
+        return getattr(keras.applications, _APPLICATIONS[name])(
+            input_shape=(*size, 3),
+            weights=weights,
+            classes=model.num_classes,
+            classifier_activation=None,
+            **width,
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise RequestError(f"keras cannot load {weights}: {reason}") from None
+
+
+def _weighted(network: Any) -> list[Any]:
+    """The layers in the order of our table."""
+    return [layer for layer in network.layers if layer.weights]
+
+
+def tensors(model: Model, network: Any) -> dict[str, np.ndarray]:
+    """The weights in Keras' memory, by our keys."""
+    rules = layout_rules(model.name, "keras")
+    return {
+        rule.key: np.asarray(weight)
+        for rule, weight in zip(rules, network.get_weights(), strict=True)
+    }
+
+
+def outputs(model: Model, network: Any, images: np.ndarray) -> dict[str, Layer]:
+    """The output of every layer that has weights, by our path; of a `ConvNorm`, its norm's."""
+    import keras  # noqa: PLC0415
+
+    layers = dict(zip(layer_names(model.name), _weighted(network), strict=True))
+    of_path = {
+        path.partition("/")[2].rpartition("/")[0]: layers[key.partition("/")[0]]
+        for key, path, *_ in layout_rules(model.name, "keras")
+    }
+    # A separable convolution gives no output between its halves.
+    of_path = {
+        path: layer for path, layer in of_path.items() if type(layer).__name__ != "SeparableConv2D"
+    }
+    values = keras.Model(network.input, [layer.output for layer in of_path.values()])(
+        np.asarray(normalize(images, model.preprocess)), training=False
+    )
+    return {
+        path: Layer(np.asarray(value), getattr(layer, "activation", lambda x: x))
+        for (path, layer), value in zip(of_path.items(), values, strict=True)
+    }
