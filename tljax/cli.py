@@ -11,6 +11,7 @@ import tyro
 
 from tljax.config import Loading
 from tljax.errors import RequestError, VerificationError
+from tljax.files import keep_compiled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +64,7 @@ def main(config_type: Any, run: Callable[[Any], dict[str, Any]]) -> None:
         run: does the work and returns what ``--json`` prints.
     """
     config = tyro.cli(config_type)
+    keep_compiled()
     try:
         result = run(config)
     except KeyboardInterrupt:

@@ -15,19 +15,8 @@ from jax import lax
 from networks import difference, from_torch, to_torch
 from torch.nn import functional
 
-from tljax.models.layers import (
-    BatchNorm,
-    Conv,
-    ConvNorm,
-    Dense,
-    GlobalAveragePool,
-    LinearHead,
-    Padding,
-    adaptive_avg_pool,
-    avg_pool,
-    conv2d,
-    max_pool,
-)
+from tljax.models.convolution import Padding, adaptive_avg_pool, avg_pool, conv2d, max_pool
+from tljax.models.layers import BatchNorm, Conv, ConvNorm, Dense, GlobalAveragePool, LinearHead
 
 CHANNELS = 6
 # kernel size, groups, output channels: pointwise, dense, depthwise, grouped, channel multiplier

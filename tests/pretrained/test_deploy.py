@@ -16,7 +16,7 @@ from PIL import ExifTags, Image
 from tljax.data.decode import decode
 from tljax.errors import RequestError, VerificationError
 from tljax.models import Model, apply
-from tljax.models.layers import max_pool
+from tljax.models.convolution import max_pool
 from tljax.pretrained import Card, Pretrained
 from tljax.pretrained import deploy as deploy_module
 from tljax.pretrained.deploy import export_onnx, export_stablehlo

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from tljax.models.layers import Conv, GlobalAveragePool, GroupNorm, LinearHead, Train, max_pool
+from tljax.models.convolution import max_pool
+from tljax.models.layers import Conv, GlobalAveragePool, GroupNorm, LinearHead, Train
 from tljax.models.model import Model, Stage
 from tljax.types import Preprocess
 

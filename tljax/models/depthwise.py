@@ -6,7 +6,8 @@ from typing import Literal, NamedTuple
 from flax import linen as nn
 from jax import Array
 
-from tljax.models.layers import Conv, ConvNorm, Padding, Train
+from tljax.models.convolution import Padding
+from tljax.models.layers import Conv, ConvNorm, Train
 from tljax.models.model import Stage
 
 Activation = Callable[[Array], Array]

@@ -14,15 +14,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from tljax.models.layers import (
-    ConvNorm,
-    GlobalAveragePool,
-    Kernel,
-    LinearHead,
-    Train,
-    avg_pool,
-    max_pool,
-)
+from tljax.models.convolution import Kernel, avg_pool, max_pool
+from tljax.models.layers import ConvNorm, GlobalAveragePool, LinearHead, Train
 from tljax.models.model import Model, Stage
 from tljax.types import Preprocess
 

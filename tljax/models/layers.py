@@ -1,147 +1,20 @@
-"""Convolution, batch norm and pooling: one geometry and one fast path for every backbone.
+"""The layers of every backbone: convolutions and their norms, pooling to a vector, heads.
 
 Compute follows the input: kernels are cast to the dtype of the images that reach them, parameters
 and statistics stay in float32, and the head returns at least float32 logits.
 """
 
-import functools
-from functools import partial
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-Pads = tuple[tuple[int, int], tuple[int, int]]
-
-Padding = int | Literal["SAME"] | Pads
-"""Zeros on each side, as torch pads; TensorFlow's SAME, which depends on the size and is not
-symmetric; or ``((top, bottom), (left, right))``."""
-
-Kernel = int | tuple[int, int]
-"""The side of a square kernel, or its height and width."""
+from tljax.models.convolution import Kernel, Padding, conv2d, plain_conv2d
 
 Train = bool | jax.Array
 """False: on running statistics. True, or ``[batch]`` bool of the rows that count: training mode."""
-
-
-def conv2d(
-    x: jax.Array, kernel: jax.Array, *, stride: int = 1, padding: Padding = 0, groups: int = 1
-) -> jax.Array:
-    """Two-dimensional convolution (cross-correlation), by the path that is fast where it runs.
-
-    Args:
-        x: ``[batch, height, width, in]``.
-        kernel: ``[height, width, in // groups, out]``.
-        stride: the same in both directions.
-        padding: see `Padding`.
-        groups: 1, the number of channels (depthwise), or anything between.
-
-    Returns:
-        ``[batch, height', width', out]``.
-    """
-    window = kernel.shape[:2]
-    pads = _pads(x.shape, window, stride, padding)
-    if window == (1, 1) and groups == 1 and pads == ((0, 0), (0, 0)):
-        # A 1x1 convolution is a matrix product; XLA's CPU convolution does not know.
-        return x[:, ::stride, ::stride] @ kernel[0, 0]
-    if groups == x.shape[-1] == kernel.shape[-1]:
-        return _depthwise(x, kernel, stride, pads)
-    return _xla_conv(x, kernel, stride, pads, groups)
-
-
-def _pads(shape: tuple[int, ...], window: tuple[int, ...], stride: int, padding: Padding) -> Pads:
-    if padding == "SAME":
-        height, width = lax.padtype_to_pads(shape[1:3], window, (stride, stride), "SAME")
-        return tuple(height), tuple(width)  # pyright: ignore[reportReturnType]
-    if isinstance(padding, int):
-        return (padding, padding), (padding, padding)
-    return padding
-
-
-def _xla_conv(
-    x: jax.Array,
-    kernel: jax.Array,
-    stride: int,
-    pads: Pads,
-    groups: int,
-) -> jax.Array:
-    return lax.conv_general_dilated(
-        x,
-        kernel,
-        (stride, stride),
-        pads,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=groups,
-    )
-
-
-def _depthwise(x: jax.Array, kernel: jax.Array, stride: int, pads: Pads) -> jax.Array:
-    """A depthwise convolution; on a CPU as k * k shifted multiply-adds.
-
-    XLA's grouped convolution on a CPU takes ten times as long, and its gradients up to forty.
-    """
-
-    def shifted(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
-        rows, columns = kernel.shape[:2]
-        height = (x.shape[1] - rows) // stride + 1
-        width = (x.shape[2] - columns) // stride + 1
-        taps = (
-            x[:, i : i + stride * height : stride, j : j + stride * width : stride]
-            * kernel[i, j, 0]
-            for i in range(rows)
-            for j in range(columns)
-        )
-        return functools.reduce(jnp.add, taps)
-
-    grouped = partial(_xla_conv, stride=stride, pads=pads, groups=x.shape[-1])
-    return lax.platform_dependent(x, kernel, cpu=shifted, default=grouped)
-
-
-def max_pool(x: jax.Array, k: int, *, stride: int, padding: Padding = 0) -> jax.Array:
-    """Maximum over ``k`` x ``k`` windows; padding never wins."""
-    pads = _pads(x.shape, (k, k), stride, padding)
-    return lax.reduce_window(
-        x, -jnp.inf, lax.max, (1, k, k, 1), (1, stride, stride, 1), ((0, 0), *pads, (0, 0))
-    )
-
-
-def avg_pool(
-    x: jax.Array, k: int, *, stride: int, padding: Padding = 0, count_padding: bool = True
-) -> jax.Array:
-    """Mean over ``k`` x ``k`` windows.
-
-    Args:
-        x: ``[batch, height, width, channels]``.
-        k: side of the window.
-        stride: the same in both directions.
-        padding: see `Padding`.
-        count_padding: whether padded zeros count as values, as they do in torch's default;
-            TensorFlow's windows are smaller at the border instead.
-    """
-    pads = ((0, 0), *_pads(x.shape, (k, k), stride, padding), (0, 0))
-    sizes, strides = (1, k, k, 1), (1, stride, stride, 1)
-    total = lax.reduce_window(x, 0.0, lax.add, sizes, strides, pads)
-    if count_padding:
-        return total / (k * k)
-    ones = jnp.ones((1, *x.shape[1:3], 1), x.dtype)
-    return total / lax.reduce_window(ones, 0.0, lax.add, sizes, strides, pads)
-
-
-def adaptive_avg_pool(x: jax.Array, k: int) -> jax.Array:
-    """To ``k`` x ``k`` means, whatever the size, as torch cuts it: windows differ and may overlap.
-
-    Args:
-        x: ``[batch, height, width, channels]``.
-        k: side of the result.
-    """
-    for axis in (1, 2):
-        n = x.shape[axis]
-        windows = ((i * n // k, -(-(i + 1) * n // k)) for i in range(k))
-        x = jnp.stack([lax.slice_in_dim(x, *w, axis=axis).mean(axis) for w in windows], axis)
-    return x
 
 
 class Conv(nn.Module):
@@ -166,13 +39,7 @@ class Conv(nn.Module):
         if self.standardize:
             kernel -= kernel.mean((0, 1, 2))
             kernel *= lax.rsqrt(jnp.square(kernel).mean((0, 1, 2)) + 1e-8)
-        y = conv2d(
-            x,
-            kernel.astype(x.dtype),
-            stride=self.stride,
-            padding=self.padding,
-            groups=self.groups,
-        )
+        y = _convolve(self, x, kernel)
         if not self.use_bias:
             return y
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
@@ -182,6 +49,13 @@ class Conv(nn.Module):
 def _kernel(module: nn.Module, size: Kernel, inputs: int, features: int) -> jax.Array:
     height, width = (size, size) if isinstance(size, int) else size
     return module.param("kernel", nn.initializers.he_normal(), (height, width, inputs, features))
+
+
+def _convolve(module: "Conv | ConvNorm", x: jax.Array, kernel: jax.Array) -> jax.Array:
+    # What `init` computes on the way is never used: the path that is traced quickest will do.
+    convolve = plain_conv2d if module.is_initializing() else conv2d
+    kernel, stride, padding = kernel.astype(x.dtype), module.stride, module.padding
+    return convolve(x, kernel, stride=stride, padding=padding, groups=module.groups)
 
 
 class _Norm(NamedTuple):
@@ -257,15 +131,14 @@ class ConvNorm(nn.Module):
         norm = _norm(self, self.features, use_scale=self.use_scale)
         zero = nn.initializers.zeros
         before = self.param("conv_bias", zero, (self.features,)) if self.use_bias else None
-        conv = partial(conv2d, stride=self.stride, padding=self.padding, groups=self.groups)
 
         if train is False:
             factor, shift = norm.affine(self.epsilon)
             if before is not None:
                 shift += before * factor
-            return conv(x, (kernel * factor).astype(x.dtype)) + shift.astype(x.dtype)
+            return _convolve(self, x, kernel * factor) + shift.astype(x.dtype)
 
-        y = conv(x, kernel.astype(x.dtype))
+        y = _convolve(self, x, kernel)
         if before is not None:
             y += before.astype(y.dtype)
         move = not self.is_initializing()

@@ -13,14 +13,8 @@ from typing import NamedTuple
 from flax import linen as nn
 from jax import Array
 
-from tljax.models.layers import (
-    ConvNorm,
-    GlobalAveragePool,
-    LinearHead,
-    Train,
-    avg_pool,
-    max_pool,
-)
+from tljax.models.convolution import avg_pool, max_pool
+from tljax.models.layers import ConvNorm, GlobalAveragePool, LinearHead, Train
 from tljax.models.model import Model, Stage
 from tljax.types import CAFFE, Preprocess
 

@@ -9,15 +9,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from tljax.models.layers import (
-    BatchNorm,
-    Conv,
-    ConvNorm,
-    GlobalAveragePool,
-    LinearHead,
-    Train,
-    max_pool,
-)
+from tljax.models.convolution import max_pool
+from tljax.models.layers import BatchNorm, Conv, ConvNorm, GlobalAveragePool, LinearHead, Train
 from tljax.models.model import Model, Stage
 from tljax.types import HALF
 

@@ -6,15 +6,8 @@ Geometry of torchvision's reference implementation, whose adaptive pooling takes
 from flax import linen as nn
 from jax import Array
 
-from tljax.models.layers import (
-    Conv,
-    ConvNorm,
-    Dense,
-    LinearHead,
-    Train,
-    adaptive_avg_pool,
-    max_pool,
-)
+from tljax.models.convolution import adaptive_avg_pool, max_pool
+from tljax.models.layers import Conv, ConvNorm, Dense, LinearHead, Train
 from tljax.models.model import Model, Stage
 from tljax.types import Preprocess
 

@@ -11,15 +11,8 @@ from typing import NamedTuple
 from flax import linen as nn
 from jax import Array
 
-from tljax.models.layers import (
-    Conv,
-    ConvNorm,
-    GlobalAveragePool,
-    LinearHead,
-    Padding,
-    Train,
-    max_pool,
-)
+from tljax.models.convolution import Padding, max_pool
+from tljax.models.layers import Conv, ConvNorm, GlobalAveragePool, LinearHead, Train
 from tljax.models.model import Model, Stage
 from tljax.types import Preprocess
 

@@ -1,0 +1,212 @@
+"""Convolution and pooling: one geometry and the fast paths of every backbone.
+
+Which path runs is decided by platform when a program is lowered: no backbone, step or attack knows.
+"""
+
+import functools
+import itertools
+from collections.abc import Iterator
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Pads = tuple[tuple[int, int], tuple[int, int]]
+
+Padding = int | Literal["SAME"] | Pads
+"""Zeros on each side, as torch pads; TensorFlow's SAME, which depends on the size and is not
+symmetric; or ``((top, bottom), (left, right))``."""
+
+Kernel = int | tuple[int, int]
+"""The side of a square kernel, or its height and width."""
+
+
+def conv2d(
+    x: jax.Array, kernel: jax.Array, *, stride: int = 1, padding: Padding = 0, groups: int = 1
+) -> jax.Array:
+    """Two-dimensional convolution (cross-correlation), by the path that is fast where it runs.
+
+    Args:
+        x: ``[batch, height, width, in]``.
+        kernel: ``[height, width, in // groups, out]``.
+        stride: the same in both directions.
+        padding: see `Padding`.
+        groups: 1, the number of channels (depthwise), or anything between.
+
+    Returns:
+        ``[batch, height', width', out]``.
+    """
+    window = kernel.shape[:2]
+    pads = _pads(x.shape, window, stride, padding)
+    if window == (1, 1) and groups == 1 and pads == ((0, 0), (0, 0)):
+        # A 1x1 convolution is a matrix product; XLA's CPU convolution does not know.
+        return x[:, ::stride, ::stride] @ kernel[0, 0]
+    plain = partial(plain_conv2d, stride=stride, padding=pads, groups=groups)
+    if groups == x.shape[-1] == kernel.shape[-1]:
+        shifted = partial(_depthwise, stride, pads)
+        return lax.platform_dependent(x, kernel, cpu=shifted, default=plain)
+    return plain(x, kernel)
+
+
+def plain_conv2d(
+    x: jax.Array, kernel: jax.Array, *, stride: int = 1, padding: Padding = 0, groups: int = 1
+) -> jax.Array:
+    """The same by XLA's own convolution, which is the fast path of GPUs and TPUs."""
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        (stride, stride),
+        _pads(x.shape, kernel.shape[:2], stride, padding),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
+    )
+
+
+def _pads(shape: tuple[int, ...], window: tuple[int, ...], stride: int, padding: Padding) -> Pads:
+    if padding == "SAME":
+        height, width = lax.padtype_to_pads(shape[1:3], window, (stride, stride), "SAME")
+        return tuple(height), tuple(width)  # pyright: ignore[reportReturnType]
+    if isinstance(padding, int):
+        return (padding, padding), (padding, padding)
+    return padding
+
+
+# --- depthwise convolution on a CPU -------------------------------------------------------------
+#
+# As k * k shifted multiply-adds. XLA's grouped convolution takes ten times as long there, and its
+# gradients up to forty.
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _depthwise(stride: int, pads: Pads, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    rows, columns = kernel.shape[:2]
+    taps = _taps(x, (rows, columns), stride, pads)
+    return functools.reduce(jnp.add, (tap * kernel[i, j, 0] for (i, j), tap in taps))
+
+
+def _taps(
+    x: jax.Array, window: tuple[int, int], stride: int, pads: Pads
+) -> Iterator[tuple[tuple[int, int], jax.Array]]:
+    """What each position of the window sees: ``[batch, height', width', channels]``."""
+    x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+    height, width = ((n - k) // stride for n, k in zip(x.shape[1:3], window, strict=True))
+    for i, j in itertools.product(*map(range, window)):
+        rows = slice(i, i + stride * height + 1, stride)
+        yield (i, j), x[:, rows, j : j + stride * width + 1 : stride]
+
+
+def _depthwise_forward(
+    stride: int, pads: Pads, x: jax.Array, kernel: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _depthwise(stride, pads, x, kernel), (x, kernel)
+
+
+def _depthwise_backward(
+    stride: int, pads: Pads, saved: tuple[jax.Array, jax.Array], dy: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x, kernel = saved
+    return (
+        _input_gradient(stride, pads, kernel, dy, x.shape[1:3]),
+        _kernel_gradient(stride, pads, x, dy, kernel),
+    )
+
+
+_depthwise.defvjp(_depthwise_forward, _depthwise_backward)
+
+
+def _input_gradient(
+    stride: int, pads: Pads, kernel: jax.Array, dy: jax.Array, size: tuple[int, ...]
+) -> jax.Array:
+    """Depthwise convolutions of ``dy``, one for each phase of the stride, interleaved."""
+    height, width = size
+    (top, bottom), (left, right) = pads
+    rows = -(-(height + top + bottom) // stride)
+    columns = -(-(width + left + right) // stride)
+
+    def phase(i: int, j: int) -> jax.Array:
+        """The gradient of every ``stride``-th padded row and column from ``(i, j)`` on."""
+        taps = kernel[i::stride, j::stride][::-1, ::-1]
+        if not taps.size:  # of a kernel that is smaller than the stride
+            return jnp.zeros((len(dy), rows, columns, dy.shape[-1]), dy.dtype)
+        high, wide = taps.shape[0] - 1, taps.shape[1] - 1
+        ends = rows - dy.shape[1], columns - dy.shape[2]
+        padded = ((high, ends[0]), (wide, ends[1]))
+        return _depthwise(1, padded, dy, taps)
+
+    phases = [[phase(i, j) for j in range(stride)] for i in range(stride)]
+    whole = jnp.stack([jnp.stack(row, 3) for row in phases], 2)
+    whole = whole.reshape(len(dy), rows * stride, columns * stride, -1)
+    return whole[:, top : top + height, left : left + width]
+
+
+def _kernel_gradient(
+    stride: int, pads: Pads, x: jax.Array, dy: jax.Array, kernel: jax.Array
+) -> jax.Array:
+    """For each tap a sum over all positions, one after the other: a loop compiles quickly."""
+    rows, columns, _, channels = kernel.shape
+    exact = jnp.promote_types(x.dtype, jnp.float32)
+    x, dy = jnp.pad(x, ((0, 0), *pads, (0, 0))).astype(exact), dy.astype(exact)
+    height, width = (stride * (side - 1) + 1 for side in dy.shape[1:3])
+
+    def tap(position: jax.Array) -> jax.Array:
+        start = (0, position // columns, position % columns, 0)
+        seen = lax.dynamic_slice(x, start, (len(x), height, width, channels))
+        # XLA's CPU sum over leading axes goes through memory channel by channel, so most of it is
+        # done by adding whole images.
+        parts = jnp.split(seen[:, ::stride, ::stride] * dy, _divisor(len(x)))
+        return functools.reduce(jnp.add, parts).sum((0, 1, 2))
+
+    return lax.map(tap, jnp.arange(rows * columns)).reshape(kernel.shape).astype(kernel.dtype)
+
+
+def _divisor(n: int, most: int = 8) -> int:
+    return max(d for d in range(1, most + 1) if n % d == 0)
+
+
+# --- pooling ------------------------------------------------------------------------------------
+
+
+def max_pool(x: jax.Array, k: int, *, stride: int, padding: Padding = 0) -> jax.Array:
+    """Maximum over ``k`` x ``k`` windows; padding never wins."""
+    pads = _pads(x.shape, (k, k), stride, padding)
+    return lax.reduce_window(
+        x, -jnp.inf, lax.max, (1, k, k, 1), (1, stride, stride, 1), ((0, 0), *pads, (0, 0))
+    )
+
+
+def avg_pool(
+    x: jax.Array, k: int, *, stride: int, padding: Padding = 0, count_padding: bool = True
+) -> jax.Array:
+    """Mean over ``k`` x ``k`` windows.
+
+    Args:
+        x: ``[batch, height, width, channels]``.
+        k: side of the window.
+        stride: the same in both directions.
+        padding: see `Padding`.
+        count_padding: whether padded zeros count as values, as they do in torch's default;
+            TensorFlow's windows are smaller at the border instead.
+    """
+    pads = ((0, 0), *_pads(x.shape, (k, k), stride, padding), (0, 0))
+    sizes, strides = (1, k, k, 1), (1, stride, stride, 1)
+    total = lax.reduce_window(x, 0.0, lax.add, sizes, strides, pads)
+    if count_padding:
+        return total / (k * k)
+    ones = jnp.ones((1, *x.shape[1:3], 1), x.dtype)
+    return total / lax.reduce_window(ones, 0.0, lax.add, sizes, strides, pads)
+
+
+def adaptive_avg_pool(x: jax.Array, k: int) -> jax.Array:
+    """To ``k`` x ``k`` means, whatever the size, as torch cuts it: windows differ and may overlap.
+
+    Args:
+        x: ``[batch, height, width, channels]``.
+        k: side of the result.
+    """
+    for axis in (1, 2):
+        n = x.shape[axis]
+        windows = ((i * n // k, -(-(i + 1) * n // k)) for i in range(k))
+        x = jnp.stack([lax.slice_in_dim(x, *w, axis=axis).mean(axis) for w in windows], axis)
+    return x
