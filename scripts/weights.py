@@ -44,11 +44,11 @@ class Export(cli.Output):
     weights: Annotated[str, tyro.conf.Positional]
     """A catalog name, hub id, file, saved folder or run directory."""
     path: Annotated[Path, tyro.conf.Positional]
-    """The file to write, .safetensors, .pth, .weights.h5, .h5 or .onnx; for huggingface and stablehlo
-    a folder."""
+    """The file to write, .safetensors, .pth, .weights.h5, .h5 or .onnx; for huggingface and
+    stablehlo a folder."""
     layout: str = "torchvision"
-    """Whose keys to use: torchvision, timm, huggingface, keras, efficientnet_pytorch or tljax; or onnx,
-    or stablehlo: a compiled-ready network that runs with JAX alone."""
+    """Whose keys to use: torchvision, timm, huggingface, keras, efficientnet_pytorch or tljax; or
+    onnx, or stablehlo: a compiled-ready network that runs with JAX alone."""
 
 
 def run(command: List | Verify | Import | Export) -> dict[str, Any]:
