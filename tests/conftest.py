@@ -4,12 +4,18 @@ import lzma
 import os
 from pathlib import Path
 
-import jax
 import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
 
 os.environ["KERAS_BACKEND"] = "jax"  # it is read when keras is imported
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
+# What one test or script has compiled no other compiles again. It is read when JAX is imported.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "compiled"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+
+import jax  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -52,6 +52,7 @@ def test_l2_sp_adds_the_gradient_of_its_penalty():
     np.testing.assert_array_equal(state["w"], start["w"])
 
 
+@pytest.mark.slow
 def test_l2_sp_trains(colours: str):
     assert load("l2_sp").main(colours, image_size=32, epochs=1, strengths=(0.1,)) == {0.1: 1.0}
 

@@ -15,11 +15,12 @@ from tljax.pretrained.layouts import LAYOUTS
 from tljax.types import Variables
 
 TOLERANCE = 1e-4
-NAMES = [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in MODELS]
-PAIRS = [
-    pytest.param(name, layout, marks=[] if name in FAST else pytest.mark.slow)
-    for name, layout in REFERENCES
+PAIRS = [pytest.param(*pair, marks=[] if pair in FAST else pytest.mark.slow) for pair in REFERENCES]
+NAMES = [
+    pytest.param(name, marks=[] if name == "keras_mobilenetv1_025" else pytest.mark.slow)
+    for name in MODELS
 ]
+IMAGES = random_images(2, 97, 80)  # Inception needs 75
 
 
 def test_every_model_and_layout_has_a_reference() -> None:
@@ -62,21 +63,21 @@ def test_every_stage_agrees_and_export_is_the_inverse(
 @pytest.mark.parametrize("name", NAMES)
 def test_any_cut_gives_the_whole(name: str) -> None:
     model = build_model(name, 7)
-    variables, images = random_variables(model), random_images(2, 65, 48)
+    variables, images = random_variables(model), IMAGES
     whole = apply(model, variables, images, capture=model.stage_names)
     x = jax.numpy.asarray(images)
     for stage, following in zip(model.stage_names, (*model.stage_names[1:], None), strict=True):
         start = None if stage == model.stage_names[0] else stage
         x = apply(model, variables, x, start=start, stop=following).value
-        np.testing.assert_array_equal(x, whole.captured[stage])
-    np.testing.assert_array_equal(x, whole.logits)
+        assert difference(x, whole.captured[stage]) <= 1e-6, stage
+    assert difference(x, whole.logits) <= 1e-6
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_are_finite(name: str) -> None:
     """In training mode, of every parameter; every stage that has parameters gets some."""
     model = build_model(name, 7)
-    variables, images = random_variables(model), random_images(2, 65, 48)
+    variables, images = random_variables(model), IMAGES
     weights = np.random.default_rng(0).standard_normal((2, 7)).astype(np.float32)
 
     @jax.jit

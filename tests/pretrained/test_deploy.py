@@ -41,7 +41,12 @@ def call(folder: Path, pixels: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("name", "batches"), [("tiny", (1, 3)), ("resnet18", (2,)), ("efficientnet_lite0", (2,))]
+    ("name", "batches"),
+    [
+        ("tiny", (1, 3)),
+        ("resnet18", (2,)),
+        pytest.param("efficientnet_lite0", (2,), marks=pytest.mark.slow),
+    ],
 )
 def test_stablehlo_returns_the_same_logits(tmp_path: Path, name: str, batches: tuple[int, ...]):
     network = pretrained() if name == "tiny" else random_pretrained(name).with_size(64)

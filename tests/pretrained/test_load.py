@@ -53,13 +53,15 @@ def resnet18() -> Pretrained:
     return random_pretrained("resnet18")
 
 
+QUICK = {("resnet18", "tljax"), *FAST}
+
 # --- out and in again ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("name", "layout"),
     [
-        pytest.param(name, layout, marks=[] if name in FAST else pytest.mark.slow)
+        pytest.param(name, layout, marks=[] if (name, layout) in QUICK else pytest.mark.slow)
         for name in LAYOUTS
         for layout in (*LAYOUTS[name], "tljax")
     ],
@@ -80,7 +82,14 @@ def test_export_and_load_is_the_identity(name: str, layout: str, scratch: Path) 
 
 @pytest.mark.parametrize(
     "name",
-    ["resnet18", "resnet50", "resnetv2_50x1_bit", "tf_mobilenetv1_025", "tf_mobilenetv2_035"],
+    [
+        "resnet18",
+        "tf_mobilenetv1_025",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("resnet50", "resnetv2_50x1_bit", "tf_mobilenetv2_035")
+        ),
+    ],
 )
 def test_transformers_reads_what_is_exported(name: str, scratch: Path) -> None:
     model, variables, card = pretrained = random_pretrained(name)

@@ -2,11 +2,13 @@
 
 import functools
 import re
+from collections.abc import Iterable
 from itertools import product
 
 import numpy as np
 import pytest
 from networks import random_variables
+from references import FAST
 
 from tljax.errors import RequestError
 from tljax.models import MODELS, abstract_variables, build_model
@@ -37,6 +39,8 @@ def arrays() -> Arrays:
 
 
 # Networks with the same tensors: a file alone is taken for the second, if that has such a layout.
+FEW = ("resnet18", "resnet34", "resnet50", "vgg11", "efficientnet_lite0", "keras_mobilenetv1_025")
+
 TWINS = {
     f"tf_mobilenetv3_{network}": f"mobilenetv3_{network}"
     for network in ("large_075", "large_100", "small_075", "small_100")
@@ -49,7 +53,12 @@ def taken_for(name: str, layout: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("name", "layout"), [(name, layout) for name in LAYOUTS for layout in LAYOUTS[name]]
+    ("name", "layout"),
+    [
+        pytest.param(name, layout, marks=[] if (name, layout) in FAST else pytest.mark.slow)
+        for name in LAYOUTS
+        for layout in LAYOUTS[name]
+    ],
 )
 def test_every_table_is_a_bijection_and_known_by_its_keys(name: str, layout: str) -> None:
     rules = layout_rules(name, layout)
@@ -102,9 +111,19 @@ def test_a_table_must_cover_the_network(arrays: Arrays) -> None:
         compare(rules, arrays, abstract_variables(build_model("resnet18", 7)))
 
 
-@pytest.mark.parametrize("held", MODELS)
+@pytest.mark.parametrize("held", FEW)
 def test_wrong_model_names_the_right_one(held: str) -> None:
-    others = [name for name in MODELS if TWINS.get(name, name) != TWINS.get(held, held)]
+    assert_right_one_is_named(held, FEW)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("held", MODELS)
+def test_any_wrong_model_names_the_right_one(held: str) -> None:
+    assert_right_one_is_named(held, MODELS)
+
+
+def assert_right_one_is_named(held: str, models: Iterable[str]) -> None:
+    others = [name for name in models if TWINS.get(name, name) != TWINS.get(held, held)]
     for layout, wanted in product(LAYOUTS[held], others):
         right = taken_for(held, layout)
         with pytest.raises(RequestError, match=f"not fit {wanted} .*: it looks like {right}[ .]"):

@@ -12,8 +12,6 @@ from transformers.models.bit.modeling_bit import BitPreActivationBottleneckLayer
 
 from references.contract import Build, Reference
 
-FAST = ("resnetv2_50x1_bit",)
-
 VARIANTS = {
     "resnetv2_50x1_bit": ((3, 4, 6, 3), 1),
     "resnetv2_50x3_bit": ((3, 4, 6, 3), 3),

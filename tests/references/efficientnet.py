@@ -10,8 +10,6 @@ from networks import LITE, TorchLite, from_torch, timm_state, to_torch
 
 from references.contract import Build, Reference
 
-FAST = ("efficientnet_lite0",)
-
 
 def _stages(network: TorchLite, pixels: np.ndarray) -> dict[str, np.ndarray]:
     return {name: from_torch(value) for name, value in network.stages(to_torch(pixels)).items()}

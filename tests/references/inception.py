@@ -10,8 +10,6 @@ from torch.nn import functional
 
 from references.contract import Build, Reference
 
-FAST = ("inception_v3",)
-
 A = """
     branch1x1 x 64 1x1
     branch5x5_1 x 48 1x1

@@ -11,8 +11,6 @@ import numpy as np
 from references.contract import Build, Reference
 from tljax.models import inception, mobilenet, resnet, resnetv2, xception
 
-FAST = ("keras_resnet50", "keras_mobilenetv1_025")
-
 
 class Application(NamedTuple):
     """A network of keras.applications.

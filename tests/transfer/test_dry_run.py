@@ -13,6 +13,8 @@ from tljax.transfer.dry_run import dry_run
 from tljax.transfer.features import feature_bytes
 from tljax.transfer.inputs import cache_bytes
 
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
+
 # Kernel, scale and bias: 3 x 3 x 3 x 8 + 8 + 8, 3 x 3 x 8 x 12 + 12 + 12, and a head of 12 x 3 + 3.
 STEM, LAYER1, HEAD = 232, 888, 39
 

@@ -20,6 +20,8 @@ from tljax.transfer.fit import fit
 from tljax.transfer.recipes import default_freeze_to
 from tljax.trees import flatten
 
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
+
 LOADING = Loading(batch_size=4)
 
 

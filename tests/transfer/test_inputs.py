@@ -12,6 +12,8 @@ import tljax.transfer.features as features_module
 from tljax.errors import RequestError
 from tljax.transfer.features import compute_features
 
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
+
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):

@@ -12,6 +12,8 @@ from tljax.transfer.freeze import freeze_table, label
 from tljax.transfer.recipes import make_plan
 from tljax.trees import flatten
 
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
+
 PARAMS = abstract_variables(MODEL)["params"]
 
 

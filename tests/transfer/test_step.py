@@ -26,6 +26,8 @@ from tljax.transfer.step import StepConfig, init_state, make_train_step
 from tljax.trees import flatten, unflatten
 from tljax.types import Batch, Preprocess
 
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
+
 
 @pytest.fixture
 def variables(tiny):
@@ -244,6 +246,7 @@ DEEP = Model(
 )
 
 
+@pytest.mark.slow
 def test_the_step_costs_a_forward_and_the_backward_of_the_suffix():
     """Clipping reads every gradient: what trains alone may have one."""
     frozen_to = "layer1"
