@@ -1,15 +1,15 @@
 """Every network, from every format that it has, against its reference implementation."""
 
-from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from networks import assert_same_variables, difference, random_images, random_variables
+from parity import stage_differences
 from references import FAST, REFERENCES
 
-from tljax.models import MODELS, apply, build_model, normalize
+from tljax.models import MODELS, apply, build_model
 from tljax.pretrained import export, load_pretrained
 from tljax.pretrained.layouts import LAYOUTS
 from tljax.types import Variables
@@ -42,22 +42,15 @@ def test_every_stage_agrees_and_export_is_the_inverse(
 ) -> None:
     reference = REFERENCES[name, layout](tmp_path / "theirs")
     pretrained = load_pretrained(reference.weights, model=name)
-    model, variables, card = pretrained
-    assert (model.name, card.layout) == (name, layout)
-    run = jax.jit(partial(apply, model, capture=model.stage_names))
-    for size in reference.sizes:
-        images = random_images(2, *size)
-        captured = run(variables, images).captured
-        theirs = reference.stages(np.asarray(normalize(images, model.preprocess)))
-        assert tuple(theirs) == model.stage_names
-        differences = {stage: difference(captured[stage], theirs[stage]) for stage in theirs}
-        assert max(differences.values()) <= TOLERANCE, differences
+    assert (pretrained.model.name, pretrained.card.layout) == (name, layout)
+    differences = stage_differences(pretrained, reference)
+    assert max(differences.values()) <= TOLERANCE, differences
 
     path = tmp_path / "ours" / reference.weights.name
     export(path, pretrained, layout)
     again = load_pretrained(path, model=name)
     assert again.card.layout == layout
-    assert_same_variables(again.variables, variables)
+    assert_same_variables(again.variables, pretrained.variables)
 
 
 @pytest.mark.parametrize("name", NAMES)

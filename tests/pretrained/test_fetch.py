@@ -15,6 +15,7 @@ from networks import assert_same_variables, random_images, random_pretrained
 from tljax.errors import RequestError
 from tljax.models import apply
 from tljax.pretrained import CATALOG, Pretrained, export, imagenet_classes, load_pretrained
+from tljax.pretrained.catalog import catalog_name
 from tljax.pretrained.fetch import fetch
 from tljax.pretrained.formats import sha256
 from tljax.types import Preprocess
@@ -155,3 +156,36 @@ def test_no_network_is_one_line(server: Server, monkeypatch: pytest.MonkeyPatch)
     change_entry(monkeypatch, "resnet18.a1_in1k", source="http://127.0.0.1:9/net.pth")
     with pytest.raises(RequestError, match=r"could not fetch .* fetch it on another machine"):
         load_pretrained("resnet18.a1_in1k")
+
+
+def test_any_address_will_do(server: Server, resnet18: Pretrained, tmp_path: Path) -> None:
+    url = f"{server.url}?download=true"
+    for _ in range(2):
+        model, variables, card = load_pretrained(url)
+        assert (model.name, card.source) == ("resnet18", url)
+        assert_same_variables(variables, resnet18.variables)
+    assert server.requests == 1
+    with pytest.raises(RequestError, match=r"holds|not fit resnet50"):
+        load_pretrained(url, model="resnet50")
+    promised = hashlib.sha256(server.data).hexdigest()[:8]
+    base = server.url.removesuffix("net.pth")
+    assert load_pretrained(f"{base}net-{promised}.pth").model.name == "resnet18"
+    with pytest.raises(RequestError, match=r"net-0badf00d.pth is not the file that its name"):
+        load_pretrained(f"{base}net-0badf00d.pth")
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("KERAS:vgg16", "keras:VGG16"),
+        ("torchvision:vgg16", "vgg16.tv_in1k"),
+        ("torchvision:ResNet50.IMAGENET1K_V2", "resnet50.tv2_in1k"),
+        ("torchvision:mobilenet_v3_large.v2", "tv_mobilenetv3_large_100.tv2_in1k"),
+        ("torchvision:vgg16.v2", None),
+        ("torchvision:vgg16.v9", None),
+        ("torchvision:", None),
+        ("resnet50", None),
+    ],
+)
+def test_names_of_other_projects(name: str, expected: str | None) -> None:
+    assert catalog_name(name) == expected

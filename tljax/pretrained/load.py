@@ -15,7 +15,7 @@ from tljax.errors import RequestError
 from tljax.models import MODELS, Model, abstract_variables, build_model, replace_head
 from tljax.pretrained.catalog import CATALOG, Entry, catalog_name, default_classes
 from tljax.pretrained.configs import read_architecture, read_configs, write_configs
-from tljax.pretrained.fetch import fetch, fetch_hub
+from tljax.pretrained.fetch import fetch, fetch_hub, fetch_url
 from tljax.pretrained.formats import (
     Tensors,
     read_tensors,
@@ -87,9 +87,10 @@ def load_pretrained(weights: str | Path, *, model: str | None = None) -> Pretrai
     """Finds, reads and ports pretrained weights; format, architecture and depth are found out.
 
     Args:
-        weights: a name of `CATALOG` (``resnet50.tv_in1k``, ``keras:VGG16``); a Hugging Face hub id
-            (``microsoft/resnet-50``, ``timm/resnet50.tv_in1k``); a file (safetensors, ``.pth``,
-            ``.h5``, ``.keras``; also xz-compressed); a folder written by ``save_pretrained``; a run
+        weights: a name of `CATALOG` (``resnet50.tv_in1k``, ``keras:VGG16``,
+            ``torchvision:resnet50``); a Hugging Face hub id (``microsoft/resnet-50``,
+            ``timm/resnet50.tv_in1k``); a file or its URL (safetensors, ``.pth``, ``.h5``,
+            ``.keras``; also xz-compressed); a folder written by ``save_pretrained``; a run
             directory of ``scripts/train.py``.
         model: the architecture that the weights must be; by default any.
 
@@ -105,6 +106,8 @@ def load_pretrained(weights: str | Path, *, model: str | None = None) -> Pretrai
     name = str(weights)
     if known := catalog_name(name):
         return _load_catalog(known, CATALOG[known], model)
+    if name.startswith(("https://", "http://")):
+        return _load_file(fetch_url(name), name, model)
     path = Path(weights)
     if path.is_dir():
         return _load_folder(path, name, model)

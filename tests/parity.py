@@ -1,0 +1,68 @@
+"""The parity table: every network, from every format, against its reference implementation.
+
+python tests/parity.py [NAME ...] > benchmarks/results/parity.json
+"""
+
+import json
+import os
+import sys
+import tempfile
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+os.environ["KERAS_BACKEND"] = "jax"  # it is read when keras is imported
+
+import jax
+import numpy as np
+from networks import difference, random_images
+from references import REFERENCES, Reference
+
+from tljax.models import apply, normalize
+from tljax.pretrained import Pretrained, load_pretrained
+from tljax.transfer.rundir import environment
+
+
+def stage_differences(pretrained: Pretrained, reference: Reference) -> dict[str, float]:
+    """The largest difference of every stage's output, over its scale, at all sizes."""
+    model, variables, _ = pretrained
+    run = jax.jit(partial(apply, model, capture=model.stage_names))
+    worst = dict.fromkeys(model.stage_names, 0.0)
+    for size in reference.sizes:
+        images = random_images(2, *size)
+        captured = run(variables, images).captured
+        theirs = reference.stages(np.asarray(normalize(images, model.preprocess)))
+        assert tuple(theirs) == model.stage_names
+        for stage, value in theirs.items():
+            worst[stage] = max(worst[stage], difference(captured[stage], value))
+    return worst
+
+
+def main(names: list[str]) -> None:
+    """Prints one JSON object, and a line for each pair on stderr."""
+    rows: list[dict[str, Any]] = []
+    for (name, layout), build in REFERENCES.items():
+        if names and name not in names:
+            continue
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            reference = build(Path(folder) / "theirs")
+            pretrained = load_pretrained(reference.weights, model=name)
+            stages = stage_differences(pretrained, reference)
+        worst = max(stages.values())
+        rows.append(
+            {
+                "model": name,
+                "layout": layout,
+                "sizes": reference.sizes,
+                "largest": worst,
+                "stages": {stage: float(f"{value:.1e}") for stage, value in stages.items()},
+            }
+        )
+        print(f"{name:28}{layout:22}{worst:.1e}", file=sys.stderr, flush=True)
+    print(json.dumps({"environment": environment(), "pairs": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
