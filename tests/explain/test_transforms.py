@@ -52,6 +52,7 @@ def centre_of(image):
     return (np.indices(weight.shape) * weight).sum((1, 2)) / weight.sum()
 
 
+@pytest.mark.slow
 def test_movements_fill_their_range_and_stay_in_it():
     keys = jax.random.split(jax.random.key(0), 200)
     middle = np.array([20, 20])

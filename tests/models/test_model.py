@@ -264,6 +264,7 @@ def test_gradients_in_training_mode_are_torchs() -> None:
         assert difference(ours[path], theirs) <= 1e-3, path
 
 
+@pytest.mark.slow
 def test_gradients_of_a_frozen_network_are_torchs() -> None:
     """With respect to the image, on running statistics: what an attack follows."""
     network, model, variables = reference(set())

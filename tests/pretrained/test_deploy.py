@@ -44,7 +44,7 @@ def call(folder: Path, pixels: np.ndarray) -> np.ndarray:
     ("name", "batches"),
     [
         ("tiny", (1, 3)),
-        ("resnet18", (2,)),
+        pytest.param("resnet18", (2,), marks=pytest.mark.slow),
         pytest.param("efficientnet_lite0", (2,), marks=pytest.mark.slow),
     ],
 )
@@ -129,6 +129,7 @@ def test_the_description_is_complete(tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", ["resnet18", "efficientnet_lite0"])
+@pytest.mark.slow
 def test_the_rewritten_network_is_the_same_function(name: str):
     network = random_pretrained(name).with_size(64)
     function = deploy_module._logits(network)

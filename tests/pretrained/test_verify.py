@@ -38,6 +38,7 @@ def with_swapped_statistics(pretrained: Pretrained) -> Pretrained:
     return pretrained._replace(variables=variables)
 
 
+@pytest.mark.slow
 def test_the_same_network_in_another_file_passes(folder: Path, tmp_path: Path) -> None:
     save(tmp_path / "native.safetensors", load_pretrained(folder))
     assert wrong_layers(load_pretrained(tmp_path / "native.safetensors"), folder) == []

@@ -110,6 +110,7 @@ def test_what_is_painted_is_in_the_ball_and_still_fools(network, attacked, tmp_p
     np.testing.assert_array_equal(np.asarray(Image.open(paths[3])), saved[0])
 
 
+@pytest.mark.slow
 def test_towards_a_class(network, attacked):
     victims, _, _ = attacked
     chosen = attacks.choose_attacks(["pgd"], num_steps=3, target=1)

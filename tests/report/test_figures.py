@@ -14,8 +14,9 @@ from matplotlib.figure import Figure
 
 from tljax.errors import RequestError
 from tljax.report import confusion_matrix, curves, image_grid, reliability_diagram, sweep_curve
-from tljax.report.figures import BLUE, robustness_curve
+from tljax.report.figures import BLUE, accuracy_and_speed, robustness_curve
 from tljax.transfer.calibration import Calibration, calibration_bins
+from tljax.transfer.compare import Candidate
 
 RED, GREEN, NAVY = (255, 0, 0), (0, 255, 0), (0, 0, 128)
 FILL, WHITE = (242, 242, 242), (255, 255, 255)
@@ -290,3 +291,15 @@ def test_robustness_begins_at_the_clean_accuracy():
     assert has_colour(render(figure), BLUE)
     at_zero = robustness_curve([0, 2], 0.9, {"fgsm": [(0.9, 0), (0.2, 0.05)]})
     assert len(at_zero.axes[0].containers[0].lines[0].get_xdata()) == 2
+
+
+def test_accuracy_and_speed_joins_those_that_nothing_beats() -> None:
+    def one(name: str, top1: float, speed: float) -> Candidate:
+        return Candidate(name, name, top1, 0.02, speed, 5_000_000, 512, 224)
+
+    found = [one("good", 0.9, 10), one("$slow_", 0.7, 5), one("fast", 0.8, 100)]
+    figure = accuracy_and_speed(found)
+    axes = figure.axes[0]
+    assert axes.lines[0].get_xydata().tolist() == [[10, 0.9], [100, 0.8]]
+    assert [text.get_text() for text in axes.texts] == ["good", "$slow_", "fast"]
+    assert has_colour(render(figure), BLUE)

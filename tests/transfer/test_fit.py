@@ -62,6 +62,7 @@ def test_a_cached_prefix_changes_nothing(indices, feature_cache):
     assert found["none"][0][-1][0] < 0.9 * found["none"][0][0][0]
 
 
+@pytest.mark.slow
 def test_cached_views_are_the_first_epochs_of_fresh_draws():
     fresh = train(config(freeze_to="stem", augment=True, epochs=3))
     cached = train(config(freeze_to="stem", augment=True, epochs=3, cache_views=3))
@@ -207,6 +208,7 @@ def test_patience_stops_and_the_best_is_kept(measured, monkeypatch):
     assert not np.array_equal(heads[2], heads[3])
 
 
+@pytest.mark.slow
 def test_the_average_is_what_is_measured_and_accumulation_changes_nothing():
     plain, averaged, parts = (
         train(what) for what in (config(), config(average=0.999), config(accumulate=2))

@@ -134,6 +134,7 @@ def test_objective_equals_sklearn_lbfgs_at_all_l2_values(problem):
     assert_optimal(problem, L2_VALUES, "lbfgs")
 
 
+@pytest.mark.slow
 def test_solution_does_not_depend_on_the_path_to_it():
     features, labels = correlated()
     alone = fit_logistic(features, labels, [L2_VALUES[16]], num_classes=CLASSES, tolerance=1e-7)

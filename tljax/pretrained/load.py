@@ -185,7 +185,7 @@ def _load_native(path: Path, tensors: Tensors, model: str | None) -> Pretrained:
         # The first files had neither of these.
         dtype = np.dtype(header.get("dtype", "float32")).name
         dropout = float(header.get("dropout", 0))
-        after = header.get("head_after")
+        after = None if header.get("head_after") is None else str(header["head_after"])
     except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
         raise RequestError(
             f"{path}: its tljax header is damaged ({error!r:.80}); write or fetch the file again"

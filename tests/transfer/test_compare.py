@@ -1,0 +1,42 @@
+"""Which backbone: every candidate is measured as the other tools would measure it."""
+
+import numpy as np
+import pytest
+from engine import LOADING, splits
+from tiny import MODEL, random_variables
+
+from tljax.pretrained import Card, Pretrained
+from tljax.transfer.compare import Candidate, measure
+from tljax.transfer.features import compute_features
+from tljax.transfer.probe import fit_probe, predict_logits
+
+
+@pytest.fixture
+def network(tmp_path, monkeypatch):
+    monkeypatch.setenv("TLJAX_CACHE", str(tmp_path))
+    return Pretrained(MODEL, random_variables(), Card(("a", "b", "c"), "here", "MIT", "0", "timm"))
+
+
+def test_a_candidate_is_probed_and_timed(network):
+    data = splits(24)
+    found = measure("tiny", network, data, LOADING)
+    train, val = (
+        compute_features(MODEL, network.variables, part, LOADING) for part in (data.train, data.val)
+    )
+    probe = fit_probe(train.values, train.labels, num_classes=3)
+    right = np.asarray(predict_logits(probe, val.values)).argmax(1) == val.labels
+    top1 = right.mean()
+    parameters = sum(  # two convolutions with scale and bias; not the head
+        9 * inputs * outputs + 2 * outputs for inputs, outputs in ((3, 8), (8, 12))
+    )
+    assert found == Candidate(
+        "tiny",
+        "tiny",
+        pytest.approx(top1),
+        pytest.approx(np.sqrt(top1 * (1 - top1) / len(right))),
+        found.images_per_second,
+        parameters,
+        features=12,
+        size=16,
+    )
+    assert 0 < found.images_per_second < 1e7
