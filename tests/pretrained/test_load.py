@@ -223,7 +223,7 @@ def test_a_network_is_traced_once(
         ("efficientnet_lite0", "did you mean efficientnet_lite0.in1k?"),
         ("keras:VGG6", "known names: keras:VGG16, keras:VGG19, "),
         ("Keras:DenseNet121", "known names: keras:VGG16, keras:VGG19, "),
-        ("missing/net.pth", "known names: resnet18.tv_in1k, "),
+        ("missing/net.pth", "`scripts/weights.py list` prints the known names"),
     ],
 )
 def test_misspelt_weights_suggest_the_nearest(weights: str, hint: str) -> None:

@@ -115,11 +115,13 @@ def load_pretrained(weights: str | Path, *, model: str | None = None) -> Pretrai
         return _load_file(path, name, model)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and path.suffix not in (".safetensors", ".pth"):
         return _load_folder(fetch_hub(name), name, model)
-    keras = name.lower().startswith("keras:")  # few names, and much alike: all are listed
-    known = [key for key in CATALOG if key.startswith("keras:") == keras]
-    candidates = [] if keras else [*known, *(f"{m}.tv_in1k" for m in MODELS)]
-    near = get_close_matches(name, candidates, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]}?" if near else f"known names: {', '.join(known)}"
+    hint = "`scripts/weights.py list` prints the known names"
+    if name.lower().startswith("keras:"):  # few, and much alike
+        hint = f"known names: {', '.join(key for key in CATALOG if key.startswith('keras:'))}"
+    elif near := get_close_matches(
+        name, [*CATALOG, *(f"{m}.tv_in1k" for m in MODELS)], n=1, cutoff=0.5
+    ):
+        hint = f"did you mean {near[0]}?"
     raise RequestError(f"no weights are called '{name}' and no such file exists; {hint}")
 
 

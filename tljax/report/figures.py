@@ -350,6 +350,8 @@ def accuracy_and_speed(candidates: Sequence[Candidate]) -> "matplotlib.figure.Fi
             parse_math=False,  # pyright: ignore[reportArgumentType]
         )
     axes.set_xscale("log")
+    for format_axis in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+        format_axis(lambda value, _: f"{value:g}")
     axes.set_xlabel("images/s of the features")
     axes.set_ylabel("accuracy of a linear probe", fontsize=10, color=INK)
     axes.margins(x=0.15, y=0.15)
