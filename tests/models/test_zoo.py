@@ -15,7 +15,18 @@ from tljax.pretrained.layouts import LAYOUTS
 from tljax.types import Variables
 
 TOLERANCE = 1e-4
-PAIRS = [pytest.param(*pair, marks=[] if pair in FAST else pytest.mark.slow) for pair in REFERENCES]
+# The quick ones at the odd size alone, which is the one that shows a wrong padding.
+PAIRS = [
+    *(
+        pytest.param(*pair, slice(-1, None), id="-".join(pair))
+        for pair in REFERENCES
+        if pair in FAST
+    ),
+    *(
+        pytest.param(*pair, slice(None), id="-".join((*pair, "all")), marks=pytest.mark.slow)
+        for pair in REFERENCES
+    ),
+]
 NAMES = [
     pytest.param(name, marks=[] if name == "resnet18" else pytest.mark.slow) for name in MODELS
 ]
