@@ -12,15 +12,13 @@ import time
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import jax
 import tyro
 
-from tljax.attack import apgd, ensemble, evaluate, fgsm, pgd
+from tljax.attack import apgd, auto_attack, fgsm, pgd
 from tljax.config import Loading
 from tljax.data.sources import open_folder
-from tljax.parallel import data_mesh
 from tljax.pretrained import load_pretrained
 from tljax.pretrained.catalog import imagenet_wordnet_ids
 from tljax.report import attacks
@@ -70,38 +68,19 @@ def main() -> None:
         is_foolbox = config.data == "foolbox"
         source = open_folder(str(foolbox_folder(Path(folder))) if is_foolbox else config.data)
         victims = attacks.read_victims(network, source, config.loading, count=config.count)
-    run = partial(
-        evaluate,
-        attacks.logits_fn(network),
-        (victims.images, victims.labels),
-        jax.random.key(0),
-        epsilons=[epsilon / 255 for epsilon in config.epsilons],
-        nested=True,
-        batch_size=config.loading.batch_size,
-        mesh=data_mesh(config.loading.devices),
-    )
-    alone = {
+    chosen = {
         "fgsm": fgsm,
         "pgd-20": partial(pgd, num_steps=20),
         f"apgd-ce-{config.steps}": partial(apgd, num_steps=config.steps, stop_early=True),
+        "autoattack": partial(auto_attack, num_steps=config.steps, num_queries=config.queries),
     }
-    parts = ensemble(network.model.num_classes, num_steps=config.steps, num_queries=config.queries)
-    seconds: dict[str, float] = {}
-    outcomes: dict[str, Any] = {}
-    for name, attack in alone.items():
-        began = time.perf_counter()
-        found = run(attacks={name: attack})
-        seconds[name] = round(time.perf_counter() - began, 1)
-        outcomes |= found.outcomes
-        print(attacks.table(found), file=sys.stderr, flush=True)
+    radii = [epsilon / 255 for epsilon in config.epsilons]
     began = time.perf_counter()
-    found = run(attacks=parts, survivors_only=True)
-    seconds["ensemble"] = round(time.perf_counter() - began, 1)
-    outcomes["ensemble"] = list(found.outcomes.values())[-1]
-    found = found._replace(outcomes=outcomes)
+    found = attacks.attack(network, victims, chosen, radii, config.loading, nested=True)
+    seconds = time.perf_counter() - began
     print(attacks.table(found), file=sys.stderr)
     if config.curve:
-        shares = {name: found.accuracy(name) for name in outcomes}
+        shares = {name: found.accuracy(name) for name in found.outcomes}
         figure = robustness_curve(found.epsilons * 255, float(found.clean.mean()), shares)
         write_figure(config.curve, figure)
     report = {
@@ -111,7 +90,7 @@ def main() -> None:
         "image_size": network.model.preprocess.size,
         "steps": config.steps,
         "queries": config.queries,
-        "seconds": seconds,
+        "seconds": round(seconds, 1),
         **attacks.summary(found),
     }
     print(json.dumps(report, indent=2))

@@ -26,7 +26,7 @@ def run(config: Config) -> dict[str, Any]:
     from tljax.data.sources import open_splits
     from tljax.pretrained import load_pretrained
     from tljax.report.runs import percent
-    from tljax.transfer.features import compute_features
+    from tljax.transfer.features import split_features
     from tljax.transfer.probe import fit_probe, knn_predict, predict_logits
 
     began = time.perf_counter()
@@ -34,18 +34,7 @@ def run(config: Config) -> dict[str, Any]:
         config.image_size
     )
     splits = open_splits(config.data, val_fraction=config.val_fraction)
-    train, val = (
-        compute_features(
-            model,
-            variables,
-            source,
-            config.loading,
-            stop=config.stage,
-            cache=True,
-            description=f"{part} features",
-        ).pooled()
-        for part, source in (("train", splits.train), ("val", splits.val))
-    )
+    train, val = split_features(model, variables, splits, config.loading, stop=config.stage)
     classes = len(splits.train.classes)
     probe = fit_probe(train.values, train.labels, num_classes=classes, seed=config.seed)
     linear = (predict_logits(probe, val.values).argmax(1) == val.labels).mean()

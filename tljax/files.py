@@ -24,10 +24,11 @@ def keep_compiled() -> None:
     The second run of a script then starts in seconds. To be called before JAX is imported; a
     ``JAX_COMPILATION_CACHE_DIR`` that is set already wins, and an empty one turns it off.
     """
-    cpu = Path("/proc/cpuinfo")
-    lines = cpu.read_text("utf-8", "replace").splitlines() if cpu.exists() else []
+    features, cpu = "", Path("/proc/cpuinfo")
+    if cpu.exists():  # it is long where there are many processors, and says the same of each
+        with cpu.open(encoding="utf-8", errors="replace") as lines:
+            features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     # Code compiled for another processor may hold instructions that this one lacks.
-    features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     machine = hashlib.sha256(f"{platform.machine()} {features}".encode()).hexdigest()[:16]
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_dir() / "compiled" / machine))
 

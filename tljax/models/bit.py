@@ -6,6 +6,7 @@ the last layer is followed by a norm of its own. Geometry of timm's reference im
 symmetric padding everywhere.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from jax import Array
 from tljax.models.convolution import max_pool
 from tljax.models.layers import Conv, GlobalAveragePool, GroupNorm, LinearHead, Train
 from tljax.models.model import Model, Stage
-from tljax.types import Preprocess
+from tljax.types import HALF
 
 _conv = partial(Conv, use_bias=False, standardize=True)
 
@@ -116,5 +117,5 @@ def bit(name: str, num_classes: int = 1000) -> Model:
             Stage("pool", GlobalAveragePool()),
             Stage("head", LinearHead(num_classes)),
         ),
-        Preprocess(size, size, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
+        replace(HALF, size=size, resize=size),
     )

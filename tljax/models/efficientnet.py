@@ -5,14 +5,15 @@ padding, batch-norm epsilon 1e-3.
 """
 
 import math
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Literal, NamedTuple
 
 from flax import linen as nn
 
 from tljax.models.depthwise import ConvAct, Convention, Run, stages
 from tljax.models.layers import GlobalAveragePool, LinearHead
 from tljax.models.model import Model, Stage
-from tljax.types import Preprocess
+from tljax.types import HALF, Preprocess
 
 _CONVENTION = Convention("SAME", epsilon=1e-3, momentum=0.99)
 
@@ -25,10 +26,11 @@ class Variant(NamedTuple):
     preprocess: Preprocess
 
 
-def _preprocess(size: int, crop: float, interpolation: str = "bicubic") -> Preprocess:
-    half = (0.5, 0.5, 0.5)
+def _preprocess(
+    size: int, crop: float, interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+) -> Preprocess:
     resize = math.floor(size / crop)
-    return Preprocess(size, resize, interpolation, mean=half, std=half)  # pyright: ignore[reportArgumentType]
+    return replace(HALF, size=size, resize=resize, interpolation=interpolation)
 
 
 VARIANTS = {

@@ -7,6 +7,7 @@ is left out.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from jax import Array
 from tljax.models.convolution import Kernel, avg_pool, max_pool
 from tljax.models.layers import ConvNorm, GlobalAveragePool, LinearHead, Train
 from tljax.models.model import Model, Stage
-from tljax.types import Preprocess
+from tljax.types import HALF
 
 
 class Variant(NamedTuple):
@@ -26,12 +27,10 @@ class Variant(NamedTuple):
     Attributes:
         conv_norm: builds every convolution.
         count_padding: of the average pools, see `avg_pool`.
-        preprocess: that of the usual published weights.
     """
 
     conv_norm: Callable[..., ConvNorm]
     count_padding: bool
-    preprocess: Preprocess
 
 
 class Unit(NamedTuple):
@@ -212,20 +211,20 @@ class Mixed(nn.Module):
         return jnp.concatenate(outputs, -1)
 
 
-_HALF = (0.5, 0.5, 0.5)
-
 VARIANTS = {
     "inception_v3": Variant(
         partial(ConvNorm, epsilon=1e-3),
         count_padding=True,
-        preprocess=Preprocess(299, 342, mean=_HALF, std=_HALF),
     ),
     "keras_inception_v3": Variant(
         partial(ConvNorm, epsilon=1e-3, momentum=0.99, use_scale=False),
         count_padding=False,
-        preprocess=Preprocess(299, 342, mean=_HALF, std=_HALF),
     ),
 }
+
+
+PREPROCESS = replace(HALF, size=299, resize=342)
+"""That of the published weights."""
 
 
 def inception(name: str, num_classes: int = 1000) -> Model:
@@ -239,5 +238,5 @@ def inception(name: str, num_classes: int = 1000) -> Model:
             Stage("pool", GlobalAveragePool()),
             Stage("head", LinearHead(num_classes)),
         ),
-        variant.preprocess,
+        PREPROCESS,
     )

@@ -5,6 +5,7 @@ The same network is published with several geometries and constants, so each is 
 batch norm where that differs, and a bare name is timm's, with torch's padding.
 """
 
+from dataclasses import replace
 from typing import NamedTuple
 
 from flax import linen as nn
@@ -13,7 +14,7 @@ from jax import Array
 from tljax.models.depthwise import ConvAct, Convention, Run, round_width, stages
 from tljax.models.layers import Dense, GlobalAveragePool, LinearHead, Train
 from tljax.models.model import Model, Stage
-from tljax.types import Preprocess
+from tljax.types import HALF, Preprocess
 
 
 class Separable(nn.Module):
@@ -169,9 +170,8 @@ _SLIM_V1 = Convention("SAME", epsilon=1e-3, momentum=0.9997)
 _KERAS_V1 = Convention("keras", epsilon=1e-3, momentum=0.99)
 _SLIM = Convention("SAME", epsilon=1e-3, momentum=0.997)
 
-_HALF = (0.5, 0.5, 0.5)
 _TIMM = Preprocess(interpolation="bicubic")
-_TF = Preprocess(mean=_HALF, std=_HALF)
+_TIMM_V1 = replace(HALF, interpolation="bicubic")
 
 
 def _variants(
@@ -184,19 +184,19 @@ def _variants(
 
 
 V1_VARIANTS = {
-    **_variants("mobilenetv1", (100,), _TORCH, Preprocess(224, 256, "bicubic", _HALF, _HALF)),
-    **_variants("tf_mobilenetv1", (25, 50, 75, 100), _SLIM_V1, _TF),
-    **_variants("keras_mobilenetv1", (25, 50, 75, 100), _KERAS_V1, _TF),
+    **_variants("mobilenetv1", (100,), _TORCH, _TIMM_V1),
+    **_variants("tf_mobilenetv1", (25, 50, 75, 100), _SLIM_V1, HALF),
+    **_variants("keras_mobilenetv1", (25, 50, 75, 100), _KERAS_V1, HALF),
 }
 V2_VARIANTS = {
     **_variants("mobilenetv2", (50, 100, 140), _TORCH, _TIMM),
-    **_variants("tf_mobilenetv2", (35, 50, 75, 100, 130, 140), _SLIM, _TF),
+    **_variants("tf_mobilenetv2", (35, 50, 75, 100, 130, 140), _SLIM, HALF),
 }
 V3_VARIANTS = {
     **_variants("mobilenetv3_large", (75, 100), _TORCH, _TIMM),
     **_variants("mobilenetv3_small", (50, 75, 100), _TORCH, _TIMM),
     **_variants("tv_mobilenetv3_large", (100,), _TORCHVISION_V3, Preprocess()),
     **_variants("tv_mobilenetv3_small", (100,), _TORCHVISION_V3, Preprocess()),
-    **_variants("tf_mobilenetv3_large", (75, 100), _SLIM, _TF),
-    **_variants("tf_mobilenetv3_small", (75, 100), _SLIM, _TF),
+    **_variants("tf_mobilenetv3_large", (75, 100), _SLIM, HALF),
+    **_variants("tf_mobilenetv3_small", (75, 100), _SLIM, HALF),
 }

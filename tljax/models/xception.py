@@ -5,6 +5,7 @@ weights come from, pads the max pools like TensorFlow and has epsilon 1e-3: `ker
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from jax import Array
 from tljax.models.convolution import Padding, max_pool
 from tljax.models.layers import Conv, ConvNorm, GlobalAveragePool, LinearHead, Train
 from tljax.models.model import Model, Stage
-from tljax.types import Preprocess
+from tljax.types import HALF
 
 
 class Variant(NamedTuple):
@@ -101,7 +102,7 @@ VARIANTS = {
     "keras_xception": Variant(partial(ConvNorm, epsilon=1e-3, momentum=0.99), pool_padding="SAME"),
 }
 
-PREPROCESS = Preprocess(299, 333, "bicubic", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+PREPROCESS = replace(HALF, size=299, resize=333, interpolation="bicubic")
 """That of the published weights."""
 
 

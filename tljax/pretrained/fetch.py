@@ -32,13 +32,7 @@ def fetch(name: str) -> Path:
         path = cache_dir() / "weights" / entry.source.rpartition("/")[2]
         if not path.exists():
             _download(entry.source, path)
-    algorithm, _, published = entry.digest.partition(":")
-    found = digest(path, algorithm)
-    if not found.startswith(published):
-        raise RequestError(
-            f"{path} is not the published file: its {algorithm} begins {found[: len(published)]}, "
-            f"not {published}; delete it and try again"
-        )
+    _check(path, entry.digest, "the published file")
     return path
 
 
@@ -57,12 +51,20 @@ def fetch_url(url: str) -> Path:
     if not path.exists():
         _download(url, path)
     promised = re.search(r"-([0-9a-f]{8,64})\.\w+$", name)
-    if promised and not digest(path, "sha256").startswith(promised[1]):
-        raise RequestError(
-            f"{path} is not the file that its name promises: its SHA-256 does not begin "
-            f"{promised[1]}; delete it and try again"
-        )
+    if promised:
+        _check(path, f"sha256:{promised[1]}", "the file that its name promises")
     return path
+
+
+def _check(path: Path, published: str, what: str) -> None:
+    """Compares a file with the beginning of its hash, after the name of the algorithm."""
+    algorithm, _, beginning = published.partition(":")
+    found = digest(path, algorithm)
+    if not found.startswith(beginning):
+        raise RequestError(
+            f"{path} is not {what}: its {algorithm} begins {found[: len(beginning)]}, "
+            f"not {beginning}; delete it and try again"
+        )
 
 
 def fetch_hub(repository: str) -> Path:

@@ -179,6 +179,7 @@ def attack(
     loading: Loading,
     *,
     seed: int = 0,
+    nested: bool = False,
 ) -> Robustness:
     """How the network stands up; `tljax.attack.evaluate` says what to what.
 
@@ -191,6 +192,7 @@ def attack(
         epsilons: radii in the units of images in [0, 1].
         loading: for the batch size and the devices.
         seed: of the random starts.
+        nested: whether an image that a smaller epsilon fooled is not attacked again.
 
     Raises:
         RequestError: no attacks, or no or negative epsilons.
@@ -201,6 +203,7 @@ def attack(
         (victims.images, victims.labels),
         jax.random.key(seed),
         epsilons=epsilons,
+        nested=nested,
         batch_size=loading.batch_size,
         mesh=data_mesh(loading.devices),
     )

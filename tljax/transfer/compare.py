@@ -1,7 +1,5 @@
 """Which backbone? Every network is probed on the same images, and timed."""
 
-import time
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -9,12 +7,9 @@ import numpy as np
 
 from tljax.config import Loading
 from tljax.data.sources import Splits
-from tljax.models import Model, apply
-from tljax.parallel import data_mesh, divisible, replicate, shard
 from tljax.pretrained import Pretrained
-from tljax.transfer.features import compute_features
+from tljax.transfer.features import images_per_second, split_features
 from tljax.transfer.probe import fit_probe, predict_logits
-from tljax.types import Variables
 
 
 class Candidate(NamedTuple):
@@ -57,12 +52,7 @@ def measure(
         RequestError: no image can be read.
     """
     model, variables, _ = network
-    train, val = (
-        compute_features(
-            model, variables, source, loading, cache=True, description=f"{name}: {part}"
-        ).pooled()
-        for part, source in (("train", splits.train), ("val", splits.val))
-    )
+    train, val = split_features(model, variables, splits, loading, name=f"{name}: ")
     classes = len(splits.train.classes)
     probe = fit_probe(train.values, train.labels, num_classes=classes, seed=seed)
     right = np.asarray(predict_logits(probe, val.values)).argmax(1) == val.labels
@@ -78,25 +68,3 @@ def measure(
         train.values.shape[1],
         model.preprocess.size,
     )
-
-
-def images_per_second(
-    model: Model, variables: Variables, loading: Loading, *, repeats: int = 5
-) -> float:
-    """Throughput of the features: the median of a few batches, after compilation."""
-    mesh = data_mesh(loading.devices)
-    size, side = divisible(loading.batch_size, mesh), model.preprocess.size
-    images = np.random.default_rng(0).integers(0, 256, (size, side, side, 3)).astype(np.uint8)
-    arguments = replicate(variables, mesh), shard(images, mesh)
-    run = jax.jit(partial(_features, model))
-    jax.block_until_ready(run(*arguments))
-    seconds = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        jax.block_until_ready(run(*arguments))
-        seconds.append(time.perf_counter() - began)
-    return size / float(np.median(seconds))
-
-
-def _features(model: Model, variables: Variables, images: jax.Array) -> jax.Array:
-    return apply(model, variables, images, stop="head").value

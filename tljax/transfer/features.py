@@ -24,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tljax.config import AugmentConfig, Dtype, Loading
 from tljax.data.augment import augment, epoch_key
 from tljax.data.loader import batch_rows, load_batches
-from tljax.data.sources import Source
+from tljax.data.sources import Source, Splits
 from tljax.errors import RequestError
 from tljax.files import cache_dir
 from tljax.models import Model, abstract_variables, apply
@@ -138,6 +138,61 @@ def compute_features(
     if computed is None:
         raise RequestError(f"{folder}: what was just written reads back otherwise; mend the disk")
     return computed._replace(labels=np.asarray(source.labels)[computed.indices])
+
+
+def split_features(
+    model: Model,
+    variables: Variables,
+    splits: Splits,
+    loading: Loading,
+    *,
+    stop: str = "head",
+    name: str = "",
+) -> tuple[Features, Features]:
+    """What a probe learns from and is judged by: pooled features of both parts, cached.
+
+    Args:
+        model: the network.
+        variables: its variables.
+        splits: the images.
+        loading: see `Loading`.
+        stop: stage to stop before.
+        name: what the progress bars begin with.
+
+    Raises:
+        RequestError: as `compute_features`.
+    """
+    train, val = (
+        compute_features(
+            model,
+            variables,
+            source,
+            loading,
+            stop=stop,
+            cache=True,
+            description=f"{name}{part} features",
+        ).pooled()
+        for part, source in (("train", splits.train), ("val", splits.val))
+    )
+    return train, val
+
+
+def images_per_second(
+    model: Model, variables: Variables, loading: Loading, *, repeats: int = 5
+) -> float:
+    """Throughput of the pooled features: the median of a few batches, after compilation."""
+    mesh = data_mesh(loading.devices)
+    size, side = divisible(loading.batch_size, mesh), model.preprocess.size
+    images = np.random.default_rng(0).integers(0, 256, (size, side, side, 3)).astype(np.uint8)
+    arguments = replicate(variables, mesh), *shard((images, np.arange(size, dtype=np.int32)), mesh)
+    forward = partial(_forward, model, mesh, None, "head", "float32", None, None)
+    jax.block_until_ready(forward(*arguments))
+    seconds = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        jax.block_until_ready(forward(*arguments))
+        seconds.append(time.perf_counter() - began)
+    return size / float(np.median(seconds))
 
 
 def advance(
