@@ -25,13 +25,16 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-$(VENV)/.demo: pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable ".[demo]"
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# Without --compile Python compiles what is imported, when it is: a small part of what is installed.
+$(VENV)/.demo: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --no-compile --editable ".[demo]"
 	touch $@
 
-$(VENV)/.test: pyproject.toml $(VENV)/.demo
-	$(BIN)/python -m pip install --quiet --editable ".[demo,test]"
+$(VENV)/.test: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --no-compile --editable ".[demo,test]"
 	@# torchattacks asks for old versions and for torchvision, and needs neither.
 	$(BIN)/python -m pip install --quiet --no-deps torchattacks==3.5.1
 	touch $@

@@ -29,6 +29,8 @@ from tljax.data.decode import decode
 from tljax.errors import RequestError
 from tljax.types import Preprocess
 
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
+
 OFF = AugmentConfig(crop=False, flip=False)
 ALL = AugmentConfig(randaugment_layers=2)
 KEY = epoch_key(0, 0)

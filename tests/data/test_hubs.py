@@ -164,7 +164,9 @@ def test_examples_are_the_stored_files_under_their_labels(spec):
     assert examples_of(open_labelled(spec)) == examples_of(val)
 
 
-@pytest.mark.parametrize("spec", ["tfds", "save_to_disk"], indirect=True)
+@pytest.mark.parametrize(
+    "spec", ["tfds", pytest.param("save_to_disk", marks=pytest.mark.slow)], indirect=True
+)
 def test_workers_read_the_same(spec):
     train, _, _ = open_splits(spec)
     source = select(train, range(19, 3, -1))

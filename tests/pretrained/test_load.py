@@ -84,10 +84,14 @@ def test_export_and_load_is_the_identity(name: str, layout: str, scratch: Path) 
     "name",
     [
         "resnet18",
-        "tf_mobilenetv1_025",
         *(
             pytest.param(name, marks=pytest.mark.slow)
-            for name in ("resnet50", "resnetv2_50x1_bit", "tf_mobilenetv2_035")
+            for name in (
+                "resnet50",
+                "resnetv2_50x1_bit",
+                "tf_mobilenetv1_025",
+                "tf_mobilenetv2_035",
+            )
         ),
     ],
 )

@@ -50,6 +50,7 @@ def test_the_same_network_in_another_file_passes(folder: Path, tmp_path: Path) -
     assert wrong_layers(pretrained, folder) == []
 
 
+@pytest.mark.slow
 def test_layers_without_batch_norm_pass(tmp_path: Path) -> None:
     torch_bit("resnetv2_50x1_bit").save_pretrained(tmp_path)
     layers = verify(load_pretrained(tmp_path))

@@ -132,7 +132,13 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in ("cached", "impatient") else [])
+        for name in RUNS
+    ],
+)
 def test_a_run_that_is_killed_and_goes_on_ends_the_same(name, lives, tmp_path, monkeypatch):
     left, log = lives
     what = RUNS[name]

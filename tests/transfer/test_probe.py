@@ -15,6 +15,8 @@ from tljax.transfer import probe
 from tljax.transfer.logistic import fit_logistic
 from tljax.transfer.probe import L2_VALUES, fit_probe, knn_predict, predict_logits
 
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
+
 # Problems of one shape share one compilation, which takes longer than the rest of a test.
 EXAMPLES, DIMENSIONS, CLASSES = 200, 20, 4
 NINE_VALUES = L2_VALUES[4::5]
