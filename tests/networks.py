@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 
+import jax
 import numpy as np
 import torch
 from torch import nn
@@ -15,11 +16,14 @@ from torch.nn import functional
 from transformers import ResNetConfig, ResNetForImageClassification
 from transformers.models.resnet.modeling_resnet import ResNetBasicLayer, ResNetBottleNeckLayer
 
-from tljax.models import Model, abstract_variables, build_model
+from tljax.models import Model, abstract_variables, apply, build_model
 from tljax.models.resnet import VARIANTS
 from tljax.pretrained import Card, Pretrained
 from tljax.trees import flatten, unflatten
 from tljax.types import Variables
+
+run = jax.jit(apply, static_argnames=("model", "start", "stop", "train", "capture"))
+"""`apply`, compiled as a whole: one by one its operations take several times as long."""
 
 
 def random_variables(model: Model, seed: int = 0) -> Variables:

@@ -58,4 +58,4 @@ def test_l2_sp_trains(colours: str):
 
 
 def test_a_head_of_ones_own_trains(colours: str):
-    assert load("new_head").main(colours, image_size=32, epochs=30) > 0.9
+    assert load("new_head").main(colours, image_size=32) > 0.9

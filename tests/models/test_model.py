@@ -15,6 +15,7 @@ from networks import (
     from_torch,
     random_images,
     random_variables,
+    run,
     to_torch,
     torch_resnet,
 )
@@ -190,7 +191,7 @@ def test_layer_outputs_name_every_layer(network: tuple[Model, Variables]) -> Non
     layers = {path.rpartition("/")[0] for path in flatten(variables["params"])}
     outputs = layer_outputs(model, variables, IMAGES)
     assert outputs.keys() == layers
-    np.testing.assert_array_equal(outputs["head"], apply(model, variables, IMAGES).logits)
+    assert difference(outputs["head"], run(model, variables, IMAGES).logits) <= 1e-6
 
 
 # --- training mode, against torch ---------------------------------------------------------------
@@ -288,8 +289,8 @@ def test_uint8_and_floats_are_the_same_images(resnet18: tuple[Model, Variables])
     floats = IMAGES.astype(np.float32) / 255
     pixels = [normalize(images, model.preprocess) for images in (IMAGES, floats)]
     np.testing.assert_allclose(*pixels, rtol=0, atol=1e-6)
-    ours = apply(model, variables, floats).logits
-    assert difference(ours, apply(model, variables, IMAGES).logits) <= 1e-5
+    ours = run(model, variables, floats).logits
+    assert difference(ours, run(model, variables, IMAGES).logits) <= 1e-5
 
 
 def test_normalize_is_what_each_family_does() -> None:
@@ -308,9 +309,9 @@ def test_normalize_is_what_each_family_does() -> None:
 def test_bfloat16_is_close_and_its_logits_are_float32(resnet18: tuple[Model, Variables]) -> None:
     model, variables = resnet18
     half = replace(model, dtype="bfloat16")
-    output = apply(half, variables, IMAGES, capture={"stem"})
+    output = run(half, variables, IMAGES, capture=("stem",))
     assert (output.logits.dtype, output.captured["stem"].dtype) == ("float32", "bfloat16")
-    assert difference(output.logits, apply(model, variables, IMAGES).logits) <= 0.03
+    assert difference(output.logits, run(model, variables, IMAGES).logits) <= 0.03
 
 
 def test_a_model_is_a_static_argument() -> None:
@@ -355,11 +356,11 @@ def test_a_new_head_is_zero_and_nothing_else_changes(resnet18: tuple[Model, Vari
     model, variables = resnet18
     new, replaced = replace_head(model, variables, 3)
     assert (new.num_classes, new.name, new.stages[:-1]) == (3, model.name, model.stages[:-1])
-    np.testing.assert_array_equal(apply(new, replaced, IMAGES).logits, np.zeros((4, 3)))
+    np.testing.assert_array_equal(run(new, replaced, IMAGES).logits, np.zeros((4, 3)))
     assert_same_variables(replaced["batch_stats"], variables["batch_stats"])
     for stage, tree in variables["params"].items():
         assert (replaced["params"][stage] is tree) == (stage != "head")
-    assert apply(model, variables, IMAGES).logits.shape == (4, 7)
+    assert run(model, variables, IMAGES).logits.shape == (4, 7)
 
 
 @pytest.mark.parametrize(("after", "features"), [("layer2", 128), ("layer4", 512), ("pool", 512)])
@@ -372,8 +373,8 @@ def test_a_new_head_drops_the_stages_behind_its_own(
     assert new.stage_names == (*kept, *(["pool"] if after != "pool" else []), "head")
     assert set(replaced["params"]) == {*kept, "head"} - {"pool"}
     assert replaced["params"]["head"]["kernel"].shape == (features, 3)
-    read = apply(new, replaced, IMAGES, stop="head").value
-    expected = apply(model, variables, IMAGES, capture={after}).captured[after]
+    read = run(new, replaced, IMAGES, stop="head").value
+    expected = run(model, variables, IMAGES, capture=(after,)).captured[after]
     expected = expected.mean((1, 2)) if expected.ndim == 4 else expected
     assert difference(read, expected) <= 1e-6
 

@@ -14,6 +14,7 @@ from networks import (
     from_torch,
     random_images,
     randomize_norms,
+    run,
     save_resnet,
     timm_state,
     to_torch,
@@ -23,7 +24,7 @@ from transformers import ResNetForImageClassification
 from tljax.config import Loading
 from tljax.data.decode import decode
 from tljax.data.sources import Source, match_classes, open_folder
-from tljax.models import apply, normalize
+from tljax.models import normalize
 from tljax.pretrained import export, load_pretrained
 from tljax.pretrained.catalog import names_like
 from tljax.pretrained.layouts import layout_rules
@@ -64,7 +65,7 @@ def test_resnet_agrees_with_transformers(name: str, layers: int, tmp_path: Path)
 
     for size in SIZES:
         images = random_images(2, *size)
-        captured = apply(model, variables, images, capture=model.stage_names).captured
+        captured = run(model, variables, images, capture=model.stage_names).captured
         pixels = to_torch(normalize(images, model.preprocess))
         with torch.no_grad():
             output = network(pixels, output_hidden_states=True)
@@ -105,7 +106,7 @@ def test_efficientnet_lite_agrees_with_timm(tmp_path: Path) -> None:
         images = random_images(2, *size)
         with torch.no_grad():
             theirs = network(to_torch(normalize(images, model.preprocess)))
-        assert difference(apply(model, variables, images).logits, theirs) <= TOLERANCE
+        assert difference(run(model, variables, images).logits, theirs) <= TOLERANCE
 
 
 @slow

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from networks import random_images, random_variables
+from networks import random_images, random_variables, run
 
 from tljax.models import Model, apply, build_model, replace_head
 from tljax.types import Variables
@@ -30,8 +30,8 @@ def test_a_transfer_keeps_none_one_or_both(
     assert new.stage_names == (*blocks, "pool", *hidden, "head")
     assert set(replaced["params"]) == {*blocks, *hidden, "head"}
     assert replaced["params"]["head"]["kernel"].shape == (features, 3)
-    read = apply(new, replaced, IMAGES, stop="head").value
-    expected = apply(model, variables, IMAGES, capture={after}).captured[after]
+    read = run(new, replaced, IMAGES, stop="head").value
+    expected = run(model, variables, IMAGES, capture=(after,)).captured[after]
     np.testing.assert_array_equal(read, expected)
 
 

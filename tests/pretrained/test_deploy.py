@@ -10,12 +10,12 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from networks import random_pretrained
+from networks import random_pretrained, run
 from PIL import ExifTags, Image
 
 from tljax.data.decode import decode
 from tljax.errors import RequestError, VerificationError
-from tljax.models import Model, apply
+from tljax.models import Model
 from tljax.models.convolution import max_pool
 from tljax.pretrained import Card, Pretrained
 from tljax.pretrained import deploy as deploy_module
@@ -92,10 +92,10 @@ def test_the_folder_predicts_without_tljax(tmp_path: Path, interpolation: str):
         paths.append(tmp_path / f"{i}.png")
         image.save(paths[-1], exif=exif)
         pixels = decode(paths[-1].read_bytes(), network.model.preprocess)
-        logits = apply(network.model, network.variables, pixels[None]).logits[0]
+        logits = run(network.model, network.variables, pixels[None]).logits[0]
         expected.append(np.asarray(jax.nn.softmax(logits)))
 
-    run = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", ALONE, tmp_path / "deployed" / "predict.py", *paths],
         capture_output=True,
         text=True,
@@ -103,7 +103,7 @@ def test_the_folder_predicts_without_tljax(tmp_path: Path, interpolation: str):
         encoding="utf-8",
         check=True,
     )
-    lines = run.stdout.splitlines()
+    lines = done.stdout.splitlines()
     assert len(lines) == 2 * (1 + len(CLASSES))
     for path, probabilities in zip(paths, expected, strict=True):
         found, *guesses = [lines.pop(0) for _ in range(1 + len(CLASSES))]

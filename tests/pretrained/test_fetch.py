@@ -10,10 +10,9 @@ from pathlib import Path
 import huggingface_hub
 import numpy as np
 import pytest
-from networks import assert_same_variables, random_images, random_pretrained
+from networks import assert_same_variables, random_images, random_pretrained, run
 
 from tljax.errors import RequestError
-from tljax.models import apply
 from tljax.pretrained import CATALOG, Pretrained, export, imagenet_classes, load_pretrained
 from tljax.pretrained.catalog import catalog_name
 from tljax.pretrained.fetch import fetch
@@ -66,7 +65,7 @@ def test_weights_in_a_wheel() -> None:
     assert (f"sha256:{card.sha256}", card.licence) == (entry.digest, "Apache-2.0")
     assert (card.layout, card.source) == ("efficientnet_pytorch", "efficientnet_lite0.in1k")
     assert card.classes == imagenet_classes()
-    assert np.isfinite(apply(model, variables, random_images(1, 64, 64)).logits).all()
+    assert np.isfinite(run(model, variables, random_images(1, 64, 64)).logits).all()
 
 
 def test_a_changed_byte_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

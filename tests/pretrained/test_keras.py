@@ -6,26 +6,22 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from networks import assert_same_variables, difference, random_images
-from references import FAST, REFERENCES
+from networks import assert_same_variables, difference, random_images, run
+from references import REFERENCES
 from references.keras import APPLICATIONS, network
 
-from tljax.models import apply, build_model, normalize
+from tljax.models import build_model, normalize
 from tljax.pretrained import CATALOG, export, load_pretrained
 from tljax.pretrained.keras import layer_names
 from tljax.pretrained.layouts import LAYOUTS
-
-NAMES = [
-    pytest.param(name, marks=[] if (name, "keras") in FAST else pytest.mark.slow)
-    for name in APPLICATIONS
-]
 
 
 def layers_with_weights(model: Any) -> list[Any]:
     return [layer for layer in model.layers if layer.weights]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", APPLICATIONS)
 def test_keras_loads_what_is_exported(name: str, tmp_path: Path) -> None:
     """By order and, in legacy files, by name."""
     reference = REFERENCES[name, "keras"](tmp_path / "theirs")
@@ -39,8 +35,8 @@ def test_keras_loads_what_is_exported(name: str, tmp_path: Path) -> None:
             np.testing.assert_array_equal(ours, theirs)
         assert_same_variables(load_pretrained(tmp_path / file).variables, pretrained.variables)
     images = random_images(2, *size)
-    theirs = loaded(np.asarray(normalize(images, pretrained.model.preprocess)), training=False)
-    ours = apply(pretrained.model, pretrained.variables, images).logits
+    theirs = loaded.predict(np.asarray(normalize(images, pretrained.model.preprocess)), verbose=0)
+    ours = run(pretrained.model, pretrained.variables, images).logits
     assert difference(ours, theirs) <= 1e-4
     automatic = ("conv2d", "batch_normalization")
     for ours, layer in zip(layer_names(name).values(), layers_with_weights(original), strict=True):

@@ -18,6 +18,7 @@ from networks import (
     difference,
     random_images,
     random_pretrained,
+    run,
     to_torch,
     torch_resnet,
     torchvision_key,
@@ -26,7 +27,7 @@ from references import FAST
 from transformers import AutoModelForImageClassification
 
 from tljax.errors import RequestError
-from tljax.models import Model, apply, init, normalize, replace_head
+from tljax.models import Model, init, normalize, replace_head
 from tljax.models import model as network
 from tljax.pretrained import (
     Card,
@@ -103,7 +104,7 @@ def test_transformers_reads_what_is_exported(name: str, scratch: Path) -> None:
     images = random_images(2, 97, 64)
     with torch.no_grad():
         theirs = network(to_torch(normalize(images, model.preprocess))).logits
-    assert difference(apply(model, variables, images).logits, theirs) <= 1e-4
+    assert difference(run(model, variables, images).logits, theirs) <= 1e-4
     assert load_pretrained(scratch).card.classes == card.classes
 
 

@@ -75,6 +75,7 @@ def test_a_transposed_square_head_is_found(folder: Path) -> None:
     assert found.difference > 0.1
 
 
+@pytest.mark.slow
 def test_a_stride_on_the_other_convolution_is_found(tmp_path: Path) -> None:
     """Version 1 of ResNet has the same tensors; a bare file cannot say which version it is."""
     network = torch_resnet("resnet50", downsample_in_bottleneck=True)
@@ -104,8 +105,11 @@ def test_without_a_reference_one_is_asked_for(monkeypatch: pytest.MonkeyPatch) -
         verify(random_pretrained("resnet18"))
 
 
-def test_keras_is_the_reference_of_its_files(tmp_path: Path) -> None:
+def test_keras_is_the_reference_of_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of MobileNet v1: depthwise kernels, and a head that is a convolution."""
+    monkeypatch.setattr("tljax.pretrained.verify.INPUTS", ((2, 65, 49, 3),))  # quick to compile
     pretrained = random_pretrained("keras_mobilenetv1_025")
     export(tmp_path / "x.weights.h5", pretrained, "keras")
     pretrained = load_pretrained(tmp_path / "x.weights.h5")

@@ -159,7 +159,7 @@ def _stages(name: str, weights: Path, pixels: np.ndarray) -> dict[str, np.ndarra
     model = network(name, pixels.shape[1:3], weights)
     stages = APPLICATIONS[name].stages
     outputs = [_layer(model, layer).output for layer in stages.values()]
-    values = keras.Model(model.input, outputs)(pixels, training=False)
+    values = keras.Model(model.input, outputs).predict(pixels, verbose=0)
     arrays = dict(zip(stages, map(np.asarray, values), strict=True))
     # MobileNet keeps its vectors as maps of one pixel.
     vectors = {"pool": arrays["pool"], "hidden": arrays.get("hidden", arrays["pool"])}

@@ -1,5 +1,6 @@
 """A network is a short list of named stages; `apply` runs any contiguous part of it."""
 
+from collections import OrderedDict
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -249,13 +250,15 @@ def _one_image(model: Model) -> jax.Array:
     return jnp.zeros((1, model.preprocess.size, model.preprocess.size, 3))
 
 
-def layer_outputs(model: Model, variables: Variables, images: Array) -> dict[str, jax.Array]:
+@partial(jax.jit, static_argnames="model")
+def layer_outputs(model: Model, variables: Variables, images: Array) -> OrderedDict[str, jax.Array]:
     """The output of every convolution (with its norm), norm, dense layer and head, by its path.
 
     For comparing a port with its source layer by layer; an activation is not part of its layer.
+    In the order of the network.
     """
     x: Any = normalize(images, model.preprocess, model.dtype)
-    outputs: dict[str, jax.Array] = {}
+    outputs = OrderedDict[str, jax.Array]()  # jit would sort the keys of a dictionary
     for name, module in model.stages:
         x, state = module.apply(
             _of_stage(variables, name),

@@ -92,9 +92,8 @@ def outputs(model: Model, network: Any, images: np.ndarray) -> dict[str, Layer]:
     of_path = {
         path: layer for path, layer in of_path.items() if type(layer).__name__ != "SeparableConv2D"
     }
-    values = keras.Model(network.input, [layer.output for layer in of_path.values()])(
-        np.asarray(normalize(images, model.preprocess)), training=False
-    )
+    intermediate = keras.Model(network.input, [layer.output for layer in of_path.values()])
+    values = intermediate.predict(np.asarray(normalize(images, model.preprocess)), verbose=0)
     return {
         path: Layer(np.asarray(value), getattr(layer, "activation", lambda x: x))
         for (path, layer), value in zip(of_path.items(), values, strict=True)
