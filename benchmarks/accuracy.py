@@ -7,6 +7,11 @@ sweep *on the validation part* beside it: a yardstick that has seen the answers.
     python benchmarks/accuracy.py FOLDER [FOLDER ...] --weights NAME [NAME ...]
 """
 
+import tljax
+
+tljax.configure()
+
+
 import json
 import time
 from dataclasses import dataclass, replace

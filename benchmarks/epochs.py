@@ -6,6 +6,11 @@ seconds of an epoch, the photographs' decoding included. Runs take turns; median
     python benchmarks/epochs.py FOLDER --weights timm/resnet50.tv_in1k --images 32
 """
 
+import tljax
+
+tljax.configure()
+
+
 import json
 import statistics
 import sys

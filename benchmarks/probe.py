@@ -8,6 +8,11 @@ by one formula.
     python benchmarks/probe.py --sklearn-values 5
 """
 
+import tljax
+
+tljax.configure()
+
+
 import argparse
 import json
 import sys

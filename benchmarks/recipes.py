@@ -3,6 +3,11 @@
 python benchmarks/recipes.py FOLDER --recipes probe lp-ft finetune scratch --seeds 3
 """
 
+import tljax
+
+tljax.configure()
+
+
 import json
 import statistics
 import sys

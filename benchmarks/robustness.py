@@ -3,6 +3,11 @@
 python benchmarks/robustness.py FOLDER --weights resnet18.tv_in1k --count 200 --curve curve.png
 """
 
+import tljax
+
+tljax.configure()
+
+
 import json
 import re
 import shutil

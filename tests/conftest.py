@@ -15,6 +15,10 @@ os.environ["KERAS_BACKEND"] = "jax"  # it is read when keras is imported
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "compiled"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
+import tljax  # noqa: E402
+
+tljax.configure()
+
 import jax  # noqa: E402
 
 

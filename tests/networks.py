@@ -156,6 +156,11 @@ class SameConv(nn.Conv2d):
             total = max((-(-size // self.stride[0]) - 1) * self.stride[0] + self.kernel_size[0], 0)
             total = max(total - size, 0)
             pads += [total // 2, total - total // 2]
+        left, right, top, bottom = pads
+        if left == right and top == bottom:  # a copy less
+            sides = (top, left)
+            rest = (self.stride, sides, self.dilation, self.groups)
+            return functional.conv2d(input, self.weight, self.bias, *rest)
         return super().forward(functional.pad(input, pads))
 
 
@@ -213,9 +218,15 @@ class TorchLite(nn.Module):
                 nn.init.uniform_(module._bn2.weight, 0.1, 0.3)  # as in `torch_resnet`
         self.eval()
 
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.outputs(x)["head"]
+
     @torch.no_grad()
     def stages(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """The output of every stage of ours."""
+        return self.outputs(x)
+
+    def outputs(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         x = functional.relu6(self._bn0(self._conv_stem(x)))
         outputs, blocks = {"stem": x}, iter(self._blocks)
         for stage, depth in enumerate(self.depths, start=1):

@@ -24,11 +24,13 @@ if TYPE_CHECKING:
     from tljax.pretrained import export as export
     from tljax.pretrained import load_pretrained as load_pretrained
     from tljax.pretrained import save as save
+    from tljax.process import configure as configure
     from tljax.transfer.features import compute_features as compute_features
     from tljax.transfer.fit import fit as fit
     from tljax.transfer.probe import fit_probe as fit_probe
 
 _ROOMS = {
+    "configure": "process",  # how JAX compiles; call it before JAX is imported
     "MODELS": "models",  # every architecture: name -> builder
     "Model": "models",  # an ordered list of stages, and the preprocessing of its weights
     "build_model": "models",  # an architecture by name

@@ -11,7 +11,7 @@ import tyro
 
 from tljax.config import Loading
 from tljax.errors import RequestError, VerificationError
-from tljax.files import keep_compiled
+from tljax.process import configure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +64,8 @@ def main(config_type: Any, run: Callable[[Any], dict[str, Any]]) -> None:
         run: does the work and returns what ``--json`` prints.
     """
     config = tyro.cli(config_type)
-    keep_compiled()
     try:
+        configure()
         result = run(config)
     except KeyboardInterrupt:
         sys.exit(_say("interrupted", 130))

@@ -1,9 +1,7 @@
 """Where files go, and how they get there whole."""
 
 import errno
-import hashlib
 import os
-import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,21 +14,6 @@ def cache_dir() -> Path:
     if chosen := os.environ.get("TLJAX_CACHE"):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tljax"
-
-
-def keep_compiled() -> None:
-    """Lets JAX keep what it compiles in the cache folder, for this machine's processor and JAX.
-
-    The second run of a script then starts in seconds. To be called before JAX is imported; a
-    ``JAX_COMPILATION_CACHE_DIR`` that is set already wins, and an empty one turns it off.
-    """
-    features, cpu = "", Path("/proc/cpuinfo")
-    if cpu.exists():  # it is long where there are many processors, and says the same of each
-        with cpu.open(encoding="utf-8", errors="replace") as lines:
-            features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    # Code compiled for another processor may hold instructions that this one lacks.
-    machine = hashlib.sha256(f"{platform.machine()} {features}".encode()).hexdigest()[:16]
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_dir() / "compiled" / machine))
 
 
 @contextmanager

@@ -93,7 +93,8 @@ def outputs(model: Model, network: Any, images: np.ndarray) -> dict[str, Layer]:
         path: layer for path, layer in of_path.items() if type(layer).__name__ != "SeparableConv2D"
     }
     intermediate = keras.Model(network.input, [layer.output for layer in of_path.values()])
-    values = intermediate.predict(np.asarray(normalize(images, model.preprocess)), verbose=0)
+    pixels = np.asarray(normalize(images, model.preprocess))
+    values = intermediate.predict(pixels, verbose=0)  # pyright: ignore[reportArgumentType]
     return {
         path: Layer(np.asarray(value), getattr(layer, "activation", lambda x: x))
         for (path, layer), value in zip(of_path.items(), values, strict=True)

@@ -1,0 +1,130 @@
+"""How fast are PGD and APGD beside foolbox's and torchattacks', on the same network and images?
+
+Prints one JSON object. Steps, radius, step size and batch are the same, and so is the start: the
+image, for PGD. In torch the parameters ask for no gradient, or it would compute those too.
+
+    python benchmarks/attacks.py --weights efficientnet_lite0.in1k
+"""
+
+import tljax
+
+tljax.configure()
+
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import foolbox
+import jax
+import numpy as np
+import torch
+import torchattacks
+import tyro
+from peers import TorchNetwork, device, finish, take_turns
+
+from tljax.attack import apgd, pgd
+from tljax.pretrained import load_pretrained
+from tljax.report.attacks import logits_fn
+from tljax.transfer.rundir import environment
+
+
+@dataclass(frozen=True)
+class Config:
+    """Images a second of PGD and APGD, and the ratio to other libraries."""
+
+    weights: str = "efficientnet_lite0.in1k"
+    """As for scripts/train.py."""
+    image_size: int | None = None
+    """As for scripts/train.py."""
+    batch_size: int = 8
+    """Images at once."""
+    steps: int = 40
+    """Gradients of each attack."""
+    epsilon: float = 4 / 255
+    """Radius in Linf."""
+    rounds: int = 3
+    """Timed turns of each."""
+
+
+def main() -> None:
+    config = tyro.cli(Config)
+    pretrained = load_pretrained(config.weights).with_size(config.image_size)
+    size = pretrained.model.preprocess.size
+    rng = np.random.default_rng(0)
+    images = rng.random((config.batch_size, size, size, 3), np.float32)
+    network = TorchNetwork(pretrained)
+    pixels = torch.tensor(images.transpose(0, 3, 1, 2)).to(device())
+    pixels = pixels.contiguous(memory_format=torch.channels_last)
+    forward = logits_fn(pretrained)
+    # What the network sees, so that the attack has its way to go.
+    labels = np.asarray(jax.jit(forward)(images)).argmax(1)
+    target = torch.tensor(labels).to(device())
+    agree = float(np.mean(network(pixels).argmax(1).cpu().numpy() == labels))
+
+    epsilon, steps, key = config.epsilon, config.steps, jax.random.key(0)
+    step_size = 2.5 * epsilon / steps
+    theirs = foolbox.models.PyTorchModel(network, bounds=(0, 1), device=device())
+    fool = foolbox.attacks.LinfPGD(abs_stepsize=step_size, steps=steps, random_start=False)
+    torch_pgd = torchattacks.PGD(network, epsilon, step_size, steps, random_start=False)
+    torch_apgd = torchattacks.APGD(network, "Linf", epsilon, steps)
+    found: dict[str, Any] = {}
+
+    def in_jax(name: str, **how: Any) -> Callable[[], None]:
+        attack = {"pgd": pgd, "apgd": apgd}[name]
+
+        def run() -> None:
+            found[name] = np.asarray(
+                attack(forward, images, labels, key, epsilon=epsilon, num_steps=steps, **how)
+            )
+
+        return run
+
+    def in_torch(name: str, attack: Callable[[], torch.Tensor]) -> Callable[[], None]:
+        def run() -> None:
+            found[name] = attack().permute(0, 2, 3, 1).cpu().numpy()
+            finish()
+
+        return run
+
+    seconds = take_turns(
+        {
+            "tljax pgd": in_jax("pgd", step_size=step_size, random_start=False),
+            "foolbox pgd": in_torch(
+                "foolbox", lambda: fool(theirs, pixels, target, epsilons=epsilon)[1]
+            ),
+            "torchattacks pgd": in_torch("torchattacks", lambda: torch_pgd(pixels, target)),
+            "tljax apgd": in_jax("apgd"),
+            "torchattacks apgd": in_torch("", lambda: torch_apgd(pixels, target)),
+        },
+        config.rounds,
+    )
+    for name, row in seconds.items():
+        row["images_per_second"] = round(config.batch_size / row["seconds"], 3)
+        ours = seconds["tljax " + name.rpartition(" ")[2]]
+        row["tljax_is_times_as_fast"] = round(row["seconds"] / ours["seconds"], 2)
+    report = {
+        "environment": {
+            **environment(),
+            "torch": torch.__version__,
+            "torch_device": str(device()),
+            "foolbox": foolbox.__version__,
+        },
+        "weights": Path(config.weights).name,
+        "image_size": size,
+        "batch_size": config.batch_size,
+        "steps": steps,
+        "clean_predictions_that_agree": agree,
+        "mean_difference_of_pgd_images_in_epsilons": {
+            name: float(np.abs(found["pgd"] - found[name]).mean()) / epsilon
+            for name in ("foolbox", "torchattacks")
+        },
+        "attacks": seconds,
+    }
+    print(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,262 @@
+"""How fast are forward pass, input gradient and training step beside the same network in torch?
+
+Prints one JSON object, with seconds per batch. A GPU runs more calls a turn, and in bfloat16:
+
+    python benchmarks/speed.py --weights microsoft/resnet-50 --batch-size 32
+    python benchmarks/speed.py --model resnet50 --batch-size 256 --dtype bfloat16 \
+        --calls 20 --compiled
+"""
+
+import tljax
+
+tljax.configure()
+
+
+import contextlib
+import copy
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import torch
+import tyro
+from peers import TorchNetwork, device, finish, random_pretrained, same_names, take_turns
+
+from tljax.config import Dtype
+from tljax.models import apply
+from tljax.pretrained import Pretrained, load_pretrained
+from tljax.transfer.freeze import label
+from tljax.transfer.rundir import environment
+from tljax.transfer.setup import Division
+from tljax.transfer.step import StepConfig, init_state, make_train_step
+from tljax.types import Batch
+
+Question = Literal["forward", "input-gradient", "step", "step-batch-norm", "suffix"]
+
+Work = dict[str, Callable[[], Any]]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Seconds of a batch in tljax and in torch, and their ratio."""
+
+    questions: tuple[Question, ...] = ("forward", "input-gradient", "step", "suffix")
+    """``step`` trains everything on running statistics, ``step-batch-norm`` on those of the batch;
+    ``suffix`` trains ``--freeze-to``'s successors, with their input cached and without."""
+    weights: str = "efficientnet_lite0.in1k"
+    """As for scripts/train.py."""
+    model: str | None = None
+    """A network with random weights instead."""
+    freeze_to: str | None = None
+    """By default the last stage but one that has parameters trains, and the head."""
+    image_size: int | None = None
+    """As for scripts/train.py."""
+    batch_size: int = 16
+    """Images at once."""
+    dtype: Dtype = "float32"
+    """What both compute in; torch by autocast."""
+    compiled: bool = False
+    """Also compare with torch.compile."""
+    rounds: int = 5
+    """Timed turns of each."""
+    calls: int = 1
+    """Calls a turn."""
+
+
+class Bench:
+    """One network in both frameworks, and the work of each question."""
+
+    def __init__(self, config: Config, pretrained: Pretrained) -> None:
+        self.config = config
+        self.model = replace(pretrained.model, dtype=config.dtype)
+        self.variables = jax.tree.map(jnp.asarray, pretrained.variables)
+        self.pretrained = pretrained
+        size, rng = self.model.preprocess.size, np.random.default_rng(0)
+        count = config.batch_size
+        images = rng.random((count, size, size, 3), np.float32)
+        labels = rng.integers(0, self.model.num_classes, count).astype(np.int32)
+        self.images, self.labels = jnp.asarray(images), jnp.asarray(labels)
+        pixels = torch.tensor(images.transpose(0, 3, 1, 2)).to(device())
+        self.pixels = pixels.contiguous(memory_format=torch.channels_last)
+        self.target = torch.tensor(labels, dtype=torch.long).to(device())
+        self.network = TorchNetwork(pretrained)
+
+    def questions(self) -> dict[Question, Callable[[], Work]]:
+        """What can be asked."""
+        return {
+            "forward": self.forward,
+            "input-gradient": self.input_gradient,
+            "step": lambda: self.step(batch_norm=False),
+            "step-batch-norm": lambda: self.step(batch_norm=True),
+            "suffix": self.suffix,
+        }
+
+    def forward(self) -> Work:
+        """Images to logits."""
+        run = jax.jit(lambda v, x: apply(self.model, v, x).logits)
+
+        def theirs(network: torch.nn.Module) -> Callable[[], Any]:
+            def call() -> torch.Tensor:
+                with torch.inference_mode(), self.autocast():
+                    return network(self.pixels)
+
+            return call
+
+        return self.turns({"tljax": lambda: run(self.variables, self.images)}, theirs)
+
+    def input_gradient(self) -> Work:
+        """What an attack computes."""
+
+        def loss(x: jax.Array, variables: Any) -> jax.Array:
+            logits = apply(self.model, variables, x).logits
+            return optax.softmax_cross_entropy_with_integer_labels(logits, self.labels).sum()
+
+        run = jax.jit(jax.grad(loss))
+
+        def theirs(network: torch.nn.Module) -> Callable[[], Any]:
+            def call() -> Any:
+                pixels = self.pixels.clone().requires_grad_()
+                with self.autocast():
+                    loss = torch.nn.functional.cross_entropy(
+                        network(pixels), self.target, reduction="sum"
+                    )
+                return torch.autograd.grad(loss, pixels)
+
+            return call
+
+        return self.turns({"tljax": lambda: run(self.images, self.variables)}, theirs)
+
+    def step(self, *, batch_norm: bool) -> Work:
+        """Everything trains."""
+        training = frozenset(self.model.stage_names) if batch_norm else frozenset[str]()
+        ours = self.our_step((("*", 1.0),), training, start=None)
+        return self.turns({"tljax": ours}, lambda net: self.their_step(net, batch_norm=batch_norm))
+
+    def suffix(self) -> Work:
+        """The last stages train."""
+        with_params = [name for name in self.model.stage_names if name in self.variables["params"]]
+        freeze_to = self.config.freeze_to or with_params[-3]
+        start = with_params[with_params.index(freeze_to) + 1]
+        stages = self.model.stage_names[self.model.position(start) :]
+        table = *((f"{s}/*", 1.0) for s in stages if s in with_params), ("*", 0.0)
+        ours = {
+            "tljax cached": self.our_step(table, frozenset(), start=start),
+            "tljax": self.our_step(table, frozenset(), start=None),
+            "tljax everything": self.our_step((("*", 1.0),), frozenset(), start=None),
+        }
+        return self.turns(ours, lambda net: self.their_step(net, stages=stages))
+
+    def our_step(
+        self, table: tuple[tuple[str, float], ...], training: frozenset[str], start: str | None
+    ) -> Callable[[], Any]:
+        """SGD with momentum, as everyone has it; the state goes from step to step."""
+        division = Division(label(self.variables["params"], table), training)
+        optimizer = optax.sgd(1e-6, momentum=0.9)
+        changing, staying = division.split(jax.tree.map(jnp.copy, self.variables))
+        state = [init_state(changing["params"], changing["batch_stats"], optimizer)]
+        step = make_train_step(self.model, optimizer, StepConfig(training), start=start)
+        images = self.images
+        if start is not None:
+            images = jax.jit(lambda v, x: apply(self.model, v, x, stop=start).value)(
+                self.variables, images
+            )
+        count = self.config.batch_size
+        batch = Batch(images, self.labels, jnp.ones(count, bool), jnp.arange(count))
+        keys = jax.random.key(0), jax.random.key(1)
+
+        def call() -> Any:
+            state[0] = step(state[0], staying, batch, keys)
+            return state[0].step
+
+        return call
+
+    def their_step(
+        self,
+        network: torch.nn.Module,
+        *,
+        batch_norm: bool = False,
+        stages: tuple[str, ...] | None = None,
+    ) -> Callable[[], Any]:
+        """The same; the layers before the ``stages`` ask for no gradient."""
+        stage_of = same_names(self.pretrained.model)
+        trained = []
+        for name, parameter in network.named_parameters():
+            if stages is None or stage_of[name.partition("network.")[2]] in stages:
+                trained.append(parameter.requires_grad_())
+        network.train(batch_norm)
+        optimizer = torch.optim.SGD(trained, 1e-6, momentum=0.9)
+
+        def call() -> None:
+            optimizer.zero_grad(set_to_none=True)
+            with self.autocast():
+                loss = torch.nn.functional.cross_entropy(network(self.pixels), self.target)
+            loss.backward()
+            optimizer.step()
+
+        return call
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Torch's mixed precision, where asked for."""
+        if self.config.dtype == "float32":
+            return contextlib.nullcontext()
+        return torch.autocast(device().type, torch.bfloat16)
+
+    def turns(self, ours: Work, theirs: Callable[[torch.nn.Module], Callable[[], Any]]) -> Work:
+        """Each repeated as often as asked, and waited for."""
+
+        def jax_turn(call: Callable[[], Any]) -> Callable[[], Any]:
+            return lambda: jax.block_until_ready([call() for _ in range(self.config.calls)])
+
+        def torch_turn(call: Callable[[], Any]) -> Callable[[], None]:
+            def turn() -> None:
+                for _ in range(self.config.calls):
+                    call()
+                finish()
+
+            return turn
+
+        work: Work = {name: jax_turn(call) for name, call in ours.items()}
+        work["torch"] = torch_turn(theirs(copy.deepcopy(self.network)))
+        if self.config.compiled:
+            network = copy.deepcopy(self.network)
+            work["torch.compile"] = torch_turn(theirs(torch.compile(network)))  # pyright: ignore[reportArgumentType]
+        return work
+
+
+def main() -> None:
+    config = tyro.cli(Config)
+    random = config.model and random_pretrained(config.model, 1000)
+    pretrained = (random or load_pretrained(config.weights)).with_size(config.image_size)
+    bench = Bench(config, pretrained)
+    answers: dict[str, Any] = {}
+    for question in config.questions:
+        rows: dict[str, Any] = take_turns(bench.questions()[question](), config.rounds)
+        for row in rows.values():
+            row["images_per_second"] = round(config.batch_size * config.calls / row["seconds"], 2)
+            row["tljax_is_times_as_fast"] = round(row["seconds"] / rows["tljax"]["seconds"], 3)
+        answers[question] = rows
+    report = {
+        "environment": {
+            **environment(),
+            "torch": torch.__version__,
+            "torch_device": str(device()),
+        },
+        "model": pretrained.model.name,
+        "weights": "random" if random else Path(config.weights).name,
+        "image_size": pretrained.model.preprocess.size,
+        "batch_size": config.batch_size,
+        "dtype": config.dtype,
+        "calls": config.calls,
+        "questions": answers,
+    }
+    print(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""What is settled before JAX is imported."""
+
+import os
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+import tljax
+from tljax import process
+from tljax.errors import RequestError
+
+NAMES = ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")
+
+
+@pytest.fixture
+def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """As if neither variable were set, nor JAX imported."""
+    for name in NAMES:
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    monkeypatch.delitem(sys.modules, "jax")
+    monkeypatch.setenv("TLJAX_CACHE", str(tmp_path))
+    return tmp_path
+
+
+def test_compiled_programs_are_kept_for_one_kind_of_processor(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for machine in ("x86_64", "aarch64", "x86_64"):
+        monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+        monkeypatch.setattr(process.platform, "machine", lambda machine=machine: machine)
+        tljax.configure()
+        found.append(Path(os.environ["JAX_COMPILATION_CACHE_DIR"]))
+    assert found[0] == found[2] != found[1]
+    assert {path.parent for path in found} == {fresh / "compiled"}
+
+
+@pytest.mark.parametrize("chosen", ["", "/elsewhere"])
+def test_another_choice_wins(chosen: str, fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", chosen)
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_experimental_ynn_fusion_type=-all")
+    tljax.configure()
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == chosen
+    assert os.environ["XLA_FLAGS"] == "--xla_cpu_experimental_ynn_fusion_type=-all"
+
+
+def test_the_flag_is_for_the_version_that_was_measured(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "version", lambda _: "0.11.0")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_use_onednn=false")
+    tljax.configure()
+    assert os.environ["XLA_FLAGS"] == "--xla_cpu_use_onednn=false"
+    monkeypatch.setattr(process, "version", lambda _: "0.10.9")
+    tljax.configure()
+    assert os.environ["XLA_FLAGS"].startswith("--xla_cpu_use_onednn=false --xla_cpu_")
+
+
+def test_this_jaxlib_was_measured_and_knows_the_flag(tmp_path: Path) -> None:
+    """A newer one fails here: measure it with benchmarks/speed.py, with the flag and without."""
+    assert version("jaxlib").startswith(process._MEASURED)
+    code = "import tljax; tljax.configure(); import jax; print(jax.numpy.ones(3).sum())"
+    environment = {key: value for key, value in os.environ.items() if key not in NAMES}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment | {"TLJAX_CACHE": str(tmp_path), "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "3.0\n"
+
+
+def test_too_late_is_said(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jax", os)
+    with pytest.raises(RequestError, match="comes before `import jax`"):
+        tljax.configure()
+    assert "XLA_FLAGS" not in os.environ
