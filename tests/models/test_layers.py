@@ -15,7 +15,14 @@ from jax import lax
 from networks import difference, from_torch, to_torch
 from torch.nn import functional
 
-from tljax.models.convolution import Padding, adaptive_avg_pool, avg_pool, conv2d, max_pool
+from tljax.models.convolution import (
+    Padding,
+    adaptive_avg_pool,
+    avg_pool,
+    conv2d,
+    max_pool,
+    plain_max_pool,
+)
 from tljax.models.layers import BatchNorm, Conv, ConvNorm, Dense, GlobalAveragePool, LinearHead
 
 CHANNELS = 6
@@ -122,7 +129,7 @@ def test_conv2d_same_padding_is_not_symmetric_padding() -> None:
     assert difference(same, symmetric) > 0.1
 
 
-@hypothesis.settings(max_examples=25, deadline=None)
+@hypothesis.settings(max_examples=10, deadline=None)
 @hypothesis.given(
     size=st.tuples(st.integers(1, 9), st.integers(1, 9)),
     k=st.integers(2, 3),
@@ -131,10 +138,33 @@ def test_conv2d_same_padding_is_not_symmetric_padding() -> None:
 )
 def test_max_pool_is_torchs(size: tuple[int, int], k: int, stride: int, padding: int) -> None:
     hypothesis.assume(min(size) + 2 * padding >= k)
-    x = np.random.default_rng(0).uniform(-2, -1, (2, *size, 3)).astype(np.float32)
-    ours = max_pool(jnp.asarray(x), k, stride=stride, padding=padding)
-    theirs = functional.max_pool2d(to_torch(x), k, stride, padding)
-    np.testing.assert_array_equal(ours, from_torch(theirs))
+    """Among them windows in which two values are the largest: the first wins the gradient."""
+    rng = np.random.default_rng(0)
+    x = rng.integers(-9, -5, (2, *size, 3)).astype(np.float32)
+    pixels = to_torch(x).requires_grad_()
+    theirs = functional.max_pool2d(pixels, k, stride, padding)
+    weights = rng.integers(-9, 9, from_torch(theirs.detach()).shape).astype(np.float32)
+    theirs.backward(to_torch(weights))
+    ours, pullback = jax.vjp(
+        jax.jit(partial(max_pool, k=k, stride=stride, padding=padding)), jnp.asarray(x)
+    )
+    np.testing.assert_array_equal(ours, from_torch(theirs.detach()))
+    assert pixels.grad is not None
+    np.testing.assert_array_equal(pullback(weights)[0], from_torch(pixels.grad))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("padding", [1, "SAME", ((0, 2), (1, 0))])
+def test_max_pool_is_the_plain_maximum(padding: Padding, dtype: str) -> None:
+    """Values and gradients, in both directions."""
+    with jax.enable_x64(dtype == "float64"):
+        x = np.random.default_rng(0).standard_normal((2, 9, 10, 3)).astype(dtype)
+        ours, plain = (
+            partial(f, k=3, stride=2, padding=padding) for f in (max_pool, plain_max_pool)
+        )
+        assert_close(value_and_gradients(ours, x), value_and_gradients(plain, x), dtype)
+        matrices = [jax.jit(f(ours))(x) for f in (jax.jacfwd, jax.jacrev)]
+        np.testing.assert_array_equal(*matrices)
 
 
 def test_max_pool_same_is_tensorflows() -> None:

@@ -87,10 +87,10 @@ def _depthwise(stride: int, pads: Pads, x: jax.Array, kernel: jax.Array) -> jax.
 
 
 def _taps(
-    x: jax.Array, window: tuple[int, int], stride: int, pads: Pads
+    x: jax.Array, window: tuple[int, int], stride: int, pads: Pads, padding: float = 0
 ) -> Iterator[tuple[tuple[int, int], jax.Array]]:
     """What each position of the window sees: ``[batch, height', width', channels]``."""
-    x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+    x = jnp.pad(x, ((0, 0), *pads, (0, 0)), constant_values=padding)
     height, width = ((n - k) // stride for n, k in zip(x.shape[1:3], window, strict=True))
     for i, j in itertools.product(*map(range, window)):
         rows = slice(i, i + stride * height + 1, stride)
@@ -171,9 +171,41 @@ def _divisor(n: int, most: int = 8) -> int:
 def max_pool(x: jax.Array, k: int, *, stride: int, padding: Padding = 0) -> jax.Array:
     """Maximum over ``k`` x ``k`` windows; padding never wins."""
     pads = _pads(x.shape, (k, k), stride, padding)
+    by_taps = partial(_max_pool, k, stride, pads)
+    plain = partial(plain_max_pool, k=k, stride=stride, padding=pads)
+    return lax.platform_dependent(x, cpu=by_taps, default=plain)
+
+
+def plain_max_pool(x: jax.Array, k: int, *, stride: int, padding: Padding = 0) -> jax.Array:
+    """The same by XLA's own operation."""
+    pads = _pads(x.shape, (k, k), stride, padding)
     return lax.reduce_window(
         x, -jnp.inf, lax.max, (1, k, k, 1), (1, stride, stride, 1), ((0, 0), *pads, (0, 0))
     )
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def _max_pool(k: int, stride: int, pads: Pads, x: jax.Array) -> jax.Array:
+    return plain_max_pool(x, k, stride=stride, padding=pads)
+
+
+@_max_pool.defjvp
+def _max_pool_jvp(
+    k: int, stride: int, pads: Pads, primals: tuple[jax.Array], tangents: tuple[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """By the number of the tap that wins, the first of equals, as in XLA and torch.
+
+    XLA's own gradient looks for the winners again, which on a CPU takes four times as long.
+    """
+    (x,), (dx,) = primals, tangents
+    best, winner = jnp.array(-jnp.inf, x.dtype), jnp.uint8(0)
+    for number, (_, tap) in enumerate(_taps(x, (k, k), stride, pads, -jnp.inf)):
+        winner = jnp.where(tap > best, jnp.uint8(number), winner)
+        best = jnp.maximum(tap, best)
+    moved = jnp.zeros_like(best)
+    for number, (_, tap) in enumerate(_taps(dx, (k, k), stride, pads)):
+        moved += jnp.where(winner == number, tap, 0)
+    return best, moved
 
 
 def avg_pool(
