@@ -17,7 +17,7 @@ import time
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -39,6 +39,13 @@ class Config:
     """A folder of class folders; or foolbox: the 20 ImageNet photographs in foolbox's wheel."""
     weights: str = "efficientnet_lite0.in1k"
     """As for scripts/attack.py."""
+    attacks: tuple[Literal["fgsm", "pgd-20", "apgd-ce", "autoattack"], ...] = (
+        "fgsm",
+        "pgd-20",
+        "apgd-ce",
+        "autoattack",
+    )
+    """Which; AutoAttack takes most of the time."""
     count: int = 200
     """How many of the images."""
     epsilons: tuple[float, ...] = (0.25, 0.5, 1, 2, 4)
@@ -73,12 +80,13 @@ def main() -> None:
         is_foolbox = config.data == "foolbox"
         source = open_folder(str(foolbox_folder(Path(folder))) if is_foolbox else config.data)
         victims = attacks.read_victims(network, source, config.loading, count=config.count)
-    chosen = {
+    known = {
         "fgsm": fgsm,
         "pgd-20": partial(pgd, num_steps=20),
-        f"apgd-ce-{config.steps}": partial(apgd, num_steps=config.steps, stop_early=True),
+        "apgd-ce": partial(apgd, num_steps=config.steps, stop_early=True),
         "autoattack": partial(auto_attack, num_steps=config.steps, num_queries=config.queries),
     }
+    chosen = {name: known[name] for name in config.attacks}
     radii = [epsilon / 255 for epsilon in config.epsilons]
     began = time.perf_counter()
     found = attacks.attack(network, victims, chosen, radii, config.loading, nested=True)
