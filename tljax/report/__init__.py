@@ -4,10 +4,10 @@ from tljax.report.figures import (
     LogEntry,
     confusion_matrix,
     curves,
-    image_grid,
     reliability_diagram,
     sweep_curve,
 )
+from tljax.report.grid import image_grid
 from tljax.report.page import (
     ClassResult,
     Mistake,

@@ -1,24 +1,21 @@
 # ruff: noqa: PLC0415 - matplotlib takes a second to import: only what draws a plot should wait for it
-"""Pictures of a run: grids of images, curves, the L2 sweep and the confusion matrix.
+"""Plots of a run: curves, the L2 sweep, the confusion matrix and others.
 
-Grids are Pillow images. Plots are Matplotlib figures that belong to no global state; the caller
-saves them: ``curves(history).savefig("curves.svg")``.
+Matplotlib figures that belong to no global state; the caller saves them:
+``curves(history).savefig("curves.svg")``.
 """
 
-import math
-import unicodedata
 from collections.abc import Mapping, Sequence
-from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Float, Integer, UInt8
-from PIL import Image, ImageDraw, ImageFont
+from jaxtyping import Float, Integer
 
 from tljax.errors import RequestError
 from tljax.files import written_whole
+from tljax.report.grid import INK, printable
 from tljax.transfer.calibration import Calibration, CalibrationBins
 from tljax.transfer.compare import Candidate
 from tljax.transfer.lr_finder import RangeTest
@@ -30,7 +27,7 @@ if TYPE_CHECKING:
 
 # The blue and vermilion of Okabe and Ito (2008), which colour-blind readers tell apart.
 BLUE, VERMILION = "#0072b2", "#d55e00"
-INK, PALE = "#222222", "#767676"
+PALE = "#767676"
 
 MOST_CLASSES_WITH_COUNTS = 20
 MOST_CLASSES_WITH_NAMES = 60
@@ -38,101 +35,6 @@ LONGEST_CLASS_NAME = 24  # characters on an axis
 
 LogEntry = Mapping[str, Any]
 """One logged row: ``epoch`` and whatever was measured then; see `curves`."""
-
-
-def image_grid(
-    images: Sequence[UInt8[np.ndarray, "_height _width 3"]],
-    captions: Sequence[str] | None = None,
-    *,
-    columns: int | None = None,
-    cell: int = 160,
-) -> Image.Image:
-    """Lays images out in rows of square cells, each with its caption below.
-
-    An image keeps its proportions and is centred in its cell. One that fits more than twice is
-    enlarged by a whole number with hard edges, so that the pixels of an 8 x 8 digit can be counted.
-
-    Args:
-        images: RGB images of any sizes.
-        captions: one for each image. Newlines break lines, long lines end in an ellipsis, and what
-            the font cannot print becomes a replacement character.
-        columns: cells in a row; a nearly square grid if None.
-        cell: side of a cell, in pixels.
-
-    Raises:
-        RequestError: if there are no images, or not as many captions as images.
-    """
-    if not images:
-        raise RequestError("image grid: no images to show; pass at least one")
-    if captions is not None and len(captions) != len(images):
-        raise RequestError(
-            f"image grid: {len(captions)} captions for {len(images)} images; pass one for each"
-        )
-    font = _font(max(9, round(cell / 13)))
-    lines = [text.split("\n") for text in captions] if captions else [[]] * len(images)
-    line_height = sum(font.getmetrics()) + 1
-    caption_height = line_height * max(map(len, lines))
-    columns = min(columns or math.ceil(math.sqrt(len(images))), len(images))
-    rows = math.ceil(len(images) / columns)
-    gap = max(2, cell // 20)
-    step_x, step_y = cell + gap, cell + caption_height + gap
-
-    grid = Image.new("RGB", (gap + columns * step_x, gap + rows * step_y), "white")
-    draw = ImageDraw.Draw(grid)
-    for i, pixels in enumerate(images):
-        x, y = gap + i % columns * step_x, gap + i // columns * step_y
-        image = _fit(Image.fromarray(pixels), cell)
-        draw.rectangle((x, y, x + cell - 1, y + cell - 1), "#f2f2f2")
-        grid.paste(image, (x + (cell - image.width) // 2, y + (cell - image.height) // 2))
-        for j, line in enumerate(lines[i]):
-            text = _ellipsise(_printable(line), font, cell)
-            draw.text((x, y + cell + 1 + j * line_height), text, INK, font)
-    return grid
-
-
-def _fit(image: Image.Image, cell: int) -> Image.Image:
-    scale = cell / max(image.size)
-    filter_ = Image.Resampling.LANCZOS
-    if scale >= 2:
-        scale, filter_ = math.floor(scale), Image.Resampling.NEAREST
-    width, height = (max(1, round(side * scale)) for side in image.size)
-    return image.resize((width, height), filter_)
-
-
-def _ellipsise(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(text + "…") > width:
-        text = text[:-1]
-    return text + "…"
-
-
-def _font_path() -> Path:
-    import matplotlib as mpl
-
-    return Path(mpl.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
-
-
-@cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(_font_path(), size)
-
-
-@cache
-def _glyphs() -> frozenset[int]:
-    from matplotlib.ft2font import FT2Font
-
-    return frozenset(FT2Font(_font_path()).get_charmap())
-
-
-def _printable(text: str) -> str:
-    """The text with a replacement character for all that DejaVu Sans has no glyph for."""
-    return "".join(
-        c
-        if ord(c) in _glyphs() and unicodedata.category(c)[0] != "C"
-        else "\N{REPLACEMENT CHARACTER}"
-        for c in unicodedata.normalize("NFC", text)
-    )
 
 
 def curves(history: Sequence[LogEntry]) -> "matplotlib.figure.Figure":
@@ -209,7 +111,7 @@ def _mark_phases(axes: "matplotlib.axes.Axes", phases: Sequence[tuple[float, str
     ]
     for x, name, shift, side in labels:
         axes.annotate(
-            _printable(name),
+            printable(name),
             (x, 1),
             (shift, 3),
             xycoords=("data", "axes fraction"),
@@ -341,7 +243,7 @@ def accuracy_and_speed(candidates: Sequence[Candidate]) -> "matplotlib.figure.Fi
         axes.errorbar(*at, yerr=one.error, color=colour, linewidth=1, capsize=2)
         axes.scatter(*at, 20 + 4 * one.parameters / 1e6, color=colour, alpha=0.6, linewidths=0)
         axes.annotate(
-            _shorten(_printable(one.name)),
+            _shorten(printable(one.name)),
             at,
             xytext=(6, 4),
             textcoords="offset points",
@@ -436,7 +338,7 @@ def confusion_matrix(
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0, labelsize=10 if with_counts else 8, labelcolor=INK)
     if count <= MOST_CLASSES_WITH_NAMES:
-        names = [_shorten(_printable(name)) for name in classes]
+        names = [_shorten(printable(name)) for name in classes]
         upright = 0.09 * max(map(len, names)) > cell
         axes.set_xticks(range(count), names, rotation=90 if upright else 0, parse_math=False)
         axes.set_yticks(range(count), names, parse_math=False)

@@ -17,7 +17,7 @@ from tljax.errors import RequestError
 from tljax.files import written_whole
 from tljax.models import Model, apply
 from tljax.pretrained import Pretrained
-from tljax.report.figures import image_grid
+from tljax.report.grid import image_grid
 from tljax.types import Array, Variables
 
 
