@@ -21,6 +21,7 @@ from tljax.models.convolution import (
     avg_pool,
     conv2d,
     max_pool,
+    plain_conv2d,
     plain_max_pool,
 )
 from tljax.models.layers import BatchNorm, Conv, ConvNorm, Dense, GlobalAveragePool, LinearHead
@@ -102,6 +103,25 @@ def test_conv2d_is_the_plain_convolution(
 def test_conv2d_leaves_the_rest_to_xla(kind: str) -> None:
     assert_same_conv((8, 7), kind, 2, KINDS[kind][0] // 2, "float64")
     assert_same_conv((7, 8), kind, 1, "SAME", "float32")
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("padding", [3, 0, "SAME", ((2, 3), (0, 5))])
+@pytest.mark.parametrize("size", [(16, 15), (13, 18)])
+def test_a_stem_is_the_plain_convolution(
+    size: tuple[int, int], padding: Padding, dtype: str
+) -> None:
+    """Of three channels, with stride 2 and a large kernel."""
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(dtype == "float64"):
+        for window in ((7, 7), (5, 4)):
+            x = jnp.asarray(rng.standard_normal((2, *size, 3)), dtype)
+            kernel = jnp.asarray(rng.standard_normal((*window, 3, 4)), dtype)
+            ours, plain = (
+                value_and_gradients(partial(f, stride=2, padding=padding), x, kernel)
+                for f in (conv2d, plain_conv2d)
+            )
+            assert_close(ours, plain, dtype)
 
 
 @hypothesis.settings(max_examples=10, deadline=None)

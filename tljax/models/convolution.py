@@ -47,6 +47,8 @@ def conv2d(
     if groups == x.shape[-1] == kernel.shape[-1]:
         shifted = partial(_depthwise, stride, pads)
         return lax.platform_dependent(x, kernel, cpu=shifted, default=plain)
+    if stride == 2 and groups == 1 and x.shape[-1] <= 4 and min(window) > 3:
+        return lax.platform_dependent(x, kernel, cpu=partial(_stem, pads), default=plain)
     return plain(x, kernel)
 
 
@@ -71,6 +73,30 @@ def _pads(shape: tuple[int, ...], window: tuple[int, ...], stride: int, padding:
     if isinstance(padding, int):
         return (padding, padding), (padding, padding)
     return padding
+
+
+def _stem(pads: Pads, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Stride 2 on few channels, as stride 1 on blocks of 2 x 2 pixels with four times as many.
+
+    XLA's CPU convolution is slow on three channels, and its input gradient slower still where there
+    is a stride: 1.5 and 1.8 times as fast for the 7 x 7 of a ResNet.
+    """
+    (batch, _, _, channels), (rows, columns, _, features) = x.shape, kernel.shape
+    blocks = -(-rows // 2), -(-columns // 2)
+    ends = []
+    for side, k, block, (low, high) in zip(
+        x.shape[1:3], (rows, columns), blocks, pads, strict=True
+    ):
+        needed = 2 * ((side + low + high - k) // 2 + block)
+        ends.append((low, needed - side - low, 0))  # cut where the stride leaves a pixel out
+    x = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *ends, (0, 0, 0)))
+    height, width = x.shape[1] // 2, x.shape[2] // 2
+    x = x.reshape(batch, height, 2, width, 2, channels).transpose(0, 1, 3, 2, 4, 5)
+    x = x.reshape(batch, height, width, 4 * channels)
+    whole = ((0, 2 * blocks[0] - rows), (0, 2 * blocks[1] - columns), (0, 0), (0, 0))
+    kernel = jnp.pad(kernel, whole).reshape(blocks[0], 2, blocks[1], 2, channels, features)
+    kernel = kernel.transpose(0, 2, 1, 3, 4, 5).reshape(*blocks, 4 * channels, features)
+    return plain_conv2d(x, kernel)
 
 
 # --- depthwise convolution on a CPU -------------------------------------------------------------
