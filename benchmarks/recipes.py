@@ -81,7 +81,7 @@ def main() -> None:
         "environment": environment(),
         "data": Path(config.data).name,
         "examples": [len(splits.train), len(splits.val)],
-        "weights": config.weights,
+        "weights": Path(config.weights).name,
         "image_size": pretrained.model.preprocess.size,
         "recipes": results,
     }
