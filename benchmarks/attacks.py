@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import torchattacks
 import tyro
+from foolbox.models.pytorch import PyTorchModel
 from peers import TorchNetwork, device, finish, take_turns
 
 from tljax.attack import apgd, pgd
@@ -66,7 +67,7 @@ def main() -> None:
 
     epsilon, steps, key = config.epsilon, config.steps, jax.random.key(0)
     step_size = 2.5 * epsilon / steps
-    theirs = foolbox.models.PyTorchModel(network, bounds=(0, 1), device=device())
+    theirs = PyTorchModel(network, bounds=(0, 1), device=device())
     fool = foolbox.attacks.LinfPGD(abs_stepsize=step_size, steps=steps, random_start=False)
     torch_pgd = torchattacks.PGD(network, epsilon, step_size, steps, random_start=False)
     torch_apgd = torchattacks.APGD(network, "Linf", epsilon, steps)
