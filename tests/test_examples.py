@@ -57,5 +57,6 @@ def test_l2_sp_trains(colours: str):
     assert load("l2_sp").main(colours, image_size=32, epochs=1, strengths=(0.1,)) == {0.1: 1.0}
 
 
+@pytest.mark.slow
 def test_a_head_of_ones_own_trains(colours: str):
     assert load("new_head").main(colours, image_size=32) > 0.9

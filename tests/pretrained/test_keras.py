@@ -45,7 +45,7 @@ def test_keras_loads_what_is_exported(name: str, tmp_path: Path) -> None:
         )
 
 
-@pytest.mark.parametrize("form", ["x.keras", "x.h5"])
+@pytest.mark.parametrize("form", [pytest.param("x.keras", marks=pytest.mark.slow), "x.h5"])
 def test_whole_models_are_read(form: str, tmp_path: Path) -> None:
     """Those that are built late in a process too: automatic names count on."""
     keras.applications.MobileNet(weights=None, classes=3)

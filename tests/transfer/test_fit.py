@@ -134,10 +134,7 @@ RUNS = {
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=pytest.mark.slow if name in ("cached", "impatient") else [])
-        for name in RUNS
-    ],
+    [pytest.param(name, marks=pytest.mark.slow if name != "augmented" else []) for name in RUNS],
 )
 def test_a_run_that_is_killed_and_goes_on_ends_the_same(name, lives, tmp_path, monkeypatch):
     left, log = lives
