@@ -85,7 +85,7 @@ def main() -> None:
 
     def in_torch(name: str, attack: Callable[[], torch.Tensor]) -> Callable[[], None]:
         def run() -> None:
-            found[name] = attack().permute(0, 2, 3, 1).cpu().numpy()
+            found[name] = attack().detach().permute(0, 2, 3, 1).cpu().numpy()
             finish()
 
         return run
