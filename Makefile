@@ -28,7 +28,7 @@ lint: $(VENV)/.test
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-# Without --compile Python compiles what is imported, when it is: a small part of what is installed.
+# With --no-compile only what is imported is compiled to bytecode, a small part of all, and then.
 $(VENV)/.demo: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --no-compile --editable ".[demo]"
 	touch $@

@@ -11,7 +11,6 @@ import tljax
 
 tljax.configure()
 
-
 import json
 import time
 from dataclasses import dataclass, replace

@@ -10,7 +10,6 @@ import tljax
 
 tljax.configure()
 
-
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,12 +23,11 @@ import torch
 import torchattacks
 import tyro
 from foolbox.models.pytorch import PyTorchModel
-from peers import TorchNetwork, device, finish, take_turns
+from peers import TorchNetwork, device, environment, finish, take_turns, torch_pixels
 
 from tljax.attack import apgd, pgd
 from tljax.pretrained import load_pretrained
 from tljax.report.attacks import logits_fn
-from tljax.transfer.rundir import environment
 
 
 @dataclass(frozen=True)
@@ -57,8 +55,7 @@ def main() -> None:
     rng = np.random.default_rng(0)
     images = rng.random((config.batch_size, size, size, 3), np.float32)
     network = TorchNetwork(pretrained)
-    pixels = torch.tensor(images.transpose(0, 3, 1, 2)).to(device())
-    pixels = pixels.contiguous(memory_format=torch.channels_last)
+    pixels = torch_pixels(images)
     forward = logits_fn(pretrained)
     # What the network sees, so that the attack has its way to go.
     labels = np.asarray(jax.jit(forward)(images)).argmax(1)
@@ -107,12 +104,7 @@ def main() -> None:
         ours = seconds["tljax " + name.rpartition(" ")[2]]
         row["tljax_is_times_as_fast"] = round(row["seconds"] / ours["seconds"], 2)
     report = {
-        "environment": {
-            **environment(),
-            "torch": torch.__version__,
-            "torch_device": str(device()),
-            "foolbox": foolbox.__version__,
-        },
+        "environment": {**environment(), "foolbox": foolbox.__version__},
         "weights": Path(config.weights).name,
         "image_size": size,
         "batch_size": config.batch_size,

@@ -10,7 +10,6 @@ import tljax
 
 tljax.configure()
 
-
 import json
 import statistics
 import sys

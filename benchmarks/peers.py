@@ -8,18 +8,29 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoModelForImageClassification
 
 from tljax.models import Model
 from tljax.pretrained import Pretrained, export
 from tljax.pretrained.layouts import LAYOUTS, layout_rules
+from tljax.transfer import rundir
 
 # EfficientNet-Lite is not in transformers; the tests have it in plain torch.
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
-from networks import TorchLite, random_pretrained
+from networks import TorchLite, random_pretrained, to_torch
 
-__all__ = ["TorchNetwork", "device", "finish", "random_pretrained", "same_names", "take_turns"]
+__all__ = [
+    "TorchNetwork",
+    "device",
+    "environment",
+    "finish",
+    "random_pretrained",
+    "stages_by_key",
+    "take_turns",
+    "torch_pixels",
+]
 
 
 class TorchNetwork(torch.nn.Module):
@@ -48,7 +59,7 @@ class TorchNetwork(torch.nn.Module):
         return output if isinstance(output, torch.Tensor) else output.logits
 
 
-def same_names(model: Model) -> dict[str, str]:
+def stages_by_key(model: Model) -> dict[str, str]:
     """The stage of every tensor of the torch network, by its key."""
     rules = layout_rules(model.name, _layout(model.name))
     return {rule.key: rule.path.split("/")[1] for rule in rules}
@@ -76,6 +87,20 @@ def _same_weights(pretrained: Pretrained) -> torch.nn.Module:
 def device() -> torch.device:
     """Where torch computes."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def torch_pixels(images: np.ndarray) -> torch.Tensor:
+    """Images ``[n, height, width, 3]`` as torch takes them, where it computes."""
+    return to_torch(images).to(device(), memory_format=torch.channels_last)
+
+
+def environment() -> dict[str, str]:
+    """Versions and devices of both sides."""
+    return {
+        **rundir.environment(),
+        "torch": torch.__version__,
+        "torch_device": str(device()),
+    }
 
 
 def finish() -> None:

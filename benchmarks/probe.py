@@ -12,7 +12,6 @@ import tljax
 
 tljax.configure()
 
-
 import argparse
 import json
 import sys

@@ -7,7 +7,6 @@ import tljax
 
 tljax.configure()
 
-
 import json
 import re
 import shutil

@@ -11,7 +11,6 @@ import tljax
 
 tljax.configure()
 
-
 import contextlib
 import copy
 import json
@@ -26,13 +25,21 @@ import numpy as np
 import optax
 import torch
 import tyro
-from peers import TorchNetwork, device, finish, random_pretrained, same_names, take_turns
+from peers import (
+    TorchNetwork,
+    device,
+    environment,
+    finish,
+    random_pretrained,
+    stages_by_key,
+    take_turns,
+    torch_pixels,
+)
 
 from tljax.config import Dtype
 from tljax.models import apply
 from tljax.pretrained import Pretrained, load_pretrained
 from tljax.transfer.freeze import label
-from tljax.transfer.rundir import environment
 from tljax.transfer.setup import Division
 from tljax.transfer.step import StepConfig, init_state, make_train_step
 from tljax.types import Batch
@@ -82,8 +89,7 @@ class Bench:
         images = rng.random((count, size, size, 3), np.float32)
         labels = rng.integers(0, self.model.num_classes, count).astype(np.int32)
         self.images, self.labels = jnp.asarray(images), jnp.asarray(labels)
-        pixels = torch.tensor(images.transpose(0, 3, 1, 2)).to(device())
-        self.pixels = pixels.contiguous(memory_format=torch.channels_last)
+        self.pixels = torch_pixels(images)
         self.target = torch.tensor(labels, dtype=torch.long).to(device())
         self.network = TorchNetwork(pretrained)
 
@@ -184,7 +190,7 @@ class Bench:
         stages: tuple[str, ...] | None = None,
     ) -> Callable[[], Any]:
         """The same; the layers before the ``stages`` ask for no gradient."""
-        stage_of = same_names(self.pretrained.model)
+        stage_of = stages_by_key(self.pretrained.model)
         trained = []
         for name, parameter in network.named_parameters():
             if stages is None or stage_of[name.partition("network.")[2]] in stages:
@@ -242,11 +248,7 @@ def main() -> None:
             row["tljax_is_times_as_fast"] = round(row["seconds"] / rows["tljax"]["seconds"], 3)
         answers[question] = rows
     report = {
-        "environment": {
-            **environment(),
-            "torch": torch.__version__,
-            "torch_device": str(device()),
-        },
+        "environment": environment(),
         "model": pretrained.model.name,
         "weights": "random" if random else Path(config.weights).name,
         "image_size": pretrained.model.preprocess.size,

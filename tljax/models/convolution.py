@@ -7,7 +7,7 @@ import functools
 import itertools
 from collections.abc import Iterator
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -45,13 +45,14 @@ def conv2d(
         return x[:, ::stride, ::stride] @ kernel[0, 0]
     plain = partial(plain_conv2d, stride=stride, padding=pads, groups=groups)
     if groups == x.shape[-1] == kernel.shape[-1]:
-        shifted = partial(_depthwise, stride, pads)
-        return lax.platform_dependent(x, kernel, cpu=shifted, default=plain)
-    if stride == 2 and groups == 1 and x.shape[-1] <= 4 and min(window) > 3:
-        return lax.platform_dependent(x, kernel, cpu=partial(_stem, pads), default=plain)
-    if groups == 1:
-        return lax.platform_dependent(x, kernel, cpu=partial(_dense, stride, pads), default=plain)
-    return plain(x, kernel)
+        on_cpu = partial(_depthwise, stride, pads)
+    elif groups == 1 and stride == 2 and x.shape[-1] <= 4 and min(window) > 3:
+        on_cpu = partial(_stem, pads)
+    elif groups == 1:
+        on_cpu = partial(_dense, stride, pads)
+    else:
+        return plain(x, kernel)
+    return lax.platform_dependent(x, kernel, cpu=on_cpu, default=plain)
 
 
 def plain_conv2d(
@@ -75,6 +76,13 @@ def _pads(shape: tuple[int, ...], window: tuple[int, ...], stride: int, padding:
     if isinstance(padding, int):
         return (padding, padding), (padding, padding)
     return padding
+
+
+def _forward(
+    convolve: Any, stride: int, pads: Pads, x: jax.Array, kernel: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """The result, and what the gradients of all of them need again."""
+    return convolve(stride, pads, x, kernel), (x, kernel)
 
 
 def _stem(pads: Pads, x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -113,12 +121,6 @@ def _dense(stride: int, pads: Pads, x: jax.Array, kernel: jax.Array) -> jax.Arra
     return plain_conv2d(x, kernel, stride=stride, padding=pads)
 
 
-def _dense_forward(
-    stride: int, pads: Pads, x: jax.Array, kernel: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _dense(stride, pads, x, kernel), (x, kernel)
-
-
 def _dense_backward(
     stride: int, pads: Pads, saved: tuple[jax.Array, jax.Array], dy: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
@@ -141,7 +143,7 @@ def _dense_backward(
     return dx, *of_kernel(dy)
 
 
-_dense.defvjp(_dense_forward, _dense_backward)
+_dense.defvjp(partial(_forward, _dense), _dense_backward)
 
 
 # --- depthwise convolution on a CPU -------------------------------------------------------------
@@ -168,12 +170,6 @@ def _taps(
         yield (i, j), x[:, rows, j : j + stride * width + 1 : stride]
 
 
-def _depthwise_forward(
-    stride: int, pads: Pads, x: jax.Array, kernel: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _depthwise(stride, pads, x, kernel), (x, kernel)
-
-
 def _depthwise_backward(
     stride: int, pads: Pads, saved: tuple[jax.Array, jax.Array], dy: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
@@ -184,7 +180,7 @@ def _depthwise_backward(
     )
 
 
-_depthwise.defvjp(_depthwise_forward, _depthwise_backward)
+_depthwise.defvjp(partial(_forward, _depthwise), _depthwise_backward)
 
 
 def _input_gradient(
