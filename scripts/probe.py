@@ -28,6 +28,7 @@ def run(config: Config) -> dict[str, Any]:
     from tljax.report.runs import percent
     from tljax.transfer.features import split_features
     from tljax.transfer.probe import fit_probe, knn_predict, predict_logits
+    from tljax.transfer.rundir import skipped_rows
 
     began = time.perf_counter()
     model, variables, _ = load_pretrained(config.weights, model=config.model).with_size(
@@ -46,6 +47,9 @@ def run(config: Config) -> dict[str, Any]:
     print(f"linear probe         {percent(float(linear))}  (l2 {probe.l2:.2g})")
     print(f"nearest neighbours   {percent(float(nearest))}  (k {config.neighbours})")
     print(f"{len(train.labels)} training and {len(val.labels)} validation images, {seconds:.0f} s")
+    for source, features in ((splits.train, train), (splits.val, val)):
+        for name, reason in skipped_rows(source, features.skipped):
+            print(f"not read: {name}: {reason}")
     return {
         "val_top1": float(linear),
         "probe_top1": float(linear),
@@ -53,6 +57,7 @@ def run(config: Config) -> dict[str, Any]:
         "l2": probe.l2,
         "recipe": "probe",
         "workdir": None,
+        "skipped": len(train.skipped) + len(val.skipped),
         "seconds": round(seconds, 1),
     }
 

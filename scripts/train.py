@@ -99,12 +99,14 @@ def run(config: Config) -> dict[str, Any]:
             log=lambda history: rundir.write_metrics(workdir, history),
         )
     seconds = time.perf_counter() - began
+    unread = sum(map(len, result.skipped))
     summary = {
         "val_top1": result.evaluation.top1,
         "val_robust_top1": result.robust.top1 if result.robust else None,
         "probe_top1": result.probe_evaluation.top1 if result.probe_evaluation else None,
         "recipe": config.fit.recipe,
         "workdir": str(workdir),
+        "skipped": unread,
         "seconds": round(seconds, 1),
     }
     if not is_writer():
@@ -122,6 +124,8 @@ def run(config: Config) -> dict[str, Any]:
     for name, found in lines.items():
         if found:
             print(f"{name:20} {percent(found.top1)}")
+    if unread:
+        print(f"not read             {unread} images, listed in {workdir / 'skipped.csv'}")
     print(f"report               {workdir / 'report.html'}  ({seconds:.0f} s in all)")
     print("your own images      python scripts/train.py --data FOLDER  (one subfolder a class)")
     return summary

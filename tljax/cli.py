@@ -1,6 +1,7 @@
 """What all scripts share: the common flags, one-line errors, and a last line for machines."""
 
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
@@ -63,12 +64,22 @@ def main(config_type: Any, run: Callable[[Any], dict[str, Any]]) -> None:
             then subcommands; the docstring is the help text.
         run: does the work and returns what ``--json`` prints.
     """
+    try:
+        _main(config_type, run)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has seen enough; Python would complain again at its exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _main(config_type: Any, run: Callable[[Any], dict[str, Any]]) -> None:
     config = tyro.cli(config_type)
     try:
         configure()
         result = run(config)
     except KeyboardInterrupt:
         sys.exit(_say("interrupted", 130))
+    except BrokenPipeError:
+        raise
     except Exception as error:
         if config.debug:
             raise

@@ -54,6 +54,19 @@ def call_script(cache: Path, name: str, *arguments: object) -> subprocess.Comple
     return subprocess.CompletedProcess(argv, code, out.getvalue(), err.getvalue())
 
 
+def test_a_reader_that_has_seen_enough_is_no_error(cache: Path):
+    script = f"{sys.executable} {ROOT}/scripts/weights.py list | head -1 >&2"
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", script],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "TLJAX_CACHE": str(cache), "PYTHONUNBUFFERED": "1"},
+    )
+    assert done.returncode == 0
+    assert len(done.stderr.splitlines()) == 1
+
+
 class Evil:
     """What an attacker would publish as weights."""
 
@@ -104,6 +117,8 @@ def trained(cache: Path, photographs: Path, tmp_path_factory: pytest.TempPathFac
     assert result["workdir"] == str(workdir)
     assert 0 <= result["probe_top1"] <= 1
     assert result["seconds"] > 0
+    assert result["skipped"] == 5
+    assert f"5 images, listed in {workdir}/skipped.csv" in done.stdout
     return workdir
 
 
