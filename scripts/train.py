@@ -17,6 +17,7 @@ from tljax.config import FitConfig, Loading
 if TYPE_CHECKING:
     from tljax.data.sources import Splits
     from tljax.pretrained import Pretrained
+    from tljax.transfer.fit import FitResult
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def run(config: Config) -> dict[str, Any]:
     from tljax.errors import RequestError
     from tljax.parallel import is_writer, join
     from tljax.pretrained import load_pretrained, save
-    from tljax.report.runs import percent, write_training_report
+    from tljax.report.runs import write_training_report
     from tljax.transfer import rundir
     from tljax.transfer.checkpoint import Checkpoints
     from tljax.transfer.dry_run import dry_run
@@ -99,14 +100,13 @@ def run(config: Config) -> dict[str, Any]:
             log=lambda history: rundir.write_metrics(workdir, history),
         )
     seconds = time.perf_counter() - began
-    unread = sum(map(len, result.skipped))
     summary = {
         "val_top1": result.evaluation.top1,
         "val_robust_top1": result.robust.top1 if result.robust else None,
         "probe_top1": result.probe_evaluation.top1 if result.probe_evaluation else None,
         "recipe": config.fit.recipe,
         "workdir": str(workdir),
-        "skipped": unread,
+        "skipped": sum(map(len, result.skipped)),
         "seconds": round(seconds, 1),
     }
     if not is_writer():
@@ -116,19 +116,26 @@ def run(config: Config) -> dict[str, Any]:
     save(workdir / rundir.BEST, trained)
     write_training_report(workdir, result, splits, asdict(config), card, seconds)
 
+    print_result(result, config.fit.recipe, workdir, seconds)
+    return summary
+
+
+def print_result(result: "FitResult", recipe: str, workdir: Path, seconds: float) -> None:
+    """What a person wants to know at the end."""
+    from tljax.report.runs import percent
+
     lines = {
         "probe accuracy": result.probe_evaluation,
-        "fine-tuned accuracy": None if config.fit.recipe == "probe" else result.evaluation,
+        "fine-tuned accuracy": None if recipe == "probe" else result.evaluation,
         "attacked accuracy": result.robust,
     }
     for name, found in lines.items():
         if found:
             print(f"{name:20} {percent(found.top1)}")
-    if unread:
+    if unread := sum(map(len, result.skipped)):
         print(f"not read             {unread} images, listed in {workdir / 'skipped.csv'}")
     print(f"report               {workdir / 'report.html'}  ({seconds:.0f} s in all)")
     print("your own images      python scripts/train.py --data FOLDER  (one subfolder a class)")
-    return summary
 
 
 def resumed(config: Config, workdir: Path) -> Config:
