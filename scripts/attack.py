@@ -28,8 +28,8 @@ class Config(cli.Common):
     """fgsm bim mi-fgsm pgd apgd-ce apgd-dlr apgd-t fab-t square deepfool cw autoattack."""
     epsilons: tuple[float, ...] = (0.25, 0.5, 1, 2, 4)
     """Radii, in units of 1/255 of a pixel's range."""
-    norm: Literal["linf", "l2"] = "linf"
-    """In which the radii are measured."""
+    norm: Literal["linf", "l2", "l1"] = "linf"
+    """In which the radii are measured; l1 only for fgsm, bim, mi-fgsm and pgd."""
     steps: int | None = None
     """Gradient steps of each attack, queries of Square; by default what each one's paper has."""
     target: str | None = None

@@ -9,6 +9,7 @@ import torch
 import torchattacks
 from art.attacks.evasion import FastGradientMethod, MomentumIterativeMethod
 from art.estimators.classification import PyTorchClassifier
+from scipy.optimize import brentq
 from victims import (
     CLASSES,
     SIZE,
@@ -153,7 +154,7 @@ def test_more_restarts_fool_more():
 @pytest.mark.slow
 def test_a_random_start_fills_the_ball():
     keys = jax.random.split(KEY, 2000)
-    for name, expected in {"linf": 0.5, "l2": 0.5 ** (1 / 3)}.items():
+    for name, expected in {"linf": 0.5, "l2": 0.5 ** (1 / 3), "l1": 0.5 ** (1 / 3)}.items():
         points = np.asarray(jax.jit(lambda k, n=name: NORMS[n].inside(k, (3,)))(keys))
         lengths = np.asarray(jax.jit(NORMS[name].length)(points))
         assert lengths.max() <= 1 + 1e-6
@@ -171,6 +172,32 @@ def test_the_unit_gradient_is_one_even_of_tiny_gradients(scale):
     gradient = jnp.array([[3.0, 4.0], [0, 0]]) * scale
     found = NORMS["l2"].steepest(gradient)
     np.testing.assert_allclose(found, [[0.6, 0.8], [0, 0]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("radius", [0.0, 0.3, 2.0])
+def test_projection_onto_the_l1_ball_is_the_nearest_point(radius):
+    delta = np.random.default_rng(0).normal(size=(6, 3, 4)).astype("f") * 0.4
+    found = np.asarray(NORMS["l1"].project(delta, jnp.full(6, radius)))
+    for point, start in zip(found, delta.astype("f8"), strict=True):
+
+        def excess(loss, start=start):
+            return np.maximum(np.abs(start) - loss, 0).sum() - radius
+
+        # Karush, Kuhn and Tucker: one multiplier for all entries.
+        loss = brentq(excess, 0, np.abs(start).max() + 1) if excess(0.0) > 0 else 0.0
+        nearest = np.sign(start) * np.maximum(np.abs(start) - loss, 0)
+        np.testing.assert_allclose(point, nearest, rtol=0, atol=1e-6)
+
+
+def test_linear_closed_form_in_l1():
+    rng = np.random.default_rng(0)
+    weights, x = rng.normal(size=300), images(1) * 0.5 + 0.25
+    f = 0.2
+    logits_fn = linear_victim(weights, f - x.reshape(-1) @ weights)
+    largest = np.sort(np.abs(weights))[-3:]  # 1% of the entries
+    for epsilon, expected in ((0.99 * f / largest[-1], 1.0), (1.01 * f / largest.mean(), 0.0)):
+        adversarial = pgd(logits_fn, x, np.array([1]), KEY, epsilon=epsilon, norm="l1")
+        assert accuracy(adversarial, [1], logits_fn) == expected
 
 
 @pytest.mark.parametrize("attack", [fgsm, pgd])
@@ -195,7 +222,7 @@ def test_linear_closed_form(attack):
         ({"ids": np.zeros(3, int)}, "ids must be 4 integers"),
         ({"epsilon": np.zeros(3)}, "epsilon must be a number or 4 numbers"),
         ({"step_size": np.zeros(3)}, "step_size must be a number or 4"),
-        ({"norm": "l7"}, "no norm 'l7'; choose from linf, l2"),
+        ({"norm": "l7"}, "no norm 'l7' here; choose from linf, l2, l1"),
         ({"loss": "cw"}, "no loss 'cw'; choose from ce, dlr, margin"),
         ({"num_steps": 0}, "at least 1"),
         ({"loss": "dlr", "logits_fn": linear_victim(np.ones(192), 0)}, "needs 3 classes"),

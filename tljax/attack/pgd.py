@@ -17,7 +17,7 @@ from tljax.attack.contract import (
     prepare,
 )
 from tljax.attack.losses import Loss, ascent, goal
-from tljax.attack.norms import Bounds, into_ball, norm_of
+from tljax.attack.norms import NORMS, Bounds, into_ball, norm_of
 from tljax.errors import RequestError
 from tljax.types import Array
 
@@ -47,7 +47,8 @@ def pgd(
         adversarial = pgd(logits_fn, images, labels, jax.random.key(0), epsilon=8 / 255)
 
     Each step goes along the steepest ascent of the loss (the gradient's sign for Linf, the unit
-    gradient for L2), then back into the ball around the image, then into the bounds.
+    gradient for L2, its largest entries for L1), then back into the ball around the image, then
+    into the bounds.
 
     Source: Madry et al., "Towards deep learning models resistant to adversarial attacks", 2018
     (arXiv 1706.06083).
@@ -64,7 +65,7 @@ def pgd(
         ids: ``[n]`` int, whatever names an example; its random numbers depend on it and on the key
             alone. By default a hash of each image's values.
         targets: ``[n]`` int, the classes wanted instead; by default any but the label.
-        norm: "linf" or "l2".
+        norm: "linf", "l2" or "l1".
         loss: "ce", "dlr", "margin", or a function like them (see `tljax.attack.losses`).
         num_steps: number of gradients, of each restart.
         step_size: like epsilon; by default 2.5 * epsilon / num_steps, as Madry et al. have it.
@@ -82,7 +83,7 @@ def pgd(
     images, labels, epsilon, keys = prepare(images, labels, key, epsilon, ids)
     if num_steps < 1 or restarts < 1:
         raise RequestError(f"num_steps {num_steps} and restarts {restarts} must be at least 1")
-    ball, aim = norm_of(norm), goal(loss, labels, targets)
+    ball, aim = norm_of(norm, NORMS), goal(loss, labels, targets)
     default = 2.5 * epsilon / num_steps
     step = default if step_size is None else one_each(step_size, images, "step_size")
     project = partial(into_ball, images=images, epsilon=epsilon, norm=ball, bounds=bounds)
