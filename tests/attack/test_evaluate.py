@@ -270,7 +270,7 @@ def test_eight_devices_find_what_one_does():
 
 
 @pytest.mark.parametrize("survivors_only", [False, True])
-def test_nested_radii_attack_only_what_still_stands(survivors_only):
+def test_nested_radii_attack_only_what_still_stands(survivors_only, capsys):
     x, labels = with_errors()
     rows = []
 
@@ -298,6 +298,10 @@ def test_nested_radii_attack_only_what_still_stands(survivors_only):
     assert rows == [count for count in expected if count]
     for outcome in found.outcomes.values():
         assert (np.diff(outcome.right.astype(int), axis=0) <= 0).all()
+    assert found.rounded_accuracy("pgd") is None
+    progress = capsys.readouterr().err
+    assert f"clean  {len(x)} images" in progress
+    assert f"pgd 1/255  {rows[0]} images" in progress
     # The smallest radius is attacked as ever, and a larger one finds what it finds by itself.
     alone = evaluate(
         victim(), (x, labels), KEY, epsilons=found.epsilons, attacks=ATTACKS, batch_size=48

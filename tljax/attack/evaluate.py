@@ -14,6 +14,7 @@ from tljax.attack.flags import check_network, check_outcome
 from tljax.attack.losses import mean_logits
 from tljax.errors import RequestError
 from tljax.parallel import data_mesh, divisible, local_rows, replicate, shard
+from tljax.progress import track
 from tljax.types import Array
 
 
@@ -40,12 +41,13 @@ class Outcome(NamedTuple):
 
     Attributes:
         right: whether the network still is.
-        rounded: also after the adversarial image was rounded inward to 8 bits.
+        rounded: also after the adversarial image was rounded inward to 8 bits. None of nested
+            radii: the image of a smaller one stands for it, and rounding soon undoes that.
         other: whether the other network is right about the adversarial image; None without one.
     """
 
     right: np.ndarray
-    rounded: np.ndarray
+    rounded: np.ndarray | None
     other: np.ndarray | None
 
 
@@ -75,9 +77,10 @@ class Robustness(NamedTuple):
         """Robust accuracy for each epsilon under one attack, by default under the worst of all."""
         return [share(row) for row in (self.outcomes[attack].right if attack else self.right)]
 
-    def rounded_accuracy(self, attack: str) -> list[Share]:
-        """`accuracy` if the adversarial images are saved with 8 bits."""
-        return [share(row) for row in self.outcomes[attack].rounded]
+    def rounded_accuracy(self, attack: str) -> list[Share] | None:
+        """`accuracy` if the adversarial images are saved with 8 bits; None of nested radii."""
+        rounded = self.outcomes[attack].rounded
+        return None if rounded is None else [share(row) for row in rounded]
 
     def transfer(self, attack: str) -> list[Share | None]:
         """Of the images that fool this network and that both saw right, the share that fools both.
@@ -115,6 +118,7 @@ def evaluate(
     other: LogitsFn | None = None,
     batch_size: int = 64,
     mesh: Mesh | None = None,
+    quiet: bool = False,
 ) -> Robustness:
     """Attacks every image of a data set that the network sees right.
 
@@ -140,6 +144,7 @@ def evaluate(
         batch_size: rounded up to a multiple of the number of devices. Of the last batch the
             missing rows are padding.
         mesh: by default all devices of this process.
+        quiet: whether to show no progress on stderr.
 
     Raises:
         RequestError: no images, attacks or epsilons, or a label that the network has no logit for.
@@ -161,10 +166,10 @@ def evaluate(
     networks = [as_tree(network) for network in (logits_fn, other) if network is not None]
     networks = replicate(networks, mesh)
 
-    def run(function: Any, rows: np.ndarray, *arguments: Any) -> list[np.ndarray]:
+    def run(function: Any, rows: np.ndarray, *arguments: Any, name: str) -> list[np.ndarray]:
         found = []
-        for start in range(0, len(rows), size):
-            part = rows[start : start + size]
+        parts = [rows[start : start + size] for start in range(0, len(rows), size)]
+        for part in track(parts, description=name, total=len(rows), size=len, quiet=quiet):
             x = np.zeros((size, *images.shape[1:]), images.dtype)
             y = np.full(size, -1, np.int32)  # no prediction: padding is fooled from the start
             x[: len(part)], y[: len(part)] = images[part], labels[part]
@@ -172,22 +177,23 @@ def evaluate(
             found.append([local_rows(output)[: len(part)] for output in outputs])
         return [np.concatenate(parts) for parts in zip(*found, strict=True)]
 
-    clean, *others = run(_clean, np.arange(len(images)))
+    clean, *others = run(_clean, np.arange(len(images)), name="clean")
     flags = check_network(logits_fn, as_float(images[:size]), labels[:size])
     table = np.zeros((len(attacks), 2 + len(others), len(radii), len(images)), bool)
     for k, epsilon in enumerate(radii):
         standing = np.zeros(table.shape[1::2], bool)
-        for number, attack in enumerate(attacks.values()):
+        for number, (name, attack) in enumerate(attacks.items()):
             todo = standing[0] if survivors_only and number else clean
             if nested and k:
                 smaller = table[number, :, k - 1]
                 standing, todo = np.where(todo, smaller, standing), todo & smaller[0]
             rows = np.flatnonzero(todo)
             if rows.size:
-                standing[:, rows] = run(partial(_attacked, attack), rows, key, epsilon)
+                radius = f"{name} {255 * epsilon:.3g}/255"
+                standing[:, rows] = run(partial(_attacked, attack), rows, key, epsilon, name=radius)
             table[number, :, k] = standing
     outcomes = {
-        name: Outcome(cells[0], cells[1], cells[2] if others else None)
+        name: Outcome(cells[0], None if nested else cells[1], cells[2] if others else None)
         for name, cells in zip(attacks, table, strict=True)
     }
     flags |= check_outcome({name: outcome.right for name, outcome in outcomes.items()})

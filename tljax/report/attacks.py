@@ -225,7 +225,8 @@ def table(found: Robustness) -> str:
     rows = [header]
     for name in found.outcomes:
         rows.append([name, *map(_cell, [clean, *found.accuracy(name)])])
-        rows.append(["  saved as PNG", *map(_cell, [clean, *found.rounded_accuracy(name)])])
+        if (rounded := found.rounded_accuracy(name)) is not None:
+            rows.append(["  saved as PNG", *map(_cell, [clean, *rounded])])
     if len(found.outcomes) > 1:
         rows.append(["worst of all", *map(_cell, [clean, *found.accuracy()])])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -246,7 +247,9 @@ def summary(found: Robustness) -> dict[str, Any]:
         "clean": float(found.clean.mean()),
         "robust": {name: by_epsilon(found.accuracy(name)) for name in found.outcomes},
         "robust_rounded": {
-            name: by_epsilon(found.rounded_accuracy(name)) for name in found.outcomes
+            name: by_epsilon(rounded)
+            for name in found.outcomes
+            if (rounded := found.rounded_accuracy(name)) is not None
         },
         "examples": len(found.clean),
         "flags": found.flags,
@@ -280,7 +283,8 @@ def paint(
     name, last = list(attacks.items())[-1]
     rest = np.setdiff1d(np.arange(len(found.clean)), found.worst(len(found.clean)))
     rows = np.concatenate([found.worst(count), rest])[:count].astype(int)
-    fooled = ~found.outcomes[name].rounded[:, rows] & found.clean[rows]
+    right, rounded, _ = found.outcomes[name]
+    fooled = ~(right if rounded is None else rounded)[:, rows] & found.clean[rows]
     needed = np.where(fooled.any(0), fooled.argmax(0), len(found.epsilons) - 1)
     if target is not None:
         needed[:] = len(found.epsilons) - 1
@@ -289,11 +293,11 @@ def paint(
 
     see = logits_fn(network)
     adversarial = last(see, images, labels, jax.random.key(seed), epsilon=epsilons)
-    rounded = library.round_inward(adversarial, jnp.asarray(images))
+    on_grid = library.round_inward(adversarial, jnp.asarray(images))
     before, exact, after = (
-        np.asarray(jax.nn.softmax(_predict(see, x))) for x in (images, adversarial, rounded)
+        np.asarray(jax.nn.softmax(_predict(see, x))) for x in (images, adversarial, on_grid)
     )
-    saved = np.asarray(jnp.rint(rounded * 255), np.uint8)
+    saved = np.asarray(jnp.rint(on_grid * 255), np.uint8)
 
     def seen(probabilities: np.ndarray, index: int) -> dict[str, Any]:
         return {
