@@ -44,7 +44,6 @@ def run(config: Config) -> dict[str, Any]:
     """Prints a table of accuracies; with a folder also writes pictures."""
     from tljax.data.sources import open_folder, open_images, open_labelled
     from tljax.errors import RequestError
-    from tljax.pretrained import load_pretrained
     from tljax.report import attacks
     from tljax.transfer import rundir
 
@@ -57,8 +56,7 @@ def run(config: Config) -> dict[str, Any]:
         source = rundir.open_validation(config.workdir)
     else:
         raise RequestError("name what to attack: images, --data FOLDER or --workdir RUN")
-    network = load_pretrained(config.workdir or config.weights, model=config.model)
-    network = network.with_size(config.image_size)
+    network = config.load(config.workdir)
     target = None if config.target is None else network.card.index_of(config.target)
     chosen = attacks.choose_attacks(
         config.attacks, norm=config.norm, num_steps=config.steps, target=target

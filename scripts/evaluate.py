@@ -22,7 +22,6 @@ def run(config: Config) -> dict[str, Any]:
     """Prints accuracies; with a run directory also writes a page with the mistakes."""
     from tljax.data.sources import match_classes, open_labelled
     from tljax.errors import RequestError
-    from tljax.pretrained import load_pretrained
     from tljax.pretrained.catalog import names_like
     from tljax.report.runs import calibrated, percent, write_evaluation_report
     from tljax.transfer import rundir
@@ -35,8 +34,7 @@ def run(config: Config) -> dict[str, Any]:
         source = rundir.open_validation(config.workdir)
     else:
         raise RequestError("name what to measure on: --data FOLDER, or --workdir RUN")
-    pretrained = load_pretrained(config.workdir or config.weights, model=config.model)
-    model, variables, card = pretrained.with_size(config.image_size)
+    model, variables, card = config.load(config.workdir)
     source, notes = match_classes(source, names_like(card.classes, source.classes))
     print("\n".join(notes))
 

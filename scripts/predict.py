@@ -25,15 +25,12 @@ def run(config: Config) -> dict[str, Any]:
 
     from tljax.data.sources import open_images
     from tljax.errors import RequestError
-    from tljax.pretrained import load_pretrained
     from tljax.transfer.features import compute_features
 
     if not config.images:
         raise RequestError("name at least one file, folder or URL")
     source = open_images(config.images)
-    model, variables, card = load_pretrained(config.weights, model=config.model).with_size(
-        config.image_size
-    )
+    model, variables, card = config.load()
     logits = compute_features(
         model, variables, source, config.loading, stop=None, description="predict"
     )

@@ -24,16 +24,13 @@ class Config(cli.Common):
 def run(config: Config) -> dict[str, Any]:
     """Prints the validation accuracy of a linear probe and of nearest neighbours."""
     from tljax.data.sources import open_splits
-    from tljax.pretrained import load_pretrained
     from tljax.report.runs import percent
     from tljax.transfer.features import split_features
     from tljax.transfer.probe import fit_probe, knn_predict, predict_logits
     from tljax.transfer.rundir import skipped_rows
 
     began = time.perf_counter()
-    model, variables, _ = load_pretrained(config.weights, model=config.model).with_size(
-        config.image_size
-    )
+    model, variables, _ = config.load()
     splits = open_splits(config.data, val_fraction=config.val_fraction)
     train, val = split_features(model, variables, splits, config.loading, stop=config.stage)
     classes = len(splits.train.classes)

@@ -56,7 +56,7 @@ def run(config: Config) -> dict[str, Any]:
     from tljax.data.sources import open_splits
     from tljax.errors import RequestError
     from tljax.parallel import is_writer, join
-    from tljax.pretrained import load_pretrained, save
+    from tljax.pretrained import save
     from tljax.report.runs import write_training_report
     from tljax.transfer import rundir
     from tljax.transfer.checkpoint import Checkpoints
@@ -71,7 +71,7 @@ def run(config: Config) -> dict[str, Any]:
         if config.workdir is None:
             raise RequestError("--distributed needs a --workdir that is the same for every process")
         join()
-    pretrained = load_pretrained(config.weights, model=config.model).with_size(config.image_size)
+    pretrained = config.load()
     splits = open_splits(config.data, val_fraction=config.val_fraction)
     if config.dry_run:
         print(dry_run(pretrained.model, splits, config.fit, config.batch_size))

@@ -75,10 +75,9 @@ class Channel(Common):
 
 def run(config: Ideal | Explain | Features | Dream | Channel) -> dict[str, Any]:
     """Paints, and writes each picture and a grid of all."""
-    from tljax.pretrained import load_pretrained
     from tljax.report import gallery
 
-    network = load_pretrained(config.weights, model=config.model).with_size(config.image_size)
+    network = config.load()
     match config:
         case Ideal(classes=classes, steps=steps, tv_weight=tv_weight, seed=seed):
             rows = gallery.ideal_pictures(

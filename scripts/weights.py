@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -35,6 +35,8 @@ class Import(cli.Output):
     """The .safetensors file to write."""
     model: str | None = None
     """The architecture that the weights must be; found out if not given."""
+    normalization: Literal["torch", "tf", "caffe"] | None = None
+    """What a bare file expects; by default what is usual for its architecture and format."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,8 @@ def run(command: List | Verify | Import | Export) -> dict[str, Any]:
             )
         print(f"every layer agrees to {TOLERANCE:g} of its scale")
         return {"layers": {layer.layer: layer.difference for layer in layers}}
-    pretrained = load_pretrained(command.weights, model=getattr(command, "model", None))
+    said = {key: getattr(command, key, None) for key in ("model", "normalization")}
+    pretrained = load_pretrained(command.weights, **said)
     if isinstance(command, Import):
         save(command.path, pretrained)
     elif command.layout == "stablehlo":

@@ -1,3 +1,4 @@
+# ruff: noqa: PLC0415 - `--help` answers before JAX is imported
 """What all scripts share: the common flags, one-line errors, and a last line for machines."""
 
 import json
@@ -6,13 +7,16 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
 from tljax.config import Loading
 from tljax.errors import RequestError, VerificationError
 from tljax.process import configure
+
+if TYPE_CHECKING:
+    from tljax.pretrained import Pretrained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,10 +37,22 @@ class Network(Output):
     """Pretrained weights: a catalog name, hub id, file, saved folder or run directory."""
     model: str | None = None
     """The architecture that the weights must be; found out if not given."""
+    normalization: Literal["torch", "tf", "caffe"] | None = None
+    """What a bare file of weights expects, which says nothing of it, by keras.applications' names;
+    by default what is usual for its architecture and format."""
     image_size: int | None = None
     """Side of the square the network sees, in pixels; by default what the weights expect."""
     seed: int = 0
     """Of everything random."""
+
+    def load(self, weights: str | Path | None = None) -> "Pretrained":
+        """The network, by default that of ``--weights``, for images of the size asked for."""
+        from tljax.pretrained import load_pretrained
+
+        found = load_pretrained(
+            weights or self.weights, model=self.model, normalization=self.normalization
+        )
+        return found.with_size(self.image_size)
 
 
 @dataclass(frozen=True, kw_only=True)

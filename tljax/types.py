@@ -55,6 +55,11 @@ CAFFE = Preprocess(
 """Of networks that were trained with Caffe, or as there: BGR in [0, 255], less the mean."""
 
 
+NORMALIZATIONS = {"torch": Preprocess(), "tf": HALF, "caffe": CAFFE}
+"""The field's three, by the names that keras.applications has for them; of each only the
+normalisation and the order of channels matter."""
+
+
 class Batch(NamedTuple):
     """A fixed number of examples; the tail of a data set is padded and masked.
 

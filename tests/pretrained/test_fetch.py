@@ -39,6 +39,20 @@ def test_hub_id(resnet18: Pretrained, tmp_path: Path, monkeypatch: pytest.Monkey
     assert_same_variables(found.variables, resnet18.variables)
 
 
+def test_a_catalog_entry_on_the_hub(
+    resnet18: Pretrained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export(tmp_path, resnet18, "huggingface")
+    folders = {"someone/resnet-18": str(tmp_path)}
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: folders[name])
+    change_entry(monkeypatch, "resnet18.a1_in1k", source="hub:someone/resnet-18", digest="")
+    found = load_pretrained("resnet18.a1_in1k")
+    assert_same_variables(found.variables, resnet18.variables)
+    entry = CATALOG["resnet18.a1_in1k"]
+    assert (found.card.source, found.card.licence) == ("resnet18.a1_in1k", entry.licence)
+    assert found.model.preprocess == entry.preprocess
+
+
 def test_hub_without_network_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def download(*_arguments: object, **_options: object) -> str:
         raise ConnectionError("no route to host\nand much more")

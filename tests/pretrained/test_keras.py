@@ -82,5 +82,8 @@ def test_the_catalog_agrees_with_the_layouts() -> None:
         if name.startswith("keras:"):
             layout = LAYOUTS[entry.model]["keras"]
             assert entry.preprocess == (layout.preprocess or build_model(entry.model).preprocess)
-            assert entry.digest.startswith("md5:")
-            assert len(entry.digest) == 36
+            if name in ("keras:MobileNet", "keras:MobileNetV2"):
+                assert not entry.digest
+            else:
+                assert entry.digest.startswith("md5:")
+                assert len(entry.digest) == 36

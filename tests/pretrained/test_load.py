@@ -39,7 +39,7 @@ from tljax.pretrained import (
 )
 from tljax.pretrained.formats import read_tensors, write_safetensors
 from tljax.pretrained.layouts import LAYOUTS
-from tljax.types import Preprocess, Variables
+from tljax.types import CAFFE, HALF, Preprocess, Variables
 
 
 @pytest.fixture
@@ -132,6 +132,34 @@ def test_export_needs_a_known_suffix_and_layout(resnet18: Pretrained, tmp_path: 
     with pytest.raises(RequestError, match=r"Keras reads no net.keras; end it in .weights.h5"):
         export(tmp_path / "net.keras", mobilenet, "keras")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bare_file_is_prepared_as_it_is_said(resnet18: Pretrained, tmp_path: Path) -> None:
+    path = tmp_path / "bare.safetensors"
+    export(path, resnet18, "torchvision")
+    usual = load_pretrained(path).model.preprocess
+    assert load_pretrained(path, normalization="torch").model.preprocess == usual
+    for normalization, expected in (("caffe", CAFFE), ("tf", HALF)):
+        found = load_pretrained(path, normalization=normalization).model.preprocess
+        assert found == replace(usual, **of_pixels(expected))
+    with pytest.raises(RequestError, match="no normalization 'bgr'; choose from torch, tf, caffe"):
+        load_pretrained(path, normalization="bgr")
+
+
+def test_weights_that_say_how_images_are_prepared_are_believed(
+    resnet18: Pretrained, tmp_path: Path
+) -> None:
+    save(tmp_path / "own.safetensors", resnet18)
+    export(tmp_path / "hub", resnet18, "huggingface")
+    for path in (tmp_path / "own.safetensors", tmp_path / "hub"):
+        found = load_pretrained(path, normalization="torch")
+        assert found.model.preprocess == resnet18.model.preprocess
+        with pytest.raises(RequestError, match=r"RGB less 0\.485 .*not the normalization 'caffe'"):
+            load_pretrained(path, normalization="caffe")
+
+
+def of_pixels(preprocess: Preprocess) -> dict[str, Any]:
+    return {name: getattr(preprocess, name) for name in ("mean", "std", "channel_order")}
 
 
 def test_native_file_keeps_everything(resnet18: Pretrained, tmp_path: Path) -> None:

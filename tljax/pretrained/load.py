@@ -28,7 +28,7 @@ from tljax.pretrained.keras import layer_names
 from tljax.pretrained.layouts import check, layout_rules
 from tljax.pretrained.rules import Rule, apply_rules, compare, invert_rules
 from tljax.trees import flatten
-from tljax.types import Preprocess, Variables
+from tljax.types import NORMALIZATIONS, Preprocess, Variables
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,9 @@ class Pretrained(NamedTuple):
         return self._replace(model=replace(self.model, preprocess=preprocess))
 
 
-def load_pretrained(weights: str | Path, *, model: str | None = None) -> Pretrained:
+def load_pretrained(
+    weights: str | Path, *, model: str | None = None, normalization: str | None = None
+) -> Pretrained:
     """Finds, reads and ports pretrained weights; format, architecture and depth are found out.
 
     Args:
@@ -93,19 +95,40 @@ def load_pretrained(weights: str | Path, *, model: str | None = None) -> Pretrai
             ``.keras``; also xz-compressed); a folder written by ``save_pretrained``; a run
             directory of ``scripts/train.py``.
         model: the architecture that the weights must be; by default any.
+        normalization: of `NORMALIZATIONS`, what a bare file expects, which says nothing of it; by
+            default what is usual for its architecture and format.
 
     Returns:
-        The model with the preprocessing that the weights expect. A bare file says nothing of its
-        preprocessing, so it gets the architecture's usual one.
+        The model with the preprocessing that the weights expect.
 
     Raises:
-        RequestError: nothing is found under that name, it cannot be fetched, or does not fit.
+        RequestError: nothing is found under that name, it cannot be fetched, or does not fit; or
+            the weights say that they expect another normalization.
     """
+    found, says_preprocess = _find(weights, model)
+    if normalization is None:
+        return found
+    if normalization not in NORMALIZATIONS:
+        known = ", ".join(NORMALIZATIONS)
+        raise RequestError(f"there is no normalization '{normalization}'; choose from {known}")
+    said, asked = found.model.preprocess, NORMALIZATIONS[normalization]
+    asked = replace(said, mean=asked.mean, std=asked.std, channel_order=asked.channel_order)
+    if says_preprocess and asked != said:
+        mean, std = (" ".join(f"{value:.4g}" for value in x) for x in (said.mean, said.std))
+        raise RequestError(
+            f"{found.card.source} expects {said.channel_order.upper()} less {mean}, over {std}, "
+            f"which is not the normalization '{normalization}'; leave that out"
+        )
+    return found._replace(model=replace(found.model, preprocess=asked))
+
+
+def _find(weights: str | Path, model: str | None) -> tuple[Pretrained, bool]:
+    """The network, and whether its preprocessing was said with the weights."""
     if model is not None:
         build_model(model)  # a misspelt name is said before anything is fetched
     name = str(weights)
     if known := catalog_name(name):
-        return _load_catalog(known, CATALOG[known], model)
+        return _load_catalog(known, CATALOG[known], model), True
     if name.startswith(("https://", "http://")):
         return _load_file(fetch_url(name), name, model)
     path = Path(weights)
@@ -129,12 +152,13 @@ def _load_catalog(name: str, entry: Entry, model: str | None) -> Pretrained:
     if model not in (None, entry.model):
         raise RequestError(f"{name} holds {entry.model}, not {model}")
     path = fetch(name)
-    loaded = _load_file(path, name, entry.model)
+    load = _load_folder if path.is_dir() else _load_file
+    loaded, _ = load(path, name, entry.model)
     card = replace(loaded.card, licence=entry.licence)
     return Pretrained(replace(loaded.model, preprocess=entry.preprocess), loaded.variables, card)
 
 
-def _load_folder(folder: Path, name: str, model: str | None) -> Pretrained:
+def _load_folder(folder: Path, name: str, model: str | None) -> tuple[Pretrained, bool]:
     """A run directory, or what ``save_pretrained`` of transformers or timm writes."""
     if (folder / "best" / "model.safetensors").exists():
         return _load_file(folder / "best" / "model.safetensors", name, model)
@@ -142,15 +166,16 @@ def _load_folder(folder: Path, name: str, model: str | None) -> Pretrained:
     if not files:
         expected = ", ".join(_WEIGHT_FILES)
         raise RequestError(f"{folder} is neither a run directory nor a saved model: no {expected}")
-    loaded = _load_file(files[0], name, model or read_architecture(folder))
-    if loaded.card.layout == "tljax":
-        return loaded  # our own files say everything themselves
+    loaded, says_all = _load_file(files[0], name, model or read_architecture(folder))
+    if says_all:
+        return loaded, True
     said = read_configs(folder, loaded.model)
-    return Pretrained(
+    found = Pretrained(
         replace(loaded.model, preprocess=said.preprocess or loaded.model.preprocess),
         loaded.variables,
         replace(loaded.card, classes=said.classes, licence=said.licence),
     )
+    return found, said.preprocess is not None
 
 
 _WEIGHT_FILES = (
@@ -161,17 +186,16 @@ _WEIGHT_FILES = (
 )
 
 
-def _load_file(path: Path, name: str, model: str | None) -> Pretrained:
+def _load_file(path: Path, name: str, model: str | None) -> tuple[Pretrained, bool]:
     tensors = read_tensors(path)
-    if "tljax" in tensors.metadata:
-        return _load_native(path, tensors, model)
+    if "tljax" in tensors.metadata:  # our own files say everything themselves
+        return _load_native(path, tensors, model), True
     found = check(tensors.arrays, name, model)
     rules = layout_rules(found.model.name, found.layout)
     variables = apply_rules(rules, tensors.arrays, abstract_variables(found.model))
     classes = default_classes(found.model.num_classes)
-    return Pretrained(
-        found.model, variables, Card(classes, name, "unknown", sha256(path), found.layout)
-    )
+    card = Card(classes, name, "unknown", sha256(path), found.layout)
+    return Pretrained(found.model, variables, card), False
 
 
 # --- our own format: safetensors whose keys are our paths, with the card in the header -----------
