@@ -42,7 +42,8 @@ def conv2d(
     pads = _pads(x.shape, window, stride, padding)
     if window == (1, 1) and groups == 1 and pads == ((0, 0), (0, 0)):
         # A 1x1 convolution is a matrix product; XLA's CPU convolution does not know.
-        return x[:, ::stride, ::stride] @ kernel[0, 0]
+        pixels, matrix = x[:, ::stride, ::stride], kernel[0, 0]
+        return lax.platform_dependent(pixels, matrix, cpu=_product, default=jnp.matmul)
     plain = partial(plain_conv2d, stride=stride, padding=pads, groups=groups)
     if groups == x.shape[-1] == kernel.shape[-1]:
         on_cpu = partial(_depthwise, stride, pads)
@@ -83,6 +84,12 @@ def _forward(
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """The result, and what the gradients of all of them need again."""
     return convolve(stride, pads, x, kernel), (x, kernel)
+
+
+def _product(pixels: jax.Array, matrix: jax.Array) -> jax.Array:
+    # With one long axis of pixels the matrix's gradient takes half the time.
+    rows = pixels.reshape(-1, pixels.shape[-1]) @ matrix
+    return rows.reshape(*pixels.shape[:-1], -1)
 
 
 def _stem(pads: Pads, x: jax.Array, kernel: jax.Array) -> jax.Array:
