@@ -1,0 +1,15 @@
+"""What the benchmarks' README shows is what the committed results say."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+def test_the_tables_are_those_of_the_results():
+    printed = subprocess.run(
+        [sys.executable, BENCHMARKS / "tables.py"], capture_output=True, text=True, check=True
+    ).stdout
+    assert "| resnet50 | step |" in printed
+    assert printed in (BENCHMARKS / "README.md").read_text("utf-8")
