@@ -139,5 +139,7 @@ def test_what_cannot_be_done_is_said():
         attacks.choose_attacks(["pdg"])
     with pytest.raises(RequestError, match="square knows no norm but linf"):
         attacks.choose_attacks(["square"], norm="l2")
+    with pytest.raises(RequestError, match="apgd-ce knows no norm but linf and l2"):
+        attacks.choose_attacks(["pgd", "apgd-ce"], norm="l1")
     with pytest.raises(RequestError, match="fab-t takes no --target; fgsm, bim"):
         attacks.choose_attacks(["fab-t"], target=1)

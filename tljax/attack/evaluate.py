@@ -189,7 +189,7 @@ def evaluate(
                 standing, todo = np.where(todo, smaller, standing), todo & smaller[0]
             rows = np.flatnonzero(todo)
             if rows.size:
-                radius = f"{name} {255 * epsilon:.3g}/255"
+                radius = f"{name} {255 * epsilon:.6g}/255"
                 standing[:, rows] = run(partial(_attacked, attack), rows, key, epsilon, name=radius)
             table[number, :, k] = standing
     outcomes = {

@@ -43,7 +43,10 @@ ATTACKS: dict[str, Any] = {
 }
 """By the names that AutoAttack and the papers have."""
 
-_ONLY = {"square": "linf", "cw": "l2"}
+_NORMS = {"square": ("linf",), "cw": ("l2",)} | dict.fromkeys(
+    ("fgsm", "bim", "mi-fgsm", "pgd"), ("linf", "l2", "l1")
+)
+"""Those that an attack knows, where they are not Linf and L2."""
 
 
 class Victims(NamedTuple):
@@ -92,7 +95,7 @@ def choose_attacks(
 
     Args:
         names: of `ATTACKS`.
-        norm: "linf" or "l2".
+        norm: "linf", "l2" or "l1".
         num_steps: of those that take steps, and Square's queries; by default each one's own.
         target: the class wanted; by default any mistake.
 
@@ -103,8 +106,9 @@ def choose_attacks(
     for name in names:
         if name not in ATTACKS:
             raise RequestError(f"there is no attack '{name}'; choose from {', '.join(ATTACKS)}")
-        if _ONLY.get(name, norm) != norm:
-            raise RequestError(f"{name} knows no norm but {_ONLY[name]}: leave it out")
+        norms = _NORMS.get(name, ("linf", "l2"))
+        if norm not in norms:
+            raise RequestError(f"{name} knows no norm but {' and '.join(norms)}: leave it out")
         function = ATTACKS[name]
         known = inspect.signature(function).parameters
         options: dict[str, Any] = {"norm": norm} if "norm" in known else {}
@@ -221,7 +225,7 @@ def attack(
 def table(found: Robustness) -> str:
     """Accuracies with their standard errors, in percent, and what is left of it on 8 bits."""
     clean = share(found.clean)
-    header = ["epsilon * 255", "0", *(f"{epsilon * 255:.4g}" for epsilon in found.epsilons)]
+    header = ["epsilon * 255", "0", *(f"{epsilon * 255:.6g}" for epsilon in found.epsilons)]
     rows = [header]
     for name in found.outcomes:
         rows.append([name, *map(_cell, [clean, *found.accuracy(name)])])
