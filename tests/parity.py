@@ -1,6 +1,8 @@
 """The parity table: every network, from every format, against its reference implementation.
 
-python tests/parity.py [NAME ...] > benchmarks/results/parity.json
+python tests/parity.py benchmarks/results/parity.json [NAME ...]
+
+The file is written after every pair, and what it holds already is not compared again.
 """
 
 import json
@@ -19,6 +21,7 @@ import numpy as np
 from networks import difference, random_images
 from references import REFERENCES, Reference
 
+from tljax.files import written_whole
 from tljax.models import apply, normalize
 from tljax.pretrained import Pretrained, load_pretrained
 from tljax.transfer.rundir import environment
@@ -39,11 +42,12 @@ def stage_differences(pretrained: Pretrained, reference: Reference) -> dict[str,
     return worst
 
 
-def main(names: list[str]) -> None:
-    """Prints one JSON object, and a line for each pair on stderr."""
-    rows: list[dict[str, Any]] = []
+def main(path: Path, names: list[str]) -> None:
+    """Writes one JSON object, and a line for each pair on stderr."""
+    rows: list[dict[str, Any]] = json.loads(path.read_text())["pairs"] if path.exists() else []
+    known = {(row["model"], row["layout"]) for row in rows}
     for (name, layout), build in REFERENCES.items():
-        if names and name not in names:
+        if (names and name not in names) or (name, layout) in known:
             continue
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -61,8 +65,11 @@ def main(names: list[str]) -> None:
             }
         )
         print(f"{name:28}{layout:22}{worst:.1e}", file=sys.stderr, flush=True)
-    print(json.dumps({"environment": environment(), "pairs": rows}, indent=1))
+        with written_whole(path) as temporary:
+            temporary.write_text(
+                json.dumps({"environment": environment(), "pairs": rows}, indent=1)
+            )
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(Path(sys.argv[1]), sys.argv[2:])
