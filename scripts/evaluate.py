@@ -52,8 +52,8 @@ def run(config: Config) -> dict[str, Any]:
     if calibration:
         before, after = calibration.before.error, calibration.after.error
         print(f"calibration error  {percent(before)}, {percent(after)} after temperature scaling")
-    for name, reason in rundir.skipped_rows(source, logits.skipped):
-        print(f"not read: {name}: {reason}")
+    for line in rundir.skipped_lines(source, logits.skipped):
+        print(line)
     if config.workdir:
         page = config.workdir / "eval" / "report.html"
         skipped = rundir.skipped_rows(source, logits.skipped)

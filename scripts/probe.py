@@ -27,7 +27,7 @@ def run(config: Config) -> dict[str, Any]:
     from tljax.report.runs import percent
     from tljax.transfer.features import split_features
     from tljax.transfer.probe import fit_probe, knn_predict, predict_logits
-    from tljax.transfer.rundir import skipped_rows
+    from tljax.transfer.rundir import skipped_lines
 
     began = time.perf_counter()
     model, variables, _ = config.load()
@@ -45,8 +45,8 @@ def run(config: Config) -> dict[str, Any]:
     print(f"nearest neighbours   {percent(float(nearest))}  (k {config.neighbours})")
     print(f"{len(train.labels)} training and {len(val.labels)} validation images, {seconds:.0f} s")
     for source, features in ((splits.train, train), (splits.val, val)):
-        for name, reason in skipped_rows(source, features.skipped):
-            print(f"not read: {name}: {reason}")
+        for line in skipped_lines(source, features.skipped):
+            print(line)
     return {
         "val_top1": float(linear),
         "probe_top1": float(linear),

@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 
 from tljax import cli
+from tljax.config import Normalization
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Import(cli.Output):
     """The .safetensors file to write."""
     model: str | None = None
     """The architecture that the weights must be; found out if not given."""
-    normalization: Literal["torch", "tf", "caffe"] | None = None
+    normalization: Normalization | None = None
     """What a bare file expects; by default what is usual for its architecture and format."""
 
 

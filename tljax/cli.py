@@ -7,11 +7,11 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from tljax.config import Loading
+from tljax.config import Loading, Normalization
 from tljax.errors import RequestError, VerificationError
 from tljax.process import configure
 
@@ -37,7 +37,7 @@ class Network(Output):
     """Pretrained weights: a catalog name, hub id, file, saved folder or run directory."""
     model: str | None = None
     """The architecture that the weights must be; found out if not given."""
-    normalization: Literal["torch", "tf", "caffe"] | None = None
+    normalization: Normalization | None = None
     """What a bare file of weights expects, which says nothing of it, by keras.applications' names;
     by default what is usual for its architecture and format."""
     image_size: int | None = None

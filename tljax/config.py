@@ -7,6 +7,8 @@ from tljax.errors import RequestError
 
 Dtype = Literal["float32", "bfloat16"]
 
+Normalization = Literal["torch", "tf", "caffe"]
+
 Recipe = Literal["probe", "lp-ft", "gradual", "finetune", "bit", "scratch"]
 
 

@@ -6,6 +6,8 @@ from typing import Any, Literal, NamedTuple, Self
 import jax
 import numpy as np
 
+from tljax.config import Normalization
+
 Array = jax.Array | np.ndarray
 """An array on the host or on a device."""
 
@@ -55,7 +57,11 @@ CAFFE = Preprocess(
 """Of networks that were trained with Caffe, or as there: BGR in [0, 255], less the mean."""
 
 
-NORMALIZATIONS = {"torch": Preprocess(), "tf": HALF, "caffe": CAFFE}
+NORMALIZATIONS: dict[Normalization, Preprocess] = {
+    "torch": Preprocess(),
+    "tf": HALF,
+    "caffe": CAFFE,
+}
 """The field's three, by the names that keras.applications has for them; of each only the
 normalisation and the order of channels matter."""
 

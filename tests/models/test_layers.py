@@ -149,7 +149,7 @@ def test_conv2d_same_padding_is_not_symmetric_padding() -> None:
     assert difference(same, symmetric) > 0.1
 
 
-@hypothesis.settings(max_examples=5, deadline=None)
+@hypothesis.settings(max_examples=10, deadline=None)
 @hypothesis.given(
     size=st.tuples(st.integers(1, 9), st.integers(1, 9)),
     k=st.integers(2, 3),

@@ -1,6 +1,6 @@
 """The geometry of a ball around each image: Linf, L2 and L1.
 
-An attack needs four things of a norm. Another norm is another entry of `NORMS`.
+An attack needs five things of a norm. Another norm is another entry of `NORMS`.
 """
 
 import math
@@ -14,6 +14,8 @@ from tljax.attack.contract import along, draw
 from tljax.errors import RequestError
 
 Bounds = tuple[float, float]
+
+Draw = Callable[[jax.Array, tuple[int, ...]], jax.Array]
 
 
 class Norm(NamedTuple):
@@ -32,8 +34,8 @@ class Norm(NamedTuple):
     length: Callable[[jax.Array], jax.Array]
     project: Callable[[jax.Array, jax.Array], jax.Array]
     steepest: Callable[[jax.Array], jax.Array]
-    inside: Callable[[jax.Array, tuple[int, ...]], jax.Array]
-    surface: Callable[[jax.Array, tuple[int, ...]], jax.Array]
+    inside: Draw
+    surface: Draw
 
 
 def norm_of(name: str, among: Collection[str] = ("linf", "l2")) -> Norm:
@@ -82,7 +84,7 @@ def _shrink(delta: jax.Array, radius: jax.Array) -> jax.Array:
 def _soften(delta: jax.Array, radius: jax.Array) -> jax.Array:
     # Duchi et al., 2008: every entry loses the same, so that as much as the radius is left. That is
     # the largest of what the k largest entries alone would have to lose.
-    entries = -jnp.sort(-jnp.abs(delta).reshape(len(delta), -1))
+    entries = jnp.sort(jnp.abs(delta).reshape(len(delta), -1), descending=True)
     excess = jnp.cumsum(entries, axis=1) - radius[:, None]
     loss = jnp.max(excess / jnp.arange(1, entries.shape[1] + 1), axis=1)
     return jnp.sign(delta) * jnp.maximum(jnp.abs(delta) - along(jnp.maximum(loss, 0), delta), 0)
@@ -123,20 +125,13 @@ def _octahedron(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return _over(point, _sum(point) + draw(jax.random.exponential, pairs[:, 1]))
 
 
+def _scaled(inside: Draw, length: Callable[[jax.Array], jax.Array]) -> Draw:
+    """On the surface: points within the ball, moved outwards."""
+    return lambda keys, shape: _over(point := inside(keys, shape), length(point))
+
+
 NORMS = {
-    "linf": Norm(
-        _largest,
-        _clip,
-        jnp.sign,
-        _cube,
-        lambda keys, shape: _over(cube := _cube(keys, shape), _largest(cube)),
-    ),
+    "linf": Norm(_largest, _clip, jnp.sign, _cube, _scaled(_cube, _largest)),
     "l2": Norm(_euclidean, _shrink, _normalise, _solid_ball, _sphere),
-    "l1": Norm(
-        _sum,
-        _soften,
-        _largest_few,
-        _octahedron,
-        lambda keys, shape: _over(point := _octahedron(keys, shape), _sum(point)),
-    ),
+    "l1": Norm(_sum, _soften, _largest_few, _octahedron, _scaled(_octahedron, _sum)),
 }

@@ -89,7 +89,7 @@ def _forward(
 def _product(pixels: jax.Array, matrix: jax.Array) -> jax.Array:
     # With one long axis of pixels the matrix's gradient takes half the time.
     rows = pixels.reshape(-1, pixels.shape[-1]) @ matrix
-    return rows.reshape(*pixels.shape[:-1], -1)
+    return rows.reshape(*pixels.shape[:-1], matrix.shape[1])
 
 
 def _stem(pads: Pads, x: jax.Array, kernel: jax.Array) -> jax.Array:

@@ -25,6 +25,7 @@ from tljax.pretrained.catalog import names_like
 from tljax.progress import track
 from tljax.report.figures import robustness_curve, write_figure
 from tljax.report.gallery import Picture, grid, write_png
+from tljax.transfer.rundir import skipped_lines
 from tljax.types import Variables
 
 ATTACKS: dict[str, Any] = {
@@ -169,7 +170,7 @@ def read_victims(
             labels = np.asarray(_predict(see, batch.images).argmax(-1))
         parts.append([np.asarray(a)[batch.mask] for a in (batch.images, labels, batch.indices)])
     images, labels, indices = map(np.concatenate, zip(*parts, strict=True))
-    notes += [f"not read: {source.names[index]}: {reason}" for index, reason in skipped.items()]
+    notes += skipped_lines(source, skipped)
     if not len(images):
         raise RequestError("; ".join(["no image can be read", *notes]))
     return Victims(images, labels.astype(np.int32), [source.names[int(i)] for i in indices], notes)

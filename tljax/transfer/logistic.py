@@ -121,12 +121,12 @@ def fit_logistic(
         basis = _eigenbasis(features)
         onehot = jax.nn.one_hot(labels, num_classes, axis=0)
         params, *rest = _solve(basis, onehot, rows, l2[path], tolerance, max_iterations)
+        kernel = jnp.einsum("dr,fkcr->fkdc", basis.rotation, params[..., :-1])
         # What is added to all classes predicts nothing: at the optimum it is 0, and along a weak L2
         # the last that an iteration finds.
-        present = (rows @ onehot.T > 0)[:, None, :, None]
-        shift = jnp.mean(params, -2, keepdims=True, where=present)
-        params = params.at[..., :-1].add(-jnp.where(present, shift, 0)[..., :-1])
-        kernel = jnp.einsum("dr,fkcr->fkdc", basis.rotation, params[..., :-1])
+        present = (rows @ onehot.T > 0)[:, None, None]
+        shift = jnp.mean(kernel, -1, keepdims=True, where=present)
+        kernel = jnp.where(present, kernel - shift, 0)
         bias = params[..., -1] - basis.mean @ kernel
         bias -= bias.mean(-1, keepdims=True)
     in_order = [x[:, np.argsort(path)] for x in (kernel, bias, *rest)]

@@ -55,6 +55,11 @@ def skipped_rows(source: Source, skipped: dict[int, str]) -> list[tuple[str, str
     return [(source.names[i], reason) for i, reason in sorted(skipped.items())]
 
 
+def skipped_lines(source: Source, skipped: dict[int, str]) -> list[str]:
+    """The same for a person, one line each."""
+    return [f"not read: {name}: {reason}" for name, reason in skipped_rows(source, skipped)]
+
+
 def read_config(workdir: Path) -> dict[str, Any]:
     """What a run was asked to do.
 
