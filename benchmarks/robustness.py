@@ -32,7 +32,7 @@ from tljax.transfer.rundir import environment
 
 @dataclass(frozen=True)
 class Config:
-    """Robust accuracy of a network under FGSM, PGD-20, APGD-CE and AutoAttack's ensemble."""
+    """Robust accuracy of a network under FGSM, PGD-20 and AutoAttack, whose first part is APGD."""
 
     data: Annotated[str, tyro.conf.Positional]
     """A folder of class folders; or foolbox: the 20 ImageNet photographs in foolbox's wheel."""
@@ -41,7 +41,6 @@ class Config:
     attacks: tuple[Literal["fgsm", "pgd-20", "apgd-ce", "autoattack"], ...] = (
         "fgsm",
         "pgd-20",
-        "apgd-ce",
         "autoattack",
     )
     """Which; AutoAttack takes most of the time."""

@@ -17,6 +17,8 @@ from tljax.parallel import data_mesh, divisible, local_rows, replicate, shard
 from tljax.progress import track
 from tljax.types import Array
 
+_SMALL = 8  # how many small batches make a full one
+
 
 class Share(NamedTuple):
     """A share of ``n`` examples.
@@ -141,8 +143,8 @@ def evaluate(
             adversarial image, and is not attacked again: the small ball lies in the large one. Much
             faster, and accuracies never rise with epsilon, as those of single attacks can.
         other: a second network, which the adversarial images are shown, too.
-        batch_size: rounded up to a multiple of the number of devices. Of the last batch the
-            missing rows are padding.
+        batch_size: rounded up to a multiple of the number of devices. What does not fill a batch is
+            padded, or if it fills less than half of it put into batches of an eighth.
         mesh: by default all devices of this process.
         quiet: whether to show no progress on stderr.
 
@@ -167,11 +169,12 @@ def evaluate(
     networks = replicate(networks, mesh)
 
     def run(function: Any, rows: np.ndarray, *arguments: Any, name: str) -> list[np.ndarray]:
-        found = []
-        parts = [rows[start : start + size] for start in range(0, len(rows), size)]
-        for part in track(parts, description=name, total=len(rows), size=len, quiet=quiet):
-            x = np.zeros((size, *images.shape[1:]), images.dtype)
-            y = np.full(size, -1, np.int32)  # no prediction: padding is fooled from the start
+        found, parts = [], _split(rows, size, divisible(max(size // _SMALL, 1), mesh))
+        for part, length in track(
+            parts, description=name, total=len(rows), size=lambda part: len(part[0]), quiet=quiet
+        ):
+            x = np.zeros((length, *images.shape[1:]), images.dtype)
+            y = np.full(length, -1, np.int32)  # no prediction: padding is fooled from the start
             x[: len(part)], y[: len(part)] = images[part], labels[part]
             outputs = function(networks, *shard((x, y), mesh), *arguments)
             found.append([local_rows(output)[: len(part)] for output in outputs])
@@ -211,6 +214,19 @@ def round_inward(adversarial: jax.Array, images: jax.Array) -> jax.Array:
     towards = jnp.where(at > to, jnp.floor(at + rounding), jnp.ceil(at - rounding))
     between = (towards - at) * (towards - to) <= rounding
     return jnp.clip(jnp.where(between, towards, jnp.round(at)), 0, 255) / 255
+
+
+def _split(rows: np.ndarray, size: int, small: int) -> list[tuple[np.ndarray, int]]:
+    """Batches of rows and how long to make each, of two lengths.
+
+    The few survivors of the attacks before would be lost in a full batch, which takes its time.
+    """
+    full = len(rows) - len(rows) % size
+    cuts = list(range(0, full, size))
+    short = len(rows) - full <= size // 2
+    cuts += range(full, len(rows), small if short else size)
+    lengths = [size if cut < full or not short else small for cut in cuts]
+    return [(rows[cut : cut + n], n) for cut, n in zip(cuts, lengths, strict=True)]
 
 
 def _right(network: LogitsFn, images: jax.Array, labels: jax.Array) -> jax.Array:

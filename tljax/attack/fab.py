@@ -37,14 +37,21 @@ def onto_plane(
     rate = jnp.where(weight > 0, 1.0, 0.0) if norm == "linf" else weight
     axes = range(1, points.ndim)
 
-    def newton(_, length):
+    def newton(carry):
+        number, _, length = carry
         moved = along(length, points) * rate
         slope = jnp.sum(jnp.where(moved < room, weight * rate, 0), axes)
         lacking = jnp.abs(value) - jnp.sum(weight * jnp.minimum(moved, room), axes)
         step = jnp.maximum(lacking, 0) / jnp.where(slope > 0, slope, 1)
-        return length + jnp.where(slope > 0, step, 0)
+        return number + 1, length, length + jnp.where(slope > 0, step, 0)
 
-    length = lax.fori_loop(0, _NEWTON_STEPS, newton, jnp.zeros_like(value))
+    def moving(carry):
+        # Who has arrived stays there, however long the others take.
+        number, before, length = carry
+        return (number == 0) | ((number < _NEWTON_STEPS) & (before != length).any())
+
+    start = jnp.zeros_like(value)
+    *_, length = lax.while_loop(moving, newton, (jnp.int32(0), start, start))
     return points + direction * jnp.minimum(along(length, points) * rate, room)
 
 

@@ -188,7 +188,8 @@ def attack(
 ) -> Robustness:
     """How the network stands up; `tljax.attack.evaluate` says what to what.
 
-    AutoAttack is run as it is meant to be: each of its attacks on what those before have left.
+    AutoAttack is run as it is meant to be: each of its attacks on what those before have left. Its
+    outcome is "autoattack"; "autoattack until fab-t" is what there was after that part.
 
     Args:
         network: any.
@@ -219,7 +220,9 @@ def attack(
     parts = library.ensemble(network.model.num_classes, **options)
     whole = run(attacks=parts, survivors_only=True)
     found = run(attacks=alone) if alone else whole._replace(outcomes={})
-    outcomes = found.outcomes | {"autoattack": list(whole.outcomes.values())[-1]}
+    *until, last = whole.outcomes.items()
+    outcomes = {f"autoattack until {part}": outcome for part, outcome in until}
+    outcomes = found.outcomes | outcomes | {"autoattack": last[1]}
     return found._replace(outcomes=outcomes, flags=found.flags | whole.flags)
 
 
