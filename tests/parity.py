@@ -22,19 +22,24 @@ from networks import difference, random_images
 from references import REFERENCES, Reference
 
 from tljax.files import written_whole
-from tljax.models import apply, normalize
+from tljax.models import Model, apply, normalize
 from tljax.pretrained import Pretrained, load_pretrained
 from tljax.transfer.rundir import environment
+from tljax.types import Variables
+
+
+@partial(jax.jit, static_argnums=0)
+def _captured(model: Model, variables: Variables, images: np.ndarray) -> dict[str, jax.Array]:
+    return apply(model, variables, images, capture=model.stage_names).captured
 
 
 def stage_differences(pretrained: Pretrained, reference: Reference) -> dict[str, float]:
     """The largest difference of every stage's output, over its scale, at all sizes."""
     model, variables, _ = pretrained
-    run = jax.jit(partial(apply, model, capture=model.stage_names))
     worst = dict.fromkeys(model.stage_names, 0.0)
     for size in reference.sizes:
         images = random_images(2, *size)
-        captured = run(variables, images).captured
+        captured = _captured(model, variables, images)
         theirs = reference.stages(np.asarray(normalize(images, model.preprocess)))
         assert tuple(theirs) == model.stage_names
         for stage, value in theirs.items():
