@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
+import skimage.data
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageFile, ImageOps
@@ -119,6 +120,40 @@ def test_orientation_is_applied_once(format_, orientation):
     assert abs(pixels(data) - upright).max() <= tolerance
     reference = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
     np.testing.assert_array_equal(pixels(data), np.asarray(reference.convert("RGB")))
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 7])
+@pytest.mark.parametrize(("width", "height"), [(1537, 1026), (1031, 1030), (700, 2049)])
+def test_large_jpegs_are_decoded_smaller_and_look_the_same(width, height, orientation):
+    photograph = Image.fromarray(skimage.data.chelsea()).resize((width, height))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    data = encode(photograph, "JPEG", quality=92, exif=exif)
+    found = decode(data, Preprocess(72, 80, "bilinear")).astype(int)
+    expected = torchvision_resize_and_crop(open_image(data), 80, 72, Image.Resampling.BILINEAR)
+    error = np.abs(found - np.asarray(expected))
+    assert 0 < error.max() <= 5
+    assert error.mean() < 0.5
+
+
+def test_only_large_jpegs_are():
+    photograph = Image.fromarray(skimage.data.chelsea()).resize((639, 700))
+    for format_, times in (("JPEG", 1), ("PNG", 3)):
+        data = encode(photograph.resize((639 * times, 700 * times)), format_)
+        expected = torchvision_resize_and_crop(open_image(data), 80, 72, Image.Resampling.BILINEAR)
+        found = decode(data, Preprocess(72, 80, "bilinear"))
+        np.testing.assert_array_equal(found, np.asarray(expected))
+
+
+@pytest.mark.parametrize("format_", ["JPEG", "TIFF", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_turned_pictures_have_their_geometry(format_, orientation):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    data = encode(Image.fromarray(skimage.data.chelsea()), format_, exif=exif)
+    expected = torchvision_resize_and_crop(open_image(data), 128, 100, Image.Resampling.BILINEAR)
+    found = decode(data, Preprocess(100, 128, "bilinear")).astype(int)
+    assert np.abs(found - np.asarray(expected)).max() <= 1
 
 
 @pytest.mark.parametrize("exif", [b"Exif\0\0garbage", b"Exif\0\0II*\0\xff\xff\xff\xff"])

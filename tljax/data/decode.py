@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Sequence
 from os import PathLike
+from typing import NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -42,7 +43,9 @@ def decode(data: bytes | np.ndarray, preprocess: Preprocess) -> np.ndarray:
 
     The short side is resized to ``preprocess.resize`` with an antialiasing Pillow filter and the
     central square is cut out; the result equals that of torchvision's ``Resize`` and ``CenterCrop``
-    on a PIL image, pixel for pixel.
+    on a PIL image, pixel for pixel. A JPEG of eight times that size or more is decoded at a half, a
+    quarter or an eighth of its own, but at no less than four times what is wanted: four times as
+    fast for 12 megapixels, with pixels that differ by 0.1 to 0.4 of 255 in the mean.
 
     Args:
         data: an encoded image file, or RGB pixels, ``[height, width, 3]`` uint8.
@@ -54,19 +57,21 @@ def decode(data: bytes | np.ndarray, preprocess: Preprocess) -> np.ndarray:
     Raises:
         UnreadableImageError: the image cannot be used; the message is the reason.
     """
-    image = Image.fromarray(data) if isinstance(data, np.ndarray) else open_image(data)
-    short, long = sorted(image.size)
+    image, box, turn = _open(data, at_least=4 * preprocess.resize)
+    width, height = box[2:]
+    short, long = sorted((width, height))
     long = int(preprocess.resize * long / short)
     if preprocess.resize * long > MAX_PIXELS:
         raise UnreadableImageError(
             f"too elongated: {image.width} x {image.height} pixels, which would be"
             f" {preprocess.resize} x {long} after the resize"
         )
-    portrait = image.width <= image.height
     image = image.resize(
-        (preprocess.resize, long) if portrait else (long, preprocess.resize),
+        (preprocess.resize, long) if width <= height else (long, preprocess.resize),
         _FILTERS[preprocess.interpolation],
+        box,
     )
+    image = image if turn is None else image.transpose(turn)
     left = round((image.width - preprocess.size) / 2)
     top = round((image.height - preprocess.size) / 2)
     return np.array(image.crop((left, top, left + preprocess.size, top + preprocess.size)))
@@ -112,6 +117,23 @@ def open_image(data: bytes) -> Image.Image:
     Raises:
         UnreadableImageError: for any other byte string; the message is a short reason.
     """
+    image, _, turn = _open(data)
+    return image if turn is None else image.transpose(turn)
+
+
+class _Opened(NamedTuple):
+    """Pixels as they are stored, the part of them that is the image, and what puts it upright."""
+
+    image: Image.Image
+    box: tuple[float, float, float, float]
+    turn: Image.Transpose | None
+
+
+def _open(data: bytes | np.ndarray, at_least: int | None = None) -> _Opened:
+    """The whole image; or a large JPEG reduced, with a short side of ``at_least`` that."""
+    if isinstance(data, np.ndarray):
+        image = Image.fromarray(data)
+        return _Opened(image, (0, 0, *image.size), None)
     if not data:
         raise UnreadableImageError("the file is empty")
     # warnings.catch_warnings swaps one list for all threads, so threads that decode at the same
@@ -121,10 +143,12 @@ def open_image(data: bytes) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
         _check_size(image)
+        # libjpeg leaves out the high frequencies; no other format knows how. The reduced width and
+        # height are rounded up, the box is not.
+        drafted = image.draft(None, (at_least, at_least)) if at_least else None
         image.load()
-        turn = _turn(image)
-        image = _to_rgb(image)
-        return image if turn is None else image.transpose(turn)
+        box = drafted[1] if drafted else (0, 0, *image.size)
+        return _Opened(_to_rgb(image), box, _turn(image))
     except UnreadableImageError:
         raise
     except UnidentifiedImageError as error:

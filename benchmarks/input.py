@@ -1,0 +1,140 @@
+"""How many photographs a second are read, decoded and resized, and how many by torch's loader?
+
+Prints one JSON object. ``Pillow`` is one thread that decodes at full size, resizes and crops;
+``decode`` is ours in one thread; the loaders use all cores, in threads or in processes, which take
+their time to start. With ``--enlarge 12`` photographs of 256 pixels are those of a phone.
+
+    python benchmarks/input.py FOLDER --count 200
+"""
+
+import io
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import tyro
+from peers import environment, take_turns
+from PIL import Image
+
+from tljax.data.decode import decode, open_image
+from tljax.data.loader import load_batches
+from tljax.data.sources import Source, open_labelled, select
+from tljax.types import Preprocess
+
+
+@dataclass(frozen=True)
+class Config:
+    """Images a second, from bytes to batches."""
+
+    data: Annotated[str, tyro.conf.Positional]
+    """A folder of class folders."""
+    count: int = 500
+    """How many of the photographs."""
+    enlarge: int = 1
+    """How many times as high and wide they are made before, as JPEG of quality 90."""
+    batch_size: int = 32
+    """Images of a batch."""
+    rounds: int = 3
+    """Timed turns of each."""
+
+
+class Decoded(torch.utils.data.Dataset[tuple[np.ndarray, int]]):
+    """The usual data set of a torch loader, with Pillow."""
+
+    def __init__(self, source: Source, whole: Callable[[Any], np.ndarray]) -> None:
+        self.source, self.whole = source, whole
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        return self.whole(self.source.read(index)), int(self.source.labels[index])
+
+
+def write_enlarged(folder: str, source: Source, times: int) -> None:
+    """The photographs with more pixels, in class folders."""
+    for i in range(len(source)):
+        data: Any = source.read(i)
+        image = open_image(data)
+        image = image.resize((image.width * times, image.height * times), Image.Resampling.BICUBIC)
+        path = Path(folder, source.classes[source.labels[i]], f"{i}.jpg")
+        path.parent.mkdir(exist_ok=True)
+        image.save(path, quality=90)
+
+
+def main() -> None:
+    config = tyro.cli(Config)
+    source = open_labelled(config.data)
+    count = min(config.count, len(source))
+    chosen = np.random.default_rng(0).choice(len(source), count, replace=False)
+    source = select(source, np.sort(chosen))
+    with tempfile.TemporaryDirectory() as folder:
+        if config.enlarge > 1:
+            write_enlarged(folder, source, config.enlarge)
+            source = open_labelled(folder)
+        measure(config, source)
+
+
+def measure(config: Config, source: Source) -> None:
+    """Prints what the ways take."""
+    preprocess, cores = Preprocess(), os.cpu_count() or 1
+
+    def whole(data: Any) -> np.ndarray:
+        image = Image.open(io.BytesIO(data)).convert("RGB")
+        side, resize = preprocess.size, preprocess.resize
+        scale = resize / min(image.size)
+        width, height = (max(resize, int(length * scale)) for length in image.size)
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+        left, top = (width - side) // 2, (height - side) // 2
+        return np.array(image.crop((left, top, left + side, top + side)))
+
+    def each(function: Callable[[Any], np.ndarray]) -> None:
+        for i in range(len(source)):
+            function(source.read(i))
+
+    def ours(workers: int) -> None:
+        batches = load_batches(
+            source, preprocess, batch_size=config.batch_size, workers=workers, on_bad_image="fail"
+        )
+        for _ in batches:
+            pass
+
+    def theirs() -> None:
+        data = Decoded(source, whole)
+        for _ in torch.utils.data.DataLoader(data, config.batch_size, num_workers=cores):
+            pass
+
+    rows: dict[str, Any] = take_turns(
+        {
+            "Pillow": lambda: each(whole),
+            "decode": lambda: each(lambda data: decode(data, preprocess)),
+            "loader, threads": lambda: ours(0),
+            "loader, processes": lambda: ours(cores),
+            "torch loader, processes": theirs,
+        },
+        config.rounds,
+    )
+    for name, row in rows.items():
+        row["images_per_second"] = round(len(source) / row["seconds"], 1)
+        used = cores if "loader" in name else 1
+        row["images_per_second_and_core"] = round(len(source) / row["seconds"] / used, 1)
+    report = {
+        "environment": environment(),
+        "data": Path(config.data).name,
+        "count": len(source),
+        "enlarge": config.enlarge,
+        "batch_size": config.batch_size,
+        "cores": cores,
+        "ways": rows,
+    }
+    print(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,237 @@
+"""How long is it from a folder of photographs to a classifier, beside the loops that courses teach?
+
+Prints one JSON object. Each side is a process of its own, from its start to its end, imports and
+compilation included. Ours is `scripts/train.py --recipe probe`, report and all. Theirs freeze the
+same network, put a new linear head on it, and send every photograph through both for ten epochs of
+Adam. Of these ten epochs two are run, and the rest is reckoned to last as long as the second.
+
+    python benchmarks/job.py FOLDER --weights resnet18.tv_in1k
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import tyro
+
+from tljax.data.decode import decode
+from tljax.data.sources import Source, open_splits
+from tljax.pretrained import load_pretrained
+from tljax.types import Preprocess
+
+Side = Literal["tljax", "torch", "keras"]
+
+RUN = 2
+"""Epochs of the loops that are really run."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Seconds from folder to classifier, and the accuracy reached."""
+
+    data: Annotated[str, tyro.conf.Positional]
+    """As for scripts/train.py."""
+    weights: str = "efficientnet_lite0.in1k"
+    """EfficientNet-Lite0 or ResNet-18."""
+    epochs: int = 10
+    """Of the loops."""
+    batch_size: int = 32
+    """Images a step."""
+    learning_rate: float = 1e-3
+    """Of Adam."""
+    sides: tuple[Side, ...] = ("tljax", "torch", "keras")
+    """Who takes part."""
+    alone: Literal["torch", "keras"] | None = None
+    """For the processes that this one starts."""
+
+
+class Photographs:
+    """Batches of pixels in [0, 1], decoded again each time, as the loops do it."""
+
+    def __init__(self, source: Source, preprocess: Preprocess, batch_size: int) -> None:
+        self.source, self.preprocess, self.batch_size = source, preprocess, batch_size
+        self.order = np.arange(len(source))
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.order) / self.batch_size)
+
+    def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        rows = self.order[number * self.batch_size :][: self.batch_size]
+        images = np.stack([decode(self.source.read(int(i)), self.preprocess) for i in rows])
+        return images.astype(np.float32) / 255, self.source.labels[rows].astype(np.int64)
+
+
+def in_tljax(config: Config, folder: str) -> dict[str, Any]:
+    """What a user runs."""
+    script = Path(__file__).parents[1] / "scripts" / "train.py"
+    options = ["--data", config.data, "--weights", config.weights, "--recipe", "probe"]
+    row = python(script, *options, "--workdir", f"{folder}/run", "--json")
+    return {"val_top1": row["val_top1"], "ended": time.time()}
+
+
+def in_torch(config: Config) -> dict[str, Any]:
+    """The loop of torch's tutorial on transfer learning: the whole network in every epoch."""
+    import torch  # noqa: PLC0415 - only where it is timed
+    from peers import TorchNetwork, device  # noqa: PLC0415
+
+    torch.manual_seed(0)
+    pretrained = load_pretrained(config.weights)
+    splits = open_splits(config.data)
+    network = TorchNetwork(pretrained)
+    where, old = next(
+        (name, m) for name, m in network.named_modules() if isinstance(m, torch.nn.Linear)
+    )
+    head = torch.nn.Linear(old.in_features, len(splits.train.classes)).to(device())
+    network.set_submodule(where, head)
+    seen: list[torch.Tensor] = []
+    head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+
+    def batches(source: Source) -> Iterator[list[torch.Tensor]]:
+        photographs = Photographs(source, pretrained.model.preprocess, config.batch_size)
+        if source is splits.train:
+            np.random.default_rng().shuffle(photographs.order)
+        loader = torch.utils.data.DataLoader(
+            photographs,  # pyright: ignore[reportArgumentType]
+            batch_size=None,
+            num_workers=os.cpu_count() or 1,
+        )
+        for images, labels in loader:
+            pixels = images.permute(0, 3, 1, 2).to(device(), memory_format=torch.channels_last)
+            yield [pixels, labels.to(device())]
+
+    optimizer = torch.optim.Adam(head.parameters(), config.learning_rate)
+
+    def train(run: Callable[[torch.Tensor], torch.Tensor], parts: Any) -> None:
+        for inputs, labels in parts:
+            optimizer.zero_grad(set_to_none=True)
+            torch.nn.functional.cross_entropy(run(inputs), labels).backward()
+            optimizer.step()
+
+    @torch.inference_mode()
+    def accuracy(run: Callable[[torch.Tensor], torch.Tensor], parts: Any) -> float:
+        right = [(run(inputs).argmax(1) == labels).float() for inputs, labels in parts]
+        return float(torch.cat(right).mean())
+
+    seconds, top1 = [], 0.0
+    for _ in range(RUN):
+        began = time.perf_counter()
+        train(network, batches(splits.train))
+        top1 = accuracy(network, batches(splits.val))
+        seconds.append(time.perf_counter() - began)
+    ended = time.time()
+    # The other epochs see the same features: for the accuracy alone they are kept.
+    kept = []
+    for source in (splits.train, splits.val):
+        seen.clear()
+        with torch.inference_mode():
+            labels = torch.cat([y for x, y in batches(source) if network(x) is not None])
+        kept.append((torch.cat(seen).clone(), labels.clone()))
+    (features, labels), val = kept
+    for _ in range(RUN, config.epochs):
+        parts = torch.randperm(len(labels), device=labels.device).split(config.batch_size)
+        train(head, [(features[rows], labels[rows]) for rows in parts])
+        top1 = accuracy(head, [val])
+    return {"val_top1": round(top1, 4), "epochs": seconds, "ended": ended}
+
+
+def in_keras(config: Config) -> dict[str, Any]:
+    """The same with `fit`. Random weights, which are as fast: the accuracy says nothing."""
+    os.environ["KERAS_BACKEND"] = "jax"
+    import keras  # noqa: PLC0415 - only where it is timed
+    from keras_networks import BUILDERS  # noqa: PLC0415
+
+    pretrained = load_pretrained(config.weights)
+    preprocess = pretrained.model.preprocess
+    splits = open_splits(config.data)
+    base = BUILDERS[pretrained.model.name](preprocess.size)
+    base.trainable = False
+    inputs = keras.Input((preprocess.size, preprocess.size, 3))
+    scale = keras.layers.Normalization(
+        mean=preprocess.mean, variance=[std**2 for std in preprocess.std]
+    )
+    features = keras.layers.GlobalAveragePooling2D()(base(scale(inputs), training=False))
+    network = keras.Model(inputs, keras.layers.Dense(len(splits.train.classes))(features))
+    network.compile(
+        keras.optimizers.Adam(config.learning_rate),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+    )
+
+    class Data(Photographs, keras.utils.PyDataset):
+        def __init__(self, source: Source) -> None:
+            keras.utils.PyDataset.__init__(self, workers=os.cpu_count() or 1)
+            Photographs.__init__(self, source, preprocess, config.batch_size)
+
+    marks: list[float] = []
+
+    def mark(*_: Any) -> None:
+        marks.append(time.perf_counter())
+
+    network.fit(
+        Data(splits.train),
+        validation_data=Data(splits.val),
+        epochs=RUN,
+        callbacks=[keras.callbacks.LambdaCallback(on_epoch_begin=mark, on_epoch_end=mark)],
+        verbose=0,  # pyright: ignore[reportArgumentType]
+    )
+    return {"val_top1": None, "epochs": np.diff(marks)[::2].tolist(), "ended": time.time()}
+
+
+def python(*command: object) -> dict[str, Any]:
+    """What a Python process prints on its last line."""
+    run = subprocess.run(
+        [sys.executable, *map(str, command)], check=True, stdout=subprocess.PIPE, text=True
+    )
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def timed(config: Config, side: Side) -> dict[str, Any]:
+    """Runs one side."""
+    began = time.time()
+    if side == "tljax":
+        with tempfile.TemporaryDirectory() as folder:
+            row = in_tljax(config, folder)
+    else:
+        row = python(__file__, *sys.argv[1:], "--alone", side)
+    seconds = row.pop("ended") - began
+    if epochs := row.pop("epochs", None):
+        row |= {"measured_seconds": round(seconds, 1), "second_epoch": round(epochs[1], 1)}
+        seconds += (config.epochs - RUN) * epochs[1]
+    return row | {"seconds": round(seconds, 1)}
+
+
+def main() -> None:
+    config = tyro.cli(Config)
+    if config.alone:
+        print(json.dumps({"torch": in_torch, "keras": in_keras}[config.alone](config)))
+        return
+    from tljax.transfer.rundir import environment  # noqa: PLC0415 - it imports jax
+
+    rows: dict[str, dict[str, Any]] = {}
+    for side in config.sides:
+        rows[side] = timed(config, side)
+        print(f"{side}: {rows[side]}", file=sys.stderr, flush=True)
+    for row in rows.values():
+        row["tljax_is_times_as_fast"] = round(row["seconds"] / rows["tljax"]["seconds"], 2)
+    report = {
+        "environment": environment(),
+        "data": Path(config.data).name,
+        "weights": Path(config.weights).name,
+        "epochs": config.epochs,
+        "batch_size": config.batch_size,
+        "sides": rows,
+    }
+    print(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    main()
