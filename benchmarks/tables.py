@@ -4,6 +4,7 @@ python benchmarks/tables.py
 """
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,12 +65,59 @@ def attacks() -> str:
     return table(header, rows)
 
 
+def robustness() -> str:
+    """Accuracy under attack, with its standard error."""
+    reports = list(results("robustness"))
+    epsilons = sorted({float(e) for r in reports for row in r["robust"].values() for e in row})
+    rows = []
+    for report in reports:
+        count, clean = report["examples"], report["clean"]
+        what = [report["weights"].partition(".")[0], f"{report['data']}, {count}"]
+        for attack, shares in report["robust"].items():
+            known = {0.0: clean} | {float(epsilon): share for epsilon, share in shares.items()}
+            cells = [percent(known.get(epsilon), count) for epsilon in (0.0, *epsilons)]
+            rows.append([*what, attack, *cells])
+    header = ["network", "images", "attack", "0", *(f"{epsilon:g}" for epsilon in epsilons)]
+    return table(header, rows)
+
+
+def percent(share: float | None, count: int) -> str:
+    """With its standard error; nothing where nothing was measured."""
+    if share is None:
+        return ""
+    error = math.sqrt(share * (1 - share) / count)
+    return f"{100 * share:.1f} ± {100 * error:.1f}"
+
+
+def jobs() -> str:
+    """Whole jobs beside the loops of courses."""
+    rows = []
+    for report in results("job"):
+        network = report["weights"].partition(".")[0]
+        for side, row in report["sides"].items():
+            top1 = "" if row["val_top1"] is None else f"{row['val_top1']:.3f}"
+            times = ratio(row["tljax_is_times_as_fast"]) if side != "tljax" else ""
+            rows.append([network, report["data"], side, f"{row['seconds']:.0f}", top1, times])
+    return table(["network", "data", "", "seconds", "top-1", "tljax is times as fast"], rows)
+
+
+def inputs() -> str:
+    """Images a second from files to batches."""
+    rows = []
+    for report in results("input"):
+        for way, row in report["ways"].items():
+            side = 256 * report["enlarge"]
+            cells = [row[f"images_per_second{suffix}"] for suffix in ("", "_and_core")]
+            rows.append([f"{side} px", way, *(f"{cell:.0f}" for cell in cells)])
+    return table(["short side", "way", "images/s", "a core"], rows)
+
+
 def main() -> None:
     """Prints the tables, with what they were measured on."""
     environment = next(iter(results("speed")))["environment"]
     versions = ", ".join(f"{name} {environment[name]}" for name in ("jax", "torch"))
     print(f"Measured on {environment['devices']}, {versions}.\n")
-    print(f"{speed()}\n\n{attacks()}")
+    print("\n\n".join(make() for make in (speed, attacks, jobs, inputs, robustness)))
 
 
 if __name__ == "__main__":

@@ -42,6 +42,8 @@ class Config(cli.Common):
     """Try a hundred learning rates on the first steps and suggest one; train nothing."""
     dry_run: bool = False
     """Say what would be trained, what it costs and what is cached; train nothing."""
+    profile: bool = False
+    """Trace ten steps of the first epoch into the run directory, for TensorBoard or Perfetto."""
     distributed: bool = False
     """This is one of several processes: start one on every host. Needs --workdir."""
 
@@ -79,7 +81,10 @@ def run(config: Config) -> dict[str, Any]:
     if config.find_learning_rate:
         return suggest_learning_rate(config, pretrained, splits)
 
-    make_plan(pretrained.model, config.fit, len(splits.train), config.batch_size)  # or say why not
+    # Or they say why not.
+    plan = make_plan(pretrained.model, config.fit, len(splits.train), config.batch_size)
+    if config.profile and not plan.phases:
+        raise RequestError("--profile traces training steps, and --recipe probe takes none")
     workdir = config.workdir or Path("runs", time.strftime("%Y%m%d-%H%M%S"))
     if not config.resume and is_writer():
         rundir.create_run(workdir, asdict(replace(config, workdir=workdir)), splits)
@@ -98,6 +103,7 @@ def run(config: Config) -> dict[str, Any]:
             checkpoints=checkpoints,
             checkpoint_seconds=60 * config.checkpoint_minutes,
             log=lambda history: rundir.write_metrics(workdir, history),
+            profile=workdir / "profile" if config.profile else None,
         )
     seconds = time.perf_counter() - began
     summary = {

@@ -1,5 +1,7 @@
 """Training whole: cached or not, killed or not, the same run."""
 
+import gzip
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -253,3 +255,11 @@ def test_balanced_classes_weigh_by_their_share():
 def train_weights(data):
     run = SimpleNamespace(config=config(class_weights="balanced"), splits=data)
     return preparation._class_weights(run)
+
+
+def test_some_steps_are_traced(tmp_path):
+    found = train(config(epochs=2), profile=tmp_path)
+    [path] = tmp_path.rglob("perfetto_trace.json.gz")
+    events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    assert "PjitFunction(step)" in {event.get("name") for event in events}
+    assert everything(found) == everything(train(config(epochs=2)))

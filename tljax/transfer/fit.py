@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -29,6 +30,7 @@ from tljax.transfer.probe import Probe
 from tljax.transfer.recipes import Phase
 from tljax.transfer.setup import NewHead, Setup, divide, first_state, prepare
 from tljax.transfer.step import TrainState, TrainStep
+from tljax.transfer.trace import traced
 from tljax.types import Variables
 
 History = list[dict[str, Any]]
@@ -74,6 +76,7 @@ class _Run:
     checkpoints: Checkpoints | None
     checkpoint_seconds: float
     log: Callable[[History], None]
+    profile: Path | None
 
 
 class _Progress(NamedTuple):
@@ -96,6 +99,7 @@ def fit(
     checkpoints: Checkpoints | None = None,
     checkpoint_seconds: float = 600,
     log: Callable[[History], None] = lambda _: None,
+    profile: Path | None = None,
     new_head: NewHead | None = None,
     transform: optax.GradientTransformation | None = None,
 ) -> FitResult:
@@ -115,6 +119,7 @@ def fit(
             them closes them, and hears then of a write that failed.
         checkpoint_seconds: from one save to the next within an epoch; every epoch ends with one.
         log: called with the whole history whenever it has grown.
+        profile: a folder for the trace of some steps of the first epoch; see `traced`.
         new_head: ``(model, variables, classes) -> (model, variables)``, for another head than a
             linear one; not for the recipes that start with a probe.
         transform: what gradients go through before the optimizer: a regularisation, say.
@@ -124,7 +129,7 @@ def fit(
     """
     setup, inputs = prepare(model, variables, splits, config, loading, seed, new_head, transform)
     model, variables, plan = setup.model, setup.variables, setup.plan
-    run = _Run(setup, checkpoints, checkpoint_seconds, log)
+    run = _Run(setup, checkpoints, checkpoint_seconds, log, profile)
     first = evaluate(inputs.logits(model, variables))
     robust = _robust(setup, variables)
     history: History = [{"phase": plan.start, "epoch": 0, **_scores(first, robust)}]
@@ -237,8 +242,9 @@ def _epoch(
     began = saved = time.monotonic()
     waited = 0.0
     epoch = position["pass"]
+    batches = traced(inputs.batches(setup.model, epoch, first), run.profile if epoch == 1 else None)
     batches = track(
-        inputs.batches(setup.model, epoch, first),
+        batches,
         description=f"epoch {epoch}",
         total=len(setup.splits.train) - first * setup.loading.batch_size,
         size=lambda batch: int((batch.indices >= 0).sum()) * jax.process_count(),

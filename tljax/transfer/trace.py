@@ -1,0 +1,35 @@
+"""What the devices did in a few training steps, for a person to look at."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import jax
+
+Item = TypeVar("Item")
+
+FIRST, LAST = 3, 12
+"""The steps that are traced; the first one compiles."""
+
+
+def traced(batches: Iterator[Item], folder: Path | None) -> Iterator[Item]:
+    """Hands on batches, and traces what is done with those from `FIRST` to `LAST`.
+
+    Args:
+        batches: one for each step.
+        folder: where the trace goes, under ``plugins/profile`` and the time: ``*.xplane.pb`` for
+            TensorBoard and ``perfetto_trace.json.gz`` for ui.perfetto.dev. None traces nothing.
+    """
+    running = False
+    try:
+        for number, batch in enumerate(batches, start=1):
+            if folder and number == FIRST:
+                jax.profiler.start_trace(folder, create_perfetto_trace=True)
+                running = True
+            yield batch
+            if running and number == LAST:
+                jax.profiler.stop_trace()
+                running = False
+    finally:
+        if running:
+            jax.profiler.stop_trace()
