@@ -91,7 +91,8 @@ def run(config: Config) -> dict[str, Any]:
     for note in splits.notes if is_writer() else ():
         print(note)
     digests = splits.train.digest, splits.val.digest, tree_digest(pretrained.variables)
-    identity = repr((config.fit, config.seed, config.batch_size, digests))
+    precision = pretrained.model.dtype
+    identity = repr((config.fit, config.seed, config.batch_size, precision, digests))
     with closing(Checkpoints(workdir / "checkpoints", identity)) as checkpoints:
         result = fit(
             pretrained.model,

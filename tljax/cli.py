@@ -5,13 +5,13 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from tljax.config import Loading, Normalization
+from tljax.config import Dtype, Loading, Normalization
 from tljax.errors import RequestError, VerificationError
 from tljax.process import configure
 
@@ -42,6 +42,9 @@ class Network(Output):
     by default what is usual for its architecture and format."""
     image_size: int | None = None
     """Side of the square the network sees, in pixels; by default what the weights expect."""
+    precision: Dtype | None = None
+    """What activations are computed in; parameters, statistics and logits stay in float32. By
+    default what the weights were saved with."""
     seed: int = 0
     """Of everything random."""
 
@@ -52,7 +55,8 @@ class Network(Output):
         found = load_pretrained(
             weights or self.weights, model=self.model, normalization=self.normalization
         )
-        return found.with_size(self.image_size)
+        model = replace(found.model, dtype=self.precision or found.model.dtype)
+        return found._replace(model=model).with_size(self.image_size)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -263,3 +263,16 @@ def test_some_steps_are_traced(tmp_path):
     events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
     assert "PjitFunction(step)" in {event.get("name") for event in events}
     assert everything(found) == everything(train(config(epochs=2)))
+
+
+def test_half_precision_is_of_activations_alone():
+    half = replace(tiny.MODEL, dtype="bfloat16")
+    found, expected = (
+        fit_module.fit(model, tiny.random_variables(), splits(), config(epochs=2), loading=LOADING)
+        for model in (half, tiny.MODEL)
+    )
+    assert found.model.dtype == "bfloat16"
+    leaves = [*flatten(found.variables).values(), found.logits.values]
+    assert {leaf.dtype for leaf in leaves} == {np.dtype("float32")}
+    np.testing.assert_allclose(losses(found), losses(expected), rtol=0.05)
+    assert losses(found) != losses(expected)

@@ -90,7 +90,6 @@ def prepare(
     model, variables = new_head(model, variables, classes)
     plan = make_plan(model, config, len(splits.train), loading.batch_size)
     config = plan.config
-    model = replace(model, dtype=config.precision)
     labels = tuple(label(variables["params"], phase.table) for phase in plan.phases)
     if plan.start == "probe" and variables["params"][head].keys() != {"kernel", "bias"}:
         raise RequestError(f"--recipe {config.recipe} starts with a probe, so its head is linear")
