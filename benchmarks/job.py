@@ -147,24 +147,15 @@ def in_keras(config: Config) -> dict[str, Any]:
     """The same with `fit`. Random weights, which are as fast: the accuracy says nothing."""
     os.environ["KERAS_BACKEND"] = "jax"
     import keras  # noqa: PLC0415 - only where it is timed
-    from keras_networks import BUILDERS  # noqa: PLC0415
+    from keras_networks import classifier, compiled  # noqa: PLC0415
 
     pretrained = load_pretrained(config.weights)
     preprocess = pretrained.model.preprocess
     splits = open_splits(config.data)
-    base = BUILDERS[pretrained.model.name](preprocess.size)
-    base.trainable = False
-    inputs = keras.Input((preprocess.size, preprocess.size, 3))
-    scale = keras.layers.Normalization(
-        mean=preprocess.mean, variance=[std**2 for std in preprocess.std]
-    )
-    features = keras.layers.GlobalAveragePooling2D()(base(scale(inputs), training=False))
-    network = keras.Model(inputs, keras.layers.Dense(len(splits.train.classes))(features))
-    network.compile(
-        keras.optimizers.Adam(config.learning_rate),
-        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        metrics=["accuracy"],
-    )
+    network = classifier(pretrained.model.name, preprocess, len(splits.train.classes))
+    for layer in network.layers[:-1]:
+        layer.trainable = False
+    network = compiled(network, keras.optimizers.Adam(config.learning_rate))
 
     class Data(Photographs, keras.utils.PyDataset):
         def __init__(self, source: Source) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 import keras
 from keras import layers
 
+from tljax.types import Preprocess
+
 
 def resnet18(size: int) -> keras.Model:
     """He et al., 2015."""
@@ -55,7 +57,32 @@ def efficientnet_lite0(size: int) -> keras.Model:
     return keras.Model(inputs, conv(x, 1280))
 
 
+def application(name: str) -> Callable[[int], keras.Model]:
+    """A backbone of keras.applications."""
+    build = getattr(keras.applications, name)
+    return lambda size: build(include_top=False, weights=None, input_shape=(size, size, 3))
+
+
 BUILDERS: dict[str, Callable[[int], keras.Model]] = {
     "resnet18": resnet18,
+    "resnet50": application("ResNet50"),
+    "tf_mobilenetv2_100": application("MobileNetV2"),
     "efficientnet_lite0": efficientnet_lite0,
 }
+
+
+def classifier(name: str, preprocess: Preprocess, num_classes: int) -> keras.Model:
+    """Images in [0, 1] to logits; batch norm on its running statistics."""
+    base = BUILDERS[name](preprocess.size)
+    inputs = keras.Input((preprocess.size, preprocess.size, 3))
+    variance = [std**2 for std in preprocess.std]
+    x = layers.Normalization(mean=preprocess.mean, variance=variance)(inputs)
+    x = layers.GlobalAveragePooling2D()(base(x, training=False))
+    return keras.Model(inputs, layers.Dense(num_classes)(x))
+
+
+def compiled(network: keras.Model, optimizer: keras.Optimizer) -> keras.Model:
+    """With the loss of a classifier."""
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    network.compile(optimizer, loss, metrics=["accuracy"])
+    return network

@@ -14,6 +14,7 @@ tljax.configure()
 import contextlib
 import copy
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -70,6 +71,8 @@ class Config:
     """What both compute in; torch by autocast."""
     compiled: bool = False
     """Also compare with torch.compile."""
+    keras: bool = False
+    """Also compare forward and step with Keras on JAX, random weights, in float32."""
     rounds: int = 5
     """Timed turns of each."""
     calls: int = 1
@@ -106,6 +109,10 @@ class Bench:
     def forward(self) -> Work:
         """Images to logits."""
         run = jax.jit(lambda v, x: apply(self.model, v, x).logits)
+        ours: Work = {"tljax": lambda: run(self.variables, self.images)}
+        if self.config.keras:
+            network, images = self.in_keras(), np.asarray(self.images)
+            ours["keras"] = lambda: network.predict_on_batch(images)
 
         def theirs(network: torch.nn.Module) -> Callable[[], Any]:
             def call() -> torch.Tensor:
@@ -114,7 +121,7 @@ class Bench:
 
             return call
 
-        return self.turns({"tljax": lambda: run(self.variables, self.images)}, theirs)
+        return self.turns(ours, theirs)
 
     def input_gradient(self) -> Work:
         """What an attack computes."""
@@ -141,8 +148,11 @@ class Bench:
     def step(self, *, batch_norm: bool) -> Work:
         """Everything trains."""
         training = frozenset(self.model.stage_names) if batch_norm else frozenset[str]()
-        ours = self.our_step((("*", 1.0),), training, start=None)
-        return self.turns({"tljax": ours}, lambda net: self.their_step(net, batch_norm=batch_norm))
+        ours: Work = {"tljax": self.our_step((("*", 1.0),), training, start=None)}
+        if self.config.keras and not batch_norm:
+            network, batch = self.in_keras(), (np.asarray(self.images), np.asarray(self.labels))
+            ours["keras"] = lambda: network.train_on_batch(*batch)
+        return self.turns(ours, lambda net: self.their_step(net, batch_norm=batch_norm))
 
     def suffix(self) -> Work:
         """The last stages train."""
@@ -157,6 +167,15 @@ class Bench:
             "tljax everything": self.our_step((("*", 1.0),), frozenset(), start=None),
         }
         return self.turns(ours, lambda net: self.their_step(net, stages=stages))
+
+    def in_keras(self) -> Any:
+        """The same network, compiled with the same optimizer."""
+        os.environ["KERAS_BACKEND"] = "jax"
+        import keras  # noqa: PLC0415 - it reads the variable
+        from keras_networks import classifier, compiled  # noqa: PLC0415
+
+        network = classifier(self.model.name, self.model.preprocess, self.model.num_classes)
+        return compiled(network, keras.optimizers.SGD(1e-6, momentum=0.9))
 
     def our_step(
         self, table: tuple[tuple[str, float], ...], training: frozenset[str], start: str | None

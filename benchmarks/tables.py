@@ -66,19 +66,19 @@ def attacks() -> str:
 
 
 def robustness() -> str:
-    """Accuracy under attack, with its standard error."""
-    reports = list(results("robustness"))
-    epsilons = sorted({float(e) for r in reports for row in r["robust"].values() for e in row})
-    rows = []
-    for report in reports:
-        count, clean = report["examples"], report["clean"]
-        what = [report["weights"].partition(".")[0], f"{report['data']}, {count}"]
-        for attack, shares in report["robust"].items():
-            known = {0.0: clean} | {float(epsilon): share for epsilon, share in shares.items()}
-            cells = [percent(known.get(epsilon), count) for epsilon in (0.0, *epsilons)]
-            rows.append([*what, attack, *cells])
-    header = ["network", "images", "attack", "0", *(f"{epsilon:g}" for epsilon in epsilons)]
-    return table(header, rows)
+    """Accuracy under attack, with its standard error; of one network there may be several runs."""
+    shares: dict[tuple[str, str, int, str], dict[float, float]] = {}
+    for report in results("robustness"):
+        network, count = report["weights"].partition(".")[0], report["examples"]
+        for attack, row in report["robust"].items():
+            known = shares.setdefault((network, report["data"], count, attack), {})
+            known |= {0.0: report["clean"]} | {float(key): share for key, share in row.items()}
+    epsilons = sorted({epsilon for row in shares.values() for epsilon in row})
+    rows = [
+        [network, f"{count} of {data}", attack, *(percent(row.get(e), count) for e in epsilons)]
+        for (network, data, count, attack), row in shares.items()
+    ]
+    return table(["network", "images", "attack", *(f"{e:g}" for e in epsilons)], rows)
 
 
 def percent(share: float | None, count: int) -> str:
@@ -117,7 +117,8 @@ def main() -> None:
     environment = next(iter(results("speed")))["environment"]
     versions = ", ".join(f"{name} {environment[name]}" for name in ("jax", "torch"))
     print(f"Measured on {environment['devices']}, {versions}.\n")
-    print("\n\n".join(make() for make in (speed, attacks, jobs, inputs, robustness)))
+    made = [make() for make in (speed, attacks, jobs, inputs, robustness)]
+    print("\n\n".join(text for text in made if text.count("\n") > 1))
 
 
 if __name__ == "__main__":
