@@ -269,7 +269,7 @@ def test_eight_devices_find_what_one_does():
     assert 0 < np.sum(one[2]["apgd"]) < 42
 
 
-@pytest.mark.parametrize("survivors_only", [False, True])
+@pytest.mark.parametrize("survivors_only", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_nested_radii_attack_only_what_still_stands(survivors_only, capsys):
     x, labels = with_errors()
     batches = []

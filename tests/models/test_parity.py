@@ -41,7 +41,7 @@ slow = pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "layers"),
     [
-        ("resnet18", 21),
+        pytest.param("resnet18", 21, marks=slow),  # test_zoo.py has it, stage by stage
         pytest.param("resnet34", 37, marks=slow),
         pytest.param("resnet50", 54, marks=slow),
         pytest.param("resnet101", 105, marks=slow),
