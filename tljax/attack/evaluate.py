@@ -222,11 +222,12 @@ def _split(rows: np.ndarray, size: int, small: int) -> list[tuple[np.ndarray, in
     The few survivors of the attacks before would be lost in a full batch, which takes its time.
     """
     full = len(rows) - len(rows) % size
-    cuts = list(range(0, full, size))
-    short = len(rows) - full <= size // 2
-    cuts += range(full, len(rows), small if short else size)
-    lengths = [size if cut < full or not short else small for cut in cuts]
-    return [(rows[cut : cut + n], n) for cut, n in zip(cuts, lengths, strict=True)]
+    tail = rows[full:]
+    length = small if len(tail) <= size // 2 else size
+    return [
+        *((rows[start : start + size], size) for start in range(0, full, size)),
+        *((tail[start : start + length], length) for start in range(0, len(tail), length)),
+    ]
 
 
 def _right(network: LogitsFn, images: jax.Array, labels: jax.Array) -> jax.Array:
