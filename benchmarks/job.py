@@ -26,6 +26,7 @@ import tyro
 from tljax.data.decode import decode
 from tljax.data.sources import Source, open_splits
 from tljax.pretrained import load_pretrained
+from tljax.transfer.rundir import environment
 from tljax.types import Preprocess
 
 Side = Literal["tljax", "torch", "keras"]
@@ -70,11 +71,12 @@ class Photographs:
         return images.astype(np.float32) / 255, self.source.labels[rows].astype(np.int64)
 
 
-def in_tljax(config: Config, folder: str) -> dict[str, Any]:
+def in_tljax(config: Config) -> dict[str, Any]:
     """What a user runs."""
     script = Path(__file__).parents[1] / "scripts" / "train.py"
     options = ["--data", config.data, "--weights", config.weights, "--recipe", "probe"]
-    row = python(script, *options, "--workdir", f"{folder}/run", "--json")
+    with tempfile.TemporaryDirectory() as folder:
+        row = python(script, *options, "--workdir", f"{folder}/run", "--json")
     return {"val_top1": row["val_top1"], "ended": time.time()}
 
 
@@ -121,6 +123,11 @@ def in_torch(config: Config) -> dict[str, Any]:
         right = [(run(inputs).argmax(1) == labels).float() for inputs, labels in parts]
         return float(torch.cat(right).mean())
 
+    @torch.no_grad()
+    def look(inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        network(inputs)
+        return labels
+
     seconds, top1 = [], 0.0
     for _ in range(RUN):
         began = time.perf_counter()
@@ -132,9 +139,8 @@ def in_torch(config: Config) -> dict[str, Any]:
     kept = []
     for source in (splits.train, splits.val):
         seen.clear()
-        with torch.inference_mode():
-            labels = torch.cat([y for x, y in batches(source) if network(x) is not None])
-        kept.append((torch.cat(seen).clone(), labels.clone()))
+        labels = torch.cat([look(*batch) for batch in batches(source)])
+        kept.append((torch.cat(seen), labels))
     (features, labels), val = kept
     for _ in range(RUN, config.epochs):
         parts = torch.randperm(len(labels), device=labels.device).split(config.batch_size)
@@ -145,9 +151,7 @@ def in_torch(config: Config) -> dict[str, Any]:
 
 def in_keras(config: Config) -> dict[str, Any]:
     """The same with `fit`. Random weights, which are as fast: the accuracy says nothing."""
-    os.environ["KERAS_BACKEND"] = "jax"
-    import keras  # noqa: PLC0415 - only where it is timed
-    from keras_networks import classifier, compiled  # noqa: PLC0415
+    from keras_networks import classifier, compiled, keras  # noqa: PLC0415 - where it is timed
 
     pretrained = load_pretrained(config.weights)
     preprocess = pretrained.model.preprocess
@@ -188,11 +192,8 @@ def python(*command: object) -> dict[str, Any]:
 def timed(config: Config, side: Side) -> dict[str, Any]:
     """Runs one side."""
     began = time.time()
-    if side == "tljax":
-        with tempfile.TemporaryDirectory() as folder:
-            row = in_tljax(config, folder)
-    else:
-        row = python(__file__, *sys.argv[1:], "--alone", side)
+    alone = [__file__, *sys.argv[1:], "--alone", side]
+    row = in_tljax(config) if side == "tljax" else python(*alone)
     seconds = row.pop("ended") - began
     if epochs := row.pop("epochs", None):
         row |= {"measured_seconds": round(seconds, 1), "second_epoch": round(epochs[1], 1)}
@@ -205,8 +206,6 @@ def main() -> None:
     if config.alone:
         print(json.dumps({"torch": in_torch, "keras": in_keras}[config.alone](config)))
         return
-    from tljax.transfer.rundir import environment  # noqa: PLC0415 - it imports jax
-
     rows: dict[str, dict[str, Any]] = {}
     for side in config.sides:
         rows[side] = timed(config, side)

@@ -1,8 +1,11 @@
-"""Backbones that keras.applications lacks, as one writes them in Keras; random weights."""
+"""Our networks as one has them in Keras on JAX, some written out; random weights."""
 
+import os
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
+
+os.environ["KERAS_BACKEND"] = "jax"  # it is read when keras is imported
 
 import keras
 from keras import layers
