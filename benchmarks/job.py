@@ -29,7 +29,7 @@ from tljax.pretrained import load_pretrained
 from tljax.transfer.rundir import environment
 from tljax.types import Preprocess
 
-Side = Literal["tljax", "torch", "keras"]
+Peer = Literal["torch", "keras"]
 
 RUN = 2
 """Epochs of the loops that are really run."""
@@ -49,9 +49,9 @@ class Config:
     """Images a step."""
     learning_rate: float = 1e-3
     """Of Adam."""
-    sides: tuple[Side, ...] = ("tljax", "torch", "keras")
-    """Who takes part."""
-    alone: Literal["torch", "keras"] | None = None
+    peers: tuple[Peer, ...] = ("torch", "keras")
+    """Beside whom."""
+    alone: Peer | None = None
     """For the processes that this one starts."""
 
 
@@ -83,17 +83,13 @@ def in_tljax(config: Config) -> dict[str, Any]:
 def in_torch(config: Config) -> dict[str, Any]:
     """The loop of torch's tutorial on transfer learning: the whole network in every epoch."""
     import torch  # noqa: PLC0415 - only where it is timed
-    from peers import TorchNetwork, device  # noqa: PLC0415
+    from peers import TorchNetwork, torch_batches  # noqa: PLC0415
 
     torch.manual_seed(0)
     pretrained = load_pretrained(config.weights)
     splits = open_splits(config.data)
     network = TorchNetwork(pretrained)
-    where, old = next(
-        (name, m) for name, m in network.named_modules() if isinstance(m, torch.nn.Linear)
-    )
-    head = torch.nn.Linear(old.in_features, len(splits.train.classes)).to(device())
-    network.set_submodule(where, head)
+    head = network.new_head(len(splits.train.classes))
     seen: list[torch.Tensor] = []
     head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
 
@@ -101,14 +97,7 @@ def in_torch(config: Config) -> dict[str, Any]:
         photographs = Photographs(source, pretrained.model.preprocess, config.batch_size)
         if source is splits.train:
             np.random.default_rng().shuffle(photographs.order)
-        loader = torch.utils.data.DataLoader(
-            photographs,  # pyright: ignore[reportArgumentType]
-            batch_size=None,
-            num_workers=os.cpu_count() or 1,
-        )
-        for images, labels in loader:
-            pixels = images.permute(0, 3, 1, 2).to(device(), memory_format=torch.channels_last)
-            yield [pixels, labels.to(device())]
+        yield from torch_batches(photographs)
 
     optimizer = torch.optim.Adam(head.parameters(), config.learning_rate)
 
@@ -189,7 +178,7 @@ def python(*command: object) -> dict[str, Any]:
     return json.loads(run.stdout.splitlines()[-1])
 
 
-def timed(config: Config, side: Side) -> dict[str, Any]:
+def timed(config: Config, side: Literal["tljax"] | Peer) -> dict[str, Any]:
     """Runs one side."""
     began = time.time()
     alone = [__file__, *sys.argv[1:], "--alone", side]
@@ -207,7 +196,7 @@ def main() -> None:
         print(json.dumps({"torch": in_torch, "keras": in_keras}[config.alone](config)))
         return
     rows: dict[str, dict[str, Any]] = {}
-    for side in config.sides:
+    for side in ("tljax", *config.peers):
         rows[side] = timed(config, side)
         print(f"{side}: {rows[side]}", file=sys.stderr, flush=True)
     for row in rows.values():

@@ -1,10 +1,11 @@
 """The same networks in torch, and turns for all that is compared."""
 
+import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ __all__ = [
     "random_pretrained",
     "stages_by_key",
     "take_turns",
+    "torch_batches",
     "torch_pixels",
 ]
 
@@ -57,6 +59,15 @@ class TorchNetwork(torch.nn.Module):
         """The logits ``[n, classes]``."""
         output = self.network((pixels - self.mean) / self.std)
         return output if isinstance(output, torch.Tensor) else output.logits
+
+    def new_head(self, classes: int) -> torch.nn.Linear:
+        """Puts a linear head of ``classes`` in the place of the last layer; to be trained."""
+        *_, (where, old) = (
+            (name, part) for name, part in self.named_modules() if isinstance(part, torch.nn.Linear)
+        )
+        head = torch.nn.Linear(old.in_features, classes).to(device())
+        self.set_submodule(where, head)
+        return head
 
 
 def stages_by_key(model: Model) -> dict[str, str]:
@@ -92,6 +103,14 @@ def device() -> torch.device:
 def torch_pixels(images: np.ndarray) -> torch.Tensor:
     """Images ``[n, height, width, 3]`` as torch takes them, where it computes."""
     return to_torch(images).to(device(), memory_format=torch.channels_last)
+
+
+def torch_batches(batches: Any) -> Iterator[list[torch.Tensor]]:
+    """Batches ``([n, height, width, 3], [n])`` read by torch's processes, put where it computes."""
+    cores = os.cpu_count() or 1
+    for images, labels in torch.utils.data.DataLoader(batches, batch_size=None, num_workers=cores):
+        pixels = images.permute(0, 3, 1, 2)
+        yield [pixels.to(device(), memory_format=torch.channels_last), labels.to(device())]
 
 
 def environment() -> dict[str, str]:
