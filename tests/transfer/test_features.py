@@ -11,6 +11,7 @@ import pytest
 
 import tljax.transfer.features as features_module
 from tljax.config import FitConfig, Loading, OptimizerConfig
+from tljax.data import decode
 from tljax.data.sources import Source, Splits
 from tljax.errors import RequestError
 from tljax.models import apply
@@ -96,7 +97,7 @@ def test_unreadable_images_are_left_out_and_named(tiny):
         )
 
 
-def test_the_cache_is_keyed_by_content(tiny, cached):
+def test_the_cache_is_keyed_by_content(tiny, cached, monkeypatch):
     model, variables = tiny
     _, calls = cached
 
@@ -116,6 +117,8 @@ def test_the_cache_is_keyed_by_content(tiny, cached):
     stem = jax.tree.map(lambda x: x, variables)
     stem["batch_stats"]["stem"] = jax.tree.map(lambda x: x + 1e-6, stem["batch_stats"]["stem"])
     assert run(variables=stem) == 5, "one statistic moved"
+    monkeypatch.setattr(decode, "REVISION", decode.REVISION + 1)
+    assert run(variables=stem) == 6, "files are decoded otherwise"
 
 
 def test_a_damaged_cache_file_is_found_and_replaced(tiny, cached):

@@ -22,6 +22,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tljax.config import AugmentConfig, Dtype, Loading
+from tljax.data import decode
 from tljax.data.augment import augment, epoch_key
 from tljax.data.loader import batch_rows, load_batches
 from tljax.data.sources import Source, Splits
@@ -380,6 +381,7 @@ def _key(
     prefix = model.stages[: model.position(stop) if stop else None]
     key = hashlib.sha256()
     what = (
+        decode.REVISION,
         prefix,
         model.preprocess,
         model.dtype,

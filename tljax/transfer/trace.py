@@ -12,18 +12,18 @@ FIRST, LAST = 3, 12
 """The steps that are traced; the first one compiles."""
 
 
-def traced(batches: Iterator[Item], folder: Path | None) -> Iterator[Item]:
+def traced(batches: Iterator[Item], folder: Path) -> Iterator[Item]:
     """Hands on batches, and traces what is done with those from `FIRST` to `LAST`.
 
     Args:
         batches: one for each step.
         folder: where the trace goes, under ``plugins/profile`` and the time: ``*.xplane.pb`` for
-            TensorBoard and ``perfetto_trace.json.gz`` for ui.perfetto.dev. None traces nothing.
+            TensorBoard and ``perfetto_trace.json.gz`` for ui.perfetto.dev.
     """
     running = False
     try:
         for number, batch in enumerate(batches, start=1):
-            if folder and number == FIRST:
+            if number == FIRST:
                 jax.profiler.start_trace(folder, create_perfetto_trace=True)
                 running = True
             yield batch
