@@ -14,6 +14,7 @@ tljax.configure()
 import contextlib
 import copy
 import json
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import torch
+import torch._inductor.config
 import tyro
 from peers import (
     TorchNetwork,
@@ -69,7 +71,9 @@ class Config:
     dtype: Dtype = "float32"
     """What both compute in; torch by autocast."""
     compiled: bool = False
-    """Also compare with torch.compile."""
+    """Also compare with torch.compile, which folds frozen weights into forward."""
+    onnx: bool = False
+    """Also compare forward with onnxruntime in float32; pip install onnxruntime onnxscript."""
     keras: bool = False
     """Also compare forward and step with Keras on JAX, random weights, in float32."""
     rounds: int = 5
@@ -112,6 +116,8 @@ class Bench:
         if self.config.keras:
             network, images = self.in_keras(), np.asarray(self.images)
             ours["keras"] = lambda: network.predict_on_batch(images)
+        if self.config.onnx:
+            ours["onnxruntime"] = self.in_onnxruntime()
 
         def theirs(network: torch.nn.Module) -> Callable[[], Any]:
             def call() -> torch.Tensor:
@@ -173,6 +179,19 @@ class Bench:
 
         network = classifier(self.model.name, self.model.preprocess, self.model.num_classes)
         return compiled(network, keras.optimizers.SGD(1e-6, momentum=0.9))
+
+    def in_onnxruntime(self) -> Callable[[], Any]:
+        """The torch network, exported, wherever onnxruntime computes fastest."""
+        import onnxruntime  # noqa: PLC0415 # pyright: ignore[reportMissingImports] - where asked for
+
+        pixels = self.pixels.cpu().contiguous()
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "network.onnx")
+            torch.onnx.export(copy.deepcopy(self.network).cpu(), (pixels,), path, input_names=["x"])
+            session = onnxruntime.InferenceSession(
+                path, providers=onnxruntime.get_available_providers()
+            )
+        return lambda: session.run(None, {"x": pixels.numpy()})
 
     def our_step(
         self, table: tuple[tuple[str, float], ...], training: frozenset[str], start: str | None
@@ -246,6 +265,7 @@ class Bench:
         work: Work = {name: jax_turn(call) for name, call in ours.items()}
         work["torch"] = torch_turn(theirs(copy.deepcopy(self.network)))
         if self.config.compiled:
+            torch._inductor.config.freezing = True
             network = copy.deepcopy(self.network)
             work["torch.compile"] = torch_turn(theirs(torch.compile(network)))  # pyright: ignore[reportArgumentType]
         return work
