@@ -66,8 +66,8 @@ def measure(pretrained: Pretrained, splits: Splits, *, sklearn: bool) -> dict[st
 
 
 def _sklearn(train: Features, val: Features) -> float:
-    from sklearn.linear_model import LogisticRegression  # noqa: PLC0415 - optional
-    from sklearn.preprocessing import StandardScaler  # noqa: PLC0415
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
 
     scaler = StandardScaler().fit(train.values)
     scores = []

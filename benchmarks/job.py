@@ -82,8 +82,8 @@ def in_tljax(config: Config) -> dict[str, Any]:
 
 def in_torch(config: Config) -> dict[str, Any]:
     """The loop of torch's tutorial on transfer learning: the whole network in every epoch."""
-    import torch  # noqa: PLC0415 - only where it is timed
-    from peers import TorchNetwork, torch_batches  # noqa: PLC0415
+    import torch
+    from peers import TorchNetwork, torch_batches
 
     torch.manual_seed(0)
     pretrained = load_pretrained(config.weights)
@@ -140,7 +140,7 @@ def in_torch(config: Config) -> dict[str, Any]:
 
 def in_keras(config: Config) -> dict[str, Any]:
     """The same with `fit`. Random weights, which are as fast: the accuracy says nothing."""
-    from keras_networks import classifier, compiled, keras  # noqa: PLC0415 - where it is timed
+    from keras_networks import classifier, compiled, keras
 
     pretrained = load_pretrained(config.weights)
     preprocess = pretrained.model.preprocess

@@ -59,7 +59,7 @@ class Config:
 
 def foolbox_folder(folder: Path) -> Path:
     """Copies foolbox's photographs into class folders; their names end in the class index."""
-    from foolbox import utils  # noqa: PLC0415 - needed here alone
+    from foolbox import utils
 
     for path in sorted((Path(utils.__file__).parent / "data").glob("imagenet_*")):
         index = re.fullmatch(r"imagenet_\d+_(\d+)\.\w+", path.name)

@@ -17,16 +17,17 @@ import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import torch
 import torch._inductor.config
 import tyro
+from ours import random_batch, repeated_step
 from peers import (
     TorchNetwork,
     device,
@@ -41,10 +42,6 @@ from peers import (
 from tljax.config import Dtype
 from tljax.models import apply
 from tljax.pretrained import Pretrained, load_pretrained
-from tljax.transfer.freeze import label
-from tljax.transfer.setup import Division
-from tljax.transfer.step import StepConfig, init_state, make_train_step
-from tljax.types import Batch
 
 Question = Literal["forward", "input-gradient", "step", "step-batch-norm", "suffix"]
 
@@ -90,10 +87,7 @@ class Bench:
         self.model = replace(pretrained.model, dtype=config.dtype)
         self.variables = jax.tree.map(jnp.asarray, pretrained.variables)
         self.pretrained = pretrained
-        size, rng = self.model.preprocess.size, np.random.default_rng(0)
-        count = config.batch_size
-        images = rng.random((count, size, size, 3), np.float32)
-        labels = rng.integers(0, self.model.num_classes, count).astype(np.int32)
+        images, labels = self.batch = random_batch(self.model, config.batch_size)
         self.images, self.labels = jnp.asarray(images), jnp.asarray(labels)
         self.pixels = torch_pixels(images)
         self.target = torch.tensor(labels, dtype=torch.long).to(device())
@@ -114,8 +108,8 @@ class Bench:
         run = jax.jit(lambda v, x: apply(self.model, v, x).logits)
         ours: Work = {"tljax": lambda: run(self.variables, self.images)}
         if self.config.keras:
-            network, images = self.in_keras(), np.asarray(self.images)
-            ours["keras"] = lambda: network.predict_on_batch(images)
+            network = self.in_keras()
+            ours["keras"] = lambda: network.predict_on_batch(self.batch[0])
         if self.config.onnx:
             ours["onnxruntime"] = self.in_onnxruntime()
 
@@ -153,10 +147,11 @@ class Bench:
     def step(self, *, batch_norm: bool) -> Work:
         """Everything trains."""
         training = frozenset(self.model.stage_names) if batch_norm else frozenset[str]()
-        ours: Work = {"tljax": self.our_step((("*", 1.0),), training, start=None)}
+        step = partial(repeated_step, self.model, self.variables, *self.batch)
+        ours: Work = {"tljax": step(training=training)}
         if self.config.keras and not batch_norm:
-            network, batch = self.in_keras(), (np.asarray(self.images), np.asarray(self.labels))
-            ours["keras"] = lambda: network.train_on_batch(*batch)
+            network = self.in_keras()
+            ours["keras"] = lambda: network.train_on_batch(*self.batch)
         return self.turns(ours, lambda net: self.their_step(net, batch_norm=batch_norm))
 
     def suffix(self) -> Work:
@@ -166,23 +161,24 @@ class Bench:
         start = with_params[with_params.index(freeze_to) + 1]
         stages = self.model.stage_names[self.model.position(start) :]
         table = *((f"{s}/*", 1.0) for s in stages if s in with_params), ("*", 0.0)
-        ours = {
-            "tljax cached": self.our_step(table, frozenset(), start=start),
-            "tljax": self.our_step(table, frozenset(), start=None),
-            "tljax everything": self.our_step((("*", 1.0),), frozenset(), start=None),
+        step = partial(repeated_step, self.model, self.variables, *self.batch)
+        ours: Work = {
+            "tljax cached": step(table=table, start=start),
+            "tljax": step(table=table),
+            "tljax everything": step(),
         }
         return self.turns(ours, lambda net: self.their_step(net, stages=stages))
 
     def in_keras(self) -> Any:
         """The same network, compiled with the same optimizer."""
-        from keras_networks import classifier, compiled, keras  # noqa: PLC0415 - where asked for
+        from keras_networks import classifier, compiled, keras
 
         network = classifier(self.model.name, self.model.preprocess, self.model.num_classes)
         return compiled(network, keras.optimizers.SGD(1e-6, momentum=0.9))
 
     def in_onnxruntime(self) -> Callable[[], Any]:
         """The torch network, exported, wherever onnxruntime computes fastest."""
-        import onnxruntime  # noqa: PLC0415 # pyright: ignore[reportMissingImports] - where asked for
+        import onnxruntime  # pyright: ignore[reportMissingImports] - where asked for
 
         pixels = self.pixels.cpu().contiguous()
         with tempfile.TemporaryDirectory() as folder:
@@ -192,30 +188,6 @@ class Bench:
                 path, providers=onnxruntime.get_available_providers()
             )
         return lambda: session.run(None, {"x": pixels.numpy()})
-
-    def our_step(
-        self, table: tuple[tuple[str, float], ...], training: frozenset[str], start: str | None
-    ) -> Callable[[], Any]:
-        """SGD with momentum, as everyone has it; the state goes from step to step."""
-        division = Division(label(self.variables["params"], table), training)
-        optimizer = optax.sgd(1e-6, momentum=0.9)
-        changing, staying = division.split(jax.tree.map(jnp.copy, self.variables))
-        state = [init_state(changing["params"], changing["batch_stats"], optimizer)]
-        step = make_train_step(self.model, optimizer, StepConfig(training), start=start)
-        images = self.images
-        if start is not None:
-            images = jax.jit(lambda v, x: apply(self.model, v, x, stop=start).value)(
-                self.variables, images
-            )
-        count = self.config.batch_size
-        batch = Batch(images, self.labels, jnp.ones(count, bool), jnp.arange(count))
-        keys = jax.random.key(0), jax.random.key(1)
-
-        def call() -> Any:
-            state[0] = step(state[0], staying, batch, keys)
-            return state[0].step
-
-        return call
 
     def their_step(
         self,
