@@ -154,6 +154,8 @@ class FitConfig:
         average: decay of an exponential moving average of the weights, which is then what counts.
         patience: stop a phase after so many epochs without a better validation; 0 never does.
         accumulate: a batch goes through the network in so many parts, to save memory.
+        frozen_dtype: in which the parameters that do not train are held meanwhile; bfloat16 takes
+            half, and validation sees it. What is returned has them as they were.
         cache: where the activations that enter the first stage to train are kept: they are computed
             once and every epoch runs the rest alone. auto takes memory, then the disk, where
             they fit.
@@ -180,6 +182,7 @@ class FitConfig:
     average: float = 0.0
     patience: int = 0
     accumulate: int = 1
+    frozen_dtype: Dtype = "float32"
     cache: Literal["auto", "memory", "disk", "none"] = "auto"
     cache_dtype: Dtype = "float32"
     cache_views: int = 0

@@ -277,3 +277,14 @@ def test_half_precision_is_of_activations_alone():
     assert {leaf.dtype for leaf in leaves} == {np.dtype("float32")}
     np.testing.assert_allclose(losses(found), losses(expected), rtol=0.05)
     assert losses(found) != losses(expected)
+
+
+def test_what_is_frozen_may_be_held_in_half_precision_and_is_returned_whole():
+    how = config(freeze_to="stem", cache="none")
+    found, expected = train(replace(how, frozen_dtype="bfloat16")), train(how)
+    np.testing.assert_allclose(losses(found), losses(expected), rtol=0.05)
+    assert losses(found)[1:] != losses(expected)[1:]
+    before = flatten(tiny.random_variables())
+    for path, leaf in flatten(found.variables).items():
+        if "/stem/" in path:
+            np.testing.assert_array_equal(leaf, before[path], strict=True)

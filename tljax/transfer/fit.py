@@ -223,6 +223,7 @@ def _train(
         state = state._replace(metrics=replicate(Metrics.zero(), setup.mesh))
         after = {"epoch": epoch + 1, "pass": passed + 1, "batch": 0, "history": history}
         _save(run, inputs, {**position, **after}, state, best)
+    _, frozen = division.split(progress.variables)  # as they were, in full precision
     return _Progress(
         division.join(state.changing, frozen),
         division.join(best, frozen),

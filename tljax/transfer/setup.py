@@ -177,6 +177,8 @@ def first_state(
         config.attacker,
     )
     step = make_train_step(setup.model, optimizer, how, start=inputs.start)
+    held = jax.tree.map(lambda leaf: leaf.astype(config.frozen_dtype), staying["params"])
+    staying = {**staying, "params": held}
     return replicate(state, setup.mesh), replicate(staying, setup.mesh), step
 
 
