@@ -35,17 +35,19 @@ def ratio(value: float) -> str:
 
 
 def speed() -> str:
-    """Seconds of a batch beside torch's."""
+    """Seconds of a batch, and how many times as long others take."""
+    peers = ("torch", "torch.compile", "onnxruntime", "keras")
     rows = []
     for report in results("speed"):
         for question, turns in report["questions"].items():
-            theirs = turns["torch"]["seconds"]
             for name, suffix in (("tljax", ""), ("tljax cached", " cached")):
                 if name in turns:
                     ours = turns[name]["seconds"]
-                    what = [report["model"], question + suffix, batch(report)]
-                    rows.append([*what, f"{ours:.2f}", f"{theirs:.2f}", ratio(theirs / ours)])
-    header = ["network", "question", "batch", "tljax, s", "torch, s", "times as fast"]
+                    theirs = [turns[peer]["seconds"] if peer in turns else None for peer in peers]
+                    what = [report["model"], question + suffix, batch(report), report["dtype"]]
+                    times = (seconds and ratio(seconds / ours) for seconds in theirs)
+                    rows.append([*what, f"{ours:.2f}", *(cell or "" for cell in times)])
+    header = ["network", "question", "batch", "computes in", "tljax, s", *peers]
     return table(header, rows)
 
 
@@ -112,12 +114,61 @@ def inputs() -> str:
     return table(["short side", "way", "images/s", "a core"], rows)
 
 
+def parity() -> str:
+    """The largest difference from the reference, over the scale of its stage; folded away."""
+    known = json.loads((RESULTS / "parity.json").read_text("utf-8"))["pairs"]
+    networks: dict[str, list[dict[str, Any]]] = {}
+    for pair in known:
+        networks.setdefault(pair["model"], []).append(pair)
+    rows = [
+        [
+            name,
+            ", ".join(pair["layout"] for pair in pairs),
+            ", ".join(f"{height} x {width}" for height, width in pairs[0]["sizes"]),
+            f"{max(pair['largest'] for pair in pairs):.1e}",
+        ]
+        for name, pairs in networks.items()
+    ]
+    worst = max(pair["largest"] for pair in known)
+    summary = f"{len(known)} pairs of network and format, {worst:.1e} at most"
+    body = table(["network", "formats", "images", "difference"], rows)
+    return f"<details><summary>{summary}</summary>\n\n{body}\n\n</details>"
+
+
+def starts() -> str:
+    """Seconds since the start of the process, and its memory."""
+    rows = []
+    for report in results("startup"):
+        network = report["weights"].partition(".")[0]
+        for side, marks in report["sides"].items():
+            cells = [f"{mark['seconds']:.1f}" for mark in marks.values()]
+            peak = max(mark["peak_gib"] for mark in marks.values())
+            rows.append([network, batch(report), side, *cells, f"{peak:.1f}"])
+    marks = ["imported", "loaded", "first forward", "first step", "second step"]
+    return table(["network", "batch", "", *(f"{mark}, s" for mark in marks), "peak, GiB"], rows)
+
+
+def devices() -> str:
+    """Seconds of a step over several devices."""
+    rows = []
+    for report in results("devices"):
+        network, found = report["weights"].partition(".")[0], report["devices"]
+        for count in (name.split()[1] for name in found if name.startswith("tljax")):
+            ours, theirs = (found[f"{side} {count}"]["seconds"] for side in ("tljax", "pmap"))
+            times = [f"{ours:.2f}", f"{theirs:.2f}", ratio(theirs / ours)]
+            rows.append([network, batch(report), count, *times])
+    return table(["network", "batch", "devices", "tljax, s", "pmap, s", "times as fast"], rows)
+
+
+MAKERS = (speed, attacks, jobs, starts, devices, inputs, robustness, parity)
+
+
 def main() -> None:
     """Prints the tables, with what they were measured on."""
     environment = next(iter(results("speed")))["environment"]
     versions = ", ".join(f"{name} {environment[name]}" for name in ("jax", "torch"))
     print(f"Measured on {environment['devices']}, {versions}.\n")
-    made = [make() for make in (speed, attacks, jobs, inputs, robustness)]
+    made = [make() for make in MAKERS]
     print("\n\n".join(text for text in made if text.count("\n") > 1))
 
 
