@@ -1,6 +1,7 @@
 """Lists, verifies, imports and exports pretrained weights."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -54,6 +55,14 @@ class Export(cli.Output):
     onnx, or stablehlo: a compiled-ready network that runs with JAX alone."""
 
 
+def print_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Columns as wide as what stands in them."""
+    lines = [[str(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        print("  ".join(map(str.ljust, line, widths)).rstrip())
+
+
 def run(command: List | Verify | Import | Export) -> dict[str, Any]:
     """Does what the subcommand says."""
     from tljax.errors import VerificationError
@@ -61,13 +70,26 @@ def run(command: List | Verify | Import | Export) -> dict[str, Any]:
     from tljax.pretrained.deploy import export_onnx, export_stablehlo
 
     if isinstance(command, List):
-        name_width = max(map(len, CATALOG)) + 2
-        model_width = max(len(entry.model) for entry in CATALOG.values())
-        print(f"{'name':{name_width}}{'model':{model_width}}{'pixels':>8}{'top-1':>8}  licence")
-        for name, entry in CATALOG.items():
-            size = f"{entry.preprocess.size:>8}{entry.top1:>8.2f}"
-            print(f"{name:{name_width}}{entry.model:{model_width}}{size}  {entry.licence}")
-        return {"weights": list(CATALOG)}
+        print_table(
+            ("name", "network", "crop", "resize", "filter", "norm", "top-1", "licence", "file"),
+            [
+                (
+                    name,
+                    entry.model,
+                    entry.preprocess.size,
+                    entry.preprocess.resize,
+                    entry.preprocess.interpolation,
+                    entry.preprocess.normalization,
+                    f"{entry.top1:.2f}",
+                    entry.licence,
+                    entry.source.rpartition("/")[2]
+                    if entry.source.startswith("https:")
+                    else entry.source,
+                )
+                for name, entry in CATALOG.items()
+            ],
+        )
+        return {"weights": {name: asdict(entry) for name, entry in CATALOG.items()}}
     if isinstance(command, Verify):
         from tljax.pretrained.verify import TOLERANCE, verify
 

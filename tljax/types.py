@@ -45,6 +45,18 @@ class Preprocess:
         """The same preprocessing for another input size; the crop keeps its share of the photo."""
         return replace(self, size=size, resize=max(size, round(size * self.resize / self.size)))
 
+    def with_normalization(self, name: Normalization) -> Self:
+        """The same geometry, and one of `NORMALIZATIONS`."""
+        other = NORMALIZATIONS[name]
+        return replace(self, mean=other.mean, std=other.std, channel_order=other.channel_order)
+
+    @property
+    def normalization(self) -> Normalization | None:
+        """Its name, if it is one of `NORMALIZATIONS`."""
+        return next(
+            (name for name in NORMALIZATIONS if self.with_normalization(name) == self), None
+        )
+
 
 HALF = Preprocess(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 """Of networks that expect values in [-1, 1]."""

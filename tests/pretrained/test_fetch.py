@@ -66,6 +66,17 @@ def test_hub_without_network_is_one_line(monkeypatch: pytest.MonkeyPatch) -> Non
     )
 
 
+def test_a_repository_says_itself_what_it_expects(
+    resnet18: Pretrained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = replace(resnet18.model, preprocess=Preprocess(160, 192))
+    export(tmp_path, resnet18._replace(model=model), "huggingface")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))
+    change_entry(monkeypatch, "resnet18.a1_in1k", source="hub:someone/resnet-18", digest="")
+    assert load_pretrained("resnet18.a1_in1k").model.preprocess == model.preprocess
+    assert CATALOG["resnet18.a1_in1k"].preprocess != model.preprocess
+
+
 def change_entry(monkeypatch: pytest.MonkeyPatch, name: str, **changes: str) -> None:
     monkeypatch.setitem(CATALOG, name, replace(CATALOG[name], **changes))  # pyright: ignore[reportArgumentType]
 

@@ -237,8 +237,9 @@ def test_a_fine_tuned_network_goes_out_and_comes_back(cache: Path, trained: Path
     assert answer(done)["model"] == "efficientnet_lite0"
     native = tmp_path / "colours.safetensors"
     assert call_script(cache, "weights.py", "import", out, native).returncode == 0
-    listed = call_script(cache, "weights.py", "list")
-    assert "resnet50.tv_in1k" in listed.stdout
+    listed = call_script(cache, "weights.py", "list").stdout.splitlines()
+    [line] = [line for line in listed if line.startswith("keras:VGG16 ")]
+    assert line.split()[1:7] == ["vgg16", "224", "256", "bilinear", "caffe", "71.30"]
 
 
 @pytest.mark.parametrize(

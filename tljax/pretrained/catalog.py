@@ -1,11 +1,11 @@
 """Published weights by name, with everything that has to travel with them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 
 from tljax.models import build_model
-from tljax.types import CAFFE, Preprocess
+from tljax.types import CAFFE, HALF, Preprocess
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Entry:
             ``hub:OWNER/NAME`` for a Hugging Face repository.
         digest: what is published of the file's hash: ``sha256:`` and its beginning (torch.hub's
             naming convention), ``md5:`` and all of it, or nothing.
-        licence: SPDX identifier.
+        licence: SPDX identifier; "other" where that is all that the publisher says.
         preprocess: what the weights expect to see.
         top1: ImageNet top-1 accuracy in per cent with that preprocessing, as torchvision, timm and
             Keras publish it; Keras does not say how photographs were resized and cropped for it.
@@ -77,6 +77,15 @@ def _keras(model: str, path: str, md5: str, licence: str, top1: float) -> Entry:
     url = f"https://storage.googleapis.com/tensorflow/keras-applications/{path}{end}.h5"
     preprocess = CAFFE if model.startswith("vgg") else build_model(model).preprocess
     return Entry(model, url, md5 and f"md5:{md5}", licence, preprocess, top1)
+
+
+def _slim(model: str, repository: str, size: int, top1: float) -> Entry:
+    """TensorFlow-Slim's MobileNets as converted by Hugging Face, with a class for the background.
+
+    The accuracies are those of TF-Slim's tables.
+    """
+    preprocess = replace(HALF, size=size, resize=size + 32)
+    return Entry(model, f"hub:google/{repository}", "", "other", preprocess, top1)
 
 
 _V1 = Preprocess(224, 256)
@@ -169,6 +178,22 @@ CATALOG: dict[str, Entry] = {
     "resnetv2_101x3_bit.goog_in21k_ft_in1k": _bit("resnetv2_101x3_bit", 84.438),
     "resnetv2_152x2_bit.goog_in21k_ft_in1k": _bit("resnetv2_152x2_bit", 84.510),
     "resnetv2_152x4_bit.goog_in21k_ft_in1k": _bit("resnetv2_152x4_bit", 84.916),
+    "tf_mobilenetv1_075.google_in1k": _slim(
+        "tf_mobilenetv1_075", "mobilenet_v1_0.75_192", 192, 67.2
+    ),
+    "tf_mobilenetv1_100.google_in1k": _slim(
+        "tf_mobilenetv1_100", "mobilenet_v1_1.0_224", 224, 70.9
+    ),
+    "tf_mobilenetv2_035.google_in1k": _slim("tf_mobilenetv2_035", "mobilenet_v2_0.35_96", 96, 45.5),
+    "tf_mobilenetv2_075.google_in1k": _slim(
+        "tf_mobilenetv2_075", "mobilenet_v2_0.75_160", 160, 66.4
+    ),
+    "tf_mobilenetv2_100.google_in1k": _slim(
+        "tf_mobilenetv2_100", "mobilenet_v2_1.0_224", 224, 71.8
+    ),
+    "tf_mobilenetv2_140.google_in1k": _slim(
+        "tf_mobilenetv2_140", "mobilenet_v2_1.4_224", 224, 75.0
+    ),
     "inception_v3.tv_in1k": Entry(
         "inception_v3",
         "https://download.pytorch.org/models/inception_v3_google-0cc3c7bd.pth",
@@ -291,7 +316,7 @@ CATALOG: dict[str, Entry] = {
     ),
 }
 """``architecture.tag`` as timm names weights, or ``keras:`` and the name in `keras.applications`;
-all trained on the 1,000 classes of ImageNet."""
+all trained on the 1,000 classes of ImageNet (Google's with one more, for the background)."""
 
 
 _TORCHVISION = {

@@ -111,8 +111,8 @@ def load_pretrained(
     if normalization not in NORMALIZATIONS:
         known = ", ".join(NORMALIZATIONS)
         raise RequestError(f"there is no normalization '{normalization}'; choose from {known}")
-    said, asked = found.model.preprocess, NORMALIZATIONS[normalization]
-    asked = replace(said, mean=asked.mean, std=asked.std, channel_order=asked.channel_order)
+    said = found.model.preprocess
+    asked = said.with_normalization(normalization)
     if says_preprocess and asked != said:
         mean, std = (" ".join(f"{value:.4g}" for value in x) for x in (said.mean, said.std))
         raise RequestError(
@@ -153,9 +153,10 @@ def _load_catalog(name: str, entry: Entry, model: str | None) -> Pretrained:
         raise RequestError(f"{name} holds {entry.model}, not {model}")
     path = fetch(name)
     load = _load_folder if path.is_dir() else _load_file
-    loaded, _ = load(path, name, entry.model)
+    loaded, says_preprocess = load(path, name, entry.model)
+    preprocess = loaded.model.preprocess if says_preprocess else entry.preprocess
     card = replace(loaded.card, licence=entry.licence)
-    return Pretrained(replace(loaded.model, preprocess=entry.preprocess), loaded.variables, card)
+    return Pretrained(replace(loaded.model, preprocess=preprocess), loaded.variables, card)
 
 
 def _load_folder(folder: Path, name: str, model: str | None) -> tuple[Pretrained, bool]:
