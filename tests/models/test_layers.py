@@ -124,6 +124,49 @@ def test_a_stem_is_the_plain_convolution(
             assert_close(ours, plain, dtype)
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(
+    ("kernel", "groups", "padding"),
+    [
+        ((1, 1, 8, 5), 1, 0),
+        ((3, 3, 128, 130), 1, 1),
+        ((3, 3, 128, 4), 1, 3),
+        ((2, 2, 130, 4), 1, "SAME"),
+        ((3, 3, 8, 5), 1, 1),
+        ((3, 3, 1, 6), 6, 1),
+    ],
+)
+def test_bfloat16_is_summed_in_float32(
+    kernel: tuple[int, ...], groups: int, padding: Padding, stride: int
+) -> None:
+    """Values and gradients, against float64 of the same rounded numbers."""
+    rng = np.random.default_rng(0)
+
+    def random(shape: tuple[int, ...]) -> jax.Array:
+        return jnp.asarray(rng.standard_normal(shape), "bfloat16")
+
+    def run(
+        convolve: Callable[..., jax.Array], x: jax.Array, kernel: jax.Array, dy: jax.Array
+    ) -> Any:
+        value, pullback = jax.vjp(
+            partial(convolve, stride=stride, padding=padding, groups=groups), x, kernel
+        )
+        return value, *pullback(dy.astype(value.dtype))
+
+    x, weights = random((2, 7, 6, kernel[2] * groups)), random(kernel)
+    shape = jax.eval_shape(
+        partial(conv2d, stride=stride, padding=padding, groups=groups), x, weights
+    ).shape
+    with jax.enable_x64(True):
+        half = x, weights, random(shape)
+        exact = [array.astype("float64") for array in half]
+        ours = jax.jit(partial(run, conv2d))(*half)
+        theirs = jax.jit(partial(run, plain_conv2d))(*exact)
+    for left, right in zip(ours, theirs, strict=True):
+        assert left.dtype == jnp.bfloat16
+        assert difference(left.astype("float32"), right) <= 2**-8
+
+
 @hypothesis.settings(max_examples=10, deadline=None)
 @hypothesis.given(
     size=st.tuples(st.integers(1, 9), st.integers(1, 9)),

@@ -88,8 +88,30 @@ def _forward(
 
 def _product(pixels: jax.Array, matrix: jax.Array) -> jax.Array:
     # With one long axis of pixels the matrix's gradient takes half the time.
-    rows = pixels.reshape(-1, pixels.shape[-1]) @ matrix
+    multiply = _half_product if pixels.dtype == jnp.bfloat16 else jnp.matmul
+    rows = multiply(pixels.reshape(-1, pixels.shape[-1]), matrix)
     return rows.reshape(*pixels.shape[:-1], matrix.shape[1])
+
+
+@jax.custom_vjp
+def _half_product(a: jax.Array, b: jax.Array) -> jax.Array:
+    return _sum_product(a, b).astype(a.dtype)
+
+
+def _half_product_backward(
+    saved: tuple[jax.Array, jax.Array], dy: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    a, b = saved
+    return _sum_product(dy, b, (1, 1)).astype(a.dtype), _sum_product(a, dy, (0, 0)).astype(b.dtype)
+
+
+_half_product.defvjp(lambda a, b: (_half_product(a, b), (a, b)), _half_product_backward)
+
+
+def _sum_product(a: jax.Array, b: jax.Array, axes: tuple[int, int] = (1, 0)) -> jax.Array:
+    """Summed in float32 and returned so: two to three times as fast as a bfloat16 result."""
+    over = ((axes[0],), (axes[1],)), ((), ())
+    return lax.dot_general(a, b, over, preferred_element_type=jnp.float32)
 
 
 def _stem(pads: Pads, x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -125,7 +147,24 @@ def _stem(pads: Pads, x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _dense(stride: int, pads: Pads, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    if x.dtype == jnp.bfloat16 and x.shape[-1] >= 128:
+        return _by_rows(stride, pads, x, kernel)
     return plain_conv2d(x, kernel, stride=stride, padding=pads)
+
+
+def _by_rows(stride: int, pads: Pads, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """A matrix product for every row of the kernel: processors multiply bfloat16 in units for it.
+
+    XLA's CPU convolution turns it into float32. With few channels the copies cost more.
+    """
+    features, total = kernel.shape[3], jnp.float32(0)
+    for row, taps in itertools.groupby(
+        _taps(x, (kernel.shape[0], kernel.shape[1]), stride, pads), lambda found: found[0][0]
+    ):
+        seen = jnp.concatenate([tap for _, tap in taps], -1)
+        matrix = kernel[row].reshape(-1, features)
+        total += _sum_product(seen.reshape(-1, len(matrix)), matrix).reshape(*seen.shape[:3], -1)
+    return total.astype(x.dtype)
 
 
 def _dense_backward(
@@ -133,17 +172,22 @@ def _dense_backward(
 ) -> tuple[jax.Array, jax.Array]:
     x, kernel = saved
     _, of_kernel = jax.vjp(lambda k: plain_conv2d(x, k, stride=stride, padding=pads), kernel)
-    around = []
-    for side, k, (low, _), seen in zip(
-        x.shape[1:3], kernel.shape[:2], pads, dy.shape[1:3], strict=True
-    ):
-        before = k - 1 - low
-        around.append((before, side + k - 1 - before - (stride * (seen - 1) + 1)))
+
+    def around(axis: int) -> tuple[int, int]:
+        """The padding of ``dy``, whose pixels stand ``stride`` apart."""
+        side, seen, k = x.shape[axis + 1], dy.shape[axis + 1], kernel.shape[axis]
+        before = k - 1 - pads[axis][0]
+        return before, side + k - 1 - before - (stride * (seen - 1) + 1)
+
+    ends = around(0), around(1)
+    turned = kernel[::-1, ::-1].swapaxes(2, 3)
+    if stride == 1:
+        return _dense(1, ends, dy, turned), *of_kernel(dy)
     dx = lax.conv_general_dilated(
         dy,
-        kernel[::-1, ::-1].swapaxes(2, 3),
+        turned,
         (1, 1),
-        around,
+        ends,
         lhs_dilation=(stride, stride),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
@@ -162,15 +206,18 @@ _dense.defvjp(partial(_forward, _dense), _dense_backward)
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _depthwise(stride: int, pads: Pads, x: jax.Array, kernel: jax.Array) -> jax.Array:
     rows, columns = kernel.shape[:2]
-    taps = _taps(x, (rows, columns), stride, pads)
-    return functools.reduce(jnp.add, (tap * kernel[i, j, 0] for (i, j), tap in taps))
+    exact = jnp.promote_types(x.dtype, jnp.float32)
+    taps, factors = _taps(x, (rows, columns), stride, pads), kernel.astype(exact)
+    products = (tap.astype(exact) * factors[i, j, 0] for (i, j), tap in taps)
+    return functools.reduce(jnp.add, products).astype(x.dtype)
 
 
 def _taps(
     x: jax.Array, window: tuple[int, int], stride: int, pads: Pads, padding: float = 0
 ) -> Iterator[tuple[tuple[int, int], jax.Array]]:
     """What each position of the window sees: ``[batch, height', width', channels]``."""
-    x = jnp.pad(x, ((0, 0), *pads, (0, 0)), constant_values=padding)
+    ends = ((low, high, 0) for low, high in pads)  # negative ones cut
+    x = lax.pad(x, jnp.asarray(padding, x.dtype), ((0, 0, 0), *ends, (0, 0, 0)))
     height, width = ((n - k) // stride for n, k in zip(x.shape[1:3], window, strict=True))
     for i, j in itertools.product(*map(range, window)):
         rows = slice(i, i + stride * height + 1, stride)
