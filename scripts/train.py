@@ -55,6 +55,7 @@ class Config(cli.Common):
 
 def run(config: Config) -> dict[str, Any]:
     """Data in, run directory out."""
+    from tljax.data.loader import num_batches
     from tljax.data.sources import open_splits
     from tljax.errors import RequestError
     from tljax.parallel import is_writer, join
@@ -65,6 +66,7 @@ def run(config: Config) -> dict[str, Any]:
     from tljax.transfer.dry_run import dry_run
     from tljax.transfer.fit import fit
     from tljax.transfer.recipes import make_plan
+    from tljax.transfer.trace import check_traceable
     from tljax.trees import tree_digest
 
     began = time.perf_counter()
@@ -83,8 +85,9 @@ def run(config: Config) -> dict[str, Any]:
 
     # Or they say why not.
     plan = make_plan(pretrained.model, config.fit, len(splits.train), config.batch_size)
-    if config.profile and not plan.phases:
-        raise RequestError("--profile traces training steps, and --recipe probe takes none")
+    if config.profile:
+        steps = num_batches(len(splits.train), config.batch_size)
+        check_traceable(steps if plan.phases else 0)
     workdir = config.workdir or Path("runs", time.strftime("%Y%m%d-%H%M%S"))
     if not config.resume and is_writer():
         rundir.create_run(workdir, asdict(replace(config, workdir=workdir)), splits)

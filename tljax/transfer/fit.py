@@ -14,7 +14,6 @@ import optax
 from tljax.config import FitConfig, Loading
 from tljax.data.augment import epoch_key
 from tljax.data.sources import Splits
-from tljax.errors import RequestError
 from tljax.models import Model
 from tljax.parallel import agree, is_writer, replicate, shard
 from tljax.progress import track
@@ -31,7 +30,7 @@ from tljax.transfer.probe import Probe
 from tljax.transfer.recipes import Phase
 from tljax.transfer.setup import NewHead, Setup, divide, first_state, prepare
 from tljax.transfer.step import TrainState, TrainStep
-from tljax.transfer.trace import FIRST, traced
+from tljax.transfer.trace import traced
 from tljax.types import Variables
 
 History = list[dict[str, Any]]
@@ -130,11 +129,6 @@ def fit(
     """
     setup, inputs = prepare(model, variables, splits, config, loading, seed, new_head, transform)
     model, variables, plan = setup.model, setup.variables, setup.plan
-    if profile and setup.steps_per_epoch < FIRST:
-        raise RequestError(
-            f"the trace begins at step {FIRST} and an epoch has {setup.steps_per_epoch}:"
-            " choose a smaller --batch-size"
-        )
     run = _Run(setup, checkpoints, checkpoint_seconds, log, profile)
     first = evaluate(inputs.logits(model, variables))
     robust = _robust(setup, variables)

@@ -6,10 +6,30 @@ from typing import TypeVar
 
 import jax
 
+from tljax.errors import RequestError
+
 Item = TypeVar("Item")
 
 FIRST, LAST = 3, 12
 """The steps that are traced; the first one compiles."""
+
+
+def check_traceable(steps: int) -> None:
+    """Raises before a run that would leave no trace.
+
+    Args:
+        steps: of an epoch.
+
+    Raises:
+        RequestError: there are too few.
+    """
+    if not steps:
+        raise RequestError("--profile traces training steps, and --recipe probe takes none")
+    if steps < FIRST:
+        raise RequestError(
+            f"--profile begins at step {FIRST}, and an epoch has {steps}: a smaller --batch-size "
+            "makes more of them"
+        )
 
 
 def traced(batches: Iterator[Item], folder: Path) -> Iterator[Item]:
