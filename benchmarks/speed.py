@@ -183,7 +183,8 @@ class Bench:
         pixels = self.pixels.cpu().contiguous()
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "network.onnx")
-            torch.onnx.export(copy.deepcopy(self.network).cpu(), (pixels,), path, input_names=["x"])
+            network = copy.deepcopy(self.network).cpu()
+            torch.onnx.export(network, (pixels,), path, input_names=["x"], verbose=False)
             session = onnxruntime.InferenceSession(
                 path, providers=onnxruntime.get_available_providers()
             )
