@@ -11,7 +11,6 @@ Adam. Of these ten epochs two are run, and the rest is reckoned to last as long 
 import json
 import math
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,6 +21,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import tyro
+from processes import python
 
 from tljax.data.decode import decode
 from tljax.data.sources import Source, open_splits
@@ -99,7 +99,7 @@ def in_torch(config: Config) -> dict[str, Any]:
         photographs = Photographs(source, pretrained.model.preprocess, config.batch_size)
         if source is splits.train:
             np.random.default_rng().shuffle(photographs.order)
-        yield from torch_batches(photographs)
+        return torch_batches(photographs)
 
     optimizer = torch.optim.Adam(head.parameters(), config.learning_rate)
 
@@ -170,18 +170,6 @@ def in_keras(config: Config) -> dict[str, Any]:
         verbose=0,  # pyright: ignore[reportArgumentType]
     )
     return {"val_top1": None, "epochs": np.diff(marks)[::2].tolist(), "ended": time.time()}
-
-
-def python(*command: object, **environment: str) -> dict[str, Any]:
-    """What a Python process prints on its last line."""
-    run = subprocess.run(
-        [sys.executable, *map(str, command)],
-        env=os.environ | environment,
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    return json.loads(run.stdout.splitlines()[-1])
 
 
 def timed(config: Config, side: Literal["tljax"] | Peer) -> dict[str, Any]:

@@ -8,18 +8,17 @@ nothing compiled, and with the programs that the first time left in the cache.
 """
 
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import tyro
+from processes import python
 
 Side = Literal["tljax", "tljax again", "torch"]
 
@@ -110,26 +109,17 @@ def in_torch(config: Config, mark: Marks) -> None:
         mark(f"{which} step")
 
 
-def started(side: Side, folder: str) -> dict[str, dict[str, float]]:
-    """What one process says of itself."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--folder", folder, "--alone", side]
-    run = subprocess.run(
-        [*command, "--began", str(time.time())],
-        env=os.environ | {"JAX_COMPILATION_CACHE_DIR": f"{folder}/compiled"},
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    return json.loads(run.stdout.splitlines()[-1])
-
-
-def turn(config: Config) -> dict[Side, dict[str, dict[str, float]]]:
-    """Every side once."""
-    from tljax.pretrained import export, load_pretrained
-
-    with tempfile.TemporaryDirectory() as folder:
-        export(Path(folder), load_pretrained(config.weights), "huggingface")
-        found = {side: started(side, folder) for side in get_args(Side)}
+def turn(network: str) -> dict[Side, Any]:
+    """What a process of each side says of itself."""
+    arguments = [__file__, *sys.argv[1:], "--folder", network]
+    with tempfile.TemporaryDirectory() as compiled:
+        found = {
+            side: python(
+                *(*arguments, "--alone", side, "--began", time.time()),
+                JAX_COMPILATION_CACHE_DIR=compiled,
+            )
+            for side in get_args(Side)
+        }
     print(found, file=sys.stderr, flush=True)
     return found
 
@@ -142,8 +132,13 @@ def main() -> None:
         work(config, mark)
         print(json.dumps(mark.found))
         return
-    turns = [turn(config) for _ in range(config.rounds)]
     from peers import environment
+
+    from tljax.pretrained import export, load_pretrained
+
+    with tempfile.TemporaryDirectory() as folder:
+        export(Path(folder), load_pretrained(config.weights), "huggingface")
+        turns = [turn(folder) for _ in range(config.rounds)]
 
     sides = {
         side: {

@@ -29,6 +29,11 @@ def batch(report: dict[str, Any]) -> str:
     return f"{report['batch_size']} x {report['image_size']} px"
 
 
+def network(report: dict[str, Any]) -> str:
+    """The beginning of the weights' name."""
+    return report["weights"].partition(".")[0]
+
+
 def ratio(value: float) -> str:
     """What one looks for."""
     return f"**{value:.2f}**"
@@ -55,12 +60,16 @@ def attacks() -> str:
     """Seconds of whole attacks beside those of other libraries."""
     rows = []
     for report in results("attacks"):
-        network, turns = report["weights"].partition(".")[0], report["attacks"]
+        turns = report["attacks"]
         for name, row in turns.items():
             library, attack = name.split(" ")
             if library != "tljax":
                 ours, theirs = turns[f"tljax {attack}"]["seconds"], row["seconds"]
-                what = [network, f"{attack.upper()}, {report['steps']} steps", batch(report)]
+                what = [
+                    network(report),
+                    f"{attack.upper()}, {report['steps']} steps",
+                    batch(report),
+                ]
                 times = [f"{ours:.1f}", f"{theirs:.1f}", ratio(theirs / ours)]
                 rows.append([*what, library, *times])
     header = ["network", "attack", "batch", "beside", "tljax, s", "theirs, s", "times as fast"]
@@ -71,14 +80,14 @@ def robustness() -> str:
     """Accuracy under attack, with its standard error; of one network there may be several runs."""
     shares: dict[tuple[str, str, int, str], dict[float, float]] = {}
     for report in results("robustness"):
-        network, count = report["weights"].partition(".")[0], report["examples"]
         for attack, row in report["robust"].items():
-            known = shares.setdefault((network, report["data"], count, attack), {})
+            what = network(report), report["data"], report["examples"], attack
+            known = shares.setdefault(what, {})
             known |= {0.0: report["clean"]} | {float(key): share for key, share in row.items()}
     epsilons = sorted({epsilon for row in shares.values() for epsilon in row})
     rows = [
-        [network, f"{count} of {data}", attack, *(percent(row.get(e), count) for e in epsilons)]
-        for (network, data, count, attack), row in shares.items()
+        [name, f"{count} of {data}", attack, *(percent(row.get(e), count) for e in epsilons)]
+        for (name, data, count, attack), row in shares.items()
     ]
     return table(["network", "images", "attack", *(f"{e:g}" for e in epsilons)], rows)
 
@@ -95,11 +104,12 @@ def jobs() -> str:
     """Whole jobs beside the loops of courses."""
     rows = []
     for report in results("job"):
-        network = report["weights"].partition(".")[0]
         for side, row in report["sides"].items():
             top1 = "" if row["val_top1"] is None else f"{row['val_top1']:.3f}"
             times = ratio(row["tljax_is_times_as_fast"]) if side != "tljax" else ""
-            rows.append([network, report["data"], side, f"{row['seconds']:.0f}", top1, times])
+            rows.append(
+                [network(report), report["data"], side, f"{row['seconds']:.0f}", top1, times]
+            )
     return table(["network", "data", "", "seconds", "top-1", "tljax is times as fast"], rows)
 
 
@@ -124,7 +134,7 @@ def parity() -> str:
         [
             name,
             ", ".join(pair["layout"] for pair in pairs),
-            ", ".join(f"{height} x {width}" for height, width in pairs[0]["sizes"]),
+            ", ".join(sorted({f"{h} x {w}" for pair in pairs for h, w in pair["sizes"]})),
             f"{max(pair['largest'] for pair in pairs):.1e}",
         ]
         for name, pairs in networks.items()
@@ -139,11 +149,10 @@ def starts() -> str:
     """Seconds since the start of the process, and its memory."""
     rows = []
     for report in results("startup"):
-        network = report["weights"].partition(".")[0]
         for side, marks in report["sides"].items():
             cells = [f"{mark['seconds']:.1f}" for mark in marks.values()]
             peak = max(mark["peak_gib"] for mark in marks.values())
-            rows.append([network, batch(report), side, *cells, f"{peak:.1f}"])
+            rows.append([network(report), batch(report), side, *cells, f"{peak:.1f}"])
     marks = ["imported", "loaded", "first forward", "first step", "second step"]
     return table(["network", "batch", "", *(f"{mark}, s" for mark in marks), "peak, GiB"], rows)
 
@@ -152,11 +161,11 @@ def devices() -> str:
     """Seconds of a step over several devices."""
     rows = []
     for report in results("devices"):
-        network, found = report["weights"].partition(".")[0], report["devices"]
+        found = report["devices"]
         for count in (name.split()[1] for name in found if name.startswith("tljax")):
             ours, theirs = (found[f"{side} {count}"]["seconds"] for side in ("tljax", "pmap"))
             times = [f"{ours:.2f}", f"{theirs:.2f}", ratio(theirs / ours)]
-            rows.append([network, batch(report), count, *times])
+            rows.append([network(report), batch(report), count, *times])
     return table(["network", "batch", "devices", "tljax, s", "pmap, s", "times as fast"], rows)
 
 

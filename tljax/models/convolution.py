@@ -155,7 +155,7 @@ def _dense(stride: int, pads: Pads, x: jax.Array, kernel: jax.Array) -> jax.Arra
 def _by_rows(stride: int, pads: Pads, x: jax.Array, kernel: jax.Array) -> jax.Array:
     """A matrix product for every row of the kernel: processors multiply bfloat16 in units for it.
 
-    XLA's CPU convolution turns it into float32. With few channels the copies cost more.
+    XLA's CPU convolution is no faster on it than on float32. With few channels copying costs more.
     """
     features, total = kernel.shape[3], jnp.float32(0)
     for row, taps in itertools.groupby(

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
@@ -177,8 +178,9 @@ def first_state(
         config.attacker,
     )
     step = make_train_step(setup.model, optimizer, how, start=inputs.start)
-    held = jax.tree.map(lambda leaf: leaf.astype(config.frozen_dtype), staying["params"])
-    staying = {**staying, "params": held}
+    if config.frozen_dtype == "bfloat16":
+        held = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), staying["params"])
+        staying = {**staying, "params": held}
     return replicate(state, setup.mesh), replicate(staying, setup.mesh), step
 
 
