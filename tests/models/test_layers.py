@@ -106,6 +106,24 @@ def test_conv2d_leaves_the_rest_to_xla(kind: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("padding", [1, 0, "SAME", ((1, 2), (0, 3))])
+@pytest.mark.parametrize("size", [(7, 8), (5, 9), (6, 10), (4, 3)])
+def test_winograd_is_the_plain_convolution(
+    size: tuple[int, int], padding: Padding, rows: int, dtype: str
+) -> None:
+    """Widths that leave each remainder of the four pixels that are computed together."""
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(dtype == "float64"):
+        x = jnp.asarray(rng.standard_normal((3, *size, 32)), dtype)
+        kernel = jnp.asarray(rng.standard_normal((rows, 3, 32, 33)), dtype)
+        ours, theirs = (partial(f, padding=padding) for f in (conv2d, plain_conv2d))
+        assert jax.jit(ours).lower(x, kernel).as_text().count("stablehlo.convolution") == 6
+        found = value_and_gradients(ours, x, kernel)
+        assert_close(found, value_and_gradients(theirs, x, kernel), dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("padding", [3, 0, "SAME", ((2, 3), (0, 5))])
 @pytest.mark.parametrize("size", [(16, 15), (13, 18)])
 def test_a_stem_is_the_plain_convolution(
