@@ -27,6 +27,7 @@ import optax
 import torch
 import torch._inductor.config
 import tyro
+from flax_networks import in_flax
 from ours import random_batch, repeated_step
 from peers import (
     TorchNetwork,
@@ -73,6 +74,8 @@ class Config:
     """Also compare forward with onnxruntime in float32; pip install onnxruntime onnxscript."""
     keras: bool = False
     """Also compare forward and step with Keras on JAX, random weights, in float32."""
+    flax: bool = False
+    """Likewise with the network as one writes it in Flax; of depthwise convolutions only."""
     rounds: int = 5
     """Timed turns of each."""
     calls: int = 1
@@ -105,11 +108,16 @@ class Bench:
 
     def forward(self) -> Work:
         """Images to logits."""
-        run = jax.jit(lambda v, x: apply(self.model, v, x).logits)
-        ours: Work = {"tljax": lambda: run(self.variables, self.images)}
+        run = jax.jit(lambda model, v, x: apply(model, v, x).logits, static_argnums=0)
+        ours: Work = {"tljax": lambda: run(self.model, self.variables, self.images)}
+        if self.config.dtype == "float32":
+            half = replace(self.model, dtype="bfloat16")
+            ours["tljax bfloat16"] = lambda: run(half, self.variables, self.images)
         if self.config.keras:
             network = self.in_keras()
             ours["keras"] = lambda: network.predict_on_batch(self.batch[0])
+        if self.config.flax:
+            ours["flax"], _ = in_flax(self.model, *self.batch)
         if self.config.onnx:
             ours["onnxruntime"] = self.in_onnxruntime()
 
@@ -152,6 +160,8 @@ class Bench:
         if self.config.keras and not batch_norm:
             network = self.in_keras()
             ours["keras"] = lambda: network.train_on_batch(*self.batch)
+        if self.config.flax and not batch_norm:
+            _, ours["flax"] = in_flax(self.model, *self.batch)
         return self.turns(ours, lambda net: self.their_step(net, batch_norm=batch_norm))
 
     def suffix(self) -> Work:

@@ -39,13 +39,17 @@ def ratio(value: float) -> str:
     return f"**{value:.2f}**"
 
 
+OURS = {"tljax": "", "tljax cached": " cached", "tljax bfloat16": ", ours in bfloat16"}
+"""Ours of speed.py, and what the table adds to the question."""
+
+
 def speed() -> str:
     """Seconds of a batch, and how many times as long others take."""
-    peers = ("torch", "torch.compile", "onnxruntime", "keras")
+    peers = ("torch", "torch.compile", "onnxruntime", "keras", "flax")
     rows = []
     for report in results("speed"):
         for question, turns in report["questions"].items():
-            for name, suffix in (("tljax", ""), ("tljax cached", " cached")):
+            for name, suffix in OURS.items():
                 if name in turns:
                     ours = turns[name]["seconds"]
                     theirs = [turns[peer]["seconds"] if peer in turns else None for peer in peers]

@@ -16,7 +16,7 @@ from tljax.data.sources import Source, Splits
 from tljax.errors import RequestError
 from tljax.models import apply
 from tljax.transfer.evaluate import evaluate
-from tljax.transfer.features import Features, advance, compute_features, feature_bytes
+from tljax.transfer.features import Features, advance, compute_features, feature_bytes, over_source
 from tljax.transfer.fit import fit
 from tljax.transfer.recipes import default_freeze_to
 from tljax.trees import flatten
@@ -75,6 +75,21 @@ def test_features_are_what_apply_returns_whatever_the_batch(tiny):
             np.testing.assert_allclose(found.values, expected, rtol=1e-5, atol=1e-6)
             assert found.indices.tolist() == list(range(10))
             assert found.labels.tolist() == data.labels.tolist()
+
+
+@pytest.mark.parametrize(("count", "rows"), [(1, [1]), (3, [4]), (16, [16]), (17, [16, 16])])
+def test_few_images_make_a_small_batch(tiny, count, rows):
+    model, variables = tiny
+    seen = []
+
+    def forward(_, batch):
+        seen.append(len(batch.mask))
+        return jax.numpy.asarray(batch.labels)
+
+    loading = Loading(16, devices=1)
+    parts = over_source(forward, variables, source(count), model.preprocess, loading, {})
+    assert np.concatenate([indices for _, indices in parts]).tolist() == list(range(count))
+    assert seen == rows
 
 
 def test_advancing_through_the_stages_is_running_them_at_once(tiny):

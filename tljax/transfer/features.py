@@ -345,10 +345,12 @@ def over_source(
     """
     mesh = data_mesh(loading.devices)
     variables = replicate(variables, mesh)
+    # One photograph need not fill a batch of 32; a power of two, so that few programs are compiled.
+    enough = 1 << max(len(source) - 1, 0).bit_length()
     for batch in load_batches(
         source,
         preprocess,
-        batch_size=divisible(loading.batch_size, mesh),
+        batch_size=divisible(min(loading.batch_size, enough), mesh),
         shard=process_shard(),
         workers=loading.workers,
         on_bad_image=loading.on_bad_image,
