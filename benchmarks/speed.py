@@ -39,6 +39,7 @@ from peers import (
     take_turns,
     torch_pixels,
 )
+from torch.utils.flop_counter import FlopCounterMode
 
 from tljax.config import Dtype
 from tljax.models import apply
@@ -146,7 +147,8 @@ class Bench:
                     loss = torch.nn.functional.cross_entropy(
                         network(pixels), self.target, reduction="sum"
                     )
-                return torch.autograd.grad(loss, pixels)
+                loss.backward()
+                return pixels.grad
 
             return call
 
@@ -254,18 +256,44 @@ class Bench:
         return work
 
 
+def gflop(call: Callable[[], Any]) -> float:
+    """Of a call in torch: its products and convolutions, counted as they are written."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops() / 1e9
+
+
+def peak(dtype: Dtype) -> float:
+    """GFLOP a second of a large product of square matrices, the better of both sides' best."""
+    side = 2048 if device().type == "cpu" else 8192
+    ours = jnp.ones((side, side), dtype)
+    theirs = torch.ones((side, side), dtype=getattr(torch, dtype), device=device())
+    multiply = jax.jit(jnp.matmul)
+
+    def in_torch() -> None:
+        torch.matmul(theirs, theirs)
+        finish()
+
+    work = {"tljax": lambda: jax.block_until_ready(multiply(ours, ours)), "torch": in_torch}
+    rows = take_turns(work, rounds=10)
+    return 2 * side**3 / 1e9 / min(row["fastest_seconds"] for row in rows.values())
+
+
 def main() -> None:
     config = tyro.cli(Config)
     random = config.model and random_pretrained(config.model, 1000)
     pretrained = (random or load_pretrained(config.weights)).with_size(config.image_size)
     bench = Bench(config, pretrained)
     answers: dict[str, Any] = {}
+    most = peak(config.dtype)
     for question in config.questions:
-        rows: dict[str, Any] = take_turns(bench.questions()[question](), config.rounds)
+        work = bench.questions()[question]()
+        counted = gflop(work["torch"]) / config.calls
+        rows: dict[str, Any] = take_turns(work, config.rounds)
         for row in rows.values():
             row["images_per_second"] = round(config.batch_size * config.calls / row["seconds"], 2)
             row["tljax_is_times_as_fast"] = round(row["seconds"] / rows["tljax"]["seconds"], 3)
-        answers[question] = rows
+        answers[question] = {"gflop_in_torch": round(counted, 1), **rows}
     report = {
         "environment": environment(),
         "model": pretrained.model.name,
@@ -274,6 +302,7 @@ def main() -> None:
         "batch_size": config.batch_size,
         "dtype": config.dtype,
         "calls": config.calls,
+        "gflop_per_second_of_a_large_product": round(most, 1),
         "questions": answers,
     }
     print(json.dumps(report, indent=2))

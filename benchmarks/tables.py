@@ -55,9 +55,19 @@ def speed() -> str:
                     theirs = [turns[peer]["seconds"] if peer in turns else None for peer in peers]
                     what = [report["model"], question + suffix, batch(report), report["dtype"]]
                     times = (seconds and ratio(seconds / ours) for seconds in theirs)
-                    rows.append([*what, f"{ours:.2f}", *(cell or "" for cell in times)])
-    header = ["network", "question", "batch", "computes in", "tljax, s", *peers]
+                    cells = f"{ours:.2f}", share_of_peak(report, question, name)
+                    rows.append([*what, *cells, *(cell or "" for cell in times)])
+    header = ["network", "question", "batch", "computes in", "tljax, s", "of the peak", *peers]
     return table(header, rows)
+
+
+def share_of_peak(report: dict[str, Any], question: str, name: str) -> str:
+    """The work as torch would do it, a second, over what one large product reaches."""
+    peak = report.get("gflop_per_second_of_a_large_product")
+    if peak is None or name == "tljax cached":  # which has less to do
+        return ""
+    turns = report["questions"][question]
+    return f"{turns['gflop_in_torch'] / turns[name]['seconds'] / peak:.0%}"
 
 
 def attacks() -> str:

@@ -321,15 +321,18 @@ def _input_gradient(
     rows = -(-(height + top + bottom) // stride)
     columns = -(-(width + left + right) // stride)
 
+    # Padded once, for the phases that have the most taps; the others see a part of it.
+    most, widest = ((side - 1) // stride for side in kernel.shape[:2])
+    below, right_of = rows - dy.shape[1], columns - dy.shape[2]
+    padded = jnp.pad(dy, ((0, 0), (most, below), (widest, right_of), (0, 0)))
+
     def phase(i: int, j: int) -> jax.Array:
         """The gradient of every ``stride``-th padded row and column from ``(i, j)`` on."""
         taps = kernel[i::stride, j::stride][::-1, ::-1]
         if not taps.size:  # of a kernel that is smaller than the stride
             return jnp.zeros((len(dy), rows, columns, dy.shape[-1]), dy.dtype)
-        high, wide = taps.shape[0] - 1, taps.shape[1] - 1
-        ends = rows - dy.shape[1], columns - dy.shape[2]
-        padded = ((high, ends[0]), (wide, ends[1]))
-        return _depthwise(1, padded, dy, taps)
+        seen = padded[:, most + 1 - taps.shape[0] :, widest + 1 - taps.shape[1] :]
+        return _depthwise(1, ((0, 0), (0, 0)), seen, taps)
 
     phases = [[phase(i, j) for j in range(stride)] for i in range(stride)]
     whole = jnp.stack([jnp.stack(row, 3) for row in phases], 2)
