@@ -1,15 +1,19 @@
 """Our networks as one has them in Keras on JAX, some written out; random weights."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 os.environ["KERAS_BACKEND"] = "jax"  # it is read when keras is imported
 
 import keras
+import numpy as np
 from keras import layers
 
+from tljax.models import Model, build_model
 from tljax.types import Preprocess
 
 
@@ -89,3 +93,56 @@ def compiled(network: keras.Model, optimizer: keras.Optimizer) -> keras.Model:
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     network.compile(optimizer, loss, metrics=["accuracy"])
     return network
+
+
+def in_its_own_process(
+    question: Literal["forward", "step"], model: Model, batch_size: int
+) -> Callable[[], str]:
+    """A batch a call, with JAX as Keras' users have it: without the flags of `tljax.configure`.
+
+    Args:
+        question: ``step`` is of SGD with momentum and trains everything.
+        model: one of `BUILDERS`.
+        batch_size: images at once.
+    """
+    flagless = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    numbers = model.preprocess.size, model.num_classes, batch_size
+    arguments = [__file__, question, model.name, *map(str, numbers)]
+    process = subprocess.Popen(
+        [sys.executable, *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=flagless,
+    )
+    asked, answered = process.stdin, process.stdout
+    assert asked is not None
+    assert answered is not None
+
+    def call() -> str:
+        print("another", file=asked, flush=True)
+        if not (answer := answered.readline()):
+            raise SystemExit("Keras' process has ended")
+        return answer
+
+    return call
+
+
+def serve(question: str, name: str, size: int, num_classes: int, batch_size: int) -> None:
+    """Does its work whenever it is asked for on stdin, and says so on stdout."""
+    preprocess = build_model(name).preprocess.with_size(size)
+    network = classifier(name, preprocess, num_classes)
+    network = compiled(network, keras.optimizers.SGD(1e-6, momentum=0.9))
+    rng = np.random.default_rng(0)
+    images = rng.random((batch_size, size, size, 3), np.float32)
+    labels = rng.integers(0, num_classes, batch_size)
+    for _ in sys.stdin:
+        if question == "forward":
+            network.predict_on_batch(images)
+        else:
+            network.train_on_batch(images, labels)
+        print("done", flush=True)
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1], sys.argv[2], *map(int, sys.argv[3:]))

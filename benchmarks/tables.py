@@ -39,7 +39,7 @@ def ratio(value: float) -> str:
     return f"**{value:.2f}**"
 
 
-OURS = {"tljax": "", "tljax cached": " cached", "tljax bfloat16": ", ours in bfloat16"}
+OURS = {"tljax": "", "tljax cached": " cached"}
 """Ours of speed.py, and what the table adds to the question."""
 
 
@@ -55,19 +55,22 @@ def speed() -> str:
                     theirs = [turns[peer]["seconds"] if peer in turns else None for peer in peers]
                     what = [report["model"], question + suffix, batch(report), report["dtype"]]
                     times = (seconds and ratio(seconds / ours) for seconds in theirs)
-                    cells = f"{ours:.2f}", share_of_peak(report, question, name)
+                    cells = f"{ours:.2f}", share_of_peak(report, question, ours)
                     rows.append([*what, *cells, *(cell or "" for cell in times)])
     header = ["network", "question", "batch", "computes in", "tljax, s", "of the peak", *peers]
     return table(header, rows)
 
 
-def share_of_peak(report: dict[str, Any], question: str, name: str) -> str:
-    """The work as torch would do it, a second, over what one large product reaches."""
+PASSES = {"forward": 1, "input-gradient": 2, "step": 3, "step-batch-norm": 3}
+"""What a question takes, in forward passes: each gradient is as much work again."""
+
+
+def share_of_peak(report: dict[str, Any], question: str, seconds: float) -> str:
+    """The work as it is usually counted, a second, over what one large product reaches."""
     peak = report.get("gflop_per_second_of_a_large_product")
-    if peak is None or name == "tljax cached":  # which has less to do
+    if peak is None or question not in PASSES:
         return ""
-    turns = report["questions"][question]
-    return f"{turns['gflop_in_torch'] / turns[name]['seconds'] / peak:.0%}"
+    return f"{PASSES[question] * report['gflop_of_a_forward_pass'] / seconds / peak:.0%}"
 
 
 def attacks() -> str:

@@ -60,10 +60,12 @@ def test_the_flag_is_for_the_version_that_was_measured(
     assert os.environ["XLA_FLAGS"].startswith("--xla_cpu_use_onednn=false --xla_cpu_")
 
 
-def test_this_jaxlib_was_measured_and_knows_the_flag(tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_this_jaxlib_was_measured_and_knows_the_flag(precision: str, tmp_path: Path) -> None:
     """A newer one fails here: measure it with benchmarks/speed.py, with the flag and without."""
     assert version("jaxlib").startswith(process._MEASURED)
-    code = "import tljax; tljax.configure(); import jax; print(jax.numpy.ones(3).sum())"
+    configured = f"import tljax; tljax.configure('{precision}'); import jax"
+    code = f"{configured}; print(jax.numpy.ones(3, '{precision}').sum())"
     environment = {key: value for key, value in os.environ.items() if key not in NAMES}
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -72,7 +74,7 @@ def test_this_jaxlib_was_measured_and_knows_the_flag(tmp_path: Path) -> None:
         text=True,
         check=True,
     )
-    assert done.stdout == "3.0\n"
+    assert float(done.stdout) == 3
 
 
 def test_too_late_is_said(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:

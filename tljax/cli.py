@@ -94,7 +94,7 @@ def main(config_type: Any, run: Callable[[Any], dict[str, Any]]) -> None:
 def _main(config_type: Any, run: Callable[[Any], dict[str, Any]]) -> None:
     config = tyro.cli(config_type)
     try:
-        configure()
+        configure(getattr(config, "precision", None) or "float32")
         result = run(config)
     except KeyboardInterrupt:
         sys.exit(_say("interrupted", 130))
