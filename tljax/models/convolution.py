@@ -147,12 +147,12 @@ def _stem(pads: Pads, x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _dense(stride: int, pads: Pads, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    if x.dtype == jnp.bfloat16:
-        if x.shape[-1] >= 128:
-            return _by_rows(stride, pads, x, kernel)
-    elif stride == 1 and _worth_winograd(x, kernel):
-        return _winograd(pads, x, kernel)
-    return plain_conv2d(x, kernel, stride=stride, padding=pads)
+    # A convolution in bfloat16 is no faster in XLA than one in float32, and Winograd's is.
+    exact = jnp.promote_types(x.dtype, jnp.float32)
+    wide, factors = x.astype(exact), kernel.astype(exact)
+    if stride == 1 and _worth_winograd(x, kernel):
+        return _winograd(pads, wide, factors).astype(x.dtype)
+    return plain_conv2d(wide, factors, stride=stride, padding=pads).astype(x.dtype)
 
 
 def _worth_winograd(x: jax.Array, kernel: jax.Array) -> bool:
@@ -227,26 +227,14 @@ def _sum(factors: Iterable[float], arrays: Iterable[jax.Array]) -> jax.Array:
     return functools.reduce(jnp.add, terms)
 
 
-def _by_rows(stride: int, pads: Pads, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """A matrix product for every row of the kernel: processors multiply bfloat16 in units for it.
-
-    XLA's CPU convolution is no faster on it than on float32. With few channels copying costs more.
-    """
-    features, total = kernel.shape[3], jnp.float32(0)
-    for row, taps in itertools.groupby(
-        _taps(x, (kernel.shape[0], kernel.shape[1]), stride, pads), lambda found: found[0][0]
-    ):
-        seen = jnp.concatenate([tap for _, tap in taps], -1)
-        matrix = kernel[row].reshape(-1, features)
-        total += _sum_product(seen.reshape(-1, len(matrix)), matrix).reshape(*seen.shape[:3], -1)
-    return total.astype(x.dtype)
-
-
 def _dense_backward(
     stride: int, pads: Pads, saved: tuple[jax.Array, jax.Array], dy: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     x, kernel = saved
-    _, of_kernel = jax.vjp(lambda k: plain_conv2d(x, k, stride=stride, padding=pads), kernel)
+    exact = jnp.promote_types(x.dtype, jnp.float32)
+    wide, factors, moved = (array.astype(exact) for array in (x, kernel, dy))
+    _, of_kernel = jax.vjp(lambda k: plain_conv2d(wide, k, stride=stride, padding=pads), factors)
+    dkernel = of_kernel(moved)[0].astype(kernel.dtype)
 
     def around(axis: int) -> tuple[int, int]:
         """The padding of ``dy``, whose pixels stand ``stride`` apart."""
@@ -255,18 +243,20 @@ def _dense_backward(
         return before, side + k - 1 - before - (stride * (seen - 1) + 1)
 
     ends = around(0), around(1)
-    turned = _settled(kernel[::-1, ::-1].swapaxes(2, 3))
+    turned = _settled(factors[::-1, ::-1].swapaxes(2, 3))
+    dx: Any
     if stride == 1:
-        return _dense(1, ends, dy, turned), *of_kernel(dy)
-    dx = lax.conv_general_dilated(
-        dy,
-        turned,
-        (1, 1),
-        ends,
-        lhs_dilation=(stride, stride),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )
-    return dx, *of_kernel(dy)
+        dx = _dense(1, ends, moved, turned)
+    else:
+        dx = lax.conv_general_dilated(
+            moved,
+            turned,
+            (1, 1),
+            ends,
+            lhs_dilation=(stride, stride),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+    return dx.astype(x.dtype), dkernel
 
 
 _dense.defvjp(partial(_forward, _dense), _dense_backward)
