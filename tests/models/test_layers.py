@@ -19,10 +19,9 @@ from tljax.models.convolution import (
     Padding,
     adaptive_avg_pool,
     avg_pool,
+    backend,
     conv2d,
     max_pool,
-    plain_conv2d,
-    plain_max_pool,
 )
 from tljax.models.layers import BatchNorm, Conv, ConvNorm, Dense, GlobalAveragePool, LinearHead
 
@@ -40,6 +39,16 @@ KINDS = {
     "multiplier": (3, 6, 12),
 }
 TOLERANCES = {"float32": 1e-5, "float64": 1e-13}
+
+
+def plain_conv2d(*arguments: Any, **how: Any) -> jax.Array:
+    with backend("xla"):
+        return conv2d(*arguments, **how)
+
+
+def plain_max_pool(*arguments: Any, **how: Any) -> jax.Array:
+    with backend("xla"):
+        return max_pool(*arguments, **how)
 
 
 def plain_conv(

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from tljax.models.convolution import Kernel, Padding, conv2d, plain_conv2d
+from tljax.models.convolution import Kernel, Padding, conv2d
 
 Train = bool | jax.Array
 """False: on running statistics. True, or ``[batch]`` bool of the rows that count: training mode."""
@@ -52,10 +52,8 @@ def _kernel(module: nn.Module, size: Kernel, inputs: int, features: int) -> jax.
 
 
 def _convolve(module: "Conv | ConvNorm", x: jax.Array, kernel: jax.Array) -> jax.Array:
-    # What `init` computes on the way is never used: the path that is traced quickest will do.
-    convolve = plain_conv2d if module.is_initializing() else conv2d
     kernel, stride, padding = kernel.astype(x.dtype), module.stride, module.padding
-    return convolve(x, kernel, stride=stride, padding=padding, groups=module.groups)
+    return conv2d(x, kernel, stride=stride, padding=padding, groups=module.groups)
 
 
 class _Norm(NamedTuple):

@@ -15,6 +15,7 @@ from jax.extend.core import Jaxpr, Literal
 from tljax.errors import RequestError, VerificationError
 from tljax.files import written_whole
 from tljax.models import apply
+from tljax.models.convolution import backend
 from tljax.pretrained.load import Pretrained
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
@@ -138,13 +139,14 @@ def _description(pretrained: Pretrained) -> dict[str, Any]:
 
 
 def _in_plain_operations(function: Callable[[jax.Array], jax.Array]) -> Callable[..., jax.Array]:
-    """The same function without branches on the platform and without four-dimensional pooling.
+    """The same function of XLA's own operations, and without four-dimensional pooling.
 
     An interpreter of jaxprs, https://docs.jax.dev/en/latest/notebooks/Writing_custom_interpreters_in_Jax.html.
     """
 
     def rewritten(images: jax.Array) -> jax.Array:
-        closed = jax.make_jaxpr(function)(images)
+        with backend("xla"):
+            closed = jax.make_jaxpr(function)(images)
         return _evaluate(closed.jaxpr, closed.consts, [images])[0]
 
     return rewritten
@@ -161,11 +163,6 @@ def _evaluate(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[
         inner = None
         if primitive.name in ("jit", "custom_jvp_call", "custom_vjp_call"):
             inner = params.get("jaxpr") or params["call_jaxpr"]
-        if primitive.name == "platform_index":
-            continue  # only the branch below reads it
-        if params.get("branches_platforms"):
-            inner = params["branches"][params["branches_platforms"].index(None)]
-            inputs = inputs[1:]
         if inner is not None:
             outputs = _evaluate(inner.jaxpr, inner.consts, inputs)
         elif primitive.name == "reduce_window_max":
