@@ -6,6 +6,7 @@ Madry et al. 2018 (https://arxiv.org/abs/1706.06083) attack by PGD, Wong et al. 
 
 from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,10 @@ from tljax.data.sources import Source
 from tljax.models import Model, apply
 from tljax.parallel import data_mesh, shard
 from tljax.progress import track
-from tljax.transfer.features import Features, collect, over_source
 from tljax.types import Array, Batch, Variables
+
+if TYPE_CHECKING:
+    from tljax.transfer.features import Features
 
 PROOF_STEPS = 20
 """Of the PGD that measures robust accuracy: more than training has seen."""
@@ -62,7 +65,7 @@ def robust_logits(
     loading: Loading,
     config: AdversaryConfig,
     seed: int,
-) -> Features:
+) -> "Features":
     """Logits of a whole source after PGD of `PROOF_STEPS` steps at the epsilon of the training.
 
     Args:
@@ -73,6 +76,9 @@ def robust_logits(
         config: for epsilon.
         seed: of the random starts.
     """
+    # Only here, so that a step needs no loader.
+    from tljax.transfer.features import collect, over_source  # noqa: PLC0415
+
     mesh = data_mesh(loading.devices)
     forward = partial(_attacked_logits, model, AdversaryConfig("pgd", config.epsilon, PROOF_STEPS))
     key = jax.random.key(seed)

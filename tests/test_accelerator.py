@@ -1,0 +1,48 @@
+"""The benchmark of one accelerator, tried on a CPU: what it needs, and that its JSON is whole."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "benchmarks" / "accelerator.py"
+
+# What a bare machine with an accelerator lacks.
+WITHOUT = """
+import runpy, sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {missing}:
+            raise ImportError(f"{{name}} is not here")
+
+sys.meta_path.insert(0, Absent())
+runpy.run_path({script!r})
+"""
+
+
+def test_it_begins_where_only_jax_and_its_kin_are_installed() -> None:
+    missing = {"grain", "tyro", "datasets", "matplotlib", "h5py", "safetensors", "torch", "PIL"}
+    code = WITHOUT.format(missing=missing, script=str(SCRIPT))
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT.parent)
+
+
+def test_a_part_leaves_its_figures_and_one_without_time_its_reason(tmp_path: Path) -> None:
+    out = tmp_path / "report.json"
+    command = [sys.executable, SCRIPT, "--quick", "--out", out, "--parts", "device"]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    report = json.loads(out.read_text("utf-8"))
+    part = report["parts"]["device"]
+    assert part["status"] == "done", part
+    assert part["device"] == "cpu"
+    assert part["versions"]["jax"]
+    row = part["turns"]["product in bfloat16"]["tljax"]
+    assert 0 < row["fastest_seconds"] <= row["seconds"] <= row["slowest_seconds"]
+    assert f"{row['examples_per_second']:.0f} /s" in printed
+    assert not [path for path in tmp_path.iterdir() if path != out]
+
+    subprocess.run([*command, "--minutes", "0"], check=True, capture_output=True)
+    part = json.loads(out.read_text("utf-8"))["parts"]["device"]
+    assert part["status"] == "skipped"
+    assert "0 s are left" in part["error"]
