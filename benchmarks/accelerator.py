@@ -48,8 +48,8 @@ from jax.tree_util import Partial
 from tljax.attack import pgd
 from tljax.config import AugmentConfig
 from tljax.data.augment import augment, epoch_key
-from tljax.models import Model, abstract_variables, apply, build_model, layers
-from tljax.models.convolution import plain_conv2d
+from tljax.models import Model, abstract_variables, apply, build_model
+from tljax.models.convolution import backend
 from tljax.transfer.freeze import label, partition
 from tljax.transfer.logistic import fit_logistic
 from tljax.transfer.step import StepConfig, init_state, make_train_step
@@ -468,7 +468,6 @@ def write_references() -> None:
     """Logits in float64, on a CPU and by XLA's own convolutions: none of our fast paths."""
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_x64", val=True)
-    layers.conv2d = plain_conv2d
     found: dict[str, np.ndarray] = {}
     for name, height, width in REFERENCE_CASES:
         model = replace(build_model(name, REFERENCE_CLASSES), dtype="float64")
@@ -476,7 +475,8 @@ def write_references() -> None:
         found[f"{name} digest"] = np.array(tree_digest(variables))
         variables = jax.tree.map(lambda x: x.astype(np.float64), variables)
         images = images_of(2, height, width) / 255
-        logits = jax.jit(partial(forward, model))(variables, images)
+        with backend("xla"):
+            logits = jax.jit(partial(forward, model))(variables, images)
         found[f"{name} {height}x{width}"] = np.asarray(logits)
     np.savez_compressed(REFERENCES, **found)  # pyright: ignore[reportArgumentType]
     print(f"{REFERENCES.name}: {REFERENCES.stat().st_size} bytes")
