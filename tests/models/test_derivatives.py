@@ -1,0 +1,166 @@
+"""Every derivative, forward and reverse, first and second, of both backends."""
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from networks import difference, random_images, random_variables
+
+from tljax.models import apply, build_model
+from tljax.models.convolution import Padding, avg_pool, backend, conv2d, max_pool
+
+# kernel, groups, features: every way that a CPU has
+KINDS = {
+    "product": ((1, 1, 6, 4), 1),
+    "dense": ((3, 2, 6, 4), 1),
+    "winograd": ((3, 3, 32, 33), 1),
+    "stem": ((7, 7, 3, 4), 1),
+    "depthwise": ((3, 3, 1, 6), 6),
+    "grouped": ((3, 3, 3, 4), 2),
+}
+FAMILIES = {
+    "resnet18": 33,
+    "keras_resnet50v2": 33,
+    "resnetv2_50x1_bit": 33,
+    "inception_v3": 75,
+    "xception": 71,
+    "efficientnet_lite0": 33,
+    "vgg11_bn": 33,
+    "mobilenetv1_100": 33,
+    "mobilenetv2_050": 33,
+    "tf_mobilenetv3_small_075": 33,
+}
+
+
+def derivatives(function: Callable[..., jax.Array], *args: jax.Array) -> dict[str, Any]:
+    """All that there are, in a direction that is a part of the arguments."""
+    along = tuple(0.3 * (i + 1) * arg for i, arg in enumerate(args))
+    several = jax.tree.map(lambda *xs: jnp.stack(xs), along, args)
+
+    def loss(*args: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.sin(function(*args)))
+
+    gradient = jax.grad(loss, tuple(range(len(args))))
+    pullback = jax.linear_transpose(jax.linearize(function, *args)[1], *args)
+    return {
+        "jvp": jax.jvp(function, args, along),
+        "linearize": jax.linearize(function, *args)[1](*along),
+        "transpose": pullback(function(*args)),
+        "gradient": gradient(*args),
+        "forward over reverse": jax.jvp(gradient, args, along)[1],
+        "reverse over reverse": jax.grad(lambda *a: sum(map(jnp.vdot, gradient(*a), along)), 0)(
+            *args
+        ),
+        "reverse over forward": jax.grad(lambda *a: jax.jvp(loss, a, along)[1], 0)(*args),
+        "of several images": jax.vmap(gradient)(*several),
+        "of several kernels": jax.vmap(gradient, (None, *[0] * (len(args) - 1)))(
+            args[0], *several[1:]
+        )
+        if len(args) > 1
+        else None,
+    }
+
+
+def of_both_backends(function: Callable[..., jax.Array], *args: Any) -> tuple[Any, Any]:
+    """Compiled, by platform and of plain operations."""
+    run = jax.jit(partial(derivatives, function))
+    ours = run(*args)
+    with backend("xla"):
+        plain = run(*args)
+    return ours, plain
+
+
+@pytest.mark.parametrize(
+    ("stride", "padding"),
+    [
+        (2, ((1, 2), (0, 3))),
+        pytest.param(1, "SAME", marks=pytest.mark.slow),
+        pytest.param(2, "SAME", marks=pytest.mark.slow),
+        pytest.param(1, 1, marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_derivatives_of_a_convolution_are_those_of_plain_operations(
+    kind: str, stride: int, padding: Padding
+) -> None:
+    shape, groups = KINDS[kind]
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        x = jnp.asarray(rng.standard_normal((2, 9, 8, shape[2] * groups)))
+        kernel = jnp.asarray(rng.standard_normal(shape) / 8)
+        if kind == "product":
+            padding = 0
+        convolve = partial(conv2d, stride=stride, padding=padding, groups=groups)
+        ours, plain = of_both_backends(convolve, x, kernel)
+    for name, expected in plain.items():
+        assert difference_of_trees(ours[name], expected) <= 1e-12, name
+
+
+@pytest.mark.parametrize("padding", [1, pytest.param("SAME", marks=pytest.mark.slow)])
+def test_derivatives_of_a_maximum_are_those_of_plain_operations(padding: Padding) -> None:
+    with jax.enable_x64(True):
+        x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 9, 8, 3)))
+        ours, plain = of_both_backends(partial(max_pool, k=3, stride=2, padding=padding), x)
+    assert jax.tree.structure(ours) == jax.tree.structure(plain)
+    for name, expected in plain.items():
+        assert difference_of_trees(ours[name], expected) <= 1e-14, name
+
+
+def difference_of_trees(ours: Any, theirs: Any) -> float:
+    pairs = zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
+    return max((difference(left, right) for left, right in pairs), default=0)
+
+
+def test_a_mean_has_derivatives() -> None:
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 9, 8, 3)))
+    ours = derivatives(partial(avg_pool, k=3, stride=2, padding=1), x)
+    assert difference(ours["jvp"][1], 0.3 * ours["jvp"][0]) <= 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["platform", "xla"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_derivatives_of_a_network_are_finite_differences(name: str, which: str) -> None:
+    """In float64, of the images (inference) and of the parameters (on running statistics)."""
+    size, step = FAMILIES[name], 1e-7
+    context = contextlib.nullcontext() if which == "platform" else backend(which)
+    with jax.enable_x64(True), context:
+        model = replace(build_model(name, 7), dtype="float64")
+        variables = jax.tree.map(lambda x: jnp.asarray(x, "float64"), random_variables(model))
+        images = jnp.asarray(random_images(2, size, size) / 255)
+        point = {"images": images, "params": variables["params"]}
+        rng = np.random.default_rng(1)
+        along = jax.tree.map(lambda x: 1e-2 * rng.standard_normal(x.shape), point)
+
+        def logits(point: Any) -> jax.Array:
+            mixed = {**variables, "params": point["params"]}
+            return apply(model, mixed, point["images"]).logits
+
+        def loss(point: Any) -> jax.Array:
+            return jax.nn.logsumexp(logits(point), axis=1).sum()
+
+        def moved(by: float) -> Any:
+            return jax.tree.map(lambda x, d: x + by * d, point, along)
+
+        run = jax.jit(logits)
+        _, tangent = jax.jit(lambda p, d: jax.jvp(logits, (p,), (d,)))(point, along)
+        linear = jax.jit(lambda p, d: jax.linearize(logits, p)[1](d))(point, along)
+        differences = (run(moved(step)) - run(moved(-step))) / (2 * step)
+        assert difference(tangent, differences) <= 1e-6
+        assert difference(linear, tangent) <= 1e-12
+
+        gradient = jax.jit(jax.grad(loss))
+        _, product = jax.jit(lambda p, d: jax.jvp(jax.grad(loss), (p,), (d,)))(point, along)
+        ahead, behind = gradient(moved(step)), gradient(moved(-step))
+        for path in ("images", "params"):
+            flat = [
+                np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree[path])])
+                for tree in (product, ahead, behind)
+            ]
+            assert difference(flat[0], (flat[1] - flat[2]) / (2 * step)) <= 1e-4, path

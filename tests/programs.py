@@ -1,0 +1,74 @@
+"""The programs that a run is made of, abstract: to be lowered and compiled without a device."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+from tljax.models import Model, abstract_variables, apply, build_model
+from tljax.transfer.freeze import label, partition
+from tljax.transfer.step import StepConfig, init_state, make_train_step
+from tljax.types import Batch
+
+MODES = ("inference", "input gradient", "full step", "suffix", "cached suffix")
+
+
+class Program(NamedTuple):
+    """A function and the shapes of its arguments.
+
+    Attributes:
+        function: jitted, or not yet.
+        args: trees of `jax.ShapeDtypeStruct`.
+        batched: which of ``args`` are split over the devices.
+    """
+
+    function: Any
+    args: tuple[Any, ...]
+    batched: tuple[bool, ...]
+
+
+def last_stages(model: Model, count: int = 2) -> list[str]:
+    """The last stages that have parameters."""
+    params = abstract_variables(model)["params"]
+    return [name for name in model.stage_names if name in params][-count:]
+
+
+def program(
+    name: str, mode: str, batch: int, *, size: int = 0, dtype: str = "float32", stats: bool = False
+) -> Program:
+    """Build one of `MODES`, with batch statistics in what trains if ``stats``."""
+    model = replace(build_model(name, 10), dtype=dtype)
+    size = size or model.preprocess.size
+    variables = abstract_variables(model)
+    images = jax.ShapeDtypeStruct((batch, size, size, 3), np.uint8)
+    if mode == "inference":
+        return Program(lambda v, x: apply(model, v, x).logits, (variables, images), (False, True))
+    if mode == "input gradient":
+        pixels = images.update(dtype=np.float32)
+        loss = jax.grad(lambda x, v: (apply(model, v, x).logits ** 2).sum())
+        return Program(loss, (pixels, variables), (True, False))
+    trained = last_stages(model) if "suffix" in mode else list(variables["params"])
+    start = trained[0] if mode == "cached suffix" else None
+    if start is not None:
+        before: Callable[..., Any] = partial(apply, model, stop=start)
+        images = jax.eval_shape(lambda v, x: before(v, x).value, variables, images)
+    table = (*((f"{stage}/*", 1.0) for stage in trained), ("*", 0.0))
+    params, frozen = partition(variables["params"], label(variables["params"], table))
+    moves = {stage for stage in trained if stats}
+    moving = {k: v for k, v in variables["batch_stats"].items() if k in moves}
+    still = {k: v for k, v in variables["batch_stats"].items() if k not in moves}
+    optimizer = optax.sgd(1e-3, momentum=0.9)
+    state = jax.eval_shape(lambda p, s: init_state(p, s, optimizer), params, moving)
+    rows = jax.ShapeDtypeStruct((batch,), np.int32)
+    data = Batch(images, rows, rows.update(dtype=np.bool_), rows)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    step = make_train_step(model, optimizer, StepConfig(frozenset(moves)), start=start)
+    return Program(
+        step,
+        (state, {"params": frozen, "batch_stats": still}, data, (key, key)),
+        (False, False, True, False),
+    )
