@@ -8,6 +8,8 @@ import tyro
 
 from tljax import cli
 
+NOT_RANDOM = {"fgsm", "bim", "mi-fgsm", "fab-t", "deepfool", "cw"}
+
 
 @dataclass(frozen=True)
 class Config(cli.Common):
@@ -38,6 +40,14 @@ class Config(cli.Common):
     """A folder for the curve, adversarial PNGs of the size the network sees, and a grid of them."""
     pictures: int = 8
     """How many images to paint, the most easily fooled first."""
+
+    conditions = (
+        *cli.WEIGHTS_OF_RUN,
+        ("data", lambda s: not s.images, "with images"),
+        ("steps", lambda s: set(s.attacks) - {"fgsm"}, "with --attacks fgsm, which takes one step"),
+        ("seed", lambda s: s.count or set(s.attacks) - NOT_RANDOM, "as nothing is random here"),
+        ("pictures", lambda s: s.out is not None, "without --out"),
+    )
 
 
 def run(config: Config) -> dict[str, Any]:

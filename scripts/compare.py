@@ -32,6 +32,8 @@ class Config(cli.Output):
     out: Path | None = None
     """Where to draw accuracy against speed, a PNG file."""
 
+    conditions = cli.OF_SPLIT
+
 
 def run(config: Config) -> dict[str, Any]:
     """Prints a line for each network, the most accurate first."""

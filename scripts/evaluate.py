@@ -17,6 +17,8 @@ class Config(cli.Common):
     workdir: Path | None = None
     """A run directory: its network is measured, and the report goes to its eval/ folder."""
 
+    conditions = (*cli.NOT_RANDOM, *cli.WEIGHTS_OF_RUN)
+
 
 def run(config: Config) -> dict[str, Any]:
     """Prints accuracies; with a run directory also writes a page with the mistakes."""

@@ -20,6 +20,8 @@ class Config(cli.Common):
     val_fraction: float = 0.2
     """As for scripts/train.py."""
 
+    conditions = cli.OF_SPLIT
+
 
 def run(config: Config) -> dict[str, Any]:
     """Prints the validation accuracy of a linear probe and of nearest neighbours."""

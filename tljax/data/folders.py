@@ -61,6 +61,11 @@ def open_folder_splits(path: Path, val_fraction: float) -> Splits:
     return Splits(train, *match_classes(val, train.classes))
 
 
+def folder_has_validation(path: Path) -> bool:
+    """Whether a folder holds ``train/`` and ``val/``; a missing one does not."""
+    return path.is_dir() and _train_and_val(path) is not None
+
+
 def open_folder(path: str | PathLike[str]) -> Source:
     """Opens a folder of class folders or, if it holds files only, of images without labels.
 

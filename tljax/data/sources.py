@@ -17,19 +17,21 @@ from tljax.data.examples import (
     split_by_content,
 )
 from tljax.data.folders import (
+    folder_has_validation,
     open_folder,
     open_folder_splits,
     open_images,
     open_labelled_folder,
     suggestion,
 )
-from tljax.data.hubs import is_hub, open_hub_splits, open_labelled_hub
+from tljax.data.hubs import hub_has_validation, is_hub, open_hub_splits, open_labelled_hub
 from tljax.errors import RequestError
 
 __all__ = [
     "Examples",
     "Source",
     "Splits",
+    "has_validation",
     "match_classes",
     "open_folder",
     "open_images",
@@ -77,6 +79,11 @@ def open_splits(spec: str, *, val_fraction: float = VAL_FRACTION) -> Splits:
             f" nor a folder{suggestion(path)}"
         )
     return open_folder_splits(path, val_fraction)
+
+
+def has_validation(spec: str) -> bool:
+    """Whether a data set has a validation part, so that `open_splits` does not split it."""
+    return hub_has_validation(spec) if is_hub(spec) else folder_has_validation(Path(spec))
 
 
 def open_labelled(spec: str) -> Source:

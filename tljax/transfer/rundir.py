@@ -17,7 +17,7 @@ import jax
 
 from tljax.data.sources import Source, Splits, open_splits
 from tljax.errors import RequestError
-from tljax.files import written_whole
+from tljax.files import read_config, written_whole
 from tljax.parallel import is_writer
 
 BEST = Path("best") / "model.safetensors"
@@ -58,18 +58,6 @@ def skipped_rows(source: Source, skipped: dict[int, str]) -> list[tuple[str, str
 def skipped_lines(source: Source, skipped: dict[int, str]) -> list[str]:
     """The same for a person, one line each."""
     return [f"not read: {name}: {reason}" for name, reason in skipped_rows(source, skipped)]
-
-
-def read_config(workdir: Path) -> dict[str, Any]:
-    """What a run was asked to do.
-
-    Raises:
-        RequestError: there is no run.
-    """
-    path = workdir / "config.json"
-    if not path.exists():
-        raise RequestError(f"{workdir} is not a run directory: it has no config.json")
-    return json.loads(path.read_text("utf-8"))
 
 
 def open_validation(workdir: Path) -> Source:
