@@ -57,13 +57,14 @@ def run(config: Config) -> dict[str, Any]:
     from tljax.report import attacks
     from tljax.transfer import rundir
 
+    notes: tuple[str, ...] = ()
     if config.images:
         one_folder = len(config.images) == 1 and Path(config.images[0]).is_dir()
         source = open_folder(config.images[0]) if one_folder else open_images(config.images)
     elif config.data:
         source = open_labelled(config.data)
     elif config.workdir:
-        source = rundir.open_validation(config.workdir)
+        source, notes = rundir.open_validation(config.workdir)
     else:
         raise RequestError("name what to attack: images, --data FOLDER or --workdir RUN")
     network = config.load(config.workdir)
@@ -74,7 +75,7 @@ def run(config: Config) -> dict[str, Any]:
     victims = attacks.read_victims(
         network, source, config.loading, count=config.count, seed=config.seed
     )
-    for note in victims.notes:
+    for note in (*notes, *victims.notes):
         print(note)
     radii = [epsilon / 255 for epsilon in config.epsilons]
     found = attacks.attack(network, victims, chosen, radii, config.loading, seed=config.seed)

@@ -46,6 +46,8 @@ def run(config: Config) -> dict[str, Any]:
     from tljax.transfer.compare import Candidate, measure
 
     splits = open_splits(config.data, val_fraction=config.val_fraction)
+    for note in splits.notes:
+        print(note)
     loading = Loading(config.batch_size, config.workers, config.devices)
     found: list[Candidate] = []
     failed: dict[str, str] = {}

@@ -34,6 +34,8 @@ def run(config: Config) -> dict[str, Any]:
     began = time.perf_counter()
     model, variables, _ = config.load()
     splits = open_splits(config.data, val_fraction=config.val_fraction)
+    for note in splits.notes:
+        print(note)
     train, val = split_features(model, variables, splits, config.loading, stop=config.stage)
     classes = len(splits.train.classes)
     probe = fit_probe(train.values, train.labels, num_classes=classes, seed=config.seed)

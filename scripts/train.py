@@ -149,39 +149,40 @@ def run(config: Config) -> dict[str, Any]:
             profile=workdir / "profile" if config.profile else None,
         )
     seconds = time.perf_counter() - began
+    # Without validation images, those of training are counted as both.
+    unread = sum(map(len, result.skipped[: 1 + (splits.val is not splits.train)]))
     summary = {
         "val_top1": result.evaluation.top1,
         "val_robust_top1": result.robust.top1 if result.robust else None,
         "probe_top1": result.probe_evaluation.top1 if result.probe_evaluation else None,
         "recipe": config.fit.recipe,
         "workdir": str(workdir),
-        "skipped": sum(map(len, result.skipped)),
+        "skipped": unread,
         "seconds": round(seconds, 1),
     }
     if not is_writer():
         return summary
     card = replace(pretrained.card, classes=splits.train.classes)
+    if config.fit.recipe == "scratch":
+        source = f"{result.model.name} from random weights"
+        card = replace(card, source=source, licence="unknown", sha256="none")
     trained = pretrained._replace(model=result.model, variables=result.variables, card=card)
     save(workdir / rundir.BEST, trained)
     write_training_report(workdir, result, splits, asdict(config), card, seconds)
 
-    print_result(result, config.fit.recipe, workdir, seconds)
+    print_result(result, unread, workdir, seconds)
     return summary
 
 
-def print_result(result: "FitResult", recipe: str, workdir: Path, seconds: float) -> None:
+def print_result(result: "FitResult", unread: int, workdir: Path, seconds: float) -> None:
     """What a person wants to know at the end."""
-    from tljax.report.runs import percent
+    from tljax.report.runs import accuracies, percent, remarks
 
-    lines = {
-        "probe accuracy": result.probe_evaluation,
-        "fine-tuned accuracy": None if recipe == "probe" else result.evaluation,
-        "attacked accuracy": result.robust,
-    }
-    for name, found in lines.items():
-        if found:
-            print(f"{name:20} {percent(found.top1)}")
-    if unread := sum(map(len, result.skipped)):
+    for name, found in accuracies(result).items():
+        print(f"{name:20} {percent(found.top1)}")
+    for remark in remarks(result):
+        print(f"note                 {remark}")
+    if unread:
         print(f"not read             {unread} images, listed in {workdir / 'skipped.csv'}")
     print(f"report               {workdir / 'report.html'}  ({seconds:.0f} s in all)")
     print("your own images      python scripts/train.py --data FOLDER  (one subfolder a class)")

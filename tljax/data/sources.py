@@ -17,12 +17,12 @@ from tljax.data.examples import (
     split_by_content,
 )
 from tljax.data.folders import (
-    folder_has_validation,
     open_folder,
     open_folder_splits,
     open_images,
     open_labelled_folder,
     suggestion,
+    train_and_val,
 )
 from tljax.data.hubs import hub_has_validation, is_hub, open_hub_splits, open_labelled_hub
 from tljax.errors import RequestError
@@ -83,7 +83,9 @@ def open_splits(spec: str, *, val_fraction: float = VAL_FRACTION) -> Splits:
 
 def has_validation(spec: str) -> bool:
     """Whether a data set has a validation part, so that `open_splits` does not split it."""
-    return hub_has_validation(spec) if is_hub(spec) else folder_has_validation(Path(spec))
+    if is_hub(spec):
+        return hub_has_validation(spec)
+    return Path(spec).is_dir() and train_and_val(Path(spec)) is not None
 
 
 def open_labelled(spec: str) -> Source:

@@ -60,14 +60,14 @@ def skipped_lines(source: Source, skipped: dict[int, str]) -> list[str]:
     return [f"not read: {name}: {reason}" for name, reason in skipped_rows(source, skipped)]
 
 
-def open_validation(workdir: Path) -> Source:
-    """The validation part of a run's data.
+def open_validation(workdir: Path) -> tuple[Source, tuple[str, ...]]:
+    """Opens the validation part of a run's data; notes for a person beside it.
 
     Raises:
         RequestError: there is no run, or its data has gone.
     """
     asked = read_config(workdir)
-    return open_splits(asked["data"], val_fraction=asked["val_fraction"]).val
+    return open_splits(asked["data"], val_fraction=asked["val_fraction"])[1:]
 
 
 def environment() -> dict[str, str]:
