@@ -257,15 +257,13 @@ def _freezes(s: Any) -> bool:
     return s.recipe in ("probe", "lp-ft", "gradual") or s.freeze_to or s.train or s.rates
 
 
-_OF_AUGMENTATION = " ".join(settings(AugmentConfig()))
-_OF_STEPS = " ".join(
-    settings(FitConfig()).keys() - {"recipe", "head_after", "cache", "cache_dtype"}
-)
+_AUGMENTATION = " ".join(settings(AugmentConfig()))
+_STEPS = " ".join(settings(FitConfig()).keys() - {"recipe", "head_after", "cache", "cache_dtype"})
 
 FIT_CONDITIONS: Conditions = (
-    (_OF_STEPS, lambda s: s.recipe != "probe", "with --recipe probe: it takes no steps"),
+    (_STEPS, lambda s: s.recipe != "probe", "with --recipe probe: it takes no steps"),
     ("augment", lambda s: s.augment == _augments(s), "with --recipe bit or scratch: they augment"),
-    (f"cache_views {_OF_AUGMENTATION}", _augments, "without --augment"),
+    (f"cache_views {_AUGMENTATION}", _augments, "without --augment"),
     ("scale ratio", lambda s: s.crop, "with --no-crop"),
     ("randaugment_magnitude", lambda s: s.randaugment_layers, "without --randaugment-layers"),
     ("epsilon attack_steps", lambda s: s.attack != "none", "without --attack"),

@@ -66,9 +66,8 @@ def accuracies(result: FitResult) -> dict[str, Evaluation]:
 
 def remarks(result: FitResult) -> Sequence[str]:
     """Says what those accuracies do not."""
-    if len(result.history) == 1 or best_epoch(result.history):
-        return ()
-    return ("No epoch was better than what training started from, which is what was kept.",)
+    in_vain = len(result.history) > 1 and best_epoch(result.history) == 0
+    return ("No epoch was better than what training started from, which is kept.",) * in_vain
 
 
 def write_training_report(
