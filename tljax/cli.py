@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import tyro
 
-from tljax.config import Conditions, Dtype, Loading, Normalization, idle
+from tljax.config import Conditions, Dtype, Loading, Normalization, idle, settings
 from tljax.errors import RequestError, VerificationError
 from tljax.process import configure
 
@@ -118,7 +118,8 @@ def _main(config_type: Any, run: Callable[[Any], dict[str, Any]]) -> None:
             sys.exit(_say(str(error), 1))
         text = " ".join(str(error).split()) or "no message"
         if "RESOURCE_EXHAUSTED" in text:
-            sys.exit(_say(f"out of device memory: {_OUT_OF_MEMORY}", 1))
+            advice = [words for name, words in _LESS_MEMORY.items() if name in settings(config)]
+            sys.exit(_say(f"out of device memory{': ' if advice else ''}{', or '.join(advice)}", 1))
         sys.exit(_say(f"{type(error).__name__}: {text} (--debug shows where)", 1))
     if config.json:
         print(json.dumps(result))
@@ -155,10 +156,12 @@ WEIGHTS_OF_RUN: Conditions = (
 """Of commands that take a run directory instead."""
 
 
-_OUT_OF_MEMORY = (
-    "halve --batch-size, or take it in parts with --accumulate 2, or --precision bfloat16, "
-    "or freeze more with --freeze-to"
-)
+_LESS_MEMORY = {
+    "batch_size": "halve --batch-size",
+    "accumulate": "take it in parts with --accumulate 2",
+    "precision": "take --precision bfloat16",
+    "freeze_to": "freeze more with --freeze-to",
+}
 
 
 def from_json(config_type: Any, values: Mapping[str, Any]) -> Any:

@@ -65,6 +65,13 @@ def test_the_front_matter_is_the_hub_s():
     (result,) = data.eval_results or ()
     assert (result.task_type, result.dataset_name) == ("image-classification", "data/hymenoptera")
     assert (result.metric_type, result.metric_value) == ("accuracy", 0.902)
+    assert result.dataset_type == "imagefolder"
+
+
+@pytest.mark.parametrize("data", ["digits", "tfds:oxford_iiit_pet", "hf:food101"])
+def test_a_data_set_with_a_name_is_no_folder(data: str):
+    (result,) = ModelCard(model_card(replace(RUN, data=data))).data.eval_results or ()
+    assert (result.dataset_type, result.dataset_name) == (data.removeprefix("hf:"), data)
 
 
 @pytest.mark.parametrize(

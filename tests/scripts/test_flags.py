@@ -7,6 +7,7 @@ A new flag has to be put into one of them.
 import importlib.util
 import inspect
 import json
+import re
 import sys
 from dataclasses import MISSING, asdict, fields
 from itertools import product
@@ -308,6 +309,20 @@ def test_attacks_without_a_random_number_are_those_whose_key_makes_no_difference
     alone = ATTACKS.keys() - {"autoattack"}
     same = {name for name in alone if bool((moved(name, 1) == moved(name, 2)).all())}
     assert same == MODULES["attack"].NOT_RANDOM
+
+
+def test_where_memory_is_short_only_flags_of_the_command_are_advised(capsys):
+    def fail(_):
+        raise RuntimeError("RESOURCE_EXHAUSTED: 9 GB")
+
+    for name, argv in {"train": [], "predict": [], "weights": ["list"]}.items():
+        with mock.patch.object(sys, "argv", [name, *argv]), pytest.raises(SystemExit) as ended:
+            cli.main(PARSED[name], fail)
+        assert ended.value.code == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        advised = {setting(flag) for flag in re.findall(r"--([\w-]+)", line)}
+        known = settings(defaults(COMMANDS[f"{name} {'List' if argv else 'Config'}"])).keys()
+        assert advised == {"batch_size", "accumulate", "precision", "freeze_to"} & known
 
 
 # --- going on with a run --------------------------------------------------------------------------

@@ -128,6 +128,8 @@ def _front_matter(run: RunFacts, top1: float) -> str:
         f"- {_yaml(run.model)}",
     ]
     if np.isfinite(top1) and run.validated:
+        named = run.data == "digits" or run.data.startswith(("hf:", "tfds:"))
+        kind = run.data.removeprefix("hf:") if named else "imagefolder"
         lines += [
             "metrics:",
             "- accuracy",
@@ -137,7 +139,7 @@ def _front_matter(run: RunFacts, top1: float) -> str:
             "  - task:",
             "      type: image-classification",
             "    dataset:",
-            "      type: imagefolder",
+            f"      type: {_yaml(kind)}",
             f"      name: {_yaml(run.data)}",
             "    metrics:",
             "    - type: accuracy",
