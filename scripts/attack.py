@@ -8,6 +8,8 @@ import tyro
 
 from tljax import cli
 
+NOT_RANDOM = {"fgsm", "bim", "mi-fgsm", "fab-t", "deepfool", "cw"}
+
 
 @dataclass(frozen=True)
 class Config(cli.Common):
@@ -39,6 +41,14 @@ class Config(cli.Common):
     pictures: int = 8
     """How many images to paint, the most easily fooled first."""
 
+    conditions = (
+        *cli.WEIGHTS_OF_RUN,
+        ("data", lambda s: not s.images, "with images"),
+        ("steps", lambda s: set(s.attacks) - {"fgsm"}, "with --attacks fgsm, which takes one step"),
+        ("seed", lambda s: s.count or set(s.attacks) - NOT_RANDOM, "as nothing is random here"),
+        ("pictures", lambda s: s.out is not None, "without --out"),
+    )
+
 
 def run(config: Config) -> dict[str, Any]:
     """Prints a table of accuracies; with a folder also writes pictures."""
@@ -47,13 +57,14 @@ def run(config: Config) -> dict[str, Any]:
     from tljax.report import attacks
     from tljax.transfer import rundir
 
+    notes: tuple[str, ...] = ()
     if config.images:
         one_folder = len(config.images) == 1 and Path(config.images[0]).is_dir()
         source = open_folder(config.images[0]) if one_folder else open_images(config.images)
     elif config.data:
         source = open_labelled(config.data)
     elif config.workdir:
-        source = rundir.open_validation(config.workdir)
+        source, notes = rundir.open_validation(config.workdir)
     else:
         raise RequestError("name what to attack: images, --data FOLDER or --workdir RUN")
     network = config.load(config.workdir)
@@ -64,7 +75,7 @@ def run(config: Config) -> dict[str, Any]:
     victims = attacks.read_victims(
         network, source, config.loading, count=config.count, seed=config.seed
     )
-    for note in victims.notes:
+    for note in (*notes, *victims.notes):
         print(note)
     radii = [epsilon / 255 for epsilon in config.epsilons]
     found = attacks.attack(network, victims, chosen, radii, config.loading, seed=config.seed)

@@ -32,6 +32,8 @@ class Config(cli.Output):
     out: Path | None = None
     """Where to draw accuracy against speed, a PNG file."""
 
+    conditions = cli.OF_SPLIT
+
 
 def run(config: Config) -> dict[str, Any]:
     """Prints a line for each network, the most accurate first."""
@@ -44,6 +46,8 @@ def run(config: Config) -> dict[str, Any]:
     from tljax.transfer.compare import Candidate, measure
 
     splits = open_splits(config.data, val_fraction=config.val_fraction)
+    for note in splits.notes:
+        print(note)
     loading = Loading(config.batch_size, config.workers, config.devices)
     found: list[Candidate] = []
     failed: dict[str, str] = {}

@@ -17,6 +17,8 @@ class Config(cli.Common):
     workdir: Path | None = None
     """A run directory: its network is measured, and the report goes to its eval/ folder."""
 
+    conditions = (*cli.NOT_RANDOM, *cli.WEIGHTS_OF_RUN)
+
 
 def run(config: Config) -> dict[str, Any]:
     """Prints accuracies; with a run directory also writes a page with the mistakes."""
@@ -28,14 +30,16 @@ def run(config: Config) -> dict[str, Any]:
     from tljax.transfer.evaluate import evaluate
     from tljax.transfer.features import compute_features
 
+    of_data: tuple[str, ...] = ()
     if config.data:
         source = open_labelled(config.data)
     elif config.workdir:
-        source = rundir.open_validation(config.workdir)
+        source, of_data = rundir.open_validation(config.workdir)
     else:
         raise RequestError("name what to measure on: --data FOLDER, or --workdir RUN")
     model, variables, card = config.load(config.workdir)
     source, notes = match_classes(source, names_like(card.classes, source.classes))
+    notes = (*of_data, *notes)
     print("\n".join(notes))
 
     began = time.perf_counter()
@@ -57,7 +61,8 @@ def run(config: Config) -> dict[str, Any]:
     if config.workdir:
         page = config.workdir / "eval" / "report.html"
         skipped = rundir.skipped_rows(source, logits.skipped)
-        write_evaluation_report(page, evaluation, calibration, source, card, notes, skipped)
+        title = f"Evaluation of {config.workdir} on {config.data or 'its own data'}"
+        write_evaluation_report(page, title, evaluation, calibration, source, card, notes, skipped)
         print(f"report {page}")
     return {
         "top1": evaluation.top1,

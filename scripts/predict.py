@@ -17,6 +17,8 @@ class Config(cli.Common):
     top: int = 5
     """How many names to give for each image."""
 
+    conditions = cli.NOT_RANDOM
+
 
 def run(config: Config) -> dict[str, Any]:
     """Prints the most probable names of every image."""

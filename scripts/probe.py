@@ -20,6 +20,8 @@ class Config(cli.Common):
     val_fraction: float = 0.2
     """As for scripts/train.py."""
 
+    conditions = cli.OF_SPLIT
+
 
 def run(config: Config) -> dict[str, Any]:
     """Prints the validation accuracy of a linear probe and of nearest neighbours."""
@@ -32,6 +34,8 @@ def run(config: Config) -> dict[str, Any]:
     began = time.perf_counter()
     model, variables, _ = config.load()
     splits = open_splits(config.data, val_fraction=config.val_fraction)
+    for note in splits.notes:
+        print(note)
     train, val = split_features(model, variables, splits, config.loading, stop=config.stage)
     classes = len(splits.train.classes)
     probe = fit_probe(train.values, train.labels, num_classes=classes, seed=config.seed)

@@ -12,12 +12,18 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from tljax import cli
-from tljax.config import FitConfig, Loading
+from tljax.config import ASKED_CONDITIONS, FitConfig, Loading, settings, spelled
+from tljax.errors import RequestError
+from tljax.files import read_config
 
 if TYPE_CHECKING:
     from tljax.data.sources import Splits
     from tljax.pretrained import Pretrained
     from tljax.transfer.fit import FitResult
+
+
+_OF_THE_RUN = "learning_rate schedule warmup patience average checkpoint_minutes profile"
+_FINDING = "with --find-learning-rate"
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,8 @@ class Config(cli.Common):
     workdir: Path | None = None
     """The run directory to make; by default a new one under runs/."""
     resume: Path | None = None
-    """A run directory to go on with; every other setting comes from there."""
+    """A run directory to go on with. Every other setting comes from there, except --workers,
+    --devices and --distributed; one that is given and differs is an error."""
     fit: tyro.conf.OmitArgPrefixes[FitConfig] = field(default_factory=FitConfig)
     val_fraction: float = 0.2
     """Share of the images kept for validation where the data has no validation part. 0 keeps none:
@@ -47,6 +54,40 @@ class Config(cli.Common):
     distributed: bool = False
     """This is one of several processes: start one on every host. Needs --workdir."""
 
+    conditions = (
+        *ASKED_CONDITIONS,
+        *cli.OF_SPLIT,
+        ("find_learning_rate profile", lambda s: not s.dry_run, "with --dry-run"),
+        ("epochs", lambda s: not s.find_learning_rate or s.recipe == "gradual", _FINDING),
+        (_OF_THE_RUN, lambda s: not s.find_learning_rate, _FINDING),
+        ("checkpoint_minutes", lambda s: s.recipe != "probe", "with --recipe probe"),
+    )
+
+    def completed(self) -> "Config":
+        """With the settings of the run to go on with, on this machine's processes and devices.
+
+        Raises:
+            RequestError: there is no such run, or a flag says something else.
+        """
+        if self.resume is None:
+            return self
+        names = ("workers", "devices", "distributed", "json", "debug", "resume")
+        machine = {name: getattr(self, name) for name in names}
+        asked = cli.from_json(Config, read_config(self.resume))
+        found = replace(asked, **machine, workdir=self.resume)
+        said, known = settings(self), settings(found)
+        different = [
+            spelled(name, said[name])
+            for name in known
+            if name in cli.given() and _place(name, said[name]) != _place(name, known[name])
+        ]
+        if different:
+            raise RequestError(
+                f"{self.resume} goes on with its own settings: leave out {', '.join(different)}, "
+                "or start a new run"
+            )
+        return found
+
     @property
     def loading(self) -> Loading:
         """How images are read; unreadable ones as asked."""
@@ -57,7 +98,6 @@ def run(config: Config) -> dict[str, Any]:
     """Data in, run directory out."""
     from tljax.data.loader import num_batches
     from tljax.data.sources import open_splits
-    from tljax.errors import RequestError
     from tljax.parallel import is_writer, join
     from tljax.pretrained import save
     from tljax.report.runs import write_training_report
@@ -70,7 +110,6 @@ def run(config: Config) -> dict[str, Any]:
     from tljax.trees import tree_digest
 
     began = time.perf_counter()
-    config = resumed(config, config.resume) if config.resume else config
     if config.distributed:
         if config.workdir is None:
             raise RequestError("--distributed needs a --workdir that is the same for every process")
@@ -110,51 +149,48 @@ def run(config: Config) -> dict[str, Any]:
             profile=workdir / "profile" if config.profile else None,
         )
     seconds = time.perf_counter() - began
+    # Without validation images, those of training are counted as both.
+    unread = sum(map(len, result.skipped[: 1 + (splits.val is not splits.train)]))
     summary = {
         "val_top1": result.evaluation.top1,
         "val_robust_top1": result.robust.top1 if result.robust else None,
         "probe_top1": result.probe_evaluation.top1 if result.probe_evaluation else None,
         "recipe": config.fit.recipe,
         "workdir": str(workdir),
-        "skipped": sum(map(len, result.skipped)),
+        "skipped": unread,
         "seconds": round(seconds, 1),
     }
     if not is_writer():
         return summary
     card = replace(pretrained.card, classes=splits.train.classes)
+    if config.fit.recipe == "scratch":
+        source = f"{result.model.name} from random weights"
+        card = replace(card, source=source, licence="unknown", sha256="none")
     trained = pretrained._replace(model=result.model, variables=result.variables, card=card)
     save(workdir / rundir.BEST, trained)
     write_training_report(workdir, result, splits, asdict(config), card, seconds)
 
-    print_result(result, config.fit.recipe, workdir, seconds)
+    print_result(result, unread, workdir, seconds)
     return summary
 
 
-def print_result(result: "FitResult", recipe: str, workdir: Path, seconds: float) -> None:
+def print_result(result: "FitResult", unread: int, workdir: Path, seconds: float) -> None:
     """What a person wants to know at the end."""
-    from tljax.report.runs import percent
+    from tljax.report.runs import accuracies, percent, remarks
 
-    lines = {
-        "probe accuracy": result.probe_evaluation,
-        "fine-tuned accuracy": None if recipe == "probe" else result.evaluation,
-        "attacked accuracy": result.robust,
-    }
-    for name, found in lines.items():
-        if found:
-            print(f"{name:20} {percent(found.top1)}")
-    if unread := sum(map(len, result.skipped)):
+    for name, found in accuracies(result).items():
+        print(f"{name:20} {percent(found.top1)}")
+    for remark in remarks(result):
+        print(f"note                 {remark}")
+    if unread:
         print(f"not read             {unread} images, listed in {workdir / 'skipped.csv'}")
     print(f"report               {workdir / 'report.html'}  ({seconds:.0f} s in all)")
     print("your own images      python scripts/train.py --data FOLDER  (one subfolder a class)")
 
 
-def resumed(config: Config, workdir: Path) -> Config:
-    """The settings of the run to go on with, on this machine's processes and devices."""
-    from tljax.transfer import rundir
-
-    asked = cli.from_json(Config, rundir.read_config(workdir))
-    machine = {name: getattr(config, name) for name in ("workers", "devices", "distributed")}
-    return replace(asked, **machine, resume=workdir, workdir=workdir)
+def _place(name: str, value: Any) -> Any:
+    """A value to compare: one folder has many names."""
+    return Path(value).resolve() if name in ("data", "weights", "workdir") and value else value
 
 
 def suggest_learning_rate(

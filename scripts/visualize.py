@@ -48,6 +48,8 @@ class Features(Common):
     count: int = 8
     """Channels of a stage."""
 
+    conditions = cli.NOT_RANDOM
+
 
 @dataclass(frozen=True)
 class Dream(Common):
@@ -59,6 +61,8 @@ class Dream(Common):
     """Whose output is strengthened; by default one in the middle."""
     steps: int = 20
     """Gradient steps at each of three sizes."""
+
+    conditions = cli.NOT_RANDOM
 
 
 @dataclass(frozen=True)

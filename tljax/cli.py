@@ -7,11 +7,11 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import tyro
 
-from tljax.config import Dtype, Loading, Normalization
+from tljax.config import Conditions, Dtype, Loading, Normalization, idle, settings
 from tljax.errors import RequestError, VerificationError
 from tljax.process import configure
 
@@ -27,6 +27,13 @@ class Output:
     """Print one JSON object on the last line of stdout."""
     debug: bool = False
     """Show the traceback of an error."""
+
+    conditions: ClassVar[Conditions] = ()
+    """When flags count; one that was given and does not is refused."""
+
+    def completed(self) -> Self:
+        """Fills in what the flags refer to."""
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +101,9 @@ def main(config_type: Any, run: Callable[[Any], dict[str, Any]]) -> None:
 def _main(config_type: Any, run: Callable[[Any], dict[str, Any]]) -> None:
     config = tyro.cli(config_type)
     try:
+        config = config.completed()
         configure(getattr(config, "precision", None) or "float32")
+        _refuse_idle(config)
         result = run(config)
     except KeyboardInterrupt:
         sys.exit(_say("interrupted", 130))
@@ -109,16 +118,50 @@ def _main(config_type: Any, run: Callable[[Any], dict[str, Any]]) -> None:
             sys.exit(_say(str(error), 1))
         text = " ".join(str(error).split()) or "no message"
         if "RESOURCE_EXHAUSTED" in text:
-            sys.exit(_say(f"out of device memory: {_OUT_OF_MEMORY}", 1))
+            advice = [words for name, words in _LESS_MEMORY.items() if name in settings(config)]
+            sys.exit(_say(f"out of device memory{': ' if advice else ''}{', or '.join(advice)}", 1))
         sys.exit(_say(f"{type(error).__name__}: {text} (--debug shows where)", 1))
     if config.json:
         print(json.dumps(result))
 
 
-_OUT_OF_MEMORY = (
-    "halve --batch-size, or take it in parts with --accumulate 2, or --precision bfloat16, "
-    "or freeze more with --freeze-to"
+def given() -> set[str]:
+    """Names the flags that are on the command line; tyro does not tell them from defaults."""
+    flags = (word.partition("=")[0] for word in sys.argv[1:] if word.startswith("--"))
+    return {flag[2:].replace("-", "_").removeprefix("no_") for flag in flags}
+
+
+def _refuse_idle(config: Output) -> None:
+    if lines := idle(config, config.conditions, given()):
+        raise RequestError("; ".join(lines.values()))
+
+
+def _splits_by_content(config: Any) -> bool:
+    from tljax.data.sources import has_validation
+
+    return not has_validation(config.data)
+
+
+OF_SPLIT: Conditions = (
+    ("val_fraction", _splits_by_content, "as the data has a validation part of its own"),
 )
+"""Of commands that split data."""
+
+NOT_RANDOM: Conditions = (("seed", lambda _: False, "as nothing is random here"),)
+"""Of commands without a random number."""
+
+WEIGHTS_OF_RUN: Conditions = (
+    ("weights", lambda s: s.workdir is None, "with --workdir, whose network is taken"),
+)
+"""Of commands that take a run directory instead."""
+
+
+_LESS_MEMORY = {
+    "batch_size": "halve --batch-size",
+    "accumulate": "take it in parts with --accumulate 2",
+    "precision": "take --precision bfloat16",
+    "freeze_to": "freeze more with --freeze-to",
+}
 
 
 def from_json(config_type: Any, values: Mapping[str, Any]) -> Any:

@@ -1,7 +1,9 @@
 """Every setting, its default and what it means. Imports nothing heavy: --help reads this."""
 
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, fields, is_dataclass
+from types import SimpleNamespace
+from typing import Any, Literal
 
 from tljax.errors import RequestError
 
@@ -210,3 +212,75 @@ class FitConfig:
             if wrong:
                 value = getattr(self, flag[2:].replace("-", "_"))
                 raise RequestError(f"{flag} {value} is out of range; --help says what it means")
+
+
+# --- settings that count only together with others ------------------------------------------------
+
+Conditions = tuple[tuple[str, Callable[[Any], Any], str], ...]
+"""(names of settings, whether they count given all settings, what follows "has no effect"). The
+first that does not hold says why; a setting that stands in none always counts."""
+
+
+def settings(config: Any) -> dict[str, Any]:
+    """Lists every setting by its name, those of nested configurations too."""
+    found: dict[str, Any] = {}
+    for one in fields(config):
+        value = getattr(config, one.name)
+        found |= settings(value) if is_dataclass(value) else {one.name: value}
+    return found
+
+
+def idle(config: Any, conditions: Conditions, names: Iterable[str]) -> dict[str, str]:
+    """Finds those of the settings called ``names`` that have no effect, with a line about each."""
+    now = settings(config)
+    space, why = SimpleNamespace(**now), dict[str, str]()
+    for among, counts, words in conditions:
+        for name in set(names).intersection(among.split()) - why.keys():
+            if not counts(space):
+                why[name] = f"{spelled(name, now[name])} has no effect {words}"
+    return {name: why[name] for name in now if name in why}
+
+
+def spelled(name: str, value: Any) -> str:
+    """Writes a setting as a flag with its value."""
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{flag}" if value else f"--no-{flag}"
+    return f"--{flag} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
+
+
+def _augments(s: Any) -> bool:
+    return s.augment or s.recipe in ("bit", "scratch")
+
+
+def _freezes(s: Any) -> bool:
+    return s.recipe in ("probe", "lp-ft", "gradual") or s.freeze_to or s.train or s.rates
+
+
+_AUGMENTATION = " ".join(settings(AugmentConfig()))
+_STEPS = " ".join(settings(FitConfig()).keys() - {"recipe", "head_after", "cache", "cache_dtype"})
+
+FIT_CONDITIONS: Conditions = (
+    (_STEPS, lambda s: s.recipe != "probe", "with --recipe probe: it takes no steps"),
+    ("augment", lambda s: s.augment == _augments(s), "with --recipe bit or scratch: they augment"),
+    (f"cache_views {_AUGMENTATION}", _augments, "without --augment"),
+    ("scale ratio", lambda s: s.crop, "with --no-crop"),
+    ("randaugment_magnitude", lambda s: s.randaugment_layers, "without --randaugment-layers"),
+    ("epsilon attack_steps", lambda s: s.attack != "none", "without --attack"),
+    ("attack_steps", lambda s: s.attack == "pgd", "without --attack pgd"),
+    ("momentum", lambda s: s.optimizer == "sgd" or s.recipe == "bit", "without --optimizer sgd"),
+    ("warmup", lambda s: s.schedule != "one-cycle", "with --schedule one-cycle"),
+    ("frozen_dtype cache_dtype cache_views", _freezes, "where nothing is frozen"),
+    ("cache", lambda s: s.cache == "none" or _freezes(s), "where nothing is frozen"),
+    ("cache_dtype cache_views", lambda s: s.cache != "none", "with --cache none"),
+    ("cache_dtype", lambda s: s.attack == "none", "with --attack: nothing is cached"),
+    ("cache_dtype", lambda s: s.cache_views or not _augments(s), "without --cache-views"),
+)
+"""Of a `FitConfig` in which a recipe has filled in the defaults."""
+
+_HYPERRULE = "optimizer weight_decay schedule warmup clip_norm mixup"
+ASKED_CONDITIONS: Conditions = (
+    (_HYPERRULE, lambda s: s.recipe != "bit", "with --recipe bit: its HyperRule sets it"),
+    *FIT_CONDITIONS,
+)
+"""Of a `FitConfig` as it was asked for."""

@@ -1,10 +1,12 @@
 """Where files go, and how they get there whole."""
 
 import errno
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from tljax.errors import RequestError
 
@@ -14,6 +16,18 @@ def cache_dir() -> Path:
     if chosen := os.environ.get("TLJAX_CACHE"):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tljax"
+
+
+def read_config(workdir: Path) -> dict[str, Any]:
+    """Reads what a run was asked to do.
+
+    Raises:
+        RequestError: there is no run.
+    """
+    path = workdir / "config.json"
+    if not path.exists():
+        raise RequestError(f"{workdir} is not a run directory: it has no config.json")
+    return json.loads(path.read_text("utf-8"))
 
 
 @contextmanager

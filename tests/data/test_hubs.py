@@ -23,7 +23,7 @@ from PIL import Image
 
 from tljax.data import hubs
 from tljax.data.loader import load_batches
-from tljax.data.sources import Source, open_labelled, open_splits, select
+from tljax.data.sources import Source, has_validation, open_labelled, open_splits, select
 from tljax.errors import RequestError, UnreadableImageError
 from tljax.types import Preprocess
 
@@ -217,6 +217,18 @@ def test_digest_changes_with_a_content(hf, tfds, tmp_path):
         digests["tfds"].append(replace(train, labels=np.zeros(30, np.int32)).digest)
     for first, second in digests.values():
         assert first != second
+
+
+def test_a_validation_part_is_known_of_without_splitting(spec, hf, tmp_path):
+    assert has_validation(spec)
+    train, unlabelled = (
+        rows(hf, range(6), label=(hf.ClassLabel(names=CLASSES), labels))
+        for labels in ([0, 1, 2, 0, 1, 2], [-1] * 6)
+    )
+    # A split whose labels are withheld validates nothing, and the only split is for training.
+    assert not has_validation(save_to_disk(hf, tmp_path / "a", train=train, test=unlabelled))
+    assert not has_validation(save_to_disk(hf, tmp_path / "b", train=train))
+    assert not has_validation(save_to_disk(hf, tmp_path / "c", test=train))
 
 
 def test_one_split_is_split_by_content(hf, tmp_path):

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from tljax.data.sources import (
     Source,
+    has_validation,
     match_classes,
     open_folder,
     open_images,
@@ -91,6 +92,10 @@ def test_train_and_val_folders(tmp_path, val):
     assert by_name(train) == [(str(tmp_path / "train" / f), f[0]) for f in ("a/2", "a/3", "b/1")]
     assert by_name(held_out) == [(str(tmp_path / val / f), f[0]) for f in ("a/5", "b/4")]
     assert notes == ()
+    assert has_validation(str(tmp_path))
+    assert not has_validation(str(tmp_path / "train"))
+    assert not has_validation(str(tmp_path / "missing"))
+    assert not has_validation("digits")
 
 
 def test_val_is_relabelled_by_name_and_may_lack_classes(tmp_path):

@@ -65,6 +65,13 @@ def test_the_front_matter_is_the_hub_s():
     (result,) = data.eval_results or ()
     assert (result.task_type, result.dataset_name) == ("image-classification", "data/hymenoptera")
     assert (result.metric_type, result.metric_value) == ("accuracy", 0.902)
+    assert result.dataset_type == "imagefolder"
+
+
+@pytest.mark.parametrize("data", ["digits", "tfds:oxford_iiit_pet", "hf:food101"])
+def test_a_data_set_with_a_name_is_no_folder(data: str):
+    (result,) = ModelCard(model_card(replace(RUN, data=data))).data.eval_results or ()
+    assert (result.dataset_type, result.dataset_name) == (data.removeprefix("hf:"), data)
 
 
 @pytest.mark.parametrize(
@@ -124,6 +131,35 @@ def test_limits_follow_from_the_facts():
     assert "flatter" in limits(chosen_on_validation=True)
 
 
+def test_without_validation_images_no_accuracy_is_published():
+    card = model_card(
+        replace(RUN, validated=False, seen_in_training=None, chosen_on_validation=True)
+    )
+    data = ModelCard(card).data
+    assert not data.eval_results
+    assert getattr(data, "metrics", None) is None
+    assert "245 training images and none for validation." in card
+    assert "On the 153 training images:" in card
+    assert "The training images also decided which epoch was kept" in card
+    assert "validation images" not in card
+
+
+@pytest.mark.parametrize(
+    ("origin", "words"),
+    [
+        ("tuned", "the pretrained network resnet18.ktb_in1k, transferred to data/hymenoptera"),
+        ("probe", "a linear head on the frozen features of the pretrained network resnet18"),
+        ("scratch", "trained on data/hymenoptera from random weights"),
+    ],
+)
+def test_it_says_what_the_network_is_made_of(origin: str, words: str):
+    card = model_card(replace(RUN, origin=origin))
+    assert words in " ".join(shown(parse(card)))
+    assert ("transferred" in card) == (origin == "tuned")
+    assert ("transfer-learning" in card) == (origin != "scratch")
+    assert ("Licence of the weights" in card) == (origin != "scratch")
+
+
 def test_many_classes_are_cut_to_the_weakest():
     confusion = np.diag(np.arange(100, 0, -1))
     confusion[:, 0] += 5
@@ -172,6 +208,7 @@ def check_any_text(text: str):
                 data=word,
                 weights=Card((word, "b"), word, word, word, "tljax"),
                 recipe={word: word},
+                attacked=(0.5, word),
                 environment={word: word},
                 workdir=word,
             )

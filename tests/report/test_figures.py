@@ -149,6 +149,21 @@ def test_a_line_separates_phases():
     render(figure)
 
 
+def test_without_validation_images_no_curve_is_called_so():
+    history = [{"epoch": 1, "train_loss": 1.0, "val_loss": 0.9, "val_robust_loss": 1.2}]
+    names = [
+        [
+            text.get_text()
+            for text in curves(history, validated=validated).axes[0].get_legend().get_texts()
+        ]
+        for validated in (True, False)
+    ]
+    assert names == [
+        ["training", "validation", "validation, attacked"],
+        ["training", "training, after the epoch", "training, after the epoch, attacked"],
+    ]
+
+
 def test_one_phase_needs_no_line():
     (loss, _) = curves([{"epoch": e, "phase": "probe", "train_loss": e} for e in (1, 2)]).axes
     assert len(loss.lines) == 1

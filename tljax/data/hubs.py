@@ -57,6 +57,16 @@ def open_hub_splits(spec: str, val_fraction: float) -> Splits:
     return Splits(train, val, (*notes, *more))
 
 
+def hub_has_validation(spec: str) -> bool:
+    """Whether a data set has a split for validation with labels.
+
+    Raises:
+        RequestError: the data set or a package is missing.
+    """
+    parts = _open(spec)
+    return len(parts) > 1 and _validation(parts) is not None
+
+
 def open_labelled_hub(spec: str, val_fraction: float) -> Source:
     """What an evaluation measures on: all of the validation split, or that of a split by content.
 

@@ -22,14 +22,16 @@ from tljax.data.folders import (
     open_images,
     open_labelled_folder,
     suggestion,
+    train_and_val,
 )
-from tljax.data.hubs import is_hub, open_hub_splits, open_labelled_hub
+from tljax.data.hubs import hub_has_validation, is_hub, open_hub_splits, open_labelled_hub
 from tljax.errors import RequestError
 
 __all__ = [
     "Examples",
     "Source",
     "Splits",
+    "has_validation",
     "match_classes",
     "open_folder",
     "open_images",
@@ -77,6 +79,13 @@ def open_splits(spec: str, *, val_fraction: float = VAL_FRACTION) -> Splits:
             f" nor a folder{suggestion(path)}"
         )
     return open_folder_splits(path, val_fraction)
+
+
+def has_validation(spec: str) -> bool:
+    """Whether a data set has a validation part, so that `open_splits` does not split it."""
+    if is_hub(spec):
+        return hub_has_validation(spec)
+    return Path(spec).is_dir() and train_and_val(Path(spec)) is not None
 
 
 def open_labelled(spec: str) -> Source:

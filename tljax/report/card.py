@@ -41,13 +41,18 @@ class RunFacts:
         base_model: its id on the hub, ``owner/name``, if it is there.
         data: what it was trained on, as it was asked for.
         train_examples: number of images it was trained on.
-        recipe: the settings of the training.
+        recipe: the settings of the training that took effect.
         confusion: number of validation images of class ``row`` predicted as class ``column``.
+        origin: what was kept: a ``tuned`` pretrained network, a ``probe`` of frozen features, or a
+            network from ``scratch``, of which nothing is pretrained.
+        validated: whether there were validation images; if not, those of training were measured.
+        remarks: sentences that the reader must know.
+        attacked: accuracy under an attack and which that was; None if none was measured.
         top5: share of the validation images whose class is among the five most probable; shown for
             more than five classes.
         calibration: of the validation images.
         chosen_on_validation: whether the epoch that was kept is the one with the best result on the
-            validation images.
+            images that were measured.
         seen_in_training: number of validation images that were found among the training images
             (`tljax.data.duplicates`); None if that was not looked for.
         environment: versions and devices.
@@ -62,6 +67,10 @@ class RunFacts:
     train_examples: int
     recipe: Mapping[str, str]
     confusion: Integer[np.ndarray, "classes classes"]
+    origin: str = "tuned"
+    validated: bool = True
+    remarks: Sequence[str] = ()
+    attacked: tuple[float, str] | None = None
     base_model: str | None = None
     top5: float | None = None
     calibration: Calibration | None = None
@@ -69,6 +78,11 @@ class RunFacts:
     seen_in_training: int | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
     workdir: str | Path = "."
+
+    @property
+    def measured(self) -> str:
+        """The images that accuracies are of."""
+        return "validation images" if self.validated else "training images"
 
 
 def model_card(run: RunFacts) -> str:
@@ -84,10 +98,10 @@ def model_card(run: RunFacts) -> str:
         ("Data", _data(run, examples)),
         ("Training", _table(("setting", "value"), run.recipe.items())),
         ("Results", _results(run, examples, top1)),
-        ("Calibration", _calibration(run.calibration)),
+        ("Calibration", _calibration(run)),
         ("Limits", _limits(run, examples)),
         ("Use", _use(run)),
-        ("Licence of the weights", _licence(run.weights)),
+        ("Licence of the weights", _licence(run)),
         ("Environment", _table(("", "version"), run.environment.items())),
     )
     body = [f"# {_text(run.title)}", *(_section(*section) for section in sections)]
@@ -110,20 +124,22 @@ def _front_matter(run: RunFacts, top1: float) -> str:
         "pipeline_tag: image-classification",
         "tags:",
         "- jax",
-        "- transfer-learning",
+        *(["- transfer-learning"] if run.origin != "scratch" else []),
         f"- {_yaml(run.model)}",
-        "metrics:",
-        "- accuracy",
     ]
-    if np.isfinite(top1):
+    if np.isfinite(top1) and run.validated:
+        named = run.data == "digits" or run.data.startswith(("hf:", "tfds:"))
+        kind = run.data.removeprefix("hf:") if named else "imagefolder"
         lines += [
+            "metrics:",
+            "- accuracy",
             "model-index:",
             f"- name: {_yaml(run.title)}",
             "  results:",
             "  - task:",
             "      type: image-classification",
             "    dataset:",
-            "      type: imagefolder",
+            f"      type: {_yaml(kind)}",
             f"      name: {_yaml(run.data)}",
             "    metrics:",
             "    - type: accuracy",
@@ -133,14 +149,26 @@ def _front_matter(run: RunFacts, top1: float) -> str:
 
 
 def _introduction(run: RunFacts) -> str:
+    pretrained, data = f"the pretrained network {_text(run.weights.source)}", _text(run.data)
+    how = {
+        "tuned": f"{pretrained}, transferred to {data}",
+        "probe": f"a linear head on the frozen features of {pretrained}, fitted to {data}",
+        "scratch": f"trained on {data} from random weights",
+    }[run.origin]
     return (
-        f"A {_text(run.model)} that tells {len(run.weights.classes)} classes of images apart: the"
-        f" pretrained network {_text(run.weights.source)}, transferred to {_text(run.data)} with"
-        f" tljax."
+        f"A {_text(run.model)} that tells {len(run.weights.classes)} classes of images apart:"
+        f" {how}, with tljax."
     )
 
 
 def _data(run: RunFacts, examples: int) -> str:
+    cut = run.preprocess
+    geometry = (
+        f"An image is resized to a short side of {cut.resize} pixels ({cut.interpolation}), and its"
+        f" central {cut.size} x {cut.size} pixels are used."
+    )
+    if not run.validated:
+        return f"{run.train_examples} training images and none for validation.\n\n{geometry}"
     seen = {
         None: "Whether validation images were seen in training was not looked for.",
         0: "None of the validation images was found among the training images.",
@@ -148,12 +176,9 @@ def _data(run: RunFacts, examples: int) -> str:
     count = run.seen_in_training
     of_count = f"{count} of the {examples} validation images were found among the training images:"
     of_count += " accuracies count them."
-    cut = run.preprocess
     return (
         f"{run.train_examples} training and {examples} validation images."
-        f" {seen.get(count, of_count)}\n\n"
-        f"An image is resized to a short side of {cut.resize} pixels ({cut.interpolation}), and its"
-        f" central {cut.size} x {cut.size} pixels are used."
+        f" {seen.get(count, of_count)}\n\n{geometry}"
     )
 
 
@@ -164,6 +189,8 @@ def _results(run: RunFacts, examples: int, top1: float) -> str:
     rows = [("top-1 accuracy", f"{top1:.1%}, standard error {error:.1%}")]
     if run.top5 is not None and len(run.weights.classes) > 5:
         rows.append(("top-5 accuracy", f"{run.top5:.1%}"))
+    if run.attacked is not None:
+        rows.append((f"top-1 accuracy under {run.attacked[1]}", f"{run.attacked[0]:.1%}"))
     results = per_class(run.confusion, run.weights.classes)
     listed = [result for result in results if result.examples][:MOST_CLASSES]
     title = "By class:" if len(listed) == len(results) else f"The {len(listed)} weakest classes:"
@@ -174,7 +201,7 @@ def _results(run: RunFacts, examples: int, top1: float) -> str:
             for name, count, correct, taken_for in listed
         ),
     )
-    of_images = f"On the {examples} validation images:"
+    of_images = f"On the {examples} {run.measured}:"
     return "\n\n".join([of_images, _table(("metric", "value"), rows), title, by_class])
 
 
@@ -182,7 +209,8 @@ def _standard_error(share: float, examples: int) -> float:
     return float(np.sqrt(share * (1 - share) / examples))
 
 
-def _calibration(found: Calibration | None) -> str:
+def _calibration(run: RunFacts) -> str:
+    found = run.calibration
     if found is None:
         return ""
     rows = (
@@ -192,26 +220,30 @@ def _calibration(found: Calibration | None) -> str:
     table = _table(("", "expected calibration error", "cross-entropy, nats"), rows)
     return (
         f"{table}\n\nThe second row was measured with temperatures fitted on other images. The"
-        f" temperature of all validation images is {found.temperature:.3g}; divide the logits by it"
+        f" temperature of all {run.measured} is {found.temperature:.3g}; divide the logits by it"
         f" for calibrated probabilities. The network returns them without."
     )
 
 
 def _limits(run: RunFacts, examples: int) -> str:
     classes = len(run.weights.classes)
+    how = " by another attack" if run.attacked else ""
     limits = [
+        *map(_text, run.remarks),
         f"Every image gets one of the {classes} classes, also one that shows none of them.",
-        "Nothing was measured on images unlike the validation set's, or changed on purpose.",
+        f"Nothing was measured on images unlike the {run.measured}, or changed on purpose{how}.",
     ]
+    if not run.validated:
+        limits.append("Accuracy on other images than those of training was not measured.")
     if run.chosen_on_validation:
         limits.append(
-            "The validation images also decided which epoch was kept, so the results flatter."
+            f"The {run.measured} also decided which epoch was kept, so the results flatter."
         )
     counts = run.confusion.sum(1)
     if examples and counts.min() < 30:
         few = int((counts < 30).sum())
         limits.append(
-            f"{few} of {len(counts)} classes had fewer than 30 validation images: their accuracies"
+            f"{few} of {len(counts)} classes had fewer than 30 {run.measured}: their accuracies"
             " are rough."
         )
     return "\n".join(f"- {limit}" for limit in limits)
@@ -232,7 +264,10 @@ def _use(run: RunFacts) -> str:
     return f"{_code('sh', shell)}\n\n{_code('python', python)}"
 
 
-def _licence(weights: Card) -> str:
+def _licence(run: RunFacts) -> str:
+    weights = run.weights
+    if run.origin == "scratch":
+        return ""
     known = weights.licence.lower() != "unknown"
     licence = f"is {_text(weights.licence)}" if known else "is not known; ask before you pass it on"
     return (

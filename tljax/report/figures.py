@@ -37,7 +37,7 @@ LogEntry = Mapping[str, Any]
 """One logged row: ``epoch`` and whatever was measured then; see `curves`."""
 
 
-def curves(history: Sequence[LogEntry]) -> "matplotlib.figure.Figure":
+def curves(history: Sequence[LogEntry], *, validated: bool = True) -> "matplotlib.figure.Figure":
     """Draws loss and accuracy over the epochs, side by side.
 
     Args:
@@ -46,11 +46,13 @@ def curves(history: Sequence[LogEntry]) -> "matplotlib.figure.Figure":
             ``val_top1``, ``val_robust_loss``, ``val_robust_top1`` (accuracies in [0, 1]) and
             ``phase``. A missing key means not measured then; a NaN or None leaves a gap in the
             line. Other keys and rows without an epoch are ignored.
+        validated: whether ``val`` is of validation images, and not of those of training.
     """
     history = [entry for entry in history if entry.get("epoch") is not None]
     phases = _phases(history)
     figure = _figure(9, 3.4)
     panels = figure.subplots(1, 2, sharex=True)
+    measured = "validation" if validated else "training, after the epoch"
     for axes, title, metric in zip(panels, ("Loss", "Accuracy"), ("loss", "top1"), strict=True):
         _style(axes, title)
         for split, name, colour in _SPLITS:
@@ -60,7 +62,8 @@ def curves(history: Sequence[LogEntry]) -> "matplotlib.figure.Figure":
             if np.isfinite(values).any():
                 epochs = np.array([entry["epoch"] for entry in entries], float)
                 marker = "o" if len(values) <= 40 else None
-                axes.plot(epochs, values, color=colour, marker=marker, markersize=4, label=name)
+                label = name.format(measured)
+                axes.plot(epochs, values, color=colour, marker=marker, markersize=4, label=label)
         if axes.lines:
             axes.set_xlabel("epoch")
             axes.legend(frameon=False, fontsize=10, labelcolor=INK)
@@ -80,8 +83,8 @@ def curves(history: Sequence[LogEntry]) -> "matplotlib.figure.Figure":
 
 _SPLITS = (
     ("train", "training", BLUE),
-    ("val", "validation", VERMILION),
-    ("val_robust", "validation, attacked", PALE),
+    ("val", "{}", VERMILION),
+    ("val_robust", "{}, attacked", PALE),
 )
 
 

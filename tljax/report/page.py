@@ -97,6 +97,7 @@ class Report:
         headline: the few numbers that matter, as (label, value).
         notes: sentences that the reader must know, such as a warning about a tiny split.
         history: what was logged; see `tljax.report.curves`.
+        validated: whether there were validation images, apart from those of training.
         sweep: how the probe's L2 penalty was chosen.
         classes: the name of each class.
         confusion: the number of examples of class ``row`` predicted as class ``column``.
@@ -112,6 +113,7 @@ class Report:
     headline: Sequence[tuple[str, str]] = ()
     notes: Sequence[str] = ()
     history: Sequence[LogEntry] = ()
+    validated: bool = True
     sweep: Sweep | None = None
     classes: Sequence[str] = ()
     confusion: Integer[np.ndarray, "classes classes"] | None = None
@@ -188,7 +190,9 @@ def _headline(headline: Sequence[tuple[str, str]]) -> str:
 def _training(report: Report) -> str:
     body = ""
     if report.history:
-        body += _plot(curves(report.history), "Loss and accuracy over the epochs")
+        body += _plot(
+            curves(report.history, validated=report.validated), "Loss and accuracy over the epochs"
+        )
     if report.sweep:
         body += _plot(sweep_curve(*report.sweep), "Held-out accuracy over the L2 penalty")
     return body

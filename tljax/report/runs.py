@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from tljax.config import FIT_CONDITIONS, idle, settings
 from tljax.data.decode import decode
 from tljax.data.duplicates import find_duplicates
 from tljax.data.sources import Source, Splits
@@ -13,10 +14,11 @@ from tljax.pretrained import Card
 from tljax.report.card import RunFacts, model_card
 from tljax.report.page import Mistake, Report, SeenInTraining, Sweep, write_report
 from tljax.transfer import rundir
+from tljax.transfer.adversary import PROOF_STEPS
 from tljax.transfer.calibration import Calibration, calibrate
 from tljax.transfer.evaluate import Evaluation
 from tljax.transfer.features import Features
-from tljax.transfer.fit import FitResult
+from tljax.transfer.fit import FitResult, best_epoch
 from tljax.trees import flatten
 from tljax.types import Preprocess
 
@@ -51,6 +53,23 @@ def worst_mistakes(
     return mistakes
 
 
+def accuracies(result: FitResult) -> dict[str, Evaluation]:
+    """Names what was measured of a run."""
+    names = {"probe": "probe accuracy", "scratch": "trained accuracy"}
+    found = {
+        "probe accuracy": result.probe_evaluation,
+        names.get(result.config.recipe, "fine-tuned accuracy"): result.evaluation,
+        "attacked accuracy": result.robust,
+    }
+    return {name: evaluation for name, evaluation in found.items() if evaluation}
+
+
+def remarks(result: FitResult) -> Sequence[str]:
+    """Says what those accuracies do not."""
+    in_vain = len(result.history) > 1 and best_epoch(result.history) == 0
+    return ("No epoch was better than what training started from, which is kept.",) * in_vain
+
+
 def write_training_report(
     workdir: Path,
     result: FitResult,
@@ -60,34 +79,37 @@ def write_training_report(
     seconds: float,
 ) -> None:
     """Writes ``skipped.csv``, ``report.html`` and ``README.md`` of a run of train.py."""
-    asked = {**config, "fit": asdict(result.config)}
-    sources = (splits.train, splits.val)
-    few = len(splits.train) + len(splits.val) <= LOOKED_THROUGH
-    seen = find_duplicates(splits.train.examples, splits.val.examples) if few else None
+    unused = idle(result.config, FIT_CONDITIONS, settings(result.config))
+    recipe = {
+        path: str(value)
+        for path, value in flatten(asdict(result.config)).items()
+        if path.rpartition("/")[2] not in unused and value not in (None, ())
+    }
+    origins = {"probe": "tuned" if best_epoch(result.history) else "probe", "random": "scratch"}
+    trained_on = len(splits.train) - len(result.skipped[0])
+    validated = splits.val is not splits.train
+    sources = (splits.train, splits.val)[: 1 + validated]
+    looked = validated and len(splits.train) + len(splits.val) <= LOOKED_THROUGH
+    seen = find_duplicates(splits.train.examples, splits.val.examples) if looked else None
     calibration = calibrated(result.logits)
     skipped = [
         row
-        for source, reasons in zip(sources, result.skipped, strict=True)
+        for source, reasons in zip(sources, result.skipped, strict=False)
         for row in rundir.skipped_rows(source, reasons)
     ]
     rundir.write_csv(workdir / "skipped.csv", ("name", "reason"), skipped)
-    headline = []
-    if result.probe_evaluation:
-        headline.append(("probe accuracy", percent(result.probe_evaluation.top1)))
-    if config["fit"]["recipe"] != "probe":
-        headline.append(("fine-tuned accuracy", percent(result.evaluation.top1)))
-    if result.robust:
-        epsilon = result.config.adversary.epsilon
-        headline.append((f"attacked at {epsilon:g}/255", percent(result.robust.top1)))
+    headline = [(name, percent(found.top1)) for name, found in accuracies(result).items()]
     if calibration:
         headline.append(("calibration error", percent(calibration.before.error)))
     headline.append(("seconds", f"{seconds:.0f}"))
+    attack = f"PGD, {PROOF_STEPS} steps, epsilon {result.config.adversary.epsilon:g}/255"
     model, probe = result.model, result.probe
     report = Report(
         title=f"{config['data']} with {card.source}",
         headline=headline,
-        notes=splits.notes,
+        notes=(*splits.notes, *remarks(result)),
         history=result.history,
+        validated=validated,
         sweep=probe and Sweep(probe.l2_values, probe.held_out_accuracy, float(probe.l2)),
         classes=card.classes,
         confusion=result.evaluation.confusion,
@@ -102,8 +124,8 @@ def write_training_report(
         ],
         details={
             "Data": {
-                "training images": str(len(splits.train)),
-                "validation images": str(result.evaluation.examples),
+                "training images": str(trained_on),
+                "validation images": str(result.evaluation.examples) if validated else "none",
                 "classes": str(len(card.classes)),
                 "skipped images": str(len(skipped)),
                 "validation images seen in training": "not looked for"
@@ -117,7 +139,7 @@ def write_training_report(
                 "SHA-256 of the weights": card.sha256,
                 "image size": f"{model.preprocess.size} px",
             },
-            "Recipe": {path: str(value) for path, value in flatten(asked).items()},
+            "Recipe": {name: str(config[name]) for name in ("seed", "batch_size")} | recipe,
             "Environment": rundir.environment(),
         },
         next_steps=[
@@ -132,9 +154,13 @@ def write_training_report(
         weights=card,
         preprocess=model.preprocess,
         data=str(config["data"]),
-        train_examples=len(splits.train) - len(result.skipped[0]),
-        recipe={path: str(value) for path, value in flatten(asked["fit"]).items()},
+        train_examples=trained_on,
+        recipe=recipe,
         confusion=result.evaluation.confusion,
+        origin=origins.get(result.history[0]["phase"], "tuned"),
+        validated=validated,
+        remarks=remarks(result),
+        attacked=result.robust and (result.robust.top1, attack),
         top5=result.evaluation.top5,
         calibration=calibration,
         chosen_on_validation=config["fit"]["recipe"] != "probe",
@@ -153,6 +179,7 @@ def calibrated(logits: Features) -> Calibration | None:
 
 def write_evaluation_report(
     path: Path,
+    title: str,
     evaluation: Evaluation,
     calibration: Calibration | None,
     source: Source,
@@ -162,7 +189,7 @@ def write_evaluation_report(
 ) -> None:
     """Writes the page of ``scripts/evaluate.py``."""
     report = Report(
-        title=f"Evaluation of {card.source}",
+        title=title,
         headline=[
             ("top-1", percent(evaluation.top1)),
             ("top-5", percent(evaluation.top5)),

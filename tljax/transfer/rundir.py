@@ -17,7 +17,7 @@ import jax
 
 from tljax.data.sources import Source, Splits, open_splits
 from tljax.errors import RequestError
-from tljax.files import written_whole
+from tljax.files import read_config, written_whole
 from tljax.parallel import is_writer
 
 BEST = Path("best") / "model.safetensors"
@@ -60,26 +60,14 @@ def skipped_lines(source: Source, skipped: dict[int, str]) -> list[str]:
     return [f"not read: {name}: {reason}" for name, reason in skipped_rows(source, skipped)]
 
 
-def read_config(workdir: Path) -> dict[str, Any]:
-    """What a run was asked to do.
-
-    Raises:
-        RequestError: there is no run.
-    """
-    path = workdir / "config.json"
-    if not path.exists():
-        raise RequestError(f"{workdir} is not a run directory: it has no config.json")
-    return json.loads(path.read_text("utf-8"))
-
-
-def open_validation(workdir: Path) -> Source:
-    """The validation part of a run's data.
+def open_validation(workdir: Path) -> tuple[Source, tuple[str, ...]]:
+    """Opens the validation part of a run's data; notes for a person beside it.
 
     Raises:
         RequestError: there is no run, or its data has gone.
     """
     asked = read_config(workdir)
-    return open_splits(asked["data"], val_fraction=asked["val_fraction"]).val
+    return open_splits(asked["data"], val_fraction=asked["val_fraction"])[1:]
 
 
 def environment() -> dict[str, str]:

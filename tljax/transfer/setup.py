@@ -1,5 +1,6 @@
 """What comes before the first step: the plan, the head, the images, and what a phase changes."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,12 +11,12 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from tljax.config import FitConfig, Loading
+from tljax.config import ASKED_CONDITIONS, FitConfig, Loading, idle, settings
 from tljax.data.loader import num_batches
 from tljax.data.sources import Splits
 from tljax.errors import RequestError
 from tljax.models import Model, init, replace_head
-from tljax.parallel import data_mesh, replicate
+from tljax.parallel import data_mesh, is_writer, replicate
 from tljax.transfer.freeze import combine, first_trainable_stage, label, partition, training_stages
 from tljax.transfer.inputs import Inputs, open_inputs
 from tljax.transfer.optimizer import build_optimizer
@@ -85,6 +86,9 @@ def prepare(
     """Everything up to the first step, and the inputs of the first phase; see `fit`."""
     loading = loading or Loading()
     config = config or FitConfig()
+    changed = {name for name, _ in settings(config).items() - settings(FitConfig()).items()}
+    for note in idle(config, ASKED_CONDITIONS, changed).values() if is_writer() else ():
+        print(f"note: {note}", file=sys.stderr)
     classes, head = len(splits.train.classes), model.stages[-1].name
     if new_head is None:
         new_head = partial(replace_head, after=config.head_after, dropout=config.dropout)

@@ -1,0 +1,425 @@
+"""Every flag of every command: it has an effect, or it is refused in one line that says why.
+
+`ALWAYS` lists the flags that always count; all others stand in their command's table of conditions.
+A new flag has to be put into one of them.
+"""
+
+import importlib.util
+import inspect
+import json
+import re
+import sys
+from dataclasses import MISSING, asdict, fields
+from itertools import product
+from pathlib import Path
+from types import ModuleType
+from typing import get_args, get_type_hints
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import pytest
+import tyro
+
+from tljax import cli
+from tljax.config import AugmentConfig, FitConfig, idle, settings
+from tljax.report.attacks import ATTACKS
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+
+
+def load(name: str) -> ModuleType:
+    """A script as a module; tyro looks up its types by the module's name."""
+    spec = importlib.util.spec_from_file_location(f"script_{name}", SCRIPTS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+MODULES = {path.stem: load(path.stem) for path in sorted(SCRIPTS.glob("*.py"))}
+PARSED = {name: get_type_hints(module.run) for name, module in MODULES.items()}
+PARSED = {name: next(iter(hints.values())) for name, hints in PARSED.items()}
+
+OUTPUT = {"json", "debug"}
+NETWORK = {*OUTPUT, "model", "normalization", "image_size", "precision"}
+DATA = {"batch_size", "workers", "devices"}
+ALWAYS = {
+    "attack Config": {
+        *(NETWORK | DATA),
+        *("images", "workdir", "count", "attacks", "epsilons", "norm", "target", "out"),
+    },
+    "compare Config": {*(OUTPUT | DATA), "weights", "data", "image_size", "seed", "out"},
+    "evaluate Config": {*(NETWORK | DATA), "data", "workdir"},
+    "predict Config": {*(NETWORK | DATA), "weights", "images", "top"},
+    "probe Config": {*(NETWORK | DATA), "weights", "seed", "data", "stage", "neighbours"},
+    # A dry run speaks of the command as it stands, so nothing but another mode is idle in it.
+    "train Config": {
+        *(NETWORK | DATA),
+        *("weights", "seed", "data", "workdir", "resume", "recipe", "head_after"),
+        *("on_bad_image", "dry_run", "distributed"),
+    },
+    "visualize Channel": {*NETWORK, "weights", "seed", "out", "channels", "stage", "steps"},
+    "visualize Dream": {*NETWORK, "weights", "out", "images", "stage", "steps"},
+    "visualize Explain": {*NETWORK, "weights", "seed", "out", "images", "target"},
+    "visualize Features": {*NETWORK, "weights", "out", "images", "count"},
+    "visualize Ideal": {*NETWORK, "weights", "seed", "out", "classes", "steps", "tv_weight"},
+    "weights Export": {*OUTPUT, "weights", "path", "layout"},
+    "weights Import": {*OUTPUT, "weights", "path", "model", "normalization"},
+    "weights List": OUTPUT,
+    "weights Verify": {*OUTPUT, "weights", "reference"},
+}
+
+
+COMMANDS = {
+    f"{name} {command.__name__}": command
+    for name, parsed in PARSED.items()
+    for command in (get_args(parsed) or (parsed,))
+}
+
+
+def defaults(command: type) -> object:
+    """The command with every flag at its default, and something in the places that need one."""
+    needed = [one.name for one in fields(command) if one.default is one.default_factory is MISSING]
+    return command(**dict.fromkeys(needed, "x"))
+
+
+def refused(capsys, script: str, *arguments: object) -> str:
+    """The one line with which a command ends, having written nothing."""
+    before = sorted(Path.cwd().rglob("*"))
+    argv = [script, *map(str, arguments)]
+    with mock.patch.object(sys, "argv", argv), pytest.raises(SystemExit) as ended:
+        cli.main(PARSED[script], MODULES[script].run)
+    assert ended.value.code == 2
+    assert sorted(Path.cwd().rglob("*")) == before
+    out, err = capsys.readouterr()
+    assert out == ""
+    (line,) = err.splitlines()
+    return line
+
+
+def setting(flag: str) -> str:
+    return flag.removeprefix("no-").replace("-", "_")
+
+
+def written(flag: str, values: tuple[object, ...]) -> str:
+    return " ".join(map(str, (f"--{flag}", *values)))
+
+
+def test_every_flag_always_counts_or_has_a_condition():
+    assert COMMANDS.keys() == ALWAYS.keys()
+    for name, command in COMMANDS.items():
+        flags = settings(defaults(command)).keys()
+        conditional = {flag for names, *_ in command.conditions for flag in names.split()}
+        assert ALWAYS[name] | conditional == flags, name
+        assert not ALWAYS[name] & conditional, name
+
+
+# For every conditional flag of every command: arguments with which it has no effect, and why not.
+AUGMENTATION = {
+    "no-crop": (),
+    "scale": (0.2, 0.9),
+    "ratio": (0.8, 1.2),
+    "no-flip": (),
+    "mixup": (0.4,),
+    "cutmix": (1.0,),
+    "randaugment-layers": (2,),
+    "randaugment-magnitude": (5.0,),
+}
+OF_STEPS = {
+    "freeze-to": ("stage5",),
+    "train": ("head", "stage7"),
+    "rates": ("head=2",),
+    "layer-decay": (0.8,),
+    "epochs": (3,),
+    "batch-norm": ("batch",),
+    "dropout": (0.2,),
+    "label-smoothing": (0.1,),
+    "class-weights": ("balanced",),
+    "average": (0.9,),
+    "patience": (2,),
+    "accumulate": (2,),
+    "frozen-dtype": ("bfloat16",),
+    "cache-views": (4,),
+    "optimizer": ("sgd",),
+    "learning-rate": (0.01,),
+    "momentum": (0.5,),
+    "weight-decay": (0.1,),
+    "schedule": ("step",),
+    "warmup": (0.2,),
+    "clip-norm": (0.5,),
+    "augment": (),
+    "attack": ("fast",),
+    "epsilon": (8.0,),
+    "attack-steps": (3,),
+    **AUGMENTATION,
+}
+BIT = {
+    "optimizer": ("adamw",),
+    "weight-decay": (0.1,),
+    "schedule": ("cosine",),
+    "mixup": (0.1,),
+    "warmup": (0.1,),
+    "clip-norm": (1.0,),
+}
+FIND = {
+    "epochs": (3,),
+    "learning-rate": (0.1,),
+    "schedule": ("step",),
+    "warmup": (0.2,),
+    "patience": (2,),
+    "average": (0.9,),
+    "checkpoint-minutes": (5.0,),
+    "profile": (),
+}
+BFLOAT16 = {"cache-dtype": ("bfloat16",)}
+SEED = {"seed": (1,)}
+IDLE = [
+    ("train", "--recipe probe", "with --recipe probe", {**OF_STEPS, "checkpoint-minutes": (5.0,)}),
+    ("train", "", "without --augment", {**AUGMENTATION, "cache-views": (4,)}),
+    ("train", "--recipe bit", "HyperRule", BIT),
+    ("train", "--recipe bit", "they augment", {"no-augment": ()}),
+    ("train", "--recipe scratch", "they augment", {"no-augment": ()}),
+    ("train", "--find-learning-rate", "with --find-learning-rate", FIND),
+    ("train", "--dry-run", "with --dry-run", {"find-learning-rate": (), "profile": ()}),
+    (
+        "train", "--augment --no-crop", "with --no-crop",
+        {"scale": (0.2, 0.9), "ratio": (0.8, 1.2)},
+    ),
+    ("train", "--augment", "without --randaugment-layers", {"randaugment-magnitude": (5.0,)}),
+    ("train", "", "without --attack", {"epsilon": (8.0,), "attack-steps": (3,)}),
+    ("train", "--attack fast", "without --attack pgd", {"attack-steps": (3,)}),
+    ("train", "--optimizer adam", "without --optimizer sgd", {"momentum": (0.5,)}),
+    ("train", "--optimizer lamb", "without --optimizer sgd", {"momentum": (0.5,)}),
+    ("train", "", "without --optimizer sgd", {"momentum": (0.9,)}),  # a default, but given
+    ("train", "--schedule one-cycle", "with --schedule one-cycle", {"warmup": (0.2,)}),
+    (
+        "train", "--recipe finetune --augment", "where nothing is frozen",
+        {"frozen-dtype": ("bfloat16",), "cache": ("disk",), "cache-views": (4,), **BFLOAT16},
+    ),
+    ("train", "--recipe scratch", "where nothing is frozen", {"cache": ("memory",), **BFLOAT16}),
+    ("train", "--augment --cache none", "--cache none", {"cache-views": (4,), **BFLOAT16}),
+    ("train", "--attack fast", "with --attack: nothing is cached", BFLOAT16),
+    ("train", "--augment", "without --cache-views", BFLOAT16),
+    ("train", "--data parts", "a validation part of its own", {"val-fraction": (0.3,)}),
+    ("probe", "--data parts", "a validation part of its own", {"val-fraction": (0.3,)}),
+    ("compare", "--data parts", "a validation part of its own", {"val-fraction": (0.3,)}),
+    ("predict", "x.jpg", "nothing is random", SEED),
+    ("evaluate", "--data digits", "nothing is random", SEED),
+    ("evaluate", "--workdir run", "with --workdir", {"weights": ("y",)}),
+    ("attack", "--workdir run", "with --workdir", {"weights": ("y",)}),
+    ("attack", "x.jpg", "with images", {"data": ("digits",)}),
+    ("attack", "x.jpg", "without --out", {"pictures": (3,)}),
+    ("attack", "x.jpg --attacks fgsm", "with --attacks fgsm", {"steps": (3,)}),
+    ("attack", "x.jpg --attacks fgsm cw", "nothing is random", SEED),
+    ("visualize", "features x.jpg", "nothing is random", SEED),
+    ("visualize", "dream x.jpg", "nothing is random", SEED),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("script", "others", "why", "flags"), IDLE)
+def test_flags_without_effect_are_refused(
+    capsys, tmp_path, monkeypatch, script, others, why, flags
+):
+    for part, name in product(("train", "val"), "ab"):
+        (tmp_path / "parts" / part / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    given = " ".join(written(flag, values) for flag, values in flags.items())
+    said = refused(capsys, script, *others.split(), *given.split()).removeprefix("error: ")
+    lines = {line.partition(" has no effect ")[::2] for line in said.split("; ")}
+    assert {flag for flag, _ in lines} == {written(*flag) for flag in flags.items()}
+    assert all(why in reason for _, reason in lines)
+
+
+def test_every_condition_is_tried():
+    """So a row of a table that nobody tries fails here."""
+    tried = {(script, setting(flag)) for script, _, _, flags in IDLE for flag in flags}
+    for name, command in COMMANDS.items():
+        script = name.split()[0]
+        for names, *_ in command.conditions:
+            assert {(script, flag) for flag in names.split()} <= tried, name
+
+
+# And with which they count: what the conditions must let through.
+COUNTING = [
+    ("train", "--augment --mixup 0.4 --no-flip --scale 0.2 0.9 --ratio 0.8 1.2"),
+    ("train", "--augment --randaugment-layers 2 --randaugment-magnitude 5 --cutmix 1"),
+    ("train", "--recipe scratch --mixup 0.4 --augment"),
+    ("train", "--recipe bit --epochs 3 --momentum 0.5 --learning-rate 0.1 --no-crop --augment"),
+    ("train", "--augment --cache-views 4 --cache disk --cache-dtype bfloat16"),
+    ("train", "--attack fast --epsilon 8"),
+    ("train", "--attack pgd --epsilon 8 --attack-steps 3 --cache none"),
+    ("train", "--optimizer sgd --momentum 0.5 --schedule step --warmup 0.2"),
+    ("train", "--recipe finetune --freeze-to stem --cache memory --frozen-dtype bfloat16"),
+    ("train", "--recipe finetune --rates stem=0 --cache-dtype bfloat16"),
+    ("train", "--recipe finetune --cache none"),
+    ("train", "--recipe probe --cache disk --cache-dtype bfloat16 --head-after pool"),
+    ("train", "--recipe gradual --epochs 20 --find-learning-rate --layer-decay 0.8"),
+    ("train", "--dry-run --epochs 3 --workdir run --checkpoint-minutes 5"),
+    *((script, "--val-fraction 0.3 --data classes") for script in ("train", "probe", "compare")),
+    ("evaluate", "--data digits --workdir run"),
+    ("attack", "x.jpg --workdir run"),
+    ("attack", "--data digits --attacks fgsm pgd --steps 3 --seed 2 --out o --pictures 2"),
+    ("attack", "--data digits --attacks fgsm --count 3 --seed 2"),
+    ("visualize", "explain x.jpg --seed 1"),
+]
+
+
+@pytest.mark.parametrize(("script", "line"), COUNTING)
+def test_a_flag_with_an_effect_is_taken(tmp_path, monkeypatch, script, line):
+    (tmp_path / "classes" / "a").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    config = tyro.cli(PARSED[script], args=line.split())
+    with mock.patch.object(sys, "argv", [script, *line.split()]):
+        assert idle(config, config.conditions, cli.given()) == {}
+
+
+def test_all_faults_are_said_at_once(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert refused(capsys, "train", "--mixup=0.4", "--momentum", "0.5", "--no-crop") == (
+        "error: --no-crop has no effect without --augment; --mixup 0.4 has no effect without "
+        "--augment; --momentum 0.5 has no effect without --optimizer sgd"
+    )
+
+
+def options(name: str) -> set[str]:
+    return set(inspect.signature(getattr(ATTACKS[name], "func", ATTACKS[name])).parameters)
+
+
+def test_attacks_of_one_step_are_those_that_take_no_number_of_steps():
+    without = {name for name in ATTACKS if not options(name) & {"num_steps", "num_queries"}}
+    assert without == {"fgsm"}
+
+
+@pytest.mark.usefixtures("quick_to_compile")
+def test_attacks_without_a_random_number_are_those_whose_key_makes_no_difference():
+    images = jax.random.uniform(jax.random.key(0), (2, 4, 4, 3))
+    weights = jax.random.normal(jax.random.key(1), (48, 4))
+
+    def see(x):
+        return jnp.sin(9 * x.reshape(len(x), -1) @ weights)
+
+    def moved(name, seed):
+        few = dict.fromkeys(options(name) & {"num_steps", "num_queries"}, 3)
+        labels, key = jnp.argmax(see(images), 1), jax.random.key(seed)
+        return ATTACKS[name](see, images, labels, key, epsilon=0.01, **few)
+
+    alone = ATTACKS.keys() - {"autoattack"}
+    same = {name for name in alone if bool((moved(name, 1) == moved(name, 2)).all())}
+    assert same == MODULES["attack"].NOT_RANDOM
+
+
+def test_where_memory_is_short_only_flags_of_the_command_are_advised(capsys):
+    def fail(_):
+        raise RuntimeError("RESOURCE_EXHAUSTED: 9 GB")
+
+    for name, argv in {"train": [], "predict": [], "weights": ["list"]}.items():
+        with mock.patch.object(sys, "argv", [name, *argv]), pytest.raises(SystemExit) as ended:
+            cli.main(PARSED[name], fail)
+        assert ended.value.code == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        advised = {setting(flag) for flag in re.findall(r"--([\w-]+)", line)}
+        known = settings(defaults(COMMANDS[f"{name} {'List' if argv else 'Config'}"])).keys()
+        assert advised == {"batch_size", "accumulate", "precision", "freeze_to"} & known
+
+
+# --- going on with a run --------------------------------------------------------------------------
+
+Config = MODULES["train"].Config
+
+
+def write_run(folder: Path, **of_run: object) -> Path:
+    """A run directory as far as --resume reads it before anything is loaded."""
+    folder.mkdir()
+    config = asdict(Config(workdir=folder, **of_run))
+    (folder / "config.json").write_text(json.dumps(config, default=str))
+    return folder
+
+
+def goes_on(*arguments: object) -> object:
+    """The settings with which a run goes on."""
+    argv = list(map(str, arguments))
+    with mock.patch.object(sys, "argv", ["train.py", *argv]):
+        return tyro.cli(Config, args=argv).completed()
+
+
+def test_a_run_goes_on_with_its_own_settings(tmp_path):
+    fit = FitConfig("finetune", epochs=7, augment=True, augmentation=AugmentConfig(mixup=0.4))
+    run = write_run(tmp_path / "run", fit=fit, seed=3, precision="bfloat16", workers=2, devices=4)
+    found = goes_on("--resume", run, "--json")
+    # Of the machine, not of the run: workers, devices, and how it reports.
+    assert found == Config(
+        fit=fit, seed=3, precision="bfloat16", workdir=run, resume=run, json=True
+    )
+    assert goes_on("--resume", run, "--workers", 3, "--devices", 1).loading.workers == 3
+
+
+def test_settings_that_equal_those_of_the_run_may_be_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fit = FitConfig("finetune", epochs=7, augment=True, train=("head", "stage7"))
+    run = write_run(tmp_path / "run", fit=fit, data=str(tmp_path / "animals"))
+    same = "--epochs 7 --augment --train head stage7 --recipe finetune --val-fraction 0.2".split()  # noqa: SIM905
+    places = ("--workdir", "run/", "--data", "animals")  # one folder has many names
+    assert goes_on("--resume", "run", *same, *places).fit == fit
+    assert goes_on("--resume", run, *same, *places).fit == fit
+
+
+OTHER = {
+    "weights": ("y",),
+    "model": ("resnet18",),
+    "normalization": ("tf",),
+    "image-size": (32,),
+    "precision": ("bfloat16",),
+    "seed": (1,),
+    "batch-size": (4,),
+    "data": ("other",),
+    "workdir": ("other",),
+    "recipe": ("probe",),
+    "head-after": ("pool",),
+    "cache": ("disk",),
+    "cache-dtype": ("bfloat16",),
+    "val-fraction": (0.5,),
+    "on-bad-image": ("fail",),
+    "find-learning-rate": (),
+    "dry-run": (),
+    **OF_STEPS,
+    **FIND,
+}
+OF_THE_MACHINE = {"workers", "devices", "distributed", "json", "debug", "resume"}
+
+
+def test_settings_that_differ_from_those_of_the_run_are_refused(capsys, tmp_path, monkeypatch):
+    assert {*map(setting, OTHER)} | OF_THE_MACHINE == settings(Config()).keys()
+    monkeypatch.chdir(tmp_path)
+    run = write_run(tmp_path / "run")
+    given = [written(*flag) for flag in OTHER.items()]
+    said = refused(capsys, "train", "--resume", run, *" ".join(given).split())
+    assert sorted(
+        said.partition("leave out ")[2].removesuffix(", or start a new run").split(", ")
+    ) == sorted(given)
+
+
+def test_all_that_differ_are_named(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "run", fit=FitConfig(augment=True))
+    said = refused(
+        capsys, "train", "--resume", "run", "--epochs", 3, "--learning-rate=1", "--no-augment"
+    )
+    assert said == (
+        "error: run goes on with its own settings: leave out --epochs 3, --no-augment, "
+        "--learning-rate 1.0, or start a new run"
+    )
+
+
+def test_a_run_of_an_earlier_version_goes_on_with_settings_that_have_no_effect(tmp_path):
+    fit = FitConfig(augmentation=AugmentConfig(mixup=0.4))
+    run = write_run(tmp_path / "run", fit=fit)
+    assert goes_on("--resume", run).fit == fit
+
+
+def test_a_flag_is_given_however_it_is_written():
+    argv = "train.py --mixup=0.4 --no-crop --image_size 3 --train head --data no_x"
+    with mock.patch.object(sys, "argv", argv.split(" ")):
+        assert cli.given() == {"mixup", "crop", "image_size", "train", "data"}
