@@ -55,6 +55,8 @@ class Network(Output):
         found = load_pretrained(
             weights or self.weights, model=self.model, normalization=self.normalization
         )
+        for note in found.card.notes:
+            print(f"note: {note}", file=sys.stderr)
         model = replace(found.model, dtype=self.precision or found.model.dtype)
         return found._replace(model=model).with_size(self.image_size)
 
