@@ -77,10 +77,17 @@ class _Layer(NamedTuple):
 
 
 class _Value(NamedTuple):
-    """What a layer returns: by which step (-1: it is the image), and its height and width."""
+    """What a layer returns.
+
+    Attributes:
+        step: which step it comes from; -1 for the image.
+        size: its height and width.
+        zeros: the layer that pads it first, if any.
+    """
 
     step: int
     size: tuple[int | None, ...]
+    zeros: _Layer | None = None
 
 
 class Graph:
@@ -99,53 +106,63 @@ class Graph:
             whole: the configuration, with its ``class_name``.
             same: take for SAME padding what computes it beforehand, from the size of the map.
         """
-        self._layers, output = _layers(whole)
         self._same = same
-        self._values: dict[str, _Value] = {}
         self.steps: list[Step] = []
         self.size: tuple[int | None, ...] = (None, None)
         self.scaling: tuple[Any, Any] = (1.0, 0.0)
-        self._value(output)
+        layers, output = _layers(whole)
+        values: dict[str, _Value] = {}
+        waiting = [output]
+        while waiting:
+            layer = layers[waiting[-1]]
+            if missing := [name for name in layer.inputs if name not in values]:
+                waiting.append(missing[0])
+                if len(waiting) > len(layers):
+                    raise ValueError("a layer reads itself")
+            else:
+                values[waiting.pop()] = self._compute(layer, [values[x] for x in layer.inputs])
 
-    def _value(self, name: str) -> _Value:
-        if name not in self._values:
-            self._values[name] = self._compute(self._layers[name])
-        return self._values[name]
-
-    def _compute(self, layer: _Layer) -> _Value:
-        name, kind, config, inputs, numbers = layer
+    def _compute(self, layer: _Layer, read: list[_Value]) -> _Value:
+        name, kind, config, _, numbers = layer
         if kind == "InputLayer":
             self.size = tuple((config.get("batch_shape") or config["batch_input_shape"])[1:3])
             return _Value(-1, self.size)
-        if kind in ("Conv2D", "DepthwiseConv2D"):
-            before = self._layers[inputs[0]]
-            if _plain(config["kernel_size"]) == 1:  # nothing to pad
-                config = config | {"padding": "valid"}
-            elif self._same and before.kind == "ZeroPadding2D":
-                padding = _same_padding(self._value(before.inputs[0]).size, config)
-                if _plain(before.config["padding"]) == padding:
-                    config, inputs = config | {"padding": "same"}, before.inputs
-        read = [self._value(one) for one in inputs]
         if not self.steps and (scaling := _scaled(self.scaling, layer)):
             self.scaling = scaling
             return read[0]
-        stride = _plain(config.get("strides", 1))
-        size = tuple(n and -(-n // stride) for n in read[0].size)
-        idle = _IDLE.fullmatch(kind) and not config.get("training")
-        does = "linear" if idle else _describe(kind, config, numbers)
-        for what in (does, _named(config.get("activation"))):
-            if what != "linear":
-                here = len(self.steps)
-                steps = tuple(here - value.step for value in read)
-                self.steps.append(Step(_SYNONYMS.get(what, what), steps, name))
-                read = [_Value(here, size)]
-        return read[0]
+        if kind == "ZeroPadding2D" and not read[0].zeros:
+            return read[0]._replace(zeros=layer)
+        size = tuple(n and -(-n // _plain(config.get("strides", 1))) for n in read[0].size)
+        if kind in ("Conv2D", "DepthwiseConv2D"):
+            zeros = read[0].zeros
+            if _plain(config["kernel_size"]) == 1:  # nothing to pad
+                config = config | {"padding": "valid"}
+            elif self._same and zeros and _same_padding(read[0].size, config) == _sides(zeros):
+                config, read = config | {"padding": "same"}, [read[0]._replace(zeros=None)]
+        read = [
+            self._step(_describe(*value.zeros[1:3], []), [value], value.zeros.name)
+            if value.zeros
+            else value
+            for value in read
+        ]
+        value = read[0]
+        if not _IDLE.fullmatch(kind) or config.get("training"):
+            value = self._step(_describe(kind, config, numbers), read, name)
+        if (activation := _named(config.get("activation"))) != "linear":
+            value = self._step(activation, [value], name)
+        return value._replace(size=size)
+
+    def _step(self, what: str, read: list[_Value], layer: str) -> _Value:
+        here = len(self.steps)
+        inputs = tuple(here - value.step for value in read)
+        self.steps.append(Step(_SYNONYMS.get(what, what), inputs, layer))
+        return _Value(here, read[0].size)
 
 
 def _layers(whole: dict[str, Any]) -> tuple[dict[str, _Layer], str]:
     """The layers by name, and the one whose output is the model's."""
-    graph: Any = whole["config"]
-    listed = graph if isinstance(graph, list) else graph["layers"]  # Sequential's, years ago
+    graph = whole["config"]
+    listed = graph["layers"] if isinstance(graph, dict) else graph  # Sequential's, years ago
     layers: dict[str, _Layer] = {}
     name = ""
     for item in listed:
@@ -219,6 +236,10 @@ def _same_padding(size: tuple[int | None, ...], config: dict[str, Any]) -> Any:
     return _plain(sides)
 
 
+def _sides(zeros: _Layer) -> Any:
+    return _plain(zeros.config["padding"])
+
+
 def _scaled(scaling: tuple[Any, Any], layer: _Layer) -> tuple[Any, Any] | None:
     """The factor and offset of an image behind a layer, if that is all that it does."""
     factor, offset = scaling
@@ -252,37 +273,39 @@ def read_graph(text: str, where: str, model: Model) -> tuple[Model, bool]:
     Raises:
         RequestError: the graph computes something else; the message names the layer.
     """
-
-    def refusal(reason: str) -> RequestError:
-        return RequestError(f"{where}: {reason}; {_WAY_AROUND}")
-
     try:
         graph = Graph(json.loads(text), same=model.name.startswith("tf_"))
+        reason = _difference(graph.steps, model)
     except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
-        raise refusal(f"its graph is not one of {model.name} ({error!r:.80})") from error
-    steps, last = graph.steps, "linear"
+        raise RequestError(
+            f"{where}: its graph cannot be followed ({error!r:.80}); {_WAY_AROUND}"
+        ) from error
+    if reason:
+        raise RequestError(f"{where}: {reason}; {_WAY_AROUND}")
+    return _prepared(model, graph)
+
+
+def _difference(steps: list[Step], model: Model) -> str:
+    """Where a graph leaves the one that we build; empty if it does not."""
+    name, count, last = model.name, model.num_classes, "linear"
     if steps and steps[-1].what in ("softmax", "sigmoid"):
         *steps, (last, _, _) = steps
-    for found, own in zip_longest(steps, _graphs()[re.sub(r"_\d{3}$", "", model.name)]):
-        if found is None and own.what in ("GlobalAveragePooling2D", "Dense", "Conv2D"):
-            break  # it lacks a head; whether that may be, the tensors have said
+    for found, own in zip_longest(steps, _graphs()[re.sub(r"_\d{3}$", "", name)]):
         if found is None:
-            raise refusal(f"it ends before {own.what}, which is in {model.name}")
+            # Without a head; whether that may be, the tensors have said.
+            headless = own.what in ("GlobalAveragePooling2D", "Dense", "Conv2D")
+            return "" if headless else f"its output is that of {steps[-1].layer!r:.80}"
+        layer = f"layer {found.layer!r:.80}"
         if own is None or found.what != own.what:
             wanted = own.what if own else "its end"
-            raise refusal(
-                f"layer {found.layer!r:.80} is {found.what:.200}, where {model.name} has {wanted}"
-            )
+            return f"{layer} is {found.what:.200}, where {name} has {wanted}"
         if found.inputs != own.inputs:
-            raise refusal(f"layer {found.layer!r:.80} reads others than in {model.name}")
-    if last == "sigmoid" and model.num_classes > 1:
-        raise refusal(
-            f"its last activation is a sigmoid: {model.num_classes} classes that do not exclude "
-            "each other, of which tljax knows nothing"
-        )
-    if last == "softmax" and model.num_classes == 1:
-        raise refusal("its last activation is a softmax over one output, which is always 1")
-    return _prepared(model, graph)
+            return f"{layer} reads other layers than in {name}"
+    if last == "sigmoid" and count > 1:
+        return f"its {count} outputs end in a sigmoid: classes that do not exclude each other"
+    if last == "softmax" and count == 1:
+        return "its one output ends in a softmax, which is always 1"
+    return ""
 
 
 def _prepared(model: Model, graph: Graph) -> tuple[Model, bool]:

@@ -294,13 +294,15 @@ def save(path: Path, pretrained: Pretrained) -> None:
     The model comes back equal: its preprocessing, compute dtype and the dropout of its head too.
     """
     model, variables, card = pretrained
+    about = {**asdict(card), "layout": "tljax"}
+    del about["notes"]
     header = {
         "model": model.name,
         "dtype": model.dtype,
         "dropout": model.stages[-1].module.dropout,  # pyright: ignore[reportAttributeAccessIssue]
         "head_after": _head_after(model),
         "preprocess": asdict(model.preprocess),
-        "card": {**asdict(replace(card, notes=())), "layout": "tljax"},
+        "card": about,
     }
     flat = {key: np.asarray(value) for key, value in flatten(variables).items()}
     write_safetensors(path, flat, {"tljax": json.dumps(header)})
