@@ -146,7 +146,7 @@ class Graph:
             for value in read
         ]
         value = read[0]
-        if not _IDLE.fullmatch(kind) or config.get("training"):
+        if not _IDLE.fullmatch(kind) or (config.get("training") and "Random" not in kind):
             value = self._step(_describe(kind, config, numbers), read, name)
         if (activation := _named(config.get("activation"))) != "linear":
             value = self._step(activation, [value], name)
