@@ -54,7 +54,9 @@ def run(config: Config) -> dict[str, Any]:
     for weights in config.weights:
         name = Path(weights).name
         try:
-            network = load_pretrained(weights).with_size(config.image_size)
+            network = load_pretrained(weights)
+            cli.say_notes(network)
+            network = network.with_size(config.image_size)
             found.append(measure(name, network, splits, loading, config.seed))
         except RequestError as error:  # the others shall not wait for this one
             failed[weights] = str(error)

@@ -22,12 +22,12 @@ class Config(cli.Common):
 
 def run(config: Config) -> dict[str, Any]:
     """Prints accuracies; with a run directory also writes a page with the mistakes."""
-    from tljax.data.sources import match_classes, open_labelled
+    from tljax.data.sources import ambiguous, match_classes, open_labelled
     from tljax.errors import RequestError
     from tljax.pretrained.catalog import names_like
     from tljax.report.runs import calibrated, percent, write_evaluation_report
     from tljax.transfer import rundir
-    from tljax.transfer.evaluate import evaluate
+    from tljax.transfer.evaluate import evaluate, settle
     from tljax.transfer.features import compute_features
 
     of_data: tuple[str, ...] = ()
@@ -38,7 +38,9 @@ def run(config: Config) -> dict[str, Any]:
     else:
         raise RequestError("name what to measure on: --data FOLDER, or --workdir RUN")
     model, variables, card = config.load(config.workdir)
-    source, notes = match_classes(source, names_like(card.classes, source.classes))
+    names = names_like(card.classes, source.classes)
+    same = ambiguous(source.classes, names)
+    source, notes = match_classes(source, names)
     notes = (*of_data, *notes)
     print("\n".join(notes))
 
@@ -49,6 +51,7 @@ def run(config: Config) -> dict[str, Any]:
     seconds = time.perf_counter() - began
     if not len(logits.labels):
         raise RequestError("no image of the data can be read")
+    logits = logits._replace(labels=settle(logits.labels, logits.values, same))
     evaluation = evaluate(logits)
     for label, value in (("top-1", evaluation.top1), ("top-5", evaluation.top5)):
         print(f"{label}  {percent(value)}  of {evaluation.examples} images")

@@ -3,12 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from tljax import cli
 from tljax.config import Normalization
+
+if TYPE_CHECKING:
+    from tljax.pretrained import Pretrained
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,8 @@ class Verify(cli.Output):
 
     weights: Annotated[str, tyro.conf.Positional]
     """A catalog name, hub id, file, saved folder or run directory."""
+    model: str | None = None
+    """The architecture that the weights must be; found out if not given."""
     reference: str | None = None
     """A folder or hub id that transformers can load, or a file that Keras can; by default what the
     weights came from."""
@@ -50,6 +55,8 @@ class Export(cli.Output):
     path: Annotated[Path, tyro.conf.Positional]
     """The file to write, .safetensors, .pth, .weights.h5, .h5 or .onnx; for huggingface and
     stablehlo a folder."""
+    model: str | None = None
+    """The architecture that the weights must be; found out if not given."""
     layout: str = "torchvision"
     """Whose keys to use: torchvision, timm, huggingface, keras, efficientnet_pytorch or tljax; or
     onnx, or stablehlo: a compiled-ready network that runs with JAX alone."""
@@ -63,10 +70,20 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None
         print("  ".join(map(str.ljust, line, widths)).rstrip())
 
 
+def load(command: Verify | Import | Export) -> "Pretrained":
+    """The network, and on stderr what was assumed of it."""
+    from tljax.pretrained import load_pretrained
+
+    normalization = command.normalization if isinstance(command, Import) else None
+    found = load_pretrained(command.weights, model=command.model, normalization=normalization)
+    cli.say_notes(found)
+    return found
+
+
 def run(command: List | Verify | Import | Export) -> dict[str, Any]:
     """Does what the subcommand says."""
     from tljax.errors import VerificationError
-    from tljax.pretrained import CATALOG, export, load_pretrained, save
+    from tljax.pretrained import CATALOG, export, save
     from tljax.pretrained.deploy import export_onnx, export_stablehlo
 
     if isinstance(command, List):
@@ -93,7 +110,7 @@ def run(command: List | Verify | Import | Export) -> dict[str, Any]:
     if isinstance(command, Verify):
         from tljax.pretrained.verify import TOLERANCE, verify
 
-        layers = verify(load_pretrained(command.weights), command.reference)
+        layers = verify(load(command), command.reference)
         wrong = [layer for layer in layers if not layer.difference <= TOLERANCE or layer.reason]
         for stage in dict.fromkeys(layer.layer.split("/")[0] for layer in layers):
             worst = max(x.difference for x in layers if x.layer.split("/")[0] == stage)
@@ -107,8 +124,7 @@ def run(command: List | Verify | Import | Export) -> dict[str, Any]:
             )
         print(f"every layer agrees to {TOLERANCE:g} of its scale")
         return {"layers": {layer.layer: layer.difference for layer in layers}}
-    said = {key: getattr(command, key, None) for key in ("model", "normalization")}
-    pretrained = load_pretrained(command.weights, **said)
+    pretrained = load(command)
     if isinstance(command, Import):
         save(command.path, pretrained)
     elif command.layout == "stablehlo":

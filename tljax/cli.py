@@ -62,6 +62,7 @@ class Network(Output):
         found = load_pretrained(
             weights or self.weights, model=self.model, normalization=self.normalization
         )
+        say_notes(found)
         model = replace(found.model, dtype=self.precision or found.model.dtype)
         return found._replace(model=model).with_size(self.image_size)
 
@@ -81,6 +82,12 @@ class Common(Network):
     def loading(self) -> Loading:
         """How images are read and spread over devices."""
         return Loading(self.batch_size, self.workers, self.devices)
+
+
+def say_notes(found: "Pretrained") -> None:
+    """Prints on stderr what was assumed of weights that do not say it."""
+    for note in found.card.notes:
+        print(f"note: {note}", file=sys.stderr)
 
 
 def main(config_type: Any, run: Callable[[Any], dict[str, Any]]) -> None:

@@ -378,6 +378,20 @@ def test_classes_are_matched_by_name():
     )
 
 
+def test_two_classes_of_one_name():
+    """One of the data may be any of the network's; two are matched in their order."""
+    source = in_memory([b"0", b"1"], [0, 1], ["crane", "heron"])
+    matched, notes = match_classes(source, ["heron", "crane", "stork", "crane"])
+    assert matched.labels.tolist() == [1, 0]
+    twice = "2 classes are called crane (1 and 3): of an image of theirs the most probable one is"
+    assert notes == (f"{twice} the label", "1 of 4 classes not in the data: stork")
+    source = in_memory([b"0", b"1", b"2"], [0, 1, 2], ["crane", "heron", "crane"])
+    matched, notes = match_classes(source, ["heron", "crane", "stork", "crane"])
+    assert (matched.labels.tolist(), notes[1:]) == ([1, 0, 3], ())
+    matched, _ = match_classes(source, ["heron", "crane"])
+    assert matched.labels.tolist() == [1, 0, 1]
+
+
 def test_empty_classes_are_named():
     source = in_memory([b"0"], [1], "abx")
     _, notes = match_classes(source, "ab")

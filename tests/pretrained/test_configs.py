@@ -1,6 +1,7 @@
 """What files beside the weights say: followed, or refused in one line."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,15 @@ import hypothesis
 import hypothesis.strategies as st
 import numpy as np
 import pytest
-from networks import assert_same_variables, random_images, random_pretrained
+import torch
+from networks import (
+    assert_same_variables,
+    random_images,
+    random_pretrained,
+    run,
+    to_torch,
+    torch_resnet,
+)
 from PIL import Image
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 from transformers.models.convnext.image_processing_pil_convnext import ConvNextImageProcessorPil
@@ -213,12 +222,36 @@ def test_timm_says_which_of_two_networks_with_the_same_tensors_it_is(tmp_path: P
     pretrained = random_pretrained(name)
     path = tmp_path / "model.safetensors"
     export(path, pretrained, "timm")
-    assert load_pretrained(path).model.name == "mobilenetv3_small_075"
-    assert load_pretrained(path, model=name).model.name == name
+    with pytest.raises(RequestError) as caught:
+        load_pretrained(path)
+    assert str(caught.value) == (
+        f"{path} has the tensors of mobilenetv3_small_075 and of {name}, which compute different "
+        f"things; say which it is: --model mobilenetv3_small_075 or --model {name} (model= in "
+        "Python)"
+    )
+    for either in ("mobilenetv3_small_075", name):
+        found = load_pretrained(path, model=either)
+        assert (found.model.name, found.card.notes) == (either, ())
     write(tmp_path / "config.json", architecture=name)
     assert load_pretrained(tmp_path).model.name == name
     with pytest.raises(RequestError, match=f"architecture is '{name}'; tljax builds only"):
         load_pretrained(tmp_path, model="mobilenetv3_small_075")
+
+
+def test_timm_says_that_it_is_ours_under_another_name(tmp_path: Path) -> None:
+    """No note then: a bare file may be the network that pads as torch does."""
+    export(tmp_path / "model.safetensors", random_pretrained("efficientnet_lite0"), "timm")
+    assert "fit timm's efficientnet_lite0" in load_pretrained(tmp_path).card.notes[0]
+    write(tmp_path / "config.json", architecture="tf_efficientnet_lite0")
+    assert load_pretrained(tmp_path).card.notes == ()
+
+
+def test_timm_s_first_configs_have_everything_at_the_top(
+    resnet18: Pretrained, tmp_path: Path
+) -> None:
+    found = described(write(tmp_path / "config.json", architecture="resnet18", **TIMM), resnet18)
+    assert found.preprocess == Preprocess(288, 303, "bicubic", (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+    assert found.licence == "apache-2.0"
 
 
 # --- classes -------------------------------------------------------------------------------------
@@ -324,6 +357,13 @@ def test_preprocessor_configs_that_cannot_be_followed(
         ({"id2label": {str(i): ["x"] for i in range(7)}}, "class 0 of 7 has no name but ['x']"),
         ({"label_names": "abcdefg"}, "label_names is 'abcdefg' and should be a list"),
         ({"label_names": [None] * 7}, "class 0 of 7 has no name but None"),
+        ({"num_classes": 5}, "num_classes is 5, but the head has 7 outputs"),
+        ({"num_labels": 1}, "num_labels is 1, but the head has 7 outputs"),
+        (
+            {"problem_type": "multi_label_classification"},
+            "problem_type is 'multi_label_classification' with 7 outputs; tljax takes them for",
+        ),
+        ({"problem_type": "regression"}, "problem_type is 'regression' with 7 outputs"),
         ({"license": ["mit"]}, "license is ['mit'] and should be a text"),
         ({"pretrained_cfg": "x"}, "pretrained_cfg is 'x' and should be an object"),
         *(
@@ -332,6 +372,7 @@ def test_preprocessor_configs_that_cannot_be_followed(
                 ({"input_size": None}, "input_size is missing and should be [3, n, n]"),
                 ({"input_size": 288}, "input_size is 288 and"),
                 ({"input_size": [3, 288]}, "input_size is [3, 288] and"),
+                ({"input_size": [1, 288, 288]}, "input_size is [1, 288, 288] and"),
                 ({"input_size": [3, 288, 320]}, "input_size is [3, 288, 320] and"),
                 ({"input_size": [3, "288", "288"]}, "input_size is [3, '288', '288'] and"),
                 ({"crop_pct": 0}, "crop_pct is 0 and"),
@@ -370,6 +411,10 @@ def test_configs_that_cannot_be_followed(
         ("resnetv2_50x1_bit", "layer_type", "preactivation", "bottleneck"),
         ("resnetv2_50x1_bit", "global_padding", None, "SAME"),
         ("resnetv2_50x1_bit", "num_groups", 32, 16),
+        ("resnetv2_50x1_bit", "width_factor", 1, 2),
+        ("tf_mobilenetv2_035", "hidden_act", "relu6", None),
+        ("tf_mobilenetv2_035", "finegrained_output", True, False),
+        ("resnet18", "auto_map", None, "own.Network"),
     ],
 )
 def test_the_same_tensors_in_another_network_are_refused(
@@ -382,6 +427,66 @@ def test_the_same_tensors_in_another_network_are_refused(
         f"config.json: the tensors are those of {name}, but {key} is {other!r}; "
         f"tljax builds only the network where it is {own!r}"
     )
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model_args": {"act_layer": "silu"}}, "model_args: act_layer is 'silu'; tljax builds"),
+        ({"model_args": {"act_layer": None}}, "model_args: act_layer is None; tljax builds"),
+        ({"model_args": {"output_stride": 16}}, "output_stride is 16; tljax builds only the"),
+        ({"model_args": {"in_chans": 1}}, "in_chans is 1; tljax builds only the network where"),
+        ({"model_args": {"aa_layer": "blur"}}, "aa_layer is 'blur'; "),
+        ({"model_args": {"norm_layer": "groupnorm"}}, "norm_layer is 'groupnorm'; "),
+        ({"model_args": {"stem_type": "deep"}}, "only the network that timm builds without it"),
+        ({"model_args": {"block_args": {"attn_layer": "se"}}}, "block_args is {'attn_layer': "),
+        ({"model_args": {"global_pool": "catavgmax"}}, "model_args: global_pool is 'catavgmax'; "),
+        ({"global_pool": "max"}, "config.json: global_pool is 'max'; "),
+        ({"pretrained_cfg": {"global_pool": "avgmax"}}, "pretrained_cfg: global_pool is 'avgmax'"),
+        ({"model_args": ["x"]}, "model_args is ['x'] and should be an object"),
+    ],
+)  # fmt: skip
+def test_what_timm_was_asked_to_change_is_refused(
+    tmp_path: Path, values: dict[str, Any], message: str
+) -> None:
+    """Before the tensors are looked at."""
+    write(tmp_path / "config.json", **values)
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(RequestError, match=re.escape(message)):
+        load_pretrained(tmp_path)
+
+
+def test_arguments_of_timm_that_change_no_answer_are_taken(
+    resnet18: Pretrained, tmp_path: Path
+) -> None:
+    export(tmp_path / "model.safetensors", resnet18, "timm")
+    usual = {"drop_rate": 0.3, "drop_path_rate": 0.1, "num_classes": 7, "in_chans": 3}
+    usual |= {"global_pool": "avg", "aa_layer": None, "output_stride": 32}
+    write(tmp_path / "config.json", architecture="resnet18", global_pool="avg", model_args=usual)
+    assert_same_variables(load_pretrained(tmp_path).variables, resnet18.variables)
+
+
+def test_one_output_is_two_classes_unless_it_is_a_regression(tmp_path: Path) -> None:
+    network = torch_resnet("resnet18", num_classes=1).eval()
+    network.config.id2label = {0: "cat"}
+    network.config.problem_type = "multi_label_classification"
+    network.save_pretrained(tmp_path)
+    model, variables, card = load_pretrained(tmp_path)
+    images = random_images(2, 65, 64)
+    with torch.no_grad():
+        logit = network(to_torch(normalize(images, model.preprocess))).logits.numpy()
+    np.testing.assert_allclose(
+        run(model, variables, images).logits, np.insert(logit, 0, 0, axis=1), rtol=0, atol=1e-4
+    )
+    assert card.classes == ("not cat", "cat")
+    assert card.notes == (
+        f"{tmp_path}: its one output is taken for the logit of 'cat', by a sigmoid",
+    )
+    for problem in (None, "regression", "single_label_classification"):
+        network.config.problem_type = problem
+        network.save_pretrained(tmp_path)
+        with pytest.raises(RequestError, match=r"problem_type is '\w+' with 1 outputs"):
+            load_pretrained(tmp_path)
 
 
 def test_a_folder_of_our_own_file_needs_no_config(resnet18: Pretrained, tmp_path: Path) -> None:

@@ -246,6 +246,41 @@ def test_a_network_is_traced_once(
     assert len(traced) == 1
 
 
+@pytest.mark.parametrize("layout", ["torchvision", "tljax"])
+def test_one_output_is_read_as_a_sigmoid(tmp_path: Path, layout: str) -> None:
+    model, variables, _ = one = random_pretrained("resnet18", 1)
+    export(tmp_path / "one.safetensors", one, layout)
+    found = load_pretrained(tmp_path / "one.safetensors", model="resnet18")
+    images = random_images(3, 64, 64)
+    probabilities = jax.nn.softmax(run(found.model, found.variables, images).logits)
+    logit = run(model, variables, images).logits[:, 0]
+    expected = np.stack([jax.nn.sigmoid(-logit), jax.nn.sigmoid(logit)], 1)
+    np.testing.assert_allclose(probabilities, expected, rtol=1e-4, atol=1e-5)
+    names = {"tljax": ("not kind 0", "kind 0"), "torchvision": ("class 0", "class 1")}[layout]
+    assert found.card.classes == names
+    [note] = found.card.notes
+    assert f"its one output is taken for the logit of '{names[1]}'" in note
+    save(tmp_path / "two.safetensors", found)  # from then on it has two
+    assert load_pretrained(tmp_path / "two.safetensors").card.notes == ()
+
+
+def test_a_bare_file_says_which_networks_it_may_be(resnet18: Pretrained, tmp_path: Path) -> None:
+    """Blur pooling has no tensors."""
+    path = tmp_path / "bare.safetensors"
+    export(path, resnet18, "timm")
+    [note] = load_pretrained(path).card.notes
+    assert note == (
+        f"{path} is taken for resnet18; its tensors fit resnetblur18 as well, which tljax does not "
+        "build (--model resnet18 says that it is none)"
+    )
+    assert load_pretrained(path, model="resnet18").card.notes == ()
+    assert [LAYOUTS[name]["timm"].twins(name) for name in ("resnet50d", "resnet152", "vgg16")] == [
+        ("resnetblur50d", "resnetaa50d"),
+        (),
+        (),
+    ]
+
+
 # --- names ---------------------------------------------------------------------------------------
 
 
@@ -267,6 +302,11 @@ def test_misspelt_weights_suggest_the_nearest(weights: str, hint: str) -> None:
 
 def test_a_class_is_found_by_its_name_or_index(resnet18: Pretrained) -> None:
     card = replace(resnet18.card, classes=("crane", "Siamese cat", "zebra", "crane", "7"))
+    numbered = replace(card, classes=("1", "2", "3", "cat", "Cat"))
+    assert [numbered.index_of(name) for name in ("1", "2", "3", "0", "4")] == [0, 1, 2, 0, 4]
+    assert [numbered.index_of(name) for name in ("cat", "Cat")] == [3, 4]
+    with pytest.raises(RequestError, match="2 classes are called 'CAT'; say which: 3 and 4"):
+        numbered.index_of("CAT")
     assert card.index_of("siamese CAT") == 1
     assert card.index_of("2") == 2
     assert card.index_of("7") == 4

@@ -71,6 +71,14 @@ def test_labels_are_the_folder_s_or_what_the_network_sees(network, folder, attac
     assert set(few.names) < set(victims.names) | {"cat/bad.png"}
 
 
+def test_of_two_classes_with_one_name_the_more_probable_is_the_label(network, folder):
+    card = replace(network.card, classes=("bee", "bee", "cat"))
+    victims = attacks.read_victims(network._replace(card=card), open_folder(folder), LOADING)
+    logits = np.asarray(seen(network.variables, victims.images))
+    assert victims.labels.tolist() == [*logits[:3, :2].argmax(1), 2, 2, 2]
+    assert "2 classes are called bee (0 and 1)" in victims.notes[0]
+
+
 def test_table_and_summary_say_the_same(attacked):
     _, _, found = attacked
     result = attacks.summary(found)

@@ -11,6 +11,7 @@ import runpy
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -18,8 +19,10 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from networks import random_pretrained
 from PIL import Image
 
+from tljax.pretrained import export, load_pretrained, save
 from tljax.transfer.rundir import open_validation
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -243,6 +246,32 @@ def test_classes_of_an_evaluation_are_matched_by_name(cache: Path, trained: Path
     assert (result["top1"], result["examples"]) == (1.0, 2)
     assert "aubergine" in done.stdout
     assert "blue" in done.stdout
+
+
+def test_any_of_the_classes_of_one_name_counts(cache: Path, trained: Path, tmp_path: Path):
+    network = load_pretrained(trained)
+    card = replace(network.card, classes=("red",) * len(network.card.classes))
+    save(tmp_path / "net.safetensors", network._replace(card=card))
+    for i, colour in enumerate([(200, 60, 60), (60, 60, 200)]):
+        paint(tmp_path / "data" / "red" / f"{i}.png", colour, i)
+    done = call_script(
+        cache, "evaluate.py", "--weights", tmp_path / "net.safetensors",
+        "--data", tmp_path / "data", "--json",
+    )  # fmt: skip
+    assert (answer(done)["top1"], answer(done)["examples"]) == (1.0, 2)
+    assert "classes are called red (0 and 1" in done.stdout
+
+
+def test_a_file_that_fits_two_networks_goes_with_a_flag(cache: Path, tmp_path: Path):
+    name = "tf_mobilenetv3_small_075"
+    export(tmp_path / "bare.safetensors", random_pretrained(name, 1), "timm")
+    command = ("weights.py", "export", tmp_path / "bare.safetensors", tmp_path / "x.safetensors")
+    done = call_script(cache, *command, "--layout", "tljax")
+    assert done.returncode == 2
+    assert f"--model mobilenetv3_small_075 or --model {name}" in done.stderr
+    done = call_script(cache, *command, "--layout", "tljax", "--model", name)
+    assert done.stdout == f"{name} written to {tmp_path / 'x.safetensors'}\n"
+    assert done.stderr.startswith(f"note: {tmp_path / 'bare.safetensors'}: its one output")
 
 
 def test_probe(cache: Path, photographs: Path):

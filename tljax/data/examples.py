@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -128,6 +129,9 @@ def match_classes(source: Source, classes: Sequence[str]) -> tuple[Source, tuple
         source: examples under their own list of classes.
         classes: the network's classes, in the order of its logits.
 
+    Classes of one name are matched in their order. Where the data has fewer of a name, the first
+    gets its examples; see `ambiguous`.
+
     Returns:
         The examples whose class the network knows, labelled with indices into ``classes``; and
         notes for a person, one line each, on what the two lists do not share.
@@ -135,9 +139,9 @@ def match_classes(source: Source, classes: Sequence[str]) -> tuple[Source, tuple
     Raises:
         RequestError: no example is of a class that the network knows.
     """
-    position = {name: index for index, name in enumerate(classes)}
-    # The last entry is what an example without a label (-1) gets.
-    relabel = np.array([*(position.get(name, -1) for name in source.classes), -1], np.int32)
+    position = {key: index for index, key in enumerate(_numbered(classes))}
+    found = [position.get(key, position.get((key[0], 0), -1)) for key in _numbered(source.classes)]
+    relabel = np.array([*found, -1], np.int32)  # an example without a label (-1) gets the last
     labels = relabel[source.labels]
     kept = np.flatnonzero(labels >= 0)
     if not kept.size:
@@ -146,9 +150,13 @@ def match_classes(source: Source, classes: Sequence[str]) -> tuple[Source, tuple
             f" the network knows {shortened(classes)}"
         )
     missing = [name for name in classes if name not in source.classes]
-    extra = [name for name in source.classes if name not in position]
-    empty = [name for name in without_example(source) if name in position]
-    notes = []
+    extra = [name for name in source.classes if name not in classes]
+    empty = [name for name in without_example(source) if name in classes]
+    notes = [
+        f"{len(same)} classes are called {name} ({' and '.join(map(str, same))}): of an image of "
+        "theirs the most probable one is the label"
+        for name, same in ambiguous(source.classes, classes).items()
+    ]
     if missing:
         notes.append(
             f"{len(missing)} of {len(classes)} classes not in the data: {shortened(missing)}"
@@ -162,6 +170,28 @@ def match_classes(source: Source, classes: Sequence[str]) -> tuple[Source, tuple
         notes.append(f"left out {left_out} examples of unknown classes: {shortened(extra)}")
     known = replace(select(source, kept), labels=labels[kept], classes=tuple(classes))
     return known, tuple(notes)
+
+
+def ambiguous(found: Sequence[str], classes: Sequence[str]) -> dict[str, list[int]]:
+    """The names of which a network has more classes than the data, and their indices.
+
+    ImageNet has two cranes and two maillots.
+    """
+    same: dict[str, list[int]] = {}
+    for index, name in enumerate(classes):
+        same.setdefault(name, []).append(index)
+    given = Counter(found)
+    return {name: indices for name, indices in same.items() if 0 < given[name] < len(indices)}
+
+
+def _numbered(names: Sequence[str]) -> list[tuple[str, int]]:
+    """Each name, and how often it occurred before."""
+    before: Counter[str] = Counter()
+    numbered = []
+    for name in names:
+        numbered.append((name, before[name]))
+        before[name] += 1
+    return numbered
 
 
 def split_by_content(source: Source, where: str, val_fraction: float) -> Splits:

@@ -93,7 +93,8 @@ def _validation(parts: _Parts) -> Source | None:
 def _trainable(source: Source, where: str) -> tuple[Source, list[str]]:
     unlabelled = np.count_nonzero(source.labels < 0)
     unused = without_example(source)
-    used = [name for name in source.classes if name not in unused]
+    labels = set(source.labels.tolist())
+    used = [name for index, name in enumerate(source.classes) if index in labels]
     if len(used) < 2:
         raise RequestError(
             f"{where} has examples of these classes: {shortened(used)}; training needs two or more"

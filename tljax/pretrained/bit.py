@@ -66,6 +66,7 @@ def huggingface_config(name: str) -> Config:
         "embedding_dynamic_padding": False,
         "num_groups": 32,
         "output_stride": 32,
+        "width_factor": 1,
     }
 
 

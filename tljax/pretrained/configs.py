@@ -26,6 +26,20 @@ _PILLOW_FILTERS = {2: "bilinear", 3: "bicubic"}
 _PROCESSORS = {"ConvNext": 3, "Bit": 3, "CLIP": 3, "MobileNetV1": 2, "MobileNetV2": 2}
 _OWN_PROCESSORS = {"mobilenet_v1": "MobileNetV1", "mobilenet_v2": "MobileNetV2"}
 
+# Of timm's arguments: which values are those of the networks that we build. Those of the second
+# line change nothing in evaluation, or the tensors tell.
+_ARGUMENTS = {
+    "aa_layer": (None,),
+    "features_only": (False,),
+    "global_pool": ("avg", "fast", "fastavg"),
+    "in_chans": (3,),
+    "output_stride": (32,),
+}
+_HARMLESS_ARGUMENTS = (
+    *("num_classes", "drop_rate", "drop_path_rate", "drop_block_rate", "bn_momentum"),
+    *("zero_init_last", "aux_logits", "pretrained", "checkpoint_path", "scriptable", "exportable"),
+)
+
 # From this size on transformers' ConvNext processor resizes to a square without regard to shape.
 _SQUASHED = 384
 
@@ -57,7 +71,10 @@ def read_configs(folder: Path, model: Model) -> Described:
     """
     config = _read(folder / "config.json")
     timm = config.section("pretrained_cfg")
+    if not timm.values and "input_size" in config.values:  # as timm wrote it at first
+        timm = config
     _check_architecture(config, model.name)
+    _check_outputs(config, model.num_classes)
     processor = _read(folder / "preprocessor_config.json")
     preprocess = None
     if timm.values:
@@ -67,16 +84,26 @@ def read_configs(folder: Path, model: Model) -> Described:
         preprocess = _huggingface_preprocess(processor, own)
     source = timm if timm.values else config
     licence = source.get("license", lambda value: isinstance(value, str), "a text", "unknown")
-    return Described(_classes(config, model.num_classes), preprocess, licence)
+    return Described(_classes(config, timm, model.num_classes), preprocess, licence)
 
 
 def read_architecture(folder: Path) -> str | None:
     """The network that timm's config.json names, if we have one of that name.
 
     Two networks may differ in geometry alone, and then their tensors do not tell which it is.
+
+    Raises:
+        RequestError: the network was built with arguments that make another one of it.
     """
-    name = _read(folder / "config.json").values.get("architecture")
-    return name if isinstance(name, str) and name in MODELS else None
+    config = _read(folder / "config.json")
+    _check_arguments(config)
+    said = config.values.get("architecture")
+    names = {
+        layout.config(name).get("architecture"): name
+        for name in MODELS
+        for layout in LAYOUTS[name].values()
+    }
+    return names.get(said) if isinstance(said, str) else None
 
 
 def write_configs(folder: Path, model: Model, classes: tuple[str, ...]) -> None:
@@ -165,21 +192,54 @@ def _check_architecture(config: _Section, name: str) -> None:
         for key, value in layout.config(name).items()
         if key != "architectures"  # the backbone is the same with another head
     }
-    for key, expected in own.items():
-        value = config.values.get(key)
-        if value not in (None, expected):
+    for key, expected in {**own, "auto_map": None}.items():
+        value = config.values.get(key, expected)
+        if value != expected:
             raise RequestError(
                 f"{config.where}: the tensors are those of {name}, but {key} is "
                 f"{reprlib.repr(value)}; tljax builds only the network where it is {expected!r}"
             )
 
 
+def _check_arguments(config: _Section) -> None:
+    """Refuses what timm was asked to build otherwise than it does by default."""
+    arguments, cfg = config.section("model_args"), config.section("pretrained_cfg")
+    said = [(arguments.where, key, value) for key, value in arguments.values.items()]
+    said += [(x.where, "global_pool", x.values.get("global_pool", "avg")) for x in (config, cfg)]
+    for where, key, value in said:
+        built = _ARGUMENTS.get(key, ())
+        if key not in _HARMLESS_ARGUMENTS and value not in built:
+            only = f"where it is {built[0]!r}" if built else "that timm builds without it"
+            raise RequestError(
+                f"{where}: {key} is {reprlib.repr(value)}; tljax builds only the network {only}; "
+                "remove it if it changes nothing"
+            )
+
+
+def _check_outputs(config: _Section, count: int) -> None:
+    """Refuses outputs that are not the logits of classes that exclude each other."""
+    for key in ("num_classes", "num_labels"):
+        if config.values.get(key) not in (None, 0, count):
+            said = reprlib.repr(config.values[key])
+            raise config.refusal(f"{key} is {said}, but the head has {count} outputs; correct it")
+    problem = config.values.get("problem_type")
+    if problem is None and count == 1 and "model_type" in config.values:
+        problem = "regression"  # which transformers makes of one output
+    known = "multi_label_classification" if count == 1 else "single_label_classification"
+    if problem not in (None, known):
+        raise config.refusal(
+            f"problem_type is {reprlib.repr(problem)} with {count} outputs; tljax takes them for "
+            f"{known}; correct it"
+        )
+
+
 # --- classes -------------------------------------------------------------------------------------
 
 
-def _classes(config: _Section, count: int) -> tuple[str, ...]:
+def _classes(config: _Section, timm: _Section, count: int) -> tuple[str, ...]:
     by_index = config.get("id2label", lambda value: isinstance(value, dict), "an object", {})
-    in_order = config.get("label_names", lambda value: isinstance(value, list), "a list", [])
+    section = config if "label_names" in config.values else timm
+    in_order = section.get("label_names", lambda value: isinstance(value, list), "a list", [])
     if len(by_index) == count:
         names = [by_index.get(str(i)) for i in range(count)]
     elif len(in_order) == count:
@@ -201,7 +261,7 @@ def _timm_preprocess(cfg: _Section) -> Preprocess:
     cfg.get("crop_mode", lambda value: value == "center", "'center'", "center")
     _, size, _ = cfg.get(
         "input_size",
-        lambda v: isinstance(v, list) and len(v) == 3 and _is_side(v[1]) and v[1] == v[2],
+        lambda v: isinstance(v, list) and v[:1] == [3] and _is_side(v[-1]) and v[1:] == v[-1:] * 2,
         "[3, n, n] with n in pixels",
     )
     interpolation = cfg.get(

@@ -27,9 +27,14 @@ def timm_config(name: str) -> Config:
     return {"architecture": f"tf_{name}"}
 
 
+def timm_twins(name: str) -> tuple[str, ...]:
+    """Timm's other port, which pads as torch does; it has the name that we gave to this one."""
+    return (f"timm's {name} (this is timm's tf_{name})",)
+
+
 LAYOUTS: dict[str, dict[str, Layout]] = {
     name: {
-        "timm": Layout(timm, config=timm_config),
+        "timm": Layout(timm, config=timm_config, twins=timm_twins),
         "efficientnet_pytorch": Layout(efficientnet_pytorch, config=timm_config),
     }
     for name in VARIANTS

@@ -63,7 +63,8 @@ class Tensors(NamedTuple):
 
     Attributes:
         arrays: the tensors by key; read-only.
-        metadata: the free text of a safetensors header; empty for other formats.
+        metadata: the free text of a safetensors header; of a whole model of Keras its
+            configuration, under ``keras``; empty for other formats.
     """
 
     arrays: dict[str, np.ndarray]
@@ -271,7 +272,8 @@ def _parse(path: Path, data: mmap.mmap) -> Tensors:
     if _is_safetensors(data):
         return _read_safetensors(path, data)
     if span := keras_file.hdf5_span(data):
-        return Tensors(keras_file.read(data, span), {})
+        graph = keras_file.configuration(data, span)
+        return Tensors(keras_file.read(data, span), {"keras": graph} if graph else {})
     if torch_file.is_torch(data):
         return Tensors(torch_file.read(data), {})
     for beginning, problem in _NOT_WEIGHTS.items():

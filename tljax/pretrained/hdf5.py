@@ -82,18 +82,18 @@ class File:
             raise DamagedError("something in it lies beyond its end")
         return self.data[self.span.start + at : self.span.start + at + size]
 
-    def text(self, at: int, end: int) -> str:
+    def text(self, at: int, end: int, most: int = _MAX_TEXT) -> str:
         """The text at an address, up to a zero."""
         self.read(at, 0)
-        text = self.read(at, min(end, at + _MAX_TEXT, len(self.span)) - at)
+        text = self.read(at, min(end, at + most, len(self.span)) - at)
         return _decoded(text.partition(b"\0")[0])
 
-    def in_heap(self, heap: int, index: int, size: int) -> bytes:
+    def in_heap(self, heap: int, index: int, size: int, most: int = _MAX_TEXT) -> bytes:
         """An object of a global heap, where texts of any length are kept."""
         if heap not in self._heaps:
             self._heaps[heap] = self._global_heap(heap)
         span = self._heaps[heap].get(index, range(0))
-        if size > min(len(span), _MAX_TEXT):
+        if size > min(len(span), most):
             raise DamagedError("a text in it is lost")
         return self.read(span.start, size)
 
@@ -234,10 +234,11 @@ class Object:
         if kind % 16 not in (_STRING, _VARIABLE) or size == 0 or count * size > len(values):
             raise DamagedError("an attribute is no text")
         places = range(values.start, values.start + count * size, size)
+        most = len(file.span) if count == 1 else _MAX_TEXT  # a name, or a model's configuration
         if kind % 16 == _STRING:
-            return [file.text(at, at + size) for at in places]
+            return [file.text(at, at + size, most) for at in places]
         return [
-            _decoded(file.in_heap(heap, index, length))
+            _decoded(file.in_heap(heap, index, length, most))
             for length, heap, index in (file.unpack("<IQI", at) for at in places)
         ]
 

@@ -7,8 +7,8 @@ counts the layers of each class; and its ``.keras``, a zip archive with such a f
 Names of layers and weights changed over the years, and automatic ones depend on what else a process
 had built, so Keras itself goes by the order of the layers. So do we, and the keys are the same for
 all three: the class of a layer, counted as ``.weights.h5`` counts it, and the weight, as in
-``conv2d_3/kernel`` and ``batch_normalization/moving_variance``. Nothing in a file is run: of a
-whole model the weights are read, not its configuration.
+``conv2d_3/kernel`` and ``batch_normalization/moving_variance``. Nothing in a file is run: the
+configuration of a whole model is data, too (see `keras_graph`).
 """
 
 import mmap
@@ -84,6 +84,17 @@ def read(data: mmap.mmap, span: range) -> dict[str, np.ndarray]:
     if sum(array.nbytes for array in arrays.values()) > len(span):
         raise DamagedError("it holds more than it could")
     return arrays
+
+
+def configuration(data: mmap.mmap, span: range) -> str | None:
+    """The JSON that describes the graph of a whole model; None where weights are alone.
+
+    Raises: as `read`.
+    """
+    if is_zip(data):
+        place = zip_spans(data).get("config.json", range(0))
+        return data[place.start : place.stop].decode() or None
+    return (File(data, span).root.texts("model_config") or [None])[0]
 
 
 def _texts(group: Object, name: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from itertools import takewhile
@@ -25,7 +26,8 @@ from tljax.pretrained.formats import (
     write_torch,
 )
 from tljax.pretrained.keras import layer_names
-from tljax.pretrained.layouts import check, layout_rules
+from tljax.pretrained.keras_graph import read_graph
+from tljax.pretrained.layouts import LAYOUTS, Identity, check, layout_rules
 from tljax.pretrained.rules import Rule, apply_rules, compare, invert_rules
 from tljax.trees import flatten
 from tljax.types import NORMALIZATIONS, Preprocess, Variables
@@ -41,6 +43,7 @@ class Card:
         licence: SPDX identifier, or "unknown".
         sha256: of the file that was read; of the pretrained file for a fine-tuned network.
         layout: the keys that the file had: one of `LAYOUTS`, or ``tljax``.
+        notes: remarks for a person on what was assumed, one line each; they are not saved.
     """
 
     classes: tuple[str, ...]
@@ -48,16 +51,21 @@ class Card:
     licence: str
     sha256: str
     layout: str
+    notes: tuple[str, ...] = ()
 
     def index_of(self, name: str) -> int:
-        """The logit of a class, by the class's name or by the index itself.
+        """The logit of a class, by the class's name or, if none is called so, by its index.
 
         Raises:
-            RequestError: there is no such class; the message names the nearest.
+            RequestError: there is no such class, or there are several; the message names the
+                nearest, or their indices.
         """
-        if name.isdecimal() and int(name) < len(self.classes):
+        found = [i for i, known in enumerate(self.classes) if known == name]
+        found = found or [
+            i for i, known in enumerate(self.classes) if known.lower() == name.lower()
+        ]
+        if not found and name.isdecimal() and int(name) < len(self.classes):
             return int(name)
-        found = [i for i, known in enumerate(self.classes) if known.lower() == name.lower()]
         if len(found) == 1:
             return found[0]
         if found:  # ImageNet has two cranes and two maillots
@@ -66,6 +74,10 @@ class Card:
         near = get_close_matches(name, self.classes, n=1)
         hint = f"did you mean {near[0]}?" if near else "`tljax.load_pretrained` lists card.classes"
         raise RequestError(f"no class is called '{name}' among {len(self.classes)}; {hint}")
+
+
+def _positions(names: Sequence[str], name: str) -> list[int]:
+    return [i for i, known in enumerate(names) if known == name]
 
 
 class Pretrained(NamedTuple):
@@ -94,18 +106,22 @@ def load_pretrained(
             ``timm/resnet50.tv_in1k``); a file or its URL (safetensors, ``.pth``, ``.h5``,
             ``.keras``; also xz-compressed); a folder written by ``save_pretrained``; a run
             directory of ``scripts/train.py``.
-        model: the architecture that the weights must be; by default any.
+        model: the architecture that the weights must be; by default any. A bare file whose tensors
+            fit two networks does not say which it is.
         normalization: of `NORMALIZATIONS`, what a bare file expects, which says nothing of it; by
             default what is usual for its architecture and format.
 
     Returns:
-        The model with the preprocessing that the weights expect.
+        The model with the preprocessing that the weights expect. Its softmax is what the weights
+        say of an image: of a head with one output, read as a sigmoid, it has two classes.
 
     Raises:
-        RequestError: nothing is found under that name, it cannot be fetched, or does not fit; or
-            the weights say that they expect another normalization.
+        RequestError: nothing is found under that name, it cannot be fetched, or does not fit, or
+            fits two networks; it says of itself that it computes something that we do not build, or
+            expects another normalization.
     """
     found, says_preprocess = _find(weights, model)
+    found = _with_two_classes(found)
     if normalization is None:
         return found
     if normalization not in NORMALIZATIONS:
@@ -148,6 +164,23 @@ def _find(weights: str | Path, model: str | None) -> tuple[Pretrained, bool]:
     raise RequestError(f"no weights are called '{name}' and no such file exists; {hint}")
 
 
+def _with_two_classes(found: Pretrained) -> Pretrained:
+    """A sigmoid of one logit is the softmax of it and of 0."""
+    model, variables, card = found
+    if model.num_classes != 1:
+        return found
+    model, _ = replace_head(model, variables, 2)
+    head = {k: np.insert(leaf, 0, 0, axis=-1) for k, leaf in variables["params"]["head"].items()}
+    [name] = card.classes
+    classes = default_classes(2) if (name,) == default_classes(1) else (f"not {name}", name)
+    note = f"{card.source}: its one output is taken for the logit of '{classes[1]}', by a sigmoid"
+    return Pretrained(
+        model,
+        {**variables, "params": {**variables["params"], "head": head}},
+        replace(card, classes=classes, notes=(*card.notes, note)),
+    )
+
+
 def _load_catalog(name: str, entry: Entry, model: str | None) -> Pretrained:
     if model not in (None, entry.model):
         raise RequestError(f"{name} holds {entry.model}, not {model}")
@@ -167,7 +200,8 @@ def _load_folder(folder: Path, name: str, model: str | None) -> tuple[Pretrained
     if not files:
         expected = ", ".join(_WEIGHT_FILES)
         raise RequestError(f"{folder} is neither a run directory nor a saved model: no {expected}")
-    loaded, says_all = _load_file(files[0], name, model or read_architecture(folder))
+    architecture = read_architecture(folder)
+    loaded, says_all = _load_file(files[0], name, model or architecture)
     if says_all:
         return loaded, True
     said = read_configs(folder, loaded.model)
@@ -195,8 +229,31 @@ def _load_file(path: Path, name: str, model: str | None) -> tuple[Pretrained, bo
     rules = layout_rules(found.model.name, found.layout)
     variables = apply_rules(rules, tensors.arrays, abstract_variables(found.model))
     classes = default_classes(found.model.num_classes)
-    card = Card(classes, name, "unknown", sha256(path), found.layout)
+    notes = _twins(found, name) if model is None else ()
+    card = Card(classes, name, "unknown", sha256(path), found.layout, notes)
+    if graph := tensors.metadata.get("keras"):
+        built, says_preprocess = read_graph(graph, name, found.model)
+        return Pretrained(built, variables, card), says_preprocess
     return Pretrained(found.model, variables, card), False
+
+
+def _twins(found: Identity, where: str) -> tuple[str, ...]:
+    """A word on the other networks that have the same tensors; if we have them, an error."""
+    name = found.model.name
+    twins = LAYOUTS[name][found.layout].twins(name)
+    if known := [twin for twin in twins if twin in MODELS]:
+        raise RequestError(
+            f"{where} has the tensors of {name} and of {' and '.join(known)}, which compute "
+            f"different things; say which it is: --model {' or --model '.join((name, *known))} "
+            "(model= in Python)"
+        )
+    if not twins:
+        return ()
+    note = (
+        f"{where} is taken for {name}; its tensors fit {' and '.join(twins)} as well, which tljax "
+        f"does not build (--model {name} says that it is none)"
+    )
+    return (note,)
 
 
 # --- our own format: safetensors whose keys are our paths, with the card in the header -----------
@@ -237,13 +294,15 @@ def save(path: Path, pretrained: Pretrained) -> None:
     The model comes back equal: its preprocessing, compute dtype and the dropout of its head too.
     """
     model, variables, card = pretrained
+    about = {**asdict(card), "layout": "tljax"}
+    del about["notes"]
     header = {
         "model": model.name,
         "dtype": model.dtype,
         "dropout": model.stages[-1].module.dropout,  # pyright: ignore[reportAttributeAccessIssue]
         "head_after": _head_after(model),
         "preprocess": asdict(model.preprocess),
-        "card": {**asdict(card), "layout": "tljax"},
+        "card": about,
     }
     flat = {key: np.asarray(value) for key, value in flatten(variables).items()}
     write_safetensors(path, flat, {"tljax": json.dumps(header)})

@@ -187,7 +187,13 @@ def _layouts(name: str) -> dict[str, Layout]:
         return {"timm": Layout(timm_v2), "torchvision": Layout(torchvision_v2, Preprocess())}
     if name.startswith("tv_"):
         return {"torchvision": Layout(torchvision_v3)}
-    return {"timm": Layout(timm_v3)}
+    return {"timm": Layout(timm_v3, twins=_twins_v3)}
+
+
+def _twins_v3(name: str) -> tuple[str, ...]:
+    """The same widths with the geometry of TensorFlow, or with that of torch."""
+    twin = name.removeprefix("tf_") if name.startswith("tf_") else f"tf_{name}"
+    return (twin,) if twin in V3_VARIANTS else ()
 
 
 LAYOUTS: dict[str, dict[str, Layout]] = {

@@ -119,12 +119,15 @@ class Layout(NamedTuple):
         ignore: beginnings of keys that may be there and are dropped: an auxiliary head.
         config: from the name of a model to what config.json has to say of it, if it says anything:
             tensors do not tell geometry. For ``huggingface`` it is also what export writes.
+        twins: from the name of a model to the networks that have the same tensors in this layout
+            and compute something else; we need not have them.
     """
 
     table: Callable[[str], Rules]
     preprocess: Preprocess | None = None
     ignore: tuple[str, ...] = ()
     config: Callable[[str], Config] = timm_config
+    twins: Callable[[str], tuple[str, ...]] = lambda _: ()
 
 
 class Difference(NamedTuple):

@@ -3,6 +3,7 @@
 torch and transformers (or torchvision), or keras, are needed for this and for nothing else.
 """
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,11 +11,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tljax.errors import RequestError
-from tljax.models import layer_outputs, normalize
+from tljax.models import Model, layer_outputs, normalize, replace_head
 from tljax.pretrained import verify_keras
 from tljax.pretrained.catalog import CATALOG
 from tljax.pretrained.fetch import fetch
 from tljax.pretrained.formats import read_tensors
+from tljax.pretrained.keras_graph import Graph
 from tljax.pretrained.layouts import LAYOUTS, layout_rules
 from tljax.pretrained.load import Pretrained
 from tljax.pretrained.rules import Rules, invert_rules
@@ -71,10 +73,10 @@ def _images(shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _with_torch(pretrained: Pretrained, reference: str | None) -> Iterator[LayerDifference]:
-    model, variables, _ = pretrained
     network, layout = _reference(pretrained, reference)
-    rules = layout_rules(model.name, layout)
+    rules = layout_rules(pretrained.model.name, layout)
     tensors = {key: value.numpy() for key, value in network.state_dict().items()}
+    model, variables = _with_outputs(pretrained, rules, tensors)
     wrong = _compare_tensors(rules, tensors, variables)
     for shape in INPUTS:
         images = _images(shape)
@@ -84,18 +86,15 @@ def _with_torch(pretrained: Pretrained, reference: str | None) -> Iterator[Layer
 
 
 def _with_keras(pretrained: Pretrained, reference: str | None) -> Iterator[LayerDifference]:
-    model, variables, card = pretrained
+    model, _, card = pretrained
     if "keras" not in LAYOUTS[model.name]:
         raise RequestError(f"keras.applications has no {model.name}; leave --reference out")
-    weights = _file(reference or card.source)
-    # Only maps of 7x7 fit the hidden layers of Keras' VGG.
-    shapes = ((2, 224, 224, 3), (2, 225, 253, 3)) if model.name.startswith("vgg") else INPUTS
-    for shape in shapes:
-        images = _images(shape)
-        network = verify_keras.application(model, shape[1:3], weights)
+    rules = layout_rules(model.name, "keras")
+    for network, pixels, images in _keras_networks(model, _file(reference or card.source)):
         tensors = verify_keras.tensors(model, network)
-        wrong = _compare_tensors(layout_rules(model.name, "keras"), tensors, variables)
-        theirs = verify_keras.outputs(model, network, images)
+        model, variables = _with_outputs(pretrained, rules, tensors)
+        wrong = _compare_tensors(rules, tensors, variables)
+        theirs = verify_keras.outputs(model, network, pixels)
         for layer, value in layer_outputs(model, variables, images).items():
             if layer in theirs:
                 ours = np.asarray(theirs[layer].activation(value))
@@ -103,6 +102,38 @@ def _with_keras(pretrained: Pretrained, reference: str | None) -> Iterator[Layer
                 if expected.shape[1:3] == (1, 1):  # a vector, for Keras' MobileNets
                     ours, expected = ours.reshape(len(ours), -1), expected.reshape(len(ours), -1)
                 yield _compare_layer(layer, ours, expected, wrong.get(layer, ""))
+
+
+def _keras_networks(model: Model, weights: Path) -> Iterator[tuple[Any, np.ndarray, np.ndarray]]:
+    """A network, its input, and ours: of a whole model its own graph at its own size."""
+    if graph := read_tensors(weights).metadata.get("keras"):
+        network = verify_keras.whole(weights)
+        images = _images((2, *(side or 97 for side in network.input_shape[1:3]), 3))
+        scales = Graph(json.loads(graph), same=False).scaling != (1.0, 0.0)
+        yield network, images.astype(np.float32) if scales else _pixels(model, images), images
+        return
+    # Only maps of 7x7 fit the hidden layers of Keras' VGG.
+    shapes = ((2, 224, 224, 3), (2, 225, 253, 3)) if model.name.startswith("vgg") else INPUTS
+    for images in map(_images, shapes):
+        network = verify_keras.application(model, images.shape[1:3], weights)
+        yield network, _pixels(model, images), images
+
+
+def _pixels(model: Model, images: np.ndarray) -> np.ndarray:
+    return np.asarray(normalize(images, model.preprocess))
+
+
+def _with_outputs(
+    pretrained: Pretrained, rules: Rules, theirs: Mapping[str, np.ndarray]
+) -> tuple[Model, Variables]:
+    """The port with a head of one output where the reference has one, of which we made two."""
+    model, variables, _ = pretrained
+    key = next(rule.key for rule in rules if rule.path == "params/head/bias")
+    if theirs[key].size == model.num_classes or theirs[key].size != 1:
+        return model, variables
+    head = {k: x[..., 1:] - x[..., :1] for k, x in variables["params"]["head"].items()}
+    model, _ = replace_head(model, variables, 1)
+    return model, {**variables, "params": {**variables["params"], "head": head}}
 
 
 def _file(source: str) -> Path:
@@ -160,8 +191,13 @@ def _torchvision(pretrained: Pretrained) -> Any:
             f"{card.source} has torchvision's keys and torchvision does not import here; "
             "name another --reference, a folder or hub id that transformers can load"
         ) from None
-    network = getattr(torchvision.models, model.name)(num_classes=model.num_classes)
     arrays = read_tensors(_file(card.source)).arrays
+    head = next(
+        rule.key
+        for rule in layout_rules(model.name, "torchvision")
+        if rule.path == "params/head/bias"
+    )
+    network = getattr(torchvision.models, model.name)(num_classes=arrays[head].size)
     network.load_state_dict({key: torch.from_numpy(np.array(a)) for key, a in arrays.items()})
     return network
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tljax.errors import RequestError
-from tljax.models import Model, normalize
+from tljax.models import Model
 from tljax.pretrained.keras import layer_names
 from tljax.pretrained.layouts import layout_rules
 
@@ -40,13 +40,7 @@ def application(model: Model, size: tuple[int, int], weights: Path | None) -> An
     Raises:
         RequestError: keras is not installed, or cannot load the file.
     """
-    os.environ.setdefault("KERAS_BACKEND", "jax")  # it is read when keras is imported
-    try:
-        import keras  # noqa: PLC0415
-    except ImportError:
-        raise RequestError(
-            "verifying needs a reference implementation: pip install keras"
-        ) from None
+    keras = _keras()
     name, width = model.name, {}
     if found := re.fullmatch(r"(.*)_(\d{3})", model.name):
         name, width = found[1], {"alpha": int(found[2]) / 100}
@@ -65,6 +59,32 @@ def application(model: Model, size: tuple[int, int], weights: Path | None) -> An
         raise RequestError(f"keras cannot load {weights}: {reason}") from None
 
 
+def whole(path: Path) -> Any:
+    """The Keras model that a file holds, graph and all, up to the logits.
+
+    Raises:
+        RequestError: keras is not installed, or cannot load the file.
+    """
+    try:
+        network = _keras().models.load_model(path, compile=False)
+    except (OSError, ValueError, TypeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise RequestError(f"keras cannot load {path}: {reason}") from None
+    _weighted(network)[-1].activation = _keras().activations.linear  # a softmax hides differences
+    return network
+
+
+def _keras() -> Any:
+    os.environ.setdefault("KERAS_BACKEND", "jax")  # it is read when keras is imported
+    try:
+        import keras  # noqa: PLC0415
+    except ImportError:
+        raise RequestError(
+            "verifying needs a reference implementation: pip install keras"
+        ) from None
+    return keras
+
+
 def _weighted(network: Any) -> list[Any]:
     """The layers in the order of our table."""
     return [layer for layer in network.layers if layer.weights]
@@ -79,10 +99,8 @@ def tensors(model: Model, network: Any) -> dict[str, np.ndarray]:
     }
 
 
-def outputs(model: Model, network: Any, images: np.ndarray) -> dict[str, Layer]:
+def outputs(model: Model, network: Any, pixels: np.ndarray) -> dict[str, Layer]:
     """The output of every layer that has weights, by our path; of a `ConvNorm`, its norm's."""
-    import keras  # noqa: PLC0415
-
     layers = dict(zip(layer_names(model.name), _weighted(network), strict=True))
     of_path = {
         path.partition("/")[2].rpartition("/")[0]: layers[key.partition("/")[0]]
@@ -92,9 +110,8 @@ def outputs(model: Model, network: Any, images: np.ndarray) -> dict[str, Layer]:
     of_path = {
         path: layer for path, layer in of_path.items() if type(layer).__name__ != "SeparableConv2D"
     }
-    intermediate = keras.Model(network.input, [layer.output for layer in of_path.values()])
-    pixels = np.asarray(normalize(images, model.preprocess))
-    values = intermediate.predict(pixels, verbose=0)  # pyright: ignore[reportArgumentType]
+    intermediate = _keras().Model(network.input, [layer.output for layer in of_path.values()])
+    values = intermediate.predict(pixels, verbose=0)
     return {
         path: Layer(np.asarray(value), getattr(layer, "activation", lambda x: x))
         for (path, layer), value in zip(of_path.items(), values, strict=True)

@@ -16,7 +16,7 @@ from tljax.attack.contract import Attack, LogitsFn
 from tljax.attack.evaluate import Robustness, Share, share
 from tljax.config import Loading
 from tljax.data.loader import load_batches
-from tljax.data.sources import Source, match_classes, select
+from tljax.data.sources import Source, ambiguous, match_classes, select
 from tljax.errors import RequestError
 from tljax.models import Model, apply
 from tljax.parallel import data_mesh
@@ -25,6 +25,7 @@ from tljax.pretrained.catalog import names_like
 from tljax.progress import track
 from tljax.report.figures import robustness_curve, write_figure
 from tljax.report.gallery import Picture, grid, write_png
+from tljax.transfer.evaluate import settle
 from tljax.transfer.rundir import skipped_lines
 from tljax.types import Variables
 
@@ -146,8 +147,11 @@ def read_victims(
     """
     model, _, card = network
     notes: list[str] = []
+    same: dict[str, list[int]] = {}
     if source.classes:
-        matched, remarks = match_classes(source, names_like(card.classes, source.classes))
+        names = names_like(card.classes, source.classes)
+        same = ambiguous(source.classes, names)
+        matched, remarks = match_classes(source, names)
         source, notes = matched, list(remarks)
     if count is not None and count < len(source):
         chosen = np.random.default_rng(seed).choice(len(source), count, replace=False)
@@ -168,6 +172,8 @@ def read_victims(
         labels = np.asarray(batch.labels)
         if not source.classes:
             labels = np.asarray(_predict(see, batch.images).argmax(-1))
+        elif same:
+            labels = settle(labels, np.asarray(_predict(see, batch.images)), same)
         parts.append([np.asarray(a)[batch.mask] for a in (batch.images, labels, batch.indices)])
     images, labels, indices = map(np.concatenate, zip(*parts, strict=True))
     notes += skipped_lines(source, skipped)

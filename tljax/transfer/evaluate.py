@@ -1,5 +1,6 @@
 """From logits to accuracies, a confusion matrix and the worst mistakes."""
 
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -38,6 +39,21 @@ class Evaluation(NamedTuple):
         """Rows of the wrong predictions, the most confident first."""
         wrong = np.flatnonzero(self.predicted != self.labels)
         return wrong[np.argsort(-self.probability[wrong], kind="stable")][:count]
+
+
+def settle(labels: np.ndarray, logits: np.ndarray, same: Mapping[str, Sequence[int]]) -> np.ndarray:
+    """Labels that stand for any of several classes, as the most probable one of them.
+
+    Args:
+        labels: ``[n]`` class indices.
+        logits: ``[n, classes]``.
+        same: the classes of one name (see `ambiguous`), by that.
+    """
+    labels = labels.copy()
+    for indices in same.values():
+        rows = np.isin(labels, indices)
+        labels[rows] = np.take(indices, logits[rows][:, indices].argmax(1))
+    return labels
 
 
 def evaluate(logits: Features) -> Evaluation:

@@ -1,0 +1,224 @@
+"""What a whole model of Keras says of its graph: computed as Keras does, or refused by name."""
+
+import copy
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import keras
+import numpy as np
+import pytest
+from networks import difference, random_images, run
+from references.keras import APPLICATIONS, network, randomize
+
+from tljax.errors import RequestError
+from tljax.models import build_model
+from tljax.pretrained import load_pretrained
+from tljax.pretrained.keras_graph import Graph, _graphs, read_graph
+from tljax.pretrained.verify import TOLERANCE, verify
+
+layers = keras.layers
+IMAGES = random_images(3, 32, 32)
+NAME = "tf_mobilenetv2_035"
+
+
+def build(
+    head: Callable[[Any], Any], before: Callable[[Any], Any] = lambda image: image, **options: Any
+) -> Any:
+    """MobileNet v2 of width 0.35, flat, as Keras' guide to transfer learning builds it."""
+    image = keras.Input((32, 32, 3))
+    base = keras.applications.MobileNetV2(
+        weights=None,  # pyright: ignore[reportArgumentType]
+        include_top=False,
+        alpha=0.35,
+        input_tensor=before(image),
+        **options,
+    )
+    model = keras.Model(base.input, head(base.output))
+    randomize(model, ("_project_BN",))
+    return model
+
+
+def pooled(head: Any) -> Callable[[Any], Any]:
+    return lambda x: head(layers.Dropout(0.2)(layers.GlobalAveragePooling2D()(x)))
+
+
+def ready(pixels: np.ndarray) -> np.ndarray:
+    return pixels.astype(np.float32) / 127.5 - 1
+
+
+# --- what is built -------------------------------------------------------------------------------
+
+
+def augmented(image: Any) -> Any:
+    """Scaled by the graph itself, in two ways at once."""
+    image = layers.Rescaling(1 / 255, offset=0.1)(layers.RandomFlip()(image))
+    return keras.applications.mobilenet_v2.preprocess_input(image * 255)
+
+
+@pytest.mark.parametrize(
+    ("model", "pixels", "form"),
+    [
+        (build(pooled(layers.Dense(5))), ready(IMAGES), "keras"),
+        (build(pooled(layers.Dense(5)), augmented), IMAGES.astype(np.float32), "keras"),
+        (build(pooled(layers.Dense(1, "sigmoid"))), ready(IMAGES), "h5"),
+        (build(lambda x: layers.Softmax()(pooled(layers.Dense(5))(x))), ready(IMAGES), "keras"),
+    ],
+    ids=["linear", "scaled", "one output", "softmax as a layer"],
+)
+def test_probabilities_are_those_of_keras(
+    tmp_path: Path, model: Any, pixels: np.ndarray, form: str
+) -> None:
+    model.save(tmp_path / f"x.{form}")
+    found = load_pretrained(tmp_path / f"x.{form}")
+    assert (found.model.name, found.model.preprocess.size) == (NAME, 32)
+    logits = run(found.model, found.variables, IMAGES).logits
+    expected = model.predict(pixels, verbose=0)
+    if expected.shape[1] == 1:
+        expected, logits = np.concatenate([1 - expected, expected], 1), jax.nn.softmax(logits)
+        assert found.card.classes == ("class 0", "class 1")
+        assert "'class 1', by a sigmoid" in found.card.notes[0]
+    elif model.layers[-1].name.startswith("softmax"):
+        logits = jax.nn.softmax(logits)
+    assert difference(logits, expected) <= 1e-4
+    compared = verify(found)
+    assert len(compared) == 53
+    assert max(layer.difference for layer in compared) <= TOLERANCE
+
+
+def test_weights_that_are_scaled_say_so(tmp_path: Path) -> None:
+    build(pooled(layers.Dense(5)), layers.Rescaling(1 / 255)).save(tmp_path / "x.keras")
+    preprocess = load_pretrained(tmp_path / "x.keras").model.preprocess
+    np.testing.assert_allclose((preprocess.mean, preprocess.std), ((0, 0, 0), (1, 1, 1)))
+    with pytest.raises(RequestError, match="which is not the normalization 'tf'"):
+        load_pretrained(tmp_path / "x.keras", normalization="tf")
+
+
+# --- what is refused -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def config() -> dict[str, Any]:
+    return json.loads(build(pooled(layers.Dense(5, "softmax"))).to_json())
+
+
+def refusal(config: object, classes: int = 5) -> str:
+    text = config if isinstance(config, str) else json.dumps(config)
+    with pytest.raises(RequestError) as caught:
+        read_graph(text, "x.keras", build_model(NAME, classes))
+    message = str(caught.value)
+    assert message.startswith("x.keras: ")
+    assert "; tljax does not build that; weights alone (Keras' save_weights)" in message
+    assert "\n" not in message
+    assert len(message) < 400
+    return message
+
+
+@pytest.mark.parametrize(
+    ("layer", "changes", "message"),
+    [
+        ("Conv1_relu", {"max_value": 8.0}, "is ReLU(max_value=8), where NAME has relu6"),
+        ("Conv1_relu", {"max_value": None}, "is relu, where"),
+        ("block_3_expand_relu", {"negative_slope": 0.1}, "ReLU(max_value=6, negative_slope=0.1)"),
+        ("bn_Conv1", {"epsilon": 0.01}, "is BatchNormalization(epsilon=0.01), where"),
+        ("bn_Conv1", {"axis": 1}, "BatchNormalization(axis=1, epsilon=0.001)"),
+        ("bn_Conv1", {"center": False}, "BatchNormalization(center=False, epsilon=0.001)"),
+        ("block_2_depthwise", {"padding": "valid"}, "is DepthwiseConv2D, where"),
+        ("block_2_depthwise", {"dilation_rate": [2, 2]}, "dilation_rate=2"),
+        ("block_1_pad", {"padding": [[1, 1], [1, 1]]}, "is ZeroPadding2D(padding=1), where"),
+        ("block_1_depthwise", {"strides": [1, 1]}, "is ZeroPadding2D(padding=(0, 1)), where"),
+        ("Conv1", {"strides": [1, 1]}, "is Conv2D(padding='same'), where"),
+        ("Conv1", {"data_format": "channels_first"}, "data_format='channels_first'"),
+        ("Conv_1", {"activation": "gelu"}, "is gelu, where NAME has BatchNormalization"),
+        ("predictions", {"activation": "sigmoid"}, "its 5 outputs end in a sigmoid"),
+        ("predictions", {"activation": "relu"}, "is relu, where NAME has its end"),
+        ("Conv1", {"something": "new"}, "something='new'"),
+    ],
+)
+def test_a_layer_that_computes_something_else_is_named(
+    config: dict[str, Any], layer: str, changes: dict[str, Any], message: str
+) -> None:
+    changed = copy.deepcopy(config)
+    name = changed["config"]["layers"][-1]["name"] if layer == "predictions" else layer
+    [found] = [one for one in changed["config"]["layers"] if one["name"] == name]
+    found["config"] |= changes
+    said = refusal(changed)
+    assert message.replace("NAME", NAME) in said
+    assert layer in said or layer in ("predictions", "block_1_depthwise")
+
+
+@pytest.mark.parametrize(
+    ("model", "classes", "message"),
+    [
+        (lambda: build(layers.Dense(5), pooling="max"), 5, "is GlobalMaxPooling2D, where"),
+        (lambda: build(lambda x: layers.Dense(5)(layers.Flatten()(x))), 5, "is Dense, where"),
+        (lambda: build(pooled(layers.Dense(1, "softmax"))), 1, "a softmax, which is always 1"),
+        (lambda: build(pooled(layers.Dense(5)), layers.Resizing(32, 32)), 5, "is Resizing("),
+        (
+            lambda: build(pooled(layers.Dense(5)), layers.Normalization(mean=1.0, variance=2.0)),
+            5,
+            "is Norm",
+        ),
+        (lambda: build(lambda x: pooled(layers.Dense(5))(layers.ReLU()(x))), 5, "is relu, where"),
+    ],
+    ids=["max pooling", "flatten", "softmax of one", "resizing", "normalization", "one more ReLU"],
+)
+def test_another_graph_is_refused(model: Callable[[], Any], classes: int, message: str) -> None:
+    assert message in refusal(model().to_json(), classes)
+
+
+def test_activations_and_connections_are_looked_at(config: dict[str, Any]) -> None:
+    leaky, rewired = copy.deepcopy(config), copy.deepcopy(config)
+    [found] = [one for one in leaky["config"]["layers"] if one["name"] == "Conv1_relu"]
+    found |= {"class_name": "LeakyReLU", "config": {"name": "Conv1_relu", "negative_slope": 0.3}}
+    assert "'Conv1_relu' is LeakyReLU(negative_slope=0.3), where" in refusal(leaky)
+    text = json.dumps(rewired)
+    # The first addition takes the same map twice: no shortcut.
+    assert text.count('"block_2_add"') > 1
+    [found] = [one for one in rewired["config"]["layers"] if one["name"] == "block_2_add"]
+    tensors = found["inbound_nodes"][0]["args"][0]
+    tensors[0] = tensors[1]
+    assert "'block_2_add' reads other layers than in" in refusal(rewired)
+
+
+def test_configurations_that_cannot_be_followed(config: dict[str, Any]) -> None:
+    circle = copy.deepcopy(config)
+    first, second = circle["config"]["layers"][1:3]
+    first["inbound_nodes"][0]["args"][0]["config"]["keras_history"][0] = second["name"]
+    twice = copy.deepcopy(config)
+    twice["config"]["output_layers"] = [["Conv1", 0, 0], ["bn_Conv1", 0, 0]]
+    for wrong in ("", "{", "[]", "[" * 100_000, {}, {"class_name": "Functional"}, circle, twice):
+        assert "its graph cannot be followed (" in refusal(wrong)
+
+
+# --- the table -----------------------------------------------------------------------------------
+
+QUICK = ("keras_mobilenetv1_025", NAME)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(x, marks=[] if x in QUICK else pytest.mark.slow) for x in APPLICATIONS],
+)
+def test_the_table_holds_the_graphs_of_keras_applications(name: str) -> None:
+    """At an odd size, too, where that may be: some layers pad by it."""
+    size = (224, 224) if name.startswith("vgg") else (128, 97)
+    graph = Graph(json.loads(network(name, size).to_json()), same=name.startswith("tf_"))
+    found = [(step.what, step.inputs) for step in graph.steps]
+    table = _graphs()[re.sub(r"_\d{3}$", "", name)]
+    assert found == [(step.what, step.inputs) for step in table]
+    assert graph.size == size
+
+
+def test_a_graph_for_images_of_any_size_is_read() -> None:
+    base = keras.applications.MobileNetV2(
+        weights=None,  # pyright: ignore[reportArgumentType]
+        include_top=False,
+        alpha=0.35,
+    )
+    model = keras.Model(base.input, pooled(layers.Dense(5))(base.output))
+    built = build_model(NAME, 5)
+    assert read_graph(model.to_json(), "x.keras", built) == (built, False)
