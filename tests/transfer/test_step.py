@@ -430,14 +430,3 @@ def test_the_moving_average_is_its_formula(variables):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), state.average, expected
     )
-
-
-@pytest.mark.parametrize("parts", [1, 2])
-def test_a_batch_without_images_moves_no_statistics(variables, parts):
-    how = StepConfig(frozenset({"stem", "layer1"}), accumulate=parts)
-    step, state, frozen = set_up(
-        variables, OptimizerConfig("sgd", weight_decay=0.0), table=(("*", 1.0),), how=how
-    )
-    state = step(state, frozen, batch(masked=6), KEYS)
-    jax.tree.map(np.testing.assert_array_equal, state.batch_stats, variables["batch_stats"])
-    jax.tree.map(np.testing.assert_array_equal, state.params, variables["params"])
