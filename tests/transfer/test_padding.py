@@ -37,7 +37,7 @@ DEEP = Model(
 BODY = frozenset(DEEP.stage_names)
 KEYS = (epoch_key(0, 1), jax.random.key(1))
 # A step of this is the gradient of the mean loss.
-ONE: optax.GradientTransformation = optax.sgd(1.0)
+ONE = optax.sgd(1.0)
 
 
 def random_variables(dtype="float32"):
@@ -57,7 +57,7 @@ def batches(count, size=8, multiple=4):
         yield Batch(images[rows], labels[rows], rows >= 0, rows)
 
 
-def first(variables, optimizer=ONE, *, average=False):
+def first(variables, optimizer: optax.GradientTransformation = ONE, *, average=False):
     fresh = jax.tree.map(jnp.array, variables)
     return init_state(fresh["params"], fresh["batch_stats"], optimizer, average=average)
 
@@ -127,7 +127,6 @@ MIXED = AugmentConfig(crop=False, flip=False, mixup=0.4)
 HOW = {
     "batch statistics": StepConfig(TRAINED),
     "running statistics": StepConfig(),
-    "class weights": StepConfig(TRAINED, label_smoothing=0.1, class_weights=(0.5, 1.0, 2.0)),
     "mixup": StepConfig(TRAINED, augment=MIXED),
     "an adversary": StepConfig(TRAINED, adversary=AdversaryConfig("pgd", attack_steps=2)),
     "parts": StepConfig(TRAINED, accumulate=2),
@@ -150,6 +149,43 @@ def test_what_a_padded_row_holds_does_not_matter(how):
     assert np.any(results[0].params["head"]["kernel"])
     for other in results[1:]:
         jax.tree.map(np.testing.assert_array_equal, other, results[0])
+
+
+WEIGHED = StepConfig(TRAINED, label_smoothing=0.1, class_weights=(0.5, 1.0, 2.0))
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        replace(WEIGHED, augment=MIXED, accumulate=2),
+        replace(WEIGHED, adversary=AdversaryConfig("fast")),
+    ],
+    ids=["mixed", "attacked"],
+)
+def test_the_loss_that_is_logged_is_the_loss_that_is_minimised(how):
+    """Its slope along the step, by differences, is that of the step."""
+    with jax.enable_x64(True):
+        variables = jax.device_get(init(SMALL, jax.random.key(0)))
+        rng = np.random.default_rng(0)
+        variables = jax.tree.map(lambda x: x + rng.normal(0, 0.1, x.shape) ** 2, variables)
+        step = make_train_step(replace(SMALL, dtype="float64"), ONE, how)
+        (batch,) = batches(5)
+        if not how.augment:
+            batch = batch._replace(images=batch.images / 255)
+
+        def run(params):
+            return step(first({**variables, "params": params}), FROZEN, batch, KEYS)
+
+        def loss(params):
+            return run(params).metrics.means()["loss"]
+
+        start = variables["params"]
+        gradient = difference(start, run(start).params)
+        square = sum(np.sum(x**2) for x in jax.tree.leaves(gradient))
+        rise = loss(added([start, scaled(gradient, 1e-5)]))
+        fall = loss(added([start, scaled(gradient, -1e-5)]))
+        assert (rise - fall) / 2e-5 == pytest.approx(square, rel=1e-5)
+        assert square > 1e-3
 
 
 @pytest.mark.parametrize("parts", [1, 2])

@@ -51,7 +51,9 @@ class FitResult(NamedTuple):
         evaluation: of ``variables`` on the validation set.
         robust: of ``variables`` on the attacked validation set; None without an adversary.
         logits: of ``variables``, of the validation set.
-        history: one entry an epoch.
+        history: one entry an epoch. ``train_loss`` is what training minimises, weight decay left
+            aside; ``train_cross_entropy`` is the plain cross-entropy of the same images, as
+            ``val_loss`` is of the validation images.
         skipped: reason by position, for the unreadable images of train and val.
         config: as asked, with every default filled in.
     """
@@ -207,6 +209,7 @@ def _train(
             "epoch": passed,
             "learning_rate": float(np.asarray(schedule(int(state.step) - 1))),
             "train_loss": means["loss"],
+            "train_cross_entropy": means["cross_entropy"],
             "train_top1": means["top1"],
             **_scores(evaluation, _robust(setup, now)),
         }

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from tljax.models import Model, apply
 from tljax.transfer.adversary import attacked
 from tljax.transfer.freeze import combine
 from tljax.transfer.metrics import Metrics, measure
-from tljax.types import Array, Batch, Variables
+from tljax.types import Batch, Variables
 
 Tree = TypeVar("Tree")
 
@@ -214,5 +214,5 @@ def make_train_step(
     return jax.jit(step, donate_argnums=0)
 
 
-def _if(condition: Array, new: Tree, old: Tree) -> Tree:
+def _if(condition: Any, new: Tree, old: Tree) -> Tree:
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
