@@ -1,10 +1,13 @@
 """Where files go, and how they get there whole."""
 
 import errno
+import json
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from tljax.errors import RequestError
 
@@ -14,6 +17,19 @@ def cache_dir() -> Path:
     if chosen := os.environ.get("TLJAX_CACHE"):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tljax"
+
+
+def to_json(value: Any, **options: Any) -> str:
+    """JSON by `json.dumps`, with null for nan and the infinities, which JSON does not have."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, float):
+            return value if math.isfinite(value) else None
+        if isinstance(value, Mapping):
+            return {key: finite(item) for key, item in value.items()}
+        return [finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+    return json.dumps(finite(value), allow_nan=False, **options)
 
 
 @contextmanager
