@@ -64,18 +64,35 @@ def test_every_network_has_the_same_name_in_every_process():
     assert found == first["efficientnet_lite0"]
 
 
-def test_another_byte_of_the_code_is_another_name(tmp_path):
-    shutil.copytree(
-        Path(tljax.__file__).parent,
-        tmp_path / "tljax",
-        ignore=shutil.ignore_patterns("__pycache__"),
-    )
-    found = [names(["efficientnet_lite0"], "1", tmp_path)]
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A copy of the package, whose files are read instead of its own."""
+    root = Path(tljax.__file__).parent
+    shutil.copytree(root, tmp_path / "tljax", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(tljax, "__file__", str(tmp_path / "tljax" / "__init__.py"))
+    yield tmp_path / "tljax"
+    monkeypatch.undo()
+    forget()
+
+
+def forget():
+    """As a new process would have to."""
+    store._code.cache_clear()
+    store._file_digest.cache_clear()
+
+
+def test_another_byte_of_the_code_is_another_name(package):
+    forget()
+    found = [name_of()]
     for file in ("models/layers.py", "data/decode.py", "data/augment.py"):
-        with (tmp_path / "tljax" / file).open("a") as source:
+        with (package / file).open("a") as source:
             source.write("#")
-        found.append(names(["efficientnet_lite0"], "1", tmp_path))
-    assert len({name["efficientnet_lite0"] for name in found}) == 4
+        forget()
+        found.append(name_of())
+    assert len(set(found)) == 4
+    (package / "report" / "page.py").write_text("")
+    forget()
+    assert name_of() == found[-1]
 
 
 def twice(x):
