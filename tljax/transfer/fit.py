@@ -307,7 +307,7 @@ def _diverged(run: _Run, phase: int, state: TrainState, what: str) -> Divergence
     step = int(state.step)
     rate = float(np.asarray(run.setup.schedule(phase)(step - 1)))
     clip = "lower" if run.setup.config.optimizer.clip_norm else "set"
-    kept = "; the last good checkpoint is kept" if run.checkpoints else ""
+    kept = "; what was saved before is kept" if run.checkpoints else ""
     return DivergenceError(
         f"training diverged: {what} after step {step}, at a learning rate of {rate:.1e}: lower "
         f"--learning-rate, {clip} --clip-norm, or lengthen --warmup{kept}"
