@@ -1,7 +1,6 @@
 # ruff: noqa: PLC0415 - `--help` answers before JAX is imported
 """What all scripts share: the common flags, one-line errors, and a last line for machines."""
 
-import json
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -12,7 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import tyro
 
 from tljax.config import Conditions, Dtype, Loading, Normalization, idle, settings
-from tljax.errors import RequestError, VerificationError
+from tljax.errors import DivergenceError, RequestError, VerificationError
+from tljax.files import to_json
 from tljax.process import configure
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def _main(config_type: Any, run: Callable[[Any], dict[str, Any]]) -> None:
             raise
         if isinstance(error, RequestError):
             sys.exit(_say(str(error), 2))
-        if isinstance(error, VerificationError):
+        if isinstance(error, VerificationError | DivergenceError):
             sys.exit(_say(str(error), 1))
         text = " ".join(str(error).split()) or "no message"
         if "RESOURCE_EXHAUSTED" in text:
@@ -129,7 +129,7 @@ def _main(config_type: Any, run: Callable[[Any], dict[str, Any]]) -> None:
             sys.exit(_say(f"out of device memory{': ' if advice else ''}{', or '.join(advice)}", 1))
         sys.exit(_say(f"{type(error).__name__}: {text} (--debug shows where)", 1))
     if config.json:
-        print(json.dumps(result))
+        print(to_json(result))
 
 
 def given() -> set[str]:

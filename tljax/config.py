@@ -160,7 +160,7 @@ class FitConfig:
             half, and validation sees it. What is returned has them as they were.
         cache: where the activations that enter the first stage to train are kept: they are computed
             once and every epoch runs the rest alone. auto takes memory, then the disk, where
-            they fit.
+            they fit. TLJAX_FEATURE_CACHE_GIB, by default 50, is what all on the disk may take.
         cache_dtype: in which they are kept; bfloat16 takes half, and is approximate.
         cache_views: with augment, so many random views of every image are cached and taken in
             turn: approximate. 0 caches none and draws afresh in every epoch.

@@ -1,4 +1,4 @@
-"""The two ways in which tljax says no."""
+"""The ways in which tljax says no."""
 
 
 class RequestError(ValueError):
@@ -14,3 +14,7 @@ class UnreadableImageError(ValueError):
 
 class VerificationError(Exception):
     """A comparison that was asked for did not hold: one line; scripts exit with code 1."""
+
+
+class DivergenceError(ArithmeticError):
+    """A loss is no finite number any more: one line with advice; scripts exit with code 1."""

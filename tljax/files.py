@@ -2,8 +2,9 @@
 
 import errno
 import json
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,19 @@ def read_config(workdir: Path) -> dict[str, Any]:
     if not path.exists():
         raise RequestError(f"{workdir} is not a run directory: it has no config.json")
     return json.loads(path.read_text("utf-8"))
+
+
+def to_json(value: Any, **options: Any) -> str:
+    """JSON by `json.dumps`, with null for nan and the infinities, which JSON does not have."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, float):
+            return value if math.isfinite(value) else None
+        if isinstance(value, Mapping):
+            return {key: finite(item) for key, item in value.items()}
+        return [finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+    return json.dumps(finite(value), allow_nan=False, **options)
 
 
 @contextmanager

@@ -135,6 +135,17 @@ def test_curves_connect_missing_keys_and_break_at_nan():
     np.testing.assert_array_equal(line.get_ydata(), [0.5, 0.75])
 
 
+def test_training_and_validation_are_compared_by_the_same_loss():
+    """Where the objective is another: it is smoothed, say."""
+    history = [
+        {"epoch": 1, "train_loss": 3.0, "train_cross_entropy": 2.0, "val_loss": 2.5},
+        {"epoch": 2, "train_loss": 2.0, "val_loss": 1.5},  # of an older run
+    ]
+    training, validation = curves(history).axes[0].lines
+    np.testing.assert_array_equal(training.get_ydata(), [2, 2])
+    np.testing.assert_array_equal(validation.get_ydata(), [2.5, 1.5])
+
+
 def test_a_line_separates_phases():
     history = [
         {"epoch": epoch, "phase": phase, "val_loss": 1 / epoch, "val_top1": 0.5}

@@ -298,6 +298,21 @@ def test_who_measures_on_training_images_says_so(cache: Path, tmp_path: Path):
     assert (len(source), notes) == (6, (note,))
 
 
+def test_another_process_computes_no_features_again(photographs: Path, tmp_path: Path):
+    """Of the default network, whose activations are functions."""
+    arguments = "probe.py", "--data", photographs, "--image-size", "32", "--json"
+    first = call_script(tmp_path, *arguments)
+    kept = sorted((tmp_path / "features").iterdir())
+    assert len(kept) == 2
+    again = run_script(tmp_path, *arguments)
+    assert sorted((tmp_path / "features").iterdir()) == kept
+    for path in kept:
+        assert f"from {path}" in again.stderr
+        assert f"kept in {path}" in first.stderr
+    without = {"seconds": 0}
+    assert {**answer(first), **without} == {**answer(again), **without}
+
+
 def test_a_fine_tuned_network_goes_out_and_comes_back(cache: Path, trained: Path, tmp_path: Path):
     out = tmp_path / "colours.pth"
     done = call_script(cache, "weights.py", "export", trained, out, "--layout", "timm", "--json")
@@ -370,3 +385,20 @@ def test_an_unexpected_failure_is_one_line_and_code_1(cache: Path, trained: Path
     done = call_script(cache, "evaluate.py", "--workdir", tmp_path)
     assert done.returncode == 1
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_run_that_diverges_is_one_line_of_advice_and_code_1(
+    cache: Path, photographs: Path, tmp_path: Path
+):
+    done = call_script(
+        cache, "train.py", "--data", photographs, "--workdir", tmp_path / "run", "--recipe",
+        "finetune", "--train", "head", "--image-size", "64", "--epochs", "2", "--optimizer", "sgd",
+        "--clip-norm", "0", "--learning-rate", "1e38", "--batch-size", "16",
+    )  # fmt: skip
+    assert done.returncode == 1
+    *_, last = done.stderr.splitlines()
+    assert last.startswith("error: training diverged: val_loss is ")
+    assert "lower --learning-rate, set --clip-norm" in last
+    (line,) = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line, parse_constant=pytest.fail)["epoch"] == 0
+    assert not (tmp_path / "run" / "best").exists()

@@ -11,7 +11,6 @@ import pytest
 
 import tljax.transfer.features as features_module
 from tljax.config import FitConfig, Loading, OptimizerConfig
-from tljax.data import decode
 from tljax.data.sources import Source, Splits
 from tljax.errors import RequestError
 from tljax.models import apply
@@ -132,8 +131,9 @@ def test_the_cache_is_keyed_by_content(tiny, cached, monkeypatch):
     stem = jax.tree.map(lambda x: x, variables)
     stem["batch_stats"]["stem"] = jax.tree.map(lambda x: x + 1e-6, stem["batch_stats"]["stem"])
     assert run(variables=stem) == 5, "one statistic moved"
-    monkeypatch.setattr(decode, "REVISION", decode.REVISION + 1)
-    assert run(variables=stem) == 6, "files are decoded otherwise"
+    assert run(variables=stem, dtype="bfloat16") == 6, "kept in half precision"
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert run(variables=stem) == 7, "another device"
 
 
 def test_a_damaged_cache_file_is_found_and_replaced(tiny, cached):

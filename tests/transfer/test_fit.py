@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -15,7 +16,9 @@ import tljax.transfer.fit as fit_module
 import tljax.transfer.setup as preparation
 from tljax.config import AugmentConfig
 from tljax.data.loader import batch_rows
-from tljax.errors import RequestError
+from tljax.errors import DivergenceError, RequestError
+from tljax.transfer import rundir
+from tljax.transfer.checkpoint import Checkpoints
 from tljax.transfer.inputs import Inputs
 from tljax.trees import flatten
 
@@ -226,11 +229,68 @@ def test_the_average_is_what_is_measured_and_accumulation_changes_nothing():
         assert entry["val_loss"] != pytest.approx(same["val_loss"], rel=1e-4)
 
 
-def test_a_network_that_diverges_is_not_the_best():
-    result = train(config(optimizer="sgd", rate=1e30, clip_norm=0.0))
-    assert not np.isfinite(result.history[-1]["val_loss"])
-    assert result.history[-1]["val_top1"] == 0
-    assert np.isfinite(result.evaluation.loss)
+def strict(line):
+    """JSON by the letter, which knows no NaN."""
+    return json.loads(line, parse_constant=pytest.fail)
+
+
+def test_a_run_that_diverges_stops_with_advice():
+    with pytest.raises(DivergenceError) as stopped:
+        train(config(optimizer="sgd", rate=1e30, clip_norm=0.0))
+    message = str(stopped.value)
+    assert re.match(r"training diverged: \w+_loss is (nan|inf) after step 3, at a learn", message)
+    assert "a learning rate of 7.5e+29: lower --learning-rate, set --clip-norm, or len" in message
+    assert "\n" not in message
+
+
+def test_the_network_after_the_last_step_is_looked_at_too():
+    """A single step: the loss before it is that of a head of zeros."""
+    with pytest.raises(DivergenceError, match="val_loss is nan after step 1"):
+        train(config(rate=1e38, optimizer="sgd", clip_norm=0.0), splits(4, broken=()))
+
+
+def test_a_network_that_is_not_finite_is_never_saved(tmp_path, monkeypatch):
+    """Not even within an epoch; what was saved before stays."""
+    make = preparation.make_train_step
+
+    def make_train_step(*args, **how):
+        step = make(*args, **how)
+
+        def poisoned(state, *others):
+            state = step(state, *others)
+            params = jax.tree.map(lambda x: x * np.nan, state.params)
+            return state._replace(params=params) if state.step == 5 else state
+
+        return poisoned
+
+    monkeypatch.setattr(preparation, "make_train_step", make_train_step)
+    what = config(average=0.5)
+    with pytest.raises(DivergenceError, match=r"step 5, .*; what was saved before is kept"):
+        train(what, folder=tmp_path)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", repr(what))
+    saved = checkpoints.restore()
+    checkpoints.close()
+    assert saved is not None
+    assert (saved.position["epoch"], saved.position["batch"]) == (2, 1)
+    assert all(np.isfinite(leaf).all() for leaf in saved.leaves)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [strict(line)["epoch"] for line in lines] == [0, 1]
+
+
+def test_weights_that_are_not_finite_are_not_the_fault_of_the_learning_rate(monkeypatch):
+    broken = jax.tree.map(lambda x: np.full_like(x, np.nan), tiny.random_variables())
+    monkeypatch.setattr(tiny, "random_variables", lambda: broken)
+    with pytest.raises(RequestError, match="val_loss is nan before the first step: check the w"):
+        train(config())
+
+
+def test_files_are_json_by_the_letter(tmp_path):
+    values = {"nan": np.nan, "inf": [-np.inf, (1.5, np.float64("inf"))], "path": tmp_path, "n": 1}
+    rundir.write_json(tmp_path / "found.json", values)
+    found = strict((tmp_path / "found.json").read_text())
+    assert found == {"nan": None, "inf": [None, [1.5, None]], "path": str(tmp_path), "n": 1}
+    rundir.write_metrics(tmp_path, [{"epoch": 0, "val_loss": np.inf}])
+    assert strict((tmp_path / "metrics.jsonl").read_text()) == {"epoch": 0, "val_loss": None}
 
 
 def test_unreadable_images_are_named_and_a_blind_validation_refused():

@@ -4,6 +4,7 @@ import pytest
 from engine import LOADING, config, splits
 from tiny import MODEL
 
+from tljax.data.loader import batch_rows
 from tljax.errors import RequestError
 from tljax.models import init
 from tljax.report.figures import learning_rates
@@ -13,9 +14,10 @@ pytestmark = pytest.mark.usefixtures("compilation_cache")
 SGD = config("finetune", optimizer="sgd")
 
 
-def find(what=SGD, **options):
+def find(what=SGD, data=None, **options):
     variables = jax.device_get(init(MODEL, jax.random.key(0)))
-    return find_learning_rate(MODEL, variables, splits(24), what, loading=LOADING, **options)
+    data = data or splits(24)
+    return find_learning_rate(MODEL, variables, data, what, loading=LOADING, **options)
 
 
 def test_the_suggestion_learns_and_more_than_the_last_rate_diverges():
@@ -51,6 +53,15 @@ def test_weights_that_are_no_numbers_are_said():
     broken = jax.tree.map(lambda x: np.full_like(x, np.nan), variables)
     with pytest.raises(RequestError, match="no number from the start"):
         find_learning_rate(MODEL, broken, splits(24), SGD, loading=LOADING)
+
+
+def test_a_batch_without_a_readable_image_does_not_end_the_search():
+    """It has no loss, and its step moves nothing: its rate is that of the next."""
+    first, *_ = batch_rows(24, LOADING.batch_size, 0, 1)
+    found = find(steps=9, data=splits(24, broken=set(first.tolist())))
+    assert len(found.losses) == 8
+    assert np.isfinite(found.losses).all()
+    np.testing.assert_allclose(np.diff(np.log(found.rates)), np.log(1e7) / 8)
 
 
 def test_the_curve_can_be_drawn(tmp_path):

@@ -10,7 +10,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold
 from sklearn.preprocessing import StandardScaler
 
-from tljax.errors import RequestError
+from tljax.errors import DivergenceError, RequestError
 from tljax.transfer import probe
 from tljax.transfer.logistic import fit_logistic
 from tljax.transfer.probe import L2_VALUES, fit_probe, knn_predict, predict_logits
@@ -356,6 +356,29 @@ def test_knn_of_a_zero_vector_is_finite():
     np.testing.assert_allclose(
         probabilities[0], np.bincount(labels[:20], minlength=CLASSES) / 20, atol=1e-6
     )
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e19, 1e30])
+def test_neither_large_nor_small_features_change_the_answers(scale):
+    """Their squares would over- or underflow."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(60) % 3
+    features = (rng.normal(size=(60, 8)) + labels[:, None]).astype(np.float32)
+    exact = features * np.float32(2.0 ** round(np.log2(scale)))
+
+    def answers(features):
+        probe = fit_probe(features, labels, num_classes=3, l2_values=[1e-3, 1.0])
+        votes = knn_predict(features, labels, features, num_classes=3, k=5)
+        return predict_logits(probe, features).argmax(1), np.argmax(votes, 1)
+
+    for found, expected in zip(answers(exact), answers(features), strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_a_regression_that_overflows_says_so():
+    features = np.random.default_rng(0).normal(size=(60, 8)) * 1e19
+    with pytest.raises(DivergenceError, match=r"diverged on features of up to \d.\de\+19: check"):
+        fit_logistic(features, np.arange(60) % 3, [1.0], num_classes=3)
 
 
 def with_nan(features):

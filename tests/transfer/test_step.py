@@ -391,7 +391,12 @@ def test_weights_and_smoothing_are_torchs(variables, how):
         torch.tensor(WEIGHTS) if how.class_weights else None, label_smoothing=how.label_smoothing
     )
     logits = torch.from_numpy(features[:4]) @ head["kernel"] + head["bias"]
-    loss(logits, torch.from_numpy(data.labels[:4]).long()).backward()
+    labels = torch.from_numpy(data.labels[:4]).long()
+    loss(logits, labels).backward()
+    plain = torch.nn.functional.cross_entropy(logits, labels)
+    means = state.metrics.means()
+    assert means["loss"] == pytest.approx(loss(logits, labels).item(), rel=1e-5)
+    assert means["cross_entropy"] == pytest.approx(plain.item(), rel=1e-5)
     for name, tensor in head.items():
         moved = variables["params"]["head"][name] - state.params["head"][name]
         np.testing.assert_allclose(moved, tensor.grad, rtol=1e-4, atol=1e-6)
@@ -430,14 +435,3 @@ def test_the_moving_average_is_its_formula(variables):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), state.average, expected
     )
-
-
-@pytest.mark.parametrize("parts", [1, 2])
-def test_a_batch_without_images_moves_no_statistics(variables, parts):
-    how = StepConfig(frozenset({"stem", "layer1"}), accumulate=parts)
-    step, state, frozen = set_up(
-        variables, OptimizerConfig("sgd", weight_decay=0.0), table=(("*", 1.0),), how=how
-    )
-    state = step(state, frozen, batch(masked=6), KEYS)
-    jax.tree.map(np.testing.assert_array_equal, state.batch_stats, variables["batch_stats"])
-    jax.tree.map(np.testing.assert_array_equal, state.params, variables["params"])

@@ -18,9 +18,6 @@ from tljax.types import Preprocess
 MAX_PIXELS = 2**27
 """The largest image that is decoded: 134 million pixels, 400 MB of RGB. Phones take 108 million."""
 
-REVISION = 2
-"""Goes up when files are decoded to other pixels than before: caches hold it against theirs."""
-
 # What people photograph, scan and download. Left to itself Pillow also tries formats that call
 # other programs (EPS starts Ghostscript).
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM", "AVIF")

@@ -85,21 +85,25 @@ def _batch_normalize(
 ) -> jax.Array:
     """In training mode: by the statistics of the rows that count, which move the running ones.
 
-    Padding must not move them. The running variance gets Bessel's correction, as in torch;
-    ``momentum`` is the share of the old value.
+    A row that does not count leaves as ``bias``, whatever it held: by selection, as a product with
+    0 would let infinities through, and no variance of others scales it up from layer to layer.
+    Where no row counts the running statistics stay. The running variance gets Bessel's correction,
+    as in torch; ``momentum`` is the share of the old value.
     """
     y32 = y.astype(jnp.promote_types(y.dtype, jnp.float32))
-    rows = jnp.ones(len(y)) if train is True else jnp.asarray(train, jnp.float32)
+    rows = jnp.ones(len(y), bool) if train is True else jnp.asarray(train)
     counts = rows[:, None, None, None]
     count = jnp.maximum(rows.sum(), 1) * (y.shape[1] * y.shape[2])
-    mean = (y32 * counts).sum((0, 1, 2)) / count
-    var = (jnp.square(y32 - mean) * counts).sum((0, 1, 2)) / count
+    mean = y32.sum((0, 1, 2), where=counts) / count
+    centered = jnp.where(counts, y32 - mean, 0)
+    var = jnp.square(centered).sum((0, 1, 2)) / count
     if move:
+        kept = jnp.where(rows.any(), momentum, 1)
         unbiased = var * (count / jnp.maximum(count - 1, 1))
-        norm.mean.value = momentum * norm.mean.value + (1 - momentum) * mean
-        norm.var.value = momentum * norm.var.value + (1 - momentum) * unbiased
+        norm.mean.value = kept * norm.mean.value + (1 - kept) * mean
+        norm.var.value = kept * norm.var.value + (1 - kept) * unbiased
     factor = norm.scale * lax.rsqrt(var + epsilon)
-    return (y32 * factor + (norm.bias - mean * factor)).astype(y.dtype)
+    return (centered * factor + norm.bias).astype(y.dtype)
 
 
 class ConvNorm(nn.Module):

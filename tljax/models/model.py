@@ -127,7 +127,8 @@ def apply(
         train: stages in training mode: batch norm on the batch's statistics, dropout active.
         capture: stages whose outputs are returned as well.
         key: random key for dropout in the stages of ``train``.
-        mask: ``[batch]`` bool, the rows that count in batch statistics; by default all.
+        mask: ``[batch]`` bool, the rows that count in batch statistics; by default all. The others
+            enter as zeros, whatever they hold.
 
     Raises:
         RequestError: a stage that the model does not have.
@@ -139,6 +140,8 @@ def apply(
 
     x: Any = jnp.asarray(images)  # Any: what a Flax module returns depends on `mutable`
     x = normalize(x, model.preprocess, model.dtype) if first == 0 else x.astype(model.dtype)
+    if mask is not None:
+        x = jnp.where(jnp.expand_dims(mask, range(1, x.ndim)), x, 0)
     captured: dict[str, jax.Array] = {}
     batch_stats = dict(variables.get("batch_stats", {}))
     for position, (name, module) in enumerate(model.stages[first:last], start=first):

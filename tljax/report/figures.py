@@ -45,10 +45,18 @@ def curves(history: Sequence[LogEntry], *, validated: bool = True) -> "matplotli
             phases and may be a fraction, and any of ``train_loss``, ``val_loss``, ``train_top1``,
             ``val_top1``, ``val_robust_loss``, ``val_robust_top1`` (accuracies in [0, 1]) and
             ``phase``. A missing key means not measured then; a NaN or None leaves a gap in the
-            line. Other keys and rows without an epoch are ignored.
+            line. Where there is a ``train_cross_entropy`` it is drawn instead of ``train_loss``,
+            which may be smoothed or weighed and does not compare with the others. Other keys and
+            rows without an epoch are ignored.
         validated: whether ``val`` is of validation images, and not of those of training.
     """
-    history = [entry for entry in history if entry.get("epoch") is not None]
+    history = [
+        {**entry, "train_loss": entry["train_cross_entropy"]}
+        if "train_cross_entropy" in entry
+        else entry
+        for entry in history
+        if entry.get("epoch") is not None
+    ]
     phases = _phases(history)
     figure = _figure(9, 3.4)
     panels = figure.subplots(1, 2, sharex=True)

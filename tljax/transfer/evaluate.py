@@ -66,7 +66,9 @@ def evaluate(logits: Features) -> Evaluation:
     np.add.at(confusion, (labels, predicted), 1)
     means = measure(values, labels, np.ones(len(labels), bool)).means()
     return Evaluation(
-        **means,
+        top1=means["top1"],
+        top5=means["top5"],
+        loss=means["cross_entropy"],
         examples=len(labels),
         confusion=confusion,
         predicted=predicted,

@@ -4,16 +4,11 @@ The logits; the pooled features for a probe (``stop="head"``); or the activation
 stage, on which fine-tuning the rest is exact and skips the frozen prefix.
 """
 
-import hashlib
-import json
-import math
-import shutil
-import tempfile
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -22,12 +17,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tljax.config import AugmentConfig, Dtype, Loading
-from tljax.data import decode
 from tljax.data.augment import augment, epoch_key
 from tljax.data.loader import batch_rows, load_batches
 from tljax.data.sources import Source, Splits
 from tljax.errors import RequestError
-from tljax.files import cache_dir
 from tljax.models import Model, abstract_variables, apply
 from tljax.parallel import (
     data_mesh,
@@ -39,7 +32,7 @@ from tljax.parallel import (
     shard,
 )
 from tljax.progress import track
-from tljax.trees import array_bytes, tree_digest
+from tljax.transfer import store
 from tljax.types import Array, Batch, Preprocess, Variables
 
 
@@ -93,9 +86,9 @@ def compute_features(
 ) -> Features:
     """Runs the stages before ``stop`` over a whole source, or maps what an earlier run kept.
 
-    The cache is keyed by content: the weights of those stages, their preprocessing, the bytes of
-    the files. A file in it that is damaged is found and computed anew. Several processes compute a
-    share each and all get everything; they use no cache.
+    The cache, see `store`, is keyed by content: the weights of those stages, their code and
+    preprocessing, the bytes of the files. A file in it that is damaged is found and computed anew.
+    Several processes compute a share each and all get everything; they use no cache.
 
     Args:
         model: the network.
@@ -109,16 +102,16 @@ def compute_features(
         description: of the progress bar.
 
     Raises:
-        RequestError: an image cannot be read, and ``loading.on_bad_image`` is ``fail``; or the disk
-            has no room for the cache.
+        RequestError: an image cannot be read, and ``loading.on_bad_image`` is ``fail``; or there is
+            no room in the cache.
     """
     cache = cache and jax.process_count() == 1
-    folder = cache_dir() / "features"
-    if cache:
-        folder /= _key(model, variables, source, stop, dtype, view)
-        kept = _open(folder)
-        if kept is not None and not (kept.skipped and loading.on_bad_image == "fail"):
-            return kept._replace(labels=np.asarray(source.labels)[kept.indices])
+    folder = store.folder(model, variables, stop, (source.digest, dtype, view)) if cache else None
+    if folder:
+        kept = store.read(folder)
+        if kept is not None and not (kept[2] and loading.on_bad_image == "fail"):
+            print(f"{description}  {len(kept[1])} images  from {folder}", file=sys.stderr)
+            return _labelled(kept, source)
     skipped: dict[int, str] = {}
     batches = track(
         _forward_source(model, variables, source, loading, stop, dtype, view, skipped),
@@ -126,19 +119,19 @@ def compute_features(
         total=len(source),
         size=lambda part: len(part[1]),
     )
-    if not cache:
+    if not folder:
         return collect(batches, source, skipped)
-    try:
-        _write(folder, batches, feature_bytes(model, len(source), stop, dtype), skipped)
-    except OSError as error:
-        raise RequestError(
-            f"{folder.parent}: cannot be written ({error.strerror}): set TLJAX_CACHE to another "
-            "disk, or --cache none"
-        ) from error
-    computed = _open(folder)
+    store.write(folder, batches, feature_bytes(model, len(source), stop, dtype), skipped)
+    computed = store.read(folder)
     if computed is None:
         raise RequestError(f"{folder}: what was just written reads back otherwise; mend the disk")
-    return computed._replace(labels=np.asarray(source.labels)[computed.indices])
+    print(f"{description}  kept in {folder}", file=sys.stderr)
+    return _labelled(computed, source)
+
+
+def _labelled(stored: store.Stored, source: Source) -> Features:
+    values, indices, skipped = stored
+    return Features(values, np.asarray(source.labels)[indices], indices, skipped)
 
 
 def split_features(
@@ -369,97 +362,3 @@ def collect(
     for others in gather_json(list(skipped.items())):
         skipped |= dict(others)
     return Features(values, np.asarray(source.labels)[indices], indices, skipped)
-
-
-def _key(
-    model: Model,
-    variables: Variables,
-    source: Source,
-    stop: str | None,
-    dtype: Dtype,
-    view: View | None,
-) -> str:
-    """Of everything that the activations depend on."""
-    prefix = model.stages[: model.position(stop) if stop else None]
-    key = hashlib.sha256()
-    what = (
-        decode.REVISION,
-        prefix,
-        model.preprocess,
-        model.dtype,
-        source.digest,
-        jax.default_backend(),
-        dtype,
-        view,
-    )
-    for part in what:
-        key.update(repr(part).encode())
-    names = {stage.name for stage in prefix}
-    of_prefix = {
-        kind: {name: tree for name, tree in stages.items() if name in names}
-        for kind, stages in variables.items()
-    }
-    key.update(tree_digest(of_prefix).encode())
-    return key.hexdigest()
-
-
-def _write(
-    folder: Path,
-    batches: Iterator[tuple[np.ndarray, np.ndarray]],
-    size: int,
-    skipped: dict[int, str],
-) -> None:
-    """The folder appears when everything in it is whole."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder.parent).free
-    if size > free:
-        raise RequestError(
-            f"the cache takes {size / 2**30:.1f} GiB and {folder.parent} has {free / 2**30:.1f} "
-            "free: set TLJAX_CACHE to another disk, or --cache none"
-        )
-    _sweep(folder.parent)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".part-"))
-    try:
-        digest, indices, values = hashlib.sha256(), [], np.empty(0)
-        with (temporary / "values.bin").open("wb") as file:
-            for values, rows in batches:
-                data = array_bytes(values)
-                digest.update(data)
-                file.write(data)
-                indices += rows.tolist()
-        shape = [len(indices), *values.shape[1:]]
-        about = json.dumps([shape, values.dtype.name, indices, list(skipped.items())])
-        digest.update(about.encode())
-        (temporary / "about.json").write_text(about, "utf-8")
-        (temporary / "sha256").write_text(digest.hexdigest(), "utf-8")
-        shutil.rmtree(folder, ignore_errors=True)  # damaged, or this run would have used it
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _sweep(parent: Path) -> None:
-    """Removes what processes that were killed had begun: nothing was written to it for a day."""
-    for temporary in parent.glob(".part-*"):
-        written = max(path.stat().st_mtime for path in (temporary, *temporary.iterdir()))
-        if time.time() - written > 24 * 3600:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _open(folder: Path) -> Features | None:
-    """What `_write` wrote, if every byte of it is as it was."""
-    try:
-        about = (folder / "about.json").read_bytes()
-        with (folder / "values.bin").open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256")
-        digest.update(about)
-        if digest.hexdigest() != (folder / "sha256").read_text("utf-8"):
-            return None
-        shape, dtype, indices, skipped = json.loads(about)
-    except (OSError, UnicodeDecodeError):
-        return None
-    if math.prod(shape):
-        values = np.memmap(folder / "values.bin", jnp.dtype(dtype), "r", shape=tuple(shape))
-    else:
-        values = np.zeros(shape, jnp.dtype(dtype))  # an empty file cannot be mapped
-    return Features(values, np.empty(0, np.int32), np.asarray(indices, np.int32), dict(skipped))

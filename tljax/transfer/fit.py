@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +14,7 @@ import optax
 from tljax.config import FitConfig, Loading
 from tljax.data.augment import epoch_key
 from tljax.data.sources import Splits
+from tljax.errors import DivergenceError, RequestError
 from tljax.models import Model
 from tljax.parallel import agree, is_writer, replicate, shard
 from tljax.progress import track
@@ -25,7 +26,6 @@ from tljax.transfer.freeze import first_trainable_stage
 from tljax.transfer.inputs import Inputs
 from tljax.transfer.memory import within_memory
 from tljax.transfer.metrics import Metrics
-from tljax.transfer.optimizer import learning_rate_schedule
 from tljax.transfer.probe import Probe
 from tljax.transfer.recipes import Phase
 from tljax.transfer.setup import NewHead, Setup, divide, first_state, prepare
@@ -51,7 +51,9 @@ class FitResult(NamedTuple):
         evaluation: of ``variables`` on the validation set.
         robust: of ``variables`` on the attacked validation set; None without an adversary.
         logits: of ``variables``, of the validation set.
-        history: one entry an epoch.
+        history: one entry an epoch. ``train_loss`` is what training minimises, weight decay left
+            aside; ``train_cross_entropy`` is the plain cross-entropy of the same images, as
+            ``val_loss`` is of the validation images.
         skipped: reason by position, for the unreadable images of train and val.
         config: as asked, with every default filled in.
     """
@@ -125,7 +127,9 @@ def fit(
         transform: what gradients go through before the optimizer: a regularisation, say.
 
     Raises:
-        RequestError: the configuration does not fit the model or the data.
+        RequestError: the configuration does not fit the model or the data, or the loss is no finite
+            number before the first step.
+        DivergenceError: it is none afterwards. What was saved before stays.
     """
     setup, inputs = prepare(model, variables, splits, config, loading, seed, new_head, transform)
     model, variables, plan = setup.model, setup.variables, setup.plan
@@ -133,6 +137,8 @@ def fit(
     first = evaluate(inputs.logits(model, variables))
     robust = _robust(setup, variables)
     history: History = [{"phase": plan.start, "epoch": 0, **_scores(first, robust)}]
+    if bad := _not_finite(history[0]):
+        raise RequestError(f"{bad} before the first step: check the weights and the images")
     log(history)
     saved = checkpoints.restore() if checkpoints else None
     for note in saved.notes if saved else ():
@@ -176,7 +182,7 @@ def _train(
     """One phase, from its beginning or from what was saved in it."""
     setup = run.setup
     model, config = setup.model, setup.config
-    schedule = learning_rate_schedule(config.optimizer, phase.epochs * setup.steps_per_epoch)
+    schedule = setup.schedule(number)
     division = divide(setup, labels)
     state, frozen, step = first_state(setup, inputs, division, progress.variables, schedule)
     best, history, epoch, batch = division.split(progress.best)[0], progress.history, 1, 0
@@ -207,9 +213,12 @@ def _train(
             "epoch": passed,
             "learning_rate": float(np.asarray(schedule(int(state.step) - 1))),
             "train_loss": means["loss"],
+            "train_cross_entropy": means["cross_entropy"],
             "train_top1": means["top1"],
             **_scores(evaluation, _robust(setup, now)),
         }
+        if bad := _not_finite(entry):
+            raise _diverged(run, number, state, bad)
         history = [*history, entry]
         if best_epoch(history) == len(history) - 1:
             best = jax.device_get(changing)
@@ -280,10 +289,29 @@ def _save(
     best: Variables,
 ) -> None:
     if run.checkpoints:
+        changing = state.params, state.batch_stats, state.average, state.metrics.loss
+        if not all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(changing)):
+            raise _diverged(run, position["phase"], state, "a parameter or the loss is not finite")
         skipped = [sorted(part.items()) for part in inputs.everyones_skipped()]
         # One more than there are steps: an epoch's end is saved too.
         number = position["pass"] * (run.setup.steps_per_epoch + 1) + position["batch"]
         run.checkpoints.save(number, {**position, "skipped": skipped}, (state, best))
+
+
+def _not_finite(entry: Mapping[str, Any]) -> str | None:
+    numbers = ((name, value) for name, value in entry.items() if isinstance(value, float))
+    return next((f"{name} is {value}" for name, value in numbers if not np.isfinite(value)), None)
+
+
+def _diverged(run: _Run, phase: int, state: TrainState, what: str) -> DivergenceError:
+    step = int(state.step)
+    rate = float(np.asarray(run.setup.schedule(phase)(step - 1)))
+    clip = "lower" if run.setup.config.optimizer.clip_norm else "set"
+    kept = "; what was saved before is kept" if run.checkpoints else ""
+    return DivergenceError(
+        f"training diverged: {what} after step {step}, at a learning rate of {rate:.1e}: lower "
+        f"--learning-rate, {clip} --clip-norm, or lengthen --warmup{kept}"
+    )
 
 
 def _robust(setup: Setup, variables: Variables) -> Evaluation | None:

@@ -12,6 +12,7 @@ from tljax.data.sources import Source, Splits
 from tljax.errors import RequestError
 from tljax.models import Model
 from tljax.parallel import data_mesh, gather_json
+from tljax.transfer import store
 from tljax.transfer.features import (
     Features,
     View,
@@ -26,10 +27,7 @@ from tljax.transfer.features import (
 from tljax.types import Batch, Variables
 
 MEMORY_FOR_ACTIVATIONS = 8 * 2**30
-"""Bytes that ``--cache auto`` keeps in memory; more goes to the disk."""
-
-DISK_FOR_ACTIVATIONS = 200 * 2**30
-"""Bytes that ``--cache auto`` writes to the disk; more is computed again in every epoch."""
+"""Bytes that ``--cache auto`` keeps in memory; more goes to the disk, up to `store.limit`."""
 
 Place = Literal["memory", "disk", "none"]
 
@@ -221,4 +219,4 @@ def cache_place(model: Model, splits: Splits, config: FitConfig, start: str) -> 
     size = cache_bytes(model, splits, config, start)
     if size <= MEMORY_FOR_ACTIVATIONS:
         return "memory"
-    return "disk" if size <= DISK_FOR_ACTIVATIONS else "none"
+    return "disk" if size <= store.limit() else "none"

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tljax.errors import RequestError
+from tljax.errors import DivergenceError, RequestError
 from tljax.types import Array
 
 _HISTORY = 10  # pairs that L-BFGS remembers
@@ -102,6 +102,7 @@ def fit_logistic(
     Raises:
         RequestError: an array has the wrong shape or range, or holds values that are not finite, or
             fewer than two classes have examples.
+        DivergenceError: the values are finite, but too large to compute with.
     """
     features, labels = checked(features, labels, num_classes)
     l2 = np.asarray(l2, np.float32)
@@ -129,6 +130,11 @@ def fit_logistic(
         kernel = jnp.where(present, kernel - shift, 0)
         bias = params[..., -1] - basis.mean @ kernel
         bias -= bias.mean(-1, keepdims=True)
+    if not np.isfinite(kernel).all():
+        raise DivergenceError(
+            f"logistic regression diverged on features of up to {np.abs(features).max():.1e}: "
+            "check the weights and the preprocessing of the network that made them"
+        )
     in_order = [x[:, np.argsort(path)] for x in (kernel, bias, *rest)]
     return LogisticFit(*(x if weights.ndim > 1 else x[0] for x in in_order))
 

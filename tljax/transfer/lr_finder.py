@@ -95,6 +95,8 @@ def find_learning_rate(
         quiet=not is_writer(),
     ):
         state = step(state, frozen, shard(batch, setup.mesh), (epoch_key(seed, epoch), run_key))
+        if not state.metrics.examples:  # none could be read, so nothing has moved
+            continue
         average += (1 - _SMOOTHING) * (state.metrics.means()["loss"] - average)
         losses.append(average / (1 - _SMOOTHING ** (len(losses) + 1)))
         if not losses[-1] < _DIVERGED * min(losses):

@@ -77,7 +77,9 @@ def fit_probe(
     l2_values = np.asarray(l2_values, np.float64)
     mean = features.mean(axis=0, dtype=np.float64).astype(np.float32)
     standardized = features - mean
-    scale = standardized.std(axis=0)
+    # In float64, where no square overflows, and without a copy of the features.
+    squares = np.einsum("nd,nd->d", standardized, standardized, dtype=np.float64)
+    scale = np.sqrt(squares / len(labels)).astype(np.float32)
     # A spread within float32's rounding of the values is none, and dividing would make it one.
     scale[scale <= 4 * np.finfo(np.float32).eps * np.abs(mean)] = 1
     standardized /= scale
@@ -201,6 +203,8 @@ def _score(features, labels, kernels, biases, held_out):
 @partial(jax.jit, static_argnames=("num_classes", "k"))
 def _vote(train_features, train_labels, features, temperature, *, num_classes, k):
     def unit(x):
+        # First by a power of two, which rounds nothing, so that no square over- or underflows.
+        x = jnp.ldexp(x, -jnp.frexp(jnp.abs(x).max(1, keepdims=True))[1])
         norm = jnp.linalg.norm(x, axis=1, keepdims=True)
         return x / jnp.where(norm > 0, norm, 1)
 

@@ -6,7 +6,6 @@ checkpoints/  best/model.safetensors  report.html  README.md  eval/
 
 import csv
 import io
-import json
 import platform
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
@@ -17,7 +16,7 @@ import jax
 
 from tljax.data.sources import Source, Splits, open_splits
 from tljax.errors import RequestError
-from tljax.files import read_config, written_whole
+from tljax.files import read_config, to_json, written_whole
 from tljax.parallel import is_writer
 
 BEST = Path("best") / "model.safetensors"
@@ -46,7 +45,7 @@ def create_run(workdir: Path, config: dict[str, Any], splits: Splits) -> None:
 def write_metrics(workdir: Path, history: Sequence[dict[str, Any]]) -> None:
     """Writes the whole history to ``metrics.jsonl``, one line an epoch, nothing of the clock."""
     if is_writer():
-        lines = (json.dumps(entry) + "\n" for entry in history)
+        lines = (to_json(entry) + "\n" for entry in history)
         _write(workdir / "metrics.jsonl", "".join(lines))
 
 
@@ -84,7 +83,7 @@ def environment() -> dict[str, str]:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes a whole JSON file or none."""
-    _write(path, json.dumps(value, indent=2, default=str) + "\n")
+    _write(path, to_json(value, indent=2, default=str) + "\n")
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

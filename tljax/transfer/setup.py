@@ -19,7 +19,7 @@ from tljax.models import Model, init, replace_head
 from tljax.parallel import data_mesh, is_writer, replicate
 from tljax.transfer.freeze import combine, first_trainable_stage, label, partition, training_stages
 from tljax.transfer.inputs import Inputs, open_inputs
-from tljax.transfer.optimizer import build_optimizer
+from tljax.transfer.optimizer import build_optimizer, learning_rate_schedule
 from tljax.transfer.probe import Probe, fit_probe
 from tljax.transfer.recipes import Plan, make_plan
 from tljax.transfer.step import StepConfig, TrainState, TrainStep, init_state, make_train_step
@@ -65,6 +65,11 @@ class Setup:
     def steps_per_epoch(self) -> int:
         """Batches, the ragged last one among them."""
         return num_batches(len(self.splits.train), self.loading.batch_size)
+
+    def schedule(self, phase: int) -> optax.Schedule:
+        """The learning rate by step of a phase."""
+        steps = self.plan.phases[phase].epochs * self.steps_per_epoch
+        return learning_rate_schedule(self.config.optimizer, steps)
 
     def open_inputs(self, start: str) -> Inputs:
         """The images, or the activations that enter ``start``."""

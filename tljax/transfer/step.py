@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,8 @@ from tljax.transfer.adversary import attacked
 from tljax.transfer.freeze import combine
 from tljax.transfer.metrics import Metrics, measure
 from tljax.types import Batch, Variables
+
+Tree = TypeVar("Tree")
 
 
 class TrainState(NamedTuple):
@@ -110,6 +112,9 @@ def make_train_step(
     forward pass at most, and with ``start`` not even that. ``frozen`` holds the parameters and the
     running statistics that stay.
 
+    A row that ``batch.mask`` leaves out changes nothing, whatever it holds. Of a batch in which no
+    row counts only ``state.step`` moves: no weight decays and no momentum carries on.
+
     Args:
         model: the network.
         optimizer: for the trainable parameters.
@@ -119,8 +124,8 @@ def make_train_step(
 
     def loss_fn(
         params: Variables, batch_stats: Variables, frozen: Variables, batch: Batch, keys: Keys
-    ) -> tuple[jax.Array, tuple[jax.Array, Variables, Metrics]]:
-        """Summed loss; summed weight of the examples, statistics and metrics beside it."""
+    ) -> tuple[jax.Array, tuple[Variables, Metrics]]:
+        """Summed loss; statistics and metrics beside it."""
         variables = {
             "params": combine(params, frozen["params"]),
             "batch_stats": {**frozen["batch_stats"], **batch_stats},
@@ -152,55 +157,47 @@ def make_train_step(
             key=keys[1],
             mask=batch.mask,
         )
+        # Before the loss: the gradient of what is not selected afterwards may still be nan.
+        logits = jnp.where(batch.mask[:, None], output.logits, 0)
         weights = jnp.asarray(config.class_weights or (1.0,) * classes)
-        weight = jnp.where(batch.mask, targets @ weights, 0)
-        losses = -jnp.sum(weights * targets * jax.nn.log_softmax(output.logits), axis=1)
+        weight = jnp.where(batch.mask, targets @ weights, 0).sum()
+        losses = -jnp.sum(weights * targets * jax.nn.log_softmax(logits), axis=1)
         loss = jnp.where(batch.mask, losses, 0).sum()
-        # Of a batch, or a part of one, in which no image counts there are no statistics.
-        stats = jax.tree.map(
-            lambda old, new: jnp.where(batch.mask.any(), new, old),
-            batch_stats,
-            {name: output.batch_stats[name] for name in batch_stats},
-        )
-        return loss, (weight.sum(), stats, measure(output.logits, batch.labels, batch.mask))
+        stats = {name: output.batch_stats[name] for name in batch_stats}
+        metrics = measure(logits, batch.labels, batch.mask)._replace(loss=loss, weight=weight)
+        return loss, (stats, metrics)
 
     def gradient(
         state: TrainState, frozen: Variables, batch: Batch, keys: Keys
     ) -> tuple[Variables, Variables, Metrics]:
+        """Summed gradients, statistics and metrics of a batch."""
         run = jax.grad(loss_fn, has_aux=True)
         if config.accumulate == 1:
-            sums, (weight, stats, metrics) = run(
-                state.params, state.batch_stats, frozen, batch, keys
-            )
-        else:
-            # Strided parts, so that every device keeps the rows it has.
-            parts = jax.tree.map(
-                lambda x: x.reshape(-1, config.accumulate, *x.shape[1:]).swapaxes(0, 1), batch
-            )
+            sums, (stats, metrics) = run(state.params, state.batch_stats, frozen, batch, keys)
+            return sums, stats, metrics
+        # Strided parts, so that every device keeps the rows it has.
+        parts = jax.tree.map(
+            lambda x: x.reshape(-1, config.accumulate, *x.shape[1:]).swapaxes(0, 1), batch
+        )
 
-            def add(
-                carry: tuple[Variables, jax.Array, Variables, Metrics],
-                part: tuple[Batch, jax.Array],
-            ) -> tuple[tuple[Variables, jax.Array, Variables, Metrics], None]:
-                sums, weight, stats, metrics = carry
-                batch, i = part
-                of_part = (keys[0], jax.random.fold_in(keys[1], i))
-                more, (w, stats, m) = run(state.params, stats, frozen, batch, of_part)
-                sums = jax.tree.map(jnp.add, sums, more)
-                return (sums, weight + w, stats, metrics.merge(m)), None
+        def add(
+            carry: tuple[Variables, Variables, Metrics], part: tuple[Batch, jax.Array]
+        ) -> tuple[tuple[Variables, Variables, Metrics], None]:
+            sums, stats, metrics = carry
+            batch, i = part
+            of_part = (keys[0], jax.random.fold_in(keys[1], i))
+            more, (moved, m) = run(state.params, stats, frozen, batch, of_part)
+            added = jax.tree.map(jnp.add, sums, more), moved, metrics.merge(m)
+            return _if(batch.mask.any(), added, carry), None
 
-            zeros = jax.tree.map(jnp.zeros_like, state.params)
-            carry = (zeros, jnp.float32(0), state.batch_stats, Metrics.zero())
-            (sums, weight, stats, metrics), _ = jax.lax.scan(
-                add, carry, (parts, jnp.arange(config.accumulate))
-            )
-        # No weight at all: every image of the batch is unreadable.
-        grads = jax.tree.map(lambda g: g / jnp.where(weight > 0, weight, 1), sums)
-        return grads, stats, metrics
+        carry = jax.tree.map(jnp.zeros_like, state.params), state.batch_stats, Metrics.zero()
+        return jax.lax.scan(add, carry, (parts, jnp.arange(config.accumulate)))[0]
 
     def step(state: TrainState, frozen: Variables, batch: Batch, keys: Keys) -> TrainState:
         keys = (keys[0], jax.random.fold_in(keys[1], state.step))
-        grads, batch_stats, metrics = gradient(state, frozen, batch, keys)
+        sums, batch_stats, metrics = gradient(state, frozen, batch, keys)
+        # All examples may be of classes without weight.
+        grads = jax.tree.map(lambda g: g / jnp.where(metrics.weight > 0, metrics.weight, 1), sums)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = cast("Variables", optax.apply_updates(state.params, updates))
         decay = jnp.minimum(config.average, (1 + state.step) / (10 + state.step))
@@ -211,6 +208,11 @@ def make_train_step(
             else {}
         )
         metrics = state.metrics.merge(metrics)
-        return TrainState(state.step + 1, params, batch_stats, opt_state, average, metrics)
+        moved = TrainState(state.step, params, batch_stats, opt_state, average, metrics)
+        return _if(batch.mask.any(), moved, state)._replace(step=state.step + 1)
 
     return jax.jit(step, donate_argnums=0)
+
+
+def _if(condition: Any, new: Tree, old: Tree) -> Tree:
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)

@@ -1,0 +1,211 @@
+"""Rows without an image change nothing: neither gradients nor statistics, losses or metrics."""
+
+from dataclasses import replace
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tiny import Unit
+
+from tljax.config import AdversaryConfig, AugmentConfig, OptimizerConfig
+from tljax.data.augment import epoch_key
+from tljax.data.loader import batch_rows
+from tljax.models import Model, Stage, apply, init
+from tljax.models.layers import GlobalAveragePool, LinearHead
+from tljax.transfer.freeze import label
+from tljax.transfer.optimizer import build_optimizer, learning_rate_schedule
+from tljax.transfer.step import StepConfig, init_state, make_train_step
+from tljax.types import Batch, Preprocess
+
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
+
+# 17 layers with weights. Without variance each batch norm multiplies by 316: float32 ends at the
+# sixteenth.
+STRIDES = 2 * (2, *(1,) * 7)
+DEEP = Model(
+    "deep",
+    (
+        *(Stage(f"layer{i}", Unit(4, stride)) for i, stride in enumerate(STRIDES)),
+        Stage("pool", GlobalAveragePool()),
+        Stage("head", LinearHead(3)),
+    ),
+    Preprocess(8, 8),
+)
+BODY = frozenset(DEEP.stage_names)
+KEYS = (epoch_key(0, 1), jax.random.key(1))
+# A step of this is the gradient of the mean loss.
+ONE = optax.sgd(1.0)
+
+
+def random_variables(dtype="float32"):
+    variables = jax.device_get(init(DEEP, jax.random.key(0)))
+    head = variables["params"]["head"]
+    head["kernel"] = np.random.default_rng(0).normal(0, 0.1, head["kernel"].shape)
+    return jax.tree.map(lambda x: np.asarray(x, dtype), variables)
+
+
+def batches(count, size=8, multiple=4):
+    """All of an epoch, the last one padded."""
+    rng = np.random.default_rng(1)
+    images = rng.integers(0, 256, (count + 1, 8, 8, 3)).astype(np.uint8)
+    images[-1] = 0
+    labels = np.append(rng.integers(0, 3, count), -1).astype(np.int32)
+    for rows in batch_rows(count, size, 0, 1, multiple):
+        yield Batch(images[rows], labels[rows], rows >= 0, rows)
+
+
+def first(variables, optimizer: optax.GradientTransformation = ONE, *, average=False):
+    fresh = jax.tree.map(jnp.array, variables)
+    return init_state(fresh["params"], fresh["batch_stats"], optimizer, average=average)
+
+
+FROZEN = {"params": {}, "batch_stats": {}}
+
+
+@cache
+def step_of(how, dtype="float32", optimizer=ONE):
+    """Compiled once for all tests."""
+    return make_train_step(replace(DEEP, dtype=dtype), optimizer, how)
+
+
+WHOLE = StepConfig(BODY, accumulate=4)
+
+
+@pytest.mark.parametrize("count", range(1, 10))
+def test_a_deep_network_learns_from_the_parts_that_hold_images(count):
+    """Exactly the sum over those parts, each computed alone, with the statistics handed on."""
+    with jax.enable_x64(True):
+        variables = random_variables("float64")
+        alone = step_of(StepConfig(BODY), "float64")
+        for batch in batches(count):
+            found = step_of(WHOLE, "float64")(first(variables), FROZEN, batch, KEYS)
+            stats, expected, metrics = variables["batch_stats"], [], []
+            for i in range(4):
+                part = jax.tree.map(lambda x: x[i::4], batch)  # noqa: B023
+                part = jax.tree.map(lambda x: x[part.mask], part)  # noqa: B023
+                if not len(part.mask):
+                    continue
+                state = alone(first({**variables, "batch_stats": stats}), FROZEN, part, KEYS)
+                stats = state.batch_stats
+                metrics.append(state.metrics)
+                share = len(part.mask) / batch.mask.sum()
+                expected.append(scaled(difference(variables["params"], state.params), share))
+            assert_close(difference(variables["params"], found.params), added(expected), 1e-9)
+            assert_close((found.batch_stats, found.metrics), (stats, added(metrics)), 1e-9)
+
+
+@pytest.mark.parametrize("count", range(1, 10))
+def test_and_it_stays_finite_in_single_precision(count):
+    for batch in batches(count):
+        found = step_of(WHOLE)(first(random_variables()), FROZEN, batch, KEYS)
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
+
+
+def added(trees):
+    return jax.tree.map(lambda *leaves: sum(leaves), *trees)
+
+
+def scaled(tree, factor):
+    return jax.tree.map(lambda x: factor * x, tree)
+
+
+def difference(one, other):
+    return jax.tree.map(np.subtract, one, other)
+
+
+def assert_close(found, expected, tolerance):
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+
+
+SMALL = replace(DEEP, stages=(*DEEP.stages[:2], *DEEP.stages[-2:]))
+TRAINED = frozenset(SMALL.stage_names)
+MIXED = AugmentConfig(crop=False, flip=False, mixup=0.4)
+HOW = {
+    "batch statistics": StepConfig(TRAINED),
+    "running statistics": StepConfig(),
+    "mixup": StepConfig(TRAINED, augment=MIXED),
+    "an adversary": StepConfig(TRAINED, adversary=AdversaryConfig("pgd", attack_steps=2)),
+}
+
+
+@pytest.mark.parametrize("how", HOW.values(), ids=HOW)
+def test_what_a_padded_row_holds_does_not_matter(how):
+    """Of photographs it is black, of cached activations whatever the first image has."""
+    variables = jax.device_get(init(SMALL, jax.random.key(0)))
+    (batch,) = batches(5)
+    images = batch.images / np.float32(1 if how.augment else 255)
+    step = make_train_step(SMALL, ONE, how)
+    results = []
+    for held in (0, np.nan, np.inf, 1e38):
+        images[~batch.mask] = held
+        state = step(first(variables), FROZEN, batch._replace(images=images.copy()), KEYS)
+        results.append(jax.device_get(state))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(results[0]))
+    assert np.any(results[0].params["head"]["kernel"])
+    for other in results[1:]:
+        jax.tree.map(np.testing.assert_array_equal, other, results[0])
+
+
+WEIGHED = StepConfig(TRAINED, label_smoothing=0.1, class_weights=(0.5, 1.0, 2.0))
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        replace(WEIGHED, augment=MIXED, accumulate=2),
+        replace(WEIGHED, adversary=AdversaryConfig("fast")),
+    ],
+    ids=["mixed", "attacked"],
+)
+def test_the_loss_that_is_logged_is_the_loss_that_is_minimised(how):
+    """Its slope along the step, by differences, is that of the step."""
+    with jax.enable_x64(True):
+        variables = jax.device_get(init(SMALL, jax.random.key(0)))
+        rng = np.random.default_rng(0)
+        variables = jax.tree.map(lambda x: x + rng.normal(0, 0.1, x.shape) ** 2, variables)
+        step = make_train_step(replace(SMALL, dtype="float64"), ONE, how)
+        (batch,) = batches(5)
+        if not how.augment:
+            batch = batch._replace(images=batch.images / 255)
+
+        def run(params):
+            return step(first({**variables, "params": params}), FROZEN, batch, KEYS)
+
+        def loss(params):
+            return run(params).metrics.means()["loss"]
+
+        start = variables["params"]
+        gradient = difference(start, run(start).params)
+        square = sum(np.sum(x**2) for x in jax.tree.leaves(gradient))
+        rise = loss(added([start, scaled(gradient, 1e-5)]))
+        fall = loss(added([start, scaled(gradient, -1e-5)]))
+        assert (rise - fall) / 2e-5 == pytest.approx(square, rel=1e-5)
+        assert square > 1e-3
+
+
+@pytest.mark.parametrize(("name", "parts"), [("sgd", 1), ("adamw", 2)])
+def test_a_batch_without_images_moves_nothing_but_the_count_of_steps(name, parts):
+    """No weight decays, no momentum carries on, no average follows."""
+    variables = jax.device_get(init(SMALL, jax.random.key(0)))
+    config = OptimizerConfig(name, 0.1, weight_decay=0.5)
+    labels = label(variables["params"], (("*", 1.0),))
+    optimizer = build_optimizer(config, labels, learning_rate_schedule(config, 9))
+    step = make_train_step(SMALL, optimizer, StepConfig(TRAINED, average=0.5, accumulate=parts))
+    (batch,) = batches(8)
+    before = jax.device_get(step(first(variables, optimizer, average=True), FROZEN, batch, KEYS))
+    empty = batch._replace(mask=np.zeros(8, bool))
+    after = step(jax.tree.map(jnp.array, before), FROZEN, empty, KEYS)
+    assert after.step == before.step + 1
+    jax.tree.map(np.testing.assert_array_equal, after._replace(step=before.step), before)
+
+
+def test_a_batch_without_images_moves_no_statistics_of_any_batch_norm():
+    """Whoever applies the network."""
+    variables = jax.device_get(init(SMALL, jax.random.key(0)))
+    images = np.random.default_rng(0).uniform(size=(2, 8, 8, 3)).astype(np.float32)
+    found = apply(SMALL, variables, images, train=TRAINED, mask=np.zeros(2, bool)).batch_stats
+    jax.tree.map(np.testing.assert_array_equal, found, variables["batch_stats"])

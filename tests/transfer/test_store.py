@@ -1,0 +1,186 @@
+"""The names of cached features: the same in every process, and another when anything decides so."""
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from flax import linen as nn
+
+import tljax
+from tljax.config import Loading
+from tljax.data.sources import Source
+from tljax.errors import RequestError
+from tljax.models import MODELS, Stage
+from tljax.transfer import store
+from tljax.transfer.features import compute_features
+
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
+
+# One of each family, and of each kind of activation that is a field.
+FAMILIES = (
+    *("resnet18", "resnext50_32x4d", "resnet18d", "keras_resnet50v2", "resnetv2_50x1_bit"),
+    *("inception_v3", "keras_xception", "efficientnet_lite0", "vgg16_bn", "mobilenetv1_100"),
+    *("mobilenetv2_100", "mobilenetv3_small_100", "tf_mobilenetv3_large_100"),
+)
+
+PRINT_NAMES = """
+import sys
+from tljax.models import MODELS
+from tljax.transfer import store
+for name in sys.argv[1:]:
+    print(name, store.folder(MODELS[name](num_classes=2), {}, "head", ("source", None)).name)
+"""
+
+
+def names(models, seed, root=Path(tljax.__file__).parents[1]):
+    """Of features of no weights, as a process of its own finds them."""
+    done = subprocess.run(
+        [sys.executable, "-c", PRINT_NAMES, *models],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root), "PYTHONHASHSEED": seed},
+    )
+    assert done.returncode == 0, done.stderr
+    return dict(line.split() for line in done.stdout.splitlines())
+
+
+def test_every_network_has_the_same_name_in_every_process():
+    first = names(FAMILIES, "1")
+    assert first == names(FAMILIES, "2")
+    assert len(set(first.values())) == len(FAMILIES)
+    # And in this one, where much has been imported and compiled.
+    model = MODELS["efficientnet_lite0"](num_classes=2)
+    found = store.folder(model, {}, "head", ("source", None)).name
+    assert found == first["efficientnet_lite0"]
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A copy of the package, whose files are read instead of its own."""
+    root = Path(tljax.__file__).parent
+    shutil.copytree(root, tmp_path / "tljax", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(tljax, "__file__", str(tmp_path / "tljax" / "__init__.py"))
+    yield tmp_path / "tljax"
+    monkeypatch.undo()
+    forget()
+
+
+def forget():
+    """As a new process would have to."""
+    store._code.cache_clear()
+    store._file_digest.cache_clear()
+
+
+def test_another_byte_of_the_code_is_another_name(package):
+    forget()
+    found = [name_of()]
+    for file in ("models/layers.py", "data/decode.py", "data/augment.py"):
+        with (package / file).open("a") as source:
+            source.write("#")
+        forget()
+        found.append(name_of())
+    assert len(set(found)) == 4
+    (package / "report" / "page.py").write_text("")
+    forget()
+    assert name_of() == found[-1]
+
+
+def twice(x):
+    return 2 * x
+
+
+class Activation(nn.Module):
+    function: object = nn.relu
+    rates: object = (1, 2)
+
+    def __call__(self, x, _train):
+        return self.function(x)
+
+
+def name_of(**settings):
+    stages = (Stage("stem", Activation(**settings)), *tiny.MODEL.stages[1:])
+    return store.folder(replace(tiny.MODEL, stages=stages), {}, "layer1", ()).name
+
+
+def test_the_settings_of_a_stage_are_part_of_the_name():
+    functions = nn.relu, jax.nn.relu6, nn.hard_swish, twice, np.tanh
+    partials = partial(twice), partial(nn.leaky_relu, negative_slope=0.1), partial(nn.leaky_relu)
+    settings = [{"function": function} for function in (*functions, *partials)]
+    settings += [{"rates": (1, 3)}, {"rates": {"a": 1}}, {"rates": {"a": 2}}, {"rates": "(1, 2)"}]
+    found = [name_of(**each) for each in settings]
+    assert len(set(found)) == len(settings)
+    assert found == [name_of(**each) for each in settings]
+
+
+@pytest.mark.parametrize("unnamed", [lambda x: x, object(), np.ones(2)])
+def test_what_cannot_be_told_apart_is_never_found_again(unnamed):
+    assert name_of(rates=unnamed) != name_of(rates=unnamed)
+
+
+def test_a_stage_of_ones_own_is_known_by_its_file(monkeypatch, tmp_path):
+    before = name_of()
+    edited = tmp_path / "edited.py"
+    edited.write_text(Path(__file__).read_text("utf-8") + "#", "utf-8")
+    monkeypatch.setattr(sys.modules[__name__], "__file__", str(edited))
+    assert name_of() != before
+
+
+def source(count):
+    images = np.random.default_rng(count).integers(0, 256, (count, 16, 16, 3)).astype(np.uint8)
+    labels = np.arange(count, dtype=np.int32) % 2
+    return Source(list(images), labels, ("a", "b"), [str(i) for i in range(count)])
+
+
+@pytest.fixture
+def compute(tmp_path, monkeypatch):
+    """Of so many images 16,384 bytes each, cached in a folder of its own."""
+    monkeypatch.setenv("TLJAX_CACHE", str(tmp_path))
+    variables = tiny.random_variables()
+
+    def compute(count):
+        loading = Loading(batch_size=4)
+        stop = "layer1"
+        return compute_features(
+            tiny.MODEL, variables, source(count), loading, stop=stop, cache=True
+        )
+
+    return compute
+
+
+def test_what_was_not_used_for_longest_makes_room(compute, tmp_path, monkeypatch, capsys):
+    each = 8 * 16 * 16 * 4
+    folders = {}
+    for age, count in enumerate((4, 5, 6)):
+        known = set((tmp_path / "features").glob("*"))
+        compute(count)
+        (folders[count],) = set((tmp_path / "features").glob("*")) - known
+        os.utime(folders[count], (1000 + age,) * 2)
+        assert f"kept in {folders[count]}" in capsys.readouterr().err
+    compute(4)  # used again
+    assert f"features  4 images  from {folders[4]}" in capsys.readouterr().err
+    monkeypatch.setenv("TLJAX_FEATURE_CACHE_GIB", str((4 + 6 + 7 + 1) * each / 2**30))
+    compute(7)
+    assert [count for count, folder in folders.items() if folder.exists()] == [4, 6]
+    compute(8)
+    assert not any(folder.exists() for count, folder in folders.items() if count != 4)
+
+
+def test_features_over_the_limit_are_refused_and_drop_nothing(compute, tmp_path, monkeypatch):
+    compute(4)
+    monkeypatch.setenv("TLJAX_FEATURE_CACHE_GIB", "0.00001")
+    with pytest.raises(RequestError, match="raise TLJAX_FEATURE_CACHE_GIB, or --cache none"):
+        compute(5)
+    assert len(list((tmp_path / "features").iterdir())) == 1
+    monkeypatch.setenv("TLJAX_FEATURE_CACHE_GIB", "much")
+    with pytest.raises(RequestError, match="TLJAX_FEATURE_CACHE_GIB=much: choose a number of GiB"):
+        compute(5)
