@@ -18,7 +18,6 @@ from tljax.attack.contract import (
 )
 from tljax.attack.losses import Loss, ascent, goal
 from tljax.attack.norms import NORMS, Bounds, into_ball, norm_of
-from tljax.errors import RequestError
 from tljax.types import Array
 
 
@@ -81,8 +80,6 @@ def pgd(
         RequestError: an argument has the wrong shape or type, or an unknown name.
     """
     images, labels, epsilon, keys = prepare(images, labels, key, epsilon, ids)
-    if num_steps < 1 or restarts < 1:
-        raise RequestError(f"num_steps {num_steps} and restarts {restarts} must be at least 1")
     ball, aim = norm_of(norm, NORMS), goal(loss, labels, targets)
     default = 2.5 * epsilon / num_steps
     step = default if step_size is None else one_each(step_size, images, "step_size")

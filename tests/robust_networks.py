@@ -1,0 +1,101 @@
+"""Networks whose robustness is proven or published, as plain functions, and their images."""
+
+from functools import cache
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import SHARED
+from jax import lax
+from jax.tree_util import Partial
+from safetensors.numpy import load_file
+
+FOLDER = SHARED / "robust"
+CIFAR_MEAN = np.array([125.3, 123.0, 113.9], np.float32) / 255
+CIFAR_STD = np.array([63.0, 62.1, 66.7], np.float32) / 255
+
+
+class Robust(NamedTuple):
+    """What is known of a network on 200 images, under Linf.
+
+    Attributes:
+        data: the images.
+        epsilon: the radius.
+        clean: how many images it classifies correctly.
+        proven: no attack leaves fewer than this.
+        known: the best known attack leaves this many.
+    """
+
+    data: str
+    epsilon: float
+    clean: int
+    proven: int
+    known: int
+
+
+# Wang et al., "Beta-CROWN", 2021 (arXiv 2103.06624): the SDP benchmark.
+PROVEN = {
+    "mnist_cnn_a_adv": Robust("mnist_200", 0.3, 195, 152, 153),
+    "cifar_cnn_a_adv": Robust("cifar_200", 2 / 255, 140, 97, 100),
+    "cifar_cnn_a_mix": Robust("cifar_200", 2 / 255, 158, 96, 106),
+}
+TRADES = "trades_mnist_smallcnn"
+
+
+def load_examples(name: str, count: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Images ``[n, height, width, channels]`` in [0, 1] and labels ``[n]``."""
+    with np.load(FOLDER / f"{name}.npz") as file:
+        images, labels = file["images"][:count], file["labels"][:count]
+    if images.dtype == np.uint8:
+        images = images / np.float32(255)
+    return images, labels.astype(np.int32)
+
+
+def load_weights(name: str) -> dict[str, np.ndarray]:
+    """Weights by their torch names, in torch's layouts; skips the test where they are not."""
+    if not FOLDER.is_dir():
+        pytest.skip("needs the networks of ../shared/robust, which are not part of the repository")
+    return load_file(FOLDER / f"{name}.safetensors")
+
+
+@cache
+def load_network(name: str) -> Partial:
+    """Images ``[n, height, width, channels]`` in [0, 1] to logits ``[n, 10]``."""
+    return Partial(_trades if name == TRADES else _cnn_a, load_weights(name))
+
+
+@jax.jit
+def _cnn_a(weights: dict[str, jax.Array], images: jax.Array) -> jax.Array:
+    x = jnp.moveaxis(images, -1, 1)
+    if x.shape[1] == 3:
+        x = (x - CIFAR_MEAN[:, None, None]) / CIFAR_STD[:, None, None]
+    for name in ("0", "2"):
+        x = jax.nn.relu(_convolution(weights, name, x, stride=2, padding=1))
+    x = jax.nn.relu(_linear(weights, "5", x.reshape(len(x), -1)))
+    return _linear(weights, "7", x)
+
+
+@jax.jit
+def _trades(weights: dict[str, jax.Array], images: jax.Array) -> jax.Array:
+    x = jnp.moveaxis(images, -1, 1)
+    for number in (1, 2, 3, 4):
+        x = jax.nn.relu(_convolution(weights, f"feature_extractor.conv{number}", x))
+        if number in (2, 4):
+            pairs = (1, 1, 2, 2)
+            x = lax.reduce_window(x, -jnp.inf, lax.max, pairs, pairs, "VALID")
+    x = x.reshape(len(x), -1)
+    for number in (1, 2):
+        x = jax.nn.relu(_linear(weights, f"classifier.fc{number}", x))
+    return _linear(weights, "classifier.fc3", x)
+
+
+def _convolution(weights, name: str, x: jax.Array, stride: int = 1, padding: int = 0) -> jax.Array:
+    pads = [(padding, padding)] * 2
+    x = lax.conv_general_dilated(x, weights[f"{name}.weight"], (stride, stride), pads)
+    return x + weights[f"{name}.bias"][:, None, None]
+
+
+def _linear(weights, name: str, x: jax.Array) -> jax.Array:
+    return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
