@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import SHARED
-from jax import lax
 from jax.tree_util import Partial
 from safetensors.numpy import load_file
 
@@ -68,33 +67,45 @@ def load_network(name: str) -> Partial:
 
 @jax.jit
 def _cnn_a(weights: dict[str, jax.Array], images: jax.Array) -> jax.Array:
-    x = jnp.moveaxis(images, -1, 1)
-    if x.shape[1] == 3:
-        x = (x - CIFAR_MEAN[:, None, None]) / CIFAR_STD[:, None, None]
+    x = (images - CIFAR_MEAN) / CIFAR_STD if images.shape[-1] == 3 else images
     for name in ("0", "2"):
-        x = jax.nn.relu(_convolution(weights, name, x, stride=2, padding=1))
-    x = jax.nn.relu(_linear(weights, "5", x.reshape(len(x), -1)))
+        x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        x = jax.nn.relu(_convolution(weights, name, x, stride=2))
+    x = jax.nn.relu(_linear(weights, "5", _flatten(x)))
     return _linear(weights, "7", x)
 
 
 @jax.jit
 def _trades(weights: dict[str, jax.Array], images: jax.Array) -> jax.Array:
-    x = jnp.moveaxis(images, -1, 1)
+    x = images
     for number in (1, 2, 3, 4):
         x = jax.nn.relu(_convolution(weights, f"feature_extractor.conv{number}", x))
         if number in (2, 4):
-            pairs = (1, 1, 2, 2)
-            x = lax.reduce_window(x, -jnp.inf, lax.max, pairs, pairs, "VALID")
-    x = x.reshape(len(x), -1)
+            n, height, width, channels = x.shape
+            x = x.reshape(n, height // 2, 2, width // 2, 2, channels).max((2, 4))
+    x = _flatten(x)
     for number in (1, 2):
         x = jax.nn.relu(_linear(weights, f"classifier.fc{number}", x))
     return _linear(weights, "classifier.fc3", x)
 
 
-def _convolution(weights, name: str, x: jax.Array, stride: int = 1, padding: int = 0) -> jax.Array:
-    pads = [(padding, padding)] * 2
-    x = lax.conv_general_dilated(x, weights[f"{name}.weight"], (stride, stride), pads)
-    return x + weights[f"{name}.bias"][:, None, None]
+def _convolution(weights, name: str, x: jax.Array, stride: int = 1) -> jax.Array:
+    """A convolution as a product of matrices: within loops, on a CPU, XLA has no fast one."""
+    kernel = weights[f"{name}.weight"]
+    size = kernel.shape[-1]
+    height, width = (side - size + 1 for side in x.shape[1:3])
+    patches = [
+        x[:, i : i + height : stride, j : j + width : stride]
+        for i in range(size)
+        for j in range(size)
+    ]
+    kernel = kernel.transpose(2, 3, 1, 0).reshape(-1, len(kernel))
+    return jnp.concatenate(patches, axis=-1) @ kernel + weights[f"{name}.bias"]
+
+
+def _flatten(x: jax.Array) -> jax.Array:
+    """Pixels within channels, as torch has them."""
+    return jnp.moveaxis(x, -1, 1).reshape(len(x), -1)
 
 
 def _linear(weights, name: str, x: jax.Array) -> jax.Array:

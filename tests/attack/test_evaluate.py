@@ -214,7 +214,7 @@ def test_square_that_improves_raises_its_flag():
         ({"epsilons": [-1]}, "epsilons of at least 0"),
         ({"attacks": {}}, "and attacks"),
         ({"data": (np.zeros((2, 10, 10, 3), "f"), np.array([-1, -1]))}, "no labelled image"),
-        ({"data": (np.zeros((2, 10, 10, 3), "f"), np.array([1, 10]))}, "label 10.*10 classes"),
+        ({"data": (np.zeros((2, 10, 10, 3), "f"), np.array([1, 10]))}, "labels must be from 0 to 9, as the network has 10 classes, got 1 to 10"),
     ],
 )
 def test_what_cannot_be_evaluated(change, message):
@@ -224,7 +224,31 @@ def test_what_cannot_be_evaluated(change, message):
     with pytest.raises(RequestError, match="no ensemble 'custom'"):
         ensemble(10, version="custom")
     assert list(ensemble(10, version="rand")) == ["apgd-ce", "apgd-dlr"]
-    assert list(ensemble(10, norm="l2")) == ["apgd-ce", "apgd-t", "fab-t"]
+    with pytest.raises(RequestError, match="AutoAttack for 'l1' lacks apgd-ce"):
+        ensemble(10, norm="l1")
+
+
+def test_the_ensemble_is_autoattack_and_less_is_called_by_its_numbers():
+    for norm in ("linf", "l2"):
+        attacks: dict[str, Any] = ensemble(10, norm=norm)
+        assert list(attacks) == ["apgd-ce", "apgd-t", "fab-t", "square"]
+        for attack in attacks.values():
+            chosen = inspect.signature(attack).bind_partial()
+            chosen.apply_defaults()
+            options = attack.keywords
+            assert options["norm"] == norm
+            defaults = inspect.signature(attack.func).parameters
+            if attack.func is square:
+                assert options["num_queries"] == 5000
+                assert options["rescale"] is False
+            else:
+                assert options["num_steps"] == 100
+                assert options.get("restarts", 1) == 1
+        assert attacks["apgd-t"].func is apgd_t
+    assert title() == title(norm="l2") == "autoattack"
+    assert title(num_steps=20, num_queries=200) == "autoattack, 20 steps, 200 queries"
+    assert title(num_queries=200) == "autoattack, 100 steps, 200 queries"
+    assert title(version="rand") == "autoattack rand"
 
 
 DEVICES = """

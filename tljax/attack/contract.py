@@ -115,9 +115,9 @@ def compiled(attack: Function, *, unbounded: bool = False) -> Function:
         bound = signature.bind(*args, **options)
         bound.apply_defaults()
         given = bound.arguments | {"logits_fn": as_tree(bound.arguments["logits_fn"])}
-        for name in ("images", "labels", "ids", "targets"):
-            if given.get(name) is not None:
-                given[name] = jnp.asarray(given[name])
+        with jax.ensure_compile_time_eval():  # what another `jit` does not trace can be checked
+            for name in given.keys() & {"images", "labels", "ids", "targets"}:
+                given[name] = given[name] if given[name] is None else jnp.asarray(given[name])
         _check(given, unbounded)
         return jitted(**given)
 
@@ -127,16 +127,17 @@ def compiled(attack: Function, *, unbounded: bool = False) -> Function:
 def _check(given: dict[str, Any], unbounded: bool) -> None:
     images, epsilon, step_size = given["images"], given["epsilon"], given.get("step_size")
     check_images(images, given["bounds"])
-    for name in ("labels", "targets"):
-        if given.get(name) is not None:
-            check_classes(given["logits_fn"], images, given[name], name)
-    if given.get("ids") is not None:
-        _check_integers(given["ids"], images, "ids")
-    finite = float(jnp.finfo(jnp.float32).max)
-    high, must = (math.inf, "") if unbounded else (finite, " and finite")
-    _check_range(jnp.asarray(epsilon), 0, high, f"epsilon must be at least 0{must}")
-    if step_size is not None:
-        _check_range(jnp.asarray(step_size), 0, finite, "step_size must be at least 0 and finite")
+    for name in ("labels", "ids", "targets"):
+        value = given.get(name)
+        if value is None:
+            continue
+        if value.shape != images.shape[:1] or not jnp.issubdtype(value.dtype, jnp.integer):
+            raise RequestError(
+                f"{name} must be {len(images)} integers, one per image, "
+                f"got {value.dtype} {list(value.shape)}"
+            )
+        if name != "ids":
+            check_classes(given["logits_fn"], images, value, name)
     for name, (low, high) in _RANGES.items():
         value = given.get(name)
         if value is None:
@@ -145,6 +146,11 @@ def _check(given: dict[str, Any], unbounded: bool) -> None:
             must = f"{'a whole number, ' if low else ''}at least {low}"
             must += f" and at most {high}" if high < math.inf else ""
             raise RequestError(f"{name} must be {must}, got {value}")
+    finite = float(jnp.finfo(jnp.float32).max)
+    high, must = (math.inf, "") if unbounded else (finite, " and finite")
+    _check_range(epsilon, 0, high, f"epsilon must be at least 0{must}")
+    if step_size is not None:
+        _check_range(step_size, 0, finite, "step_size must be at least 0 and finite")
 
 
 def check_images(images: Array, bounds: tuple[float, float]) -> None:
@@ -154,9 +160,9 @@ def check_images(images: Array, bounds: tuple[float, float]) -> None:
         RequestError: they are not floating point ``[n, ...]`` within the bounds.
     """
     if not -math.inf < bounds[0] < bounds[1] < math.inf:
-        raise RequestError(f"bounds must be the least and the greatest pixel value, got {bounds}")
+        raise RequestError(f"bounds must be the smallest and largest pixel value, got {bounds}")
     if not images.size:
-        raise RequestError(f"images must be one at least, got {list(images.shape)}")
+        raise RequestError(f"images must hold at least one image, got {list(images.shape)}")
     if images.ndim < 2 or not jnp.issubdtype(images.dtype, jnp.floating):
         raise RequestError(
             f"images must be floating point [n, ...], got {images.dtype} {list(images.shape)}: "
@@ -164,34 +170,28 @@ def check_images(images: Array, bounds: tuple[float, float]) -> None:
         )
     low, high = bounds
     must = f"images must be finite and within the bounds {low:g} to {high:g}"
-    _check_range(images, low, high, must, ": divide by 255, or say what the bounds are")
+    _check_range(images, low, high, must, ": divide by 255, or pass bounds=(low, high)")
 
 
 def check_classes(logits_fn: Partial, images: Array, classes: Array, name: str) -> None:
-    """Check classes, and unless they are traced that the network has a logit for each.
+    """Check that the network has a logit for each of the classes, unless they are traced.
 
     Raises:
-        RequestError: they are not integers ``[n]``, or the network has fewer classes.
+        RequestError: it has none, or its logits for the images have a wrong shape.
     """
-    _check_integers(classes, images, name)
     if not isinstance(classes, Tracer):
         count = _logits.eval_shape(logits_fn, images).shape[-1]
         must = f"{name} must be from 0 to {count - 1}, as the network has {count} classes"
         _check_range(classes, 0, count - 1, must, ": is it the right network for these images?")
 
 
-def _check_integers(values: Array, images: Array, name: str) -> None:
-    if values.shape != images.shape[:1] or not jnp.issubdtype(values.dtype, jnp.integer):
-        raise RequestError(
-            f"{name} must be {len(images)} integers, one per image, "
-            f"got {values.dtype} {list(values.shape)}"
-        )
-
-
-def _check_range(values: Array, low: float, high: float, must: str, advice: str = "") -> None:
+def _check_range(
+    values: Array | float, low: float, high: float, must: str, advice: str = ""
+) -> None:
     if isinstance(values, Tracer):
         return
-    least, most = (float(jnp.asarray(value)) for value in (values.min(), values.max()))
+    with jax.ensure_compile_time_eval():
+        least, most = float(jnp.min(values)), float(jnp.max(values))
     if not (low <= least and most <= high):  # so that NaN is not
         raise RequestError(f"{must}, got {least:.6g} to {most:.6g}{advice}")
 
