@@ -14,6 +14,7 @@ import pytest
 from victims import accuracy, examples, linear_victim, victim
 
 from tljax.attack import check_network, ensemble, evaluate, fgsm, pgd, round_inward
+from tljax.attack.ensemble import title
 from tljax.attack.flags import check_outcome
 from tljax.errors import RequestError
 
@@ -214,7 +215,7 @@ def test_square_that_improves_raises_its_flag():
         ({"epsilons": [-1]}, "epsilons of at least 0"),
         ({"attacks": {}}, "and attacks"),
         ({"data": (np.zeros((2, 10, 10, 3), "f"), np.array([-1, -1]))}, "no labelled image"),
-        ({"data": (np.zeros((2, 10, 10, 3), "f"), np.array([1, 10]))}, "labels must be from 0 to 9, as the network has 10 classes, got 1 to 10"),
+        ({"data": (np.zeros((2, 10, 10, 3), "f"), np.array([1, 10]))}, "label 10.*10 classes"),
     ],
 )
 def test_what_cannot_be_evaluated(change, message):
@@ -230,25 +231,18 @@ def test_what_cannot_be_evaluated(change, message):
 
 def test_the_ensemble_is_autoattack_and_less_is_called_by_its_numbers():
     for norm in ("linf", "l2"):
-        attacks: dict[str, Any] = ensemble(10, norm=norm)
-        assert list(attacks) == ["apgd-ce", "apgd-t", "fab-t", "square"]
-        for attack in attacks.values():
-            chosen = inspect.signature(attack).bind_partial()
-            chosen.apply_defaults()
-            options = attack.keywords
-            assert options["norm"] == norm
-            defaults = inspect.signature(attack.func).parameters
-            if attack.func is square:
-                assert options["num_queries"] == 5000
-                assert options["rescale"] is False
-            else:
-                assert options["num_steps"] == 100
-                assert options.get("restarts", 1) == 1
-        assert attacks["apgd-t"].func is apgd_t
+        *by_gradients, last = ensemble(10, norm=norm).items()
+        assert [name for name, _ in by_gradients] == ["apgd-ce", "apgd-t", "fab-t"]
+        for _, attack in by_gradients:
+            assert attack.keywords["num_steps"] == 100
+            assert attack.keywords["norm"] == norm
+        expected = {"norm": norm, "num_queries": 5000, "rescale": False, "bounds": (0.0, 1.0)}
+        assert (last[0], last[1].keywords) == ("square", expected)
     assert title() == title(norm="l2") == "autoattack"
     assert title(num_steps=20, num_queries=200) == "autoattack, 20 steps, 200 queries"
     assert title(num_queries=200) == "autoattack, 100 steps, 200 queries"
     assert title(version="rand") == "autoattack rand"
+    assert title(version="rand", num_steps=10) == "autoattack rand, 10 steps"
 
 
 DEVICES = """

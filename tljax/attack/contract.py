@@ -179,10 +179,15 @@ def check_classes(logits_fn: Partial, images: Array, classes: Array, name: str) 
     Raises:
         RequestError: it has none, or its logits for the images have a wrong shape.
     """
-    if not isinstance(classes, Tracer):
-        count = _logits.eval_shape(logits_fn, images).shape[-1]
-        must = f"{name} must be from 0 to {count - 1}, as the network has {count} classes"
-        _check_range(classes, 0, count - 1, must, ": is it the right network for these images?")
+    if isinstance(classes, Tracer):
+        return
+    least, most = _extent(classes)
+    count = _logits.eval_shape(logits_fn, images).shape[-1]
+    if least < 0 or most >= count:
+        raise RequestError(
+            f"{name}: {name[:-1]} {least if least < 0 else most:.0f}, but the network has {count} "
+            f"classes, 0 to {count - 1}: is it the right network for these images?"
+        )
 
 
 def _check_range(
@@ -190,10 +195,14 @@ def _check_range(
 ) -> None:
     if isinstance(values, Tracer):
         return
-    with jax.ensure_compile_time_eval():
-        least, most = float(jnp.min(values)), float(jnp.max(values))
+    least, most = _extent(values)
     if not (low <= least and most <= high):  # so that NaN is not
         raise RequestError(f"{must}, got {least:.6g} to {most:.6g}{advice}")
+
+
+def _extent(values: Array | float) -> tuple[float, float]:
+    with jax.ensure_compile_time_eval():
+        return float(jnp.min(values)), float(jnp.max(values))
 
 
 def _rounded(logits_fn: Partial, images: jax.Array, limit: jax.Array, x: jax.Array) -> jax.Array:
