@@ -1,17 +1,16 @@
 """Networks whose robustness is proven or published, as plain functions, and their images."""
 
 from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import SHARED
 from jax.tree_util import Partial
 from safetensors.numpy import load_file
 
-FOLDER = SHARED / "robust"
 CIFAR_MEAN = np.array([125.3, 123.0, 113.9], np.float32) / 255
 CIFAR_STD = np.array([63.0, 62.1, 66.7], np.float32) / 255
 
@@ -45,7 +44,7 @@ TRADES = "trades_mnist_smallcnn"
 
 def load_examples(name: str, count: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Images ``[n, height, width, channels]`` in [0, 1] and labels ``[n]``."""
-    with np.load(FOLDER / f"{name}.npz") as file:
+    with np.load(_path(f"{name}.npz")) as file:
         images, labels = file["images"][:count], file["labels"][:count]
     if images.dtype == np.uint8:
         images = images / np.float32(255)
@@ -53,10 +52,15 @@ def load_examples(name: str, count: int | None = None) -> tuple[np.ndarray, np.n
 
 
 def load_weights(name: str) -> dict[str, np.ndarray]:
-    """Weights by their torch names, in torch's layouts; skips the test where they are not."""
-    if not FOLDER.is_dir():
+    """Weights by their torch names, in torch's layouts."""
+    return load_file(_path(f"{name}.safetensors"))
+
+
+def _path(file: str) -> Path:
+    path = Path(__file__).resolve().parents[2] / "shared" / "robust" / file
+    if not path.is_file():
         pytest.skip("needs the networks of ../shared/robust, which are not part of the repository")
-    return load_file(FOLDER / f"{name}.safetensors")
+    return path
 
 
 @cache
