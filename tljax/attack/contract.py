@@ -248,7 +248,7 @@ def prepare(
 
 
 def sample_logits(logits_fn: LogitsFn, images: jax.Array) -> jax.Array:
-    """Logits ``[samples, n, classes]`` in the type of the images, float32 or wider.
+    """Compute logits ``[samples, n, classes]`` in the type of the images, float32 or wider.
 
     Raises:
         RequestError: the network returns anything else.

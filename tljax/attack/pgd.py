@@ -74,10 +74,12 @@ def pgd(
         bounds: smallest and largest value of a pixel.
 
     Returns:
-        Images of the same shape, at most epsilon away (to float32 rounding), within the bounds.
+        Images of the same shape and type, at most epsilon away (to float32 rounding; exactly, where
+        they have 16 bits), within the bounds.
 
     Raises:
-        RequestError: an argument has the wrong shape or type, or an unknown name.
+        RequestError: an argument has the wrong shape or type, an unknown name, or a value out of its
+            range, which is only known outside of `jax.jit`.
     """
     images, labels, epsilon, keys = prepare(images, labels, key, epsilon, ids)
     ball, aim = norm_of(norm, NORMS), goal(loss, labels, targets)

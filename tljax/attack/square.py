@@ -51,7 +51,7 @@ def place(key: jax.Array, length: jax.Array, shape: tuple[int, ...]) -> Square:
 
 
 def bump(rows: jax.Array, columns: jax.Array, length: jax.Array | int) -> jax.Array:
-    """A hill in the upper half of a square and a valley in the lower; its squares sum to 1.
+    """Draw a hill in the upper half of a square, a valley in the lower; the squares sum to 1.
 
     ``rows`` and ``columns`` are those of `Square`; exchanged, they give left and right halves.
     """
@@ -69,7 +69,7 @@ def bump(rows: jax.Array, columns: jax.Array, length: jax.Array | int) -> jax.Ar
 
 
 def _unit(x: jax.Array) -> jax.Array:
-    """Each channel of ``[height, width, ...]`` divided by its length."""
+    """Divide each channel of ``[height, width, ...]`` by its L2 length."""
     return x / (jnp.linalg.norm(x, axis=(0, 1)) + 1e-12)
 
 
@@ -88,7 +88,7 @@ def _add(key: jax.Array, delta: jax.Array, epsilon: jax.Array, length: jax.Array
 
 
 def _hills(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Bumps side by side, five in a row of a square image."""
+    """Lay bumps side by side, five in a row of a square image."""
     length = max(min(shape[:2]) // 5, 1)
     margin = max(min(shape[:2]) - 5 * length, 0) // 2
     rows, columns = ((size - margin) // length for size in shape[:2])
@@ -134,7 +134,7 @@ def square(
     rescale: bool = True,
     bounds: Bounds = (0.0, 1.0),
 ) -> jax.Array:
-    """Changes one random square after the other, and keeps what raises the margin.
+    """Change one random square after the other, and keep what raises the margin.
 
     It looks at logits alone. A network that it fools more often than attacks by gradients do is not
     robust: it hides its gradients.
