@@ -14,6 +14,7 @@ import pytest
 from victims import accuracy, examples, linear_victim, victim
 
 from tljax.attack import check_network, ensemble, evaluate, fgsm, pgd, round_inward
+from tljax.attack.ensemble import title
 from tljax.attack.flags import check_outcome
 from tljax.errors import RequestError
 
@@ -224,7 +225,24 @@ def test_what_cannot_be_evaluated(change, message):
     with pytest.raises(RequestError, match="no ensemble 'custom'"):
         ensemble(10, version="custom")
     assert list(ensemble(10, version="rand")) == ["apgd-ce", "apgd-dlr"]
-    assert list(ensemble(10, norm="l2")) == ["apgd-ce", "apgd-t", "fab-t"]
+    with pytest.raises(RequestError, match="AutoAttack for 'l1' lacks apgd-ce"):
+        ensemble(10, norm="l1")
+
+
+def test_the_ensemble_is_autoattack_and_less_is_called_by_its_numbers():
+    for norm in ("linf", "l2"):
+        *by_gradients, last = ensemble(10, norm=norm).items()
+        assert [name for name, _ in by_gradients] == ["apgd-ce", "apgd-t", "fab-t"]
+        for _, attack in by_gradients:
+            assert attack.keywords["num_steps"] == 100
+            assert attack.keywords["norm"] == norm
+        expected = {"norm": norm, "num_queries": 5000, "rescale": False, "bounds": (0.0, 1.0)}
+        assert (last[0], last[1].keywords) == ("square", expected)
+    assert title() == title(norm="l2") == "autoattack"
+    assert title(num_steps=20, num_queries=200) == "autoattack, 20 steps, 200 queries"
+    assert title(num_queries=200) == "autoattack, 100 steps, 200 queries"
+    assert title(version="rand") == "autoattack rand"
+    assert title(version="rand", num_steps=10) == "autoattack rand, 10 steps"
 
 
 DEVICES = """

@@ -22,7 +22,7 @@ from victims import (
 
 from tljax.attack import carlini_wagner, deepfool, fab_t, square
 from tljax.attack.fab import onto_plane
-from tljax.attack.square import side
+from tljax.attack.square import bump, side
 
 pytestmark = pytest.mark.slow
 
@@ -166,13 +166,18 @@ def test_carlini_wagner_that_aborts_early_goes_little_farther():
 
 
 @pytest.mark.slow
-def test_square_is_as_strong_as_torchattacks():
+@pytest.mark.parametrize(("norm", "epsilon"), [("linf", 1.5 / 255), ("l2", 0.1)])
+@pytest.mark.parametrize("rescale", [True, False])
+def test_square_is_as_strong_as_torchattacks(norm, epsilon, rescale):
     (x, y), labels = torch_examples(), examples()[1]
-    options = {"eps": 1.5 / 255, "n_queries": 100}
-    expected = accuracy(to_numpy(torchattacks.Square(torch_victim(), **options)(x, y)), labels)
-    ours = square(victim(), *examples(), KEY, epsilon=1.5 / 255, num_queries=100)
+    options = {"norm": norm.capitalize(), "eps": epsilon, "n_queries": 100}
+    theirs = torchattacks.Square(torch_victim(), **options, resc_schedule=rescale)
+    expected = accuracy(to_numpy(theirs(x, y)), labels)
+    ours = square(
+        victim(), *examples(), KEY, epsilon=epsilon, norm=norm, num_queries=100, rescale=rescale
+    )
     found = accuracy(ours, labels)
-    print(f"square: {found} (torchattacks {expected})")
+    print(f"square {norm}: {found} (torchattacks {expected})")
     assert 0.2 < expected < 0.8
     assert abs(found - expected) <= 2 * np.sqrt(2 * expected * (1 - expected) / len(labels))
 
@@ -183,6 +188,39 @@ def test_squares_shrink_as_they_do_in_torchattacks():
     for query in (0, 5, 6, 25, 26, 100, 101, 250, 251, 1000, 1001, 3000, 3001, 4001, 4999):
         p = attack.p_selection(query)
         assert side(query, 5000, 0.8, 224, 224) == max(round(np.sqrt(p * 224 * 224)), 1)
+
+
+def test_squares_of_autoattack_shrink_after_the_queries_that_the_paper_names():
+    attack = torchattacks.Square(torch.nn.Linear(1, 1), n_queries=5000, resc_schedule=False)
+    for query in (0, 10, 11, 50, 51, 200, 201, 500, 501, 1000, 1001, 2000, 2001, 4000, 4001, 4999):
+        p = attack.p_selection(query)
+        assert side(query, 10000, 0.8, 224, 224) == max(round(np.sqrt(p * 224 * 224)), 1)
+
+
+@pytest.mark.parametrize("length", [2, 3, 5, 6, 25])
+def test_bumps_are_those_of_torchattacks(length):
+    attack = torchattacks.Square(torch.nn.Linear(1, 1), norm="L2")
+    attack.device = "cpu"
+    torch.manual_seed(0)
+    theirs = attack.eta(length).numpy()
+    rows, columns = jnp.arange(length)[:, None], jnp.arange(length)[None]
+    ours = [np.asarray(bump(*at, length)) for at in ((rows, columns), (columns, rows))]
+    assert min(np.abs(one - theirs).max() for one in ours) < 1e-6
+
+
+def test_square_in_l2_is_on_the_sphere_where_no_bound_is_in_the_way():
+    x = 0.4 + 0.2 * examples()[0]
+    labels = np.asarray(victim()(x).argmax(-1))
+    found = [
+        square(victim(), x, labels, KEY, epsilon=0.15, norm="l2", num_queries=queries)
+        for queries in (1, 60)
+    ]
+    for one in found:
+        away = np.sqrt(np.square(np.asarray(one, "f8") - x).sum((1, 2, 3)))
+        np.testing.assert_allclose(away, 0.15, rtol=1e-5)
+    assert accuracy(found[1], labels) < accuracy(found[0], labels)
+    changed = (np.asarray(found[1]) != np.asarray(found[0])).any((1, 2, 3))
+    assert changed.any()
 
 
 @pytest.mark.slow

@@ -137,8 +137,13 @@ def test_autoattack_stands_beside_the_others(network, attacked):
     chosen = attacks.choose_attacks(["fgsm", "autoattack"], num_steps=5)
     found = attacks.attack(network, victims, chosen, [4 / 255], LOADING)
     first, *until, last = found.outcomes
-    assert (first, last) == ("fgsm", "autoattack")
-    assert until == [f"autoattack until {part}" for part in ("apgd-ce", "apgd-t", "fab-t")]
+    assert (first, last) == ("fgsm", "autoattack, 5 steps, 5000 queries")  # it is not AutoAttack
+    assert until == [f"{last} until {part}" for part in ("apgd-ce", "apgd-t", "fab-t")]
+    assert last in attacks.table(found)
+    assert last in attacks.summary(found)["robust"]
+    painting = attacks.paint(network, victims, chosen, found, count=1)[0]
+    assert painting.facts["attack"] == last
+    assert f"{last}, epsilon" in painting.line
     shares = [found.accuracy(name)[0].value for name in found.outcomes]
     assert shares == sorted(shares, reverse=True)
     assert "few_classes" in found.flags
@@ -147,9 +152,11 @@ def test_autoattack_stands_beside_the_others(network, attacked):
 def test_what_cannot_be_done_is_said():
     with pytest.raises(RequestError, match="no attack 'pdg'; choose from fgsm"):
         attacks.choose_attacks(["pdg"])
-    with pytest.raises(RequestError, match="square knows no norm but linf"):
-        attacks.choose_attacks(["square"], norm="l2")
+    with pytest.raises(RequestError, match="square knows no norm but linf and l2"):
+        attacks.choose_attacks(["square"], norm="l1")
     with pytest.raises(RequestError, match="apgd-ce knows no norm but linf and l2"):
         attacks.choose_attacks(["pgd", "apgd-ce"], norm="l1")
+    with pytest.raises(RequestError, match="AutoAttack for 'l1' lacks apgd-ce"):
+        attacks.choose_attacks(["autoattack"], norm="l1")
     with pytest.raises(RequestError, match="fab-t takes no --target; fgsm, bim"):
         attacks.choose_attacks(["fab-t"], target=1)

@@ -20,7 +20,6 @@ from tljax.attack.contract import (
 )
 from tljax.attack.losses import Ascent, Goal, Loss, ascent, best_others, goal, mean_logits
 from tljax.attack.norms import Bounds, into_ball, norm_of
-from tljax.errors import RequestError
 from tljax.types import Array
 
 _RHO = 0.75  # a window in which the loss rose less often than this halves the step
@@ -204,8 +203,6 @@ def apgd(
     """
     images, labels, epsilon, keys = prepare(images, labels, key, epsilon, ids)
     aim = goal(loss, labels, targets)
-    if restarts < 1 or num_steps < 1:
-        raise RequestError(f"num_steps {num_steps} and restarts {restarts} must be at least 1")
     run = partial(
         _climb, logits_fn, images, epsilon,
         aim=aim, norm=norm, num_steps=num_steps, stop_early=stop_early, bounds=bounds,

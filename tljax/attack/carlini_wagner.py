@@ -27,7 +27,7 @@ class _Search(NamedTuple):
     high: jax.Array
 
 
-@compiled
+@partial(compiled, unbounded=True)
 def carlini_wagner(
     logits_fn: LogitsFn,
     images: Array,

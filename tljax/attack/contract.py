@@ -6,13 +6,16 @@ number of devices, and after those that were already fooled have been sorted out
 """
 
 import inspect
+import math
 from collections.abc import Callable
 from functools import partial, wraps
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jax.tree_util import Partial
 
 from tljax.errors import RequestError
@@ -29,6 +32,16 @@ program: they are not copied into it, and other variables compile nothing.
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 _TRACED = {"logits_fn", "images", "labels", "key", "epsilon", "ids", "targets", "step_size"}
+
+_COUNTS = ("num_steps", "num_targets", "num_queries", "restarts", "search_steps")
+_POSITIVE = ("momentum", "eta", "overshoot", "learning_rate", "first_constant", "confidence")
+_RANGES = {
+    **dict.fromkeys(_COUNTS, (1, math.inf)),
+    "candidates": (2, math.inf),
+    **dict.fromkeys(_POSITIVE, (0, math.inf)),
+    **dict.fromkeys(("p", "alpha_max", "beta"), (0, 1)),
+}
+"""Smallest and largest value of the other options that are numbers."""
 
 
 class Attack(Protocol):
@@ -53,7 +66,7 @@ Found = tuple[jax.Array, jax.Array, jax.Array]
 
 
 class Examples(NamedTuple):
-    """The arguments that all attacks share, checked.
+    """The arguments that all attacks share, converted.
 
     Attributes:
         images: ``[n, ...]`` floating point.
@@ -68,21 +81,143 @@ class Examples(NamedTuple):
     keys: jax.Array
 
 
-def compiled(attack: Function) -> Function:
-    """`jax.jit` for an attack: arrays are traced, everything else is static.
+def compiled(attack: Function, *, unbounded: bool = False) -> Function:
+    """Check an attack's arguments, and run it by `jax.jit` with arrays traced and all else static.
 
     A second call with the same ``logits_fn`` object, or with a `Partial` of the same function,
     compiles nothing, whatever the values of the arrays, epsilon among them. Within another `jit`
-    the attack becomes part of that.
+    the attack becomes part of that; values that are traced cannot be checked.
+
+    Images of bfloat16 and float16 are attacked in float32, where small steps do not vanish. What
+    the network sees and what is returned has the images' type: each value is rounded towards the
+    image, so that it stays in the ball.
+
+    Args:
+        attack: see `Attack`.
+        unbounded: whether epsilon may be infinite.
     """
-    names = inspect.signature(attack).parameters
-    jitted = jax.jit(attack, static_argnames=[name for name in names if name not in _TRACED])
+    signature = inspect.signature(attack)
 
     @wraps(attack)
-    def call(logits_fn: LogitsFn, *args: Any, **options: Any) -> Any:
-        return jitted(as_tree(logits_fn), *args, **options)
+    def run(logits_fn: Partial, images: jax.Array, **options: Any) -> jax.Array:
+        if jnp.finfo(images.dtype).bits >= 32:
+            return attack(logits_fn, images, **options)
+        wide = images.astype(jnp.float32)
+        limit = one_each(options["epsilon"], wide, "epsilon")
+        found = attack(Partial(_rounded, logits_fn, images, limit), wide, **options)
+        return _round_towards(found, images, limit)
+
+    names = [name for name in signature.parameters if name not in _TRACED]
+    jitted = jax.jit(run, static_argnames=names)
+
+    @wraps(attack)
+    def call(*args: Any, **options: Any) -> jax.Array:
+        bound = signature.bind(*args, **options)
+        bound.apply_defaults()
+        given = bound.arguments | {"logits_fn": as_tree(bound.arguments["logits_fn"])}
+        with jax.ensure_compile_time_eval():  # what another `jit` does not trace can be checked
+            for name in given.keys() & {"images", "labels", "ids", "targets"}:
+                given[name] = given[name] if given[name] is None else jnp.asarray(given[name])
+        _check(given, unbounded)
+        return jitted(**given)
 
     return call  # pyright: ignore[reportReturnType]
+
+
+def _check(given: dict[str, Any], unbounded: bool) -> None:
+    images, epsilon, step_size = given["images"], given["epsilon"], given.get("step_size")
+    check_images(images, given["bounds"])
+    for name in ("labels", "ids", "targets"):
+        value = given.get(name)
+        if value is None:
+            continue
+        if value.shape != images.shape[:1] or not jnp.issubdtype(value.dtype, jnp.integer):
+            raise RequestError(
+                f"{name} must be {len(images)} integers, one per image, "
+                f"got {value.dtype} {list(value.shape)}"
+            )
+        if name != "ids":
+            check_classes(given["logits_fn"], images, value, name)
+    for name, (low, high) in _RANGES.items():
+        value = given.get(name)
+        if value is None:
+            continue
+        if not low <= value <= high or (low > 0 and not isinstance(value, int | np.integer)):
+            must = f"{'a whole number, ' if low else ''}at least {low}"
+            must += f" and at most {high}" if high < math.inf else ""
+            raise RequestError(f"{name} must be {must}, got {value}")
+    finite = float(jnp.finfo(jnp.float32).max)
+    high, must = (math.inf, "") if unbounded else (finite, " and finite")
+    _check_range(epsilon, 0, high, f"epsilon must be at least 0{must}")
+    if step_size is not None:
+        _check_range(step_size, 0, finite, "step_size must be at least 0 and finite")
+
+
+def check_images(images: Array, bounds: tuple[float, float]) -> None:
+    """Check the type and the shape of images, and their values unless they are traced.
+
+    Raises:
+        RequestError: they are not floating point ``[n, ...]`` within the bounds.
+    """
+    if not -math.inf < bounds[0] < bounds[1] < math.inf:
+        raise RequestError(f"bounds must be the smallest and largest pixel value, got {bounds}")
+    if not images.size:
+        raise RequestError(f"images must hold at least one image, got {list(images.shape)}")
+    if images.ndim < 2 or not jnp.issubdtype(images.dtype, jnp.floating):
+        raise RequestError(
+            f"images must be floating point [n, ...], got {images.dtype} {list(images.shape)}: "
+            "divide uint8 by 255"
+        )
+    low, high = bounds
+    must = f"images must be finite and within the bounds {low:g} to {high:g}"
+    _check_range(images, low, high, must, ": divide by 255, or pass bounds=(low, high)")
+
+
+def check_classes(logits_fn: Partial, images: Array, classes: Array, name: str) -> None:
+    """Check that the network has a logit for each of the classes, unless they are traced.
+
+    Raises:
+        RequestError: it has none, or its logits for the images have a wrong shape.
+    """
+    if isinstance(classes, Tracer):
+        return
+    least, most = _extent(classes)
+    count = _logits.eval_shape(logits_fn, images).shape[-1]
+    if least < 0 or most >= count:
+        raise RequestError(
+            f"{name}: {name[:-1]} {least if least < 0 else most:.0f}, but the network has {count} "
+            f"classes, 0 to {count - 1}: is it the right network for these images?"
+        )
+
+
+def _check_range(
+    values: Array | float, low: float, high: float, must: str, advice: str = ""
+) -> None:
+    if isinstance(values, Tracer):
+        return
+    least, most = _extent(values)
+    if not (low <= least and most <= high):  # so that NaN is not
+        raise RequestError(f"{must}, got {least:.6g} to {most:.6g}{advice}")
+
+
+def _extent(values: Array | float) -> tuple[float, float]:
+    with jax.ensure_compile_time_eval():
+        return float(jnp.min(values)), float(jnp.max(values))
+
+
+def _rounded(logits_fn: Partial, images: jax.Array, limit: jax.Array, x: jax.Array) -> jax.Array:
+    """Show the network what `compiled` would return; the gradient is that of a cast."""
+    cast = x.astype(images.dtype)
+    shown = _round_towards(lax.stop_gradient(x), images, limit)
+    return logits_fn(cast + (shown - lax.stop_gradient(cast)))
+
+
+def _round_towards(x: jax.Array, images: jax.Array, limit: jax.Array) -> jax.Array:
+    """Round to the type of the images, towards them, and to no more than the limit from them."""
+    near = x.astype(images.dtype)
+    origin = images.astype(x.dtype)
+    allowed = jnp.minimum(jnp.abs(x - origin), along(limit, x))
+    return jnp.where(jnp.abs(near - origin) > allowed, jnp.nextafter(near, images), near)
 
 
 def as_tree(logits_fn: LogitsFn) -> Partial:
@@ -105,27 +240,33 @@ def as_tree(logits_fn: LogitsFn) -> Partial:
 def prepare(
     images: Array, labels: Array, key: jax.Array, epsilon: Array | float, ids: Array | None
 ) -> Examples:
-    """Checks shapes and types, and gives each example its epsilon and its key.
+    """Give each example its epsilon and its key."""
+    images, labels = jnp.asarray(images), jnp.asarray(labels)
+    ids = fingerprint(images) if ids is None else jnp.asarray(ids)
+    keys = jax.vmap(partial(jax.random.fold_in, key))(ids)
+    return Examples(images, labels.astype(jnp.int32), one_each(epsilon, images, "epsilon"), keys)
+
+
+def sample_logits(logits_fn: LogitsFn, images: jax.Array) -> jax.Array:
+    """Compute logits ``[samples, n, classes]`` in the type of the images, float32 or wider.
 
     Raises:
-        RequestError: an argument has the wrong shape or type.
+        RequestError: the network returns anything else.
     """
-    images, labels = jnp.asarray(images), jnp.asarray(labels)
-    if images.ndim < 2 or not jnp.issubdtype(images.dtype, jnp.floating):
+    logits = jnp.asarray(logits_fn(images))
+    if logits.ndim not in (2, 3) or logits.shape[-2] != len(images):
         raise RequestError(
-            f"images must be floating point [n, ...], got {images.dtype} {list(images.shape)}: "
-            "divide uint8 by 255"
+            f"logits_fn must return [n, classes] or [samples, n, classes] for n = {len(images)} "
+            f"images, got {list(logits.shape)}"
         )
-    n = len(images)
-    ids = fingerprint(images) if ids is None else jnp.asarray(ids)
-    for name, value in (("labels", labels), ("ids", ids)):
-        if value.shape != (n,) or not jnp.issubdtype(value.dtype, jnp.integer):
-            raise RequestError(
-                f"{name} must be {n} integers, one per image, got {value.dtype} {list(value.shape)}"
-            )
-    epsilon = one_each(epsilon, images, "epsilon")
-    keys = jax.vmap(partial(jax.random.fold_in, key))(ids)
-    return Examples(images, labels.astype(jnp.int32), epsilon, keys)
+    return logits.astype(_at_least_float32(images)).reshape(-1, *logits.shape[-2:])
+
+
+_logits = jax.jit(sample_logits)  # its shapes are remembered
+
+
+def _at_least_float32(images: Array) -> jnp.dtype:
+    return jnp.promote_types(images.dtype, jnp.float32)
 
 
 def as_float(images: Array) -> jax.Array:
@@ -169,7 +310,7 @@ def best_of(run: Callable[[jax.Array, jax.Array], Found], count: int, images: ja
         new = run(number, best[1])
         return choose(~best[1] & (new[1] | (new[2] > best[2])), new, best)
 
-    loss = jnp.full(len(images), -jnp.inf, jnp.promote_types(images.dtype, jnp.float32))
+    loss = jnp.full(len(images), -jnp.inf, images.dtype)
     return lax.fori_loop(0, count, body, (images, fooled, loss))
 
 
@@ -178,9 +319,14 @@ def fold_in(keys: jax.Array, number: Array | int) -> jax.Array:
     return jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
 
 
-def draw(sampler: Callable[..., jax.Array], keys: jax.Array, *args: Any) -> jax.Array:
-    """``sampler(key, *args)`` for each of the keys ``[n]``, stacked."""
-    return jax.vmap(lambda key: sampler(key, *args))(keys)
+def draw(
+    sampler: Callable[..., jax.Array],
+    keys: jax.Array,
+    shape: tuple[int, ...] = (),
+    dtype: Any = jnp.float32,
+) -> jax.Array:
+    """``sampler(key, shape, dtype)`` for each of the keys ``[n]``, stacked."""
+    return jax.vmap(lambda key: sampler(key, shape, dtype))(keys)
 
 
 def fingerprint(images: jax.Array) -> jax.Array:

@@ -1,5 +1,7 @@
 """DeepFool: to the nearest linearised decision boundary, again and again."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -10,7 +12,7 @@ from tljax.attack.norms import Bounds, into_ball, norm_of
 from tljax.types import Array
 
 
-@compiled
+@partial(compiled, unbounded=True)
 def deepfool(
     logits_fn: LogitsFn,
     images: Array,

@@ -1,6 +1,7 @@
 """AutoAttack: a fixed list of attacks, each on what the ones before could not fool."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +26,11 @@ def ensemble(
     num_queries: int = 5000,
     bounds: Bounds = (0.0, 1.0),
 ) -> dict[str, Attack]:
-    """The attacks of AutoAttack by name, in their order: for `evaluate`, or to be run by hand.
+    """Name the attacks of AutoAttack, in their order: for `evaluate`, or to be run by hand.
 
-    "standard" is APGD-CE, APGD-T, FAB-T and Square (for Linf; there is none for L2 here). "rand"
-    is for randomised networks (see `tljax.attack.eot.eot`): APGD-CE and APGD-DLR.
+    "standard" is APGD-CE, APGD-T, FAB-T and Square. "rand" is for randomised networks (see
+    `tljax.attack.eot.eot`): APGD-CE and APGD-DLR. With other numbers of steps or queries than the
+    defaults it is not AutoAttack, and `title` says so.
 
     The DLR loss needs 3 classes and with targets 4; where there are fewer the margin stands in.
 
@@ -44,8 +46,10 @@ def ensemble(
         bounds: smallest and largest value of a pixel.
 
     Raises:
-        RequestError: there is no such version.
+        RequestError: there is no such version, or a member does not know the norm.
     """
+    if norm not in ("linf", "l2"):
+        raise RequestError(f"AutoAttack for '{norm}' lacks apgd-ce: its norms here are linf and l2")
     options = {"norm": norm, "num_steps": num_steps, "stop_early": True, "bounds": bounds}
     climb = partial(apgd, **options)
     ce = partial(climb, loss="ce")
@@ -53,14 +57,22 @@ def ensemble(
         return {"apgd-ce": ce, "apgd-dlr": partial(climb, loss=_dlr_or_margin(num_classes, 3))}
     if version != "standard":
         raise RequestError(f"there is no ensemble '{version}'; choose from standard, rand")
-    attacks: dict[str, Attack] = {
+    return {
         "apgd-ce": ce,
         "apgd-t": partial(apgd_t, loss=_dlr_or_margin(num_classes, 4), **options),
         "fab-t": partial(fab_t, **options),
+        "square": partial(square, norm=norm, num_queries=num_queries, rescale=False, bounds=bounds),
     }
-    if norm == "linf":
-        attacks["square"] = partial(square, num_queries=num_queries, bounds=bounds)
-    return attacks
+
+
+def title(
+    *, version: str = "standard", num_steps: int = 100, num_queries: int = 5000, **_: Any
+) -> str:
+    """Call an `ensemble` "autoattack", and by its numbers where they are not AutoAttack's."""
+    name = "autoattack" if version == "standard" else f"autoattack {version}"
+    queries = "" if version == "rand" else f", {num_queries} queries"
+    standard = num_steps == 100 and (version == "rand" or num_queries == 5000)
+    return name if standard else f"{name}, {num_steps} steps{queries}"
 
 
 def _dlr_or_margin(num_classes: int, needed: int) -> str:

@@ -9,7 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from tljax.attack.contract import Attack, LogitsFn, as_float, as_tree
+from tljax.attack.contract import (
+    Attack,
+    LogitsFn,
+    as_float,
+    as_tree,
+    check_classes,
+    check_images,
+)
 from tljax.attack.flags import check_network, check_outcome
 from tljax.attack.losses import mean_logits
 from tljax.errors import RequestError
@@ -153,16 +160,18 @@ def evaluate(
     """
     images, labels = _collect(data)
     radii = np.sort(np.asarray(epsilons, np.float32))
-    if radii.ndim != 1 or not radii.size or radii[0] < 0 or not attacks:
-        raise RequestError(f"evaluate needs epsilons of at least 0 and attacks, got {epsilons}")
+    valid = radii.ndim == 1 and radii.size and np.isfinite(radii).all() and radii[0] >= 0
+    if not valid or not attacks:
+        raise RequestError(
+            f"evaluate needs finite epsilons of at least 0 and attacks, got {epsilons}"
+        )
+    if batch_size < 1:
+        raise RequestError(f"evaluate: batch_size must be at least 1, got {batch_size}")
     if jax.process_count() > 1:
         raise RequestError("evaluate runs on the devices of one process: give each its own images")
-    classes = jax.eval_shape(logits_fn, as_float(images[:1])).shape[-1]
-    if labels.max() >= classes:
-        raise RequestError(
-            f"evaluate: label {labels.max()}, but the network has {classes} classes: is it the "
-            "right network for these images?"
-        )
+    first = as_float(images[:1])
+    check_images(first if images.dtype == np.uint8 else images, (0.0, 1.0))
+    check_classes(as_tree(logits_fn), first, labels, "labels")
     mesh = mesh or data_mesh()
     size = divisible(min(batch_size, len(images)), mesh)
     networks = [as_tree(network) for network in (logits_fn, other) if network is not None]
@@ -210,7 +219,9 @@ def round_inward(adversarial: jax.Array, images: jax.Array) -> jax.Array:
     itself; where there is no grid point between the two, the nearest is taken.
     """
     rounding = 1e-4  # of a step: what float32 leaves of a grid point
-    at, to = adversarial * 255, images * 255
+    at, to = (
+        jnp.asarray(x, jnp.promote_types(x.dtype, jnp.float32)) * 255 for x in (adversarial, images)
+    )
     towards = jnp.where(at > to, jnp.floor(at + rounding), jnp.ceil(at - rounding))
     between = (towards - at) * (towards - to) <= rounding
     return jnp.clip(jnp.where(between, towards, jnp.round(at)), 0, 255) / 255
@@ -244,7 +255,7 @@ def _attacked(attack: Attack, networks: list[LogitsFn], images, labels, key, eps
     x = as_float(images)
     adversarial = attack(networks[0], x, labels, key, epsilon=epsilon)
     looks = [(network, adversarial) for network in networks]
-    looks.insert(1, (networks[0], round_inward(adversarial, x)))
+    looks.insert(1, (networks[0], round_inward(adversarial, x).astype(x.dtype)))
     return [_right(network, shown, labels) for network, shown in looks]
 
 
@@ -253,6 +264,8 @@ def _collect(data: tuple[Array, Array] | Iterable[Sequence[Any]]) -> tuple[np.nd
         data = [(*data, np.ones(len(data[1]), bool))]
     parts = []
     for images, labels, mask, *_ in data:
+        if not len(images) == len(labels) == len(mask):
+            raise RequestError(f"evaluate: {len(images)} images have {len(labels)} labels")
         keep = np.asarray(mask) & (np.asarray(labels) >= 0)
         parts.append((np.asarray(images)[keep], np.asarray(labels)[keep]))
     if not sum(len(labels) for _, labels in parts):

@@ -55,7 +55,7 @@ def onto_plane(
     return points + direction * jnp.minimum(along(length, points) * rate, room)
 
 
-@compiled
+@partial(compiled, unbounded=True)
 def fab_t(
     logits_fn: LogitsFn,
     images: Array,

@@ -4,11 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tljax.attack.contract import LogitsFn, as_tree
+from tljax.attack.contract import LogitsFn, as_tree, check_classes, check_images
 from tljax.attack.losses import ascent, goal, mean_logits
 from tljax.types import Array
 
+_IMAGES = 32  # enough to see a flag, few enough for any network's memory
 _CHANGE = 1e-3  # of a logit, relative to the largest: rounding is far below, noise above
+_COARSE = {"bf16": 4 * 2.0**-8, "f16": 4 * 2.0**-11}  # the same where a network computes in these
 
 
 def check_network(logits_fn: LogitsFn, images: Array, labels: Array) -> dict[str, str]:
@@ -18,8 +20,8 @@ def check_network(logits_fn: LogitsFn, images: Array, labels: Array) -> dict[str
     gradients give a false sense of security", 2018 (arXiv 1802.00420).
 
     Args:
-        logits_fn: images to logits; it is also called outside `jax.jit`, where randomness shows.
-        images: ``[n, ...]`` floating point; a few dozen suffice.
+        logits_fn: images to logits.
+        images: ``[n, ...]`` floating point within [0, 1], of which the first 32 are looked at.
         labels: ``[n]`` int.
 
     Returns:
@@ -30,25 +32,29 @@ def check_network(logits_fn: LogitsFn, images: Array, labels: Array) -> dict[str
         * ``zero_gradient``: the cross-entropy of some image has no gradient at all;
         * ``few_classes``: too few for the DLR losses.
     """
-    x, y = jnp.asarray(images), jnp.asarray(labels)
-    raw = logits_fn(x)
-    logits = np.asarray(mean_logits(logits_fn, x))
-    n, classes = logits.shape
+    network, x, y = as_tree(logits_fn), jnp.asarray(images[:_IMAGES]), jnp.asarray(labels[:_IMAGES])
+    check_images(x, (0.0, 1.0))
+    check_classes(network, x, y, "labels")
+    shape = jax.eval_shape(network, x).shape
+    jaxpr = str(jax.make_jaxpr(network)(x))
+    tolerance = max([_CHANGE, *(size for name, size in _COARSE.items() if f":{name}[" in jaxpr)])
+    n, classes = len(x), shape[-1]
     flags = {}
 
-    # The same images again, in another order, among others.
-    others = np.asarray(mean_logits(logits_fn, jnp.concatenate([x[::-1], 1 - x])))[:n][::-1]
-    change = max(np.abs(other - logits).max() for other in (np.asarray(raw), others))
-    if raw.ndim == 2 and change > _CHANGE * max(np.abs(logits).max(), 1e-6):
+    # The same images again, in another order, among others: another program, which draws anew.
+    logits = np.asarray(_logits(network, x))
+    others = np.asarray(_logits(network, jnp.concatenate([x[::-1], 1 - x])))[:n][::-1]
+    change = np.abs(others - logits).max()
+    if len(shape) == 2 and change > tolerance * max(np.abs(logits).max(), 1e-6):
         flags["randomised"] = (
             f"an image's logits change by up to {change:.2g} between calls or with its neighbours: "
             "turn off training mode, or wrap the network in eot() and use the 'rand' ensemble"
         )
-    if (logits >= 0).all() and np.abs(logits.sum(1) - 1).max() < 1e-3:
+    if (logits >= 0).all() and np.abs(logits.sum(1) - 1).max() < tolerance:
         flags["probabilities"] = (
             "the outputs are probabilities, which flatten the gradients: leave out the softmax"
         )
-    none = np.asarray(_no_gradient(as_tree(logits_fn), x, y))
+    none = np.asarray(_no_gradient(network, x, y))
     if none.any():
         flags["zero_gradient"] = (
             f"the cross-entropy of {none.mean():.0%} of the images has no gradient (logits too "
@@ -60,6 +66,9 @@ def check_network(logits_fn: LogitsFn, images: Array, labels: Array) -> dict[str
             "loss: the ensemble uses the margin, which large logits mask as little"
         )
     return flags
+
+
+_logits = jax.jit(mean_logits)
 
 
 @jax.jit

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from tljax.attack.contract import LogitsFn
+from tljax.attack.contract import LogitsFn, sample_logits
 from tljax.errors import RequestError
 from tljax.types import Array
 
@@ -100,7 +100,7 @@ def goal(loss: str | Loss, labels: jax.Array, targets: Array | None = None) -> G
 
 def mean_logits(logits_fn: LogitsFn, images: jax.Array) -> jax.Array:
     """Logits ``[n, classes]`` in float32 or wider, averaged over the samples if there are some."""
-    logits = _samples(logits_fn, images)
+    logits = sample_logits(logits_fn, images)
     return logits[0] if len(logits) == 1 else logits.mean(0)
 
 
@@ -130,23 +130,12 @@ def ascent(
     """The objective, its gradient and the logits, by one pass forwards and one back."""
 
     def total(x: jax.Array):
-        logits = _samples(logits_fn, x)
+        logits = sample_logits(logits_fn, x)
         loss = jax.vmap(objective)(logits).mean(0)
         return loss.sum(), (loss, logits.mean(0))
 
     gradient, (loss, logits) = jax.grad(total, has_aux=True)(images)
     return Ascent(loss, jnp.where(jnp.isnan(gradient), 0, gradient), logits)
-
-
-def _samples(logits_fn: LogitsFn, images: jax.Array) -> jax.Array:
-    logits = jnp.asarray(logits_fn(images))
-    if logits.ndim not in (2, 3) or logits.shape[-2] != len(images):
-        raise RequestError(
-            f"logits_fn must return [n, classes] or [samples, n, classes] for n = {len(images)} "
-            f"images, got {list(logits.shape)}"
-        )
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    return logits.reshape(-1, *logits.shape[-2:])
 
 
 def _at(values: jax.Array, classes: jax.Array) -> jax.Array:

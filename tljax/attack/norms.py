@@ -104,7 +104,7 @@ def _normalise(gradient: jax.Array) -> jax.Array:
 
 
 def _cube(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    return draw(jax.random.uniform, keys, shape, float, -1, 1)
+    return 2 * draw(jax.random.uniform, keys, shape) - 1
 
 
 def _sphere(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:

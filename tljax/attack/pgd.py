@@ -18,7 +18,6 @@ from tljax.attack.contract import (
 )
 from tljax.attack.losses import Loss, ascent, goal
 from tljax.attack.norms import NORMS, Bounds, into_ball, norm_of
-from tljax.errors import RequestError
 from tljax.types import Array
 
 
@@ -75,14 +74,14 @@ def pgd(
         bounds: smallest and largest value of a pixel.
 
     Returns:
-        Images of the same shape, at most epsilon away (to float32 rounding), within the bounds.
+        Images of the same shape and type, at most epsilon away (to float32 rounding; exactly, where
+        they have 16 bits), within the bounds.
 
     Raises:
-        RequestError: an argument has the wrong shape or type, or an unknown name.
+        RequestError: an argument has the wrong shape or type, an unknown name, or a value out of its
+            range, which is only known outside of `jax.jit`.
     """
     images, labels, epsilon, keys = prepare(images, labels, key, epsilon, ids)
-    if num_steps < 1 or restarts < 1:
-        raise RequestError(f"num_steps {num_steps} and restarts {restarts} must be at least 1")
     ball, aim = norm_of(norm, NORMS), goal(loss, labels, targets)
     default = 2.5 * epsilon / num_steps
     step = default if step_size is None else one_each(step_size, images, "step_size")

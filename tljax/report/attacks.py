@@ -13,6 +13,7 @@ from jax.tree_util import Partial
 
 from tljax import attack as library
 from tljax.attack.contract import Attack, LogitsFn
+from tljax.attack.ensemble import title
 from tljax.attack.evaluate import Robustness, Share, share
 from tljax.config import Loading
 from tljax.data.loader import load_batches
@@ -45,9 +46,7 @@ ATTACKS: dict[str, Any] = {
 }
 """By the names that AutoAttack and the papers have."""
 
-_NORMS = {"square": ("linf",), "cw": ("l2",)} | dict.fromkeys(
-    ("fgsm", "bim", "mi-fgsm", "pgd"), ("linf", "l2", "l1")
-)
+_NORMS = {"cw": ("l2",)} | dict.fromkeys(("fgsm", "bim", "mi-fgsm", "pgd"), ("linf", "l2", "l1"))
 """Those that an attack knows, where they are not Linf and L2."""
 
 
@@ -108,6 +107,8 @@ def choose_attacks(
     for name in names:
         if name not in ATTACKS:
             raise RequestError(f"there is no attack '{name}'; choose from {', '.join(ATTACKS)}")
+        if name == "autoattack":
+            library.ensemble(10, norm=norm)  # an error of its own names the member that is missing
         norms = _NORMS.get(name, ("linf", "l2"))
         if norm not in norms:
             raise RequestError(f"{name} knows no norm but {' and '.join(norms)}: leave it out")
@@ -195,7 +196,8 @@ def attack(
     """How the network stands up; `tljax.attack.evaluate` says what to what.
 
     AutoAttack is run as it is meant to be: each of its attacks on what those before have left. Its
-    outcome is "autoattack"; "autoattack until fab-t" is what there was after that part.
+    outcome is called as `tljax.attack.ensemble.title` has it, "autoattack" or with its numbers;
+    "autoattack until fab-t" is what there was after that part.
 
     Args:
         network: any.
@@ -219,17 +221,20 @@ def attack(
         batch_size=loading.batch_size,
         mesh=data_mesh(loading.devices),
     )
-    alone = {name: attack for name, attack in attacks.items() if name != "autoattack"}
-    if len(alone) == len(attacks):
-        return run(attacks=attacks)
-    options = getattr(attacks["autoattack"], "keywords", {})
-    parts = library.ensemble(network.model.num_classes, **options)
-    whole = run(attacks=parts, survivors_only=True)
-    found = run(attacks=alone) if alone else whole._replace(outcomes={})
-    *until, last = whole.outcomes.items()
-    outcomes = {f"autoattack until {part}": outcome for part, outcome in until}
-    outcomes = found.outcomes | outcomes | {"autoattack": last[1]}
-    return found._replace(outcomes=outcomes, flags=found.flags | whole.flags)
+    alone = {name: each for name, each in attacks.items() if not _is_ensemble(each)}
+    reports = [run(attacks=alone)] if alone or not attacks else []
+    for ensemble in filter(_is_ensemble, attacks.values()):
+        options = getattr(ensemble, "keywords", {})
+        parts = library.ensemble(network.model.num_classes, **options)
+        whole = run(attacks=parts, survivors_only=True)
+        *until, last = whole.outcomes.items()
+        name = title(**options)
+        outcomes = {f"{name} until {part}": outcome for part, outcome in until} | {name: last[1]}
+        reports.append(whole._replace(outcomes=outcomes))
+    return reports[0]._replace(
+        outcomes={name: outcome for one in reports for name, outcome in one.outcomes.items()},
+        flags={name: flag for one in reports for name, flag in one.flags.items()},
+    )
 
 
 def table(found: Robustness) -> str:
@@ -295,6 +300,7 @@ def paint(
         seed: of the attacks.
     """
     name, last = list(attacks.items())[-1]
+    name = title(**getattr(last, "keywords", {})) if _is_ensemble(last) else name
     rest = np.setdiff1d(np.arange(len(found.clean)), found.worst(len(found.clean)))
     rows = np.concatenate([found.worst(count), rest])[:count].astype(int)
     right, rounded, _ = found.outcomes[name]
@@ -389,6 +395,10 @@ def _forward(model: Model) -> Callable[[Variables, jax.Array], jax.Array]:
 @jax.jit
 def _predict(see: Any, images: jax.Array) -> jax.Array:
     return see(images)
+
+
+def _is_ensemble(attack: Any) -> bool:
+    return getattr(attack, "func", attack) is library.auto_attack
 
 
 def _towards(

@@ -1,0 +1,205 @@
+"""What attacks are given: checked where it has values, and kept in the ball whatever its type."""
+
+import inspect
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tljax import attack
+from tljax.attack import check_network, evaluate
+from tljax.errors import RequestError
+
+KEY, EPSILON = jax.random.key(0), 8 / 255
+ATTACKS = {
+    name: getattr(attack, name)
+    for name in (
+        "apgd", "apgd_t", "auto_attack", "bim", "carlini_wagner", "deepfool", "fab_t", "fgsm",
+        "mi_fgsm", "pgd", "square",
+    )
+}  # fmt: skip
+WEIGHTS = np.random.default_rng(0).normal(size=(8 * 6 * 3, 5)).astype("f")
+IMAGES = np.random.default_rng(1).uniform(0, 1, (4, 8, 6, 3)).astype("f")
+
+
+def logits_fn(images):
+    return images.reshape(len(images), -1).astype(jnp.float32) @ WEIGHTS
+
+
+LABELS = np.asarray(logits_fn(IMAGES).argmax(1))
+WRONG = [
+    ({"images": IMAGES * 255}, "images .*0 to 1, got .* to 25.*: divide by 255"),
+    ({"images": IMAGES - 0.5}, "images must be finite and within the bounds 0 to 1"),
+    ({"images": np.where(IMAGES > 0.9, np.nan, IMAGES)}, "images must be finite and"),
+    ({"images": (IMAGES * 255).astype(np.uint8)}, "divide uint8 by 255"),
+    ({"images": IMAGES[:0], "labels": LABELS[:0]}, "images must hold at least one image"),
+    ({"bounds": (-1.0, 0.5)}, "within the bounds -1 to 0.5"),
+    ({"bounds": (1.0, 0.0)}, "bounds must be"),
+    ({"labels": LABELS + 5}, "labels: label [5-9], but the network has 5 classes, 0 to 4"),
+    ({"labels": LABELS - 5}, "labels: label -"),
+    ({"labels": LABELS[:3]}, "labels must be 4 integers"),
+    ({"labels": LABELS / 2}, "labels must be 4 integers"),
+    ({"targets": LABELS + 5}, "targets: target [5-9], but the network has 5 classes"),
+    ({"targets": LABELS[:1]}, "targets must be 4 integers"),
+    ({"ids": np.arange(3)}, "ids must be 4 integers"),
+    ({"epsilon": -EPSILON}, "epsilon must be at least 0"),
+    ({"epsilon": np.array([0.1, -0.1, 0.1, 0.1])}, "epsilon must be at least 0.* -0.1 to 0.1"),
+    ({"epsilon": np.nan}, "epsilon must be at least 0"),
+    ({"epsilon": np.inf}, "epsilon must be at least 0 and finite"),
+    ({"step_size": -0.1}, "step_size must be at least 0"),
+    ({"num_steps": 0}, "num_steps must be a whole number, at least 1, got 0"),
+    ({"num_steps": 2.5}, "num_steps must be a whole number"),
+    ({"num_queries": 0}, "num_queries must be a whole number, at least 1"),
+    ({"num_targets": 0}, "num_targets must be a whole number, at least 1"),
+    ({"restarts": 0}, "restarts must be a whole number, at least 1"),
+    ({"search_steps": 0}, "search_steps must be a whole number, at least 1"),
+    ({"candidates": 1}, "candidates must be a whole number, at least 2"),
+    ({"p": 1.5}, "p must be at least 0 and at most 1, got 1.5"),
+    ({"learning_rate": -1.0}, "learning_rate must be at least 0"),
+]
+
+
+def call(function, **change):
+    request = {"images": IMAGES, "labels": LABELS, "epsilon": EPSILON, **change}
+    return function(logits_fn, request.pop("images"), request.pop("labels"), KEY, **request)
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_every_attack_says_in_one_line_what_is_wrong(name):
+    known, said = inspect.signature(ATTACKS[name]).parameters, 0
+    for change, message in WRONG:
+        unlimited = known["epsilon"].default is not inspect.Parameter.empty or name == "fab_t"
+        if change.keys() - known.keys() or (unlimited and message.endswith("finite")):
+            continue
+        with pytest.raises(RequestError, match=message) as error:
+            call(ATTACKS[name], **change)
+        assert "\n" not in str(error.value)
+        said += 1
+    assert said > 15
+
+
+def test_what_jit_traces_is_not_looked_at():
+    found = jax.jit(lambda x, y: call(attack.fgsm, images=x, labels=y))(IMAGES, LABELS)
+    np.testing.assert_array_equal(found, call(attack.fgsm))
+    with pytest.raises(RequestError, match="labels: label"):
+        jax.jit(lambda x: call(attack.fgsm, images=x, labels=LABELS + 5))(IMAGES)
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        (IMAGES * 255, LABELS, "images must be"),
+        (np.where(IMAGES > 0.9, np.nan, IMAGES), LABELS, "images must be finite"),
+        (IMAGES, LABELS + 5, "labels: label"),
+        (IMAGES, LABELS[:3], "4 images have 3 labels"),
+    ],
+)
+def test_an_evaluation_looks_at_its_data_before_it_begins(images, labels, message):
+    with pytest.raises(RequestError, match=message):
+        evaluate(logits_fn, (images, labels), KEY, epsilons=[0.1], attacks={"fgsm": attack.fgsm})
+
+
+def length(delta: np.ndarray, norm: str) -> np.ndarray:
+    order = {"linf": np.inf, "l2": 2, "l1": 1}[norm]
+    return np.linalg.norm(delta.astype("f8").reshape(len(delta), -1), ord=order, axis=1)
+
+
+FEW = {"num_steps": 5}
+SIXTEEN_BITS = {
+    "fgsm": ("linf", attack.fgsm),
+    "pgd": ("linf", partial(attack.pgd, **FEW)),
+    "pgd-l2": ("l2", partial(attack.pgd, norm="l2", **FEW)),
+    "pgd-l1": ("l1", partial(attack.pgd, norm="l1", **FEW)),
+    "mi-fgsm": ("linf", partial(attack.mi_fgsm, **FEW)),
+    "apgd": ("linf", partial(attack.apgd, restarts=2, **FEW)),
+    "apgd-l2": ("l2", partial(attack.apgd, norm="l2", loss="dlr", **FEW)),
+    "apgd-t": ("linf", partial(attack.apgd_t, num_targets=2, **FEW)),
+    "fab": ("l2", partial(attack.fab_t, norm="l2", **FEW)),
+    "square": ("linf", partial(attack.square, num_queries=20)),
+    "square-l2": ("l2", partial(attack.square, norm="l2", num_queries=20)),
+    "deepfool": ("l2", attack.deepfool),
+    "cw": ("l2", partial(attack.carlini_wagner, num_steps=20, search_steps=2, first_constant=1.0)),
+    "autoattack": ("linf", partial(attack.auto_attack, num_queries=10, **FEW)),
+}
+QUICK = {("fgsm", "bfloat16"), ("pgd", "bfloat16"), ("pgd-l2", "float16")}
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
+        for name in SIXTEEN_BITS
+        for case in ((name, "bfloat16"), (name, "float16"))
+    ],
+)
+def test_images_of_16_bits_stay_in_the_ball(name, dtype):
+    norm, function = SIXTEEN_BITS[name]
+    images = jnp.asarray(IMAGES, dtype)
+    labels = np.asarray(logits_fn(images).argmax(1))
+    scale = {"linf": 1, "l2": 20, "l1": 100}[norm]
+    # 1/32 is a step of the grid near 1, and the next number below it just not.
+    epsilon = np.array([EPSILON, 1 / 32, np.nextafter(np.float32(1 / 32), 0), 0], "f") * scale
+
+    def network(x):
+        assert x.dtype == dtype
+        return logits_fn(x)
+
+    found = function(network, images, labels, KEY, epsilon=epsilon)
+    assert found.dtype == dtype
+    exact = np.asarray(found, "f")
+    assert (length(exact - np.asarray(images, "f"), norm) <= epsilon).all()
+    assert exact.min() >= 0
+    assert exact.max() <= 1
+    assert (np.asarray(logits_fn(found).argmax(1)) != labels).sum() >= 2
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        pytest.param(name, dtype, marks=() if name == "pgd" else pytest.mark.slow)
+        for name in SIXTEEN_BITS
+        for dtype in ("float32", "float64")
+    ],
+)
+def test_where_float64_is_enabled_images_keep_their_type(name, dtype):
+    norm, function = SIXTEEN_BITS[name]
+    expected = call(function, epsilon=EPSILON * 20)
+    with jax.enable_x64(True):
+        images = IMAGES.astype(dtype)
+        wide = lambda x: x.reshape(len(x), -1) @ WEIGHTS.astype("f8")  # noqa: E731
+        found = function(wide, images, LABELS, KEY, epsilon=EPSILON * 20)
+        assert found.dtype == dtype
+        away = length(np.asarray(found, "f8") - images, norm)
+    assert away.max() <= EPSILON * 20 * (1 + 1e-6)
+    fooled = (np.asarray(logits_fn(x).argmax(1)) != LABELS for x in (found, expected))
+    assert sum(next(fooled)) == sum(next(fooled))
+
+
+def test_a_network_of_bfloat16_raises_no_flag():
+    rng = np.random.default_rng(2)
+    hidden = rng.normal(size=(144, 400)).astype("f") / 12
+
+    def rounding(x):  # another order of summation for every size of batch
+        x = x.reshape(len(x), -1).astype(jnp.bfloat16)
+        order = np.random.default_rng(len(x)).permutation(144)
+        x = jax.nn.relu(x[:, order] @ jnp.asarray(hidden, jnp.bfloat16)[order])
+        return (x @ jnp.asarray(hidden[:5].T, jnp.bfloat16)).astype(jnp.float32)
+
+    assert check_network(rounding, IMAGES, LABELS) == {}
+    exact = lambda x: logits_fn(x) + 0.02 * len(x)  # noqa: E731
+    assert "randomised" in check_network(exact, IMAGES, LABELS)
+
+
+def test_a_network_is_looked_at_with_32_images_and_compiled():
+    seen = []
+
+    def network(x):
+        assert isinstance(x, jax.core.Tracer)
+        seen.append(len(x))
+        return logits_fn(x)
+
+    many = np.random.default_rng(3).uniform(0, 1, (100, 8, 6, 3)).astype("f")
+    assert check_network(network, many, np.asarray(logits_fn(many).argmax(1))) == {}
+    assert max(seen) == 64  # in another order, among as many others

@@ -1,0 +1,87 @@
+"""Networks whose robustness is proven or published hold the attacks from both sides.
+
+Fewer correct images than are proven: an attack left the ball or the bounds. More than the best
+known attack leaves: the attacks are weak.
+"""
+
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+import torch
+import torchattacks
+from robust_networks import PROVEN, TRADES, load_examples, load_network, load_weights
+from torch import nn
+from victims import to_numpy, to_torch
+
+from tljax.attack import apgd, apgd_t, ensemble, evaluate
+
+KEY = jax.random.key(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Unlike the other networks here, these take longer to run than to compile."""
+
+
+def count_correct(name: str, attacks) -> int:
+    known, logits_fn = PROVEN[name], load_network(name)
+    found = evaluate(
+        logits_fn, load_examples(known.data), KEY,
+        epsilons=[known.epsilon], attacks=attacks, survivors_only=True, batch_size=70,
+    )  # fmt: skip
+    assert found.clean.sum() == known.clean
+    assert found.flags == {}
+    print(name, {part: int(outcome.right.sum()) for part, outcome in found.outcomes.items()})
+    return int(found.right.sum())
+
+
+def test_twenty_steps_towards_three_classes_leave_no_more_than_the_best_known_attack():
+    name = "cifar_cnn_a_adv"
+    attacks = {"apgd-t": partial(apgd_t, num_steps=20, num_targets=3, stop_early=True)}
+    assert PROVEN[name].proven <= count_correct(name, attacks) <= PROVEN[name].known + 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PROVEN)
+def test_autoattack_stays_above_the_proof_and_as_low_as_the_best_known_attack(name):
+    assert PROVEN[name].proven <= count_correct(name, ensemble(10)) <= PROVEN[name].known + 1
+
+
+def torch_trades() -> nn.Module:
+    net = nn.Sequential(
+        nn.Conv2d(1, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(32, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(1024, 200), nn.ReLU(), nn.Linear(200, 200), nn.ReLU(), nn.Linear(200, 10),
+    ).eval()  # fmt: skip
+    weights = load_weights(TRADES)
+    names = [f"feature_extractor.conv{i}" for i in range(1, 5)]
+    names += [f"classifier.fc{i}" for i in range(1, 4)]
+    layers = [layer for layer in net if hasattr(layer, "weight")]
+    for name, layer in zip(names, layers, strict=True):
+        values = {part: torch.from_numpy(weights[f"{name}.{part}"]) for part in ("weight", "bias")}
+        layer.load_state_dict(values)
+    return net.requires_grad_(False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attack", ["apgd-ce", "apgd-t"])
+def test_apgd_fools_the_images_that_torchattacks_fools(attack):
+    images, labels = load_examples("mnist_test", 200)
+    logits_fn, network = load_network(TRADES), torch_trades()
+    x, y = to_torch(images), torch.from_numpy(labels.astype(np.int64))
+    np.testing.assert_allclose(logits_fn(images), network(x), rtol=0, atol=1e-4)
+    options = {"norm": "Linf", "eps": 0.3, "n_restarts": 1}
+    if attack == "apgd-ce":
+        ours = apgd(logits_fn, images, labels, KEY, epsilon=0.3, num_steps=100)
+        theirs = torchattacks.APGD(network, **options, steps=100, loss="ce")
+    else:
+        ours = apgd_t(logits_fn, images, labels, KEY, epsilon=0.3, num_steps=30)
+        theirs = torchattacks.APGDT(network, **options, steps=30, n_classes=10)
+    assert np.abs(np.asarray(ours) - images).max() <= 0.3 + 1e-6
+    adversarial = (ours, to_numpy(theirs(x, y)))
+    fooled = [np.asarray(logits_fn(found).argmax(-1)) != labels for found in adversarial]
+    print(f"{attack}: {[int(each.sum()) for each in fooled]} of {len(labels)} fooled")
+    assert (fooled[0] != fooled[1]).sum() <= 2
