@@ -39,7 +39,7 @@ def run(config: Config) -> dict[str, Any]:
     """Prints a line for each network, the most accurate first."""
     from tljax.config import Loading
     from tljax.data.sources import open_splits
-    from tljax.errors import RequestError
+    from tljax.errors import DivergenceError, RequestError
     from tljax.pretrained import load_pretrained
     from tljax.report import figures
     from tljax.report.runs import percent
@@ -58,7 +58,7 @@ def run(config: Config) -> dict[str, Any]:
             cli.say_notes(network)
             network = network.with_size(config.image_size)
             found.append(measure(name, network, splits, loading, config.seed))
-        except RequestError as error:  # the others shall not wait for this one
+        except (RequestError, DivergenceError) as error:  # the others shall not wait for this one
             failed[weights] = str(error)
             print(f"left out {weights}: {error}")
     if not found:

@@ -33,15 +33,10 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 _TRACED = {"logits_fn", "images", "labels", "key", "epsilon", "ids", "targets", "step_size"}
 
-_COUNTS = ("num_steps", "num_targets", "num_queries", "restarts", "search_steps")
-_POSITIVE = ("momentum", "eta", "overshoot", "learning_rate", "first_constant", "confidence")
-_RANGES = {
-    **dict.fromkeys(_COUNTS, (1, math.inf)),
-    "candidates": (2, math.inf),
-    **dict.fromkeys(_POSITIVE, (0, math.inf)),
-    **dict.fromkeys(("p", "alpha_max", "beta"), (0, 1)),
-}
-"""Smallest and largest value of the other options that are numbers."""
+_COUNTS = {"candidates": 2} | dict.fromkeys(
+    ("num_steps", "num_targets", "num_queries", "restarts", "search_steps"), 1
+)
+"""Smallest value of the options that are whole numbers."""
 
 
 class Attack(Protocol):
@@ -116,17 +111,21 @@ def compiled(attack: Function, *, unbounded: bool = False) -> Function:
         bound.apply_defaults()
         given = bound.arguments | {"logits_fn": as_tree(bound.arguments["logits_fn"])}
         with jax.ensure_compile_time_eval():  # what another `jit` does not trace can be checked
-            for name in given.keys() & {"images", "labels", "ids", "targets"}:
-                given[name] = given[name] if given[name] is None else jnp.asarray(given[name])
-        _check(given, unbounded)
+            for name in given.keys() & _TRACED - {"logits_fn", "key"}:
+                given[name] = None if given[name] is None else jnp.asarray(given[name])
+        _check(given, math.inf if unbounded else float(jnp.finfo(jnp.float32).max))
         return jitted(**given)
 
     return call  # pyright: ignore[reportReturnType]
 
 
-def _check(given: dict[str, Any], unbounded: bool) -> None:
-    images, epsilon, step_size = given["images"], given["epsilon"], given.get("step_size")
+def _check(given: dict[str, Any], largest_epsilon: float) -> None:
+    images = given["images"]
     check_images(images, given["bounds"])
+    for name, least in _COUNTS.items():
+        value = given.get(name, least)
+        if not isinstance(value, int | np.integer) or value < least:
+            raise RequestError(f"{name} must be a whole number, at least {least}, got {value}")
     for name in ("labels", "ids", "targets"):
         value = given.get(name)
         if value is None:
@@ -138,19 +137,10 @@ def _check(given: dict[str, Any], unbounded: bool) -> None:
             )
         if name != "ids":
             check_classes(given["logits_fn"], images, value, name)
-    for name, (low, high) in _RANGES.items():
-        value = given.get(name)
-        if value is None:
-            continue
-        if not low <= value <= high or (low > 0 and not isinstance(value, int | np.integer)):
-            must = f"{'a whole number, ' if low else ''}at least {low}"
-            must += f" and at most {high}" if high < math.inf else ""
-            raise RequestError(f"{name} must be {must}, got {value}")
-    finite = float(jnp.finfo(jnp.float32).max)
-    high, must = (math.inf, "") if unbounded else (finite, " and finite")
-    _check_range(epsilon, 0, high, f"epsilon must be at least 0{must}")
-    if step_size is not None:
-        _check_range(step_size, 0, finite, "step_size must be at least 0 and finite")
+    must = "must be at least 0" + ("" if math.isinf(largest_epsilon) else " and finite")
+    for name in ("epsilon", "step_size"):
+        if given.get(name) is not None:
+            _check_range(given[name], 0, largest_epsilon, f"{name} {must}")
 
 
 def check_images(images: Array, bounds: tuple[float, float]) -> None:
@@ -159,18 +149,13 @@ def check_images(images: Array, bounds: tuple[float, float]) -> None:
     Raises:
         RequestError: they are not floating point ``[n, ...]`` within the bounds.
     """
-    if not -math.inf < bounds[0] < bounds[1] < math.inf:
-        raise RequestError(f"bounds must be the smallest and largest pixel value, got {bounds}")
-    if not images.size:
-        raise RequestError(f"images must hold at least one image, got {list(images.shape)}")
-    if images.ndim < 2 or not jnp.issubdtype(images.dtype, jnp.floating):
+    if images.ndim < 2 or not len(images) or not jnp.issubdtype(images.dtype, jnp.floating):
         raise RequestError(
-            f"images must be floating point [n, ...], got {images.dtype} {list(images.shape)}: "
-            "divide uint8 by 255"
+            f"images must be floating point [n, ...] and at least one, got {images.dtype} "
+            f"{list(images.shape)}: divide uint8 by 255"
         )
-    low, high = bounds
-    must = f"images must be finite and within the bounds {low:g} to {high:g}"
-    _check_range(images, low, high, must, ": divide by 255, or pass bounds=(low, high)")
+    must = "images must be finite and within the bounds {:g} to {:g}".format(*bounds)
+    _check_range(images, *bounds, must, ": divide by 255, or pass bounds=(low, high)")
 
 
 def check_classes(logits_fn: Partial, images: Array, classes: Array, name: str) -> None:
@@ -179,30 +164,18 @@ def check_classes(logits_fn: Partial, images: Array, classes: Array, name: str) 
     Raises:
         RequestError: it has none, or its logits for the images have a wrong shape.
     """
-    if isinstance(classes, Tracer):
-        return
-    least, most = _extent(classes)
-    count = _logits.eval_shape(logits_fn, images).shape[-1]
-    if least < 0 or most >= count:
-        raise RequestError(
-            f"{name}: {name[:-1]} {least if least < 0 else most:.0f}, but the network has {count} "
-            f"classes, 0 to {count - 1}: is it the right network for these images?"
-        )
+    if not isinstance(classes, Tracer):
+        count = _logits.eval_shape(logits_fn, images).shape[-1]
+        advice = f": the network has {count} classes"
+        _check_range(classes, 0, count - 1, f"{name} must be from 0 to {count - 1}", advice)
 
 
-def _check_range(
-    values: Array | float, low: float, high: float, must: str, advice: str = ""
-) -> None:
-    if isinstance(values, Tracer):
-        return
-    least, most = _extent(values)
-    if not (low <= least and most <= high):  # so that NaN is not
-        raise RequestError(f"{must}, got {least:.6g} to {most:.6g}{advice}")
-
-
-def _extent(values: Array | float) -> tuple[float, float]:
-    with jax.ensure_compile_time_eval():
-        return float(jnp.min(values)), float(jnp.max(values))
+def _check_range(values: Array, low: float, high: float, must: str, advice: str = "") -> None:
+    if not isinstance(values, Tracer):
+        with jax.ensure_compile_time_eval():
+            least, most = float(jnp.min(values)), float(jnp.max(values))
+        if not (low <= least and most <= high):  # so that NaN is not
+            raise RequestError(f"{must}, got {least:.6g} to {most:.6g}{advice}")
 
 
 def _rounded(logits_fn: Partial, images: jax.Array, limit: jax.Array, x: jax.Array) -> jax.Array:

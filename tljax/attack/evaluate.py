@@ -9,14 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from tljax.attack.contract import (
-    Attack,
-    LogitsFn,
-    as_float,
-    as_tree,
-    check_classes,
-    check_images,
-)
+from tljax.attack.contract import Attack, LogitsFn, as_float, as_tree, check_images
 from tljax.attack.flags import check_network, check_outcome
 from tljax.attack.losses import mean_logits
 from tljax.errors import RequestError
@@ -160,18 +153,19 @@ def evaluate(
     """
     images, labels = _collect(data)
     radii = np.sort(np.asarray(epsilons, np.float32))
-    valid = radii.ndim == 1 and radii.size and np.isfinite(radii).all() and radii[0] >= 0
-    if not valid or not attacks:
+    finite = radii.ndim == 1 and radii.size and 0 <= radii[0] <= radii[-1] < np.inf
+    if not finite or not attacks:
         raise RequestError(
             f"evaluate needs finite epsilons of at least 0 and attacks, got {epsilons}"
         )
-    if batch_size < 1:
-        raise RequestError(f"evaluate: batch_size must be at least 1, got {batch_size}")
     if jax.process_count() > 1:
         raise RequestError("evaluate runs on the devices of one process: give each its own images")
-    first = as_float(images[:1])
-    check_images(first if images.dtype == np.uint8 else images, (0.0, 1.0))
-    check_classes(as_tree(logits_fn), first, labels, "labels")
+    classes = jax.eval_shape(logits_fn, as_float(images[:1])).shape[-1]
+    if labels.max() >= classes:
+        raise RequestError(
+            f"evaluate: label {labels.max()}, but the network has {classes} classes: is it the "
+            "right network for these images?"
+        )
     mesh = mesh or data_mesh()
     size = divisible(min(batch_size, len(images)), mesh)
     networks = [as_tree(network) for network in (logits_fn, other) if network is not None]
@@ -264,11 +258,13 @@ def _collect(data: tuple[Array, Array] | Iterable[Sequence[Any]]) -> tuple[np.nd
         data = [(*data, np.ones(len(data[1]), bool))]
     parts = []
     for images, labels, mask, *_ in data:
-        if not len(images) == len(labels) == len(mask):
+        if len(images) != len(labels):
             raise RequestError(f"evaluate: {len(images)} images have {len(labels)} labels")
         keep = np.asarray(mask) & (np.asarray(labels) >= 0)
         parts.append((np.asarray(images)[keep], np.asarray(labels)[keep]))
     if not sum(len(labels) for _, labels in parts):
         raise RequestError("evaluate was given no labelled image")
     images, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    if images.dtype != np.uint8:
+        check_images(images, (0.0, 1.0))
     return images, labels.astype(np.int32)

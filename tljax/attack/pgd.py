@@ -78,8 +78,8 @@ def pgd(
         they have 16 bits), within the bounds.
 
     Raises:
-        RequestError: an argument has the wrong shape or type, an unknown name, or a value out of its
-            range, which is only known outside of `jax.jit`.
+        RequestError: an argument has the wrong shape or type, an unknown name, or (where `jax.jit`
+            does not trace it) a value out of its range.
     """
     images, labels, epsilon, keys = prepare(images, labels, key, epsilon, ids)
     ball, aim = norm_of(norm, NORMS), goal(loss, labels, targets)
