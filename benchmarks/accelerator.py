@@ -814,7 +814,6 @@ class Watch:
         self.end = self.began + 60 * minutes
         gpu = nvidia_smi("name", "driver_version", "clocks.max.sm", "power.limit", "memory.total")
         self.report: dict[str, Any] = {
-            "command": sys.argv[1:],
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "quick": quick,
             "driver": gpu,

@@ -106,12 +106,17 @@ _PRODUCT = _Way(_product, _product_input, _product_kernel)
 
 
 def _widened(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """Compute in at least float32."""
+    """Compute in at least float32.
+
+    What is cast back is settled: jaxlib 0.12 merges such convolutions into the sum behind them, and
+    where there are two and one is padded the sum is not finite (ResNet-18's, 97 x 128 pixels).
+    """
 
     @functools.wraps(function)
     def wide(a: jax.Array, b: jax.Array, *static: Geometry | Size) -> jax.Array:
         exact = jnp.promote_types(a.dtype, jnp.float32)
-        return function(a.astype(exact), b.astype(exact), *static).astype(a.dtype)
+        y = function(a.astype(exact), b.astype(exact), *static).astype(a.dtype)
+        return y if exact == a.dtype else _settled(y)
 
     return wide
 
