@@ -3,11 +3,13 @@
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import optax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from tljax.models import Model, abstract_variables, apply, build_model
 from tljax.transfer.freeze import label, partition
@@ -72,3 +74,33 @@ def program(
         (state, {"params": frozen, "batch_stats": still}, data, (key, key)),
         (False, False, True, False),
     )
+
+
+def compiled(name: str, mode: str, target: str, batch: int, *, stats: bool, **options: Any) -> Any:
+    """Compile a program for devices that are not there; see compile_without_device.py.
+
+    Args:
+        name: of the network, in bfloat16.
+        mode: of `MODES`.
+        target: ``h100``, or a topology of TPUs such as ``v5e:2x4``.
+        batch: images a device.
+        stats: batch statistics in what trains.
+        options: of the compiler.
+    """
+    tool: Any = import_module("compile_without_device")
+    devices = (tool.tpu_devices if ":" in target else tool.gpu_devices)(target)
+    mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+    function, args, batched = program(
+        name, mode, batch * len(devices), dtype="bfloat16", stats=stats
+    )
+
+    def placed(tree: Any, axes: tuple[str, ...]) -> Any:
+        sharding = NamedSharding(mesh, PartitionSpec(*axes))
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
+        )
+
+    pairs = zip(args, batched, strict=True)
+    args = tuple(placed(tree, ("data",) if split else ()) for tree, split in pairs)
+    function = function if hasattr(function, "lower") else jax.jit(function)
+    return tool.compile_report(function, args, **options)

@@ -1,0 +1,72 @@
+"""Programs compiled for a GPU and for TPUs by their own compilers, on a machine without any."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TOOLS = ROOT.parent / "shared" / "tools"
+
+# The tool first: it says to JAX that there is no device to look for.
+CODE = """
+import json, sys
+import compile_without_device, programs
+print(json.dumps(programs.compiled(**json.loads(sys.argv[1]))))
+"""
+
+pytestmark = pytest.mark.slow
+
+MODES = (
+    ("inference", False),
+    ("input gradient", False),
+    *((mode, stats) for mode in ("full step", "suffix", "cached suffix") for stats in (0, 1)),
+)
+
+
+def compile_for(target: str, package: str, **request: Any) -> dict[str, Any]:
+    """In a process of its own: a compiler may end the process that it runs in."""
+    if not (TOOLS / "compile_without_device.py").exists():
+        pytest.skip("needs ../shared/tools, which are not part of the repository")
+    if find_spec(package) is None:
+        pytest.skip(f"needs the compiler of the package {package}")
+    places = (TOOLS, ROOT, ROOT / "tests")
+    done = subprocess.run(
+        [sys.executable, "-c", CODE, json.dumps({"target": target, **request})],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, places))},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-1500:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(("mode", "stats"), MODES)
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "efficientnet_lite0"])
+def test_an_h100_is_given_what_it_can_compile(name: str, mode: str, stats: bool) -> None:
+    report = compile_for(
+        "h100", "jax_cuda12_plugin", name=name, mode=mode, stats=bool(stats), batch=32
+    )
+    print(json.dumps({"name": name, "mode": mode, "batch_statistics": bool(stats), **report}))
+    assert report["argument"] > 0
+    assert not report["collectives"]
+
+
+def test_eight_tpus_share_a_step() -> None:
+    """Quickly compiled: its cycles mean nothing, its collectives do."""
+    report = compile_for(
+        "v5e:2x4",
+        "libtpu",
+        name="resnet18",
+        mode="full step",
+        stats=False,
+        batch=32,
+        exec_time_optimization_effort=-1.0,
+    )
+    assert set(report["collectives"]) == {"all-reduce"}
