@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-quick test-all lint clean
 
 # The main job, offline, on a CPU: pretrained EfficientNet-Lite0 becomes a reader of digits,
 # and as it is names what is on a photograph.
@@ -13,7 +13,10 @@ demo: $(VENV)/.demo
 	$(BIN)/python scripts/predict.py $$($(BIN)/python -c "import skimage, pathlib; print(pathlib.Path(skimage.__file__).parent / 'data/chelsea.png')")
 
 # Checks the style and the types, then runs the tests that take seconds.
-test: $(VENV)/.test lint
+test: lint test-quick
+
+# The same without style and types; `make test-quick PYTHON=python3.13 VENV=.venv313` on another Python.
+test-quick: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 # Also the tests that take minutes.

@@ -53,11 +53,12 @@ def speed() -> str:
                 if name in turns:
                     ours = turns[name]["seconds"]
                     theirs = [turns[peer]["seconds"] if peer in turns else None for peer in peers]
-                    what = [report["model"], question + suffix, batch(report), report["dtype"]]
+                    jax = report["environment"]["jax"]
+                    what = [report["model"], question + suffix, batch(report), report["dtype"], jax]
                     times = (seconds and ratio(seconds / ours) for seconds in theirs)
                     cells = f"{ours:.2f}", share_of_peak(report, question, ours)
                     rows.append([*what, *cells, *(cell or "" for cell in times)])
-    header = ["network", "question", "batch", "computes in", "tljax, s", "of the peak", *peers]
+    header = ["network", "question", "batch", "computes in", "jax", "tljax, s", "of the peak", *peers]
     return table(header, rows)
 
 
@@ -186,7 +187,28 @@ def devices() -> str:
     return table(["network", "batch", "devices", "tljax, s", "pmap, s", "times as fast"], rows)
 
 
-MAKERS = (speed, attacks, jobs, starts, devices, inputs, robustness, parity)
+def accelerators() -> str:
+    """Milliseconds of each program on one chip; what others take is a multiple of the first."""
+    peers = ("torch", "torch.compile")
+    rows = []
+    for report in results("accelerator"):
+        for part, record in report["parts"].items():
+            turns = {} if part in ("device", "input") else record.get("turns", {})
+            for title, sides in turns.items():
+                for name, row in sides.items():
+                    if "seconds" not in row or name in peers:
+                        continue
+                    first = name in ("tljax", next(iter(sides)))
+                    times = [sides.get(peer, {}).get("takes_times_as_long") for peer in peers]
+                    what = title if name == "tljax" else f"{title}: {name}"
+                    figures = f"{1e3 * row['seconds']:.2f}", f"{row['examples_per_second']:.0f}"
+                    cells = [ratio(time) if time and first else "" for time in times]
+                    rows.append([record["device"], what, *figures, *cells])
+    header = ["device", "program, images at once", "tljax, ms", "images/s", *peers]
+    return table(header, rows)
+
+
+MAKERS = (speed, accelerators, attacks, jobs, starts, devices, inputs, robustness, parity)
 
 
 def main() -> None:
