@@ -66,10 +66,10 @@ ALWAYS = {
     "visualize Explain": {*NETWORK, "weights", "seed", "out", "images", "target"},
     "visualize Features": {*NETWORK, "weights", "out", "images", "count"},
     "visualize Ideal": {*NETWORK, "weights", "seed", "out", "classes", "steps", "tv_weight"},
-    "weights Export": {*OUTPUT, "weights", "path", "layout"},
+    "weights Export": {*OUTPUT, "weights", "path", "model", "layout"},
     "weights Import": {*OUTPUT, "weights", "path", "model", "normalization"},
     "weights List": OUTPUT,
-    "weights Verify": {*OUTPUT, "weights", "reference"},
+    "weights Verify": {*OUTPUT, "weights", "model", "reference"},
 }
 
 
