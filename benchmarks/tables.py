@@ -58,8 +58,8 @@ def speed() -> str:
                     times = (seconds and ratio(seconds / ours) for seconds in theirs)
                     cells = f"{ours:.2f}", share_of_peak(report, question, ours)
                     rows.append([*what, *cells, *(cell or "" for cell in times)])
-    header = ["network", "question", "batch", "computes in", "jax", "tljax, s", "of the peak", *peers]
-    return table(header, rows)
+    known = "network", "question", "batch", "computes in", "jax"
+    return table([*known, "tljax, s", "of the peak", *peers], rows)
 
 
 PASSES = {"forward": 1, "input-gradient": 2, "step": 3, "step-batch-norm": 3}
