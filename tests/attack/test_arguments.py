@@ -35,6 +35,7 @@ WRONG = [
     ({"images": np.where(IMAGES > 0.9, np.nan, IMAGES)}, "images must be finite and"),
     ({"images": (IMAGES * 255).astype(np.uint8)}, "divide uint8 by 255"),
     ({"images": IMAGES[:0], "labels": LABELS[:0]}, "images must be .* at least one, got"),
+    ({"images": IMAGES * np.float32(1.001) / IMAGES.max()}, "within the bounds 0 to 1"),
     ({"bounds": (-1.0, 0.5)}, "within the bounds -1 to 0.5"),
     ({"bounds": (1.0, 0.0)}, "within the bounds 1 to 0"),
     ({"labels": LABELS + 5}, "labels must be from 0 to 4, got 7 to 9: the network has 5 classes"),
@@ -62,6 +63,11 @@ WRONG = [
 def call(function, **change):
     request = {"images": IMAGES, "labels": LABELS, "epsilon": EPSILON, **change}
     return function(logits_fn, request.pop("images"), request.pop("labels"), KEY, **request)
+
+
+def test_images_that_were_rounded_beyond_the_bounds_are_cut_off():
+    found = call(ATTACKS["pgd"], images=IMAGES / IMAGES.max() * np.float32(1 + 2e-7))
+    assert 0 <= np.min(found) <= np.max(found) <= 1
 
 
 @pytest.mark.parametrize("name", ATTACKS)

@@ -359,6 +359,7 @@ def test_preprocessor_configs_that_cannot_be_followed(
         ({"label_names": [None] * 7}, "class 0 of 7 has no name but None"),
         ({"num_classes": 5}, "num_classes is 5, but the head has 7 outputs"),
         ({"num_labels": 1}, "num_labels is 1, but the head has 7 outputs"),
+        ({"model_args": {"num_classes": 5}}, "model_args: num_classes is 5, but the head has"),
         (
             {"problem_type": "multi_label_classification"},
             "problem_type is 'multi_label_classification' with 7 outputs; tljax takes them for",

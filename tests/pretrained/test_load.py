@@ -271,7 +271,7 @@ def test_a_bare_file_says_which_networks_it_may_be(resnet18: Pretrained, tmp_pat
     [note] = load_pretrained(path).card.notes
     assert note == (
         f"{path} is taken for resnet18; its tensors fit resnetblur18 as well, which tljax does not "
-        "build (--model resnet18 says that it is none)"
+        "build (pass --model resnet18 if it is none)"
     )
     assert load_pretrained(path, model="resnet18").card.notes == ()
     assert [LAYOUTS[name]["timm"].twins(name) for name in ("resnet50d", "resnet152", "vgg16")] == [
@@ -309,6 +309,10 @@ def test_a_class_is_found_by_its_name_or_index(resnet18: Pretrained) -> None:
         numbered.index_of("CAT")
     assert card.index_of("siamese CAT") == 1
     assert card.index_of("2") == 2
+    stars = replace(card, classes=tuple("12345"))
+    assert stars.index_of("2") == 1
+    with pytest.raises(RequestError, match="no class is called '0' among 5"):
+        stars.index_of("0")
     assert card.index_of("7") == 4
     with pytest.raises(RequestError, match="2 classes are called 'crane'; say which: 0 and 3"):
         card.index_of("crane")

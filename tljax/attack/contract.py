@@ -124,7 +124,7 @@ def _check(given: dict[str, Any], largest_epsilon: float) -> None:
     check_images(images, given["bounds"])
     for name, least in _COUNTS.items():
         value = given.get(name, least)
-        if not isinstance(value, int | np.integer) or value < least:
+        if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
             raise RequestError(f"{name} must be a whole number, at least {least}, got {value}")
     for name in ("labels", "ids", "targets"):
         value = given.get(name)
@@ -154,8 +154,11 @@ def check_images(images: Array, bounds: tuple[float, float]) -> None:
             f"images must be floating point [n, ...] and at least one, got {images.dtype} "
             f"{list(images.shape)}: divide uint8 by 255"
         )
-    must = "images must be finite and within the bounds {:g} to {:g}".format(*bounds)
-    _check_range(images, *bounds, must, ": divide by 255, or pass bounds=(low, high)")
+    low, high = bounds
+    rounding = 1e-6 * abs(high - low)  # of whoever computed them; the attacks cut it off
+    must = f"images must be finite and within the bounds {low:g} to {high:g}"
+    advice = ": divide by 255, or pass bounds=(low, high)"
+    _check_range(images, low - rounding, high + rounding, must, advice)
 
 
 def check_classes(logits_fn: Partial, images: Array, classes: Array, name: str) -> None:

@@ -63,7 +63,7 @@ def check_network(logits_fn: LogitsFn, images: Array, labels: Array) -> dict[str
     if classes < 4:
         flags["few_classes"] = (
             f"{classes} classes are too few for {'any' if classes < 3 else 'the targeted'} DLR "
-            "loss: the ensemble uses the margin, which large logits mask as little"
+            "loss: an ensemble uses the margin instead, which large logits mask as little"
         )
     return flags
 

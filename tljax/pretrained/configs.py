@@ -218,10 +218,13 @@ def _check_arguments(config: _Section) -> None:
 
 def _check_outputs(config: _Section, count: int) -> None:
     """Refuses outputs that are not the logits of classes that exclude each other."""
-    for key in ("num_classes", "num_labels"):
-        if config.values.get(key) not in (None, 0, count):
-            said = reprlib.repr(config.values[key])
-            raise config.refusal(f"{key} is {said}, but the head has {count} outputs; correct it")
+    for section in (config, config.section("model_args")):
+        for key in ("num_classes", "num_labels"):
+            if section.values.get(key) not in (None, 0, count):
+                said = reprlib.repr(section.values[key])
+                raise section.refusal(
+                    f"{key} is {said}, but the head has {count} outputs; correct it"
+                )
     problem = config.values.get("problem_type")
     if problem is None and count == 1 and "model_type" in config.values:
         problem = "regression"  # which transformers makes of one output

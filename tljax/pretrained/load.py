@@ -54,7 +54,9 @@ class Card:
     notes: tuple[str, ...] = ()
 
     def index_of(self, name: str) -> int:
-        """The logit of a class, by the class's name or, if none is called so, by its index.
+        """Return the logit of a class, by the class's name or, if none is called so, its index.
+
+        Where the names themselves are numbers no index is taken, lest it be meant as a name.
 
         Raises:
             RequestError: there is no such class, or there are several; the message names the
@@ -64,7 +66,8 @@ class Card:
         found = found or [
             i for i, known in enumerate(self.classes) if known.lower() == name.lower()
         ]
-        if not found and name.isdecimal() and int(name) < len(self.classes):
+        is_index = name.isdecimal() and not all(known.isdecimal() for known in self.classes)
+        if not found and is_index and int(name) < len(self.classes):
             return int(name)
         if len(found) == 1:
             return found[0]
@@ -251,7 +254,7 @@ def _twins(found: Identity, where: str) -> tuple[str, ...]:
         return ()
     note = (
         f"{where} is taken for {name}; its tensors fit {' and '.join(twins)} as well, which tljax "
-        f"does not build (--model {name} says that it is none)"
+        f"does not build (pass --model {name} if it is none)"
     )
     return (note,)
 

@@ -216,12 +216,13 @@ def _winograd(x: jax.Array, kernel: jax.Array, pads: Pads) -> jax.Array:
     return result.reshape(*result.shape[:2], 4 * tiles, -1)[:, :, :width]
 
 
-def _settled(kernel: jax.Array) -> jax.Array:
-    """So that a loop, as every attack is one, changes its kernels once and not in every turn.
+def _settled(x: jax.Array) -> jax.Array:
+    """Let XLA compute this by itself, and not as a part of what comes behind it.
 
-    XLA takes what is the same in every turn out of a loop, but a mere move of values only so.
+    For kernels, so that a loop, as every attack is one, changes them once and not in every turn:
+    what is the same in every turn is taken out of a loop, but a mere move of values only so.
     """
-    return lax.optimization_barrier(kernel)
+    return lax.optimization_barrier(x)
 
 
 def _sum(factors: Iterable[float], arrays: Iterable[jax.Array]) -> jax.Array:

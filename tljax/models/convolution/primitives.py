@@ -43,7 +43,8 @@ def _primitive(name: str, images: tuple[bool, ...], *, default: Way, **ways: Way
     Args:
         name: in jaxprs.
         images: which arrays begin with a batch of images, as the result then does: under
-            `jax.vmap` a batch of batches is a larger batch.
+            `jax.vmap` a batch of batches is a larger batch. With a kernel for each batch every way
+            is mapped by JAX instead.
         default: where no other way is given; it also says what the result looks like.
         ways: by platform.
     """
