@@ -15,7 +15,7 @@ demo: $(VENV)/.demo
 # Checks the style and the types, then runs the tests that take seconds.
 test: lint test-quick
 
-# The same without style and types; `make test-quick PYTHON=python3.13 VENV=.venv313` on another Python.
+# The same without style and types; `make test-quick PYTHON=python3.12 VENV=.venv312` on another Python.
 test-quick: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
