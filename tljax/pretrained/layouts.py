@@ -93,9 +93,14 @@ def _keys(model: str, layout: str) -> frozenset[str]:
     return frozenset(rule.key for rule in layout_rules(model, layout))
 
 
+def bias_of_head(rules: Rules) -> str:
+    """Return the key of the tensor that has as many entries as a network has outputs."""
+    return next(rule.key for rule in rules if rule.path == "params/head/bias")
+
+
 def _compare(arrays: Mapping[str, np.ndarray], name: str, layout: str) -> Identity:
     rules = layout_rules(name, layout)
-    head = next(rule.key for rule in rules if rule.path == "params/head/bias")
+    head = bias_of_head(rules)
     num_classes = arrays[head].size if head in arrays else 1000
     found = LAYOUTS[name][layout]
     model = build_model(name, num_classes)

@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from itertools import takewhile
@@ -77,10 +76,6 @@ class Card:
         near = get_close_matches(name, self.classes, n=1)
         hint = f"did you mean {near[0]}?" if near else "`tljax.load_pretrained` lists card.classes"
         raise RequestError(f"no class is called '{name}' among {len(self.classes)}; {hint}")
-
-
-def _positions(names: Sequence[str], name: str) -> list[int]:
-    return [i for i, known in enumerate(names) if known == name]
 
 
 class Pretrained(NamedTuple):

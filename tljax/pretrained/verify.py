@@ -17,7 +17,7 @@ from tljax.pretrained.catalog import CATALOG
 from tljax.pretrained.fetch import fetch
 from tljax.pretrained.formats import read_tensors
 from tljax.pretrained.keras_graph import Graph
-from tljax.pretrained.layouts import LAYOUTS, layout_rules
+from tljax.pretrained.layouts import LAYOUTS, bias_of_head, layout_rules
 from tljax.pretrained.load import Pretrained
 from tljax.pretrained.rules import Rules, invert_rules
 from tljax.types import Preprocess, Variables
@@ -128,8 +128,8 @@ def _with_outputs(
 ) -> tuple[Model, Variables]:
     """The port with a head of one output where the reference has one, of which we made two."""
     model, variables, _ = pretrained
-    key = next(rule.key for rule in rules if rule.path == "params/head/bias")
-    if theirs[key].size == model.num_classes or theirs[key].size != 1:
+    outputs = theirs[bias_of_head(rules)].size
+    if outputs == model.num_classes or outputs != 1:
         return model, variables
     head = {k: x[..., 1:] - x[..., :1] for k, x in variables["params"]["head"].items()}
     model, _ = replace_head(model, variables, 1)
@@ -192,12 +192,8 @@ def _torchvision(pretrained: Pretrained) -> Any:
             "name another --reference, a folder or hub id that transformers can load"
         ) from None
     arrays = read_tensors(_file(card.source)).arrays
-    head = next(
-        rule.key
-        for rule in layout_rules(model.name, "torchvision")
-        if rule.path == "params/head/bias"
-    )
-    network = getattr(torchvision.models, model.name)(num_classes=arrays[head].size)
+    outputs = arrays[bias_of_head(layout_rules(model.name, "torchvision"))].size
+    network = getattr(torchvision.models, model.name)(num_classes=outputs)
     network.load_state_dict({key: torch.from_numpy(np.array(a)) for key, a in arrays.items()})
     return network
 
