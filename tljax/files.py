@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from tljax.errors import RequestError
 
@@ -17,6 +18,21 @@ def cache_dir() -> Path:
     if chosen := os.environ.get("TLJAX_CACHE"):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tljax"
+
+
+MARKER = ".tljax"
+"""A file in every folder that tljax writes results into; such a folder is never read as data."""
+
+
+def mark_output(folder: Path) -> None:
+    """Mark a folder as written by tljax; made if it is missing.
+
+    Raises:
+        RequestError: it cannot be written.
+    """
+    if not (folder / MARKER).exists():
+        with written_whole(folder / MARKER) as temporary:
+            temporary.write_text("written by tljax: not read as data\n", "utf-8")
 
 
 def read_config(workdir: Path) -> dict[str, Any]:
@@ -45,21 +61,31 @@ def to_json(value: Any, **options: Any) -> str:
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` that takes its place when the block ends without error.
+def written_whole(path: Path, *, exclusive: bool = False) -> Iterator[Path]:
+    """Give a temporary path beside ``path`` that takes its place when the block ends without error.
 
     So a reader sees the old file or the new one, never half of one. Missing folders are made.
 
+    Args:
+        path: the file.
+        exclusive: never replace a file: of several writers at once the first one wins.
+
     Raises:
+        FileExistsError: with ``exclusive``: there is such a file by now.
         RequestError: the file cannot be written, or the disk is full.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
         yield temporary
-        temporary.replace(path)
+        if exclusive:
+            os.link(temporary, path)
+        else:
+            temporary.replace(path)
     except OSError as error:
+        if exclusive and error.errno == errno.EEXIST:
+            raise
         if error.errno not in _OF_THE_DISK:
             raise  # of the network, say, that the block reads from
         raise RequestError(f"{path}: cannot be written ({error.strerror})") from error
