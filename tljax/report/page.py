@@ -5,6 +5,7 @@ import html
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -166,7 +167,8 @@ def write_report(path: Path, report: Report) -> None:
             _section("What to do next", "".join(map(_command, report.next_steps))),
         )
     )
-    page = _PAGE.format(title=_text(report.title), style=_STYLE, body=body)
+    style = files("tljax.report").joinpath("page.css").read_text("utf-8")
+    page = _PAGE.format(title=_text(report.title), style=style, body=body)
     with written_whole(path) as temporary:
         temporary.write_text(page, "utf-8")
 
@@ -324,62 +326,4 @@ _PAGE = """<!DOCTYPE html>
 <body>
 {body}</body>
 </html>
-"""
-
-# Plots are black on transparent; the dark page turns their lightness around and keeps their hues.
-_STYLE = """
-:root { --ink: #222; --pale: #6b6b6b; --line: #e3e3e3; --paper: #fff; --fill: #f5f5f4;
-  --accent: #0072b2; --warn: #d55e00; }
-@media screen and (prefers-color-scheme: dark) {
-  :root { --ink: #e4e4e4; --pale: #9c9c9c; --line: #333; --paper: #161616; --fill: #212121;
-    --accent: #4aa8dd; --warn: #f0894a; }
-  .plot img { filter: invert(.89) hue-rotate(180deg); }
-}
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 62rem; padding: 3rem 1.25rem 5rem; background: var(--paper);
-  color: var(--ink); font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
-h1 { margin: 0 0 1.5rem; font-size: 1.9rem; line-height: 1.2; font-weight: 650; }
-h2 { margin: 3.5rem 0 1rem; font-size: 1.25rem; font-weight: 650; }
-h3 { margin: 0 0 .4rem; font-size: .95rem; font-weight: 650; }
-.headline { display: flex; flex-wrap: wrap; gap: 1.25rem 3rem; margin: 0 0 1.5rem; }
-.headline div { display: flex; flex-direction: column-reverse; }
-.headline dt { color: var(--pale); font-size: .9rem; }
-.headline dd { margin: 0; font-size: 2.4rem; line-height: 1.15; font-weight: 300;
-  font-variant-numeric: tabular-nums; }
-.note { margin: .6rem 0; padding: .1rem 0 .1rem .9rem; border-left: 3px solid var(--warn); }
-.plot { margin-bottom: 1.5rem; overflow-x: auto; }
-.plot img { display: block; max-width: max(100%, 34rem); height: auto; }
-.table { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .9rem; }
-th, td { padding: .3rem 1.5rem .3rem 0; border-bottom: 1px solid var(--line); text-align: left;
-  vertical-align: top; }
-td { min-width: 6rem; }
-th { color: var(--pale); font-weight: 400; white-space: nowrap; }
-.number { min-width: 0; text-align: right; white-space: nowrap;
-  font-variant-numeric: tabular-nums; }
-.bar { width: 10rem; }
-.bar i { display: block; height: .55rem; margin-top: .45rem; background: var(--accent); }
-summary { margin: .8rem 0; color: var(--pale); font-size: .9rem; cursor: pointer; }
-.photos { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr));
-  gap: 1.5rem 1rem; }
-figure { margin: 0; break-inside: avoid; }
-figure img { display: block; width: 100%; aspect-ratio: 1; object-fit: contain;
-  background: var(--fill); }
-figure img.pixels { image-rendering: pixelated; }
-figcaption { margin-top: .4rem; font-size: .85rem; line-height: 1.4; }
-figcaption b { unicode-bidi: isolate; }
-figcaption bdi { display: block; color: var(--pale); }
-.details { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr));
-  gap: 2rem 3rem; }
-.details table { width: 100%; }
-.details td:first-child { width: 40%; color: var(--pale); }
-pre { margin: .5rem 0; padding: .6rem .9rem; background: var(--fill); font-size: .85rem;
-  white-space: pre-wrap; user-select: all; }
-@media (min-width: 50rem) {
-  .photos { grid-template-columns: repeat(auto-fill, minmax(12rem, 1fr)); }
-}
-@media (max-width: 40rem) { .bar, th:empty { display: none; } }
-@media print { body { max-width: none; padding: 0; } tr, pre { break-inside: avoid; }
-  h2, h3 { break-after: avoid; }
-  .bar i { print-color-adjust: exact; } }
 """
