@@ -1,9 +1,11 @@
 """Small random movements: what a network must still recognise in another place is no fine noise."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.scipy.ndimage import map_coordinates
 
 
 @dataclass(frozen=True)
@@ -63,18 +65,11 @@ def warp(image: jax.Array, matrix: jax.Array, shift: jax.Array) -> jax.Array:
     Returns:
         ``[height, width, channels]``: the picture at these positions; mid-grey outside of it.
     """
-    height, width, channels = image.shape
+    height, width = image.shape[:2]
     extent = jnp.array([height, width])
     centre = (extent - 1) / 2
     grid = jnp.stack(jnp.meshgrid(jnp.arange(height), jnp.arange(width), indexing="ij"), -1)
     position = (grid - centre) @ matrix.T + centre + shift
-    corner = jnp.floor(position).astype(int)
-    pixels = image.reshape(-1, channels)
-    moved = jnp.zeros_like(image)
-    for offset in ((0, 0), (0, 1), (1, 0), (1, 1)):
-        at = corner + jnp.array(offset)
-        weight = jnp.prod(1 - jnp.abs(position - at), -1, keepdims=True)
-        inside = jnp.all((at >= 0) & (at < extent), -1, keepdims=True)
-        row, column = jnp.moveaxis(jnp.clip(at, 0, extent - 1), -1, 0)
-        moved += weight * jnp.where(inside, pixels[row * width + column], 0.5)
-    return moved
+    coordinates = [position[..., 0], position[..., 1]]
+    sample = partial(map_coordinates, coordinates=coordinates, order=1, mode="constant", cval=0.5)
+    return jax.vmap(sample, -1, -1)(image)

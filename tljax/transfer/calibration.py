@@ -7,6 +7,8 @@ https://arxiv.org/abs/1706.04599. Everything here is numpy in float64, on the ho
 from typing import NamedTuple
 
 import numpy as np
+from scipy.optimize import root_scalar
+from scipy.special import logsumexp, softmax
 
 from tljax.errors import RequestError
 
@@ -106,8 +108,8 @@ def expected_calibration_error(
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     """The one temperature that makes the labels most likely: temperature scaling, Guo et al. 2017.
 
-    The mean cross-entropy of ``logits / T`` is convex in ``1 / T``; its zero slope is found by
-    Newton's method inside a bracket that shrinks with every step.
+    The mean cross-entropy of ``logits / T`` is convex in ``1 / T``; the root of its slope is found
+    by Brent's method.
 
     Args:
         logits: ``[n, classes]``, of examples that the network was not trained on.
@@ -123,23 +125,19 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     logits, labels = _checked(logits, labels)
     shifted = logits - logits.max(1, keepdims=True)
     of_label = shifted[np.arange(len(labels)), labels].mean()
+
+    def slope(inverse: float) -> float:
+        probabilities = softmax(inverse * shifted, axis=1)
+        return float((probabilities * shifted).sum(1).mean() - of_label)
+
     low, high = 1 / TEMPERATURES[1], 1 / TEMPERATURES[0]
-    inverse = 1.0
-    for _ in range(200):  # halving the bracket alone would need fewer than 60
-        probabilities = _softmax(inverse * shifted)
-        mean = (probabilities * shifted).sum(1)
-        slope = mean.mean() - of_label
-        if slope == 0:
-            break
-        low, high = (inverse, high) if slope < 0 else (low, inverse)
-        curvature = ((probabilities * shifted**2).sum(1) - mean**2).mean()
-        step = -slope / curvature if curvature > 0 else np.inf * -slope
-        previous, inverse = inverse, inverse + step
-        if not low < inverse < high:
-            inverse = np.sqrt(low * high)
-        if abs(inverse - previous) <= 1e-12 * inverse:
-            break
-    return float(np.clip(1 / inverse, *TEMPERATURES))
+    if not shifted.any():
+        return 1.0
+    if slope(high) <= 0:
+        return TEMPERATURES[0]
+    if slope(low) >= 0:
+        return TEMPERATURES[1]
+    return 1 / float(root_scalar(slope, bracket=(low, high), xtol=1e-14, rtol=1e-13).root)
 
 
 def calibrate(
@@ -173,17 +171,10 @@ def calibrate(
 
 
 def _measure(logits: np.ndarray, labels: np.ndarray, bins: int) -> tuple[CalibrationBins, float]:
-    probabilities = _softmax(logits)
+    probabilities = softmax(logits, axis=1)
     correct = probabilities.argmax(1) == labels
-    top = logits.max(1)
-    log_sum = top + np.log(np.exp(logits - top[:, None]).sum(1))
-    loss = (log_sum - logits[np.arange(len(labels)), labels]).mean()
+    loss = (logsumexp(logits, axis=1) - logits[np.arange(len(labels)), labels]).mean()
     return calibration_bins(probabilities.max(1), correct, bins), float(loss)
-
-
-def _softmax(logits: np.ndarray) -> np.ndarray:
-    powers = np.exp(logits - logits.max(1, keepdims=True))
-    return powers / powers.sum(1, keepdims=True)
 
 
 def _checked(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
