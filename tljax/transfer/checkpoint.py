@@ -2,22 +2,30 @@
 
 A checkpoint holds what training has changed: the trainable parameters, their optimizer state, the
 statistics that move, and where in which epoch the run stands. What is frozen is named by its hash.
+Beside a damaged one, ``3``, lies a file ``3.damaged``: it is not read again, and never deleted.
 """
 
 import hashlib
 import json
 import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import PolicyCheckpointInfo
 
 from tljax.errors import RequestError
+from tljax.files import written_whole
+from tljax.parallel import gather_json, is_writer
 from tljax.trees import array_bytes
 
 Tree = TypeVar("Tree")
+Content = tuple[dict[str, Any], list[np.ndarray]]
 
 
 class Checkpoint(NamedTuple):
@@ -34,7 +42,7 @@ class Checkpoint(NamedTuple):
     notes: tuple[str, ...]
 
     def fill(self, like: Tree) -> Tree:
-        """The leaves in the shape of ``like``.
+        """Return the leaves in the shape of ``like``.
 
         Raises:
             RequestError: the checkpoint is of something else.
@@ -49,31 +57,41 @@ class Checkpoints:
     """The checkpoints in a folder: the last two, so that one is whole if the other is not."""
 
     def __init__(self, folder: Path, identity: str) -> None:
-        """Opens the folder, or makes it.
+        """Open the folder, or make it.
 
         Args:
             folder: of checkpoints alone.
             identity: of what does not change during the run: base weights, data, configuration.
+
+        Raises:
+            RequestError: it cannot be written.
         """
         # Its progress is not for the user, half-written steps are none of his business, and of an
         # error in the background he is told when it is raised.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         self._identity = identity
         self._folder = folder
+        marked = [int(path.stem) for path in folder.glob("*.damaged")]
+        self._damaged = set(gather_json(marked)[0])
+        policy = _LastTwoWhole(self._damaged)
         try:
-            self._manager = ocp.CheckpointManager(
-                folder.absolute(),
-                item_names=("state", "position"),
-                options=ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True),
-            )
+            self._manager = self._open(preservation_policy=policy, cleanup_tmp_directories=True)
         except OSError as error:
             raise RequestError(f"{folder}: cannot be written ({error.strerror})") from error
 
+    def _open(self, **options: Any) -> ocp.CheckpointManager:
+        return ocp.CheckpointManager(
+            self._folder.absolute(),
+            item_names=("state", "position"),
+            options=ocp.CheckpointManagerOptions(**options),
+        )
+
     def save(self, number: int, position: dict[str, Any], state: Any) -> None:
-        """Writes in the background; waits for the write before this one.
+        """Write in the background; wait for the write before this one.
 
         Args:
-            number: rises from save to save.
+            number: rises from save to save. Behind a damaged checkpoint of a higher number, it
+                becomes the next one that is free.
             position: JSON.
             state: a tree of arrays; they are copied before this returns.
 
@@ -83,9 +101,10 @@ class Checkpoints:
         leaves = [np.array(leaf) for leaf in jax.tree.leaves(state)]
         about = {"position": position, "identity": self._identity}
         about["sha256"] = _digest(leaves, about)
+        latest = self._manager.latest_step()
         try:
             self._manager.save(
-                number,
+                number if latest is None else max(number, latest + 1),
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave({f"{i:05d}": x for i, x in enumerate(leaves)}),  # pyright: ignore[reportCallIssue]
                     position=ocp.args.JsonSave(about),  # pyright: ignore[reportCallIssue]
@@ -95,47 +114,65 @@ class Checkpoints:
             raise self._failed(error) from error
 
     def restore(self) -> Checkpoint | None:
-        """The last checkpoint that is whole; None if there is none at all.
+        """Read the last checkpoint that is whole; None if there is none at all.
 
-        Damaged ones after it are deleted, as their numbers will be needed again.
+        Damaged ones after it are marked. Of several processes, the writer says which are.
 
         Raises:
-            RequestError: all are damaged, or they belong to another run.
+            RequestError: all are damaged, or they belong to another run, or the disk fails.
         """
         notes: list[str] = []
-        damaged: list[int] = []
-        for number in sorted(self._manager.all_steps(), reverse=True):
-            try:
-                # The shapes come from the checkpoint itself: `fill` compares them.
-                found = self._manager.restore(
-                    number,
-                    args=ocp.args.Composite(
-                        state=ocp.args.StandardRestore(),  # pyright: ignore[reportCallIssue]
-                        position=ocp.args.JsonRestore(),  # pyright: ignore[reportCallIssue]
-                    ),
-                )
-                about, state = found["position"], found["state"]
-                leaves = [np.asarray(state[name]) for name in sorted(state)]
-                if about.pop("sha256") != _digest(leaves, about):
-                    raise ValueError("checksum")  # noqa: TRY301
-            except Exception as error:  # noqa: BLE001 - Orbax promises no type for a damaged file
-                notes.append(f"checkpoint {number} is damaged ({type(error).__name__})")
-                damaged.append(number)
-                continue
-            if about["identity"] != self._identity:
-                raise RequestError(
-                    f"{self._folder} belongs to another run: its base weights, images or "
-                    "configuration differ; choose another --workdir"
-                )
-            for later in damaged:
-                self._manager.delete(later)
-            return Checkpoint(about["position"], leaves, tuple(notes))
+        # Each process for itself: at a barrier, all would wait for one that cannot read.
+        me = jax.process_index()
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"reader {me}"
+        )
+        with self._open(read_only=True, multiprocessing_options=alone) as reader:
+            for number in sorted(gather_json(list(reader.all_steps()))[0], reverse=True):
+                found = None if number in self._damaged else self._read(reader, number)
+                if found is None:
+                    notes.append(f"checkpoint {number} is damaged")
+                    continue
+                about, leaves = found
+                if about["identity"] != self._identity:
+                    raise RequestError(
+                        f"{self._folder} belongs to another run: its base weights, images or "
+                        "configuration differ; choose another --workdir"
+                    )
+                return Checkpoint(about["position"], leaves, tuple(notes))
         if notes:
             raise RequestError(f"{self._folder}: no checkpoint is whole: {'; '.join(notes)}")
         return None
 
+    def _read(self, reader: ocp.CheckpointManager, number: int) -> Content | None:
+        """Read one checkpoint; None if it is damaged, which is marked.
+
+        Raises:
+            RequestError: it cannot be read, which does not prove that it is damaged.
+        """
+        found, failed = None, None
+        try:
+            found = _content(reader, number)
+        except Exception as error:  # noqa: BLE001 - Orbax promises no type for a damaged file
+            failed = error
+        damaged = _proves_damage(failed) and (self._folder / str(number)).is_dir()
+        told = gather_json((damaged, failed and _reason(failed)))
+        if told[0][0]:
+            self._damaged.add(number)
+            if is_writer():
+                with written_whole(self._folder / f"{number}.damaged") as temporary:
+                    temporary.write_text(f"{told[0][1]}\n", "utf-8")
+            return None
+        for _, reason in told:
+            if reason is not None:
+                raise RequestError(
+                    f"{self._folder}: checkpoint {number} cannot be read ({reason}), "
+                    "but may be whole: nothing was changed, try again"
+                ) from failed
+        return found
+
     def close(self) -> None:
-        """Waits until everything is written.
+        """Wait until everything is written.
 
         Raises:
             RequestError: it could not be.
@@ -146,18 +183,61 @@ class Checkpoints:
         except (OSError, ValueError) as error:
             raise self._failed(error) from error
 
-    def _failed(self, error: OSError | ValueError) -> Exception:
-        reason = error.strerror or str(error) if isinstance(error, OSError) else ""
-        if not reason:
-            # TensorStore's: "RESOURCE_EXHAUSTED: ...: No space left on device [os_error_code='28']"
-            text, found, _ = str(error).partition(" [os_error_code")
-            if not found:
-                return error
-            reason = text.rpartition(": ")[2]
+    def _failed(self, error: Exception) -> RequestError:
         return RequestError(
-            f"{self._folder}: a checkpoint cannot be written ({reason}); "
+            f"{self._folder}: a checkpoint cannot be written ({_reason(error)}); "
             "the one before it is kept: make room and go on with --resume"
         )
+
+
+@dataclass
+class _LastTwoWhole:
+    """For Orbax: which checkpoints stay."""
+
+    damaged: set[int]
+
+    def should_preserve(
+        self, checkpoints: Sequence[PolicyCheckpointInfo], **_: Any
+    ) -> Sequence[bool]:
+        last = [found.step for found in checkpoints if found.step not in self.damaged][-2:]
+        return [found.step in self.damaged.union(last) for found in checkpoints]
+
+
+def _content(reader: ocp.CheckpointManager, number: int) -> Content:
+    # The shapes come from the checkpoint itself: `fill` compares them.
+    found = reader.restore(
+        number,
+        args=ocp.args.Composite(
+            state=ocp.args.StandardRestore(),  # pyright: ignore[reportCallIssue]
+            position=ocp.args.JsonRestore(),  # pyright: ignore[reportCallIssue]
+        ),
+    )
+    about, state = found["position"], found["state"]
+    leaves = [np.asarray(state[name]) for name in sorted(state)]
+    if about.pop("sha256") != _digest(leaves, about):
+        raise ValueError("its checksum is another one")
+    return about, leaves
+
+
+_OF_THE_DISK = re.compile(
+    r"os_error_code='(?!2')"  # 2: no such file
+    "|^(ABORTED|CANCELLED|DEADLINE_EXCEEDED|INTERNAL|PERMISSION_DENIED|RESOURCE_EXHAUSTED"
+    "|UNAUTHENTICATED|UNAVAILABLE|UNKNOWN):"
+)
+"""In messages of TensorStore, which are ValueErrors whatever has happened."""
+
+
+def _proves_damage(error: Exception | None) -> bool:
+    """Whether it comes from the content, and not from the disk, the memory or the network."""
+    if isinstance(error, ValueError):
+        return not _OF_THE_DISK.search(str(error))
+    return isinstance(error, FileNotFoundError | LookupError | TypeError | AttributeError)
+
+
+def _reason(error: Exception) -> str:
+    """The last words of an error, without what TensorStore adds: " [os_error_code='28']"."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return re.split(r" \[\w+='", text)[0].rpartition(": ")[2]
 
 
 def _digest(leaves: list[np.ndarray], about: dict[str, Any]) -> str:
