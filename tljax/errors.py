@@ -8,6 +8,10 @@ class RequestError(ValueError):
     """
 
 
+class WriteError(RequestError):
+    """A file cannot be written."""
+
+
 class UnreadableImageError(ValueError):
     """One image cannot be used; the message is the reason that ends up in ``skipped.csv``."""
 

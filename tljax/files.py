@@ -1,23 +1,33 @@
 """Where files go, and how they get there whole."""
 
 import errno
+import glob
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from tljax.errors import RequestError
+from tljax.errors import RequestError, WriteError
 
 
 def cache_dir() -> Path:
-    """The user's cache folder for weights and features: ``$TLJAX_CACHE`` or ``~/.cache/tljax``."""
+    """Find the user's cache of weights and features: ``$TLJAX_CACHE`` or ``~/.cache/tljax``.
+
+    Raises:
+        WriteError: the user has no home folder.
+    """
     if chosen := os.environ.get("TLJAX_CACHE"):
         return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tljax"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tljax"
+    except RuntimeError as error:
+        raise WriteError("there is no home folder for the cache: set TLJAX_CACHE") from error
 
 
 MARKER = ".tljax"
@@ -64,7 +74,8 @@ def to_json(value: Any, **options: Any) -> str:
 def written_whole(path: Path, *, exclusive: bool = False) -> Iterator[Path]:
     """Give a temporary path beside ``path`` that takes its place when the block ends without error.
 
-    So a reader sees the old file or the new one, never half of one. Missing folders are made.
+    So a reader sees the old file or the new one, never half of one. Missing folders are made, and
+    what processes that were killed had begun of this file is removed.
 
     Args:
         path: the file.
@@ -72,36 +83,57 @@ def written_whole(path: Path, *, exclusive: bool = False) -> Iterator[Path]:
 
     Raises:
         FileExistsError: with ``exclusive``: there is such a file by now.
-        RequestError: the file cannot be written, or the disk is full.
+        WriteError: the file cannot be written, or the disk is full.
     """
     temporary = path.with_name(f".{path.name}.{uuid4().hex}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()
+        _create(temporary)
+        remove_abandoned(path.parent.glob(f".{glob.escape(path.name)}.*.part"))
         yield temporary
         if exclusive:
-            os.link(temporary, path)
+            _link(temporary, path)
         else:
             temporary.replace(path)
     except OSError as error:
-        if exclusive and error.errno == errno.EEXIST:
+        if exclusive and error.errno == errno.EEXIST and path.exists():
             raise
         if error.errno not in _OF_THE_DISK:
             raise  # of the network, say, that the block reads from
-        raise RequestError(f"{path}: cannot be written ({error.strerror})") from error
+        raise WriteError(f"{path}: cannot be written ({error.strerror})") from error
     finally:
-        if temporary.parent.is_dir():
-            temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def remove_abandoned(paths: Iterable[Path]) -> None:
+    """Remove files that nothing was written to for a day: whoever had begun them is gone."""
+    for path in paths:
+        with suppress(OSError):  # another process was quicker
+            if time.time() - path.stat().st_mtime > 24 * 3600:
+                path.unlink()
+
+
+def _create(path: Path) -> None:
+    for _ in range(10):  # another process may remove the folder while it is empty
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):
+            path.touch(exist_ok=False)
+            return
+    path.touch()
+
+
+def _link(source: Path, path: Path) -> None:
+    """Give a file a second name, or its content where the disk knows no second names."""
+    try:
+        os.link(source, path)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP):
+            raise
+        with source.open("rb") as content, path.open("xb") as file:
+            shutil.copyfileobj(content, file)
 
 
 _OF_THE_DISK = (
-    errno.EACCES,
-    errno.EDQUOT,
-    errno.EEXIST,
-    errno.EISDIR,
-    errno.ENOENT,
-    errno.ENOSPC,
-    errno.ENOTDIR,
-    errno.EPERM,
-    errno.EROFS,
+    *(errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EFBIG, errno.EIO, errno.EISDIR),
+    *(errno.ENAMETOOLONG, errno.ENOENT, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS),
 )

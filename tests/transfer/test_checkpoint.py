@@ -1,8 +1,10 @@
 """Checkpoints: whole or not believed."""
 
+import errno
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,6 +13,7 @@ from pathlib import Path
 import jax
 import ml_dtypes
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from tljax.errors import RequestError
@@ -147,19 +150,184 @@ def test_a_changed_position_is_noticed(good, tmp_path):
 
 
 def test_after_damage_the_same_numbers_are_written_again(good, tmp_path):
+    """The damaged one stays as it is, is marked, and pushes out none that is whole."""
     folder = tmp_path / "checkpoints"
     shutil.copytree(good, folder)
     damage(folder / "3")
+    before = contents(folder / "3")
     checkpoints = Checkpoints(folder, "mine")
     found = checkpoints.restore()
     assert_is(found, 2)
-    (note,) = found.notes
-    assert "checkpoint 3 is damaged" in note
+    assert found.notes == ("checkpoint 3 is damaged",)
+    assert contents(folder / "3") == before
+    assert (folder / "3.damaged").is_file()
     checkpoints.save(3, position(7), state(7))
     checkpoints.close()
-    found = Checkpoints(folder, "mine").restore()
+    assert kept(folder) == ["2", "3", "4"]
+    checkpoints = Checkpoints(folder, "mine")
+    found = checkpoints.restore()
     assert found.position == position(7)
     assert found.notes == ()
+    for number in (3, 4, 9):
+        checkpoints.save(number, position(number), state(number))
+    checkpoints.close()
+    assert kept(folder) == ["3", "6", "9"]
+    assert contents(folder / "3") == before
+    assert_is(Checkpoints(folder, "mine").restore(), 9)
+
+
+def kept(folder):
+    return sorted(path.name for path in folder.iterdir() if path.is_dir())
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_none_is_deleted_when_all_are_damaged(good, tmp_path):
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(good, folder)
+    for number in ("2", "3"):
+        damage(folder / number)
+    for _ in range(2):  # the second time, they are known by their marks
+        with pytest.raises(RequestError, match=r"no checkpoint is whole: .* 3 .*; .* 2 is damaged"):
+            Checkpoints(folder, "mine").restore()
+    assert kept(folder) == ["2", "3"]
+
+
+TENSORSTORE = (
+    '{}: Error opening "zarr" driver: Error reading local file "d/1f48": Failed to read 405 bytes '
+    "from file at offset 0: {} [os_error_code='{}'] [tensorstore_spec='{{\"driver\":\"zarr\"}}']"
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(errno.EIO, "Input/output error"), "Input/output error"),
+        (OSError(errno.ESTALE, "Stale file handle"), "Stale file handle"),
+        (OSError(errno.ENFILE, "Too many open files"), "Too many open files"),
+        (PermissionError(errno.EACCES, "Permission denied"), "Permission denied"),
+        (TimeoutError(errno.ETIMEDOUT, "Connection timed out"), "Connection timed out"),
+        (MemoryError(), "MemoryError"),
+        (RuntimeError("can't start new thread"), "can't start new thread"),
+        (ValueError(TENSORSTORE.format("UNKNOWN", "Input/output error", 5)), "Input/output error"),
+        (ValueError(TENSORSTORE.format("ABORTED", "Stale file handle", 116)), "Stale file handle"),
+        (ValueError(TENSORSTORE.format("FAILED_PRECONDITION", "Broken", 107)), "Broken"),
+        (ValueError("DEADLINE_EXCEEDED: reading: Timeout"), "Timeout"),
+    ],
+    ids=lambda value: value[:20] if isinstance(value, str) else "",
+)
+def test_what_the_disk_refuses_once_is_not_damaged(good, tmp_path, monkeypatch, error, reason):
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(good, folder)
+    before = contents(folder)
+
+    def failing(*_args, **_how):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ocp.CheckpointManager, "restore", failing)
+        with pytest.raises(RequestError, match=rf"checkpoint 3 .*\({reason}\).* try again$"):
+            Checkpoints(folder, "mine").restore()
+    assert contents(folder) == before
+    assert_is(Checkpoints(folder, "mine").restore(), 3)
+
+
+def test_a_checkpoint_that_another_process_took_away_is_not_damaged(good, tmp_path, monkeypatch):
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(good, folder)
+    restore = ocp.CheckpointManager.restore
+
+    def late(*args, **how):
+        shutil.rmtree(folder / "3")
+        return restore(*args, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ocp.CheckpointManager, "restore", late)
+        with pytest.raises(RequestError, match="try again"):
+            Checkpoints(folder, "mine").restore()
+    assert kept(folder) == ["2"]
+    assert not list(folder.glob("*.damaged"))
+    assert_is(Checkpoints(folder, "mine").restore(), 2)
+
+
+TWO_PROCESSES = """
+import sys
+from pathlib import Path
+import numpy as np
+import orbax.checkpoint as ocp
+from tljax.errors import RequestError
+from tljax.parallel import gather_json, is_writer, join
+from tljax.transfer.checkpoint import Checkpoints
+
+join()
+folder = Path(sys.argv[1])
+opened = Checkpoints(folder, "mine")
+for number in (1, 2):
+    opened.save(number, {"epoch": number}, {"x": np.full(3, number, np.float32)})
+opened.close()
+
+def restored():
+    opened = Checkpoints(folder, "mine")
+    try:
+        found = opened.restore()
+        print(found.position["epoch"], found.leaves[0].tolist(), *found.notes, flush=True)
+    except RequestError as error:
+        print(error, flush=True)
+    opened.close()
+
+restored()
+restore = ocp.CheckpointManager.restore
+for writer, error in ((True, OSError(5, "Ouch")), (False, OSError(5, "Oh")), (False, KeyError(1))):
+    def failing(*args, **how):
+        if is_writer() == writer:
+            raise error
+        return restore(*args, **how)
+
+    ocp.CheckpointManager.restore = failing
+    restored()
+ocp.CheckpointManager.restore = restore
+gather_json(None)
+if is_writer():
+    (folder / "2" / "position" / "metadata").write_text("{")
+gather_json(None)
+restored()
+"""
+
+
+@pytest.mark.slow
+def test_of_two_processes_the_writer_says_what_is_damaged(tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO_PROCESSES, str(tmp_path / "checkpoints")],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(sys.path),
+                "JAX_PLATFORMS": "cpu",
+                "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+                "JAX_NUM_PROCESSES": "2",
+                "JAX_PROCESS_ID": str(number),
+            },
+        )
+        for number in range(2)
+    ]
+    first, second = (
+        [line for line in process.communicate(timeout=300)[0].splitlines() if "Gloo" not in line]
+        for process in processes
+    )
+    assert first == second
+    assert len(first) == 5
+    assert first[0] == "2 [2.0, 2.0, 2.0]"
+    for line, reason in zip(first[1:4], ("Ouch", "Oh", "1"), strict=True):
+        assert f"checkpoint 2 cannot be read ({reason})" in line
+    assert first[4] == "1 [1.0, 1.0, 1.0] checkpoint 2 is damaged"
+    assert kept(tmp_path / "checkpoints") == ["1", "2"]
 
 
 def test_a_half_written_one_is_never_taken(good, tmp_path):
@@ -177,40 +345,145 @@ def test_a_folder_that_cannot_be_written_is_one_line(folder):
         Checkpoints(Path(folder) / "new", "mine")
 
 
-FULL_DISK = """
+SAVES = """
 import resource, signal, sys
-import numpy as np
+from contextlib import closing
 from pathlib import Path
+import numpy as np
 from tljax.errors import RequestError
 from tljax.transfer.checkpoint import Checkpoints
 
-checkpoints = Checkpoints(Path(sys.argv[1]), "mine")
-noise = np.random.default_rng(0).random(100_000)
-checkpoints.save(1, {"epoch": 1}, noise[:10])
-checkpoints._manager.wait_until_finished()
+noise = np.random.default_rng(0).random(30_000)
+
+def save(folder, numbers):
+    try:
+        with closing(Checkpoints(folder, "mine")) as checkpoints:
+            for number in numbers:
+                checkpoints.save(number, {"epoch": number}, noise + number)
+    except RequestError as error:
+        print(error)
+
+def restored(folder):
+    with closing(Checkpoints(folder, "mine")) as checkpoints:
+        found = checkpoints.restore()
+    if found is None:
+        return 0
+    np.testing.assert_array_equal(found.leaves[0], noise + found.position["epoch"])
+    assert found.notes == ()
+    return found.position["epoch"]
+"""
+
+FULL_DISK = """
+folder = Path(sys.argv[1])
+save(folder, [1])
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-try:
-    checkpoints.save(2, {"epoch": 2}, noise)
-    checkpoints.close()
-except RequestError as error:
-    print(error)
+save(folder, [2])
+print(restored(folder))
 """
+
+
+def run(code, *arguments, before=()):
+    done = subprocess.run(
+        [*before, sys.executable, "-c", SAVES + code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stderr == ""
+    return done.stdout.splitlines()
 
 
 def test_a_full_disk_is_one_line_and_the_one_before_stays(tmp_path):
     """A limit on the size of files stands in for the disk."""
     folder = tmp_path / "checkpoints"
-    done = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, str(folder)], capture_output=True, text=True, check=False
-    )
-    assert done.stderr == ""
-    (line,) = done.stdout.splitlines()
+    line, found = run(FULL_DISK, folder)
     assert line == (
-        f"{folder}: a checkpoint cannot be written (File too large); the one before it is kept: "
+        f"{folder}: a checkpoint cannot be written (File too large); those before it are kept: "
         "make room and go on with --resume"
     )
-    assert Checkpoints(folder, "mine").restore().position == {"epoch": 1}
+    assert found == "1"
+
+
+SMALL_DISKS = """
+import subprocess
+disk = sys.argv[1]
+for size in map(int, sys.argv[2:]):
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", disk], check=True)
+    save(Path(disk, "checkpoints"), range(1, 5))
+    print(size, restored(Path(disk, "checkpoints")), flush=True)
+    subprocess.run(["umount", "--lazy", disk], check=True)
+"""
+
+
+@pytest.mark.slow
+def test_wherever_a_disk_is_full_what_is_whole_comes_back(tmp_path):
+    """Disks of 0 to 4 checkpoints, 250 KiB each: every file of each is once the first too many."""
+    unshare = ["unshare", "--mount"]
+    probe = ["mount", "-t", "tmpfs", "tmpfs", str(tmp_path)]
+    if (
+        not shutil.which("unshare")
+        or subprocess.run([*unshare, *probe], check=False, capture_output=True).returncode
+    ):
+        pytest.skip("needs the right to mount a disk in memory")
+    sizes = [*range(40, 800, 40), *range(240, 272, 4), *range(480, 532, 4), 1200]
+    lines = run(SMALL_DISKS, tmp_path, *sizes, before=unshare)
+    errors = [line for line in lines if "cannot be written" in line]
+    restored = dict(map(int, line.split()) for line in lines if line not in errors)
+    assert all(line.startswith(f"{tmp_path}/checkpoints: a checkpoint cannot") for line in errors)
+    assert all("(No space left on device)" in line for line in errors)
+    assert restored.keys() == set(sizes)
+    assert {0, 1, 2} <= set(restored.values())
+    assert restored[40] == 0
+    assert restored[1200] == 4
+    assert len(errors) == sum(found < 4 for found in restored.values())
+
+
+INTERRUPTS = """
+import json, os, threading, time
+
+def forked(function, *arguments):
+    read, write = os.pipe()
+    if os.fork() == 0:
+        code = 1
+        try:
+            os.write(write, json.dumps(function(*arguments)).encode())
+            code = 0
+        finally:
+            threading._shutdown()  # as at the end of every process
+            os._exit(code)
+    assert os.wait()[1] == 0
+    return json.loads(os.read(read, 10_000))
+
+def interrupted(folder, after):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGALRM, stop)
+    save(folder, [1, 2])
+    began = time.monotonic()
+    signal.setitimer(signal.ITIMER_REAL, after)
+    try:
+        save(folder, [3, 4])
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    except KeyboardInterrupt:
+        return None
+    return time.monotonic() - began
+
+folder, count = Path(sys.argv[1]), int(sys.argv[2])
+whole = forked(interrupted, folder / "whole", 60)
+for number in range(count):
+    forked(interrupted, folder / str(number), whole * (number + 0.5) / count)
+    print(forked(restored, folder / str(number)), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_an_interrupt_at_any_moment_leaves_the_last_that_is_whole(tmp_path):
+    found = list(map(int, run(INTERRUPTS, tmp_path, 12)))
+    assert len(found) == 12
+    assert set(found) <= {2, 3, 4}
+    assert {2, 3} <= set(found)
 
 
 def test_the_digest_is_of_names_and_bytes():

@@ -14,6 +14,7 @@ from tljax.config import FitConfig, Loading, OptimizerConfig
 from tljax.data.sources import Source, Splits
 from tljax.errors import RequestError
 from tljax.models import apply
+from tljax.transfer import store
 from tljax.transfer.evaluate import evaluate
 from tljax.transfer.features import Features, advance, compute_features, feature_bytes, over_source
 from tljax.transfer.fit import fit
@@ -51,16 +52,40 @@ def cached(tmp_path, monkeypatch):
 def test_what_a_killed_process_had_begun_is_swept_away_after_a_day(tiny, cached):
     model, variables = tiny
     folder = cached[0] / "features"
-    for name, age in (("old", 90_000), ("fresh", 0), ("older, still written to", 90_000)):
-        part = folder / f".part-{name}"
-        part.mkdir(parents=True)
-        (part / "values.bin").write_bytes(b"half")
-        for path in (part, part / "values.bin"):
-            os.utime(path, (time.time() - age,) * 2)
-    os.utime(part / "values.bin")
+    kept = compute_features(model, variables, source(seed=1), LOADING, cache=True)
+    (old,) = folder.iterdir()
+    counting = {path.name for path in old.iterdir()}
+    for path in old.iterdir():
+        os.utime(path, (time.time() - 90_000,) * 2)
+    for name, age in (
+        ("values-1.bin", 90_000),
+        ("values-2.bin", 0),
+        (".about.json.3.part", 90_000),
+    ):
+        (old / name).write_bytes(b"half")
+        os.utime(old / name, (time.time() - age,) * 2)
+    for first in (folder / ".part-of-the-first-version", folder / "empty"):
+        first.mkdir()
+    (folder / ".part-of-the-first-version" / "values.bin").touch()
+    os.utime(folder / ".part-of-the-first-version" / "values.bin", (time.time() - 90_000,) * 2)
     compute_features(model, variables, source(), LOADING, cache=True)
-    left = sorted(path.name for path in folder.glob(".part-*"))
-    assert left == [".part-fresh", ".part-older, still written to"]
+    assert {path.name for path in old.iterdir()} == {*counting, "values-2.bin"}
+    assert len(list(folder.iterdir())) == 2
+    again = compute_features(model, variables, source(seed=1), LOADING, cache=True)
+    np.testing.assert_array_equal(kept.values, again.values)
+    assert len(cached[1]) == 2
+
+
+def test_a_cache_of_the_first_version_is_left_to_its_time(tiny, cached):
+    model, variables = tiny
+    first = cached[0] / "features" / "1f"
+    first.mkdir(parents=True)
+    for name in ("values.bin", "about.json", "sha256"):
+        (first / name).write_text('[[1], "uint8", [0], []]')
+        os.utime(first / name, (time.time() - 90_000,) * 2)
+    assert store.read(first) is None
+    compute_features(model, variables, source(), LOADING, cache=True)
+    assert len(list(first.iterdir())) == 3
 
 
 def test_features_are_what_apply_returns_whatever_the_batch(tiny):
@@ -144,16 +169,22 @@ def test_a_damaged_cache_file_is_found_and_replaced(tiny, cached):
     (kept,) = (folder / "features").iterdir()
     expected = np.array(first.values)
     damages = 0
-    for file in sorted(kept.iterdir()):
-        good = file.read_bytes()
-        for position in (0, len(good) // 2, len(good) - 1):
+    about = kept / "about.json"
+    for values in (True, False):
+        for position in (0, 0.3, 0.6, 0.9):
+            file = kept / json.loads(about.read_text())["values"] if values else about
+            good = file.read_bytes()
+            at = int(position * len(good))
             file.unlink()  # the mapping of the file before lives on
-            file.write_bytes(good[:position] + bytes([good[position] ^ 1]) + good[position + 1 :])
+            file.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
             again = compute_features(model, variables, data, LOADING, cache=True)
             np.testing.assert_array_equal(again.values, expected)
-            assert file.read_bytes() == good
             damages += 1
-    assert damages == 9
+            assert len(calls) == 1 + damages
+        if values:
+            assert len(list(kept.iterdir())) == 2
+    (kept / json.loads(about.read_text())["values"]).unlink()
+    compute_features(model, variables, data, LOADING, cache=True)
     assert len(calls) == 10
     kept = compute_features(model, variables, data, LOADING, cache=True)
     assert len(calls) == 10

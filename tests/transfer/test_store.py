@@ -164,7 +164,7 @@ def test_what_was_not_used_for_longest_makes_room(compute, tmp_path, monkeypatch
         known = set((tmp_path / "features").glob("*"))
         compute(count)
         (folders[count],) = set((tmp_path / "features").glob("*")) - known
-        os.utime(folders[count], (1000 + age,) * 2)
+        os.utime(folders[count] / "about.json", (1000 + age,) * 2)
         assert f"kept in {folders[count]}" in capsys.readouterr().err
     compute(4)  # used again
     assert f"features  4 images  from {folders[4]}" in capsys.readouterr().err
@@ -178,7 +178,7 @@ def test_what_was_not_used_for_longest_makes_room(compute, tmp_path, monkeypatch
 def test_features_over_the_limit_are_refused_and_drop_nothing(compute, tmp_path, monkeypatch):
     compute(4)
     monkeypatch.setenv("TLJAX_FEATURE_CACHE_GIB", "0.00001")
-    with pytest.raises(RequestError, match="raise TLJAX_FEATURE_CACHE_GIB, or --cache none"):
+    with pytest.raises(RequestError, match=r"raise TLJAX_FEATURE_CACHE_GIB$"):
         compute(5)
     assert len(list((tmp_path / "features").iterdir())) == 1
     monkeypatch.setenv("TLJAX_FEATURE_CACHE_GIB", "much")

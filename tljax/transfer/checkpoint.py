@@ -186,7 +186,7 @@ class Checkpoints:
     def _failed(self, error: Exception) -> RequestError:
         return RequestError(
             f"{self._folder}: a checkpoint cannot be written ({_reason(error)}); "
-            "the one before it is kept: make room and go on with --resume"
+            "those before it are kept: make room and go on with --resume"
         )
 
 

@@ -20,7 +20,7 @@ from tljax.config import AugmentConfig, Dtype, Loading
 from tljax.data.augment import augment, epoch_key
 from tljax.data.loader import batch_rows, load_batches
 from tljax.data.sources import Source, Splits
-from tljax.errors import RequestError
+from tljax.errors import WriteError
 from tljax.models import Model, abstract_variables, apply
 from tljax.parallel import (
     data_mesh,
@@ -84,7 +84,7 @@ def compute_features(
     view: View | None = None,
     description: str = "features",
 ) -> Features:
-    """Runs the stages before ``stop`` over a whole source, or maps what an earlier run kept.
+    """Run the stages before ``stop`` over a whole source, or map what an earlier run kept.
 
     The cache, see `store`, is keyed by content: the weights of those stages, their code and
     preprocessing, the bytes of the files. A file in it that is damaged is found and computed anew.
@@ -102,8 +102,8 @@ def compute_features(
         description: of the progress bar.
 
     Raises:
-        RequestError: an image cannot be read, and ``loading.on_bad_image`` is ``fail``; or there is
-            no room in the cache.
+        RequestError: an image cannot be read, and ``loading.on_bad_image`` is ``fail``.
+        WriteError: the cache cannot be written, or has no room.
     """
     cache = cache and jax.process_count() == 1
     folder = store.folder(model, variables, stop, (source.digest, dtype, view)) if cache else None
@@ -121,10 +121,8 @@ def compute_features(
     )
     if not folder:
         return collect(batches, source, skipped)
-    store.write(folder, batches, feature_bytes(model, len(source), stop, dtype), skipped)
-    computed = store.read(folder)
-    if computed is None:
-        raise RequestError(f"{folder}: what was just written reads back otherwise; mend the disk")
+    size = feature_bytes(model, len(source), stop, dtype)
+    computed = store.write(folder, batches, size, skipped)
     print(f"{description}  kept in {folder}", file=sys.stderr)
     return _labelled(computed, source)
 
@@ -143,7 +141,7 @@ def split_features(
     stop: str = "head",
     name: str = "",
 ) -> tuple[Features, Features]:
-    """What a probe learns from and is judged by: pooled features of both parts, cached.
+    """Compute what a probe learns from and is judged by: pooled features, cached if possible.
 
     Args:
         model: the network.
@@ -156,19 +154,19 @@ def split_features(
     Raises:
         RequestError: as `compute_features`.
     """
-    train, val = (
-        compute_features(
-            model,
-            variables,
-            source,
-            loading,
-            stop=stop,
-            cache=True,
-            description=f"{name}{part} features",
-        ).pooled()
-        for part, source in (("train", splits.train), ("val", splits.val))
-    )
-    return train, val
+
+    def compute(source: Source, part: str) -> Features:
+        described = f"{name}{part} features"
+        run = partial(
+            compute_features, model, variables, source, loading, stop=stop, description=described
+        )
+        try:
+            return run(cache=True).pooled()
+        except WriteError as error:
+            print(f"note: {described} are not kept: {error}", file=sys.stderr)
+            return run().pooled()
+
+    return compute(splits.train, "train"), compute(splits.val, "val")
 
 
 def images_per_second(

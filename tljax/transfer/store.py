@@ -6,12 +6,9 @@ GiB together, by default 50: what was not used for longest makes room.
 
 import hashlib
 import json
-import math
 import os
 import shutil
 import sys
-import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
@@ -27,8 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import tljax
-from tljax.errors import RequestError
-from tljax.files import cache_dir
+from tljax.errors import RequestError, WriteError
+from tljax.files import cache_dir, remove_abandoned, written_whole
 from tljax.models import Model
 from tljax.trees import array_bytes, tree_digest
 from tljax.types import Variables
@@ -115,8 +112,8 @@ def write(
     batches: Iterator[tuple[np.ndarray, np.ndarray]],
     size: int,
     skipped: dict[int, str],
-) -> None:
-    """Makes room and writes; the folder appears when everything in it is whole.
+) -> Stored:
+    """Make room and write, or take what another process has written by then.
 
     Args:
         folder: see `folder`.
@@ -125,94 +122,136 @@ def write(
         skipped: reason by position, complete when the batches are at an end.
 
     Raises:
-        RequestError: there is no room, or it cannot be written.
+        WriteError: there is no room, or it cannot be written.
     """
-    parent = folder.parent
+    _make_room(folder.parent, size)
+    values, kept = folder / f"values-{uuid4().hex}.bin", False
     try:
-        parent.mkdir(parents=True, exist_ok=True)
-        _sweep(parent)
-        _make_room(parent, size)
-        temporary = Path(tempfile.mkdtemp(dir=parent, prefix=".part-"))
-        try:
-            _fill(temporary, batches, skipped)
-            shutil.rmtree(folder, ignore_errors=True)  # damaged, or this run would have used it
-            temporary.rename(folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    except OSError as error:
-        raise RequestError(
-            f"{parent}: cannot be written ({error.strerror}): set TLJAX_CACHE to another disk, "
-            "or --cache none"
-        ) from error
+        about = _write_values(values, batches, skipped)
+        stored = _open(folder, about)
+        theirs = _publish(folder, about)
+        kept = theirs is None
+    except WriteError as error:
+        raise WriteError(f"{error}: {_ELSEWHERE}") from error
+    finally:
+        if not kept:
+            _remove(folder, [values.name])
+    return theirs or stored
 
 
-def _fill(
-    temporary: Path, batches: Iterator[tuple[np.ndarray, np.ndarray]], skipped: dict[int, str]
-) -> None:
+_ELSEWHERE = "set TLJAX_CACHE to another disk"
+
+
+def _write_values(
+    path: Path, batches: Iterator[tuple[np.ndarray, np.ndarray]], skipped: dict[int, str]
+) -> dict[str, Any]:
     digest, indices, values = hashlib.sha256(), [], np.empty(0)
-    with (temporary / "values.bin").open("wb") as file:
+    with written_whole(path) as temporary, temporary.open("wb") as file:
         for values, rows in batches:
             data = array_bytes(values)
             digest.update(data)
             file.write(data)
             indices += rows.tolist()
-    shape = [len(indices), *values.shape[1:]]
-    about = json.dumps([shape, values.dtype.name, indices, list(skipped.items())])
-    digest.update(about.encode())
-    (temporary / "about.json").write_text(about, "utf-8")
-    (temporary / "sha256").write_text(digest.hexdigest(), "utf-8")
+    about = {
+        "values": path.name,
+        "shape": [len(indices), *values.shape[1:]],
+        "dtype": values.dtype.name,
+        "indices": indices,
+        "skipped": list(skipped.items()),
+    }
+    digest.update(json.dumps(about).encode())
+    return {**about, "sha256": digest.hexdigest()}
 
 
-def _make_room(parent: Path, size: int) -> None:
-    """Drops what was used least recently. What a run has mapped into memory stays there."""
-    most, needed = limit(), f"the features take {size / 2**30:.1f} GiB"
-    if size > most:
-        raise RequestError(
-            f"{needed}, over the limit of {most / 2**30:.1f}: raise TLJAX_FEATURE_CACHE_GIB, "
-            "or --cache none"
-        )
-    kept: list[tuple[float, int, Path]] = []
-    for path in parent.glob("[!.]*"):
-        with suppress(OSError):  # another process was quicker
-            bytes_ = sum(file.stat().st_size for file in path.iterdir())
-            kept.append((path.stat().st_mtime, bytes_, path))
-    taken = sum(bytes_ for _, bytes_, _ in kept)
-    for _, bytes_, path in sorted(kept):
-        if taken + size > most:
-            shutil.rmtree(path, ignore_errors=True)
-            taken -= bytes_
-    free = shutil.disk_usage(parent).free
-    if size > free:
-        raise RequestError(
-            f"{needed} and {parent} has {free / 2**30:.1f} free: set TLJAX_CACHE to another disk, "
-            "or --cache none"
-        )
-
-
-def _sweep(parent: Path) -> None:
-    """Removes what processes that were killed had begun: nothing was written to it for a day."""
-    for temporary in parent.glob(".part-*"):
-        written = max(path.stat().st_mtime for path in (temporary, *temporary.iterdir()))
-        if time.time() - written > 24 * 3600:
-            shutil.rmtree(temporary, ignore_errors=True)
+def _publish(folder: Path, about: dict[str, Any]) -> Stored | None:
+    """Make it what counts, unless something whole does: that is returned instead."""
+    path, text = folder / "about.json", json.dumps(about)
+    try:
+        with written_whole(path, exclusive=True) as temporary:
+            temporary.write_text(text, "utf-8")
+    except FileExistsError:
+        if (theirs := read(folder)) is not None:
+            return theirs
+        damaged = _counting(folder)
+        with written_whole(path) as temporary:
+            temporary.write_text(text, "utf-8")
+        _remove(folder, damaged[1:])
+    return None
 
 
 def read(folder: Path) -> Stored | None:
-    """What `write` wrote, if every byte of it is as it was; it counts as used now."""
+    """Map what `write` wrote, if every byte of it is as it was; it counts as used now."""
     try:
-        about = (folder / "about.json").read_bytes()
-        with (folder / "values.bin").open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256")
-        digest.update(about)
-        if digest.hexdigest() != (folder / "sha256").read_text("utf-8"):
-            return None
-        shape, dtype, indices, skipped = json.loads(about)
-        if math.prod(shape):
-            values = np.memmap(folder / "values.bin", jnp.dtype(dtype), "r", shape=tuple(shape))
-        else:
-            values = np.zeros(shape, jnp.dtype(dtype))  # an empty file cannot be mapped
-    except (OSError, UnicodeDecodeError):
+        stored = _open(folder, json.loads((folder / "about.json").read_bytes()))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
     with suppress(OSError):  # a cache that cannot be written may still be read
-        os.utime(folder)
-    return values, np.asarray(indices, np.int32), dict(skipped)
+        os.utime(folder / "about.json")
+    return stored
+
+
+def _open(folder: Path, about: dict[str, Any]) -> Stored:
+    path, shape, dtype = folder / about["values"], tuple(about["shape"]), jnp.dtype(about["dtype"])
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+        digest.update(json.dumps({k: v for k, v in about.items() if k != "sha256"}).encode())
+        if digest.hexdigest() != about["sha256"]:
+            raise WriteError(f"{path}: reads back otherwise than it was written")
+        empty = 0 in shape  # such a file cannot be mapped
+        values = np.empty(shape, dtype) if empty else np.memmap(file, dtype, "r", shape=shape)
+    return values, np.asarray(about["indices"], np.int32), dict(about["skipped"])
+
+
+def room() -> int:
+    """Bytes of features that the cache could take at most."""
+    try:
+        path = cache_dir()
+        while not path.exists():
+            path = path.parent
+        return min(limit(), shutil.disk_usage(path).free)
+    except (OSError, WriteError):
+        return 0
+
+
+def _make_room(parent: Path, size: int) -> None:
+    """Drop what was used least recently. What a run has mapped into memory stays there."""
+    most, needed = limit(), f"the features take {size / 2**30:.1f} GiB"
+    if size > most:
+        raise WriteError(
+            f"{needed}, over the limit of {most / 2**30:.1f}: raise TLJAX_FEATURE_CACHE_GIB"
+        )
+    found, taken = [], 0
+    for folder in parent.glob("*"):
+        names = _counting(folder)
+        remove_abandoned(path for path in folder.glob("*") if path.name not in names)
+        with suppress(OSError):  # another process was quicker
+            bytes_ = sum(file.stat().st_size for file in folder.iterdir())
+            taken += bytes_
+            found.append(((folder / "about.json").stat().st_mtime, bytes_, folder, names))
+        _remove(folder, [])
+    for _, bytes_, folder, names in sorted(found):
+        if taken + size > most:
+            _remove(folder, names)
+            taken -= bytes_
+    if size > (free := room()):
+        raise WriteError(f"{needed} and {parent} has {free / 2**30:.1f} free: {_ELSEWHERE}")
+
+
+def _counting(folder: Path) -> list[str]:
+    """Name the files that count; others are being written, or were when a process was killed."""
+    names = ["about.json"]
+    with suppress(OSError, ValueError, LookupError, TypeError):
+        about = json.loads((folder / "about.json").read_bytes())
+        # A list is of the first version, which looks for these names.
+        first = isinstance(about, list)
+        names += ["values.bin", "sha256"] if first else [Path(about["values"]).name]
+    return names
+
+
+def _remove(folder: Path, names: list[str]) -> None:
+    """Remove files from a folder, and the folder if nothing else is in it."""
+    for name in names:
+        with suppress(OSError):
+            (folder / name).unlink()
+    with suppress(OSError):
+        folder.rmdir()
