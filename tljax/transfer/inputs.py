@@ -1,15 +1,17 @@
 """What enters the stages that train: photographs, or activations that were computed once."""
 
+import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+import jax
 import numpy as np
 
 from tljax.config import FitConfig, Loading
 from tljax.data.loader import batch_rows, load_batches
 from tljax.data.sources import Source, Splits
-from tljax.errors import RequestError
+from tljax.errors import RequestError, WriteError
 from tljax.models import Model
 from tljax.parallel import data_mesh, gather_json
 from tljax.transfer import store
@@ -24,10 +26,8 @@ from tljax.transfer.features import (
     process_rows,
     process_shard,
 )
+from tljax.transfer.memory import free_memory
 from tljax.types import Batch, Variables
-
-MEMORY_FOR_ACTIVATIONS = 8 * 2**30
-"""Bytes that ``--cache auto`` keeps in memory; more goes to the disk, up to `store.limit`."""
 
 Place = Literal["memory", "disk", "none"]
 
@@ -145,7 +145,7 @@ def open_inputs(
     seed: int,
     start: str,
 ) -> Inputs:
-    """Computes the activations that enter ``start`` once, where that is exact or asked for.
+    """Compute the activations that enter ``start`` once, where that is exact or asked for.
 
     Args:
         model: the network.
@@ -160,8 +160,9 @@ def open_inputs(
         RequestError: no image of a class, or of the validation set, can be read.
     """
     place = cache_place(model, splits, config, start)
+    photographs = Inputs(splits, config, loading, seed, None, (), None, ({}, {}))
     if place == "none":
-        return Inputs(splits, config, loading, seed, None, (), None, ({}, {}))
+        return photographs
 
     def compute(source: Source, part: str, view: View | None = None) -> Features:
         return compute_features(
@@ -176,17 +177,25 @@ def open_inputs(
             description=f"{part} up to {start}",
         )
 
-    if config.augment:
-        train = tuple(
-            compute(splits.train, f"view {k + 1}", View(config.augmentation, seed, k + 1))
-            for k in range(config.cache_views)
-        )
-    else:
-        train = (compute(splits.train, "train"),)
-    val = compute(splits.val, "val")
+    try:
+        if config.augment:
+            train = tuple(
+                compute(splits.train, f"view {k + 1}", View(config.augmentation, seed, k + 1))
+                for k in range(config.cache_views)
+            )
+        else:
+            train = (compute(splits.train, "train"),)
+        val = compute(splits.val, "val")
+    except WriteError as error:
+        if config.cache == "disk":
+            raise WriteError(f"{error}, or --cache none") from error
+        print(f"note: nothing is cached: {error}", file=sys.stderr)
+        return photographs
     _refuse_lost_class(splits.train, train[0].labels)
     _refuse_none(val)
-    return Inputs(splits, config, loading, seed, start, train, val, (train[0].skipped, val.skipped))
+    return replace(
+        photographs, start=start, train=train, val=val, skipped=(train[0].skipped, val.skipped)
+    )
 
 
 def _refuse_lost_class(source: Source, labels: np.ndarray) -> None:
@@ -209,7 +218,11 @@ def cache_bytes(model: Model, splits: Splits, config: FitConfig, start: str) -> 
 
 
 def cache_place(model: Model, splits: Splits, config: FitConfig, start: str) -> Place:
-    """Where the activations that enter ``start`` go; ``none`` where they do not stay the same."""
+    """Choose where the activations that enter ``start`` go.
+
+    ``none`` where they do not stay the same. ``auto`` is half of the memory that is free, or else
+    the disk, if they fit. All processes choose the same.
+    """
     random = config.augment and not config.cache_views
     moving = random or config.attacker is not None
     if config.cache == "none" or model.position(start) == 0 or moving:
@@ -217,6 +230,6 @@ def cache_place(model: Model, splits: Splits, config: FitConfig, start: str) -> 
     if config.cache != "auto":
         return config.cache
     size = cache_bytes(model, splits, config, start)
-    if size <= MEMORY_FOR_ACTIVATIONS:
+    if size <= min(gather_json(free_memory())) / 2:
         return "memory"
-    return "disk" if size <= store.limit() else "none"
+    return "disk" if jax.process_count() == 1 and size <= store.room() else "none"

@@ -1,9 +1,11 @@
-"""What would fit, when a training step does not."""
+"""How much memory there is, and what would fit when a training step does not."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import jax
+import psutil
 
 from tljax.errors import RequestError
 from tljax.transfer.step import Keys, TrainState, TrainStep
@@ -49,6 +51,37 @@ def device_memory() -> int | None:
     """Bytes that a program may use on one device; None where nobody knows, as on a CPU."""
     stats = jax.local_devices()[0].memory_stats()
     return stats and stats.get("bytes_limit")
+
+
+_CGROUPS = {
+    "": ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    "memory": (
+        "sys/fs/cgroup/memory",
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+        "total_inactive_file",
+    ),
+}
+"""Of version 2 and 1: the folder, the files of limit and usage, and what of it Linux gives back."""
+
+
+def free_memory(root: Path = Path("/")) -> int:
+    """Measure how many bytes of the host's memory are free, for its containers too (cgroups)."""
+    free = [psutil.virtual_memory().available]
+    with suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, kind, group = line.split(":", 2)
+            if kind not in _CGROUPS:
+                continue
+            top, limit, usage, unused = _CGROUPS[kind]
+            below = Path(group.lstrip("/"))
+            for folder in (root / top / part for part in (below, *below.parents)):
+                # No limit reads "max"; a container does not see the groups above it.
+                with suppress(OSError, ValueError):
+                    stat = dict(row.split() for row in (folder / "memory.stat").open())
+                    most, used = (int((folder / name).read_text()) for name in (limit, usage))
+                    free.append(most - used + int(stat.get(unused, 0)))
+    return max(0, min(free))
 
 
 def fitting_batch_size(

@@ -153,10 +153,11 @@ def knn_predict(
     train_features, train_labels = checked(train_features, train_labels, num_classes)
     features = finite(features)
     block = max(1, _MEMORY_BUDGET // (8 * len(train_labels)))
+    known, known_labels = _unit(train_features), jnp.asarray(train_labels)
     votes = [
         _vote(
-            train_features,
-            train_labels,
+            known,
+            known_labels,
             features[start : start + block],
             temperature,
             num_classes=num_classes,
@@ -200,15 +201,17 @@ def _score(features, labels, kernels, biases, held_out):
     return jax.lax.scan(score, zeros, (kernels[:-1], biases[:-1], held_out))[0]
 
 
-@partial(jax.jit, static_argnames=("num_classes", "k"))
-def _vote(train_features, train_labels, features, temperature, *, num_classes, k):
-    def unit(x):
-        # First by a power of two, which rounds nothing, so that no square over- or underflows.
-        x = jnp.ldexp(x, -jnp.frexp(jnp.abs(x).max(1, keepdims=True))[1])
-        norm = jnp.linalg.norm(x, axis=1, keepdims=True)
-        return x / jnp.where(norm > 0, norm, 1)
+@jax.jit
+def _unit(x):
+    # First by a power of two, which rounds nothing, so that no square over- or underflows.
+    x = jnp.ldexp(x, -jnp.frexp(jnp.abs(x).max(1, keepdims=True))[1])
+    norm = jnp.linalg.norm(x, axis=1, keepdims=True)
+    return x / jnp.where(norm > 0, norm, 1)
 
-    similarity = jnp.matmul(unit(features), unit(train_features).T, precision="highest")
+
+@partial(jax.jit, static_argnames=("num_classes", "k"))
+def _vote(known, known_labels, features, temperature, *, num_classes, k):
+    similarity = jnp.matmul(_unit(features), known.T, precision="highest")
     similarity, nearest = jax.lax.top_k(similarity, k)
     weight = jax.nn.softmax(similarity / temperature)
-    return jnp.einsum("mk,mkc->mc", weight, jax.nn.one_hot(train_labels[nearest], num_classes))
+    return jnp.einsum("mk,mkc->mc", weight, jax.nn.one_hot(known_labels[nearest], num_classes))
