@@ -5,7 +5,6 @@ import glob
 import json
 import math
 import os
-import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -91,11 +90,11 @@ def written_whole(path: Path, *, exclusive: bool = False) -> Iterator[Path]:
         remove_abandoned(path.parent.glob(f".{glob.escape(path.name)}.*.part"))
         yield temporary
         if exclusive:
-            _link(temporary, path)
+            _rename_exclusively(temporary, path)
         else:
             temporary.replace(path)
     except OSError as error:
-        if exclusive and error.errno == errno.EEXIST and path.exists():
+        if exclusive and error.errno == errno.EEXIST and temporary.exists():
             raise
         if error.errno not in _OF_THE_DISK:
             raise  # of the network, say, that the block reads from
@@ -122,15 +121,14 @@ def _create(path: Path) -> None:
     path.touch()
 
 
-def _link(source: Path, path: Path) -> None:
-    """Give a file a second name, or its content where the disk knows no second names."""
+def _rename_exclusively(source: Path, path: Path) -> None:
     try:
         os.link(source, path)
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP):
             raise
-        with source.open("rb") as content, path.open("xb") as file:
-            shutil.copyfileobj(content, file)
+        path.touch(exist_ok=False)  # the disk has no hard links; for a moment, the file is empty
+        source.replace(path)
 
 
 _OF_THE_DISK = (

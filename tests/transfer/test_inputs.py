@@ -6,11 +6,14 @@ from collections import namedtuple
 import ml_dtypes
 import numpy as np
 import pytest
-from engine import LOADING, source
+import tiny as tiny_network
+from engine import LOADING, config, source, splits
 
 import tljax.transfer.features as features_module
-from tljax.errors import RequestError
-from tljax.transfer.features import compute_features
+from tljax.errors import RequestError, WriteError
+from tljax.transfer import inputs, store
+from tljax.transfer.features import compute_features, split_features
+from tljax.transfer.inputs import cache_bytes, cache_place, open_inputs
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
@@ -63,19 +66,78 @@ def test_nothing_half_written_stays(tiny, folder, monkeypatch):
 
 
 def test_a_disk_that_fills_up_is_one_line(tiny, folder, monkeypatch):
-    compute = features_module._forward_source
-
-    def failing(*args):
-        yield next(compute(*args))
+    def full(_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(features_module, "_forward_source", failing)
-    with pytest.raises(RequestError, match=r"cannot be written .No space left on device"):
+    monkeypatch.setattr(store, "array_bytes", full)
+    with pytest.raises(WriteError, match=r"cannot be written .No space left on device.: set TLJAX"):
         kept(tiny)
     assert list(folder.iterdir()) == []
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(tiny, monkeypatch):
     monkeypatch.setenv("TLJAX_CACHE", "/dev/null/cache")
-    with pytest.raises(RequestError, match=r"cannot be written .Not a directory"):
+    with pytest.raises(WriteError, match=r"cannot be written .Not a directory"):
         kept(tiny)
+
+
+def test_features_that_cannot_be_kept_are_computed(folder, monkeypatch, capsys):
+    """For a probe, which asks for no place."""
+    arguments = tiny_network.MODEL, tiny_network.random_variables(), splits(), LOADING
+    expected = split_features(*arguments)
+    capsys.readouterr()
+    monkeypatch.setenv("TLJAX_CACHE", "/dev/null/cache")
+    found = split_features(*arguments)
+    for one, other in zip(expected, found, strict=True):
+        np.testing.assert_array_equal(one.values, other.values)
+        np.testing.assert_array_equal(one.indices, other.indices)
+    notes = [line for line in capsys.readouterr().err.splitlines() if "note: " in line]
+    assert [line.partition(" are not kept")[0] for line in notes] == [
+        "note: train features",
+        "note: val features",
+    ]
+
+
+def open_cached(cache):
+    what = config(freeze_to="layer1", cache=cache)
+    arguments = tiny_network.MODEL, tiny_network.random_variables(), splits(), what
+    return open_inputs(*arguments, LOADING, 0, "layer1")
+
+
+def test_auto_takes_what_is_free(folder, monkeypatch):
+    what = config(freeze_to="layer1")
+    size = cache_bytes(tiny_network.MODEL, splits(), what, "layer1")
+    memory, disk = [0], [0]
+    monkeypatch.setattr(inputs, "free_memory", lambda: memory[0])
+    monkeypatch.setattr(store, "room", lambda: disk[0])
+
+    def place(cache="auto"):
+        return cache_place(tiny_network.MODEL, splits(), config(cache=cache), "layer1")
+
+    for memory[0], disk[0], expected in (
+        (2 * size, 0, "memory"),
+        (2 * size - 1, size, "disk"),
+        (2 * size - 1, size - 1, "none"),
+    ):
+        assert place() == expected
+    assert [place(asked) for asked in ("memory", "disk", "none")] == ["memory", "disk", "none"]
+
+
+def test_the_room_is_that_of_the_disk_and_the_limit(folder, monkeypatch):
+    usage = namedtuple("usage", ["free"])
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(2**30))
+    assert store.room() == 2**30
+    monkeypatch.setenv("TLJAX_FEATURE_CACHE_GIB", "0.5")
+    assert store.room() == 2**29
+    monkeypatch.setenv("TLJAX_CACHE", str(folder / "not" / "there"))
+    assert store.room() == 2**29
+
+
+def test_what_auto_cannot_keep_is_not_kept_and_what_was_asked_for_is_refused(monkeypatch, capsys):
+    monkeypatch.setenv("TLJAX_CACHE", "/dev/null/cache")
+    monkeypatch.setattr(inputs, "free_memory", lambda: 0)
+    monkeypatch.setattr(store, "room", lambda: 2**30)
+    assert open_cached("auto").start is None
+    assert "note: nothing is cached: /dev/null/cache/" in capsys.readouterr().err
+    with pytest.raises(RequestError, match=r"cannot be written .*, or --cache none$"):
+        open_cached("disk")

@@ -1,6 +1,7 @@
 import jax
 import numpy as np
 import optax
+import psutil
 import pytest
 from engine import LOADING, config, splits, train
 from tiny import MODEL, random_variables
@@ -69,3 +70,68 @@ def test_a_run_out_of_memory_says_what_would_fit(monkeypatch, limit, advice):
     monkeypatch.setattr(memory, "device_memory", lambda: limit)
     with pytest.raises(RequestError, match=f"out of device memory at --batch-size 4: {advice}"):
         train(config())
+
+
+def files(root, texts):
+    for name, text in texts.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+V1, V2 = "sys/fs/cgroup/memory/", "sys/fs/cgroup/"
+GROUPS = {
+    "none": ({}, 5000),
+    "unlimited": (
+        {
+            "proc/self/cgroup": "0::/\n",
+            V2 + "memory.max": "max\n",
+            V2 + "memory.current": "700\n",
+            V2 + "memory.stat": "anon 600\ninactive_file 100\n",
+        },
+        5000,
+    ),
+    "version 2, of a group above": (
+        {
+            "proc/self/cgroup": "0::/user/job\n",
+            V2 + "user/memory.max": "1000\n",
+            V2 + "user/memory.current": "700\n",
+            V2 + "user/memory.stat": "anon 600\ninactive_file 100\n",
+            V2 + "user/job/memory.max": "max\n",
+            V2 + "user/job/memory.current": "500\n",
+            V2 + "user/job/memory.stat": "anon 400\ninactive_file 100\n",
+        },
+        400,
+    ),
+    "version 1, in a container": (
+        {
+            "proc/self/cgroup": "9:name=systemd:/\n4:memory:/docker/1f\n0::/\n",
+            V1 + "memory.limit_in_bytes": "2000\n",
+            V1 + "memory.usage_in_bytes": "1500\n",
+            V1 + "memory.stat": "cache 300\ntotal_inactive_file 200\n",
+        },
+        700,
+    ),
+    "over its limit": (
+        {
+            "proc/self/cgroup": "0::/\n",
+            V2 + "memory.max": "1000\n",
+            V2 + "memory.current": "1200\n",
+            V2 + "memory.stat": "anon 1200\ninactive_file 0\n",
+        },
+        0,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_free_memory_is_what_the_machine_and_the_container_leave(name, tmp_path, monkeypatch):
+    texts, expected = GROUPS[name]
+    files(tmp_path, texts)
+    machine = type("Machine", (), {"available": 5000})
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: machine)
+    assert memory.free_memory(tmp_path) == expected
+
+
+def test_this_machine_has_memory():
+    assert 2**20 < memory.free_memory() <= psutil.virtual_memory().total

@@ -349,6 +349,22 @@ def test_knn_in_blocks(monkeypatch):
     )
 
 
+def test_knn_uploads_the_training_features_once(monkeypatch):
+    train, labels = random()
+    monkeypatch.setattr(probe, "_MEMORY_BUDGET", 8 * EXAMPLES * 7)
+    vote, seen = probe._vote, []
+
+    def counting(*args, **how):
+        seen.append(args[:2])
+        return vote(*args, **how)
+
+    monkeypatch.setattr(probe, "_vote", counting)
+    knn_predict(train, labels, train[:30], num_classes=CLASSES)
+    assert len(seen) == 5
+    assert all(isinstance(array, jax.Array) for array in seen[0])
+    assert all(a is b for later in seen for a, b in zip(later, seen[0], strict=True))
+
+
 def test_knn_of_a_zero_vector_is_finite():
     train, labels = random()
     probabilities = knn_predict(train, labels, np.zeros((1, DIMENSIONS)), num_classes=CLASSES)

@@ -1,5 +1,6 @@
 """The names of cached features: the same in every process, and another when anything decides so."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -184,3 +185,102 @@ def test_features_over_the_limit_are_refused_and_drop_nothing(compute, tmp_path,
     monkeypatch.setenv("TLJAX_FEATURE_CACHE_GIB", "much")
     with pytest.raises(RequestError, match="TLJAX_FEATURE_CACHE_GIB=much: choose a number of GiB"):
         compute(5)
+
+
+SWEEP = """
+import os, sys, traceback
+from pathlib import Path
+import numpy as np
+from tljax.transfer import store
+
+features, rounds = Path(sys.argv[1], "features"), int(sys.argv[2])
+
+def sweep():
+    for _ in range(rounds):
+        for key in range(4):
+            expected = np.full((64, 1000), key, np.float32)
+            stored = store.read(features / str(key))
+            if stored is None:
+                batches = (
+                    (expected[first : first + 8], np.arange(first, first + 8))
+                    for first in range(0, 64, 8)
+                )
+                stored = store.write(features / str(key), batches, expected.nbytes, {3: "cut"})
+            np.testing.assert_array_equal(stored[0], expected)
+            assert stored[1].tolist() == list(range(64))
+            assert stored[2] == {3: "cut"}
+
+for _ in range(4):
+    if os.fork() == 0:
+        try:
+            sweep()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+assert [os.wait()[1] for _ in range(4)] == 4 * [0]
+"""
+
+
+@pytest.mark.parametrize("entries", [10, 2.5])
+def test_four_processes_sweep_over_one_cache(tmp_path, entries):
+    """The same features at the same time; with room for two of four, they evict each other's."""
+    limit = str(entries * (64 * 1000 * 4 + 500) / 2**30)
+    done = subprocess.run(
+        [sys.executable, "-c", SWEEP, str(tmp_path), "40"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "TLJAX_CACHE": str(tmp_path), "TLJAX_FEATURE_CACHE_GIB": limit},
+    )
+    assert done.returncode == 0, done.stderr
+    left = [path.name for path in (tmp_path / "features").glob("*/*")]
+    assert not [name for name in left if name.endswith(".part")]
+    if entries == 10:
+        assert left.count("about.json") == 4
+        assert len(left) == 8
+
+
+def test_who_comes_second_takes_what_is_there(compute, tmp_path, monkeypatch):
+    made = []
+    write = store._write_values
+
+    def while_another_is_quicker(path, *args):
+        about = write(path, *args)
+        if not made:
+            made.append(path)
+            compute(4)
+        return about
+
+    monkeypatch.setattr(store, "_write_values", while_another_is_quicker)
+    found = compute(4)
+    (folder,) = (tmp_path / "features").iterdir()
+    left = {path.name for path in folder.iterdir()}
+    about = json.loads((folder / "about.json").read_text())
+    assert left == {"about.json", about["values"]}
+    assert Path(found.values.filename).name == about["values"]
+    assert not made[0].exists()
+
+
+def test_what_is_evicted_while_it_is_read_stays_readable(compute, tmp_path, monkeypatch):
+    found = compute(4)
+    expected = np.array(found.values)
+    monkeypatch.setenv("TLJAX_FEATURE_CACHE_GIB", str(6.5 * 8 * 16 * 16 * 4 / 2**30))
+    compute(6)
+    assert len(list((tmp_path / "features").iterdir())) == 1
+    np.testing.assert_array_equal(found.values, expected)
+
+
+def test_a_disk_that_gives_back_other_bytes_is_one_line(compute, tmp_path, monkeypatch):
+    write = store._write_values
+
+    def damaged(path, *args):
+        about = write(path, *args)
+        with path.open("r+b") as file:
+            file.write(b"other")
+        return about
+
+    monkeypatch.setattr(store, "_write_values", damaged)
+    with pytest.raises(RequestError, match=r"reads back otherwise .*: set TLJAX_CACHE"):
+        compute(4)
+    assert list((tmp_path / "features").iterdir()) == []

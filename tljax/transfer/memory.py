@@ -54,33 +54,30 @@ def device_memory() -> int | None:
 
 
 _CGROUPS = {
-    "": ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    "": ("sys/fs/cgroup", "memory.max", "memory.current", "\ninactive_file"),
     "memory": (
-        "sys/fs/cgroup/memory",
-        "memory.limit_in_bytes",
-        "memory.usage_in_bytes",
-        "total_inactive_file",
+        *("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+        "\ntotal_inactive_file",
     ),
 }
 """Of version 2 and 1: the folder, the files of limit and usage, and what of it Linux gives back."""
 
 
 def free_memory(root: Path = Path("/")) -> int:
-    """Measure how many bytes of the host's memory are free, for its containers too (cgroups)."""
+    """Measure how many bytes of memory the host has free, and the containers (cgroups) leave."""
     free = [psutil.virtual_memory().available]
-    with suppress(OSError):
-        for line in (root / "proc/self/cgroup").read_text().splitlines():
-            _, kind, group = line.split(":", 2)
-            if kind not in _CGROUPS:
-                continue
+    groups = root / "proc/self/cgroup"
+    for line in groups.read_text().splitlines() if groups.exists() else ():
+        _, kind, group = line.split(":", 2)
+        if kind in _CGROUPS:
             top, limit, usage, unused = _CGROUPS[kind]
             below = Path(group.lstrip("/"))
             for folder in (root / top / part for part in (below, *below.parents)):
-                # No limit reads "max"; a container does not see the groups above it.
+                # No limit reads "max"; within a container, the groups above it are not seen.
                 with suppress(OSError, ValueError):
-                    stat = dict(row.split() for row in (folder / "memory.stat").open())
                     most, used = (int((folder / name).read_text()) for name in (limit, usage))
-                    free.append(most - used + int(stat.get(unused, 0)))
+                    given_back = (folder / "memory.stat").read_text().partition(unused)[2].split()
+                    free.append(most - used + int(given_back[0]))
     return max(0, min(free))
 
 

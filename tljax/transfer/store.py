@@ -2,6 +2,9 @@
 
 They lie in ``features`` of the cache folder (``TLJAX_CACHE``), up to ``TLJAX_FEATURE_CACHE_GIB``
 GiB together, by default 50: what was not used for longest makes room.
+
+Any number of processes may use them at once. Values go into a file of a name of their own; then
+``about.json``, which only one process can create, says which file counts, and its hash.
 """
 
 import hashlib
@@ -227,11 +230,11 @@ def _make_room(parent: Path, size: int) -> None:
         with suppress(OSError):  # another process was quicker
             bytes_ = sum(file.stat().st_size for file in folder.iterdir())
             taken += bytes_
-            found.append(((folder / "about.json").stat().st_mtime, bytes_, folder, names))
+            found.append(((folder / "about.json").stat().st_mtime, bytes_, folder))
         _remove(folder, [])
-    for _, bytes_, folder, names in sorted(found):
+    for _, bytes_, folder in sorted(found):
         if taken + size > most:
-            _remove(folder, names)
+            _remove(folder, _counting(folder))
             taken -= bytes_
     if size > (free := room()):
         raise WriteError(f"{needed} and {parent} has {free / 2**30:.1f} free: {_ELSEWHERE}")

@@ -1,0 +1,169 @@
+"""Files: whole or not there, whoever else writes, and one line when they cannot be written."""
+
+import errno
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from tljax.errors import RequestError, WriteError
+from tljax.files import cache_dir, written_whole
+
+
+def write(path, text, **how):
+    with written_whole(path, **how) as temporary:
+        temporary.write_text(text)
+
+
+def test_a_reader_sees_the_old_file_or_the_new_one(tmp_path):
+    path, texts = tmp_path / "file", {"a" * 100_000, "b" * 100_000}
+    write(path, "a" * 100_000)
+    seen, done = [], threading.Event()
+
+    def writing():
+        for text in (*texts, *texts) * 10:
+            write(path, text)
+        done.set()
+
+    writers = [threading.Thread(target=writing) for _ in range(2)]
+    for writer in writers:
+        writer.start()
+    while not done.is_set():
+        seen.append(path.read_text())
+    for writer in writers:
+        writer.join()
+    assert set(seen) <= texts
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def no_links(*_):
+    raise OSError(errno.EPERM, "Operation not permitted")
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_of_writers_at_once_one_is_first(tmp_path, monkeypatch, links):
+    """Also on a disk that has no hard links."""
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
+    path, outcomes = tmp_path / "file", []
+    barrier = threading.Barrier(8)
+
+    def writing(number):
+        barrier.wait()
+        try:
+            write(path, str(number), exclusive=True)
+            outcomes.append(number)
+        except FileExistsError:
+            outcomes.append(None)
+
+    writers = [threading.Thread(target=writing, args=(number,)) for number in range(8)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert outcomes.count(None) == 7
+    assert path.read_text() in map(str, outcomes)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def fail(path, error, **how):
+    with written_whole(path, **how) as temporary:
+        temporary.write_text("half")
+        raise error
+
+
+@pytest.mark.parametrize("exclusive", [True, False])
+def test_an_error_of_the_block_leaves_nothing(tmp_path, exclusive):
+    for error in (KeyboardInterrupt(), ValueError("x"), OSError(errno.ECONNRESET, "reset")):
+        with pytest.raises(type(error)):
+            fail(tmp_path / "file", error, exclusive=exclusive)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO])
+def test_a_disk_that_fills_up_is_one_line_and_keeps_the_old_file(tmp_path, number):
+    path = tmp_path / "file"
+    write(path, "old")
+    reason = os.strerror(number)
+    with pytest.raises(WriteError, match=rf"^{path}: cannot be written \({reason}\)$"):
+        fail(path, OSError(number, reason))
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("exclusive", [True, False])
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path, exclusive):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder" / "in it").mkdir(parents=True)
+    places = [tmp_path / "file" / "new", Path("/proc/new/file"), tmp_path / ("x" * 300)]
+    for path in (*places, *(() if exclusive else [tmp_path / "folder"])):
+        with pytest.raises(RequestError, match=r"^[^\n]*: cannot be written \([^\n]*\)$"):
+            write(path, "new", exclusive=exclusive)
+
+
+def test_a_folder_that_is_cleared_meanwhile_is_made_again(tmp_path, monkeypatch):
+    folder, mkdir = tmp_path / "folder", Path.mkdir
+    cleared = []
+
+    def then_cleared(path, *args, **how):
+        mkdir(path, *args, **how)
+        if len(cleared) < 3:
+            path.rmdir()
+            cleared.append(path)
+
+    monkeypatch.setattr(Path, "mkdir", then_cleared)
+    write(folder / "file", "text")
+    assert cleared == 3 * [folder]
+    assert (folder / "file").read_text() == "text"
+
+
+def test_what_a_killed_process_had_begun_is_removed_after_a_day(tmp_path):
+    names = ".file.1.part", ".file.2.part", ".other.1.part"
+    for name, age in zip(names, (90_000, 0, 90_000), strict=True):
+        (tmp_path / name).write_text("half")
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    write(tmp_path / "file", "text")
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == [".file.2.part", ".other.1.part", "file"]
+
+
+def test_without_a_home_the_cache_needs_a_name(monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    monkeypatch.setenv("TLJAX_CACHE", "/somewhere")
+    assert cache_dir() == Path("/somewhere")
+    monkeypatch.delenv("TLJAX_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    with pytest.raises(RequestError, match="no home folder for the cache: set TLJAX_CACHE"):
+        cache_dir()
+
+
+FULL = """
+import resource, signal, sys
+from pathlib import Path
+from tljax.errors import RequestError
+from tljax.files import written_whole
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+for exclusive in (True, False):
+    try:
+        with written_whole(Path(sys.argv[1]), exclusive=exclusive) as temporary:
+            temporary.write_text("x" * 5000)
+    except RequestError as error:
+        print(error)
+"""
+
+
+def test_a_file_that_a_disk_does_not_take_is_one_line(tmp_path):
+    """A limit on the size of files stands in for the disk."""
+    command = [sys.executable, "-c", FULL, str(tmp_path / "file")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == 2 * f"{tmp_path}/file: cannot be written (File too large)\n"
+    assert list(tmp_path.iterdir()) == []
