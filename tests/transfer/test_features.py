@@ -76,16 +76,22 @@ def test_what_a_killed_process_had_begun_is_swept_away_after_a_day(tiny, cached)
     assert len(cached[1]) == 2
 
 
-def test_a_cache_of_the_first_version_is_left_to_its_time(tiny, cached):
+def test_a_cache_of_the_first_version_is_no_hindrance(tiny, cached, monkeypatch):
     model, variables = tiny
     first = cached[0] / "features" / "1f"
     first.mkdir(parents=True)
     for name in ("values.bin", "about.json", "sha256"):
         (first / name).write_text('[[1], "uint8", [0], []]')
-        os.utime(first / name, (time.time() - 90_000,) * 2)
     assert store.read(first) is None
     compute_features(model, variables, source(), LOADING, cache=True)
     assert len(list(first.iterdir())) == 3
+    for path in first.iterdir():
+        os.utime(path, (time.time() - 90_000,) * 2)
+    monkeypatch.setenv(
+        "TLJAX_FEATURE_CACHE_GIB", str((feature_bytes(model, 10, "head") + 1) / 2**30)
+    )
+    compute_features(model, variables, source(seed=1), LOADING, cache=True)
+    assert not first.exists()
 
 
 def test_features_are_what_apply_returns_whatever_the_batch(tiny):
@@ -172,7 +178,7 @@ def test_a_damaged_cache_file_is_found_and_replaced(tiny, cached):
     about = kept / "about.json"
     for values in (True, False):
         for position in (0, 0.3, 0.6, 0.9):
-            file = kept / json.loads(about.read_text())["values"] if values else about
+            file = kept / json.loads(about.read_text())[0] if values else about
             good = file.read_bytes()
             at = int(position * len(good))
             file.unlink()  # the mapping of the file before lives on
@@ -183,7 +189,7 @@ def test_a_damaged_cache_file_is_found_and_replaced(tiny, cached):
             assert len(calls) == 1 + damages
         if values:
             assert len(list(kept.iterdir())) == 2
-    (kept / json.loads(about.read_text())["values"]).unlink()
+    (kept / json.loads(about.read_text())[0]).unlink()
     compute_features(model, variables, data, LOADING, cache=True)
     assert len(calls) == 10
     kept = compute_features(model, variables, data, LOADING, cache=True)

@@ -108,7 +108,7 @@ GROUPS = {
             "proc/self/cgroup": "9:name=systemd:/\n4:memory:/docker/1f\n0::/\n",
             V1 + "memory.limit_in_bytes": "2000\n",
             V1 + "memory.usage_in_bytes": "1500\n",
-            V1 + "memory.stat": "cache 300\ntotal_inactive_file 200\n",
+            V1 + "memory.stat": "inactive_file 150\ntotal_inactive_file 200\ntotal_unevictable 0\n",
         },
         700,
     ),

@@ -150,9 +150,20 @@ class Checkpoints:
         Raises:
             RequestError: it cannot be read, which does not prove that it is damaged.
         """
-        found, failed = None, None
+        about, leaves, failed = {}, [], None
         try:
-            found = _content(reader, number)
+            # The shapes come from the checkpoint itself: `fill` compares them.
+            found = reader.restore(
+                number,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(),  # pyright: ignore[reportCallIssue]
+                    position=ocp.args.JsonRestore(),  # pyright: ignore[reportCallIssue]
+                ),
+            )
+            about, state = found["position"], found["state"]
+            leaves = [np.asarray(state[name]) for name in sorted(state)]
+            if about.pop("sha256") != _digest(leaves, about):
+                raise ValueError("its checksum differs")  # noqa: TRY301
         except Exception as error:  # noqa: BLE001 - Orbax promises no type for a damaged file
             failed = error
         damaged = _proves_damage(failed) and (self._folder / str(number)).is_dir()
@@ -163,13 +174,12 @@ class Checkpoints:
                 with written_whole(self._folder / f"{number}.damaged") as temporary:
                     temporary.write_text(f"{told[0][1]}\n", "utf-8")
             return None
-        for _, reason in told:
-            if reason is not None:
-                raise RequestError(
-                    f"{self._folder}: checkpoint {number} cannot be read ({reason}), "
-                    "but may be whole: nothing was changed, try again"
-                ) from failed
-        return found
+        if reasons := [reason for _, reason in told if reason]:
+            raise RequestError(
+                f"{self._folder}: checkpoint {number} cannot be read ({reasons[0]}), "
+                "but may be whole: nothing was changed, try again"
+            ) from failed
+        return about, leaves
 
     def close(self) -> None:
         """Wait until everything is written.
@@ -201,22 +211,6 @@ class _LastTwoWhole:
     ) -> Sequence[bool]:
         last = [found.step for found in checkpoints if found.step not in self.damaged][-2:]
         return [found.step in self.damaged.union(last) for found in checkpoints]
-
-
-def _content(reader: ocp.CheckpointManager, number: int) -> Content:
-    # The shapes come from the checkpoint itself: `fill` compares them.
-    found = reader.restore(
-        number,
-        args=ocp.args.Composite(
-            state=ocp.args.StandardRestore(),  # pyright: ignore[reportCallIssue]
-            position=ocp.args.JsonRestore(),  # pyright: ignore[reportCallIssue]
-        ),
-    )
-    about, state = found["position"], found["state"]
-    leaves = [np.asarray(state[name]) for name in sorted(state)]
-    if about.pop("sha256") != _digest(leaves, about):
-        raise ValueError("its checksum is another one")
-    return about, leaves
 
 
 _OF_THE_DISK = re.compile(

@@ -54,13 +54,9 @@ def device_memory() -> int | None:
 
 
 _CGROUPS = {
-    "": ("sys/fs/cgroup", "memory.max", "memory.current", "\ninactive_file"),
-    "memory": (
-        *("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
-        "\ntotal_inactive_file",
-    ),
+    "": ("memory.max", "memory.current"),  # version 2
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes"),
 }
-"""Of version 2 and 1: the folder, the files of limit and usage, and what of it Linux gives back."""
 
 
 def free_memory(root: Path = Path("/")) -> int:
@@ -69,15 +65,15 @@ def free_memory(root: Path = Path("/")) -> int:
     groups = root / "proc/self/cgroup"
     for line in groups.read_text().splitlines() if groups.exists() else ():
         _, kind, group = line.split(":", 2)
-        if kind in _CGROUPS:
-            top, limit, usage, unused = _CGROUPS[kind]
-            below = Path(group.lstrip("/"))
-            for folder in (root / top / part for part in (below, *below.parents)):
-                # No limit reads "max"; within a container, the groups above it are not seen.
-                with suppress(OSError, ValueError):
-                    most, used = (int((folder / name).read_text()) for name in (limit, usage))
-                    given_back = (folder / "memory.stat").read_text().partition(unused)[2].split()
-                    free.append(most - used + int(given_back[0]))
+        below = Path(group.lstrip("/"))
+        for part in (below, *below.parents) if kind in _CGROUPS else ():
+            folder = root / "sys/fs/cgroup" / kind / part
+            # No limit reads "max"; within a container, the groups above it are not seen.
+            with suppress(OSError, ValueError):
+                most, used = (int((folder / name).read_text()) for name in _CGROUPS[kind])
+                # Of what is used, Linux gives back copies of files.
+                cached = (folder / "memory.stat").read_text().rpartition("inactive_file ")[2]
+                free.append(most - used + int(cached.split()[0]))
     return max(0, min(free))
 
 

@@ -9,6 +9,7 @@ Any number of processes may use them at once. Values go into a file of a name of
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -147,7 +148,7 @@ _ELSEWHERE = "set TLJAX_CACHE to another disk"
 
 def _write_values(
     path: Path, batches: Iterator[tuple[np.ndarray, np.ndarray]], skipped: dict[int, str]
-) -> dict[str, Any]:
+) -> list[Any]:
     digest, indices, values = hashlib.sha256(), [], np.empty(0)
     with written_whole(path) as temporary, temporary.open("wb") as file:
         for values, rows in batches:
@@ -155,18 +156,13 @@ def _write_values(
             digest.update(data)
             file.write(data)
             indices += rows.tolist()
-    about = {
-        "values": path.name,
-        "shape": [len(indices), *values.shape[1:]],
-        "dtype": values.dtype.name,
-        "indices": indices,
-        "skipped": list(skipped.items()),
-    }
+    shape = [len(indices), *values.shape[1:]]
+    about = [path.name, shape, values.dtype.name, indices, list(skipped.items())]
     digest.update(json.dumps(about).encode())
-    return {**about, "sha256": digest.hexdigest()}
+    return [*about, digest.hexdigest()]
 
 
-def _publish(folder: Path, about: dict[str, Any]) -> Stored | None:
+def _publish(folder: Path, about: list[Any]) -> Stored | None:
     """Make it what counts, unless something whole does: that is returned instead."""
     path, text = folder / "about.json", json.dumps(about)
     try:
@@ -186,23 +182,25 @@ def read(folder: Path) -> Stored | None:
     """Map what `write` wrote, if every byte of it is as it was; it counts as used now."""
     try:
         stored = _open(folder, json.loads((folder / "about.json").read_bytes()))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except (OSError, ValueError, TypeError):
         return None
     with suppress(OSError):  # a cache that cannot be written may still be read
         os.utime(folder / "about.json")
     return stored
 
 
-def _open(folder: Path, about: dict[str, Any]) -> Stored:
-    path, shape, dtype = folder / about["values"], tuple(about["shape"]), jnp.dtype(about["dtype"])
-    with path.open("rb") as file:
+def _open(folder: Path, about: list[Any]) -> Stored:
+    name, shape, dtype, indices, skipped, expected = about
+    with (folder / name).open("rb") as file:
         digest = hashlib.file_digest(file, "sha256")
-        digest.update(json.dumps({k: v for k, v in about.items() if k != "sha256"}).encode())
-        if digest.hexdigest() != about["sha256"]:
-            raise WriteError(f"{path}: reads back otherwise than it was written")
-        empty = 0 in shape  # such a file cannot be mapped
-        values = np.empty(shape, dtype) if empty else np.memmap(file, dtype, "r", shape=shape)
-    return values, np.asarray(about["indices"], np.int32), dict(about["skipped"])
+        digest.update(json.dumps(about[:-1]).encode())
+        if digest.hexdigest() != expected:
+            raise WriteError(f"{folder / name}: reads back otherwise than it was written")
+        if math.prod(shape):
+            values = np.memmap(file, jnp.dtype(dtype), "r", shape=tuple(shape))
+        else:
+            values = np.empty(shape, jnp.dtype(dtype))  # an empty file cannot be mapped
+    return values, np.asarray(indices, np.int32), dict(skipped)
 
 
 def room() -> int:
@@ -242,13 +240,9 @@ def _make_room(parent: Path, size: int) -> None:
 
 def _counting(folder: Path) -> list[str]:
     """Name the files that count; others are being written, or were when a process was killed."""
-    names = ["about.json"]
     with suppress(OSError, ValueError, LookupError, TypeError):
-        about = json.loads((folder / "about.json").read_bytes())
-        # A list is of the first version, which looks for these names.
-        first = isinstance(about, list)
-        names += ["values.bin", "sha256"] if first else [Path(about["values"]).name]
-    return names
+        return ["about.json", Path(json.loads((folder / "about.json").read_bytes())[0]).name]
+    return ["about.json"]
 
 
 def _remove(folder: Path, names: list[str]) -> None:
