@@ -198,26 +198,18 @@ def _shows_its_picture(data: bytes) -> bool:
         image = JpegImageFile(io.BytesIO(data))
         if "progressive" in image.info:
             return _all_scans_begun(data, len(image.getbands()))
-        # Noise changes every pixel from the first that is missing on. Small is good enough.
+        # Noise changes what is missing; whoever writes a JPEG writes rows of blocks.
         noise = np.random.default_rng(0).bytes(1000).replace(b"\xff", b"")
-        first, second = (
-            JpegImageFile(io.BytesIO(data.rstrip(b"\xff") + fill + _END)) for fill in (b"", noise)
-        )
-        for part in (first, second):
-            part.draft(None, (256, 256))
-        difference = ImageChops.difference(first, second)
+        parts = (data.rstrip(b"\xff") + fill + _END for fill in (b"", noise))
+        difference = ImageChops.difference(*(JpegImageFile(io.BytesIO(part)) for part in parts))
     except Exception:  # noqa: BLE001 - as above
         return False
-    box = difference.getbbox()
-    if box is None:
-        return True
-    width, height = difference.size
-    # Blocks are written in rows, of 16 pixels where colours are halved.
-    block = -(-8 * max(layer[2] for layer in image.layer) * height // image.height)
-    below = max(0, height - box[1] - block)
-    beside = difference.crop((0, box[1], width, height - below))
-    left, *_ = beside.getbbox() or (0,)
-    return below * width + (width - left) * beside.height <= 0.05 * width * height
+    width, height = image.size
+    block = 8 * max(layer[2] for layer in image.layer)
+    _, top, *_ = difference.getbbox() or (0, height)
+    bottom = min(top + block, height)
+    left, *_ = difference.crop((0, top, width, bottom)).getbbox() or (width,)
+    return top * width + left * (bottom - top) >= 0.95 * width * height
 
 
 def _all_scans_begun(data: bytes, bands: int) -> bool:

@@ -86,6 +86,17 @@ def load_batches(
     return _iterate(source, rows, decoded, on_bad_image, skipped)
 
 
+def refuse_none(source: Source, skipped: dict[int, str]) -> None:
+    """Check that an image of a source could be read.
+
+    Raises:
+        RequestError: none could; the reason of the first is given.
+    """
+    if len(source) == len(skipped):
+        index, reason = next(iter(skipped.items()), (0, "there is none"))
+        raise RequestError(f"no image can be read; {source.names[index]}: {reason}")
+
+
 def batch_rows(
     n: int, batch_size: int, seed: int | None = None, epoch: int = 0, multiple: int = 1
 ) -> np.ndarray:

@@ -11,10 +11,10 @@ import numpy as np
 from PIL import Image
 
 from tljax import explain
-from tljax.data.decode import read_images
+from tljax.data.loader import load_batches, refuse_none
 from tljax.data.sources import open_images
 from tljax.errors import RequestError
-from tljax.files import written_whole
+from tljax.files import mark_output, written_whole
 from tljax.models import Model, apply
 from tljax.pretrained import Pretrained
 from tljax.report.grid import image_grid
@@ -52,6 +52,16 @@ def write_png(path: Path, image: Image.Image | np.ndarray) -> None:
     """Writes a whole PNG file or none; arrays are ``[height, width, 3]`` uint8."""
     with written_whole(path) as temporary:
         (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(temporary, "PNG")
+
+
+def open_output(folder: Path) -> None:
+    """Make a folder for pictures that is never read as data; one that holds something stays so.
+
+    Raises:
+        RequestError: it cannot be written.
+    """
+    if not folder.is_dir() or not any(folder.iterdir()):
+        mark_output(folder)
 
 
 def ideal_pictures(
@@ -114,7 +124,12 @@ def ideal_pictures(
 
 
 def explanation_pictures(
-    network: Pretrained, paths: Sequence[str], *, target: str | None = None, seed: int = 0
+    network: Pretrained,
+    paths: Sequence[str],
+    *,
+    target: str | None = None,
+    seed: int = 0,
+    skipped: dict[str, str] | None = None,
 ) -> Rows:
     """Which parts of photographs speak for a class, by five methods.
 
@@ -123,13 +138,13 @@ def explanation_pictures(
         paths: files, folders or URLs, a row for each photograph.
         target: name or index of the class; by default the most probable of each photograph.
         seed: of SmoothGrad's noise.
+        skipped: where photographs that cannot be read are recorded, {name: reason}.
 
     Returns:
         For each photograph itself and five overlays.
 
     Raises:
-        RequestError: an unknown class, or a missing file.
-        UnreadableImageError: a file that is no image.
+        RequestError: an unknown class, a missing file, or none that can be read.
     """
     model, variables, card = network
     *_, top = map_stages(model, variables)
@@ -156,7 +171,7 @@ def explanation_pictures(
 
     chosen = None if target is None else card.index_of(target)
     rows: Rows = []
-    for number, (name, pixels) in enumerate(_photographs(network, paths)):
+    for number, (name, pixels) in enumerate(_photographs(network, paths, skipped)):
         image = pixels[None] / np.float32(255)
         probabilities = jax.nn.softmax(_logits(model, variables, image))[0]
         label = int(probabilities.argmax()) if chosen is None else chosen
@@ -173,17 +188,23 @@ def explanation_pictures(
 _METHODS = ("saliency", "SmoothGrad", "integrated gradients", "Grad-CAM", "occlusion")
 
 
-def feature_pictures(network: Pretrained, paths: Sequence[str], *, count: int = 8) -> Rows:
+def feature_pictures(
+    network: Pretrained,
+    paths: Sequence[str],
+    *,
+    count: int = 8,
+    skipped: dict[str, str] | None = None,
+) -> Rows:
     """The channels that answer most to photographs, a row for each photograph and stage.
 
     Args:
         network: any.
         paths: files, folders or URLs.
         count: channels of each stage; as many as the narrowest stage has, if that is fewer.
+        skipped: where photographs that cannot be read are recorded, {name: reason}.
 
     Raises:
-        RequestError: a missing file.
-        UnreadableImageError: a file that is no image.
+        RequestError: a missing file, or none that can be read.
     """
     model, variables, _ = network
     if count < 1:
@@ -192,7 +213,7 @@ def feature_pictures(network: Pretrained, paths: Sequence[str], *, count: int = 
         )
     stages = map_stages(model, variables)
     rows: Rows = []
-    for number, (_, pixels) in enumerate(_photographs(network, paths)):
+    for number, (_, pixels) in enumerate(_photographs(network, paths, skipped)):
         captured = apply(model, variables, pixels[None], capture=stages).captured
         count = min(count, *(captured[stage].shape[-1] for stage in stages))  # rows of one length
         for stage in stages:
@@ -209,7 +230,12 @@ def feature_pictures(network: Pretrained, paths: Sequence[str], *, count: int = 
 
 
 def dream_pictures(
-    network: Pretrained, paths: Sequence[str], *, stage: str | None = None, num_steps: int = 20
+    network: Pretrained,
+    paths: Sequence[str],
+    *,
+    stage: str | None = None,
+    num_steps: int = 20,
+    skipped: dict[str, str] | None = None,
 ) -> Rows:
     """Photographs beside what DeepDream makes of them.
 
@@ -218,10 +244,10 @@ def dream_pictures(
         paths: files, folders or URLs, a row for each photograph.
         stage: whose output is strengthened; by default one in the middle.
         num_steps: at each size.
+        skipped: where photographs that cannot be read are recorded, {name: reason}.
 
     Raises:
-        RequestError: an unknown stage, or a missing file.
-        UnreadableImageError: a file that is no image.
+        RequestError: an unknown stage, a missing file, or none that can be read.
     """
     model, variables, _ = network
     features_fn, stage = _features_of(network, stage)
@@ -232,7 +258,7 @@ def dream_pictures(
         return explain.deep_dream(objective, image, num_steps=num_steps)
 
     rows: Rows = []
-    for number, (name, pixels) in enumerate(_photographs(network, paths)):
+    for number, (name, pixels) in enumerate(_photographs(network, paths, skipped)):
         picture = explain.to_pixels(dream(variables, pixels[None] / np.float32(255)))[0]
         rows.append(
             [
@@ -315,11 +341,23 @@ def _features_of(
     return lambda variables, images: apply(model, variables, images, stop=after).value, stage
 
 
-def _photographs(network: Pretrained, paths: Sequence[str]) -> list[tuple[str, np.ndarray]]:
+def _photographs(
+    network: Pretrained, paths: Sequence[str], skipped: dict[str, str] | None
+) -> list[tuple[str, np.ndarray]]:
     if not paths:
         raise RequestError("name at least one file, folder or URL")
-    names = [name.rpartition("/")[2] for name in open_images(paths).names]
-    return list(zip(names, read_images(paths, network.model.preprocess), strict=True))
+    source = open_images(paths)
+    unread: dict[int, str] = {}
+    batches = load_batches(source, network.model.preprocess, batch_size=1, skipped=unread)
+    found = [
+        (source.names[index].rpartition("/")[2], np.asarray(batch.images[0]))
+        for index, batch in enumerate(batches)
+        if batch.mask[0]
+    ]
+    refuse_none(source, unread)
+    if skipped is not None:
+        skipped.update({source.names[index]: reason for index, reason in unread.items()})
+    return found
 
 
 def _class_score(model: Model, variables: Variables, labels: Array) -> explain.Objective:
