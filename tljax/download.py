@@ -68,7 +68,10 @@ def download(
     except RequestError:
         raise
     except (OSError, HTTPException, ValueError) as error:
-        answer = error.code if isinstance(error, HTTPError) else None
+        answer = None
+        if isinstance(error, HTTPError):
+            error.close()
+            answer = error.code
         if copy and answer == 304:
             return
         reason = " ".join(str(error).split()) or type(error).__name__
