@@ -4,7 +4,6 @@ import difflib
 import hashlib
 import os
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ from tljax.data.examples import (
     Source,
     Splits,
     match_classes,
+    normal,
     printable,
     shortened,
     split_by_content,
@@ -175,7 +175,7 @@ def _open_classes(path: Path) -> Source:
     files = [list(_files(folder, set(above))) for folder in folders]
     labels = np.repeat(np.arange(len(folders), dtype=np.int32), [len(f) for f in files])
     paths = _checked(path, [file for of_class in files for file in of_class])
-    classes = tuple(_normal(printable(folder.name)) for folder in folders)
+    classes = tuple(normal(printable(folder.name)) for folder in folders)
     name, times = Counter(classes).most_common(1)[0]
     if times > 1:
         raise RequestError(
@@ -210,10 +210,10 @@ def train_and_val(path: Path) -> tuple[Path, Path | None] | None:
     val = next((folders[name] for name in VAL if name in folders), None)
     if train is None or (val is None and len(folders) > 1):
         return None
-    classes = {_normal(folder.name) for folder in _folders(train)}
+    classes = {normal(folder.name) for folder in _folders(train)}
     if val is None:
         return (train, None) if classes else None
-    known = {_normal(folder.name) for folder in _folders(val)} & classes
+    known = {normal(folder.name) for folder in _folders(val)} & classes
     return train, None if val.name.lower() == "test" and not known else val
 
 
@@ -270,11 +270,6 @@ def _is_shown(entry: os.DirEntry[str]) -> bool:
     return not _LITTER.fullmatch(entry.name)
 
 
-def _normal(name: str) -> str:
-    """A name in the one form of Unicode in which names are compared; macOS writes another."""
-    return unicodedata.normalize("NFC", name)
-
-
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
     """What a folder shows, in the order of the names' bytes."""
     try:
@@ -291,7 +286,7 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
     except OSError as error:
         where = printable(error.filename or folder)
         raise RequestError(f"{where} cannot be listed: {error.strerror}") from error
-    return sorted(shown, key=lambda entry: os.fsencode(_normal(entry.name)))
+    return sorted(shown, key=lambda entry: os.fsencode(normal(entry.name)))
 
 
 def suggestion(path: Path) -> str:
