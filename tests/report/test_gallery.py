@@ -1,5 +1,9 @@
 """Rows of pictures, from a network small enough for a test."""
 
+import shutil
+from functools import partial
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
@@ -7,6 +11,7 @@ import tiny
 from PIL import Image
 
 from tljax.errors import RequestError
+from tljax.files import MARKER
 from tljax.pretrained import Card, Pretrained
 from tljax.report.gallery import (
     channel_pictures,
@@ -15,6 +20,7 @@ from tljax.report.gallery import (
     feature_pictures,
     ideal_pictures,
     map_stages,
+    open_output,
 )
 
 
@@ -101,6 +107,40 @@ def test_channels_are_painted_in_one_row(network):
     rows = channel_pictures(network, [0, 11], num_steps=2)
     assert_rows(rows, (1, 2))
     assert [picture.name for picture in rows[0]] == ["layer1-0", "layer1-11"]
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        partial(feature_pictures, count=1),
+        partial(dream_pictures, num_steps=1),
+        pytest.param(explanation_pictures, marks=pytest.mark.slow),
+    ],
+)
+def test_photographs_that_cannot_be_read_are_named_and_the_others_drawn(
+    network, photographs, tmp_path, draw
+):
+    shutil.copy(Path(*photographs) / "1.png", tmp_path / "good.png")
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "page.png").write_text("<html>")
+    skipped: dict[str, str] = {}
+    rows = draw(network, [str(tmp_path)], skipped=skipped)
+    assert len({picture.name.partition("-")[0] for row in rows for picture in row}) == 1
+    assert skipped == {
+        str(tmp_path / "empty.png"): "the file is empty",
+        str(tmp_path / "page.png"): "an HTML page, not an image",
+    }
+    with pytest.raises(RequestError, match=r"no image can be read; .*empty.png: the file is empty"):
+        draw(network, [str(tmp_path / "empty.png")])
+
+
+def test_only_a_new_folder_becomes_one_that_is_never_data(tmp_path):
+    (tmp_path / "cats").mkdir()
+    (tmp_path / "cats" / "1.jpg").touch()
+    (tmp_path / "there").mkdir()
+    for name in ("new/deep", "there", "cats"):
+        open_output(tmp_path / name)
+    assert sorted(path.parent.name for path in tmp_path.rglob(MARKER)) == ["deep", "there"]
 
 
 def test_what_is_not_there_is_said_in_one_line(network, photographs):
