@@ -89,15 +89,14 @@ def run(config: Ideal | Explain | Features | Dream | Channel) -> dict[str, Any]:
                 network, classes, num_steps=steps, tv_weight=tv_weight, seed=seed
             )
         case Explain(images=images, target=target, seed=seed):
-            rows = gallery.explanation_pictures(
-                network, images, target=target, seed=seed, skipped=skipped
-            )
+            photographs, skipped = gallery.read_photographs(network, images)
+            rows = gallery.explanation_pictures(network, photographs, target=target, seed=seed)
         case Features(images=images, count=count):
-            rows = gallery.feature_pictures(network, images, count=count, skipped=skipped)
+            photographs, skipped = gallery.read_photographs(network, images)
+            rows = gallery.feature_pictures(network, photographs, count=count)
         case Dream(images=images, stage=stage, steps=steps):
-            rows = gallery.dream_pictures(
-                network, images, stage=stage, num_steps=steps, skipped=skipped
-            )
+            photographs, skipped = gallery.read_photographs(network, images)
+            rows = gallery.dream_pictures(network, photographs, stage=stage, num_steps=steps)
         case Channel(channels=channels, stage=stage, steps=steps, seed=seed):
             rows = gallery.channel_pictures(
                 network, channels, stage=stage, num_steps=steps, seed=seed

@@ -36,6 +36,8 @@ class Picture(NamedTuple):
 
 
 Rows = list[list[Picture]]
+Photographs = Sequence[tuple[str, np.ndarray]]
+"""Names, and pixels of the size that a network expects."""
 
 
 def grid(pictures: Sequence[Picture], columns: int, *, smallest: int = 0) -> Image.Image:
@@ -62,6 +64,32 @@ def open_output(folder: Path) -> None:
     """
     if not folder.is_dir() or not any(folder.iterdir()):
         mark_output(folder)
+
+
+def read_photographs(
+    network: Pretrained, items: Sequence[str]
+) -> tuple[Photographs, dict[str, str]]:
+    """Read photographs; and what is wrong with those that cannot be read, by their names.
+
+    Args:
+        network: for the size that it expects.
+        items: files, folders or URLs.
+
+    Raises:
+        RequestError: a file is missing, or none can be read.
+    """
+    if not items:
+        raise RequestError("name at least one file, folder or URL")
+    source = open_images(items)
+    skipped: dict[int, str] = {}
+    batches = load_batches(source, network.model.preprocess, batch_size=1, skipped=skipped)
+    photographs = [
+        (name.rpartition("/")[2], np.asarray(batch.images[0]))
+        for name, batch in zip(source.names, batches, strict=True)
+        if batch.mask[0]
+    ]
+    refuse_none(source, skipped)
+    return photographs, {source.names[index]: reason for index, reason in skipped.items()}
 
 
 def ideal_pictures(
@@ -124,27 +152,21 @@ def ideal_pictures(
 
 
 def explanation_pictures(
-    network: Pretrained,
-    paths: Sequence[str],
-    *,
-    target: str | None = None,
-    seed: int = 0,
-    skipped: dict[str, str] | None = None,
+    network: Pretrained, photographs: Photographs, *, target: str | None = None, seed: int = 0
 ) -> Rows:
     """Which parts of photographs speak for a class, by five methods.
 
     Args:
         network: any.
-        paths: files, folders or URLs, a row for each photograph.
+        photographs: of `read_photographs`, a row for each.
         target: name or index of the class; by default the most probable of each photograph.
         seed: of SmoothGrad's noise.
-        skipped: where photographs that cannot be read are recorded, {name: reason}.
 
     Returns:
         For each photograph itself and five overlays.
 
     Raises:
-        RequestError: an unknown class, a missing file, or none that can be read.
+        RequestError: an unknown class.
     """
     model, variables, card = network
     *_, top = map_stages(model, variables)
@@ -171,7 +193,7 @@ def explanation_pictures(
 
     chosen = None if target is None else card.index_of(target)
     rows: Rows = []
-    for number, (name, pixels) in enumerate(_photographs(network, paths, skipped)):
+    for number, (name, pixels) in enumerate(photographs):
         image = pixels[None] / np.float32(255)
         probabilities = jax.nn.softmax(_logits(model, variables, image))[0]
         label = int(probabilities.argmax()) if chosen is None else chosen
@@ -188,23 +210,16 @@ def explanation_pictures(
 _METHODS = ("saliency", "SmoothGrad", "integrated gradients", "Grad-CAM", "occlusion")
 
 
-def feature_pictures(
-    network: Pretrained,
-    paths: Sequence[str],
-    *,
-    count: int = 8,
-    skipped: dict[str, str] | None = None,
-) -> Rows:
+def feature_pictures(network: Pretrained, photographs: Photographs, *, count: int = 8) -> Rows:
     """The channels that answer most to photographs, a row for each photograph and stage.
 
     Args:
         network: any.
-        paths: files, folders or URLs.
+        photographs: of `read_photographs`.
         count: channels of each stage; as many as the narrowest stage has, if that is fewer.
-        skipped: where photographs that cannot be read are recorded, {name: reason}.
 
     Raises:
-        RequestError: a missing file, or none that can be read.
+        RequestError: no channel is asked for.
     """
     model, variables, _ = network
     if count < 1:
@@ -213,7 +228,7 @@ def feature_pictures(
         )
     stages = map_stages(model, variables)
     rows: Rows = []
-    for number, (_, pixels) in enumerate(_photographs(network, paths, skipped)):
+    for number, (_, pixels) in enumerate(photographs):
         captured = apply(model, variables, pixels[None], capture=stages).captured
         count = min(count, *(captured[stage].shape[-1] for stage in stages))  # rows of one length
         for stage in stages:
@@ -230,24 +245,18 @@ def feature_pictures(
 
 
 def dream_pictures(
-    network: Pretrained,
-    paths: Sequence[str],
-    *,
-    stage: str | None = None,
-    num_steps: int = 20,
-    skipped: dict[str, str] | None = None,
+    network: Pretrained, photographs: Photographs, *, stage: str | None = None, num_steps: int = 20
 ) -> Rows:
     """Photographs beside what DeepDream makes of them.
 
     Args:
         network: any.
-        paths: files, folders or URLs, a row for each photograph.
+        photographs: of `read_photographs`, a row for each.
         stage: whose output is strengthened; by default one in the middle.
         num_steps: at each size.
-        skipped: where photographs that cannot be read are recorded, {name: reason}.
 
     Raises:
-        RequestError: an unknown stage, a missing file, or none that can be read.
+        RequestError: an unknown stage.
     """
     model, variables, _ = network
     features_fn, stage = _features_of(network, stage)
@@ -258,7 +267,7 @@ def dream_pictures(
         return explain.deep_dream(objective, image, num_steps=num_steps)
 
     rows: Rows = []
-    for number, (name, pixels) in enumerate(_photographs(network, paths, skipped)):
+    for number, (name, pixels) in enumerate(photographs):
         picture = explain.to_pixels(dream(variables, pixels[None] / np.float32(255)))[0]
         rows.append(
             [
@@ -339,25 +348,6 @@ def _features_of(
         raise RequestError(f"the output of {stage} is no feature map; those of {known} are")
     after = model.stage_names[model.position(stage) + 1]
     return lambda variables, images: apply(model, variables, images, stop=after).value, stage
-
-
-def _photographs(
-    network: Pretrained, paths: Sequence[str], skipped: dict[str, str] | None
-) -> list[tuple[str, np.ndarray]]:
-    if not paths:
-        raise RequestError("name at least one file, folder or URL")
-    source = open_images(paths)
-    unread: dict[int, str] = {}
-    batches = load_batches(source, network.model.preprocess, batch_size=1, skipped=unread)
-    found = [
-        (source.names[index].rpartition("/")[2], np.asarray(batch.images[0]))
-        for index, batch in enumerate(batches)
-        if batch.mask[0]
-    ]
-    refuse_none(source, unread)
-    if skipped is not None:
-        skipped.update({source.names[index]: reason for index, reason in unread.items()})
-    return found
 
 
 def _class_score(model: Model, variables: Variables, labels: Array) -> explain.Objective:
