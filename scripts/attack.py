@@ -52,14 +52,14 @@ class Config(cli.Common):
 
 def run(config: Config) -> dict[str, Any]:
     """Prints a table of accuracies; with a folder also writes pictures."""
-    from tljax.data.sources import open_folder, open_images, open_labelled
+    from tljax.data.sources import as_path, open_folder, open_images, open_labelled
     from tljax.errors import RequestError
-    from tljax.report import attacks
+    from tljax.report import attacks, gallery
     from tljax.transfer import rundir
 
     notes: tuple[str, ...] = ()
     if config.images:
-        one_folder = len(config.images) == 1 and Path(config.images[0]).is_dir()
+        one_folder = len(config.images) == 1 and as_path(config.images[0]).is_dir()
         source = open_folder(config.images[0]) if one_folder else open_images(config.images)
     elif config.data:
         source = open_labelled(config.data)
@@ -88,6 +88,7 @@ def run(config: Config) -> dict[str, Any]:
             network, victims, chosen, found,
             count=config.pictures, target=target, seed=config.seed,
         )  # fmt: skip
+        gallery.open_output(config.out)
         paths = attacks.write_pictures(config.out, found, paintings)
         print("\n".join(painting.line for painting in paintings))
         print(f"curve {paths[0]}\ngrid  {paths[1]}")

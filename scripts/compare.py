@@ -51,13 +51,14 @@ def run(config: Config) -> dict[str, Any]:
     loading = Loading(config.batch_size, config.workers, config.devices)
     found: list[Candidate] = []
     failed: dict[str, str] = {}
+    skipped: dict[str, str] = {}
     for weights in config.weights:
         name = Path(weights).name
         try:
             network = load_pretrained(weights)
             cli.say_notes(network)
             network = network.with_size(config.image_size)
-            found.append(measure(name, network, splits, loading, config.seed))
+            found.append(measure(name, network, splits, loading, config.seed, skipped))
         except (RequestError, DivergenceError) as error:  # the others shall not wait for this one
             failed[weights] = str(error)
             print(f"left out {weights}: {error}")
@@ -72,6 +73,8 @@ def run(config: Config) -> dict[str, Any]:
             f"{one.name:{width}}  {accuracy:16}  {one.images_per_second:8.1f}  "
             f"{one.parameters / 1e6:8.1f} M  {one.features:8}  {one.size:6}"
         )
+    for image, reason in skipped.items():
+        print(f"not read: {image}: {reason}")
     if config.out:
         figures.write_figure(config.out, figures.accuracy_and_speed(found))
         print(f"accuracy against speed: {config.out}")

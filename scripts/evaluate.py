@@ -22,6 +22,7 @@ class Config(cli.Common):
 
 def run(config: Config) -> dict[str, Any]:
     """Prints accuracies; with a run directory also writes a page with the mistakes."""
+    from tljax.data.loader import refuse_none
     from tljax.data.sources import ambiguous, match_classes, open_labelled
     from tljax.errors import RequestError
     from tljax.pretrained.catalog import names_like
@@ -49,8 +50,7 @@ def run(config: Config) -> dict[str, Any]:
         model, variables, source, config.loading, stop=None, description="evaluate"
     )
     seconds = time.perf_counter() - began
-    if not len(logits.labels):
-        raise RequestError("no image of the data can be read")
+    refuse_none(source, logits.skipped)
     logits = logits._replace(labels=settle(logits.labels, logits.values, same))
     evaluation = evaluate(logits)
     for label, value in (("top-1", evaluation.top1), ("top-5", evaluation.top5)):

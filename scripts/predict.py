@@ -25,6 +25,7 @@ def run(config: Config) -> dict[str, Any]:
     import jax
     import numpy as np
 
+    from tljax.data.loader import refuse_none
     from tljax.data.sources import open_images
     from tljax.errors import RequestError
     from tljax.transfer.features import compute_features
@@ -36,9 +37,7 @@ def run(config: Config) -> dict[str, Any]:
     logits = compute_features(
         model, variables, source, config.loading, stop=None, description="predict"
     )
-    if logits.skipped and len(logits.skipped) == len(source):
-        index, reason = next(iter(logits.skipped.items()))
-        raise RequestError(f"no image can be read; {source.names[index]}: {reason}")
+    refuse_none(source, logits.skipped)
     probabilities = np.asarray(jax.nn.softmax(logits.values))
     found = []
     for index, row in zip(logits.indices, probabilities, strict=True):

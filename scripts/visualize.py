@@ -82,17 +82,21 @@ def run(config: Ideal | Explain | Features | Dream | Channel) -> dict[str, Any]:
     from tljax.report import gallery
 
     network = config.load()
+    skipped: dict[str, str] = {}
     match config:
         case Ideal(classes=classes, steps=steps, tv_weight=tv_weight, seed=seed):
             rows = gallery.ideal_pictures(
                 network, classes, num_steps=steps, tv_weight=tv_weight, seed=seed
             )
         case Explain(images=images, target=target, seed=seed):
-            rows = gallery.explanation_pictures(network, images, target=target, seed=seed)
+            photographs, skipped = gallery.read_photographs(network, images)
+            rows = gallery.explanation_pictures(network, photographs, target=target, seed=seed)
         case Features(images=images, count=count):
-            rows = gallery.feature_pictures(network, images, count=count)
+            photographs, skipped = gallery.read_photographs(network, images)
+            rows = gallery.feature_pictures(network, photographs, count=count)
         case Dream(images=images, stage=stage, steps=steps):
-            rows = gallery.dream_pictures(network, images, stage=stage, num_steps=steps)
+            photographs, skipped = gallery.read_photographs(network, images)
+            rows = gallery.dream_pictures(network, photographs, stage=stage, num_steps=steps)
         case Channel(channels=channels, stage=stage, steps=steps, seed=seed):
             rows = gallery.channel_pictures(
                 network, channels, stage=stage, num_steps=steps, seed=seed
@@ -101,13 +105,16 @@ def run(config: Ideal | Explain | Features | Dream | Channel) -> dict[str, Any]:
     mode = type(config).__name__.lower()
     files = {mode: gallery.grid(pictures, len(rows[0]))}
     files |= {f"{mode}-{picture.name}": picture.pixels for picture in pictures}
+    gallery.open_output(config.out)
     paths = [config.out / f"{name}.png" for name in files]
     for path, image in zip(paths, files.values(), strict=True):
         gallery.write_png(path, image)
     for picture in pictures:
         print(f"{mode}-{picture.name}.png  {'  '.join(picture.caption.splitlines())}")
     print(f"all of them in {paths[0]}")
-    return {"pictures": [str(path) for path in paths]}
+    for name, reason in skipped.items():
+        print(f"not read: {name}: {reason}")
+    return {"pictures": [str(path) for path in paths], "skipped": skipped}
 
 
 if __name__ == "__main__":

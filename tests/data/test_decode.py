@@ -327,6 +327,63 @@ def test_what_cannot_be_used_is_refused_with_a_reason(data, reason):
     assert "\n" not in str(error.value)
 
 
+ONE_SCAN = ({}, {"subsampling": 0}, {"restart_marker_rows": 1})
+
+
+def jpegs(*options: dict[str, Any]) -> list[bytes]:
+    photograph = Image.fromarray(skimage.data.chelsea())
+    return [
+        encode(photograph.convert(mode), "JPEG", **each)
+        for mode in ("RGB", "L", "CMYK")
+        for each in options
+    ]
+
+
+@pytest.mark.parametrize("resize", [400, 36])  # whole, and at a half
+def test_a_jpeg_without_its_end_marker_has_all_its_pixels(resize):
+    preprocess = Preprocess(32, resize)
+    for data in jpegs(*ONE_SCAN, {"progressive": True}):
+        whole = decode(data, preprocess)
+        for missing in (1, 2):
+            remarks = []
+            np.testing.assert_array_equal(decode(data[:-missing], preprocess, remarks), whole)
+            assert remarks == ["its end is missing; read as viewers show it"]
+    decode(encode(smooth(), "JPEG"), preprocess, remarks := [])
+    assert remarks == []
+
+
+def test_a_jpeg_is_read_if_no_more_than_a_little_of_its_end_is_missing():
+    for data in jpegs(*ONE_SCAN):
+        whole = pixels(data)
+        for share, readable in ((0.98, True), (0.9, False), (0.8, False), (0.5, False)):
+            part = data[: int(len(data) * share)]
+            for rest in (b"", bytes(3000)):  # as a file system leaves it that had reserved the room
+                if readable:
+                    assert abs(pixels(part + rest) - whole).mean() < 2.5
+                else:
+                    with pytest.raises(UnreadableImageError, match="damaged or cut short"):
+                        open_image(part + rest)
+
+
+def test_a_progressive_jpeg_is_read_once_its_last_scan_has_begun():
+    data = encode(Image.fromarray(skimage.data.chelsea()), "JPEG", progressive=True)
+    last = data.rindex(b"\xff\xda")
+    begun, not_begun = data[: last + 30], data[:last]
+    assert abs(pixels(begun) - pixels(data)).mean() < 3
+    with pytest.raises(UnreadableImageError, match="damaged or cut short"):
+        open_image(not_begun)
+    thumbnail = encode(smooth(), "JPEG")  # its scan is not one of the picture
+    segment = b"\xff\xe1" + struct.pack(">H", len(thumbnail) + 2) + thumbnail
+    with pytest.raises(UnreadableImageError, match="damaged or cut short"):
+        open_image(not_begun[:2] + segment + not_begun[2:])
+
+
+@pytest.mark.parametrize(("format_", "trailer"), [("PNG", 12), ("GIF", 1)])
+def test_other_pictures_without_their_trailer_have_all_their_pixels(format_, trailer):
+    data = encode(smooth(), format_)
+    np.testing.assert_array_equal(pixels(data[:-trailer]), pixels(data))
+
+
 def test_no_pixels():
     empty = encode(Image.new("RGB", (1, 1)), "GIF")
     with pytest.raises(UnreadableImageError):

@@ -227,6 +227,16 @@ def test_dropping_the_iterator_ends_its_threads(capfd):
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_missing_end_is_said_once_for_all_epochs(folder, capfd, workers):
+    path = Path(folder.names[2])
+    path.write_bytes(path.read_bytes()[:-2])
+    for epoch in range(2):
+        list(load_batches(folder, TINY, batch_size=4, workers=workers, seed=0, epoch=epoch))
+    said = f"note: {path}: its end is missing; read as viewers show it\n"
+    assert capfd.readouterr() == ("", said)
+
+
 def test_real_photographs(shared_data):
     source = open_folder(shared_data / "hymenoptera" / "val")
     skipped: dict[int, str] = {}

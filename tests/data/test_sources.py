@@ -1,9 +1,13 @@
 """Sources: what counts as an example, which split it falls into, and what is refused."""
 
+import contextlib
 import hashlib
+import io
 import os
+import socket
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,17 +15,22 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
+from test_download import Server
 
 from tljax.data.sources import (
     Source,
+    ambiguous,
     has_validation,
     match_classes,
     open_folder,
     open_images,
+    open_labelled,
     open_splits,
     select,
 )
 from tljax.errors import RequestError, UnreadableImageError
+from tljax.files import mark_output
 
 
 def write(root: Path, *files: str) -> Path:
@@ -294,10 +303,184 @@ def test_a_broken_link_is_an_example_that_cannot_be_read(tmp_path):
     assert open_splits(str(tmp_path)).train.digest  # it can still be split and hashed
 
 
-def test_only_regular_files_are_examples(tmp_path):
+LITTER = (
+    "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "__MACOSX", "lost+found",
+    ".ipynb_checkpoints", ".git", ".Trash-1000", "@Recycle", ".@__thumb", "@__thumb", ".thumbnails",
+    ".picasaoriginals", ".dtrash", "CVS", "#snapshot", "Icon\r",
+)  # fmt: skip
+LITTER_FILES = ("Thumbs.db", ".DS_Store", "._1.jpg", "desktop.ini", "ehthumbs.db")
+
+
+@pytest.mark.parametrize("spelt", [str, str.lower, str.upper])
+def test_what_systems_leave_behind_is_no_class_and_no_image(tmp_path, spelt):
+    write(tmp_path, "ants/1.jpg", "wasps/2.jpg")
+    for folder in ("", "ants/", "ants/deep/"):
+        write(tmp_path, *(f"{folder}{spelt(name)}/a/3.jpg" for name in LITTER))
+        write(tmp_path, *(f"{folder}{spelt(name)}" for name in LITTER_FILES))
+    source = open_folder(tmp_path)
+    assert source.classes == ("ants", "wasps")
+    assert contents(source) == [b"ants/1.jpg", b"wasps/2.jpg"]
+    assert contents(open_images([tmp_path])) == [b"ants/1.jpg", b"wasps/2.jpg"]
+    write(tmp_path / "split", "train/@eaDir/a/1", "train/a/1", "train/b/2", "VAL/#recycle/1")
+    write(tmp_path / "split", "VAL/a/1")
+    assert open_splits(str(tmp_path / "split")).val.classes == ("a", "b")
+
+
+def test_names_that_people_give_are_classes(tmp_path):
+    names = ("@user", "#1", "recycled", "recycle bin", "thumbs", "trash", "lost", "snapshot")
+    write(tmp_path, *(f"{name}/1.jpg" for name in names))
+    assert sorted(open_folder(tmp_path).classes) == sorted(names)
+
+
+def test_what_tljax_wrote_is_no_data_unless_it_is_named(tmp_path):
+    write(tmp_path, "ants/1.jpg", "wasps/2.jpg", "empty/", "runs/1/best/3.png", "runs/2/eval/4.png")
+    write(tmp_path, "old/runs/1/5.png", "ants/out/6.png", "out/7.png")
+    for folder in ("runs/1", "runs/2", "old/runs/1", "ants/out", "out"):
+        mark_output(tmp_path / folder)
+    source = open_folder(tmp_path)
+    assert source.classes == ("ants", "empty", "wasps")
+    assert contents(source) == contents(open_images([tmp_path])) == [b"ants/1.jpg", b"wasps/2.jpg"]
+    assert contents(open_images([tmp_path / "out"])) == [b"out/7.png"]
+    assert contents(open_folder(tmp_path / "runs" / "1")) == [b"runs/1/best/3.png"]
+    write(tmp_path, "runs/mine.jpg")  # somebody's own
+    assert open_folder(tmp_path).classes == ("ants", "empty", "runs", "wasps")
+
+
+def test_an_output_folder_in_the_folder_of_a_split_is_no_part_of_it(tmp_path):
+    write(tmp_path, "train/a/1", "train/b/2", "runs/1/best/3")
+    mark_output(tmp_path / "runs" / "1")
+    assert open_splits(str(tmp_path), val_fraction=0).train.classes == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        (),
+        ("labels.csv", "sample_submission.csv"),
+        ("test/1.jpg", "test/2.jpg", "labels.csv"),
+        ("test/unknown/1.jpg",),
+        ("Test/",),
+        ("test/1.jpg", "notes/1.txt"),
+    ],
+)
+def test_a_training_folder_without_the_like_beside_it_is_split_itself(tmp_path, beside):
+    inside = [f"train/{c}/{i}" for c in "ab" for i in range(30)]
+    write(tmp_path, *inside, *beside)
+    train, val, notes = open_splits(str(tmp_path))
+    alone = open_splits(str(tmp_path / "train"))
+    assert train.classes == ("a", "b")
+    assert (train.names, val.names) == (alone.train.names, alone.val.names)
+    note = f"no folder beside {tmp_path / 'train'} holds its classes: it is split itself"
+    assert notes == (note, *alone.notes)
+    assert not has_validation(str(tmp_path))
+    assert open_folder(tmp_path).names == open_folder(tmp_path / "train").names
+    assert len(open_labelled(str(tmp_path))) == 60
+
+
+def test_val_is_preferred_to_a_test_without_classes(tmp_path):
+    write(tmp_path, "train/a/1", "train/b/2", "val/a/3", "test/4")
+    train, val, _ = open_splits(str(tmp_path))
+    assert (contents(train), contents(val)) == ([b"train/a/1", b"train/b/2"], [b"val/a/3"])
+    assert has_validation(str(tmp_path))
+
+
+def test_trains_are_a_class(tmp_path):
+    write(tmp_path, "train/1.jpg", "car/2.jpg")
+    assert open_folder(tmp_path).classes == ("car", "train")
+
+
+COMPOSED, DECOMPOSED = "h\u00e9ron", "he\u0301ron"  # as Linux and macOS have it
+
+
+def test_names_are_compared_in_one_form_of_unicode(tmp_path):
+    write(tmp_path, f"{DECOMPOSED}/1", "zebra/2", "hf/3")
+    source = open_folder(tmp_path)
+    assert source.classes == ("hf", COMPOSED, "zebra")  # as the composed names are sorted
+    assert contents(source) == [b"hf/3", f"{DECOMPOSED}/1".encode(), b"zebra/2"]
+    for form in (COMPOSED, DECOMPOSED):
+        matched, notes = match_classes(source, ["zebra", form, "hf"])
+        assert (matched.labels.tolist(), notes) == ([2, 1, 0], ())
+        assert matched.classes == ("zebra", form, "hf")
+        hub = replace(source, classes=("hf", DECOMPOSED, "zebra"))
+        assert match_classes(hub, ["zebra", form, "hf"])[0].labels.tolist() == [2, 1, 0]
+    assert match_classes(hub, ["hf"])[1] == (
+        f"left out 2 examples of unknown classes: {COMPOSED}, zebra",
+    )
+    network = ["zebra", COMPOSED, "hf", DECOMPOSED]
+    assert ambiguous(source.classes, network) == {COMPOSED: [1, 3]}
+    write(tmp_path / "split", f"train/{COMPOSED}/1", "train/b/2", f"val/{DECOMPOSED}/3")
+    assert open_splits(str(tmp_path / "split")).val.labels.tolist() == [1]
+
+
+def test_two_folders_of_one_name_are_refused(tmp_path):
+    write(tmp_path, f"{DECOMPOSED}/1", f"{COMPOSED}/2", "b/3")
+    if len(list(tmp_path.iterdir())) < 3:
+        pytest.skip("this file system has one form of Unicode only")
+    with pytest.raises(RequestError, match=f"2 folders called {COMPOSED}, which are spelt alike"):
+        open_folder(tmp_path)
+
+
+def test_no_pipe_or_device_is_ever_read(tmp_path):
     write(tmp_path, "a/1")
     os.mkfifo(tmp_path / "a/pipe")
-    assert len(open_folder(tmp_path)) == 1
+    (tmp_path / "a/link_to_pipe").symlink_to(tmp_path / "a/pipe")
+    (tmp_path / "a/link_to_device").symlink_to("/dev/zero")
+    with socket.socket(socket.AF_UNIX) as unix, contextlib.chdir(tmp_path / "a"):
+        unix.bind("socket")
+    assert contents(open_folder(tmp_path)) == contents(open_images([tmp_path])) == [b"a/1"]
+
+
+def test_a_file_too_large_for_an_image_is_not_read(tmp_path):
+    write(tmp_path, "a/1")
+    with (tmp_path / "a/film.mp4").open("wb") as file:
+        file.truncate(2**40)
+    source = open_folder(tmp_path)
+    with pytest.raises(UnreadableImageError, match="larger than 512 MiB: no image"):
+        source.read(1)
+    assert source.digest
+
+
+def test_a_path_may_begin_with_a_tilde_and_end_with_a_slash(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(write(tmp_path, "data/a/1", "data/b/2")))
+    for spec in ("~/data", "~/data/"):
+        assert open_splits(spec, val_fraction=0).train.classes == ("a", "b")
+        assert open_folder(spec).classes == open_labelled(spec).classes == ("a", "b")
+        assert len(open_images([spec])) == 2
+    for spec in ("~nobody/data", "x" * 300, "a\0b"):
+        with pytest.raises(RequestError, match="is neither a data set"):
+            open_splits(spec)
+        with pytest.raises(RequestError, match="does not exist"):
+            open_images([spec])
+
+
+@pytest.mark.parametrize(
+    "address", ["ftp://127.0.0.1/x.jpg", "HTTP://[::1", "file:///x.jpg", "http://127.0.0.1:9/x.jpg"]
+)
+def test_an_address_that_cannot_be_read_is_one_line(tmp_path, monkeypatch, address):
+    monkeypatch.setenv("TLJAX_CACHE", str(tmp_path))
+    with pytest.raises(RequestError, match=r"could not fetch .*; fetch it on another machine"):
+        open_images([address])
+
+
+def test_only_an_image_is_kept_of_an_address(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TLJAX_CACHE", str(tmp_path / "cache"))
+    with Server() as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        photograph = io.BytesIO()
+        Image.new("RGB", (9, 9)).save(photograph, "JPEG")
+        server.body = photograph.getvalue()
+        source = open_images([server.url])
+        assert contents(source) == [server.body]
+        assert source.names == (server.url,)
+        server.body = b"<html>moved"
+        with pytest.raises(RequestError, match="an HTML page, not an image"):
+            open_images([server.url])
+        assert contents(source) == [photograph.getvalue()]
+        server.shutdown()
+        thread.join()
+    assert contents(open_images([server.url])) == [photograph.getvalue()]
+    assert "the copy of 20" in capsys.readouterr().err
 
 
 def test_names_that_are_not_utf8_are_printable(tmp_path):

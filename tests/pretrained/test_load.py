@@ -314,6 +314,8 @@ def test_a_class_is_found_by_its_name_or_index(resnet18: Pretrained) -> None:
     with pytest.raises(RequestError, match="no class is called '0' among 5"):
         stars.index_of("0")
     assert card.index_of("7") == 4
+    herons = replace(card, classes=("lynx", "h\u00e9ron"))  # in either form of Unicode
+    assert herons.index_of("he\u0301ron") == herons.index_of("H\u00e9ron") == 1
     with pytest.raises(RequestError, match="2 classes are called 'crane'; say which: 0 and 3"):
         card.index_of("crane")
     with pytest.raises(RequestError, match="'zebre' among 5; did you mean zebra"):

@@ -71,6 +71,13 @@ def test_labels_are_the_folder_s_or_what_the_network_sees(network, folder, attac
     assert set(few.names) < set(victims.names) | {"cat/bad.png"}
 
 
+def test_where_no_image_can_be_read_the_first_reason_is_given(network, tmp_path):
+    for name in "abc":
+        (tmp_path / name).touch()
+    with pytest.raises(RequestError, match=r"no image can be read; .*a: the file is empty$"):
+        attacks.read_victims(network, open_folder(tmp_path), LOADING)
+
+
 def test_of_two_classes_with_one_name_the_more_probable_is_the_label(network, folder):
     card = replace(network.card, classes=("bee", "bee", "cat"))
     victims = attacks.read_victims(network._replace(card=card), open_folder(folder), LOADING)

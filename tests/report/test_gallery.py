@@ -7,14 +7,18 @@ import tiny
 from PIL import Image
 
 from tljax.errors import RequestError
+from tljax.files import MARKER
 from tljax.pretrained import Card, Pretrained
 from tljax.report.gallery import (
+    Photographs,
     channel_pictures,
     dream_pictures,
     explanation_pictures,
     feature_pictures,
     ideal_pictures,
     map_stages,
+    open_output,
+    read_photographs,
 )
 
 
@@ -26,13 +30,13 @@ def network() -> Pretrained:
 
 
 @pytest.fixture(scope="module")
-def photographs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+def photographs(network, tmp_path_factory: pytest.TempPathFactory) -> Photographs:
     folder = tmp_path_factory.mktemp("photographs")
     rng = np.random.default_rng(0)
     for i in range(2):
         pixels = rng.integers(0, 256, (20, 24, 3)).astype(np.uint8)
         Image.fromarray(pixels).save(folder / f"{i}.png")
-    return [str(folder)]
+    return read_photographs(network, [str(folder)])[0]
 
 
 def assert_rows(rows, shape) -> None:
@@ -103,6 +107,30 @@ def test_channels_are_painted_in_one_row(network):
     assert [picture.name for picture in rows[0]] == ["layer1-0", "layer1-11"]
 
 
+def test_photographs_that_cannot_be_read_are_named_and_the_others_read(network, tmp_path):
+    Image.new("RGB", (20, 24), "red").save(tmp_path / "good.png")
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "page.png").write_text("<html>")
+    [(name, pixels)], skipped = read_photographs(network, [str(tmp_path)])
+    assert (name, pixels.shape) == ("good.png", (16, 16, 3))
+    assert (pixels == [255, 0, 0]).all()
+    assert skipped == {
+        str(tmp_path / "empty.png"): "the file is empty",
+        str(tmp_path / "page.png"): "an HTML page, not an image",
+    }
+    with pytest.raises(RequestError, match=r"no image can be read; .*empty.png: the file is empty"):
+        read_photographs(network, [str(tmp_path / "empty.png")])
+
+
+def test_only_a_new_folder_becomes_one_that_is_never_data(tmp_path):
+    (tmp_path / "cats").mkdir()
+    (tmp_path / "cats" / "1.jpg").touch()
+    (tmp_path / "there").mkdir()
+    for name in ("new/deep", "there", "cats"):
+        open_output(tmp_path / name)
+    assert sorted(path.parent.name for path in tmp_path.rglob(MARKER)) == ["deep", "there"]
+
+
 def test_what_is_not_there_is_said_in_one_line(network, photographs):
     with pytest.raises(RequestError, match="layer1 has no channel 12; its channels are 0 to 11"):
         channel_pictures(network, [3, 12])
@@ -113,7 +141,7 @@ def test_what_is_not_there_is_said_in_one_line(network, photographs):
     with pytest.raises(RequestError, match="no class is called 'ante' among 3; did you mean ant"):
         explanation_pictures(network, photographs, target="ante")
     with pytest.raises(RequestError, match="name at least one file"):
-        feature_pictures(network, [])
+        read_photographs(network, [])
     with pytest.raises(RequestError, match="name at least one class"):
         ideal_pictures(network, [])
     with pytest.raises(RequestError, match="name at least one channel"):

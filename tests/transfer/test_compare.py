@@ -19,7 +19,9 @@ def network(tmp_path, monkeypatch):
 
 def test_a_candidate_is_probed_and_timed(network):
     data = splits(24)
-    found = measure("tiny", network, data, LOADING)
+    skipped: dict[str, str] = {}
+    found = measure("tiny", network, data, LOADING, skipped=skipped)
+    assert set(skipped) == {data.train.names[4], data.val.names[2]}
     train, val = (
         compute_features(MODEL, network.variables, part, LOADING) for part in (data.train, data.val)
     )

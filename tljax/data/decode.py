@@ -3,13 +3,16 @@
 import codecs
 import io
 import re
+import sys
 import warnings
 from collections.abc import Sequence
+from functools import cache
 from os import PathLike
 from typing import NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageChops, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 
 from tljax.data.sources import open_images
 from tljax.errors import UnreadableImageError
@@ -35,10 +38,14 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
+_END = b"\xff\xd9"  # of a JPEG
+
 _PILLOW_WARNINGS = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
 
 
-def decode(data: bytes | np.ndarray, preprocess: Preprocess) -> np.ndarray:
+def decode(
+    data: bytes | np.ndarray, preprocess: Preprocess, remarks: list[str] | None = None
+) -> np.ndarray:
     """Decodes one example to the square that a network's preprocessing asks for.
 
     The short side is resized to ``preprocess.resize`` with an antialiasing Pillow filter and the
@@ -50,6 +57,7 @@ def decode(data: bytes | np.ndarray, preprocess: Preprocess) -> np.ndarray:
     Args:
         data: an encoded image file, or RGB pixels, ``[height, width, 3]`` uint8.
         preprocess: the geometry; its normalisation is left to the model.
+        remarks: where it is recorded that the end of the file is missing; see `open_image`.
 
     Returns:
         ``[size, size, 3]`` uint8, RGB.
@@ -57,7 +65,9 @@ def decode(data: bytes | np.ndarray, preprocess: Preprocess) -> np.ndarray:
     Raises:
         UnreadableImageError: the image cannot be used; the message is the reason.
     """
-    image, box, turn = _open(data, at_least=4 * preprocess.resize)
+    image, box, turn, cut = _open(data, at_least=4 * preprocess.resize)
+    if cut and remarks is not None:
+        remarks.append("its end is missing; read as viewers show it")
     width, height = box[2:]
     short, long = sorted((width, height))
     long = int(preprocess.resize * long / short)
@@ -95,10 +105,19 @@ def read_images(paths: Sequence[str | PathLike[str]], preprocess: Preprocess) ->
     images = np.empty((len(source), preprocess.size, preprocess.size, 3), np.uint8)
     for index, name in enumerate(source.names):
         try:
-            images[index] = decode(source.read(index), preprocess)
+            remarks: list[str] = []
+            images[index] = decode(source.read(index), preprocess, remarks)
         except UnreadableImageError as error:
             raise UnreadableImageError(f"{name}: {error}") from error
+        for remark in remarks:
+            say(f"{name}: {remark}")
     return images
+
+
+@cache
+def say(remark: str) -> None:
+    """Print a remark on an image on stderr, once, however often the image is read."""
+    print(f"note: {remark}", file=sys.stderr)
 
 
 def open_image(data: bytes) -> Image.Image:
@@ -106,7 +125,8 @@ def open_image(data: bytes) -> Image.Image:
 
     The content decides the format, not a file name. Transparent images are laid on white. A CMYK
     JPEG is taken to be stored inverted, as Adobe's are and as Pillow and browsers assume. 16-bit
-    greyscale is scaled to 8 bits. Colour profiles are ignored.
+    greyscale is scaled to 8 bits. Colour profiles are ignored. A JPEG whose end is missing is read
+    if no more than 5% of its pixels are, or only details of a progressive one.
 
     Args:
         data: a whole image file of any common format.
@@ -117,16 +137,24 @@ def open_image(data: bytes) -> Image.Image:
     Raises:
         UnreadableImageError: for any other byte string; the message is a short reason.
     """
-    image, _, turn = _open(data)
+    image, _, turn, _ = _open(data)
     return image if turn is None else image.transpose(turn)
 
 
 class _Opened(NamedTuple):
-    """Pixels as they are stored, the part of them that is the image, and what puts it upright."""
+    """Pixels as they are stored, and what is known of them.
+
+    Attributes:
+        image: the pixels.
+        box: the part of them that is the image.
+        turn: what puts it upright.
+        cut: whether the end of the file is missing.
+    """
 
     image: Image.Image
     box: tuple[float, float, float, float]
     turn: Image.Transpose | None
+    cut: bool = False
 
 
 def _open(data: bytes | np.ndarray, at_least: int | None = None) -> _Opened:
@@ -136,6 +164,8 @@ def _open(data: bytes | np.ndarray, at_least: int | None = None) -> _Opened:
         return _Opened(image, (0, 0, *image.size), None)
     if not data:
         raise UnreadableImageError("the file is empty")
+    if data.startswith(b"\xff\xd8") and data.endswith(bytes(8)):
+        data = data.rstrip(b"\0")  # a hole, of a transfer that was cut: libjpeg would paint it
     # warnings.catch_warnings swaps one list for all threads, so threads that decode at the same
     # time would undo each other's; one lasting filter for Pillow's own modules is safe.
     if _PILLOW_WARNINGS not in warnings.filters:
@@ -156,8 +186,42 @@ def _open(data: bytes | np.ndarray, at_least: int | None = None) -> _Opened:
     except Image.DecompressionBombError as error:
         raise UnreadableImageError(f"more than the limit of {MAX_PIXELS:,} pixels") from error
     except Exception as error:
+        if not data.endswith(_END) and _shows_its_picture(data):
+            return _open(data + _END, at_least)._replace(cut=True)
         reason = str(error) or type(error).__name__
         raise UnreadableImageError(f"damaged or cut short: {reason}") from error
+
+
+def _shows_its_picture(data: bytes) -> bool:
+    """Whether a JPEG lacks its end only, as a viewer would have it."""
+    try:
+        image = JpegImageFile(io.BytesIO(data))
+        if "progressive" in image.info:
+            return _all_scans_begun(data, len(image.getbands()))
+        # Noise changes what is missing; whoever writes a JPEG writes rows of blocks.
+        noise = np.random.default_rng(0).bytes(1000).replace(b"\xff", b"")
+        parts = (data.rstrip(b"\xff") + fill + _END for fill in (b"", noise))
+        difference = ImageChops.difference(*(JpegImageFile(io.BytesIO(part)) for part in parts))
+    except Exception:  # noqa: BLE001 - as above
+        return False
+    width, height = image.size
+    block = 8 * max(layer[2] for layer in image.layer)
+    _, top, *_ = difference.getbbox() or (0, height)
+    bottom = min(top + block, height)
+    left, *_ = difference.crop((0, top, width, bottom)).getbbox() or (width,)
+    return top * width + left * (bottom - top) >= 0.95 * width * height
+
+
+def _all_scans_begun(data: bytes, bands: int) -> bool:
+    """Whether the scans of a progressive JPEG reach the last bit of all 64 frequencies."""
+    reached = set()
+    for scan in re.finditer(rb"\xff\xda..(.)", data, re.DOTALL):
+        end = scan.end() + 2 * scan[1][0]
+        first, last, bits = data[end : end + 3].ljust(3, b"\xff")
+        if not bits & 15 and (first, last) != (0, 63):  # that would be of a thumbnail
+            of = data[scan.end() : end : 2]
+            reached |= {(band, k) for band in of for k in range(first, last + 1)}
+    return len(reached) == 64 * bands
 
 
 def _check_size(image: Image.Image) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -139,8 +140,9 @@ def match_classes(source: Source, classes: Sequence[str]) -> tuple[Source, tuple
     Raises:
         RequestError: no example is of a class that the network knows.
     """
-    position = {key: index for index, key in enumerate(_numbered(classes))}
-    found = [position.get(key, position.get((key[0], 0), -1)) for key in _numbered(source.classes)]
+    of_network, of_data = [*map(normal, classes)], [*map(normal, source.classes)]
+    position = {key: index for index, key in enumerate(_numbered(of_network))}
+    found = [position.get(key, position.get((key[0], 0), -1)) for key in _numbered(of_data)]
     relabel = np.array([*found, -1], np.int32)  # an example without a label (-1) gets the last
     labels = relabel[source.labels]
     kept = np.flatnonzero(labels >= 0)
@@ -149,9 +151,9 @@ def match_classes(source: Source, classes: Sequence[str]) -> tuple[Source, tuple
             f"no example is of a known class: the data has {shortened(source.classes)};"
             f" the network knows {shortened(classes)}"
         )
-    missing = [name for name in classes if name not in source.classes]
-    extra = [name for name in source.classes if name not in classes]
-    empty = [name for name in without_example(source) if name in classes]
+    missing = [name for name in of_network if name not in of_data]
+    extra = [name for name in of_data if name not in of_network]
+    empty = [name for name in map(normal, without_example(source)) if name in of_network]
     notes = [
         f"{len(same)} classes are called {name} ({' and '.join(map(str, same))}): of an image of "
         "theirs the most probable one is the label"
@@ -179,8 +181,8 @@ def ambiguous(found: Sequence[str], classes: Sequence[str]) -> dict[str, list[in
     """
     same: dict[str, list[int]] = {}
     for index, name in enumerate(classes):
-        same.setdefault(name, []).append(index)
-    given = Counter(found)
+        same.setdefault(normal(name), []).append(index)
+    given = Counter(map(normal, found))
     return {name: indices for name, indices in same.items() if 0 < given[name] < len(indices)}
 
 
@@ -255,6 +257,14 @@ def without_example(source: Source) -> list[str]:
     """The classes that no example of a source belongs to."""
     counts = np.bincount(source.labels[source.labels >= 0], minlength=len(source.classes))
     return [name for name, count in zip(source.classes, counts, strict=True) if not count]
+
+
+def normal(name: str) -> str:
+    """A name in the form of Unicode in which names are compared; file names of macOS have another.
+
+    See https://unicode.org/reports/tr15, normalisation form C.
+    """
+    return unicodedata.normalize("NFC", name)
 
 
 def printable(path: str | PathLike[str]) -> str:

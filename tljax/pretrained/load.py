@@ -2,6 +2,7 @@
 
 import json
 import re
+import unicodedata
 from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from itertools import takewhile
@@ -61,21 +62,20 @@ class Card:
             RequestError: there is no such class, or there are several; the message names the
                 nearest, or their indices.
         """
-        found = [i for i, known in enumerate(self.classes) if known == name]
-        found = found or [
-            i for i, known in enumerate(self.classes) if known.lower() == name.lower()
-        ]
-        is_index = name.isdecimal() and not all(known.isdecimal() for known in self.classes)
-        if not found and is_index and int(name) < len(self.classes):
+        name, *classes = (unicodedata.normalize("NFC", each) for each in (name, *self.classes))
+        found = [i for i, known in enumerate(classes) if known == name]
+        found = found or [i for i, known in enumerate(classes) if known.lower() == name.lower()]
+        is_index = name.isdecimal() and not all(known.isdecimal() for known in classes)
+        if not found and is_index and int(name) < len(classes):
             return int(name)
         if len(found) == 1:
             return found[0]
         if found:  # ImageNet has two cranes and two maillots
             indices = " and ".join(map(str, found))
             raise RequestError(f"{len(found)} classes are called '{name}'; say which: {indices}")
-        near = get_close_matches(name, self.classes, n=1)
+        near = get_close_matches(name, classes, n=1)
         hint = f"did you mean {near[0]}?" if near else "`tljax.load_pretrained` lists card.classes"
-        raise RequestError(f"no class is called '{name}' among {len(self.classes)}; {hint}")
+        raise RequestError(f"no class is called '{name}' among {len(classes)}; {hint}")
 
 
 class Pretrained(NamedTuple):

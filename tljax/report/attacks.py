@@ -16,7 +16,7 @@ from tljax.attack.contract import Attack, LogitsFn
 from tljax.attack.ensemble import title
 from tljax.attack.evaluate import Robustness, Share, share
 from tljax.config import Loading
-from tljax.data.loader import load_batches
+from tljax.data.loader import load_batches, refuse_none
 from tljax.data.sources import Source, ambiguous, match_classes, select
 from tljax.errors import RequestError
 from tljax.models import Model, apply
@@ -176,10 +176,9 @@ def read_victims(
         elif same:
             labels = settle(labels, np.asarray(_predict(see, batch.images)), same)
         parts.append([np.asarray(a)[batch.mask] for a in (batch.images, labels, batch.indices)])
+    refuse_none(source, skipped)
     images, labels, indices = map(np.concatenate, zip(*parts, strict=True))
     notes += skipped_lines(source, skipped)
-    if not len(images):
-        raise RequestError("; ".join(["no image can be read", *notes]))
     return Victims(images, labels.astype(np.int32), [source.names[int(i)] for i in indices], notes)
 
 

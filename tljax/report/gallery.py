@@ -11,10 +11,10 @@ import numpy as np
 from PIL import Image
 
 from tljax import explain
-from tljax.data.decode import read_images
+from tljax.data.loader import load_batches, refuse_none
 from tljax.data.sources import open_images
 from tljax.errors import RequestError
-from tljax.files import written_whole
+from tljax.files import mark_output, written_whole
 from tljax.models import Model, apply
 from tljax.pretrained import Pretrained
 from tljax.report.grid import image_grid
@@ -36,6 +36,8 @@ class Picture(NamedTuple):
 
 
 Rows = list[list[Picture]]
+Photographs = Sequence[tuple[str, np.ndarray]]
+"""Names, and pixels of the size that a network expects."""
 
 
 def grid(pictures: Sequence[Picture], columns: int, *, smallest: int = 0) -> Image.Image:
@@ -52,6 +54,42 @@ def write_png(path: Path, image: Image.Image | np.ndarray) -> None:
     """Writes a whole PNG file or none; arrays are ``[height, width, 3]`` uint8."""
     with written_whole(path) as temporary:
         (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(temporary, "PNG")
+
+
+def open_output(folder: Path) -> None:
+    """Make a folder for pictures that is never read as data; one that holds something stays so.
+
+    Raises:
+        RequestError: it cannot be written.
+    """
+    if not folder.is_dir() or not any(folder.iterdir()):
+        mark_output(folder)
+
+
+def read_photographs(
+    network: Pretrained, items: Sequence[str]
+) -> tuple[Photographs, dict[str, str]]:
+    """Read photographs; and what is wrong with those that cannot be read, by their names.
+
+    Args:
+        network: for the size that it expects.
+        items: files, folders or URLs.
+
+    Raises:
+        RequestError: a file is missing, or none can be read.
+    """
+    if not items:
+        raise RequestError("name at least one file, folder or URL")
+    source = open_images(items)
+    skipped: dict[int, str] = {}
+    batches = load_batches(source, network.model.preprocess, batch_size=1, skipped=skipped)
+    photographs = [
+        (name.rpartition("/")[2], np.asarray(batch.images[0]))
+        for name, batch in zip(source.names, batches, strict=True)
+        if batch.mask[0]
+    ]
+    refuse_none(source, skipped)
+    return photographs, {source.names[index]: reason for index, reason in skipped.items()}
 
 
 def ideal_pictures(
@@ -114,13 +152,13 @@ def ideal_pictures(
 
 
 def explanation_pictures(
-    network: Pretrained, paths: Sequence[str], *, target: str | None = None, seed: int = 0
+    network: Pretrained, photographs: Photographs, *, target: str | None = None, seed: int = 0
 ) -> Rows:
     """Which parts of photographs speak for a class, by five methods.
 
     Args:
         network: any.
-        paths: files, folders or URLs, a row for each photograph.
+        photographs: of `read_photographs`, a row for each.
         target: name or index of the class; by default the most probable of each photograph.
         seed: of SmoothGrad's noise.
 
@@ -128,8 +166,7 @@ def explanation_pictures(
         For each photograph itself and five overlays.
 
     Raises:
-        RequestError: an unknown class, or a missing file.
-        UnreadableImageError: a file that is no image.
+        RequestError: an unknown class.
     """
     model, variables, card = network
     *_, top = map_stages(model, variables)
@@ -156,7 +193,7 @@ def explanation_pictures(
 
     chosen = None if target is None else card.index_of(target)
     rows: Rows = []
-    for number, (name, pixels) in enumerate(_photographs(network, paths)):
+    for number, (name, pixels) in enumerate(photographs):
         image = pixels[None] / np.float32(255)
         probabilities = jax.nn.softmax(_logits(model, variables, image))[0]
         label = int(probabilities.argmax()) if chosen is None else chosen
@@ -173,17 +210,16 @@ def explanation_pictures(
 _METHODS = ("saliency", "SmoothGrad", "integrated gradients", "Grad-CAM", "occlusion")
 
 
-def feature_pictures(network: Pretrained, paths: Sequence[str], *, count: int = 8) -> Rows:
+def feature_pictures(network: Pretrained, photographs: Photographs, *, count: int = 8) -> Rows:
     """The channels that answer most to photographs, a row for each photograph and stage.
 
     Args:
         network: any.
-        paths: files, folders or URLs.
+        photographs: of `read_photographs`.
         count: channels of each stage; as many as the narrowest stage has, if that is fewer.
 
     Raises:
-        RequestError: a missing file.
-        UnreadableImageError: a file that is no image.
+        RequestError: no channel is asked for.
     """
     model, variables, _ = network
     if count < 1:
@@ -192,7 +228,7 @@ def feature_pictures(network: Pretrained, paths: Sequence[str], *, count: int = 
         )
     stages = map_stages(model, variables)
     rows: Rows = []
-    for number, (_, pixels) in enumerate(_photographs(network, paths)):
+    for number, (_, pixels) in enumerate(photographs):
         captured = apply(model, variables, pixels[None], capture=stages).captured
         count = min(count, *(captured[stage].shape[-1] for stage in stages))  # rows of one length
         for stage in stages:
@@ -209,19 +245,18 @@ def feature_pictures(network: Pretrained, paths: Sequence[str], *, count: int = 
 
 
 def dream_pictures(
-    network: Pretrained, paths: Sequence[str], *, stage: str | None = None, num_steps: int = 20
+    network: Pretrained, photographs: Photographs, *, stage: str | None = None, num_steps: int = 20
 ) -> Rows:
     """Photographs beside what DeepDream makes of them.
 
     Args:
         network: any.
-        paths: files, folders or URLs, a row for each photograph.
+        photographs: of `read_photographs`, a row for each.
         stage: whose output is strengthened; by default one in the middle.
         num_steps: at each size.
 
     Raises:
-        RequestError: an unknown stage, or a missing file.
-        UnreadableImageError: a file that is no image.
+        RequestError: an unknown stage.
     """
     model, variables, _ = network
     features_fn, stage = _features_of(network, stage)
@@ -232,7 +267,7 @@ def dream_pictures(
         return explain.deep_dream(objective, image, num_steps=num_steps)
 
     rows: Rows = []
-    for number, (name, pixels) in enumerate(_photographs(network, paths)):
+    for number, (name, pixels) in enumerate(photographs):
         picture = explain.to_pixels(dream(variables, pixels[None] / np.float32(255)))[0]
         rows.append(
             [
@@ -313,13 +348,6 @@ def _features_of(
         raise RequestError(f"the output of {stage} is no feature map; those of {known} are")
     after = model.stage_names[model.position(stage) + 1]
     return lambda variables, images: apply(model, variables, images, stop=after).value, stage
-
-
-def _photographs(network: Pretrained, paths: Sequence[str]) -> list[tuple[str, np.ndarray]]:
-    if not paths:
-        raise RequestError("name at least one file, folder or URL")
-    names = [name.rpartition("/")[2] for name in open_images(paths).names]
-    return list(zip(names, read_images(paths, network.model.preprocess), strict=True))
 
 
 def _class_score(model: Model, variables: Variables, labels: Array) -> explain.Objective:

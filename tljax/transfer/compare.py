@@ -10,6 +10,7 @@ from tljax.data.sources import Splits
 from tljax.pretrained import Pretrained
 from tljax.transfer.features import images_per_second, split_features
 from tljax.transfer.probe import fit_probe, predict_logits
+from tljax.transfer.rundir import skipped_rows
 
 
 class Candidate(NamedTuple):
@@ -37,7 +38,12 @@ class Candidate(NamedTuple):
 
 
 def measure(
-    name: str, network: Pretrained, splits: Splits, loading: Loading, seed: int = 0
+    name: str,
+    network: Pretrained,
+    splits: Splits,
+    loading: Loading,
+    seed: int = 0,
+    skipped: dict[str, str] | None = None,
 ) -> Candidate:
     """Probes the pooled features of a network, and times them.
 
@@ -47,12 +53,16 @@ def measure(
         splits: the images to learn from and to be judged by.
         loading: see `Loading`; the batch size is what is timed.
         seed: of the choice of the probe's L2 value.
+        skipped: where images that cannot be read are recorded, {name: reason}.
 
     Raises:
         RequestError: no image can be read.
     """
     model, variables, _ = network
     train, val = split_features(model, variables, splits, loading, name=f"{name}: ")
+    if skipped is not None:
+        parts = ((splits.train, train), (splits.val, val))
+        skipped.update(row for part, of in parts for row in skipped_rows(part, of.skipped))
     classes = len(splits.train.classes)
     probe = fit_probe(train.values, train.labels, num_classes=classes, seed=seed)
     right = np.asarray(predict_logits(probe, val.values)).argmax(1) == val.labels
