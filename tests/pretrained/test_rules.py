@@ -2,6 +2,7 @@
 
 import functools
 import re
+import time
 from collections.abc import Iterable
 from itertools import product
 
@@ -160,7 +161,7 @@ def test_missing_and_leftover_keys_are_listed(arrays: Arrays) -> None:
         check(arrays, "net.pth")
     assert str(caught.value) == (
         "net.pth does not fit resnet18 (torchvision keys). 1 missing: bn1.weight; "
-        "6 left over: extra.0, extra.1, extra.2, extra.3, ... (2 more)"
+        "6 left over: extra.0, extra.1, extra.2, ... (3 more)"
     )
 
 
@@ -174,8 +175,154 @@ def test_counters_of_batch_norm_are_neither(arrays: Arrays) -> None:
 
 @pytest.mark.parametrize("model", [None, "resnet50"])
 def test_a_file_of_something_else(model: str | None) -> None:
-    with pytest.raises(RequestError, match=r"net.pth holds none of the networks that tljax knows"):
-        check({"encoder.weight": np.zeros((2, 2), np.float32)}, "net.pth", model)
+    """The message has an end, whatever the names in the file."""
+    other = {f"vit.blocks.{i}.{'x' * 500}\n.weight": np.zeros((2, 2), "f4") for i in range(200)}
+    for arrays, prefix in (
+        ({"encoder.weight": np.zeros((2, 2), "f4")}, "encoder."),
+        (other, "vit."),
+    ):
+        with pytest.raises(RequestError) as caught:
+            check(arrays, "net.pth", model)
+        message = str(caught.value)
+        assert re.match(
+            r"net.pth holds none of the networks that tljax knows; the nearest is \w+ \(\w+ keys\)\. "
+            r"\d+ missing: .* more\); \d+ left over: ",
+            message,
+        )
+        assert prefix in message
+        assert "\n" not in message
+        assert len(message) < 500
+
+
+# --- keys that begin otherwise, and what lies beside them ----------------------------------------
+
+
+def under(prefix: str, arrays: Arrays) -> Arrays:
+    return {prefix + key: array for key, array in arrays.items()}
+
+
+VECTOR, MATRIX = np.ones(3, np.float32), np.ones((3, 3), np.float32)
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        *("module.", "model.", "_orig_mod.", "net.", "network.", "backbone.", "encoder."),
+        *("encoder_q.", "module.encoder_q.", "base_encoder.", "student.", "teacher.", "resnet."),
+        *("_orig_mod.module.", "module._orig_mod.", "model.net.backbone.", "lit_model.cnn."),
+    ],
+)
+@pytest.mark.parametrize("layout", ["torchvision", "huggingface"])
+def test_whatever_stands_before_every_key(prefix: str, layout: str) -> None:
+    arrays = shapes_of("resnet18", layout)
+    found = check(under(prefix, arrays), "net.pth")
+    assert (found.model.name, found.layout, found.notes("net.pth")) == ("resnet18", layout, ())
+    assert found.arrays.keys() == arrays.keys()
+    assert all(found.arrays[key] is array for key, array in arrays.items())
+
+
+def test_wrappers_of_modules_within_a_network() -> None:
+    """As compiled, sharded and checkpointed modules leave them."""
+    arrays = shapes_of("resnet18", "torchvision")
+    wrapped = {
+        re.sub(r"^(layer1|fc)\.", r"\1._orig_mod._checkpoint_wrapped_module.", key): array
+        for key, array in under("_fsdp_wrapped_module.", arrays).items()
+    }
+    assert check(wrapped, "net.pth").arrays.keys() == arrays.keys()
+
+
+@pytest.mark.parametrize(
+    ("prefix", "beside", "said"),
+    [
+        ("", {"criterion.weight": VECTOR, "loss_fn.centers": MATRIX}, "criterion.weight, loss_fn."),
+        ("", {"normalize.mean": np.ones((1, 3, 1, 1))}, "normalize.mean"),
+        ("", {"queue": MATRIX, "queue_ptr": VECTOR[:1]}, "queue, queue_ptr"),
+        ("", {"projector.0.weight": MATRIX, "prototypes.weight": MATRIX}, "projector.0.weight, "),
+        ("", {"conv1.total_ops": VECTOR, "total_params": VECTOR}, "conv1.total_ops, total_params"),
+        ("module.", {"n_averaged": np.array(7)}, "n_averaged (its keys begin with 'module.')"),
+        ("model.", {"head.weight": MATRIX, "val_acc.sum": VECTOR}, "head.weight, val_acc.sum"),
+        ("model.", {f"x.{i}": VECTOR for i in range(5)}, "x.0, x.1, x.2, ... (2 more)"),
+    ],
+)
+def test_what_lies_beside_a_whole_network_is_named(prefix: str, beside: Arrays, said: str) -> None:
+    arrays = shapes_of("resnet18", "torchvision")
+    found = check(under(prefix, arrays) | beside, "net.pth")
+    assert found.model.name == "resnet18"
+    assert {key: found.arrays[key] for key in arrays} == arrays
+    [note] = found.notes("net.pth")
+    assert note.startswith(f"net.pth: left out what resnet18 does without: {said}")
+
+
+@pytest.mark.parametrize(
+    ("meant", "other"),
+    [
+        ("module.encoder_q.", "module.encoder_k."),
+        ("module.base_encoder.", "module.momentum_encoder."),
+        ("teacher.backbone.", "student.module.backbone."),
+        ("online_network.", "target_network."),
+        ("model.", "ema_model."),
+        ("model.", "model_ema.module."),
+        ("", "teacher."),
+    ],
+)
+def test_of_two_copies_the_one_that_is_meant(meant: str, other: str) -> None:
+    arrays = shapes_of("resnet18", "torchvision")
+    copy = {key: np.zeros_like(array) for key, array in arrays.items()}
+    found = check(under(other, copy) | under(meant, arrays), "net.pth")
+    assert found.prefix == meant
+    assert found.arrays["conv1.weight"] is arrays["conv1.weight"]
+    assert f"{other}conv1.weight, " in found.notes("net.pth")[0]
+
+
+def test_of_two_networks_neither_is_guessed() -> None:
+    arrays = shapes_of("resnet18", "torchvision")
+    expected = "net.pth holds several networks, under 'net1.' and 'net2.'; save the one you mean"
+    with pytest.raises(RequestError, match=re.escape(expected)):
+        check(under("net1.", arrays) | under("net2.", arrays), "net.pth")
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"layer1.0.se.fc.weight": MATRIX},  # another network: SE-ResNet
+        {"layer1.0.prelu.weight": VECTOR},
+        {"layer1.2.conv1.weight": MATRIX},
+        {"attention.weight": MATRIX},
+        {"fc2.weight": MATRIX, "fc2.bias": VECTOR},
+        {"classifier.weight": MATRIX},
+    ],
+)
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_more_layers_are_another_network(prefix: str, beside: Arrays) -> None:
+    """They fit a smaller one, whose answers would be wrong."""
+    arrays = shapes_of("resnet18", "torchvision") | beside
+    with pytest.raises(
+        RequestError, match=r"net.pth does not fit resnet18 .* left over: "
+    ) as caught:
+        check(under(prefix, arrays), "net.pth")
+    assert (f"(its keys begin with '{prefix}')" in str(caught.value)) == bool(prefix)
+
+
+@pytest.mark.parametrize("lost", ["conv1.weight", "layer2.0.bn1.weight"])
+def test_the_prefix_is_named_where_a_tensor_is_missing(lost: str) -> None:
+    arrays = shapes_of("resnet18", "torchvision")
+    arrays = under("module.encoder_q.", {key: x for key, x in arrays.items() if key != lost})
+    with pytest.raises(RequestError) as caught:
+        check(arrays, "net.pth")
+    if lost != "conv1.weight":  # by which a prefix is found
+        assert str(caught.value) == (
+            f"net.pth does not fit resnet18 (torchvision keys). 1 missing: {lost} "
+            "(its keys begin with 'module.encoder_q.')"
+        )
+    assert len(str(caught.value)) < 400
+
+
+def test_a_million_prefixes_cost_no_more_time() -> None:
+    arrays = {f"{i}.conv1.weight": MATRIX for i in range(20_000)}
+    start = time.perf_counter()
+    with pytest.raises(RequestError, match="the nearest is"):
+        check(arrays, "net.pth")
+    assert time.perf_counter() - start < 20
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

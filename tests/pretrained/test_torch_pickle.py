@@ -117,7 +117,7 @@ def touching(marker: Path) -> dict[str, bytes]:
         f"{os.system.__module__}.system": pickle.dumps({"w": Call(os.system, shell)}, 2),
         "__builtin__.eval": pickle.dumps([Call(eval, code)], 2),
         "builtins.exec": pickle.dumps((Call(exec, code),), 4),
-        "builtins.getattr": b"\x80\x02cbuiltins\ngetattr\n("
+        "builtins.__import__": b"\x80\x02cbuiltins\ngetattr\n("
         + ops(module, "system", b"tR", shell, b"\x85R."),
         "zipfile.os.system": b"\x80\x04" + ops("zipfile", "os.system", b"\x93", shell) + b"\x85R.",
         "os.system": b"\x80\x02cos\nsystem\n" + ops(shell) + b"\x85R.",
@@ -145,31 +145,57 @@ def test_code_is_refused_and_does_not_run(tmp_path: Path, write: Any, name: str)
 @pytest.mark.parametrize(
     "name",
     [
+        "builtins.__import__",
+        "builtins.open",
+        "builtins.setattr",
+        "collections.OrderedDict.__init__.__globals__",
+        "importlib.import_module",
+        "operator.attrgetter",
+        "runpy.run_path",
+        "socket.socket",
+        "torch._utils._rebuild_tensor_v2.__globals__",
+    ],
+)
+def test_names_of_python_that_are_no_data_are_refused(
+    tmp_path: Path, write: Any, name: str
+) -> None:
+    module, _, attribute = name.partition(".")
+    payload = b"\x80\x04" + ops(module, attribute, b"\x93") + b"."
+    assert f"asks for {name!r}" in refusal(write(tmp_path / "x", payload))
+
+
+@both_formats
+@pytest.mark.parametrize(
+    "name",
+    [
         "argparse.Namespace",
         "builtins.getattr",
-        "builtins.__import__",
-        "collections.OrderedDict.__init__.__globals__",
         "functools.partial",
-        "operator.attrgetter",
         "torch.load",
         "torch.storage._load_from_bytes",
-        "torch._utils._rebuild_tensor_v2.__globals__",
         "numpy.load",
         "numpy.core.multiarray.fromfile",
         "line\nbreak.x",
         "x" * 5000,
     ],
 )
-def test_only_listed_names_are_found(tmp_path: Path, write: Any, name: str) -> None:
+def test_other_names_find_nothing_that_does_anything(tmp_path: Path, write: Any, name: str) -> None:
+    """Called, called again, given items, elements and attributes."""
     module, _, attribute = name.partition(".")
-    payload = b"\x80\x04" + ops(module, attribute, b"\x93") + b"."
-    assert f"asks for {name!r}"[:80] in refusal(write(tmp_path / "x", payload))
+    text = ops(str(tmp_path / "text"))
+    program = ops(module, attribute, b"\x93") + text + b"\x85R" + text + b"\x85R"
+    program += b"(" + ops("key", "value") + b"u" + text + b"a(" + text + b"e"
+    program += ops({"__class__": "x"}) + b"b"
+    path = write(tmp_path / "x", b"\x80\x04}(" + ops("w") + GOOD + ops("z") + program + b"u.")
+    arrays = read_tensors(path).arrays
+    np.testing.assert_array_equal(arrays["w"], np.arange(16).reshape(4, 4))
+    assert list(arrays) == ["w"]
 
 
 @both_formats
 def test_names_are_taken_as_they_are(tmp_path: Path, write: Any) -> None:
-    payload = b"\x80\x02c\\os\nsys\\Dtem\n."
-    assert "asks for '\\\\os.sys\\\\Dtem'" in refusal(write(tmp_path / "x", payload))
+    payload = b"\x80\x02cos.\\path\nsys\\Dtem\n."
+    assert "asks for 'os.\\\\path.sys\\\\Dtem'" in refusal(write(tmp_path / "x", payload))
     payload = b"\x80\x02cos\nsystem\n and then nonsense"
     assert "asks for 'os.system'" in refusal(write(tmp_path / "x", payload))
 
@@ -183,9 +209,7 @@ def test_names_are_taken_as_they_are(tmp_path: Path, write: Any) -> None:
         "call a tensor": GOOD + b")R",
         "call a text": ops("os.system") + b")R",
         "call with no tuple": b"ccollections\nOrderedDict\n]R",
-        "call with too much": b"cbuiltins\nset\n(" + b"N" * 9 + b"tR",
         "new object of a text": ops("x") + b")\x81",
-        "new object the old way": b"(cbuiltins\nset\no",
         "new object with keywords": b"cbuiltins\nset\n)}\x92",
         "extension": b"\x82\x01",
         "text persistent id": b"Pos.system\n",
@@ -197,7 +221,6 @@ def test_names_are_taken_as_they_are(tmp_path: Path, write: Any) -> None:
         "tensor of a tensor": tensor(GOOD, 0, (4,), (1,)),
         "tensor of bytes": tensor(ops("0"), 0, (4,), (1,)),
         "items for a tensor": GOOD + b"(NNu",
-        "items for a function": b"cbuiltins\ndict\n(NNu",
         "elements for a dict": b"}(Ne",
         "elements for a tensor": GOOD + b"Na",
         "empty stack": b"R",
@@ -303,6 +326,17 @@ def test_storage_lists_of_the_legacy_format(tmp_path: Path, keys: object) -> Non
         + b"\x88"
         + ops({"hook": "os.system"})
         + b"tR",
+        "call with much": b"cbuiltins\nset\n(" + b"N" * 9 + b"tR",
+        "new object the old way": b"(cbuiltins\nset\no",
+        "new instance the old way": b"(Nioptparse\nValues\n",
+        "items for a class": b"cbuiltins\ndict\n(NNu",
+        "class beside its source": b"("
+        + ops("module", b"c__main__\nNet\n", "net.py", "import os")
+        + b"tQ",
+        "tensor with attributes": b"ctorch._tensor\n_rebuild_from_type_v2\n(ctorch._utils\n"
+        b"_rebuild_tensor_v2\nctorch\nTensor\n("
+        + ops(STORAGE, 0, (4,), (1,), False, HOOKS)
+        + b"t}tR",
         "tuple that is deep": b")" + b"\x85" * 50_000,
         "list that is deep": b"]" * 50_000 + b"a" * 49_999,
         "list of a thousand laughs": b"]q\x00" + b"]q\x01(h\x00h\x00eq\x00" * 10_000,
@@ -353,6 +387,8 @@ def test_lengths_are_not_believed(tmp_path: Path, write: Any, code: bytes) -> No
         + ops("n", 2**2000, b"q\x70", "shape", b"(" + b"h\x70" * 40_000 + b"tq\x71", "w")
         + tensor(STORAGE, 0, b"h\x71", b"h\x71") + b"u",
         "calls": b"(" + b"N" * 50_000 + b"tq\x00cbuiltins\nset\nq\x01" + b"h\x01h\x00R" * 50_000,
+        "states": b"}(" + b"".join(ops(f"{i}", None) for i in range(20_000)) + b"uq\x00"
+        + b"cx\ny\nq\x01" + b"h\x01)Rh\x00b" * 20_000,
     }.items(),
     ids=lambda item: item[0] if isinstance(item, tuple) else None,
 )  # fmt: skip

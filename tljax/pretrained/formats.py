@@ -55,8 +55,6 @@ _NOT_WEIGHTS = {
     b"{": "JSON, not weights; give the weight file, or the .index.json of a sharded one",
 }
 
-_PREFIXES = ("module.", "model.")
-
 
 class Tensors(NamedTuple):
     """What a weight file holds.
@@ -76,10 +74,9 @@ def read_tensors(path: str | os.PathLike[str]) -> Tensors:
 
     Understood are safetensors, ``torch.save``'s zip and legacy formats, Keras' ``.h5``,
     ``.weights.h5`` and ``.keras`` (see `keras_file` for their keys), each of these packed with xz,
-    and the ``.index.json`` beside the shards of a Hugging Face checkpoint. Of a torch
-    checkpoint the state dict is taken: what lies under ``state_dict``, else ``model_state_dict``,
-    else ``model``, else ``state_dict_ema`` (averaged weights only where there are no others), else
-    the tensors at the top. A ``module.`` or ``model.`` that begins every key is removed.
+    and the ``.index.json`` beside the shards of a Hugging Face checkpoint. Of a torch checkpoint
+    the state dict is taken: what lies under the first of `torch_file.CONTAINERS` (averaged weights
+    only where there are no others), else the tensors at the top.
 
     Args:
         path: the file.
@@ -95,7 +92,7 @@ def read_tensors(path: str | os.PathLike[str]) -> Tensors:
     tensors = _read_shards(path, data) if _is_index(data) else _read(path, data)
     if not tensors.arrays:
         raise RequestError(f"{path}: holds no tensors")
-    return tensors._replace(arrays=_without_prefix(tensors.arrays))
+    return tensors
 
 
 def write_safetensors(
@@ -314,10 +311,3 @@ def _read_safetensors(path: Path, data: mmap.mmap) -> Tensors:
 def _one_line(error: Exception) -> str:
     """The message of a library, which may quote from a file."""
     return f"{' '.join(str(error).split()):.200}"
-
-
-def _without_prefix(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    for prefix in _PREFIXES:
-        if all(key.startswith(prefix) for key in arrays):
-            arrays = {key.removeprefix(prefix): array for key, array in arrays.items()}
-    return arrays

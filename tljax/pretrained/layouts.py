@@ -1,5 +1,6 @@
 """Which key tables there are for each network, and which network a file holds."""
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -20,7 +21,7 @@ from tljax.pretrained import (
     vgg,
     xception,
 )
-from tljax.pretrained.rules import Difference, Layout, Rules, compare, counted
+from tljax.pretrained.rules import Difference, Layout, Rules, compare, counted, few
 
 _FAMILIES = (resnet, bit, inception, xception, efficientnet, vgg, mobilenet, keras)
 
@@ -55,11 +56,27 @@ class Identity(NamedTuple):
         model: with as many classes as the file's head, and the layout's usual preprocessing.
         layout: key of `LAYOUTS`.
         difference: empty if it fits.
+        arrays: the tensors of the network, by the keys of the layout.
+        prefix: what stood before each of their keys.
+        ignored: the keys beside them that the network does without.
     """
 
     model: Model
     layout: str
     difference: Difference
+    arrays: Mapping[str, np.ndarray]
+    prefix: str = ""
+    ignored: tuple[str, ...] = ()
+
+    def notes(self, where: str) -> tuple[str, ...]:
+        """Return a remark on what was left out of the file ``where``, if anything was."""
+        left_out = f"left out what {self.model.name} does without: {few(self.ignored)}"
+        return (f"{where}: {left_out}{self.under}",) if self.ignored else ()
+
+    @property
+    def under(self) -> str:
+        """The prefix, for a message."""
+        return f" (its keys begin with '{self.prefix:.60}')" if self.prefix else ""
 
 
 def identify(arrays: Mapping[str, np.ndarray], model: str | None = None) -> Identity:
@@ -106,7 +123,77 @@ def _compare(arrays: Mapping[str, np.ndarray], name: str, layout: str) -> Identi
     model = build_model(name, num_classes)
     if found.preprocess:
         model = replace(model, preprocess=found.preprocess)
-    return Identity(model, layout, compare(rules, arrays, abstract_variables(model), found.ignore))
+    difference = compare(rules, arrays, abstract_variables(model), found.ignore)
+    return Identity(model, layout, difference, arrays)
+
+
+# What wraps a module, wherever in the network.
+_WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+
+# Of several copies of a network, those that are not meant.
+_COPY = re.compile(r"(?:^|[._])(?:student|encoder_k|key|momentum|target|ema|avg)(?:[._]|$)")
+
+# What has matrices and trains a network that runs without it; what thop leaves in every module.
+_TRAINING = re.compile(r"queue|memory|proj|predict|proto|criterion|loss|metric|momentum|\w+_k\b")
+_HEADS = re.compile(r"fc|head|classifier|mlp|last_linear")
+_COUNTERS = (".total_ops", ".total_params")
+
+
+def _find(arrays: Mapping[str, np.ndarray], where: str, model: str | None) -> Identity:
+    """The network that fits, under whatever prefix, or else the nearest."""
+    arrays = {_WRAPPERS.sub("", key): array for key, array in arrays.items()}
+    whole = identify(arrays, model)
+    if not any(whole.difference):
+        return whole
+    names = [model] if model else MODELS
+    firsts = {layout_rules(name, layout)[0].key for name in names for layout in LAYOUTS[name]}
+    prefixes = {
+        key.removesuffix(first)
+        for first in firsts
+        for key in arrays
+        if f".{key}".endswith(f".{first}")
+    }
+    tops = {key.partition(".")[0] + "." for key in arrays}
+    prefixes |= tops if len(tops) == 1 else set()
+    # Longer ones are of blocks within a network.
+    likely = sorted(prefixes, key=lambda prefix: (prefix.count("."), prefix))[:8]
+    found = [_under(prefix, arrays, model) for prefix in likely]
+    fits = [identity for identity in found if not any(identity.difference)]
+    fits = [identity for identity in fits if not _COPY.search(identity.prefix)] or fits
+    if len(fits) > 1:
+        both = " and ".join(f"'{identity.prefix:.60}'" for identity in fits[:2])
+        raise RequestError(f"{where} holds several networks, under {both}; save the one you mean")
+    return min(fits or [whole, *found], key=lambda x: sum(map(len, x.difference)))
+
+
+def _under(prefix: str, arrays: Mapping[str, np.ndarray], model: str | None) -> Identity:
+    """What the tensors under a prefix are; keys that the network does without are no difference."""
+    inside = {
+        key.removeprefix(prefix): array for key, array in arrays.items() if key.startswith(prefix)
+    }
+    found = identify(inside, model)
+    rules = layout_rules(found.model.name, found.layout)
+    whole = found.model.num_classes > 0
+    own = {
+        rule.key.partition(".")[0]
+        for rule in rules
+        if whole or not rule.path.startswith("params/head/")
+    }
+
+    def is_odd(key: str) -> bool:
+        top, array = key.partition(".")[0], inside[key]
+        if top in own:
+            return key.endswith(_COUNTERS)
+        is_vector = array.size <= max(array.shape, default=1)
+        return bool(is_vector or _TRAINING.match(top) or (not whole and _HEADS.match(top)))
+
+    leftover = found.difference.leftover
+    ignored = [prefix + key for key in leftover if is_odd(key)]
+    ignored += counted(key for key in arrays if not key.startswith(prefix))
+    difference = found.difference._replace(
+        leftover=tuple(key for key in leftover if not is_odd(key))
+    )
+    return found._replace(difference=difference, prefix=prefix, ignored=tuple(ignored))
 
 
 def check(arrays: Mapping[str, np.ndarray], where: str, model: str | None = None) -> Identity:
@@ -121,17 +208,20 @@ def check(arrays: Mapping[str, np.ndarray], where: str, model: str | None = None
         RequestError: it does not fit; the message says what is missing, left over and of another
             shape, and what the file looks like instead.
     """
-    found = identify(arrays, model)
+    found = _find(arrays, where, model)
     if not any(found.difference):
         return found
-    message = f"{where} does not fit {found.model.name} ({found.layout} keys)"
-    other = identify(arrays) if model else None
+    named = f"{found.model.name} ({found.layout} keys)"
+    message = f"{where} does not fit {named}"
+    other = _find(arrays, where, None) if model else None
     if other and other.model.name != model and not any(other.difference):
         reasons = "; ".join(_block_counts(found, other))
         message += f": it looks like {other.model.name}" + (f" ({reasons})" if reasons else "")
     elif len(found.difference.missing) == len(layout_rules(found.model.name, found.layout)):
-        message = f"{where} holds none of the networks that tljax knows ({', '.join(MODELS)})"
-    raise RequestError(f"{message}. {found.difference}")
+        message = f"{where} holds none of the networks that tljax knows; the nearest is {named}"
+    missing, leftover, shapes = found.difference
+    difference = Difference(missing, (*leftover, *found.ignored), shapes)
+    raise RequestError(f"{message}. {difference}{found.under}")
 
 
 def _block_counts(expected: Identity, found: Identity) -> list[str]:

@@ -225,9 +225,9 @@ def _load_file(path: Path, name: str, model: str | None) -> tuple[Pretrained, bo
         return _load_native(path, tensors, model), True
     found = check(tensors.arrays, name, model)
     rules = layout_rules(found.model.name, found.layout)
-    variables = apply_rules(rules, tensors.arrays, abstract_variables(found.model))
+    variables = apply_rules(rules, found.arrays, abstract_variables(found.model))
     classes = default_classes(found.model.num_classes)
-    notes = _twins(found, name) if model is None else ()
+    notes = found.notes(name) + (_twins(found, name) if model is None else ())
     card = Card(classes, name, "unknown", sha256(path), found.layout, notes)
     if graph := tensors.metadata.get("keras"):
         built, says_preprocess = read_graph(graph, name, found.model)

@@ -5,7 +5,7 @@ permutation of axes between them. So a table is a bijection, and the same one im
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -145,12 +145,13 @@ class Difference(NamedTuple):
 
     def __str__(self) -> str:
         parts = (("missing", self.missing), ("left over", self.leftover), ("shape", self.shapes))
-        return "; ".join(f"{len(items)} {what}: {_few(items)}" for what, items in parts if items)
+        return "; ".join(f"{len(items)} {what}: {few(items)}" for what, items in parts if items)
 
 
-def _few(items: tuple[str, ...], count: int = 4) -> str:
+def few(items: Sequence[str], count: int = 3) -> str:
+    """Return the first few of the names in a file, shortened, and how many more there are."""
     more = f", ... ({len(items) - count} more)" if len(items) > count else ""
-    return ", ".join(items[:count]) + more
+    return ", ".join(f"{' '.join(item.split()):.60}" for item in items[:count]) + more
 
 
 def counted(keys: Iterable[str], ignore: tuple[str, ...] = ()) -> Iterator[str]:

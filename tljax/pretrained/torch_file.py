@@ -20,7 +20,11 @@ import numpy as np
 
 from tljax.pretrained.torch_pickle import STORAGES, DamagedError, Tensor, load
 
-CONTAINERS = ("state_dict", "model_state_dict", "model", "state_dict_ema")
+CONTAINERS = (
+    *("state_dict", "model_state_dict", "model_state", "model", "net", "network", "module"),
+    *("state_dict_ema", "model_ema", "ema_state_dict", "ema", "teacher", "student"),
+    *("encoder", "backbone", "params", "params_ema", "weights"),
+)
 """Where training scripts put the weights in a checkpoint, in the order they are looked for."""
 
 _STORAGE_OF = {dtype: storage for storage, dtype in STORAGES.items()}
@@ -28,6 +32,7 @@ _ZIP = b"PK\x03\x04"
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 _ORDERED_DICT = b"ccollections\nOrderedDict\n)R"
+_WHOLE = "this file holds a whole model, not its weights"
 _BIG_ENDIAN = "written on a big-endian machine; re-save it on a little-endian one"
 
 
@@ -59,10 +64,13 @@ def read(data: mmap.mmap) -> dict[str, np.ndarray]:
     checkpoint, storages = _read_zip(data) if is_zip(data) else _read_legacy(data)
     tensors = _state_dict(checkpoint, depth=3)
     if tensors is None:
-        keys = list(checkpoint)[:8] if isinstance(checkpoint, dict) else []
+        at_top = checkpoint if isinstance(checkpoint, dict) else {}
+        # Among the objects in checkpoints only torch.nn.Module has this attribute.
+        if any(isinstance(x, dict) and "_parameters" in x for x in (at_top, *at_top.values())):
+            raise ValueError(f"{_WHOLE}; load it where its code is and save model.state_dict()")
         raise ValueError(
-            f"no state dict at the top or under {', '.join(CONTAINERS)}; at the top are: "
-            f"{', '.join(f'{key!r:.40}' for key in keys) or 'no named values'}; "
+            "no state dict at the top or under state_dict, model and the like; at the top are: "
+            f"{', '.join(f'{key!r:.40}' for key in [*at_top][:5]) or 'no named values'}; "
             "re-save its state dict alone"
         )
     arrays = {}
@@ -159,9 +167,7 @@ def _read_zip(data: mmap.mmap) -> _Contents:
             "model.weights.h5)"
         )
     if f"{root}/constants.pkl" in spans:
-        raise ValueError(
-            "this file holds a whole model (TorchScript), not its weights; save model.state_dict()"
-        )
+        raise ValueError(f"{_WHOLE} (TorchScript); save model.state_dict()")
     order = spans.get(f"{root}/byteorder")
     if order and data[order.start : order.stop] != b"little":
         raise ValueError(_BIG_ENDIAN)

@@ -1,13 +1,15 @@
 """A reader for the pickles of torch that cannot run code.
 
-A pickle is a program: it names functions and calls them. Here a name finds only the stand-ins of
-``_GLOBALS``, which bear any argument and do nothing but describe: the result is lists, dicts,
-numbers and `Tensor` descriptions, which say where in the file the elements are. Time and memory are
-linear in the size of the pickle, whatever it holds.
+A pickle is a program: it names functions and calls them. Python's own unpickler reads it, but a
+name never finds what it names, and nothing is imported. What builds tensors finds a stand-in that
+describes them: where in the file their elements are. All else that training scripts leave in a
+checkpoint, of whatever class, becomes an `Inert` that bears everything and does nothing. Time and
+memory are linear in the size of the pickle, whatever it holds.
 """
 
 import pickle
 import struct
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import IO, Any, ClassVar, NamedTuple
@@ -63,6 +65,10 @@ class DamagedError(ValueError):
     """The bytes are not those that were once written."""
 
 
+class _RefusedError(ValueError):
+    """The pickle makes sense and is not followed."""
+
+
 class Pickle(NamedTuple):
     """One pickle.
 
@@ -78,45 +84,26 @@ class Pickle(NamedTuple):
 def load(stream: IO[bytes]) -> Pickle:
     """Reads one pickle and leaves the stream just behind it.
 
-    Dicts keep only entries whose key is a string. What is no tensor, number, text, list, tuple or
-    dict is None.
+    Dicts keep only entries whose key is a string. An object of a class that is no plain data is
+    the dict of its items, else of its attributes.
 
     Raises:
-        DamagedError: the pickle is cut off, or no program that torch would write.
-        ValueError: the pickle asks for more than the contents of a state dict.
+        DamagedError: the pickle is cut off, or no program that Python would write.
+        ValueError: the pickle names a function of Python's that handles more than data, or holds a
+            tensor of a kind that cannot be read.
     """
-    start = stream.tell()
     unpickler = _Unpickler(stream)
     try:
         return Pickle(unpickler.load(), unpickler.itemsizes)
-    except _UnknownNameError as error:
-        stream.seek(start)
-        # Among the objects in checkpoints only torch.nn.Module has this attribute.
-        if b"_parameters" in stream.read(1 << 20):
-            raise ValueError(
-                f"this file holds a whole model ({error}), not its weights; load it where its "
-                "code is at hand and save model.state_dict()"
-            ) from None
-        raise ValueError(
-            f"refused, because weights are data and this file asks for {error}; "
-            "re-save it as safetensors or as a plain state dict"
-        ) from None
+    except _RefusedError:
+        raise
     except _SENSELESS as error:
         raise DamagedError("the pickle makes no sense") from error
 
 
-class _UnknownNameError(Exception):
-    """A pickle asks for what is not in ``_GLOBALS``."""
-
-
 _SENSELESS = (
-    AttributeError,
-    EOFError,
-    LookupError,
-    TypeError,
-    UnicodeError,
-    pickle.UnpicklingError,
-    struct.error,
+    *(AttributeError, EOFError, LookupError, TypeError, ValueError),
+    *(pickle.UnpicklingError, struct.error),
 )
 
 
@@ -132,10 +119,12 @@ def _rebuild_tensor(
     match rest[2:]:
         case (np.dtype() as dtype, *metadata):
             pass
+        case (Inert(), *_):
+            raise _RefusedError("it holds a tensor of an unusual dtype; save it as float32")
         case metadata:
             dtype = storage.dtype
     if any(metadata):
-        raise ValueError("it holds a conjugate or negative view; save such a tensor resolved")
+        raise _RefusedError("it holds a conjugate or negative view; save such a tensor resolved")
     return Tensor(storage, dtype, offset, shape, stride)
 
 
@@ -143,8 +132,15 @@ def _rebuild_parameter(data: object, *_: object) -> object:
     return data
 
 
+def _rebuild_from_type(function: object, _: object, arguments: Any, *__: object) -> Tensor:
+    """A tensor of a subclass, or with attributes."""
+    if function is not _rebuild_tensor:
+        raise TypeError("function")
+    return _rebuild_tensor(*arguments[:_MOST_ARGUMENTS])
+
+
 def _dictionary(pairs: object = None, *_: object) -> dict[str, object]:
-    """OrderedDict(), defaultdict(list), and the OrderedDict([[key, value], ...]) of Python 2."""
+    """OrderedDict(), and the OrderedDict([[key, value], ...]) of Python 2."""
     made = {}
     if isinstance(pairs, list):
         for pair in pairs:
@@ -155,8 +151,19 @@ def _dictionary(pairs: object = None, *_: object) -> dict[str, object]:
     return made
 
 
-def _nothing(*_: object) -> None:
-    """For what is no weight: devices, sets, numpy scalars, random states."""
+class Inert(dict[str, object]):
+    """Any other class or function, and what a call of it gives; of a kind of dict the items."""
+
+    __slots__ = ()
+
+    def __call__(self, *_: object) -> "Inert":
+        """Make an object, without a look at the arguments."""
+        return Inert()
+
+    def append(self, _: object) -> None:
+        """Drop the element of a kind of list."""
+
+    extend = append
 
 
 _DTYPES = {name: np.dtype(name) for name in (*STORAGES.values(), *_UNTYPED)}
@@ -164,49 +171,48 @@ _GLOBALS: dict[str, Callable[..., object] | np.dtype] = {
     **{f"torch.{name}": dtype for name, dtype in _DTYPES.items()},
     **{f"torch.{storage}": _DTYPES[name] for storage, name in STORAGES.items()},
     "torch.storage.UntypedStorage": _DTYPES["uint8"],
-    "torch._utils._rebuild_tensor": _rebuild_tensor,
-    "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
-    "torch._utils._rebuild_tensor_v3": _rebuild_tensor,
-    "torch._utils._rebuild_parameter": _rebuild_parameter,
-    "torch._utils._rebuild_parameter_with_state": _rebuild_parameter,
+    **{f"torch._utils._rebuild_tensor{version}": _rebuild_tensor for version in ("", "_v2", "_v3")},
+    **{f"torch._utils._rebuild_parameter{x}": _rebuild_parameter for x in ("", "_with_state")},
+    "torch._tensor._rebuild_from_type_v2": _rebuild_from_type,
     "collections.OrderedDict": _dictionary,
-    "collections.defaultdict": _dictionary,
-    **dict.fromkeys(("collections.Counter", "torch.Size", "torch.device"), _nothing),
-    **dict.fromkeys(("numpy.dtype", "numpy.ndarray", "_codecs.encode"), _nothing),
-    **{
-        f"{module}.{name}": _nothing
-        for module in ("numpy.core.multiarray", "numpy._core.multiarray")
-        for name in ("scalar", "_reconstruct")
-    },
-    **{
-        f"{module}.{kind.__name__}": _nothing
-        for module in ("builtins", "__builtin__")
-        for kind in (bool, bytearray, bytes, complex, dict, float, frozenset, int, list, set, tuple)
-    },
 }
 
+# Of Python itself, an honest checkpoint names what describes data, and these functions: types of
+# annotations and bytes are pickled as their calls.
+_DATA_MODULES = {
+    *("argparse", "array", "builtins", "collections", "copyreg", "dataclasses", "datetime"),
+    *("decimal", "enum", "fractions", "functools", "ipaddress", "itertools", "logging", "optparse"),
+    *("pathlib", "random", "re", "time", "types", "typing", "uuid", "zoneinfo"),
+}
+_DATA_FUNCTIONS = {("operator", "getitem"), ("_codecs", "encode")}
+_CODE = {"breakpoint", "compile", "delattr", "eval", "exec", "globals", "input", "open", "setattr"}
 
-# What Python's own unpickler does with these is harmless, whatever stands on the stack.
-_OPCODES = (
-    *(pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK),
-    *(pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE, pickle.BINFLOAT),
-    *(pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG1),
-    *(pickle.BINUNICODE, pickle.SHORT_BINUNICODE, pickle.BINUNICODE8),
-    *(pickle.BINBYTES, pickle.SHORT_BINBYTES, pickle.BINBYTES8),
-    *(pickle.BINSTRING, pickle.SHORT_BINSTRING),
-    *(pickle.EMPTY_TUPLE, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3),
-    *(pickle.EMPTY_LIST, pickle.APPEND, pickle.APPENDS, pickle.EMPTY_DICT),
-    *(pickle.BINPUT, pickle.LONG_BINPUT, pickle.MEMOIZE, pickle.BINGET, pickle.LONG_BINGET),
-    *(pickle.GLOBAL, pickle.STACK_GLOBAL, pickle.BINPERSID),
+
+def _is_data(module: str, name: str) -> bool:
+    """Whether an honest checkpoint may name it; packages may name anything of their own."""
+    names, modules = pickle._compat_pickle.NAME_MAPPING, pickle._compat_pickle.IMPORT_MAPPING  # pyright: ignore[reportAttributeAccessIssue]
+    module, name = names.get((module, name), (modules.get(module, module), name))  # of Python 2
+    package = module.partition(".")[0]
+    if package not in sys.stdlib_module_names:
+        return not f"{module}.{name}".startswith("torch._utils._rebuild_")
+    is_data = package in _DATA_MODULES and name not in _CODE and "__" not in name
+    return is_data or (module, name) in _DATA_FUNCTIONS
+
+
+_MOST_ARGUMENTS = 8  # of torch's calls; passing on a million, again and again, would cost time
+
+# Python hashes what a file makes a key, a tuple too that is a million deep or its own square sixty
+# times over; large numbers cost quadratic time; extensions are registered by code.
+_DROPPED = b"".join(
+    (pickle.DICT, pickle.LONG4, pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.NEWOBJ_EX)
 )
 
 
 class _Unpickler(pickle._Unpickler):
-    """Python's unpickler, with the opcodes that torch uses and no others.
+    """Python's unpickler, but nothing that a file names is found, and only text is hashed.
 
-    Not its faster twin in C, whose opcodes cannot be taken away: that one hashes whatever a file
-    makes a key, a tuple too that is a million deep or its own square sixty times over, and makes
-    its memo as long as the largest index in the file.
+    Not its faster twin in C, which makes its memo as long as the largest index in the file, and
+    whose opcodes cannot be replaced.
     """
 
     def __init__(self, stream: IO[bytes]) -> None:
@@ -216,13 +222,21 @@ class _Unpickler(pickle._Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """The stand-in; nothing is imported."""
-        if f"{module}.{name}" not in _GLOBALS:
-            raise _UnknownNameError(f"{f'{module}.{name}'!r:.80}")
-        return _GLOBALS[f"{module}.{name}"]
+        full = f"{module}.{name}"
+        if full in _GLOBALS:
+            return _GLOBALS[full]
+        if not _is_data(module, name):
+            raise _RefusedError(
+                f"refused, because weights are data and this file asks for {full!r:.80}; "
+                "re-save it as safetensors or as a plain state dict"
+            )
+        return Inert()
 
-    def persistent_load(self, pid: object) -> Storage:
-        """A storage: what torch keeps outside of the pickle."""
+    def persistent_load(self, pid: object) -> Storage | Inert:
+        """A storage, which torch keeps outside of the pickle; or a class beside its source code."""
         match pid:
+            case ("module", Inert() as found, *_):
+                return found
             # In legacy files, a part of another storage.
             case ("storage", np.dtype() as dtype, str(key), _, _, (_, offset, numel)):
                 pass
@@ -236,10 +250,15 @@ class _Unpickler(pickle._Unpickler):
     def _call(self) -> None:
         """Nothing on the stack can be called but the stand-ins."""
         arguments = self.stack.pop()
-        # No call of torch's has more arguments; a million, again and again, would cost time.
-        if not (isinstance(arguments, tuple) and len(arguments) <= 8):
+        if not isinstance(arguments, tuple):
             raise TypeError("arguments")
-        self.stack[-1] = self.stack[-1](*arguments)
+        self.stack[-1] = self.stack[-1](*arguments[:_MOST_ARGUMENTS])
+
+    def _set_state(self) -> None:
+        """The attributes of an object, in a dict, take its place; nothing else has any."""
+        state, made = self.stack.pop(), self.stack.pop()
+        bare = isinstance(made, Inert) and not made
+        self.stack.append(state if bare and isinstance(state, dict) else made)
 
     def _update(self, items: list[Any]) -> None:
         """Drops the entries that text does not name: optimizer states, never weights."""
@@ -253,23 +272,18 @@ class _Unpickler(pickle._Unpickler):
     def _set_items(self) -> None:
         self._update(self.pop_mark())  # pyright: ignore[reportAttributeAccessIssue]
 
+    _pythons = pickle._Unpickler.dispatch
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
-        **{
-            ours[0]: pickle._Unpickler.dispatch[pythons[0]]
-            for ours, pythons in (
-                *zip(_OPCODES, _OPCODES, strict=True),
-                # Python's own would first make room for as many bytes as the file claims.
-                (pickle.BYTEARRAY8, pickle.BINBYTES8),
-                # A set is read as a list: nothing but text is ever hashed.
-                (pickle.EMPTY_SET, pickle.EMPTY_LIST),
-                (pickle.ADDITEMS, pickle.APPENDS),
-                (pickle.FROZENSET, pickle.TUPLE),
-                # The attributes of an object are no weights.
-                (pickle.BUILD, pickle.POP),
-            )
-        },
+        **{code: act for code, act in pickle._Unpickler.dispatch.items() if code not in _DROPPED},
+        # Python's own would first make room for as many bytes as the file claims.
+        pickle.BYTEARRAY8[0]: _pythons[pickle.BINBYTES8[0]],
+        # A set is read as a list.
+        pickle.EMPTY_SET[0]: _pythons[pickle.EMPTY_LIST[0]],
+        pickle.ADDITEMS[0]: _pythons[pickle.APPENDS[0]],
+        pickle.FROZENSET[0]: _pythons[pickle.TUPLE[0]],
         pickle.SETITEM[0]: _set_item,
         pickle.SETITEMS[0]: _set_items,
         pickle.REDUCE[0]: _call,
         pickle.NEWOBJ[0]: _call,
+        pickle.BUILD[0]: _set_state,
     }

@@ -17,7 +17,7 @@ from tljax.pretrained.catalog import CATALOG
 from tljax.pretrained.fetch import fetch
 from tljax.pretrained.formats import read_tensors
 from tljax.pretrained.keras_graph import Graph
-from tljax.pretrained.layouts import LAYOUTS, bias_of_head, layout_rules
+from tljax.pretrained.layouts import LAYOUTS, bias_of_head, check, layout_rules
 from tljax.pretrained.load import Pretrained
 from tljax.pretrained.rules import Rules, invert_rules
 from tljax.types import Preprocess, Variables
@@ -191,7 +191,7 @@ def _torchvision(pretrained: Pretrained) -> Any:
             f"{card.source} has torchvision's keys and torchvision does not import here; "
             "name another --reference, a folder or hub id that transformers can load"
         ) from None
-    arrays = read_tensors(_file(card.source)).arrays
+    arrays = check(read_tensors(_file(card.source)).arrays, card.source, model.name).arrays
     outputs = arrays[bias_of_head(layout_rules(model.name, "torchvision"))].size
     network = getattr(torchvision.models, model.name)(num_classes=outputs)
     network.load_state_dict({key: torch.from_numpy(np.array(a)) for key, a in arrays.items()})
