@@ -184,6 +184,18 @@ def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def test_a_mark_that_cannot_be_written_is_done_without(good, tmp_path):
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(good, folder)
+    damage(folder / "3")
+    checkpoints = Checkpoints(folder, "mine")
+    (folder / "3.damaged").mkdir()
+    assert_is(checkpoints.restore(), 2)
+    checkpoints.save(3, position(7), state(7))
+    checkpoints.close()
+    assert kept(folder) == ["2", "3", "3.damaged", "4"]
+
+
 def test_none_is_deleted_when_all_are_damaged(good, tmp_path):
     folder = tmp_path / "checkpoints"
     shutil.copytree(good, folder)
