@@ -1,7 +1,9 @@
 """What is kept on the disk of the stages that stay, and what is left when it cannot be."""
 
+import os
 import shutil
 from collections import namedtuple
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -65,14 +67,44 @@ def test_nothing_half_written_stays(tiny, folder, monkeypatch):
     assert list(folder.iterdir()) == []
 
 
-def test_a_disk_that_fills_up_is_one_line(tiny, folder, monkeypatch):
-    def full(_):
-        raise OSError(28, "No space left on device")
+def full(*_args, **_how):
+    raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(store, "array_bytes", full)
-    with pytest.raises(WriteError, match=r"cannot be written .No space left on device.: set TLJAX"):
-        kept(tiny)
+
+@pytest.mark.parametrize(
+    ("where", "what"),
+    [(Path, "touch"), (store, "array_bytes"), (Path, "write_text"), (os, "link")],
+    ids=["the first file", "values", "about.json", "its name"],
+)
+def test_a_disk_that_fills_up_is_one_line(tiny, folder, monkeypatch, where, what):
+    with monkeypatch.context() as patch:
+        patch.setattr(where, what, full)
+        with pytest.raises(
+            WriteError, match=r"cannot be written .No space left.*: set TLJAX_CACHE"
+        ):
+            kept(tiny)
     assert list(folder.iterdir()) == []
+    kept(tiny)
+
+
+def test_an_interrupt_leaves_nothing_half_written(tiny, folder, monkeypatch):
+    def interrupted(*_args, **_how):
+        raise KeyboardInterrupt
+
+    for where, what in ((store, "array_bytes"), (Path, "write_text"), (os, "link")):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, what, interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                kept(tiny)
+        assert list(folder.iterdir()) == []
+
+
+def test_a_cache_that_cannot_be_written_may_be_read(tiny, folder, monkeypatch):
+    first = kept(tiny)
+    monkeypatch.setattr(os, "utime", full)
+    for where, what in ((Path, "touch"), (Path, "mkdir")):
+        monkeypatch.setattr(where, what, full)
+    np.testing.assert_array_equal(kept(tiny).values, first.values)
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(tiny, monkeypatch):

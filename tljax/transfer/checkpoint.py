@@ -10,6 +10,7 @@ import json
 import logging
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -19,7 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import PolicyCheckpointInfo
 
-from tljax.errors import RequestError
+from tljax.errors import RequestError, WriteError
 from tljax.files import written_whole
 from tljax.parallel import gather_json, is_writer
 from tljax.trees import array_bytes
@@ -71,11 +72,17 @@ class Checkpoints:
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         self._identity = identity
         self._folder = folder
-        marked = [int(path.stem) for path in folder.glob("*.damaged")]
-        self._damaged = set(gather_json(marked)[0])
-        policy = _LastTwoWhole(self._damaged)
+        # Each process reads for itself: at a barrier, all would wait for one that cannot.
+        me = jax.process_index()
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"reader {me}"
+        )
         try:
+            marked = [int(path.stem) for path in folder.glob("[0-9]*.damaged")]
+            self._damaged = set(gather_json(marked)[0])
+            policy = _LastTwoWhole(self._damaged)
             self._manager = self._open(preservation_policy=policy, cleanup_tmp_directories=True)
+            self._reader = self._open(read_only=True, multiprocessing_options=alone)
         except OSError as error:
             raise RequestError(f"{folder}: cannot be written ({error.strerror})") from error
 
@@ -122,29 +129,23 @@ class Checkpoints:
             RequestError: all are damaged, or they belong to another run, or the disk fails.
         """
         notes: list[str] = []
-        # Each process for itself: at a barrier, all would wait for one that cannot read.
-        me = jax.process_index()
-        alone = ocp.options.MultiprocessingOptions(
-            primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"reader {me}"
-        )
-        with self._open(read_only=True, multiprocessing_options=alone) as reader:
-            for number in sorted(gather_json(list(reader.all_steps()))[0], reverse=True):
-                found = None if number in self._damaged else self._read(reader, number)
-                if found is None:
-                    notes.append(f"checkpoint {number} is damaged")
-                    continue
-                about, leaves = found
-                if about["identity"] != self._identity:
-                    raise RequestError(
-                        f"{self._folder} belongs to another run: its base weights, images or "
-                        "configuration differ; choose another --workdir"
-                    )
-                return Checkpoint(about["position"], leaves, tuple(notes))
+        for number in sorted(gather_json(list(self._manager.all_steps()))[0], reverse=True):
+            found = None if number in self._damaged else self._read(number)
+            if found is None:
+                notes.append(f"checkpoint {number} is damaged")
+                continue
+            about, leaves = found
+            if about["identity"] != self._identity:
+                raise RequestError(
+                    f"{self._folder} belongs to another run: its base weights, images or "
+                    "configuration differ; choose another --workdir"
+                )
+            return Checkpoint(about["position"], leaves, tuple(notes))
         if notes:
             raise RequestError(f"{self._folder}: no checkpoint is whole: {'; '.join(notes)}")
         return None
 
-    def _read(self, reader: ocp.CheckpointManager, number: int) -> Content | None:
+    def _read(self, number: int) -> Content | None:
         """Read one checkpoint; None if it is damaged, which is marked.
 
         Raises:
@@ -153,7 +154,7 @@ class Checkpoints:
         about, leaves, failed = {}, [], None
         try:
             # The shapes come from the checkpoint itself: `fill` compares them.
-            found = reader.restore(
+            found = self._reader.restore(
                 number,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardRestore(),  # pyright: ignore[reportCallIssue]
@@ -170,9 +171,11 @@ class Checkpoints:
         told = gather_json((damaged, failed and _reason(failed)))
         if told[0][0]:
             self._damaged.add(number)
+            mark = self._folder / f"{number}.damaged"
+            text = f"{told[0][1]}\nWithout this file, checkpoint {number} is read again.\n"
             if is_writer():
-                with written_whole(self._folder / f"{number}.damaged") as temporary:
-                    temporary.write_text(f"{told[0][1]}\n", "utf-8")
+                with suppress(WriteError), written_whole(mark) as temporary:
+                    temporary.write_text(text, "utf-8")
             return None
         if reasons := [reason for _, reason in told if reason]:
             raise RequestError(
@@ -190,6 +193,7 @@ class Checkpoints:
         try:
             self._manager.wait_until_finished()
             self._manager.close()
+            self._reader.close()
         except (OSError, ValueError) as error:
             raise self._failed(error) from error
 

@@ -204,14 +204,12 @@ def _open(folder: Path, about: list[Any]) -> Stored:
 
 
 def room() -> int:
-    """Bytes of features that the cache could take at most."""
-    try:
+    """Measure how many bytes of features the cache could take at most."""
+    with suppress(OSError, WriteError):
         path = cache_dir()
-        while not path.exists():
-            path = path.parent
-        return min(limit(), shutil.disk_usage(path).free)
-    except (OSError, WriteError):
-        return 0
+        there = next(part for part in (path, *path.parents) if part.exists())
+        return min(limit(), shutil.disk_usage(there).free)
+    return 0
 
 
 def _make_room(parent: Path, size: int) -> None:
