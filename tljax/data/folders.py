@@ -105,7 +105,7 @@ def open_labelled_folder(path: Path) -> Source:
     Raises:
         RequestError: the folder is missing, holds no file or no class folders.
     """
-    _, val = (path.is_dir() and train_and_val(path)) or (path, None)
+    _, val = train_and_val(path) or (path, None)
     source = open_folder(val or path)
     if not source.classes:
         raise RequestError(
