@@ -66,7 +66,14 @@ def _fetch(url: str, path: Path, published: str, what: str) -> Path:
 
 
 def _check(path: Path, where: str, published: str, what: str, advice: str = "") -> None:
-    """Compares a file with the beginning of its hash, after the name of the algorithm, if any."""
+    """Compares a file with the beginning of its hash, after the name of the algorithm, if any.
+
+    Raises:
+        RequestError: it is another file, or the page of a server that asks for a login, say.
+    """
+    with path.open("rb") as file:
+        if file.read(100).lstrip().lower().startswith((b"<!doctype html", b"<html")):
+            raise RequestError(f"{where} leads to a web page, not to weights")
     algorithm, _, beginning = published.partition(":")
     if published and not (found := digest(path, algorithm)).startswith(beginning):
         raise RequestError(
