@@ -55,25 +55,19 @@ def fetch_url(url: str) -> Path:
 
 
 def _fetch(url: str, path: Path, published: str, what: str) -> Path:
-    download(
-        url,
-        path,
-        lambda file: _check(file, url, published, what),
-        limit=_LARGEST,
-        ask="never" if published else "by tag",
-    )
+    def check(file: Path) -> None:
+        with file.open("rb") as opened:
+            beginning = opened.read(100).lstrip().lower()
+        if beginning.startswith((b"<!doctype html", b"<html")):  # to log in, say
+            raise RequestError(f"{url} leads to a web page, not to weights")
+        _check(file, url, published, what)
+
+    download(url, path, check, limit=_LARGEST, ask="never" if published else "by tag")
     return path
 
 
 def _check(path: Path, where: str, published: str, what: str, advice: str = "") -> None:
-    """Compares a file with the beginning of its hash, after the name of the algorithm, if any.
-
-    Raises:
-        RequestError: it is another file, or the page of a server that asks for a login, say.
-    """
-    with path.open("rb") as file:
-        if file.read(100).lstrip().lower().startswith((b"<!doctype html", b"<html")):
-            raise RequestError(f"{where} leads to a web page, not to weights")
+    """Compares a file with the beginning of its hash, after the name of the algorithm, if any."""
     algorithm, _, beginning = published.partition(":")
     if published and not (found := digest(path, algorithm)).startswith(beginning):
         raise RequestError(
