@@ -52,14 +52,15 @@ class Config(cli.Common):
 
 def run(config: Config) -> dict[str, Any]:
     """Prints a table of accuracies; with a folder also writes pictures."""
-    from tljax.data.sources import as_path, open_folder, open_images, open_labelled
+    from tljax.data.sources import as_path, exists, open_folder, open_images, open_labelled
     from tljax.errors import RequestError
     from tljax.report import attacks, gallery
     from tljax.transfer import rundir
 
     notes: tuple[str, ...] = ()
     if config.images:
-        one_folder = len(config.images) == 1 and as_path(config.images[0]).is_dir()
+        path = as_path(config.images[0])
+        one_folder = len(config.images) == 1 and exists(path) and path.is_dir()
         source = open_folder(config.images[0]) if one_folder else open_images(config.images)
     elif config.data:
         source = open_labelled(config.data)

@@ -161,6 +161,15 @@ def test_download_happens_once(server: Server, resnet18: Pretrained, tmp_path: P
         load_pretrained("resnet18.a1_in1k")
 
 
+def test_a_web_page_is_not_kept(server: Server, tmp_path: Path) -> None:
+    server.data = b"\n<!DOCTYPE html><title>Log in</title>"
+    server.sent = len(server.data)
+    for weights in (server.url, "resnet18.a1_in1k"):
+        with pytest.raises(RequestError, match=r"net.pth leads to a web page, not to weights"):
+            load_pretrained(weights)
+    assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == []
+
+
 def test_half_a_download_leaves_nothing(server: Server, tmp_path: Path) -> None:
     server.sent //= 2
     with pytest.raises(RequestError, match=r"could not fetch http://127.*the connection closed"):

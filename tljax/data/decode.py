@@ -109,15 +109,15 @@ def read_images(paths: Sequence[str | PathLike[str]], preprocess: Preprocess) ->
             images[index] = decode(source.read(index), preprocess, remarks)
         except UnreadableImageError as error:
             raise UnreadableImageError(f"{name}: {error}") from error
-        for remark in remarks:
-            say(f"{name}: {remark}")
+        say(name, *remarks)
     return images
 
 
 @cache
-def say(remark: str) -> None:
-    """Print a remark on an image on stderr, once, however often the image is read."""
-    print(f"note: {remark}", file=sys.stderr)
+def say(name: str, *remarks: str) -> None:
+    """Print remarks on an image on stderr, once, however often the image is read."""
+    for remark in remarks:
+        print(f"note: {name}: {remark}", file=sys.stderr)
 
 
 def open_image(data: bytes) -> Image.Image:

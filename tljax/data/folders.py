@@ -4,7 +4,6 @@ import difflib
 import hashlib
 import os
 import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -106,7 +105,7 @@ def open_labelled_folder(path: Path) -> Source:
     Raises:
         RequestError: the folder is missing, holds no file or no class folders.
     """
-    _, val = (path.is_dir() and train_and_val(path)) or (path, None)
+    _, val = train_and_val(path) or (path, None)
     source = open_folder(val or path)
     if not source.classes:
         raise RequestError(
@@ -173,16 +172,13 @@ def _open_classes(path: Path) -> Source:
     # A link back to the data set or above it would bring in the other classes.
     above = {path.resolve(), *path.resolve().parents}
     files = [list(_files(folder, set(above))) for folder in folders]
-    labels = np.repeat(np.arange(len(folders), dtype=np.int32), [len(f) for f in files])
+    names = [normal(printable(folder.name)) for folder in folders]
+    # Folders of one name, in two forms of Unicode, are one class.
+    position = {name: index for index, name in enumerate(dict.fromkeys(names))}
+    of_folder = np.array([position[name] for name in names], np.int32)
+    labels = np.repeat(of_folder, [len(f) for f in files])
     paths = _checked(path, [file for of_class in files for file in of_class])
-    classes = tuple(normal(printable(folder.name)) for folder in folders)
-    name, times = Counter(classes).most_common(1)[0]
-    if times > 1:
-        raise RequestError(
-            f"{printable(path)} holds {times} folders called {name}, which are spelt alike in"
-            " Unicode: move their images into one"
-        )
-    return _file_source(paths, labels, classes)
+    return _file_source(paths, labels, tuple(position))
 
 
 def _unlabelled(paths: Sequence[Path]) -> Source:

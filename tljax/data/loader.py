@@ -179,9 +179,8 @@ def _iterate(
 ) -> Iterator[Batch]:
     with closing(iter(decoded)) as batches:
         for indices, (images, faults, remarks) in zip(rows, batches, strict=True):
-            for index, of_image in zip(indices, remarks, strict=True):
-                for remark in of_image:
-                    say(f"{source.names[index]}: {remark}")
+            for index in np.flatnonzero([*map(bool, remarks)]):
+                say(source.names[indices[index]], *remarks[index])
             bad = {int(i): fault for i, fault in zip(indices, faults, strict=True) if fault}
             if bad and on_bad_image == "fail":
                 index, fault = next(iter(bad.items()))

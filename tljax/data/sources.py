@@ -34,6 +34,7 @@ __all__ = [
     "Splits",
     "ambiguous",
     "as_path",
+    "exists",
     "has_validation",
     "match_classes",
     "open_folder",
@@ -89,7 +90,8 @@ def has_validation(spec: str) -> bool:
     """Whether a data set has a validation part, so that `open_splits` does not split it."""
     if is_hub(spec):
         return hub_has_validation(spec)
-    parts = train_and_val(as_path(spec)) if as_path(spec).is_dir() else None
+    path = as_path(spec)
+    parts = train_and_val(path) if exists(path) and path.is_dir() else None
     return parts is not None and parts[1] is not None
 
 

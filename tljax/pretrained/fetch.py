@@ -55,13 +55,14 @@ def fetch_url(url: str) -> Path:
 
 
 def _fetch(url: str, path: Path, published: str, what: str) -> Path:
-    download(
-        url,
-        path,
-        lambda file: _check(file, url, published, what),
-        limit=_LARGEST,
-        ask="never" if published else "by tag",
-    )
+    def check(file: Path) -> None:
+        with file.open("rb") as opened:
+            beginning = opened.read(100).lstrip().lower()
+        if beginning.startswith((b"<!doctype html", b"<html")):  # to log in, say
+            raise RequestError(f"{url} leads to a web page, not to weights")
+        _check(file, url, published, what)
+
+    download(url, path, check, limit=_LARGEST, ask="never" if published else "by tag")
     return path
 
 
