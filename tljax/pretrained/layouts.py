@@ -134,7 +134,7 @@ _WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_m
 _COPY = re.compile(r"(?:^|[._])(?:student|encoder_k|key|momentum|target|ema|avg)(?:[._]|$)")
 
 # What has matrices and trains a network that runs without it; what thop leaves in every module.
-_TRAINING = re.compile(r"queue|memory|proj|predict|proto|criterion|loss|metric|momentum|\w+_k\b")
+_TRAINING = re.compile(r"queue|memory|proj|predict|proto|criterion|loss|metric|teacher|\w+_k\b")
 _HEADS = re.compile(r"fc|head|classifier|mlp|last_linear")
 _COUNTERS = (".total_ops", ".total_params")
 
@@ -160,7 +160,7 @@ def _find(arrays: Mapping[str, np.ndarray], where: str, model: str | None) -> Id
     found = [_under(prefix, arrays, model) for prefix in likely]
     fits = [identity for identity in found if not any(identity.difference)]
     fits = [identity for identity in fits if not _COPY.search(identity.prefix)] or fits
-    if len(fits) > 1:
+    if len(fits) > 1 and fits[0].prefix:
         both = " and ".join(f"'{identity.prefix:.60}'" for identity in fits[:2])
         raise RequestError(f"{where} holds several networks, under {both}; save the one you mean")
     return min(fits or [whole, *found], key=lambda x: sum(map(len, x.difference)))
