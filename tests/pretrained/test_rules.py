@@ -283,6 +283,7 @@ def test_of_two_networks_neither_is_guessed() -> None:
         {"layer1.0.prelu.weight": VECTOR},
         {"layer1.2.conv1.weight": MATRIX},
         {"attention.weight": MATRIX},
+        {f"bn2.{name}": VECTOR for name in ("weight", "bias", "running_mean", "running_var")},
         {"fc2.weight": MATRIX, "fc2.bias": VECTOR},
         {"classifier.weight": MATRIX},
     ],
@@ -310,6 +311,12 @@ def test_the_prefix_is_named_where_a_tensor_is_missing(lost: str) -> None:
             "(its keys begin with 'module.encoder_q.')"
         )
     assert len(str(caught.value)) < 400
+
+
+def test_more_layers_of_keras_are_another_network() -> None:
+    arrays = shapes_of("keras_mobilenetv1_025", "keras") | {"batch_normalization_99/gamma": VECTOR}
+    with pytest.raises(RequestError, match="1 left over: batch_normalization_99/gamma"):
+        check(arrays, "net.h5")
 
 
 def test_a_million_prefixes_cost_no_more_time() -> None:

@@ -137,6 +137,7 @@ _COPY = re.compile(r"(?:^|[._])(?:student|encoder_k|key|momentum|target|ema|avg)
 _TRAINING = re.compile(r"queue|memory|proj|predict|proto|criterion|loss|metric|teacher|\w+_k\b")
 _HEADS = re.compile(r"fc|head|classifier|mlp|last_linear")
 _COUNTERS = (".total_ops", ".total_params")
+_OF_LAYERS = (".weight", ".bias", ".running_mean", ".running_var")
 
 
 def _find(arrays: Mapping[str, np.ndarray], where: str, model: str | None) -> Identity:
@@ -172,28 +173,29 @@ def _under(prefix: str, arrays: Mapping[str, np.ndarray], model: str | None) -> 
         key.removeprefix(prefix): array for key, array in arrays.items() if key.startswith(prefix)
     }
     found = identify(inside, model)
-    rules = layout_rules(found.model.name, found.layout)
     whole = found.model.num_classes > 0
     own = {
         rule.key.partition(".")[0]
-        for rule in rules
+        for rule in layout_rules(found.model.name, found.layout)
         if whole or not rule.path.startswith("params/head/")
     }
 
     def is_odd(key: str) -> bool:
         top, array = key.partition(".")[0], inside[key]
-        if top in own:
+        if top in own or "/" in key:
             return key.endswith(_COUNTERS)
-        is_vector = array.size <= max(array.shape, default=1)
-        return bool(is_vector or _TRAINING.match(top) or (not whole and _HEADS.match(top)))
+        if _TRAINING.match(top) or (not whole and _HEADS.match(top)):
+            return True
+        return array.size <= max(array.shape, default=1) and not key.endswith(_OF_LAYERS)
 
-    leftover = found.difference.leftover
-    ignored = [prefix + key for key in leftover if is_odd(key)]
-    ignored += counted(key for key in arrays if not key.startswith(prefix))
-    difference = found.difference._replace(
-        leftover=tuple(key for key in leftover if not is_odd(key))
+    odd = [key for key in found.difference.leftover if is_odd(key)]
+    leftover = tuple(key for key in found.difference.leftover if not is_odd(key))
+    outside = counted(key for key in arrays if not key.startswith(prefix))
+    return found._replace(
+        difference=found.difference._replace(leftover=leftover),
+        prefix=prefix,
+        ignored=(*(prefix + key for key in odd), *outside),
     )
-    return found._replace(difference=difference, prefix=prefix, ignored=tuple(ignored))
 
 
 def check(arrays: Mapping[str, np.ndarray], where: str, model: str | None = None) -> Identity:

@@ -205,15 +205,11 @@ def _load_folder(folder: Path, name: str, model: str | None) -> tuple[Pretrained
     if says_all:
         return loaded, True
     said = read_configs(folder, loaded.model)
+    notes = loaded.card.notes + said.notes
     found = Pretrained(
         replace(loaded.model, preprocess=said.preprocess or loaded.model.preprocess),
         loaded.variables,
-        replace(
-            loaded.card,
-            classes=said.classes,
-            licence=said.licence,
-            notes=(*loaded.card.notes, *said.notes),
-        ),
+        replace(loaded.card, classes=said.classes, licence=said.licence, notes=notes),
     )
     return found, said.preprocess is not None
 
