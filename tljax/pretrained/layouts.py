@@ -181,7 +181,7 @@ def _under(prefix: str, arrays: Mapping[str, np.ndarray], model: str | None) -> 
     }
 
     def is_odd(key: str) -> bool:
-        top, array = key.partition(".")[0], inside[key]
+        top, array = key.partition(".")[0], found.arrays[key]
         if top in own or "/" in key:
             return key.endswith(_COUNTERS)
         if _TRAINING.match(top) or (not whole and _HEADS.match(top)):
