@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from tljax.data.decode import decode
 from tljax.errors import RequestError
 from tljax.models import normalize
 from tljax.pretrained import Pretrained, export, imagenet_classes, load_pretrained
-from tljax.pretrained.configs import read_configs, write_configs
+from tljax.pretrained.configs import read_architecture, read_configs, write_configs
 from tljax.types import Preprocess
 
 
@@ -263,9 +264,24 @@ def test_names_of_classes(resnet18: Pretrained, exported: Path, tmp_path: Path) 
     by_index = {str(i): name for i, name in enumerate(names)}
     for said in ({"id2label": by_index}, {"label_names": names}):
         assert described(write(tmp_path / "config.json", **said), resnet18).classes == tuple(names)
-    for said in ({}, {"id2label": {"0": "only one"}}, {"label_names": names[:2]}):
-        classes = described(write(tmp_path / "config.json", **said), resnet18).classes
-        assert classes == tuple(f"class {i}" for i in range(7))
+    for said, count in (({}, 0), ({"id2label": {"0": "one"}}, 1), ({"label_names": names[:2]}, 2)):
+        found = described(write(tmp_path / "config.json", **said), resnet18)
+        assert found.classes == tuple(f"class {i}" for i in range(7))
+        note = f"its names are of {count} classes, and the head has 7 outputs"
+        assert found.notes == ((f"{tmp_path / 'config.json'}: {note}",) if count else ())
+
+
+def test_names_that_are_not_used_are_a_note(
+    resnet18: Pretrained, exported: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(exported, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["id2label"]["3"]
+    card = load_pretrained(write(tmp_path / "config.json", **config)).card
+    assert card.classes[3] == "class 3"
+    assert [note.partition(": ")[2] for note in card.notes] == [
+        "its names are of 6 classes, and the head has 7 outputs"
+    ]
 
 
 # --- what cannot be followed ---------------------------------------------------------------------
@@ -462,9 +478,31 @@ def test_arguments_of_timm_that_change_no_answer_are_taken(
 ) -> None:
     export(tmp_path / "model.safetensors", resnet18, "timm")
     usual = {"drop_rate": 0.3, "drop_path_rate": 0.1, "num_classes": 7, "in_chans": 3}
-    usual |= {"global_pool": "avg", "aa_layer": None, "output_stride": 32}
+    usual |= {"global_pool": "avg", "aa_layer": None, "output_stride": 32, "act_layer": "relu"}
+    usual |= {"norm_layer": "batchnorm2d", "img_size": 224, "features_only": False}
     write(tmp_path / "config.json", architecture="resnet18", global_pool="avg", model_args=usual)
     assert_same_variables(load_pretrained(tmp_path).variables, resnet18.variables)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "own", "other"),
+    [
+        ("mobilenetv2_050", {"act_layer": "relu6", "bn_eps": 1e-5, "pad_type": ""}, "silu"),
+        ("mobilenetv3_small_075", {"act_layer": "hard_swish", "fix_stem_head": False}, "relu6"),
+        ("tf_efficientnet_lite0", {"act_layer": "relu6", "bn_eps": 1e-3, "pad_type": "same"}, ""),
+        ("resnet18", {"act_layer": "relu", "global_pool": None}, "relu6"),
+    ],
+)
+def test_arguments_of_timm_that_repeat_the_default(
+    tmp_path: Path, architecture: str, own: dict[str, Any], other: str
+) -> None:
+    said = {"architecture": architecture, "global_pool": None}
+    assert read_architecture(write(tmp_path / "config.json", **said, model_args=own))
+    different = {"act_layer": other, "bn_eps": 1e-2, "pad_type": "valid", "fix_stem_head": True}
+    for key, value in different.items():
+        write(tmp_path / "config.json", **said, model_args={**own, key: value})
+        with pytest.raises(RequestError, match=f"model_args: {key} is "):
+            read_architecture(tmp_path)
 
 
 def test_one_output_is_two_classes_unless_it_is_a_regression(tmp_path: Path) -> None:

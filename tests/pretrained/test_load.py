@@ -1,5 +1,6 @@
 """Weights by name, hub id, file and folder; saved, exported, and loaded again."""
 
+import argparse
 import json
 import re
 import shutil
@@ -38,7 +39,8 @@ from tljax.pretrained import (
     save,
 )
 from tljax.pretrained.formats import read_tensors, write_safetensors
-from tljax.pretrained.layouts import LAYOUTS
+from tljax.pretrained.layouts import LAYOUTS, layout_rules
+from tljax.pretrained.rules import invert_rules
 from tljax.types import CAFFE, HALF, Preprocess, Variables
 
 
@@ -212,6 +214,35 @@ def test_native_file_knows_which_stages_were_dropped(
         lambda header: json.dumps(header | {"preprocess": header["preprocess"] | {"colour": 1}}),
         lambda header: json.dumps(header | {"dtype": "float17"}),
         lambda header: json.dumps(header | {"dropout": "much"}),
+        lambda header: json.dumps(header | {"dropout": 1.5}),
+        lambda header: json.dumps(header | {"dtype": "int8"}),
+        lambda header: json.dumps(header | {"head_after": "head" * 5000, "dtype": "x" * 5000}),
+        lambda header: json.dumps(header | {"card": header["card"] | {"colour": "blue"}}),
+        *(
+            lambda header, wrong=wrong: json.dumps(
+                header | {"preprocess": header["preprocess"] | wrong}
+            )
+            for wrong in (
+                {"size": 200_000, "resize": 200_000},
+                {"resize": 10_001},
+                {"size": 0},
+                {"size": -224},
+                {"size": 224.0},
+                {"size": True},
+                {"size": "224"},
+                {"size": 224, "resize": 223},
+                {"interpolation": "lanczos"},
+                {"interpolation": ["bicubic"]},
+                {"channel_order": "gbr"},
+                {"mean": [0.5, 0.5]},
+                {"mean": "0.5"},
+                {"mean": [0.5, 0.5, float("nan")]},
+                {"std": [0.5, 0.5, 0]},
+                {"std": [0.5, 0.5, -1]},
+                {"std": [0.5, 0.5, float("inf")]},
+                {"std": [0.5, 0.5, None]},
+            )
+        ),
     ],
 )
 def test_native_headers_that_are_damaged(
@@ -264,21 +295,23 @@ def test_one_output_is_read_as_a_sigmoid(tmp_path: Path, layout: str) -> None:
     assert load_pretrained(tmp_path / "two.safetensors").card.notes == ()
 
 
-def test_a_bare_file_says_which_networks_it_may_be(resnet18: Pretrained, tmp_path: Path) -> None:
-    """Blur pooling has no tensors."""
-    path = tmp_path / "bare.safetensors"
-    export(path, resnet18, "timm")
-    [note] = load_pretrained(path).card.notes
-    assert note == (
-        f"{path} is taken for resnet18; its tensors fit resnetblur18 as well, which tljax does not "
-        "build (pass --model resnet18 if it is none)"
-    )
-    assert load_pretrained(path, model="resnet18").card.notes == ()
-    assert [LAYOUTS[name]["timm"].twins(name) for name in ("resnet50d", "resnet152", "vgg16")] == [
-        ("resnetblur50d", "resnetaa50d"),
-        (),
-        (),
-    ]
+def test_what_lies_beside_the_weights_is_a_note(resnet18: Pretrained, tmp_path: Path) -> None:
+    """A checkpoint of a training script with a compiled network, and what it trained with."""
+    arrays = invert_rules(layout_rules("resnet18", "torchvision"), resnet18.variables)
+    state_dict = {f"_orig_mod.{key}": torch.from_numpy(array) for key, array in arrays.items()}
+    path = tmp_path / "checkpoint.pth.tar"
+    args = argparse.Namespace(model="resnet18", data=tmp_path)
+    for beside, notes in (
+        ({}, ()),
+        (
+            {"criterion.weight": torch.ones(7)},
+            (f"{path}: left out what resnet18 does without: criterion.weight",),
+        ),
+    ):
+        torch.save({"state_dict": {**state_dict, **beside}, "args": args, "epoch": 3}, path)
+        model, variables, card = load_pretrained(path)
+        assert (model.name, card.layout, card.notes) == ("resnet18", "torchvision", notes)
+        assert_same_variables(variables, resnet18.variables)
 
 
 # --- names ---------------------------------------------------------------------------------------

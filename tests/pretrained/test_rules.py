@@ -18,6 +18,7 @@ from tljax.pretrained.rules import CONV, DENSE, Rule, apply_rules, compare, inve
 from tljax.trees import flatten
 
 Arrays = dict[str, np.ndarray]
+VECTOR, MATRIX = np.ones(3, np.float32), np.ones((3, 3), np.float32)
 TORCHVISION = layout_rules("resnet18", "torchvision")
 SKELETON = abstract_variables(build_model("resnet18", 7))
 
@@ -176,17 +177,14 @@ def test_counters_of_batch_norm_are_neither(arrays: Arrays) -> None:
 @pytest.mark.parametrize("model", [None, "resnet50"])
 def test_a_file_of_something_else(model: str | None) -> None:
     """The message has an end, whatever the names in the file."""
-    other = {f"vit.blocks.{i}.{'x' * 500}\n.weight": np.zeros((2, 2), "f4") for i in range(200)}
-    for arrays, prefix in (
-        ({"encoder.weight": np.zeros((2, 2), "f4")}, "encoder."),
-        (other, "vit."),
-    ):
+    other = {f"vit.blocks.{i}.{'x' * 500}\n.weight": MATRIX for i in range(200)}
+    for arrays, prefix in (({"encoder.weight": MATRIX}, "encoder."), (other, "vit.")):
         with pytest.raises(RequestError) as caught:
             check(arrays, "net.pth", model)
         message = str(caught.value)
         assert re.match(
-            r"net.pth holds none of the networks that tljax knows; the nearest is \w+ \(\w+ keys\)\. "
-            r"\d+ missing: .* more\); \d+ left over: ",
+            r"net.pth holds none of the networks that tljax knows; the nearest is \w+ "
+            r"\(\w+ keys\)\. \d+ missing: .* more\); \d+ left over: ",
             message,
         )
         assert prefix in message
@@ -199,9 +197,6 @@ def test_a_file_of_something_else(model: str | None) -> None:
 
 def under(prefix: str, arrays: Arrays) -> Arrays:
     return {prefix + key: array for key, array in arrays.items()}
-
-
-VECTOR, MATRIX = np.ones(3, np.float32), np.ones((3, 3), np.float32)
 
 
 @pytest.mark.parametrize(
@@ -288,6 +283,7 @@ def test_of_two_networks_neither_is_guessed() -> None:
         {"layer1.0.prelu.weight": VECTOR},
         {"layer1.2.conv1.weight": MATRIX},
         {"attention.weight": MATRIX},
+        {f"bn2.{name}": VECTOR for name in ("weight", "bias", "running_mean", "running_var")},
         {"fc2.weight": MATRIX, "fc2.bias": VECTOR},
         {"classifier.weight": MATRIX},
     ],
@@ -315,6 +311,12 @@ def test_the_prefix_is_named_where_a_tensor_is_missing(lost: str) -> None:
             "(its keys begin with 'module.encoder_q.')"
         )
     assert len(str(caught.value)) < 400
+
+
+def test_more_layers_of_keras_are_another_network() -> None:
+    arrays = shapes_of("keras_mobilenetv1_025", "keras") | {"batch_normalization_99/gamma": VECTOR}
+    with pytest.raises(RequestError, match="1 left over: batch_normalization_99/gamma"):
+        check(arrays, "net.h5")
 
 
 def test_a_million_prefixes_cost_no_more_time() -> None:

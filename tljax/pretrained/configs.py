@@ -8,7 +8,7 @@ import json
 import math
 import reprlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,12 +31,13 @@ _OWN_PROCESSORS = {"mobilenet_v1": "MobileNetV1", "mobilenet_v2": "MobileNetV2"}
 _ARGUMENTS = {
     "aa_layer": (None,),
     "features_only": (False,),
-    "global_pool": ("avg", "fast", "fastavg"),
+    "fix_stem_head": (False,),
+    "global_pool": ("avg", "fast", "fastavg", None),
     "in_chans": (3,),
     "output_stride": (32,),
 }
 _HARMLESS_ARGUMENTS = (
-    *("num_classes", "drop_rate", "drop_path_rate", "drop_block_rate", "bn_momentum"),
+    *("num_classes", "drop_rate", "drop_path_rate", "drop_block_rate", "bn_momentum", "img_size"),
     *("zero_init_last", "aux_logits", "pretrained", "checkpoint_path", "scriptable", "exportable"),
 )
 
@@ -51,11 +52,13 @@ class Described(NamedTuple):
         classes: a name for every logit.
         preprocess: what the weights expect to see; None if no file says.
         licence: as the files name it, or "unknown".
+        notes: a remark on names that are not those of the logits.
     """
 
     classes: tuple[str, ...]
     preprocess: Preprocess | None
     licence: str
+    notes: tuple[str, ...]
 
 
 def read_configs(folder: Path, model: Model) -> Described:
@@ -84,7 +87,8 @@ def read_configs(folder: Path, model: Model) -> Described:
         preprocess = _huggingface_preprocess(processor, own)
     source = timm if timm.values else config
     licence = source.get("license", lambda value: isinstance(value, str), "a text", "unknown")
-    return Described(_classes(config, timm, model.num_classes), preprocess, licence)
+    classes, notes = _classes(config, timm, model.num_classes)
+    return Described(classes, preprocess, licence, notes)
 
 
 def read_architecture(folder: Path) -> str | None:
@@ -203,11 +207,19 @@ def _check_architecture(config: _Section, name: str) -> None:
 
 def _check_arguments(config: _Section) -> None:
     """Refuses what timm was asked to build otherwise than it does by default."""
+    name = str(config.values.get("architecture"))
+    is_mobile, is_tf = "mobilenet" in name or "lite" in name, name.startswith("tf_")
+    arguments_of = _ARGUMENTS | {
+        "act_layer": ("hard_swish" if "netv3" in name else "relu6" if is_mobile else "relu",),
+        "bn_eps": (1e-3 if is_tf else 1e-5,),
+        "norm_layer": () if "resnetv2" in name else ("batchnorm2d", "batchnorm"),
+        "pad_type": ("same" if is_tf else "",),
+    }
     arguments, cfg = config.section("model_args"), config.section("pretrained_cfg")
     said = [(arguments.where, key, value) for key, value in arguments.values.items()]
     said += [(x.where, "global_pool", x.values.get("global_pool", "avg")) for x in (config, cfg)]
     for where, key, value in said:
-        built = _ARGUMENTS.get(key, ())
+        built = arguments_of.get(key, ())
         if key not in _HARMLESS_ARGUMENTS and value not in built:
             only = f"where it is {built[0]!r}" if built else "that timm builds without it"
             raise RequestError(
@@ -239,7 +251,10 @@ def _check_outputs(config: _Section, count: int) -> None:
 # --- classes -------------------------------------------------------------------------------------
 
 
-def _classes(config: _Section, timm: _Section, count: int) -> tuple[str, ...]:
+def _classes(
+    config: _Section, timm: _Section, count: int
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The names of the logits, and a remark if there are names that cannot be theirs."""
     by_index = config.get("id2label", lambda value: isinstance(value, dict), "an object", {})
     section = config if "label_names" in config.values else timm
     in_order = section.get("label_names", lambda value: isinstance(value, list), "a list", [])
@@ -248,12 +263,14 @@ def _classes(config: _Section, timm: _Section, count: int) -> tuple[str, ...]:
     elif len(in_order) == count:
         names = in_order
     else:
-        return default_classes(count)
+        said = len(by_index) or len(in_order)
+        note = f"{config.where}: its names are of {said} classes, and the head has {count} outputs"
+        return default_classes(count), (note,) if said else ()
     for i, name in enumerate(names):
         if not isinstance(name, str):
             found = reprlib.repr(name)
             raise config.refusal(f"class {i} of {count} has no name but {found}; correct it")
-    return tuple(names)
+    return tuple(names), ()
 
 
 # --- preprocessing -------------------------------------------------------------------------------
@@ -326,6 +343,16 @@ def _side(processor: _Section, key: str, *names: str) -> int:
     expected = "n or {" + ", ".join(f"'{name}': n" for name in names) + "} with n in pixels"
     value = processor.get(key, good, expected)
     return value[names[0]] if isinstance(value, dict) else value
+
+
+def is_sound(preprocess: Preprocess) -> bool:
+    """Return whether the values, which a file may give, make sense."""
+    size, resize, interpolation, mean, std, channel_order = astuple(preprocess)
+    return (
+        (_is_side(size) and _is_side(resize) and size <= resize)
+        and (interpolation in _PILLOW_FILTERS.values() and channel_order in ("rgb", "bgr"))
+        and (len(mean) == len(std) == 3 and all(map(_is_number, (*mean, *std))) and min(std) > 0)
+    )
 
 
 def _mean_and_std(section: _Section, mean: str, std: str) -> tuple[Any, Any]:

@@ -134,9 +134,10 @@ _WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_m
 _COPY = re.compile(r"(?:^|[._])(?:student|encoder_k|key|momentum|target|ema|avg)(?:[._]|$)")
 
 # What has matrices and trains a network that runs without it; what thop leaves in every module.
-_TRAINING = re.compile(r"queue|memory|proj|predict|proto|criterion|loss|metric|momentum|\w+_k\b")
+_TRAINING = re.compile(r"queue|memory|proj|predict|proto|criterion|loss|metric|teacher|\w+_k\b")
 _HEADS = re.compile(r"fc|head|classifier|mlp|last_linear")
 _COUNTERS = (".total_ops", ".total_params")
+_OF_LAYERS = (".weight", ".bias", ".running_mean", ".running_var")
 
 
 def _find(arrays: Mapping[str, np.ndarray], where: str, model: str | None) -> Identity:
@@ -160,7 +161,7 @@ def _find(arrays: Mapping[str, np.ndarray], where: str, model: str | None) -> Id
     found = [_under(prefix, arrays, model) for prefix in likely]
     fits = [identity for identity in found if not any(identity.difference)]
     fits = [identity for identity in fits if not _COPY.search(identity.prefix)] or fits
-    if len(fits) > 1:
+    if len(fits) > 1 and fits[0].prefix:
         both = " and ".join(f"'{identity.prefix:.60}'" for identity in fits[:2])
         raise RequestError(f"{where} holds several networks, under {both}; save the one you mean")
     return min(fits or [whole, *found], key=lambda x: sum(map(len, x.difference)))
@@ -172,28 +173,29 @@ def _under(prefix: str, arrays: Mapping[str, np.ndarray], model: str | None) -> 
         key.removeprefix(prefix): array for key, array in arrays.items() if key.startswith(prefix)
     }
     found = identify(inside, model)
-    rules = layout_rules(found.model.name, found.layout)
     whole = found.model.num_classes > 0
     own = {
         rule.key.partition(".")[0]
-        for rule in rules
+        for rule in layout_rules(found.model.name, found.layout)
         if whole or not rule.path.startswith("params/head/")
     }
 
     def is_odd(key: str) -> bool:
-        top, array = key.partition(".")[0], inside[key]
-        if top in own:
+        top, array = key.partition(".")[0], found.arrays[key]
+        if top in own or "/" in key:
             return key.endswith(_COUNTERS)
-        is_vector = array.size <= max(array.shape, default=1)
-        return bool(is_vector or _TRAINING.match(top) or (not whole and _HEADS.match(top)))
+        if _TRAINING.match(top) or (not whole and _HEADS.match(top)):
+            return True
+        return array.size <= max(array.shape, default=1) and not key.endswith(_OF_LAYERS)
 
-    leftover = found.difference.leftover
-    ignored = [prefix + key for key in leftover if is_odd(key)]
-    ignored += counted(key for key in arrays if not key.startswith(prefix))
-    difference = found.difference._replace(
-        leftover=tuple(key for key in leftover if not is_odd(key))
+    odd = [key for key in found.difference.leftover if is_odd(key)]
+    leftover = tuple(key for key in found.difference.leftover if not is_odd(key))
+    outside = counted(key for key in arrays if not key.startswith(prefix))
+    return found._replace(
+        difference=found.difference._replace(leftover=leftover),
+        prefix=prefix,
+        ignored=(*(prefix + key for key in odd), *outside),
     )
-    return found._replace(difference=difference, prefix=prefix, ignored=tuple(ignored))
 
 
 def check(arrays: Mapping[str, np.ndarray], where: str, model: str | None = None) -> Identity:

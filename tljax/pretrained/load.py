@@ -7,15 +7,16 @@ from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from itertools import takewhile
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import jax
 import numpy as np
 
+from tljax.config import Dtype
 from tljax.errors import RequestError
 from tljax.models import MODELS, Model, abstract_variables, build_model, replace_head
 from tljax.pretrained.catalog import CATALOG, Entry, catalog_name, default_classes
-from tljax.pretrained.configs import read_architecture, read_configs, write_configs
+from tljax.pretrained.configs import is_sound, read_architecture, read_configs, write_configs
 from tljax.pretrained.fetch import fetch, fetch_hub, fetch_url
 from tljax.pretrained.formats import (
     Tensors,
@@ -105,7 +106,8 @@ def load_pretrained(
             ``.keras``; also xz-compressed); a folder written by ``save_pretrained``; a run
             directory of ``scripts/train.py``.
         model: the architecture that the weights must be; by default any. A bare file whose tensors
-            fit two networks does not say which it is.
+            fit two networks does not say which it is; a timm ResNet whose strides blur or average
+            (resnetblur50, resnetaa50) has the tensors of ours, and only its config.json tells.
         normalization: of `NORMALIZATIONS`, what a bare file expects, which says nothing of it; by
             default what is usual for its architecture and format.
 
@@ -203,10 +205,11 @@ def _load_folder(folder: Path, name: str, model: str | None) -> tuple[Pretrained
     if says_all:
         return loaded, True
     said = read_configs(folder, loaded.model)
+    notes = loaded.card.notes + said.notes
     found = Pretrained(
         replace(loaded.model, preprocess=said.preprocess or loaded.model.preprocess),
         loaded.variables,
-        replace(loaded.card, classes=said.classes, licence=said.licence),
+        replace(loaded.card, classes=said.classes, licence=said.licence, notes=notes),
     )
     return found, said.preprocess is not None
 
@@ -261,16 +264,18 @@ def _load_native(path: Path, tensors: Tensors, model: str | None) -> Pretrained:
     try:
         header = json.loads(tensors.metadata["tljax"])
         name = str(header["model"])
-        card = Card(**{**header["card"], "classes": tuple(header["card"]["classes"])})
+        classes = tuple(map(str, header["card"]["classes"]))
+        card = Card(**{**header["card"], "classes": classes, "notes": ()})
         of_image = {key: tuple(header["preprocess"][key]) for key in ("mean", "std")}
         preprocess = Preprocess(**{**header["preprocess"], **of_image})
         # The first files had neither of these.
         dtype = np.dtype(header.get("dtype", "float32")).name
         dropout = float(header.get("dropout", 0))
         after = None if header.get("head_after") is None else str(header["head_after"])
+        _require(is_sound(preprocess) and 0 <= dropout < 1 and dtype in get_args(Dtype), header)
     except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
         raise RequestError(
-            f"{path}: its tljax header is damaged ({error!r:.80}); write or fetch the file again"
+            f"{path}: its tljax header is damaged ({error!r:.200}); write or fetch the file again"
         ) from error
     if model not in (None, name):
         raise RequestError(f"{path} holds {name}, not {model}")
@@ -284,6 +289,12 @@ def _load_native(path: Path, tensors: Tensors, model: str | None) -> Pretrained:
         raise RequestError(f"{path} does not fit {name}: {difference}")
     variables = apply_rules(rules, tensors.arrays, expected)
     return Pretrained(replace(built, preprocess=preprocess, dtype=dtype), variables, card)
+
+
+def _require(sound: bool, header: dict[str, object]) -> None:
+    if not sound:
+        about = {key: header.get(key) for key in ("preprocess", "dtype", "dropout")}
+        raise ValueError(about)
 
 
 def save(path: Path, pretrained: Pretrained) -> None:

@@ -1,7 +1,5 @@
 """Key tables of ResNet: torchvision (timm's are the same) and Hugging Face transformers."""
 
-import re
-
 from tljax.models.resnet import VARIANTS, Bottleneck
 from tljax.pretrained.rules import Config, Layout, Rules, conv_norm, dense
 
@@ -78,18 +76,8 @@ def huggingface_config(name: str) -> Config:
     }
 
 
-_BLURRED = ("resnetblur18", "resnetblur50", "resnetblur50d", "resnetblur101d")
-_AVERAGED = ("resnetaa34d", "resnetaa50", "resnetaa50d", "resnetaa101d")
-
-
-def twins(name: str) -> tuple[str, ...]:
-    """Timm's networks whose strides are behind a blur or an average, which have no tensors."""
-    known = (*_BLURRED, *_AVERAGED)
-    return tuple(twin for twin in known if re.sub("blur|aa", "", twin) == name)
-
-
 _PLAIN = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
-_TORCHVISION = Layout(torchvision, twins=twins)
+_TORCHVISION = Layout(torchvision)
 
 
 def _layouts(name: str) -> dict[str, Layout]:
