@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tljax.errors import RequestError
-from tljax.models import MODELS, Model, abstract_variables, build_model
+from tljax.models import MODELS, Model, abstract_variables, build_model, with_head
 from tljax.pretrained import (
     bit,
     efficientnet,
@@ -21,6 +21,7 @@ from tljax.pretrained import (
     xception,
 )
 from tljax.pretrained.rules import Difference, Layout, Rules, compare, counted
+from tljax.trees import flatten
 
 _FAMILIES = (resnet, bit, inception, xception, efficientnet, vgg, mobilenet, keras)
 
@@ -48,6 +49,12 @@ def layout_rules(model: str, layout: str) -> Rules:
     return LAYOUTS[model][layout].table(model)
 
 
+def table(model: Model, layout: str) -> Rules:
+    """Return the part of a layout's table that is of the stages that a model has."""
+    paths = flatten(abstract_variables(model))
+    return tuple(rule for rule in layout_rules(model.name, layout) if rule.path in paths)
+
+
 class Identity(NamedTuple):
     """What a file holds, as far as its keys and shapes tell.
 
@@ -55,11 +62,13 @@ class Identity(NamedTuple):
         model: with as many classes as the file's head, and the layout's usual preprocessing.
         layout: key of `LAYOUTS`.
         difference: empty if it fits.
+        arrays: the tensors of the network, by the keys of the layout.
     """
 
     model: Model
     layout: str
     difference: Difference
+    arrays: Mapping[str, np.ndarray]
 
 
 def identify(arrays: Mapping[str, np.ndarray], model: str | None = None) -> Identity:
@@ -70,7 +79,7 @@ def identify(arrays: Mapping[str, np.ndarray], model: str | None = None) -> Iden
         model: only consider this one.
     """
     candidates = [
-        (len({*counted(arrays, found.ignore)} ^ _keys(name, layout)), name, layout)
+        (len({*counted(arrays, found.ignore)} ^ _part(arrays, name, layout).keys), name, layout)
         for name in ([model] if model else MODELS)
         for layout, found in LAYOUTS[name].items()
     ]
@@ -88,9 +97,51 @@ def identify(arrays: Mapping[str, np.ndarray], model: str | None = None) -> Iden
     return best
 
 
+class _Part(NamedTuple):
+    """What a file may hold of a network: all of it, or no head.
+
+    Attributes:
+        keys: of all stages that it has.
+        last: those of the last of them alone.
+        after: that stage; None for the whole network.
+        unnamed: what all keys begin with, and is left out of them here.
+    """
+
+    keys: frozenset[str]
+    last: frozenset[str]
+    after: str | None
+    unnamed: str = ""
+
+
 @cache
-def _keys(model: str, layout: str) -> frozenset[str]:
-    return frozenset(rule.key for rule in layout_rules(model, layout))
+def _parts(model: str, layout: str) -> tuple[_Part, ...]:
+    """The whole network; without its head; without the hidden layers before that, one by one.
+
+    What remains at least ends with the last map, whose average the features are then. Its keys may
+    lack the name of the module that holds it, as ``resnet.`` in transformers' `ResNetModel`.
+    """
+    stages = build_model(model).stage_names
+    of_stage: dict[str, set[str]] = {stage: set() for stage in stages}
+    for rule in layout_rules(model, layout):
+        of_stage[rule.path.split("/")[1]].add(rule.key)
+    parts = []
+    for count in range(len(stages), stages.index("pool") - 1, -1):
+        keys = frozenset[str]().union(*(of_stage[stage] for stage in stages[:count]))
+        last = stages[count - 1]
+        if of_stage[last]:
+            parts.append(_Part(keys, frozenset(of_stage[last]), last if parts else None))
+    named = {key.partition(".")[0] for key in parts[-1].keys}
+    if len(named) == 1:
+        unnamed = f"{named.pop()}."
+        keys = frozenset(key.removeprefix(unnamed) for key in parts[-1].keys)
+        parts.append(parts[-1]._replace(keys=keys, unnamed=unnamed))
+    return tuple(parts)
+
+
+def _part(arrays: Mapping[str, np.ndarray], model: str, layout: str) -> _Part:
+    """The largest part of whose last stage a file has a tensor; else the least."""
+    parts = _parts(model, layout)
+    return next((part for part in parts if not part.last.isdisjoint(arrays)), parts[-1])
 
 
 def bias_of_head(rules: Rules) -> str:
@@ -100,13 +151,16 @@ def bias_of_head(rules: Rules) -> str:
 
 def _compare(arrays: Mapping[str, np.ndarray], name: str, layout: str) -> Identity:
     rules = layout_rules(name, layout)
+    part, found = _part(arrays, name, layout), LAYOUTS[name][layout]
+    arrays = {part.unnamed + key: array for key, array in arrays.items()}
     head = bias_of_head(rules)
-    num_classes = arrays[head].size if head in arrays else 1000
-    found = LAYOUTS[name][layout]
-    model = build_model(name, num_classes)
+    model = build_model(name, arrays[head].size if head in arrays else 1000)
+    if part.after:
+        model = with_head(model, 0, after=part.after)
     if found.preprocess:
         model = replace(model, preprocess=found.preprocess)
-    return Identity(model, layout, compare(rules, arrays, abstract_variables(model), found.ignore))
+    rules, skeleton = table(model, layout), abstract_variables(model)
+    return Identity(model, layout, compare(rules, arrays, skeleton, found.ignore), arrays)
 
 
 def check(arrays: Mapping[str, np.ndarray], where: str, model: str | None = None) -> Identity:
@@ -129,7 +183,7 @@ def check(arrays: Mapping[str, np.ndarray], where: str, model: str | None = None
     if other and other.model.name != model and not any(other.difference):
         reasons = "; ".join(_block_counts(found, other))
         message += f": it looks like {other.model.name}" + (f" ({reasons})" if reasons else "")
-    elif len(found.difference.missing) == len(layout_rules(found.model.name, found.layout)):
+    elif len(found.difference.missing) == len(table(found.model, found.layout)):
         message = f"{where} holds none of the networks that tljax knows ({', '.join(MODELS)})"
     raise RequestError(f"{message}. {found.difference}")
 

@@ -128,7 +128,7 @@ def _with_outputs(
 ) -> tuple[Model, Variables]:
     """The port with a head of one output where the reference has one, of which we made two."""
     model, variables, _ = pretrained
-    outputs = theirs[bias_of_head(rules)].size
+    outputs = theirs[bias_of_head(rules)].size if model.num_classes else 0
     if outputs == model.num_classes or outputs != 1:
         return model, variables
     head = {k: x[..., 1:] - x[..., :1] for k, x in variables["params"]["head"].items()}

@@ -78,7 +78,7 @@ def ideal_pictures(
     Raises:
         RequestError: no class, or an unknown one.
     """
-    model, variables, card = network
+    model, variables, card = network.with_classes()
     if not classes:
         raise RequestError("name at least one class")
     labels = np.repeat([card.index_of(name) for name in classes], 2)
@@ -131,7 +131,7 @@ def explanation_pictures(
         RequestError: an unknown class, or a missing file.
         UnreadableImageError: a file that is no image.
     """
-    model, variables, card = network
+    model, variables, card = network.with_classes()
     *_, top = map_stages(model, variables)
     after = model.stage_names[model.position(top) + 1]
     window = max(1, model.preprocess.size // 7)
