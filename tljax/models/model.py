@@ -259,6 +259,7 @@ def layer_outputs(model: Model, variables: Variables, images: Array) -> OrderedD
     For comparing a port with its source layer by layer; an activation is not part of its layer.
     In the order of the network.
     """
+    layers = (*LAYERS, LinearHead) if model.num_classes else LAYERS
     x: Any = normalize(images, model.preprocess, model.dtype)
     outputs = OrderedDict[str, jax.Array]()  # jit would sort the keys of a dictionary
     for name, module in model.stages:
@@ -266,7 +267,7 @@ def layer_outputs(model: Model, variables: Variables, images: Array) -> OrderedD
             _of_stage(variables, name),
             x,
             False,
-            capture_intermediates=lambda m, _: isinstance(m, (*LAYERS, LinearHead)),
+            capture_intermediates=lambda m, _: isinstance(m, layers),
             mutable=["intermediates"],
         )
         for path, values in flatten(state.get("intermediates") or {}).items():

@@ -26,7 +26,7 @@ from tljax.pretrained.formats import (
 )
 from tljax.pretrained.keras import layer_names
 from tljax.pretrained.keras_graph import read_graph
-from tljax.pretrained.layouts import LAYOUTS, Identity, check, table
+from tljax.pretrained.layouts import LAYOUTS, Identity, check, identify, table
 from tljax.pretrained.rules import Rule, Rules, apply_rules, compare, invert_rules
 from tljax.trees import flatten
 from tljax.types import NORMALIZATIONS, Preprocess, Variables
@@ -264,11 +264,13 @@ def _identify_keras(
         found = check(arrays, where, model)
         return found, table(found.model, found.layout)
     except RequestError:
-        if not dense:
+        backbone = {key: a for key, a in arrays.items() if key.partition("/")[0] not in dense}
+        found = identify(backbone, model)
+        if found.difference.leftover and not found.difference.missing:
+            read_graph(graph, where, found.model)  # names the first layer that is one too many
+        if not dense or any(found.difference):
             raise
         *_, head = dense
-        backbone = {key: a for key, a in arrays.items() if key.partition("/")[0] not in dense}
-        found = check(backbone, where, model)
     built = with_head(found.model, arrays[f"{head}/bias"].size)
     read_graph(graph, where, built)  # names the layer that is one too many
     rules = table(found.model, found.layout)
