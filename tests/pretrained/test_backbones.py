@@ -38,12 +38,12 @@ def without(path: Path, name: str, layout: str, stages: tuple[str, ...], target:
 
 QUICK = [
     ("resnet18", "torchvision", ("head",), "pool"),
-    ("mobilenetv2_050", "timm", ("head",), "pool"),
-    ("mobilenetv3_small_050", "timm", ("head",), "hidden"),
     ("mobilenetv3_small_050", "timm", ("hidden", "head"), "pool"),
-    ("tf_mobilenetv2_035", "huggingface", ("head",), "pool"),
 ]
 SLOW = [
+    ("mobilenetv2_050", "timm", ("head",), "pool"),
+    ("mobilenetv3_small_050", "timm", ("head",), "hidden"),
+    ("tf_mobilenetv2_035", "huggingface", ("head",), "pool"),
     ("resnet50", "huggingface", ("head",), "pool"),
     ("resnet50d", "timm", ("head",), "pool"),
     ("efficientnet_lite0", "efficientnet_pytorch", ("head",), "pool"),
@@ -95,7 +95,7 @@ def test_the_backbones_of_transformers_have_no_name_before_their_keys(tmp_path: 
 @pytest.mark.parametrize(
     ("name", "pooling", "size"),
     [
-        ("tf_mobilenetv3_small_075", None, (97, 65)),
+        pytest.param("tf_mobilenetv3_small_075", None, (97, 65), marks=pytest.mark.slow),
         ("tf_mobilenetv2_035", "avg", (97, 65)),
         pytest.param("keras_resnet50v2", None, (97, 65), marks=pytest.mark.slow),
         pytest.param("keras_inception_v3", "avg", (139, 97), marks=pytest.mark.slow),
@@ -151,6 +151,7 @@ def test_a_backbone_comes_back_as_it_was_written(
         assert max(layer.difference for layer in verify(found)) <= TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", ["block5", "fc1"])
 def test_a_network_cut_behind_a_stage_comes_back(tmp_path: Path, after: str) -> None:
     whole = random_pretrained("vgg11")
@@ -241,7 +242,7 @@ def averaged(*head: Any) -> Callable[[Any], Any]:
     [
         ("tf_mobilenetv2_035", True),
         ("tf_mobilenetv2_035", False),
-        ("tf_mobilenetv3_small_075", True),
+        pytest.param("tf_mobilenetv3_small_075", True, marks=pytest.mark.slow),
         pytest.param("vgg16", True, marks=pytest.mark.slow),
         pytest.param("keras_resnet50v2", True, marks=pytest.mark.slow),
         pytest.param("keras_mobilenetv1_025", True, marks=pytest.mark.slow),
@@ -260,11 +261,11 @@ def test_a_base_model_that_is_a_layer_is_read(
     save(tmp_path / "again.safetensors", found)
     again = load_pretrained(tmp_path / "again.safetensors")
     assert again.model == found.model
-    with pytest.raises(RequestError, match="is a model within it: verify|keras cannot load"):
+    with pytest.raises(RequestError, match=r"is a model within it: verify|keras cannot load"):
         verify(found)
 
 
-@pytest.mark.parametrize("form", ["keras", "h5"])
+@pytest.mark.parametrize("form", ["keras", pytest.param("h5", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("head", "message"),
     [
@@ -285,7 +286,10 @@ def test_a_head_that_is_not_linear_is_named(
 
 def test_a_base_model_in_training_mode_is_refused(tmp_path: Path) -> None:
     base = keras.applications.MobileNetV2(
-        input_shape=(64, 64, 3), weights=None, include_top=False, alpha=0.35
+        input_shape=(64, 64, 3),
+        weights=None,  # pyright: ignore[reportArgumentType]
+        include_top=False,
+        alpha=0.35,
     )
     image = keras.Input((64, 64, 3))
     keras.Model(image, averaged(layers.Dense(5))(base(image, training=True))).save(
