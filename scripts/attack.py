@@ -68,7 +68,7 @@ def run(config: Config) -> dict[str, Any]:
         source, notes = rundir.open_validation(config.workdir)
     else:
         raise RequestError("name what to attack: images, --data FOLDER or --workdir RUN")
-    network = config.load(config.workdir)
+    network = config.load(config.workdir).with_classes()
     target = None if config.target is None else network.card.index_of(config.target)
     chosen = attacks.choose_attacks(
         config.attacks, norm=config.norm, num_steps=config.steps, target=target

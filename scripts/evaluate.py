@@ -38,7 +38,7 @@ def run(config: Config) -> dict[str, Any]:
         source, of_data = rundir.open_validation(config.workdir)
     else:
         raise RequestError("name what to measure on: --data FOLDER, or --workdir RUN")
-    model, variables, card = config.load(config.workdir)
+    model, variables, card = config.load(config.workdir).with_classes()
     names = names_like(card.classes, source.classes)
     same = ambiguous(source.classes, names)
     source, notes = match_classes(source, names)

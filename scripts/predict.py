@@ -33,7 +33,7 @@ def run(config: Config) -> dict[str, Any]:
     if not config.images:
         raise RequestError("name at least one file, folder or URL")
     source = open_images(config.images)
-    model, variables, card = config.load()
+    model, variables, card = config.load().with_classes()
     logits = compute_features(
         model, variables, source, config.loading, stop=None, description="predict"
     )

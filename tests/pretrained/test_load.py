@@ -28,7 +28,7 @@ from references import FAST
 from transformers import AutoModelForImageClassification
 
 from tljax.errors import RequestError
-from tljax.models import Model, init, normalize, replace_head
+from tljax.models import Model, normalize, replace_head
 from tljax.models import model as network
 from tljax.pretrained import (
     Card,
@@ -267,12 +267,13 @@ def test_a_network_is_traced_once(
     export(tmp_path / "x.safetensors", resnet18, "torchvision")
     traced = []
 
-    def trace(model: Model, key: jax.Array) -> Variables:
+    def trace(model: Model, key: jax.Array) -> tuple[Variables, jax.Array]:
         traced.append(model)
-        return init(model, key)
+        return build(model, key)
 
-    monkeypatch.setattr(network, "init", trace)
-    network._skeleton.cache_clear()
+    build = network._build
+    monkeypatch.setattr(network, "_build", trace)
+    network._traced.cache_clear()
     load_pretrained(tmp_path / "x.safetensors")
     assert len(traced) == 1
 

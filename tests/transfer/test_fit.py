@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 import tiny
 from engine import LOADING, config, everything, splits, train
+from flax import linen as nn
 
 import tljax.transfer.fit as fit_module
 import tljax.transfer.setup as preparation
 from tljax.config import AugmentConfig
 from tljax.data.loader import batch_rows
 from tljax.errors import DivergenceError, RequestError
+from tljax.models import replace_head
 from tljax.transfer import rundir
 from tljax.transfer.checkpoint import Checkpoints
 from tljax.transfer.inputs import Inputs
@@ -347,3 +349,40 @@ def test_what_is_frozen_may_be_held_in_half_precision_and_is_returned_whole():
     for path, leaf in flatten(found.variables).items():
         if "/stem/" in path:
             np.testing.assert_array_equal(leaf, before[path], strict=True)
+
+
+# --- other heads ----------------------------------------------------------------------------------
+
+
+class TwoLayers(nn.Module):
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, x, train):
+        return nn.Dense(self.num_classes)(nn.relu(nn.Dense(4)(x)))
+
+
+def two_layers(model, variables, classes):
+    *body, old = model.stages
+    head = TwoLayers(classes)
+    params = head.init(jax.random.key(0), np.zeros((1, 12)), False)["params"]
+    variables = {**variables, "params": {**variables["params"], old.name: params}}
+    return replace(model, stages=(*body, old._replace(module=head))), variables
+
+
+def test_a_head_of_two_layers_is_trained_by_a_recipe_that_solves_none():
+    with pytest.raises(RequestError, match=r"lp-ft starts with a probe, which needs a linear head"):
+        train(config("lp-ft"), new_head=two_layers)
+    result = train(config(rate=5e-2), new_head=two_layers)
+    assert result.model.num_classes == 3
+    before = two_layers(tiny.MODEL, tiny.random_variables(), 3)[1]["params"]["head"]
+    after = result.variables["params"]["head"]
+    assert not np.array_equal(after["Dense_0"]["kernel"], before["Dense_0"]["kernel"])
+
+
+def test_a_network_without_a_head_is_trained_to_the_same_as_with_one(monkeypatch):
+    expected = everything(train(config("lp-ft")))
+    model, variables = replace_head(tiny.MODEL, tiny.random_variables(), 0)
+    monkeypatch.setattr(tiny, "MODEL", model)
+    monkeypatch.setattr(tiny, "random_variables", lambda: variables)
+    assert everything(train(config("lp-ft"))) == expected

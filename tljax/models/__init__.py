@@ -16,6 +16,7 @@ from tljax.models.model import (
     layer_outputs,
     normalize,
     replace_head,
+    with_head,
 )
 
 MODELS: dict[str, Callable[..., Model]] = {
@@ -58,4 +59,5 @@ __all__ = [
     "layer_outputs",
     "normalize",
     "replace_head",
+    "with_head",
 ]

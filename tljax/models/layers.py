@@ -221,7 +221,8 @@ class GlobalAveragePool(nn.Module):
 class LinearHead(nn.Module):
     """``[b, c] -> [b, num_classes]`` logits in at least float32, with dropout before them.
 
-    A new head starts at zero (Kolesnikov et al. 2020, BiT): every class equally likely.
+    A new head starts at zero (Kolesnikov et al. 2020, BiT): every class equally likely. For 0
+    classes there is none: the features are handed on, and there are no parameters.
     """
 
     num_classes: int
@@ -231,6 +232,8 @@ class LinearHead(nn.Module):
     def __call__(self, x: jax.Array, train: Train) -> jax.Array:
         """The logits."""
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        if not self.num_classes:
+            return x
         if self.dropout:
             x = nn.Dropout(self.dropout, deterministic=train is False)(x)
         kernel = self.param("kernel", nn.initializers.zeros, (x.shape[-1], self.num_classes))

@@ -1,7 +1,7 @@
 """A network is a short list of named stages; `apply` runs any contiguous part of it."""
 
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
@@ -31,7 +31,8 @@ class Model:
 
     Attributes:
         name: what `MODELS` calls the architecture, e.g. ``resnet50``.
-        stages: from the pixels to the logits; the last one is the head.
+        stages: from the pixels to the logits; the last one is the head, which hands on the features
+            where ``num_classes`` is 0: a backbone.
         preprocess: see `Preprocess`.
         dtype: compute dtype of the activations. Parameters, statistics and logits stay float32.
     """
@@ -48,7 +49,7 @@ class Model:
 
     @property
     def num_classes(self) -> int:
-        """How many logits the head returns."""
+        """How many logits the head returns; 0 of a backbone, which has no head."""
         return self.stages[-1].module.num_classes  # pyright: ignore[reportAttributeAccessIssue]
 
     def position(self, stage: str) -> int:
@@ -168,41 +169,54 @@ def init(model: Model, key: jax.Array) -> Variables:
 
     A convolution's kernel is drawn from He's normal distribution; the head is zero.
     """
+    # jitted, so that the activations, which nothing returned depends on, are never computed
+    return jax.jit(lambda key: _build(model, key)[0])(key)
 
-    @jax.jit  # so that the activations, which nothing returned depends on, are never computed
-    def build(key: jax.Array) -> Variables:
-        x = _one_image(model)
-        variables: Variables = {"params": {}, "batch_stats": {}}
-        for position, (name, module) in enumerate(model.stages):
-            x, trees = module.init_with_output(jax.random.fold_in(key, position), x, False)
-            for kind, tree in trees.items():
-                variables[kind][name] = tree
-        return variables
 
-    return build(key)
+def _build(model: Model, key: jax.Array) -> tuple[Variables, jax.Array]:
+    """Random variables, and the output for an image of zeros."""
+    x = jnp.zeros((1, model.preprocess.size, model.preprocess.size, 3))
+    variables: Variables = {"params": {}, "batch_stats": {}}
+    for position, (name, module) in enumerate(model.stages):
+        x, trees = module.init_with_output(jax.random.fold_in(key, position), x, False)
+        for kind, tree in trees.items():
+            variables[kind][name] = tree
+    return variables, x
 
 
 def abstract_variables(model: Model) -> Variables:
     """The skeleton that weights are filled into: shapes and dtypes, no memory, no random draw."""
-    *body, head = model.stages
-    one_class = Model(
-        name="",
-        stages=(*body, Stage(head.name, LinearHead(1))),
-        preprocess=Preprocess(size=model.preprocess.size),
-    )
-    skeleton = jax.tree.map(lambda leaf: leaf, _skeleton(one_class))  # the caller's own
-    kernel = skeleton["params"][head.name]["kernel"]
-    skeleton["params"][head.name] = {
-        "kernel": kernel.update(shape=(kernel.shape[0], model.num_classes)),
-        "bias": kernel.update(shape=(model.num_classes,)),
-    }
-    return skeleton
+    *body, (name, head) = model.stages
+    skeleton, features = _outline(model, body)
+    trees = jax.eval_shape(lambda x: head.init(jax.random.key(0), x, False), features)
+    return {**skeleton, **{kind: {**skeleton[kind], name: tree} for kind, tree in trees.items()}}
+
+
+def _outline(model: Model, stages: Sequence[Stage]) -> tuple[Variables, jax.ShapeDtypeStruct]:
+    """The variables of the first stages of a model, and their output, as shapes and dtypes."""
+    size = model.preprocess.size
+    outline = _traced(Model("", tuple(stages), Preprocess(size=size)))
+    return jax.tree.map(lambda leaf: leaf, outline)  # the caller's own
 
 
 @lru_cache(maxsize=128)
-def _skeleton(one_class: Model) -> Variables:
-    """Kept, because finding it takes a second; once for all numbers of classes."""
-    return jax.eval_shape(lambda: init(one_class, jax.random.key(0)))
+def _traced(model: Model) -> tuple[Variables, jax.ShapeDtypeStruct]:
+    """Kept, because it takes a second; the heads of one backbone share it."""
+    return jax.eval_shape(partial(_build, model), jax.random.key(0))
+
+
+def with_head(
+    model: Model, num_classes: int, *, after: str | None = None, dropout: float = 0.0
+) -> Model:
+    """Return the same stages with another linear head, or without one; see `replace_head`."""
+    *body, old = model.stages
+    if after is not None:
+        if after == old.name:
+            raise RequestError(f"a new head replaces {after}; put it after an earlier stage")
+        body = body[: model.position(after) + 1]
+        if len(_outline(model, body)[1].shape) == 4:
+            body.append(Stage("pool", GlobalAveragePool()))
+    return replace(model, stages=(*body, Stage(old.name, LinearHead(num_classes, dropout))))
 
 
 def replace_head(
@@ -218,7 +232,7 @@ def replace_head(
     Args:
         model: any network; its last stage is replaced.
         variables: of ``model``; not changed.
-        num_classes: number of logits of the new head.
+        num_classes: number of logits of the new head; 0 for none: the features are handed on.
         after: the stage whose output the new head reads (a map is averaged first); the stages
             behind it are dropped. By default the one before the old head.
         dropout: rate before the new head, active where the head is in training mode.
@@ -226,31 +240,16 @@ def replace_head(
     Raises:
         RequestError: there is no stage ``after``, or it is the head.
     """
-    *body, old = model.stages
-    if after is None:
-        features = variables["params"][old.name]["kernel"].shape[0]
-    else:
-        if after == old.name:
-            raise RequestError(f"a new head replaces {after}; put it after an earlier stage")
-        body = body[: model.position(after) + 1]
-        kept = replace(model, stages=tuple(body))
-        read = jax.eval_shape(partial(apply, kept), variables, _one_image(model)).value
-        if read.ndim == 4:
-            body.append(Stage("pool", GlobalAveragePool()))
-        features = read.shape[-1]
-    zeros = {"kernel": jnp.zeros((features, num_classes)), "bias": jnp.zeros(num_classes)}
-    names = {stage.name for stage in body}
+    new = with_head(model, num_classes, after=after, dropout=dropout)
+    *body, head = new.stage_names
     trees = {
-        kind: {name: tree for name, tree in stages.items() if name in names}
+        kind: {name: tree for name, tree in stages.items() if name in body}
         for kind, stages in variables.items()
     }
-    stages = (*body, Stage(old.name, LinearHead(num_classes, dropout)))
-    params = {**trees["params"], old.name: zeros}
-    return replace(model, stages=stages), {**trees, "params": params}
-
-
-def _one_image(model: Model) -> jax.Array:
-    return jnp.zeros((1, model.preprocess.size, model.preprocess.size, 3))
+    if num_classes:
+        shapes = abstract_variables(new)["params"][head]
+        trees["params"][head] = {name: jnp.zeros(leaf.shape) for name, leaf in shapes.items()}
+    return new, trees
 
 
 @partial(jax.jit, static_argnames="model")
@@ -260,6 +259,7 @@ def layer_outputs(model: Model, variables: Variables, images: Array) -> OrderedD
     For comparing a port with its source layer by layer; an activation is not part of its layer.
     In the order of the network.
     """
+    layers = (*LAYERS, LinearHead) if model.num_classes else LAYERS
     x: Any = normalize(images, model.preprocess, model.dtype)
     outputs = OrderedDict[str, jax.Array]()  # jit would sort the keys of a dictionary
     for name, module in model.stages:
@@ -267,7 +267,7 @@ def layer_outputs(model: Model, variables: Variables, images: Array) -> OrderedD
             _of_stage(variables, name),
             x,
             False,
-            capture_intermediates=lambda m, _: isinstance(m, (*LAYERS, LinearHead)),
+            capture_intermediates=lambda m, _: isinstance(m, layers),
             mutable=["intermediates"],
         )
         for path, values in flatten(state.get("intermediates") or {}).items():

@@ -112,11 +112,15 @@ def read_architecture(folder: Path) -> str | None:
 
 def write_configs(folder: Path, model: Model, classes: tuple[str, ...]) -> None:
     """Writes what ``from_pretrained`` of the network and of ``AutoImageProcessor`` read."""
-    config = {
-        **LAYOUTS[model.name]["huggingface"].config(model.name),
-        "id2label": {str(i): name for i, name in enumerate(classes)},
-        "label2id": {name: i for i, name in enumerate(classes)},
-    }
+    config = LAYOUTS[model.name]["huggingface"].config(model.name)
+    if classes:
+        config |= {
+            "id2label": {str(i): name for i, name in enumerate(classes)},
+            "label2id": {name: i for i, name in enumerate(classes)},
+        }
+    else:
+        [name] = config["architectures"]
+        config |= {"architectures": [name.replace("ForImageClassification", "Model")]}
     preprocess = model.preprocess
     filters = {name: number for number, name in _PILLOW_FILTERS.items()}
     processor = {
@@ -234,14 +238,13 @@ def _check_outputs(config: _Section, count: int) -> None:
         for key in ("num_classes", "num_labels"):
             if section.values.get(key) not in (None, 0, count):
                 said = reprlib.repr(section.values[key])
-                raise section.refusal(
-                    f"{key} is {said}, but the head has {count} outputs; correct it"
-                )
+                found = f"the head has {count} outputs" if count else "there is no head"
+                raise section.refusal(f"{key} is {said}, but {found}; correct it")
     problem = config.values.get("problem_type")
     if problem is None and count == 1 and "model_type" in config.values:
         problem = "regression"  # which transformers makes of one output
     known = "multi_label_classification" if count == 1 else "single_label_classification"
-    if problem not in (None, known):
+    if count and problem not in (None, known):
         raise config.refusal(
             f"problem_type is {reprlib.repr(problem)} with {count} outputs; tljax takes them for "
             f"{known}; correct it"

@@ -34,6 +34,7 @@ def export_stablehlo(
     ``[batch, size, size, 3]`` uint8 RGB and returns logits ``[batch, classes]`` float32;
     ``model.json`` with the classes and how a photograph is cut to those images; and ``predict.py``,
     which names what is on photographs with JAX, flatbuffers (for `jax.export`), numpy and Pillow.
+    A backbone returns its features instead, and has no ``predict.py``.
 
     JAX reads such a file for at least six months of later versions
     (https://docs.jax.dev/en/latest/export/export.html#compatibility-guarantees).
@@ -55,11 +56,13 @@ def export_stablehlo(
     rows = batch if batch is not None else jax_export.symbolic_shape("batch")[0]
     images = jax.ShapeDtypeStruct((rows, size, size, 3), np.uint8)
     exported = jax_export.export(jax.jit(_logits(pretrained)), platforms=platforms)(images)
-    for name, data in (
-        ("model.stablehlo", bytes(exported.serialize())),
-        ("model.json", json.dumps(_description(pretrained), indent=2).encode()),
-        ("predict.py", _PREDICT.encode()),
-    ):
+    files = {
+        "model.stablehlo": bytes(exported.serialize()),
+        "model.json": json.dumps(_description(pretrained), indent=2).encode(),
+    }
+    if pretrained.model.num_classes:
+        files["predict.py"] = _PREDICT.encode()
+    for name, data in files.items():
         with written_whole(folder / name) as temporary:
             temporary.write_bytes(data)
 
@@ -68,8 +71,9 @@ def export_onnx(path: Path, pretrained: Pretrained) -> None:
     """Writes one ONNX file, its parameters inside, and checks what ONNX Runtime makes of it.
 
     The input ``images`` is ``[batch, size, size, 3]`` uint8 RGB with any batch, the output
-    ``logits`` is ``[batch, classes]`` float32. The classes and how a photograph is cut are in the
-    file's metadata, under ``tljax``, as JSON. The graph is made by jax2onnx.
+    ``logits`` is ``[batch, classes]`` float32, for a backbone ``features``. The classes and how a
+    photograph is cut are in the file's metadata, under ``tljax``, as JSON. The graph is made by
+    jax2onnx.
 
     Args:
         path: of the file.
@@ -89,6 +93,7 @@ def export_onnx(path: Path, pretrained: Pretrained) -> None:
             f"an ONNX file needs the package {error.name}; pip install 'tljax[onnx]'"
         ) from error
     function = _logits(pretrained)
+    output = "logits" if pretrained.model.num_classes else "features"
     size = pretrained.model.preprocess.size
     try:
         proto = jax2onnx.to_onnx(
@@ -96,7 +101,7 @@ def export_onnx(path: Path, pretrained: Pretrained) -> None:
             [jax.ShapeDtypeStruct(("batch", size, size, 3), np.uint8)],
             model_name=pretrained.model.name,
             input_names=["images"],
-            output_names=["logits"],
+            output_names=[output],
         )
     except NotImplementedError as error:
         reason = str(error).split("\n")[0]
@@ -109,7 +114,7 @@ def export_onnx(path: Path, pretrained: Pretrained) -> None:
     images = np.random.default_rng(0).integers(0, 256, (2, size, size, 3), np.uint8)
     expected = np.asarray(jax.jit(function)(images))
     session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
-    difference = np.abs(session.run(["logits"], {"images": images})[0] - expected).max()
+    difference = np.abs(session.run([output], {"images": images})[0] - expected).max()
     if not difference <= 1e-4 * max(1.0, float(np.abs(expected).max())):
         raise VerificationError(
             f"{path}: ONNX Runtime's logits differ from JAX's by {difference:.2g}; nothing written"

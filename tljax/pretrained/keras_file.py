@@ -63,12 +63,14 @@ def read(data: mmap.mmap, span: range) -> dict[str, np.ndarray]:
         ValueError: it does not hold the weights of one plain model.
     """
     root = File(data, span).root
+    order: dict[str, int] = {}
     if "model_weights" in root.members:
+        order = _order((root.texts("model_config") or [""])[0])
         root = root["model_weights"]
     names = _texts(root, "layer_names")
     arrays: dict[str, np.ndarray] = {}
     counts: Counter[str] = Counter()
-    for kind, weights in _legacy(root, names) if names else _counted(root):
+    for kind, weights in _legacy(root, names, order) if names else _counted(root):
         known = WEIGHTS.get(kind)
         if known is None:
             labels = tuple(map(str, range(len(weights))))
@@ -110,17 +112,31 @@ def _texts(group: Object, name: str) -> list[str]:
     return pieces
 
 
-def _legacy(root: Object, names: Iterable[str]) -> Iterator[Layer]:
-    """The layers of a legacy file. Their classes are not in it, but their weights tell."""
+def _order(config: str) -> dict[str, int]:
+    """The place of every layer in the JSON of a whole model, those of models within it too."""
+    names = re.findall(r'"name": "([^"]+)"', config)
+    return {name: place for place, name in enumerate(dict.fromkeys(names))}
+
+
+def _legacy(root: Object, names: Iterable[str], order: Mapping[str, int]) -> Iterator[Layer]:
+    """The layers of a legacy file. Their classes are not in it, but their weights tell.
+
+    A model within the model has its weights in one group, those that were trained before all
+    others, so it needs ``order``, which a whole model tells.
+    """
     seen: set[int] = set()
     for name in names:
         group = root[name]
         if group.address in seen:
             raise DamagedError(f"{name!r:.80} is in it twice")
         seen.add(group.address)
-        weights = [group[weight].array() for weight in _texts(group, "weight_names")]
-        if weights:
-            yield _class_of(name, [weight.shape for weight in weights]), weights
+        layers: dict[str, list[np.ndarray]] = {}
+        for weight in _texts(group, "weight_names"):
+            within = weight.rpartition("/")[0].rpartition("/")[2] if order else ""
+            layers.setdefault(within, []).append(group[weight].array())
+        for within in sorted(layers, key=lambda within: order.get(within, 0)):
+            weights = layers[within]
+            yield _class_of(within or name, [weight.shape for weight in weights]), weights
 
 
 def _class_of(name: str, shapes: list[tuple[int, ...]]) -> str:
@@ -143,7 +159,7 @@ def _class_of(name: str, shapes: list[tuple[int, ...]]) -> str:
 
 
 def _counted(root: Object) -> Iterator[Layer]:
-    """The layers of a file of Keras 3, in order within each class."""
+    """The layers of a file of Keras 3, in order within each class; of a model within it first."""
     groups: dict[str, Object] = {}
     for name in root.members:
         if found := _CONTAINERS.fullmatch(name):
@@ -152,9 +168,11 @@ def _counted(root: Object) -> Iterator[Layer]:
             groups |= inside
     if not groups:
         raise ValueError("an HDF5 file, but Keras did not write it: it names no layers")
-    if inner := next((name for name, group in groups.items() if "layers" in group.members), None):
-        raise ValueError(f"it holds a model within a model, {inner!r:.80}; save that one alone")
-    for kind, _, name in sorted(_position(name) for name in groups):
+    places = sorted(_position(name) for name in groups)
+    for _, _, name in places:
+        if "layers" in groups[name].members:
+            yield from _counted(groups[name])
+    for kind, _, name in places:
         group = groups[name]
         weights = group["vars"] if "vars" in group.members else group
         if "vars" in group.members and weights.members:

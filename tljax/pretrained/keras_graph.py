@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tljax.errors import RequestError
-from tljax.models import Model
+from tljax.models import Model, build_model
 
 # Of a layer's configuration: what the tensors tell or changes no answer, and the usual values.
 _HARMLESS = re.compile(
@@ -46,6 +46,7 @@ _IDLE = re.compile(
     r"|(Spatial|Gaussian|Alpha)?(Dropout|Noise)(2D)?"
 )
 _SYNONYMS = {"ReLU": "relu", "ReLU(max_value=6)": "relu6", "Softmax": "softmax"}
+_POOL = "GlobalAveragePooling2D"
 _WAY_AROUND = (
     "tljax does not build that; weights alone (Keras' save_weights) are taken for those of "
     "keras.applications"
@@ -159,27 +160,46 @@ class Graph:
         return _Value(here, read[0].size)
 
 
-def _layers(whole: dict[str, Any]) -> tuple[dict[str, _Layer], str]:
-    """The layers by name, and the one whose output is the model's."""
+def _layers(
+    whole: dict[str, Any], prefix: str = "", reads: list[str] | None = None
+) -> tuple[dict[str, _Layer], str]:
+    """The layers by name, and the one whose output is the model's.
+
+    Args:
+        whole: a model, or one that is a layer of another, whose layers are listed like its own.
+        prefix: of the names of its layers.
+        reads: what a model within a model is called with.
+    """
     graph = whole["config"]
     listed = graph["layers"] if isinstance(graph, dict) else graph  # Sequential's, years ago
     layers: dict[str, _Layer] = {}
+    sequential = whole["class_name"] == "Sequential"
     name = ""
     for item in listed:
-        config, before = item["config"], name
-        name, called = str(item.get("name", config["name"])), {}
-        if whole["class_name"] == "Sequential":
-            if not before and item["class_name"] != "InputLayer":
-                before = f"input of {name}"
-                layers[before] = _Layer(before, "InputLayer", config, [], [])
-            given = [before] if before else []
+        config, before, kind = item["config"], name, item["class_name"]
+        name, called = prefix + str(item.get("name") or config["name"]), {}
+        if kind == "InputLayer" and reads is not None:
+            config, kind, given = {}, "Identity", reads
+        elif sequential:
+            if before or kind == "InputLayer":
+                given = [before] if before else []
+            elif reads is not None:
+                given = reads
+            else:
+                given = [f"input of {name}"]
+                layers[given[0]] = _Layer(given[0], "InputLayer", config, [], [])
         else:
             given, called = _call(item["inbound_nodes"])
+            given = [prefix + one if isinstance(one, str) else one for one in given]
         inputs = [one for one in given if isinstance(one, str)]
+        if kind in ("Functional", "Model", "Sequential"):
+            within, output = _layers(item, f"{name}/", inputs)
+            layers |= within
+            config, kind, given, inputs = {}, "Identity", [output], [output]
         numbers: list[Any] = given[len(inputs) :]
-        layers[name] = _Layer(name, item["class_name"], {**config, **called}, inputs, numbers)
-    if whole["class_name"] != "Sequential":
-        [name] = [one for one in _flat(graph["output_layers"]) if isinstance(one, str)]
+        layers[name] = _Layer(name, kind, {**config, **called}, inputs, numbers)
+    if not sequential:
+        [name] = [prefix + one for one in _flat(graph["output_layers"]) if isinstance(one, str)]
     return layers, name
 
 
@@ -290,10 +310,16 @@ def _difference(steps: list[Step], model: Model) -> str:
     name, count, last = model.name, model.num_classes, "linear"
     if steps and steps[-1].what in ("softmax", "sigmoid"):
         *steps, (last, _, _) = steps
-    for found, own in zip_longest(steps, _graphs()[re.sub(r"_\d{3}$", "", name)]):
+    wanted = _graphs()[re.sub(r"_\d{3}$", "", name)]
+    tops = [i for i, step in enumerate(wanted) if step.what == _POOL]
+    top = tops[-1] if tops else next(i for i, step in enumerate(wanted) if step.what == "Dense")
+    own_hidden = len(model.stages) == len(build_model(name).stages)
+    if not own_hidden or [step.what for step in steps[top:]] in ([_POOL], [_POOL, "Dense"]):
+        wanted = [*wanted[:top], Step(_POOL, (1,), ""), Step("Dense", (1,), "")]
+    for found, own in zip_longest(steps, wanted):
         if found is None:
             # Without a head; whether that may be, the tensors have said.
-            headless = own.what in ("GlobalAveragePooling2D", "Dense", "Conv2D")
+            headless = own.what in (_POOL, "Dense", "Conv2D")
             return "" if headless else f"its output is that of {steps[-1].layer!r:.80}"
         layer = f"layer {found.layer!r:.80}"
         if own is None or found.what != own.what:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tljax.errors import RequestError
-from tljax.models import MODELS, Model, abstract_variables, build_model
+from tljax.models import MODELS, Model, abstract_variables, build_model, with_head
 from tljax.pretrained import (
     bit,
     efficientnet,
@@ -22,6 +22,7 @@ from tljax.pretrained import (
     xception,
 )
 from tljax.pretrained.rules import Difference, Layout, Rules, compare, counted, few
+from tljax.trees import flatten
 
 _FAMILIES = (resnet, bit, inception, xception, efficientnet, vgg, mobilenet, keras)
 
@@ -47,6 +48,12 @@ def layout_rules(model: str, layout: str) -> Rules:
         known = ", ".join(LAYOUTS[model])
         raise RequestError(f"there is no layout '{layout}' for {model}; known: {known}")
     return LAYOUTS[model][layout].table(model)
+
+
+def table(model: Model, layout: str) -> Rules:
+    """Return the part of a layout's table that is of the stages that a model has."""
+    paths = flatten(abstract_variables(model))
+    return tuple(rule for rule in layout_rules(model.name, layout) if rule.path in paths)
 
 
 class Identity(NamedTuple):
@@ -87,7 +94,7 @@ def identify(arrays: Mapping[str, np.ndarray], model: str | None = None) -> Iden
         model: only consider this one.
     """
     candidates = [
-        (len({*counted(arrays, found.ignore)} ^ _keys(name, layout)), name, layout)
+        (len({*counted(arrays, found.ignore)} ^ _part(arrays, name, layout).keys), name, layout)
         for name in ([model] if model else MODELS)
         for layout, found in LAYOUTS[name].items()
     ]
@@ -105,9 +112,51 @@ def identify(arrays: Mapping[str, np.ndarray], model: str | None = None) -> Iden
     return best
 
 
+class _Part(NamedTuple):
+    """What a file may hold of a network: all of it, or no head.
+
+    Attributes:
+        keys: of all stages that it has.
+        last: those of the last of them alone.
+        after: that stage; None for the whole network.
+        unnamed: what all keys begin with, and is left out of them here.
+    """
+
+    keys: frozenset[str]
+    last: frozenset[str]
+    after: str | None
+    unnamed: str = ""
+
+
 @cache
-def _keys(model: str, layout: str) -> frozenset[str]:
-    return frozenset(rule.key for rule in layout_rules(model, layout))
+def _parts(model: str, layout: str) -> tuple[_Part, ...]:
+    """The whole network; without its head; without the hidden layers before that, one by one.
+
+    What remains at least ends with the last map, whose average the features are then. Its keys may
+    lack the name of the module that holds it, as ``resnet.`` in transformers' `ResNetModel`.
+    """
+    stages = build_model(model).stage_names
+    of_stage: dict[str, set[str]] = {stage: set() for stage in stages}
+    for rule in layout_rules(model, layout):
+        of_stage[rule.path.split("/")[1]].add(rule.key)
+    parts = []
+    for count in range(len(stages), stages.index("pool") - 1, -1):
+        keys = frozenset[str]().union(*(of_stage[stage] for stage in stages[:count]))
+        last = stages[count - 1]
+        if of_stage[last]:
+            parts.append(_Part(keys, frozenset(of_stage[last]), last if parts else None))
+    named = {key.partition(".")[0] for key in parts[-1].keys}
+    if len(named) == 1:
+        unnamed = f"{named.pop()}."
+        keys = frozenset(key.removeprefix(unnamed) for key in parts[-1].keys)
+        parts.append(parts[-1]._replace(keys=keys, unnamed=unnamed))
+    return tuple(parts)
+
+
+def _part(arrays: Mapping[str, np.ndarray], model: str, layout: str) -> _Part:
+    """The largest part of whose last stage a file has a tensor; else the least."""
+    parts = _parts(model, layout)
+    return next((part for part in parts if not part.last.isdisjoint(arrays)), parts[-1])
 
 
 def bias_of_head(rules: Rules) -> str:
@@ -117,14 +166,16 @@ def bias_of_head(rules: Rules) -> str:
 
 def _compare(arrays: Mapping[str, np.ndarray], name: str, layout: str) -> Identity:
     rules = layout_rules(name, layout)
+    part, found = _part(arrays, name, layout), LAYOUTS[name][layout]
+    arrays = {part.unnamed + key: array for key, array in arrays.items()}
     head = bias_of_head(rules)
-    num_classes = arrays[head].size if head in arrays else 1000
-    found = LAYOUTS[name][layout]
-    model = build_model(name, num_classes)
+    model = build_model(name, arrays[head].size if head in arrays else 1000)
+    if part.after:
+        model = with_head(model, 0, after=part.after)
     if found.preprocess:
         model = replace(model, preprocess=found.preprocess)
-    difference = compare(rules, arrays, abstract_variables(model), found.ignore)
-    return Identity(model, layout, difference, arrays)
+    rules, skeleton = table(model, layout), abstract_variables(model)
+    return Identity(model, layout, compare(rules, arrays, skeleton, found.ignore), arrays)
 
 
 # What wraps a module, wherever in the network.
@@ -147,7 +198,12 @@ def _find(arrays: Mapping[str, np.ndarray], where: str, model: str | None) -> Id
     if not any(whole.difference):
         return whole
     names = [model] if model else MODELS
-    firsts = {layout_rules(name, layout)[0].key for name in names for layout in LAYOUTS[name]}
+    firsts = {
+        layout_rules(name, layout)[0].key.removeprefix(part.unnamed)
+        for name in names
+        for layout in LAYOUTS[name]
+        for part in _parts(name, layout)
+    }
     prefixes = {
         key.removesuffix(first)
         for first in firsts
@@ -174,11 +230,7 @@ def _under(prefix: str, arrays: Mapping[str, np.ndarray], model: str | None) -> 
     }
     found = identify(inside, model)
     whole = found.model.num_classes > 0
-    own = {
-        rule.key.partition(".")[0]
-        for rule in layout_rules(found.model.name, found.layout)
-        if whole or not rule.path.startswith("params/head/")
-    }
+    own = {rule.key.partition(".")[0] for rule in table(found.model, found.layout)}
 
     def is_odd(key: str) -> bool:
         top, array = key.partition(".")[0], found.arrays[key]
@@ -219,7 +271,7 @@ def check(arrays: Mapping[str, np.ndarray], where: str, model: str | None = None
     if other and other.model.name != model and not any(other.difference):
         reasons = "; ".join(_block_counts(found, other))
         message += f": it looks like {other.model.name}" + (f" ({reasons})" if reasons else "")
-    elif len(found.difference.missing) == len(layout_rules(found.model.name, found.layout)):
+    elif len(found.difference.missing) == len(table(found.model, found.layout)):
         message = f"{where} holds none of the networks that tljax knows; the nearest is {named}"
     missing, leftover, shapes = found.difference
     difference = Difference(missing, (*leftover, *found.ignored), shapes)

@@ -3,18 +3,18 @@
 import json
 import re
 import unicodedata
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
-from itertools import takewhile
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import jax
 import numpy as np
 
 from tljax.config import Dtype
 from tljax.errors import RequestError
-from tljax.models import MODELS, Model, abstract_variables, build_model, replace_head
+from tljax.models import MODELS, Model, abstract_variables, build_model, replace_head, with_head
 from tljax.pretrained.catalog import CATALOG, Entry, catalog_name, default_classes
 from tljax.pretrained.configs import is_sound, read_architecture, read_configs, write_configs
 from tljax.pretrained.fetch import fetch, fetch_hub, fetch_url
@@ -28,8 +28,8 @@ from tljax.pretrained.formats import (
 )
 from tljax.pretrained.keras import layer_names
 from tljax.pretrained.keras_graph import read_graph
-from tljax.pretrained.layouts import LAYOUTS, Identity, check, layout_rules
-from tljax.pretrained.rules import Rule, apply_rules, compare, invert_rules
+from tljax.pretrained.layouts import LAYOUTS, Identity, check, identify, table
+from tljax.pretrained.rules import Rule, Rules, apply_rules, compare, invert_rules
 from tljax.trees import flatten
 from tljax.types import NORMALIZATIONS, Preprocess, Variables
 
@@ -39,7 +39,7 @@ class Card:
     """What travels with weights besides their preprocessing, which is the model's.
 
     Attributes:
-        classes: a name for every logit.
+        classes: a name for every logit; none for a backbone, which has no head.
         source: where the weights come from: a catalog name, hub id, URL or path.
         licence: SPDX identifier, or "unknown".
         sha256: of the file that was read; of the pretrained file for a fine-tuned network.
@@ -93,6 +93,19 @@ class Pretrained(NamedTuple):
         preprocess = self.model.preprocess.with_size(size)
         return self._replace(model=replace(self.model, preprocess=preprocess))
 
+    def with_classes(self) -> "Pretrained":
+        """Return the network as it is.
+
+        Raises:
+            RequestError: it is a backbone without a head, which names no classes.
+        """
+        if not self.model.num_classes:
+            raise RequestError(
+                f"{self.card.source} has no head, so it names no classes: it is a backbone; "
+                "scripts/train.py gives it a head for yours"
+            )
+        return self
+
 
 def load_pretrained(
     weights: str | Path, *, model: str | None = None, normalization: str | None = None
@@ -113,7 +126,8 @@ def load_pretrained(
 
     Returns:
         The model with the preprocessing that the weights expect. Its softmax is what the weights
-        say of an image: of a head with one output, read as a sigmoid, it has two classes.
+        say of an image: of a head with one output, read as a sigmoid, it has two classes. Weights
+        without a head make a backbone: ``num_classes`` is 0, and `apply` gives its features.
 
     Raises:
         RequestError: nothing is found under that name, it cannot be fetched, or does not fit, or
@@ -226,16 +240,48 @@ def _load_file(path: Path, name: str, model: str | None) -> tuple[Pretrained, bo
     tensors = read_tensors(path)
     if "tljax" in tensors.metadata:  # our own files say everything themselves
         return _load_native(path, tensors, model), True
-    found = check(tensors.arrays, name, model)
-    rules = layout_rules(found.model.name, found.layout)
+    graph = tensors.metadata.get("keras")
+    if graph:
+        found, rules = _identify_keras(tensors.arrays, name, model, graph)
+    else:
+        found = check(tensors.arrays, name, model)
+        rules = table(found.model, found.layout)
     variables = apply_rules(rules, found.arrays, abstract_variables(found.model))
     classes = default_classes(found.model.num_classes)
     notes = found.notes(name) + (_twins(found, name) if model is None else ())
     card = Card(classes, name, "unknown", sha256(path), found.layout, notes)
-    if graph := tensors.metadata.get("keras"):
+    if graph:
         built, says_preprocess = read_graph(graph, name, found.model)
         return Pretrained(built, variables, card), says_preprocess
     return Pretrained(found.model, variables, card), False
+
+
+def _identify_keras(
+    arrays: Mapping[str, np.ndarray], where: str, model: str | None, graph: str
+) -> tuple[Identity, Rules]:
+    """A whole model of Keras, whose head may be a Dense layer of any network, without bias too."""
+    dense = {key.partition("/")[0]: a for key, a in arrays.items() if key.startswith("dense")}
+    biases = {f"{layer}/bias": np.zeros(a.shape[-1], np.float32) for layer, a in dense.items()}
+    arrays = biases | dict(arrays)
+    try:
+        found = check(arrays, where, model)
+        return found, table(found.model, found.layout)
+    except RequestError:
+        backbone = {key: a for key, a in arrays.items() if key.partition("/")[0] not in dense}
+        found = identify(backbone, model)
+        if found.difference.leftover and not found.difference.missing:
+            read_graph(graph, where, found.model)  # names the first layer that is one too many
+        if not dense or any(found.difference):
+            raise
+        *_, head = dense
+    built = with_head(found.model, arrays[f"{head}/bias"].size)
+    read_graph(graph, where, built)  # names the layer that is one too many
+    rules = table(found.model, found.layout)
+    rules += tuple(Rule(f"{head}/{leaf}", f"params/head/{leaf}") for leaf in ("kernel", "bias"))
+    difference = compare(rules, arrays, abstract_variables(built))
+    if any(difference):
+        raise RequestError(f"{where} does not fit {built.name} with a new head: {difference}")
+    return found._replace(model=built, arrays=arrays), rules
 
 
 def _twins(found: Identity, where: str) -> tuple[str, ...]:
@@ -279,10 +325,8 @@ def _load_native(path: Path, tensors: Tensors, model: str | None) -> Pretrained:
         ) from error
     if model not in (None, name):
         raise RequestError(f"{path} holds {name}, not {model}")
-    built = build_model(name, len(card.classes))
-    built, expected = replace_head(
-        built, abstract_variables(built), len(card.classes), after=after, dropout=dropout
-    )
+    built = with_head(build_model(name), len(card.classes), after=after, dropout=dropout)
+    expected = abstract_variables(built)
     rules = tuple(Rule(path, path) for path in flatten(expected))
     difference = compare(rules, tensors.arrays, expected)
     if any(difference):
@@ -301,6 +345,9 @@ def save(path: Path, pretrained: Pretrained) -> None:
     """Writes tljax's own format: one safetensors file that `load_pretrained` needs alone.
 
     The model comes back equal: its preprocessing, compute dtype and the dropout of its head too.
+
+    Raises:
+        RequestError: it would not, as its stages or its head are none that tljax builds.
     """
     model, variables, card = pretrained
     about = {**asdict(card), "layout": "tljax"}
@@ -308,8 +355,7 @@ def save(path: Path, pretrained: Pretrained) -> None:
     header = {
         "model": model.name,
         "dtype": model.dtype,
-        "dropout": model.stages[-1].module.dropout,  # pyright: ignore[reportAttributeAccessIssue]
-        "head_after": _head_after(model),
+        **_top(pretrained),
         "preprocess": asdict(model.preprocess),
         "card": about,
     }
@@ -317,13 +363,21 @@ def save(path: Path, pretrained: Pretrained) -> None:
     write_safetensors(path, flat, {"tljax": json.dumps(header)})
 
 
-def _head_after(model: Model) -> str | None:
-    """The stage behind which stages were dropped, if any were."""
-    whole = build_model(model.name).stage_names
-    if model.stage_names == whole:
-        return None
-    same = takewhile(lambda pair: pair[0] == pair[1], zip(model.stage_names, whole, strict=False))
-    return [name for name, _ in same][-1]
+def _top(pretrained: Pretrained) -> dict[str, Any]:
+    """The dropout of the head, and the stage behind which stages were dropped, if any were."""
+    model, _, card = pretrained
+    whole = build_model(model.name)
+    body, ours = model.stages[:-1], whole.stages[:-1]
+    same = [one.name for one, other in zip(body, ours, strict=False) if one == other]
+    after = same[-1] if same and body != ours else None
+    dropout = getattr(model.stages[-1].module, "dropout", 0.0)
+    built = with_head(whole, len(card.classes), after=after, dropout=dropout)
+    if built.stages != model.stages:
+        raise RequestError(
+            f"no file holds this {model.name}: tljax reads its own stages and a linear head for "
+            f"{len(card.classes)} classes; keep its variables with numpy.savez or orbax instead"
+        )
+    return {"dropout": dropout, "head_after": after}
 
 
 # --- export to other layouts --------------------------------------------------------------------
@@ -346,12 +400,13 @@ def export(path: Path, pretrained: Pretrained, layout: str) -> None:
     model, variables, card = pretrained
     if layout == "tljax":
         return save(path, pretrained)
-    if after := _head_after(model):
+    after = _top(pretrained)["head_after"]
+    if after and model.num_classes:
         raise RequestError(
             f"the stages of {model.name} after {after} were dropped, and the {layout} layout needs "
             "them; export it as tljax, stablehlo or onnx"
         )
-    arrays = invert_rules(layout_rules(model.name, layout), jax.device_get(variables))
+    arrays = invert_rules(table(model, layout), jax.device_get(variables))
     if layout == "huggingface":
         write_safetensors(path / "model.safetensors", arrays, {"format": "pt"})
         write_configs(path, model, card.classes)

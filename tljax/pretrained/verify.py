@@ -17,7 +17,7 @@ from tljax.pretrained.catalog import CATALOG
 from tljax.pretrained.fetch import fetch
 from tljax.pretrained.formats import read_tensors
 from tljax.pretrained.keras_graph import Graph
-from tljax.pretrained.layouts import LAYOUTS, bias_of_head, check, layout_rules
+from tljax.pretrained.layouts import LAYOUTS, bias_of_head, check, layout_rules, table
 from tljax.pretrained.load import Pretrained
 from tljax.pretrained.rules import Rules, invert_rules
 from tljax.types import Preprocess, Variables
@@ -74,7 +74,7 @@ def _images(shape: tuple[int, ...]) -> np.ndarray:
 
 def _with_torch(pretrained: Pretrained, reference: str | None) -> Iterator[LayerDifference]:
     network, layout = _reference(pretrained, reference)
-    rules = layout_rules(pretrained.model.name, layout)
+    rules = table(pretrained.model, layout)
     tensors = {key: value.numpy() for key, value in network.state_dict().items()}
     model, variables = _with_outputs(pretrained, rules, tensors)
     wrong = _compare_tensors(rules, tensors, variables)
@@ -89,12 +89,12 @@ def _with_keras(pretrained: Pretrained, reference: str | None) -> Iterator[Layer
     model, _, card = pretrained
     if "keras" not in LAYOUTS[model.name]:
         raise RequestError(f"keras.applications has no {model.name}; leave --reference out")
-    rules = layout_rules(model.name, "keras")
+    rules = table(model, "keras")
     for network, pixels, images in _keras_networks(model, _file(reference or card.source)):
-        tensors = verify_keras.tensors(model, network)
+        tensors = verify_keras.tensors(rules, network)
         model, variables = _with_outputs(pretrained, rules, tensors)
         wrong = _compare_tensors(rules, tensors, variables)
-        theirs = verify_keras.outputs(model, network, pixels)
+        theirs = verify_keras.outputs(rules, network, pixels)
         for layer, value in layer_outputs(model, variables, images).items():
             if layer in theirs:
                 ours = np.asarray(theirs[layer].activation(value))
@@ -128,7 +128,7 @@ def _with_outputs(
 ) -> tuple[Model, Variables]:
     """The port with a head of one output where the reference has one, of which we made two."""
     model, variables, _ = pretrained
-    outputs = theirs[bias_of_head(rules)].size
+    outputs = theirs[bias_of_head(rules)].size if model.num_classes else 0
     if outputs == model.num_classes or outputs != 1:
         return model, variables
     head = {k: x[..., 1:] - x[..., :1] for k, x in variables["params"]["head"].items()}
@@ -169,7 +169,7 @@ def _reference(pretrained: Pretrained, reference: str | None) -> tuple[Any, str]
             f"transformers cannot load {reference or card.source}: {reason}"
         ) from None
     keys = network.state_dict().keys()
-    missing = [rule.key for rule in layout_rules(model.name, "huggingface") if rule.key not in keys]
+    missing = [rule.key for rule in table(model, "huggingface") if rule.key not in keys]
     if missing:
         raise RequestError(
             f"the reference is not a {model.name}: it lacks {missing[0]} "
@@ -192,9 +192,10 @@ def _torchvision(pretrained: Pretrained) -> Any:
             "name another --reference, a folder or hub id that transformers can load"
         ) from None
     arrays = check(read_tensors(_file(card.source)).arrays, card.source, model.name).arrays
-    outputs = arrays[bias_of_head(layout_rules(model.name, "torchvision"))].size
-    network = getattr(torchvision.models, model.name)(num_classes=outputs)
-    network.load_state_dict({key: torch.from_numpy(np.array(a)) for key, a in arrays.items()})
+    head = arrays.get(bias_of_head(layout_rules(model.name, "torchvision")))
+    network = getattr(torchvision.models, model.name)(num_classes=1 if head is None else head.size)
+    tensors = {key: torch.from_numpy(np.array(a)) for key, a in arrays.items()}
+    network.load_state_dict(tensors, strict=head is not None)
     return network
 
 

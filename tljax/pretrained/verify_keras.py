@@ -10,8 +10,7 @@ import numpy as np
 
 from tljax.errors import RequestError
 from tljax.models import Model
-from tljax.pretrained.keras import layer_names
-from tljax.pretrained.layouts import layout_rules
+from tljax.pretrained.rules import Rules
 
 _APPLICATIONS = {
     "vgg16": "VGG16",
@@ -50,6 +49,7 @@ def application(model: Model, size: tuple[int, int], weights: Path | None) -> An
         return getattr(keras.applications, _APPLICATIONS[name])(
             input_shape=(*size, 3),
             weights=weights,
+            include_top=model.num_classes > 0,
             classes=model.num_classes,
             classifier_activation=None,
             **width,
@@ -90,21 +90,30 @@ def _weighted(network: Any) -> list[Any]:
     return [layer for layer in network.layers if layer.weights]
 
 
-def tensors(model: Model, network: Any) -> dict[str, np.ndarray]:
-    """The weights in Keras' memory, by our keys."""
-    rules = layout_rules(model.name, "keras")
-    return {
-        rule.key: np.asarray(weight)
-        for rule, weight in zip(rules, network.get_weights(), strict=True)
-    }
+def tensors(rules: Rules, network: Any) -> dict[str, np.ndarray]:
+    """The weights in Keras' memory, by our keys.
+
+    Raises:
+        RequestError: they are not one for one those of the table.
+    """
+    weights = network.get_weights()
+    nested = next((layer.name for layer in _weighted(network) if hasattr(layer, "layers")), None)
+    if nested or len(weights) != len(rules):
+        what = f"'{nested}' is a model within it" if nested else "its head is another one"
+        raise RequestError(
+            f"only a network as keras.applications builds it can be verified, and {what}: verify "
+            "the file of its base model"
+        )
+    return {rule.key: np.asarray(weight) for rule, weight in zip(rules, weights, strict=True)}
 
 
-def outputs(model: Model, network: Any, pixels: np.ndarray) -> dict[str, Layer]:
+def outputs(rules: Rules, network: Any, pixels: np.ndarray) -> dict[str, Layer]:
     """The output of every layer that has weights, by our path; of a `ConvNorm`, its norm's."""
-    layers = dict(zip(layer_names(model.name), _weighted(network), strict=True))
+    names = dict.fromkeys(rule.key.partition("/")[0] for rule in rules)
+    layers = dict(zip(names, _weighted(network), strict=True))
     of_path = {
         path.partition("/")[2].rpartition("/")[0]: layers[key.partition("/")[0]]
-        for key, path, *_ in layout_rules(model.name, "keras")
+        for key, path, *_ in rules
     }
     # A separable convolution gives no output between its halves.
     of_path = {

@@ -116,7 +116,7 @@ def ideal_pictures(
     Raises:
         RequestError: no class, or an unknown one.
     """
-    model, variables, card = network
+    model, variables, card = network.with_classes()
     if not classes:
         raise RequestError("name at least one class")
     labels = np.repeat([card.index_of(name) for name in classes], 2)
@@ -168,7 +168,7 @@ def explanation_pictures(
     Raises:
         RequestError: an unknown class.
     """
-    model, variables, card = network
+    model, variables, card = network.with_classes()
     *_, top = map_stages(model, variables)
     after = model.stage_names[model.position(top) + 1]
     window = max(1, model.preprocess.size // 7)

@@ -102,7 +102,10 @@ def prepare(
     config = plan.config
     labels = tuple(label(variables["params"], phase.table) for phase in plan.phases)
     if plan.start == "probe" and variables["params"][head].keys() != {"kernel", "bias"}:
-        raise RequestError(f"--recipe {config.recipe} starts with a probe, so its head is linear")
+        raise RequestError(
+            f"--recipe {config.recipe} starts with a probe, which needs a linear head; "
+            "choose another recipe, such as finetune"
+        )
     if plan.start == "random":
         variables = init(model, jax.random.key(seed))
     mesh = data_mesh(loading.devices)
