@@ -2,8 +2,10 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, is_dataclass
+from itertools import cycle
+from numbers import Integral, Real
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 from tljax.errors import RequestError
 
@@ -13,9 +15,78 @@ Normalization = Literal["torch", "tf", "caffe"]
 
 Recipe = Literal["probe", "lp-ft", "gradual", "finetune", "bit", "scratch"]
 
+# --- ranges of numbers ----------------------------------------------------------------------------
+
+
+class Range(NamedTuple):
+    """The range of a setting, as in ``Annotated[int, Range(1, 9)]``.
+
+    Attributes:
+        low: the lowest value.
+        high: the highest value.
+        without: which of the two is out of range itself.
+    """
+
+    low: float
+    high: float
+    without: Literal["low", "high"] | None = None
+
+    def holds(self, number: Any, kind: type = float) -> bool:
+        """Check a number; nan is in no range."""
+        return (
+            isinstance(number, Integral if kind is int else Real)
+            and self.low <= float(number) <= self.high
+            and number != {"low": self.low, "high": self.high}.get(self.without or "")
+        )
+
+    def __str__(self) -> str:
+        low, high = (f"{end:g}" if end > 2**32 else f"{end:,}" for end in self[:2])
+        return {
+            None: f"from {low} to {high}",
+            "low": f"above {low}, up to {high}",
+            "high": f"from {low} to below {high}",
+        }[self.without]
+
+
+Count = Annotated[int, Range(1, 10**9)]
+Amount = Annotated[int, Range(0, 10**9)]
+Seed = Annotated[int, Range(0, 2**32 - 1)]
+Pixels = Annotated[int, Range(1, 10_000)]
+Share = Annotated[float, Range(0, 1, without="high")]
+PositiveShare = Annotated[float, Range(0, 1, without="low")]
+NotNegative = Annotated[float, Range(0, 3e38)]
+Positive = Annotated[float, Range(0, 3e38, without="low")]
+
+
+def ranges(hint: Any) -> list[tuple[type, Range]]:
+    """List the types of numbers within a type, and their ranges: one, or one for each of a pair."""
+    if found := [extra for extra in getattr(hint, "__metadata__", ()) if isinstance(extra, Range)]:
+        return [(get_args(hint)[0], found[0])]
+    return [found for part in get_args(hint) for found in ranges(part)]
+
+
+class Checked:
+    """A dataclass whose numbers are in their ranges, or it cannot be made.
+
+    Raises:
+        RequestError: one is not; the line names the setting, its value and the range.
+    """
+
+    def __post_init__(self) -> None:
+        for one in fields(self):  # pyright: ignore[reportArgumentType]
+            value = getattr(self, one.name)
+            values = value if isinstance(value, tuple | list) else (value,)
+            for number, (kind, allowed) in zip(values, cycle(ranges(one.type)), strict=False):
+                if number is not None and not allowed.holds(number, kind):
+                    what = "a whole number" if kind is int else "a number"
+                    raise RequestError(f"{spelled(one.name, value)}: choose {what} {allowed}")
+
+
+# --- settings -------------------------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
-class Loading:
+class Loading(Checked):
     """How images are read and spread over devices. No feature depends on it.
 
     Attributes:
@@ -25,14 +96,14 @@ class Loading:
         on_bad_image: skip leaves unreadable images out and lists them; fail stops.
     """
 
-    batch_size: int = 32
-    workers: int = 0
-    devices: int | None = None
+    batch_size: Count = 32
+    workers: Amount = 0
+    devices: Count | None = None
     on_bad_image: Literal["skip", "fail"] = "skip"
 
 
 @dataclass(frozen=True)
-class AugmentConfig:
+class AugmentConfig(Checked):
     """What `augment` and `mix` do. Hashable: a static argument of `jax.jit`.
 
     Attributes:
@@ -53,27 +124,22 @@ class AugmentConfig:
     """
 
     crop: bool = True
-    scale: tuple[float, float] = (0.35, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    scale: tuple[PositiveShare, PositiveShare] = (0.35, 1.0)
+    ratio: tuple[PositiveShare, Annotated[float, Range(1, 3e38)]] = (3 / 4, 4 / 3)
     flip: bool = True
-    randaugment_layers: int = 0
-    randaugment_magnitude: float = 9.0
-    mixup: float = 0.0
-    cutmix: float = 0.0
+    randaugment_layers: Amount = 0
+    randaugment_magnitude: Annotated[float, Range(0, 30)] = 9.0
+    mixup: NotNegative = 0.0
+    cutmix: NotNegative = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise RequestError(f"scale {self.scale}: choose two numbers with 0 < low <= high <= 1")
-        if not 0 < self.ratio[0] <= 1 <= self.ratio[1]:
-            raise RequestError(f"ratio {self.ratio}: choose two numbers with 0 < low <= 1 <= high")
-        if not 0 <= self.randaugment_magnitude <= 30:
-            raise RequestError(f"magnitude {self.randaugment_magnitude}: choose from 0 to 30")
-        if min(self.randaugment_layers, self.mixup, self.cutmix) < 0:
-            raise RequestError("RandAugment's layers, mixup and cutmix: choose 0 (off) or more")
+        super().__post_init__()
+        if self.scale[0] > self.scale[1]:
+            raise RequestError(f"{spelled('scale', self.scale)}: the first number is the lower one")
 
 
 @dataclass(frozen=True)
-class AdversaryConfig:
+class AdversaryConfig(Checked):
     """How training images are attacked before the network learns from them.
 
     Attributes:
@@ -84,18 +150,12 @@ class AdversaryConfig:
     """
 
     attack: Literal["none", "fast", "pgd"] = "none"
-    epsilon: float = 4.0
-    attack_steps: int = 7
-
-    def __post_init__(self) -> None:
-        if not 0 < self.epsilon <= 255:
-            raise RequestError(f"--epsilon {self.epsilon}: choose from 0 to 255, of 255")
-        if self.attack_steps < 1:
-            raise RequestError(f"--attack-steps {self.attack_steps}: choose 1 or more")
+    epsilon: Annotated[float, Range(0, 255, without="low")] = 4.0
+    attack_steps: Count = 7
 
 
 @dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(Checked):
     """How the trainable parameters move.
 
     Attributes:
@@ -112,23 +172,16 @@ class OptimizerConfig:
     """
 
     optimizer: Literal["sgd", "adam", "adamw", "lamb"] = "adamw"
-    learning_rate: float | None = None
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
+    learning_rate: Positive | None = None
+    momentum: Share = 0.9
+    weight_decay: NotNegative = 1e-4
     schedule: Literal["cosine", "constant", "one-cycle", "step", "exponential"] = "cosine"
-    warmup: float = 0.1
-    clip_norm: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.warmup < 1:
-            raise RequestError(f"--warmup {self.warmup}: choose a share of the steps in [0, 1)")
-        for name in ("learning_rate", "momentum", "weight_decay", "clip_norm"):
-            if not 0 <= (getattr(self, name) or 0) < float("inf"):
-                raise RequestError(f"--{name.replace('_', '-')}: choose a number of 0 or more")
+    warmup: Share = 0.1
+    clip_norm: NotNegative = 1.0
 
 
 @dataclass(frozen=True)
-class FitConfig:
+class FitConfig(Checked):
     """What to train and for how long.
 
     Attributes:
@@ -174,20 +227,20 @@ class FitConfig:
     freeze_to: str | None = None
     train: tuple[str, ...] = ()
     rates: tuple[str, ...] = ()
-    layer_decay: float = 1.0
-    epochs: int | None = None
+    layer_decay: PositiveShare = 1.0
+    epochs: Count | None = None
     batch_norm: Literal["running", "batch"] | None = None
     head_after: str | None = None
-    dropout: float = 0.0
-    label_smoothing: float = 0.0
+    dropout: Share = 0.0
+    label_smoothing: Share = 0.0
     class_weights: Literal["none", "balanced"] = "none"
-    average: float = 0.0
-    patience: int = 0
-    accumulate: int = 1
+    average: Share = 0.0
+    patience: Amount = 0
+    accumulate: Count = 1
     frozen_dtype: Dtype = "float32"
     cache: Literal["auto", "memory", "disk", "none"] = "auto"
     cache_dtype: Dtype = "float32"
-    cache_views: int = 0
+    cache_views: Amount = 0
     augment: bool = False
     augmentation: AugmentConfig = field(default_factory=AugmentConfig)
     adversary: AdversaryConfig = field(default_factory=AdversaryConfig)
@@ -197,21 +250,6 @@ class FitConfig:
     def attacker(self) -> AdversaryConfig | None:
         """The adversary, if there is one."""
         return None if self.adversary.attack == "none" else self.adversary
-
-    def __post_init__(self) -> None:
-        faults = {
-            "--epochs": self.epochs is not None and self.epochs < 1,
-            "--dropout": not 0 <= self.dropout < 1,
-            "--label-smoothing": not 0 <= self.label_smoothing < 1,
-            "--average": not 0 <= self.average < 1,
-            "--patience": self.patience < 0,
-            "--accumulate": self.accumulate < 1,
-            "--cache-views": self.cache_views < 0,
-        }
-        for flag, wrong in faults.items():
-            if wrong:
-                value = getattr(self, flag[2:].replace("-", "_"))
-                raise RequestError(f"{flag} {value} is out of range; --help says what it means")
 
 
 # --- settings that count only together with others ------------------------------------------------
@@ -254,7 +292,8 @@ def _augments(s: Any) -> bool:
 
 
 def _freezes(s: Any) -> bool:
-    return s.recipe in ("probe", "lp-ft", "gradual") or s.freeze_to or s.train or s.rates
+    at_rest = (rate for rate in s.rates if rate.rpartition("=")[2].strip("0.") == "")
+    return s.recipe in ("probe", "lp-ft", "gradual") or s.freeze_to or s.train or any(at_rest)
 
 
 _AUGMENTATION = " ".join(settings(AugmentConfig()))
