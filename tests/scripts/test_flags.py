@@ -11,7 +11,7 @@ import re
 import sys
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from itertools import product
-from math import nan
+from math import inf, nan
 from pathlib import Path
 from types import ModuleType
 from typing import get_args, get_type_hints
@@ -149,14 +149,12 @@ def test_numbers_out_of_range_are_refused(capsys, tmp_path, monkeypatch, name):
         (kind, allowed), *others = found
         below = allowed.low if allowed.without == "low" else allowed.low - 1
         above = allowed.high if allowed.without == "high" else 2 * allowed.high
-        for number in (below, above) if kind is int else (below, above, "nan", "inf", "-inf"):
+        for number in (below, above if kind is int else "nan"):
             values = (number, *(rest.low + 0.5 for _, rest in others))
             positional = option == "channels"
             said = refused(capsys, *line_of(name, *[flag][positional:], *values))
             assert said.startswith(f"error: {flag} {number}"), said
-            assert said.endswith(
-                f"choose {'a whole number' if kind is int else 'a number'} {allowed}"
-            )
+            assert said.endswith(f"number {allowed}")
 
 
 def test_the_ends_of_a_range_are_taken_as_it_says():
@@ -165,14 +163,15 @@ def test_the_ends_of_a_range_are_taken_as_it_says():
     assert str(Range(0, 3e38, without="low")) == "above 0, up to 3e+38"
     ends = [Range(0, 1, without).holds(end) for without in (None, "low", "high") for end in (0, 1)]
     assert ends == [True, True, False, True, True, False]
+    assert not any(Range(-3e38, 3e38).holds(number) for number in (nan, inf, -inf, "1", None))
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: FitConfig(epochs=0), "--epochs 0: choose a whole number from 1 to 1,000,000,000"),
-        (lambda: FitConfig(epochs=2.5), "--epochs 2.5: choose a whole number"),  # pyright: ignore
-        (lambda: FitConfig(patience="3"), "--patience 3: choose a whole number"),  # pyright: ignore
+        (lambda: FitConfig(epochs=2.5), "--epochs 2.5: choose a whole number"),
+        (lambda: FitConfig(patience="3"), "--patience 3: choose a whole number"),
         (lambda: FitConfig(layer_decay=0), "--layer-decay 0: choose a number above 0, up to 1"),
         (lambda: OptimizerConfig(learning_rate=nan), "--learning-rate nan: choose a number above"),
         (lambda: OptimizerConfig(weight_decay=-1), "--weight-decay -1: choose a number from 0"),
@@ -199,7 +198,7 @@ WRONG = {
         "--data nowhere", "--resume nowhere", "--distributed", "--weights nowhere.pth",
         "--val-fraction 1",
     ],
-    "predict Config": ["", "nowhere.jpg", ". --top 2.5", "x --tpo 2", "x --devices two", *OF_PARSER],
+    "predict Config": ["", "nowhere.jpg", ". --top 2.5", "x --tpo 2", "--devices two", *OF_PARSER],
     "evaluate Config": [
         "", "--data nowhere", "--workdir nowhere", "--batch-size many", "--data digits digits",
         *OF_PARSER,
@@ -210,7 +209,7 @@ WRONG = {
     ],
     "compare Config": [
         "--model resnet50", "--data nowhere", "--out", "--sead 1", "--seed x", "--workers none",
-        "--image-size 1.5", "--batch-size", "--device 1", "--json=yes",
+        "--image-size 1.5", "--batch-size", "--device 1", "--precision x",
     ],
     "attack Config": [
         "", "nowhere.jpg", "x --norm l3", "x --epsilon 4", "x --epsilons four", "x --steps",
@@ -222,12 +221,13 @@ WRONG = {
     "visualize Features": ["", "--count x", "--count", "--counts 3", "--stage x", *OF_PARSER],
     "visualize Ideal": ["--step 3", "--steps", "--tv-weight x", "--tv 1", "--out", *OF_PARSER],
     "weights Export": [
-        "", "x.pth y.pth", "x.pth --layuot timm", "x.pth --layout", "x.pth --model", "--precision x",
-        "x.pth --normalization tf", "x.pth --seed", "x.pth --json=1", "x.pth --out y",
+        "", "x.pth y.pth", "x.pth --layuot timm", "x.pth --layout", "x.pth --model",
+        "--precision x", "x.pth --normalization tf", "x.pth --seed", "x.pth --json=1",
+        "x.pth --out y",
     ],
     "weights Import": [
-        "", "x y z", "y --modle resnet18", "y --model", "y --normalization imagenet", "y --layout x",
-        "y --normalization", "y --weights x", "y --json=1", "y.pth --path x",
+        "", "x y z", "y --modle resnet18", "y --model", "y --normalization imagenet",
+        "y --layout x", "y --normalization", "y --weights x", "y --json=1", "y.pth --path x",
     ],
     "weights List": [
         "all", "--all", "--jsn", "--json yes", "--model x", "--out x", "--debug=1", "x y", "-x",
