@@ -14,10 +14,17 @@ from tljax.errors import RequestError
 
 
 def cache_dir() -> Path:
-    """The user's cache folder for weights and features: ``$TLJAX_CACHE`` or ``~/.cache/tljax``."""
+    """The user's cache folder for weights and features: ``$TLJAX_CACHE`` or ``~/.cache/tljax``.
+
+    Raises:
+        RequestError: there is neither.
+    """
     if chosen := os.environ.get("TLJAX_CACHE"):
         return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tljax"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tljax"
+    except RuntimeError as error:  # a container, say, that runs as a user without a name
+        raise RequestError("there is no home folder: set TLJAX_CACHE to one for files") from error
 
 
 MARKER = ".tljax"
