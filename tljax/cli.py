@@ -10,6 +10,7 @@ from contextlib import redirect_stderr
 from dataclasses import dataclass, fields, is_dataclass, replace
 from itertools import groupby
 from pathlib import Path
+from shutil import get_terminal_size
 from traceback import walk_tb
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -163,8 +164,9 @@ def _main(config_type: Any, run: Callable[[Any], dict[str, Any]]) -> int:
 def _parse(config_type: Any) -> Any:
     """Parse the command line, and say in one line what is wrong with it: tyro draws a box."""
     said, columns = io.StringIO(), os.environ.get("COLUMNS")
-    if not {"-h", "--help"} & set(sys.argv):
-        os.environ["COLUMNS"] = "9999"  # so that the box breaks no line
+    # No line of an error is broken; and no help is laid out for a few columns, which never ends.
+    width = max(40, get_terminal_size().columns) if {"-h", "--help"} & set(sys.argv) else 9999
+    os.environ["COLUMNS"] = str(width)
     try:
         with redirect_stderr(said):
             return tyro.cli(config_type)
