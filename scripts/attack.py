@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from tljax import cli
-from tljax.config import Count, Positive
+from tljax.ranges import Count, Positive
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import tyro
 
 from tljax import cli
-from tljax.config import Amount, Count, Pixels, Seed, Share
+from tljax.ranges import Amount, Count, Pixels, Seed, Share
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import tyro
 
 from tljax import cli
-from tljax.config import Count
+from tljax.ranges import Count
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tljax import cli
-from tljax.config import Count, Share
+from tljax.ranges import Count, Share
 
 
 @dataclass(frozen=True)

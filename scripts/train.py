@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from tljax import cli
-from tljax.config import ASKED_CONDITIONS, FitConfig, Loading, Positive, Share, settings, spelled
+from tljax.config import ASKED_CONDITIONS, FitConfig, Loading, settings, spelled
 from tljax.errors import RequestError
 from tljax.files import read_config
+from tljax.ranges import Positive, Share
 
 if TYPE_CHECKING:
     from tljax.data.sources import Splits

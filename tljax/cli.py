@@ -16,22 +16,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import tyro
 
-from tljax.config import (
-    Amount,
-    Checked,
-    Conditions,
-    Count,
-    Dtype,
-    Loading,
-    Normalization,
-    Pixels,
-    Seed,
-    idle,
-    settings,
-)
+from tljax.config import Conditions, Dtype, Loading, Normalization, idle, settings
 from tljax.errors import DivergenceError, RequestError, VerificationError
 from tljax.files import to_json
 from tljax.process import configure
+from tljax.ranges import Amount, Checked, Count, Pixels, Seed
 
 if TYPE_CHECKING:
     from tljax.pretrained import Pretrained
@@ -131,11 +120,8 @@ def main(config_type: Any, run: Callable[[Any], dict[str, Any]]) -> None:
 
 def _open_streams() -> None:
     """Let stdout and stderr take every text, also where they are closed or know only ASCII."""
-    if sys.stdout is None or sys.stderr is None:
-        while os.open(os.devnull, os.O_RDWR) <= 2:
-            pass  # the next file that is opened shall not get the number of a closed one
-        sys.stdout = sys.stdout or os.fdopen(1, "w")
-        sys.stderr = sys.stderr or os.fdopen(2, "w")
+    sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115
+    sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -163,7 +149,7 @@ def _main(config_type: Any, run: Callable[[Any], dict[str, Any]]) -> int:
 
 def _parse(config_type: Any) -> Any:
     """Parse the command line, and say in one line what is wrong with it: tyro draws a box."""
-    said, columns = io.StringIO(), os.environ.get("COLUMNS")
+    said, columns = io.StringIO(), os.environ.get("COLUMNS", "")
     # No line of an error is broken; and no help is laid out for a few columns, which never ends.
     width = max(40, get_terminal_size().columns) if {"-h", "--help"} & set(sys.argv) else 9999
     os.environ["COLUMNS"] = str(width)
@@ -179,8 +165,7 @@ def _parse(config_type: Any) -> Any:
                 raise cause from None
         raise RequestError(_first_lines(said.getvalue())) from None
     finally:
-        os.environ.pop("COLUMNS", None)
-        os.environ |= {"COLUMNS": columns} if columns is not None else {}
+        os.environ["COLUMNS"] = columns
 
 
 def _first_lines(box: str) -> str:
@@ -230,6 +215,10 @@ def given() -> set[str]:
 
 
 def _refuse_idle(config: Output) -> None:
+    words = [word.partition("=")[0] for word in sys.argv]
+    for name, value in settings(config).items():
+        if isinstance(value, tuple) and words.count(f"--{name}") > 1:
+            raise RequestError(f"--{name} is given twice: write all its values after one --{name}")
     if lines := idle(config, config.conditions, given()):
         raise RequestError("; ".join(lines.values()))
 

@@ -2,87 +2,17 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, is_dataclass
-from itertools import cycle
-from numbers import Integral, Real
 from types import SimpleNamespace
-from typing import Annotated, Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal
 
 from tljax.errors import RequestError
+from tljax.ranges import Amount, Checked, Count, NotNegative, Positive, Range, Ratio, Share, spelled
 
 Dtype = Literal["float32", "bfloat16"]
 
 Normalization = Literal["torch", "tf", "caffe"]
 
 Recipe = Literal["probe", "lp-ft", "gradual", "finetune", "bit", "scratch"]
-
-# --- ranges of numbers ----------------------------------------------------------------------------
-
-
-class Range(NamedTuple):
-    """The range of a setting, as in ``Annotated[int, Range(1, 9)]``.
-
-    Attributes:
-        low: the lowest value.
-        high: the highest value.
-        without: which of the two is out of range itself.
-    """
-
-    low: float
-    high: float
-    without: Literal["low", "high"] | None = None
-
-    def holds(self, number: Any, kind: type = float) -> bool:
-        """Check a number; nan is in no range."""
-        return (
-            isinstance(number, Integral if kind is int else Real)
-            and self.low <= float(number) <= self.high
-            and number != {"low": self.low, "high": self.high}.get(self.without or "")
-        )
-
-    def __str__(self) -> str:
-        low, high = (f"{end:g}" if end > 2**32 else f"{end:,}" for end in self[:2])
-        return {
-            None: f"from {low} to {high}",
-            "low": f"above {low}, up to {high}",
-            "high": f"from {low} to below {high}",
-        }[self.without]
-
-
-Count = Annotated[int, Range(1, 10**9)]
-Amount = Annotated[int, Range(0, 10**9)]
-Seed = Annotated[int, Range(0, 2**32 - 1)]
-Pixels = Annotated[int, Range(1, 10_000)]
-Share = Annotated[float, Range(0, 1, without="high")]
-PositiveShare = Annotated[float, Range(0, 1, without="low")]
-NotNegative = Annotated[float, Range(0, 3e38)]
-Positive = Annotated[float, Range(0, 3e38, without="low")]
-
-
-def ranges(hint: Any) -> list[tuple[type, Range]]:
-    """List the types of numbers within a type, and their ranges: one, or one for each of a pair."""
-    if found := [extra for extra in getattr(hint, "__metadata__", ()) if isinstance(extra, Range)]:
-        return [(get_args(hint)[0], found[0])]
-    return [found for part in get_args(hint) for found in ranges(part)]
-
-
-class Checked:
-    """A dataclass whose numbers are in their ranges, or it cannot be made.
-
-    Raises:
-        RequestError: one is not; the line names the setting, its value and the range.
-    """
-
-    def __post_init__(self) -> None:
-        for one in fields(self):  # pyright: ignore[reportArgumentType]
-            value = getattr(self, one.name)
-            values = value if isinstance(value, tuple | list) else (value,)
-            for number, (kind, allowed) in zip(values, cycle(ranges(one.type)), strict=False):
-                if number is not None and not allowed.holds(number, kind):
-                    what = "a whole number" if kind is int else "a number"
-                    raise RequestError(f"{spelled(one.name, value)}: choose {what} {allowed}")
-
-
-# --- settings -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -124,8 +54,8 @@ class AugmentConfig(Checked):
     """
 
     crop: bool = True
-    scale: tuple[PositiveShare, PositiveShare] = (0.35, 1.0)
-    ratio: tuple[PositiveShare, Annotated[float, Range(1, 3e38)]] = (3 / 4, 4 / 3)
+    scale: tuple[Ratio, Ratio] = (0.35, 1.0)
+    ratio: tuple[Ratio, Annotated[float, Range(1, 3e38)]] = (3 / 4, 4 / 3)
     flip: bool = True
     randaugment_layers: Amount = 0
     randaugment_magnitude: Annotated[float, Range(0, 30)] = 9.0
@@ -227,7 +157,7 @@ class FitConfig(Checked):
     freeze_to: str | None = None
     train: tuple[str, ...] = ()
     rates: tuple[str, ...] = ()
-    layer_decay: PositiveShare = 1.0
+    layer_decay: Ratio = 1.0
     epochs: Count | None = None
     batch_norm: Literal["running", "batch"] | None = None
     head_after: str | None = None
@@ -277,14 +207,6 @@ def idle(config: Any, conditions: Conditions, names: Iterable[str]) -> dict[str,
             if not counts(space):
                 why[name] = f"{spelled(name, now[name])} has no effect {words}"
     return {name: why[name] for name in now if name in why}
-
-
-def spelled(name: str, value: Any) -> str:
-    """Writes a setting as a flag with its value."""
-    flag = name.replace("_", "-")
-    if isinstance(value, bool):
-        return f"--{flag}" if value else f"--no-{flag}"
-    return f"--{flag} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
 
 
 def _augments(s: Any) -> bool:

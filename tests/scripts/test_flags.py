@@ -28,12 +28,11 @@ from tljax.config import (
     FitConfig,
     Loading,
     OptimizerConfig,
-    Range,
     idle,
-    ranges,
     settings,
 )
 from tljax.errors import RequestError
+from tljax.ranges import Range, ranges
 from tljax.report.attacks import ATTACKS
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
@@ -452,6 +451,13 @@ def test_all_faults_are_said_at_once(capsys, tmp_path, monkeypatch):
     assert refused(capsys, "train", "--mixup=0.4", "--momentum", "0.5", "--no-crop") == (
         "error: --no-crop has no effect without --augment; --mixup 0.4 has no effect without "
         "--augment; --momentum 0.5 has no effect without --optimizer sgd"
+    )
+
+
+def test_values_of_a_list_are_not_lost_where_its_flag_is_given_twice(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert refused(capsys, "train", "--train", "head", "--train=stage7") == (
+        "error: --train is given twice: write all its values after one --train"
     )
 
 
