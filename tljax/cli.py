@@ -6,7 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass, fields, is_dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -201,11 +201,9 @@ def _explain(error: Exception, config: Any) -> tuple[str, int]:
 def _lacks_devices() -> bool:
     import jax
 
-    try:
-        jax.devices()
-    except (AssertionError, RuntimeError):
-        return True
-    return False
+    with suppress(AssertionError, RuntimeError):
+        return not jax.devices()
+    return True
 
 
 def given() -> set[str]:
