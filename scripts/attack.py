@@ -7,8 +7,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from tljax import cli
-
-NOT_RANDOM = {"fgsm", "bim", "mi-fgsm", "fab-t", "deepfool", "cw"}
+from tljax.ranges import Count, Positive
 
 
 @dataclass(frozen=True)
@@ -24,28 +23,27 @@ class Config(cli.Common):
     """A labelled data set instead: a folder of class folders, digits, tfds:NAME or hf:NAME."""
     workdir: Path | None = None
     """A run directory instead: its network is attacked, by default on its own validation data."""
-    count: int | None = None
+    count: Count | None = None
     """Attack so many of the images, chosen by the seed; by default all."""
     attacks: tuple[str, ...] = ("fgsm", "pgd")
     """fgsm bim mi-fgsm pgd apgd-ce apgd-dlr apgd-t fab-t square deepfool cw autoattack."""
-    epsilons: tuple[float, ...] = (0.25, 0.5, 1, 2, 4)
+    epsilons: tuple[Positive, ...] = (0.25, 0.5, 1, 2, 4)
     """Radii, in units of 1/255 of a pixel's range."""
     norm: Literal["linf", "l2", "l1"] = "linf"
     """In which the radii are measured; l1 only for fgsm, bim, mi-fgsm and pgd."""
-    steps: int | None = None
+    steps: Count | None = None
     """Gradient steps of each attack, queries of Square; by default what each one's paper has."""
     target: str | None = None
     """Name or index of the class that the network shall see; by default any but the right one."""
     out: Path | None = None
     """A folder for the curve, adversarial PNGs of the size the network sees, and a grid of them."""
-    pictures: int = 8
+    pictures: Count = 8
     """How many images to paint, the most easily fooled first."""
 
     conditions = (
         *cli.WEIGHTS_OF_RUN,
         ("data", lambda s: not s.images, "with images"),
         ("steps", lambda s: set(s.attacks) - {"fgsm"}, "with --attacks fgsm, which takes one step"),
-        ("seed", lambda s: s.count or set(s.attacks) - NOT_RANDOM, "as nothing is random here"),
         ("pictures", lambda s: s.out is not None, "without --out"),
     )
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import tyro
 
 from tljax import cli
+from tljax.ranges import Amount, Count, Pixels, Seed, Share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,17 +18,17 @@ class Config(cli.Output):
     """What to compare: catalog names, hub ids, files, saved folders or run directories."""
     data: str = "digits"
     """A folder of class folders (with or without train/ and val/), digits, tfds:NAME or hf:NAME."""
-    image_size: int | None = None
+    image_size: Pixels | None = None
     """Side of the square all networks see, in pixels; by default what each expects."""
-    val_fraction: float = 0.2
+    val_fraction: Share = 0.2
     """As for scripts/train.py."""
-    batch_size: int = 32
+    batch_size: Count = 32
     """Images a step."""
-    workers: int = 0
+    workers: Amount = 0
     """Processes that decode images; 0 decodes in threads."""
-    devices: int | None = None
+    devices: Count | None = None
     """Number of devices; by default all."""
-    seed: int = 0
+    seed: Seed = 0
     """Of everything random."""
     out: Path | None = None
     """Where to draw accuracy against speed, a PNG file."""

@@ -17,7 +17,7 @@ class Config(cli.Common):
     workdir: Path | None = None
     """A run directory: its network is measured, and the report goes to its eval/ folder."""
 
-    conditions = (*cli.NOT_RANDOM, *cli.WEIGHTS_OF_RUN)
+    conditions = cli.WEIGHTS_OF_RUN
 
 
 def run(config: Config) -> dict[str, Any]:

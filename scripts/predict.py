@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import tyro
 
 from tljax import cli
+from tljax.ranges import Count
 
 
 @dataclass(frozen=True)
@@ -14,10 +15,8 @@ class Config(cli.Common):
 
     images: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """Files, folders or URLs."""
-    top: int = 5
+    top: Count = 5
     """How many names to give for each image."""
-
-    conditions = cli.NOT_RANDOM
 
 
 def run(config: Config) -> dict[str, Any]:

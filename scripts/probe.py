@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tljax import cli
+from tljax.ranges import Count, Share
 
 
 @dataclass(frozen=True)
@@ -15,9 +16,9 @@ class Config(cli.Common):
     """A folder of class folders (with or without train/ and val/), or digits."""
     stage: str = "head"
     """The stage whose input is probed; the default is the pooled features. Maps are averaged."""
-    neighbours: int = 20
+    neighbours: Count = 20
     """Of the nearest-neighbour classifier."""
-    val_fraction: float = 0.2
+    val_fraction: Share = 0.2
     """As for scripts/train.py."""
 
     conditions = cli.OF_SPLIT

@@ -15,6 +15,7 @@ from tljax import cli
 from tljax.config import ASKED_CONDITIONS, FitConfig, Loading, settings, spelled
 from tljax.errors import RequestError
 from tljax.files import read_config
+from tljax.ranges import Positive, Share
 
 if TYPE_CHECKING:
     from tljax.data.sources import Splits
@@ -38,12 +39,12 @@ class Config(cli.Common):
     """A run directory to go on with. Every other setting comes from there, except --workers,
     --devices and --distributed; one that is given and differs is an error."""
     fit: tyro.conf.OmitArgPrefixes[FitConfig] = field(default_factory=FitConfig)
-    val_fraction: float = 0.2
+    val_fraction: Share = 0.2
     """Share of the images kept for validation where the data has no validation part. 0 keeps none:
     every figure is of the training images."""
     on_bad_image: Literal["skip", "fail"] = "skip"
     """Leave unreadable images out and list them in skipped.csv, or stop."""
-    checkpoint_minutes: float = 10.0
+    checkpoint_minutes: Positive = 10.0
     """From one checkpoint to the next within an epoch; every epoch ends with one."""
     find_learning_rate: bool = False
     """Try a hundred learning rates on the first steps and suggest one; train nothing."""

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import tyro
 
 from tljax import cli
+from tljax.ranges import Amount, Count, NotNegative
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,9 +24,9 @@ class Ideal(Common):
 
     classes: Annotated[tuple[str, ...], tyro.conf.Positional] = ("Siamese cat", "zebra")
     """Names or indices of classes."""
-    steps: int = 128
+    steps: Count = 128
     """Gradient steps."""
-    tv_weight: float = 1e-3
+    tv_weight: NotNegative = 1e-3
     """Of the total variation."""
 
 
@@ -45,10 +46,8 @@ class Features(Common):
 
     images: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Files, folders or URLs."""
-    count: int = 8
+    count: Count = 8
     """Channels of a stage."""
-
-    conditions = cli.NOT_RANDOM
 
 
 @dataclass(frozen=True)
@@ -59,21 +58,19 @@ class Dream(Common):
     """Files, folders or URLs."""
     stage: str | None = None
     """Whose output is strengthened; by default one in the middle."""
-    steps: int = 20
+    steps: Count = 20
     """Gradient steps at each of three sizes."""
-
-    conditions = cli.NOT_RANDOM
 
 
 @dataclass(frozen=True)
 class Channel(Common):
     """Paint what single channels of a stage answer to."""
 
-    channels: Annotated[tuple[int, ...], tyro.conf.Positional] = (0, 1, 2, 3)
+    channels: Annotated[tuple[Amount, ...], tyro.conf.Positional] = (0, 1, 2, 3)
     """Which ones."""
     stage: str | None = None
     """Of which stage's output; by default one in the middle."""
-    steps: int = 128
+    steps: Count = 128
     """Gradient steps."""
 
 

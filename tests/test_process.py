@@ -1,6 +1,7 @@
 """What is settled before JAX is imported."""
 
 import os
+import pwd
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import tljax
 from tljax import process
 from tljax.errors import RequestError
+from tljax.files import cache_dir
 
 NAMES = ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")
 
@@ -80,6 +82,17 @@ def test_this_jaxlib_knows_the_flag_and_its_values(
         check=True,
     )
     assert done.stdout == printed
+
+
+def test_without_a_home_nothing_is_kept(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container that runs as a user without a name."""
+    for name in ("HOME", "TLJAX_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
+    tljax.configure()
+    assert "JAX_COMPILATION_CACHE_DIR" not in os.environ
+    with pytest.raises(RequestError, match="no home folder: set TLJAX_CACHE"):
+        cache_dir()
 
 
 def test_too_late_is_said(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:

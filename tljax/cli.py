@@ -1,11 +1,17 @@
 # ruff: noqa: PLC0415 - `--help` answers before JAX is imported
 """What all scripts share: the common flags, one-line errors, and a last line for machines."""
 
+import io
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass, fields, is_dataclass, replace
+from itertools import groupby
 from pathlib import Path
+from shutil import get_terminal_size
+from traceback import walk_tb
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import tyro
@@ -14,13 +20,14 @@ from tljax.config import Conditions, Dtype, Loading, Normalization, idle, settin
 from tljax.errors import DivergenceError, RequestError, VerificationError
 from tljax.files import to_json
 from tljax.process import configure
+from tljax.ranges import Amount, Checked, Count, Pixels, Seed
 
 if TYPE_CHECKING:
     from tljax.pretrained import Pretrained
 
 
 @dataclass(frozen=True, kw_only=True)
-class Output:
+class Output(Checked):
     """How a script reports."""
 
     json: bool = False
@@ -47,13 +54,13 @@ class Network(Output):
     normalization: Normalization | None = None
     """What a bare file of weights expects, which says nothing of it, by keras.applications' names;
     by default what is usual for its architecture and format."""
-    image_size: int | None = None
+    image_size: Pixels | None = None
     """Side of the square the network sees, in pixels; by default what the weights expect."""
     precision: Dtype | None = None
     """What activations are computed in; parameters, statistics and logits stay in float32. By
     default what the weights were saved with."""
-    seed: int = 0
-    """Of everything random."""
+    seed: Seed = 0
+    """Of everything random; where nothing is, it changes nothing."""
 
     def load(self, weights: str | Path | None = None) -> "Pretrained":
         """The network, by default that of ``--weights``, for images of the size asked for."""
@@ -71,11 +78,11 @@ class Network(Output):
 class Common(Network):
     """Flags with the same name and meaning in every script that runs over data."""
 
-    batch_size: int = 32
+    batch_size: Count = 32
     """Images a step."""
-    workers: int = 0
+    workers: Amount = 0
     """Processes that decode images; 0 decodes in threads."""
-    devices: int | None = None
+    devices: Count | None = None
     """Number of devices; by default all."""
 
     @property
@@ -98,38 +105,105 @@ def main(config_type: Any, run: Callable[[Any], dict[str, Any]]) -> None:
             then subcommands; the docstring is the help text.
         run: does the work and returns what ``--json`` prints.
     """
+    _open_streams()
+    code = _main(config_type, run)
     try:
-        _main(config_type, run)
         sys.stdout.flush()
-    except BrokenPipeError:  # `| head` has seen enough; Python would complain again at its exit
+    except OSError as error:
+        # Python would try again at its exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            code = _say(f"the output cannot be written ({error.strerror})", 1)
+    if code:
+        sys.exit(code)
 
 
-def _main(config_type: Any, run: Callable[[Any], dict[str, Any]]) -> None:
-    config = tyro.cli(config_type)
+def _open_streams() -> None:
+    """Let stdout and stderr take every text, also where they are closed or know only ASCII."""
+    sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115
+    sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _main(config_type: Any, run: Callable[[Any], dict[str, Any]]) -> int:
+    config = Output()
     try:
-        config = config.completed()
+        config = _parse(config_type).completed()
         configure(getattr(config, "precision", None) or "float32")
         _refuse_idle(config)
         result = run(config)
+        if config.json:
+            print(to_json(result))
+    except BrokenPipeError:  # `| head` has seen enough
+        return 0
     except KeyboardInterrupt:
-        sys.exit(_say("interrupted", 130))
-    except BrokenPipeError:
-        raise
+        return _say("interrupted", 130)
     except Exception as error:
-        if config.debug:
+        if "--debug" in sys.argv:
             raise
-        if isinstance(error, RequestError):
-            sys.exit(_say(str(error), 2))
-        if isinstance(error, VerificationError | DivergenceError):
-            sys.exit(_say(str(error), 1))
-        text = " ".join(str(error).split()) or "no message"
-        if "RESOURCE_EXHAUSTED" in text:
-            advice = [words for name, words in _LESS_MEMORY.items() if name in settings(config)]
-            sys.exit(_say(f"out of device memory{': ' if advice else ''}{', or '.join(advice)}", 1))
-        sys.exit(_say(f"{type(error).__name__}: {text} (--debug shows where)", 1))
-    if config.json:
-        print(to_json(result))
+        return _say(*_explain(error, config))
+    return 0
+
+
+def _parse(config_type: Any) -> Any:
+    """Parse the command line, and say in one line what is wrong with it: tyro draws a box."""
+    said, columns = io.StringIO(), os.environ.get("COLUMNS", "")
+    # No line of an error is broken; and no help is laid out for a few columns, which never ends.
+    width = max(40, get_terminal_size().columns) if {"-h", "--help"} & set(sys.argv) else 9999
+    os.environ["COLUMNS"] = str(width)
+    try:
+        with redirect_stderr(said):
+            return tyro.cli(config_type)
+    except SystemExit as ended:
+        if not ended.code:
+            raise
+        cause: BaseException | None = ended
+        while cause := cause.__context__:
+            if isinstance(cause, RequestError):
+                raise cause from None
+        raise RequestError(_first_lines(said.getvalue())) from None
+    finally:
+        os.environ["COLUMNS"] = columns
+
+
+def _first_lines(box: str) -> str:
+    """Shorten an error of tyro's to its first part, and what it thinks was meant."""
+    lines = [line.strip("│|") for line in re.sub(r"\x1b\[[\d;]*m", "", box).splitlines()[1:]]
+    sections = groupby(lines, key=lambda line: bool(line.strip(" ─-")))
+    first = next(section for is_text, section in sections if is_text)
+    said = " ".join(line.strip() for line in first if not line.startswith(" " * 8))
+    said = re.sub(r"^(Error parsing )?(.)", lambda match: match[2].lower(), said).rstrip(".")
+    meant = re.findall(r"Perhaps you meant:\s+(--[\w-]+)|subcommands: (.*\w)", "\n".join(lines))
+    return f"{said}; {''.join(f'did you mean {max(one)}? ' for one in meant)}--help lists them all"
+
+
+def _explain(error: Exception, config: Any) -> tuple[str, int]:
+    """Put an error into one line, with the exit code."""
+    text = " ".join(str(error).split())
+    if isinstance(error, RequestError):
+        return text, 2
+    if isinstance(error, VerificationError | DivergenceError):
+        return text, 1
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
+        advice = [words for name, words in _LESS_MEMORY.items() if name in settings(config)]
+        where = "" if isinstance(error, MemoryError) else "device "
+        return f"out of {where}memory{': ' if advice else ''}{', or '.join(advice)}", 1
+    if (platforms := os.environ.get("JAX_PLATFORMS")) and _lacks_devices():
+        return f"JAX finds no device for JAX_PLATFORMS={platforms}: unset it, or set it to cpu", 2
+    if not text:
+        *_, (frame, line) = walk_tb(error.__traceback__)
+        text = f"in {frame.f_code.co_filename}, line {line}"
+    return f"{type(error).__name__}: {text} (--debug shows where)", 1
+
+
+def _lacks_devices() -> bool:
+    import jax
+
+    with suppress(AssertionError, RuntimeError):
+        return not jax.devices()
+    return True
 
 
 def given() -> set[str]:
@@ -139,6 +213,10 @@ def given() -> set[str]:
 
 
 def _refuse_idle(config: Output) -> None:
+    words = [word.partition("=")[0] for word in sys.argv]
+    for name, value in settings(config).items():
+        if isinstance(value, tuple) and words.count(f"--{name}") > 1:
+            raise RequestError(f"--{name} is given twice: write all its values after one --{name}")
     if lines := idle(config, config.conditions, given()):
         raise RequestError("; ".join(lines.values()))
 
@@ -153,9 +231,6 @@ OF_SPLIT: Conditions = (
     ("val_fraction", _splits_by_content, "as the data has a validation part of its own"),
 )
 """Of commands that split data."""
-
-NOT_RANDOM: Conditions = (("seed", lambda _: False, "as nothing is random here"),)
-"""Of commands without a random number."""
 
 WEIGHTS_OF_RUN: Conditions = (
     ("weights", lambda s: s.workdir is None, "with --workdir, whose network is taken"),
@@ -196,7 +271,5 @@ _PATHS = ("workdir", "resume")
 
 
 def _say(message: str, code: int) -> int:
-    # Names of files need not be UTF-8.
-    printable = message.encode("utf-8", "backslashreplace").decode()
-    print(f"error: {printable}", file=sys.stderr)
+    print(f"error: {message}", file=sys.stderr)
     return code

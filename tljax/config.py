@@ -3,9 +3,10 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, is_dataclass
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from tljax.errors import RequestError
+from tljax.ranges import Amount, Checked, Count, NotNegative, Positive, Range, Ratio, Share, spelled
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -15,7 +16,7 @@ Recipe = Literal["probe", "lp-ft", "gradual", "finetune", "bit", "scratch"]
 
 
 @dataclass(frozen=True)
-class Loading:
+class Loading(Checked):
     """How images are read and spread over devices. No feature depends on it.
 
     Attributes:
@@ -25,14 +26,14 @@ class Loading:
         on_bad_image: skip leaves unreadable images out and lists them; fail stops.
     """
 
-    batch_size: int = 32
-    workers: int = 0
-    devices: int | None = None
+    batch_size: Count = 32
+    workers: Amount = 0
+    devices: Count | None = None
     on_bad_image: Literal["skip", "fail"] = "skip"
 
 
 @dataclass(frozen=True)
-class AugmentConfig:
+class AugmentConfig(Checked):
     """What `augment` and `mix` do. Hashable: a static argument of `jax.jit`.
 
     Attributes:
@@ -53,27 +54,22 @@ class AugmentConfig:
     """
 
     crop: bool = True
-    scale: tuple[float, float] = (0.35, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    scale: tuple[Ratio, Ratio] = (0.35, 1.0)
+    ratio: tuple[Ratio, Annotated[float, Range(1, 3e38)]] = (3 / 4, 4 / 3)
     flip: bool = True
-    randaugment_layers: int = 0
-    randaugment_magnitude: float = 9.0
-    mixup: float = 0.0
-    cutmix: float = 0.0
+    randaugment_layers: Amount = 0
+    randaugment_magnitude: Annotated[float, Range(0, 30)] = 9.0
+    mixup: NotNegative = 0.0
+    cutmix: NotNegative = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise RequestError(f"scale {self.scale}: choose two numbers with 0 < low <= high <= 1")
-        if not 0 < self.ratio[0] <= 1 <= self.ratio[1]:
-            raise RequestError(f"ratio {self.ratio}: choose two numbers with 0 < low <= 1 <= high")
-        if not 0 <= self.randaugment_magnitude <= 30:
-            raise RequestError(f"magnitude {self.randaugment_magnitude}: choose from 0 to 30")
-        if min(self.randaugment_layers, self.mixup, self.cutmix) < 0:
-            raise RequestError("RandAugment's layers, mixup and cutmix: choose 0 (off) or more")
+        super().__post_init__()
+        if self.scale[0] > self.scale[1]:
+            raise RequestError(f"{spelled('scale', self.scale)}: the first number is the lower one")
 
 
 @dataclass(frozen=True)
-class AdversaryConfig:
+class AdversaryConfig(Checked):
     """How training images are attacked before the network learns from them.
 
     Attributes:
@@ -84,18 +80,12 @@ class AdversaryConfig:
     """
 
     attack: Literal["none", "fast", "pgd"] = "none"
-    epsilon: float = 4.0
-    attack_steps: int = 7
-
-    def __post_init__(self) -> None:
-        if not 0 < self.epsilon <= 255:
-            raise RequestError(f"--epsilon {self.epsilon}: choose from 0 to 255, of 255")
-        if self.attack_steps < 1:
-            raise RequestError(f"--attack-steps {self.attack_steps}: choose 1 or more")
+    epsilon: Annotated[float, Range(0, 255, without="low")] = 4.0
+    attack_steps: Count = 7
 
 
 @dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(Checked):
     """How the trainable parameters move.
 
     Attributes:
@@ -112,23 +102,16 @@ class OptimizerConfig:
     """
 
     optimizer: Literal["sgd", "adam", "adamw", "lamb"] = "adamw"
-    learning_rate: float | None = None
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
+    learning_rate: Positive | None = None
+    momentum: Share = 0.9
+    weight_decay: NotNegative = 1e-4
     schedule: Literal["cosine", "constant", "one-cycle", "step", "exponential"] = "cosine"
-    warmup: float = 0.1
-    clip_norm: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.warmup < 1:
-            raise RequestError(f"--warmup {self.warmup}: choose a share of the steps in [0, 1)")
-        for name in ("learning_rate", "momentum", "weight_decay", "clip_norm"):
-            if not 0 <= (getattr(self, name) or 0) < float("inf"):
-                raise RequestError(f"--{name.replace('_', '-')}: choose a number of 0 or more")
+    warmup: Share = 0.1
+    clip_norm: NotNegative = 1.0
 
 
 @dataclass(frozen=True)
-class FitConfig:
+class FitConfig(Checked):
     """What to train and for how long.
 
     Attributes:
@@ -174,20 +157,20 @@ class FitConfig:
     freeze_to: str | None = None
     train: tuple[str, ...] = ()
     rates: tuple[str, ...] = ()
-    layer_decay: float = 1.0
-    epochs: int | None = None
+    layer_decay: Ratio = 1.0
+    epochs: Count | None = None
     batch_norm: Literal["running", "batch"] | None = None
     head_after: str | None = None
-    dropout: float = 0.0
-    label_smoothing: float = 0.0
+    dropout: Share = 0.0
+    label_smoothing: Share = 0.0
     class_weights: Literal["none", "balanced"] = "none"
-    average: float = 0.0
-    patience: int = 0
-    accumulate: int = 1
+    average: Share = 0.0
+    patience: Amount = 0
+    accumulate: Count = 1
     frozen_dtype: Dtype = "float32"
     cache: Literal["auto", "memory", "disk", "none"] = "auto"
     cache_dtype: Dtype = "float32"
-    cache_views: int = 0
+    cache_views: Amount = 0
     augment: bool = False
     augmentation: AugmentConfig = field(default_factory=AugmentConfig)
     adversary: AdversaryConfig = field(default_factory=AdversaryConfig)
@@ -197,21 +180,6 @@ class FitConfig:
     def attacker(self) -> AdversaryConfig | None:
         """The adversary, if there is one."""
         return None if self.adversary.attack == "none" else self.adversary
-
-    def __post_init__(self) -> None:
-        faults = {
-            "--epochs": self.epochs is not None and self.epochs < 1,
-            "--dropout": not 0 <= self.dropout < 1,
-            "--label-smoothing": not 0 <= self.label_smoothing < 1,
-            "--average": not 0 <= self.average < 1,
-            "--patience": self.patience < 0,
-            "--accumulate": self.accumulate < 1,
-            "--cache-views": self.cache_views < 0,
-        }
-        for flag, wrong in faults.items():
-            if wrong:
-                value = getattr(self, flag[2:].replace("-", "_"))
-                raise RequestError(f"{flag} {value} is out of range; --help says what it means")
 
 
 # --- settings that count only together with others ------------------------------------------------
@@ -241,20 +209,13 @@ def idle(config: Any, conditions: Conditions, names: Iterable[str]) -> dict[str,
     return {name: why[name] for name in now if name in why}
 
 
-def spelled(name: str, value: Any) -> str:
-    """Writes a setting as a flag with its value."""
-    flag = name.replace("_", "-")
-    if isinstance(value, bool):
-        return f"--{flag}" if value else f"--no-{flag}"
-    return f"--{flag} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
-
-
 def _augments(s: Any) -> bool:
     return s.augment or s.recipe in ("bit", "scratch")
 
 
 def _freezes(s: Any) -> bool:
-    return s.recipe in ("probe", "lp-ft", "gradual") or s.freeze_to or s.train or s.rates
+    at_rest = (rate for rate in s.rates if rate.rpartition("=")[2].strip("0.") == "")
+    return s.recipe in ("probe", "lp-ft", "gradual") or s.freeze_to or s.train or any(at_rest)
 
 
 _AUGMENTATION = " ".join(settings(AugmentConfig()))

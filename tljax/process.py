@@ -4,6 +4,8 @@ import hashlib
 import os
 import platform
 import sys
+import warnings
+from contextlib import suppress
 from importlib.util import find_spec
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
@@ -24,7 +26,7 @@ def configure(precision: Dtype = "float32") -> None:
 
     Every script does this; a program of its own may, before it imports JAX. What is set already
     wins: ``JAX_COMPILATION_CACHE_DIR``, which when empty keeps nothing, and a flag for ``ynn`` in
-    ``XLA_FLAGS``.
+    ``XLA_FLAGS``. Where the folder cannot be written, nothing is kept and nothing is said.
 
     Args:
         precision: what most of the work will be computed in. All else works, too, but not as fast.
@@ -37,10 +39,12 @@ def configure(precision: Dtype = "float32") -> None:
     if "_ynn_" not in flags and _is_known(_FLAG):
         settings["XLA_FLAGS"] = f"{flags} --{_FLAG}={_LEFT_TO_IT[precision]}".strip()
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        settings["JAX_COMPILATION_CACHE_DIR"] = str(cache_dir() / "compiled" / _machine())
+        with suppress(RequestError):  # without a home, programs are compiled anew
+            settings["JAX_COMPILATION_CACHE_DIR"] = str(cache_dir() / "compiled" / _machine())
     if settings and "jax" in sys.modules:
         raise RequestError("tljax.configure() comes before `import jax`; start Python again")
     os.environ.update(settings)
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
 
 
 def _is_known(flag: str) -> bool:

@@ -37,7 +37,26 @@ WRONG = [
     ({"images": IMAGES[:0], "labels": LABELS[:0]}, "images must be .* at least one, got"),
     ({"images": IMAGES * np.float32(1.001) / IMAGES.max()}, "within the bounds 0 to 1"),
     ({"bounds": (-1.0, 0.5)}, "within the bounds -1 to 0.5"),
-    ({"bounds": (1.0, 0.0)}, "within the bounds 1 to 0"),
+    ({"bounds": (1.0, 0.0)}, r"bounds must be \(low, high\), the lower one first, got \(1.0, 0.0"),
+    ({"bounds": None}, r"bounds must be \(low, high\)"),
+    ({"bounds": (0.0, np.nan)}, r"bounds must be \(low, high\)"),
+    ({"images": None}, "images must be numbers, got None"),
+    ({"images": IMAGES[0], "labels": 1}, r"for images \[8, 6, 3\]: pass image\[None\]"),
+    ({"images": IMAGES[0], "labels": LABELS[:1]}, r"for images \[8, 6, 3\]: pass image\[None\]"),
+    ({"labels": None}, "labels must be numbers, got None"),
+    ({"labels": ["lynx", "wolf", "otter", "toad"]}, "labels must be numbers, got "),
+    ({"labels": np.eye(5, dtype=int)[LABELS]}, r"labels must be 4 integers.* got int32 \[4, 5\]"),
+    ({"epsilon": "8/255"}, "epsilon must be numbers, got '8/255'"),
+    ({"key": 0}, r"key must be one key, as jax.random.key\(0\) is, got 0"),
+    ({"key": None}, "key must be one key"),
+    ({"key": jax.random.split(KEY)}, r"key must be one key, .* got Array\(\(2,\)"),
+    ({"logits_fn": 3}, "logits_fn must be a function"),
+    (
+        {"logits_fn": lambda x: x.sum((1, 2, 3))},
+        r"logits_fn must return .* got \[4\]",
+    ),
+    ({"logits_fn": lambda x: x}, r"logits_fn must return .* got \[4, 8, 6, 3\]"),
+    ({"logits_fn": lambda x: (logits_fn(x), x)}, "logits_fn must return .* got tuple"),
     ({"labels": LABELS + 5}, "labels must be from 0 to 4, got 7 to 9: the network has 5 classes"),
     ({"labels": LABELS - 5}, "labels must be from 0 to 4, got -"),
     ({"labels": LABELS[:3]}, "labels must be 4 integers"),
@@ -62,7 +81,15 @@ WRONG = [
 
 def call(function, **change):
     request = {"images": IMAGES, "labels": LABELS, "epsilon": EPSILON, **change}
-    return function(logits_fn, request.pop("images"), request.pop("labels"), KEY, **request)
+    first = (request.pop("logits_fn", logits_fn), request.pop("images"), request.pop("labels"))
+    return function(*first, request.pop("key", KEY), **request)
+
+
+def test_sequences_and_wider_numbers_are_converted():
+    right = call(ATTACKS["fgsm"])
+    bounds, wide = [0, np.float64(1)], IMAGES.astype(np.float64)
+    found = call(ATTACKS["fgsm"], images=wide, labels=LABELS.tolist(), bounds=bounds)
+    np.testing.assert_array_equal(found, right)
 
 
 def test_images_that_were_rounded_beyond_the_bounds_are_cut_off():

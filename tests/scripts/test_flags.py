@@ -9,20 +9,30 @@ import inspect
 import json
 import re
 import sys
-from dataclasses import MISSING, asdict, fields
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from itertools import product
+from math import inf, nan
 from pathlib import Path
 from types import ModuleType
 from typing import get_args, get_type_hints
 from unittest import mock
 
-import jax
-import jax.numpy as jnp
+import numpy as np
 import pytest
 import tyro
 
 from tljax import cli
-from tljax.config import AugmentConfig, FitConfig, idle, settings
+from tljax.config import (
+    AdversaryConfig,
+    AugmentConfig,
+    FitConfig,
+    Loading,
+    OptimizerConfig,
+    idle,
+    settings,
+)
+from tljax.errors import RequestError
+from tljax.ranges import Range, ranges
 from tljax.report.attacks import ATTACKS
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
@@ -44,7 +54,7 @@ PARSED = {name: get_type_hints(module.run) for name, module in MODULES.items()}
 PARSED = {name: next(iter(hints.values())) for name, hints in PARSED.items()}
 
 OUTPUT = {"json", "debug"}
-NETWORK = {*OUTPUT, "model", "normalization", "image_size", "precision"}
+NETWORK = {*OUTPUT, "model", "normalization", "image_size", "precision", "seed"}
 DATA = {"batch_size", "workers", "devices"}
 ALWAYS = {
     "attack Config": {
@@ -54,18 +64,18 @@ ALWAYS = {
     "compare Config": {*(OUTPUT | DATA), "weights", "data", "image_size", "seed", "out"},
     "evaluate Config": {*(NETWORK | DATA), "data", "workdir"},
     "predict Config": {*(NETWORK | DATA), "weights", "images", "top"},
-    "probe Config": {*(NETWORK | DATA), "weights", "seed", "data", "stage", "neighbours"},
+    "probe Config": {*(NETWORK | DATA), "weights", "data", "stage", "neighbours"},
     # A dry run speaks of the command as it stands, so nothing but another mode is idle in it.
     "train Config": {
         *(NETWORK | DATA),
-        *("weights", "seed", "data", "workdir", "resume", "recipe", "head_after"),
+        *("weights", "data", "workdir", "resume", "recipe", "head_after"),
         *("on_bad_image", "dry_run", "distributed"),
     },
-    "visualize Channel": {*NETWORK, "weights", "seed", "out", "channels", "stage", "steps"},
+    "visualize Channel": {*NETWORK, "weights", "out", "channels", "stage", "steps"},
     "visualize Dream": {*NETWORK, "weights", "out", "images", "stage", "steps"},
-    "visualize Explain": {*NETWORK, "weights", "seed", "out", "images", "target"},
+    "visualize Explain": {*NETWORK, "weights", "out", "images", "target"},
     "visualize Features": {*NETWORK, "weights", "out", "images", "count"},
-    "visualize Ideal": {*NETWORK, "weights", "seed", "out", "classes", "steps", "tv_weight"},
+    "visualize Ideal": {*NETWORK, "weights", "out", "classes", "steps", "tv_weight"},
     "weights Export": {*OUTPUT, "weights", "path", "model", "layout"},
     "weights Import": {*OUTPUT, "weights", "path", "model", "normalization"},
     "weights List": OUTPUT,
@@ -98,6 +108,163 @@ def refused(capsys, script: str, *arguments: object) -> str:
     assert out == ""
     (line,) = err.splitlines()
     return line
+
+
+def line_of(command: str, *arguments: object) -> list[str]:
+    """The script, its subcommand and what that needs, then the arguments."""
+    script, _, name = command.partition(" ")
+    parsed = COMMANDS[command]
+    words = [] if name == "Config" else [name.lower()]
+    needed = [one.name for one in fields(parsed) if one.default is one.default_factory is MISSING]
+    return [script, *words, *("x" for _ in needed), *map(str, arguments)]
+
+
+# --- numbers --------------------------------------------------------------------------------------
+
+
+def numbers(hint: object) -> int:
+    """How many numbers a type holds."""
+    return (hint in (int, float)) + sum(map(numbers, get_args(hint)))
+
+
+def numeric(command: type) -> dict[str, list[tuple[type, Range]]]:
+    """Every option with a number in it, and the ranges of its numbers."""
+    found = {}
+    for one in fields(command):
+        nested = next((x for x in (one.type, *get_args(one.type)) if is_dataclass(x)), None)
+        if nested:
+            found |= numeric(nested)
+        elif numbers(one.type):
+            found[one.name] = ranges(one.type)
+            assert len(found[one.name]) == numbers(one.type), f"{one.name} needs a range"
+    return found
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_numbers_out_of_range_are_refused(capsys, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    for option, found in numeric(COMMANDS[name]).items():
+        flag = f"--{option.replace('_', '-')}"
+        (kind, allowed), *others = found
+        below = allowed.low if allowed.without == "low" else allowed.low - 1
+        above = allowed.high if allowed.without == "high" else 2 * allowed.high
+        for number in (below, above if kind is int else "nan"):
+            values = (number, *(rest.low + 0.5 for _, rest in others))
+            positional = option == "channels"
+            said = refused(capsys, *line_of(name, *[flag][positional:], *values))
+            assert said.startswith(f"error: {flag} {number}"), said
+            assert said.endswith(f"number {allowed}")
+
+
+def test_the_ends_of_a_range_are_taken_as_it_says():
+    assert str(Range(1, 10_000)) == "from 1 to 10,000"
+    assert str(Range(0, 1, without="high")) == "from 0 to below 1"
+    assert str(Range(0, 3e38, without="low")) == "above 0, up to 3e+38"
+    ends = [Range(0, 1, without).holds(end) for without in (None, "low", "high") for end in (0, 1)]
+    assert ends == [True, True, False, True, True, False]
+    assert not any(Range(-3e38, 3e38).holds(number) for number in (nan, inf, -inf, "1", None))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: FitConfig(epochs=0), "--epochs 0: choose a whole number from 1 to 1,000,000,000"),
+        (lambda: FitConfig(epochs=2.5), "--epochs 2.5: choose a whole number"),
+        (lambda: FitConfig(patience="3"), "--patience 3: choose a whole number"),
+        (lambda: FitConfig(layer_decay=0), "--layer-decay 0: choose a number above 0, up to 1"),
+        (lambda: OptimizerConfig(learning_rate=nan), "--learning-rate nan: choose a number above"),
+        (lambda: OptimizerConfig(weight_decay=-1), "--weight-decay -1: choose a number from 0"),
+        (lambda: AdversaryConfig(epsilon=256), "--epsilon 256: choose a number above 0, up to 255"),
+        (lambda: AugmentConfig(scale=(0.2, 1.5)), "--scale 0.2 1.5: choose a number above 0"),
+        (lambda: AugmentConfig(scale=(0.9, 0.2)), "--scale 0.9 0.2: the first number is the lower"),
+        (lambda: AugmentConfig(ratio=(0.9, 0.95)), "--ratio 0.9 0.95: choose a number from 1"),
+        (lambda: Loading(batch_size=0), "--batch-size 0: choose a whole number from 1"),
+        (lambda: Loading(workers=-1), "--workers -1: choose a whole number from 0"),
+    ],
+)
+def test_a_configuration_in_python_has_the_same_ranges(make, message):
+    with pytest.raises(RequestError, match=f"^{re.escape(message)}"):
+        make()
+    assert Loading(np.int64(8), devices=None).batch_size == 8
+
+
+# --- wrong command lines --------------------------------------------------------------------------
+
+OF_PARSER = ["--sedd 1", "--seed", "--seed x", "--image-size 1.5", "--precision float16"]
+WRONG = {
+    "train Config": [
+        "--epoch 3", "--epochs", "--epochs x", "--recipe prob", "animals", "--scale 1",
+        "--data nowhere", "--resume nowhere", "--distributed", "--weights nowhere.pth",
+        "--val-fraction 1",
+    ],
+    "predict Config": ["", "nowhere.jpg", ". --top 2.5", "x --tpo 2", "--devices two", *OF_PARSER],
+    "evaluate Config": [
+        "", "--data nowhere", "--workdir nowhere", "--batch-size many", "--data digits digits",
+        *OF_PARSER,
+    ],
+    "probe Config": [
+        "--data nowhere", "--neighbors 3", "--neighbours 1.5", "--val-fraction all", "folder",
+        *OF_PARSER,
+    ],
+    "compare Config": [
+        "--model resnet50", "--data nowhere", "--out", "--sead 1", "--seed x", "--workers none",
+        "--image-size 1.5", "--batch-size", "--device 1", "--precision x",
+    ],
+    "attack Config": [
+        "", "nowhere.jpg", "x --norm l3", "x --epsilon 4", "x --epsilons four", "x --steps",
+        *OF_PARSER,
+    ],
+    "visualize Channel": ["one", "0.5", "0 --step 3", "--steps x", "--stage", *OF_PARSER],
+    "visualize Dream": ["--stages x", "--steps", "--steps x", "--out", "--tv 1", *OF_PARSER],
+    "visualize Explain": ["", "--targt x", "--target", "--steps 3", "--out", *OF_PARSER],
+    "visualize Features": ["", "--count x", "--count", "--counts 3", "--stage x", *OF_PARSER],
+    "visualize Ideal": ["--step 3", "--steps", "--tv-weight x", "--tv 1", "--out", *OF_PARSER],
+    "weights Export": [
+        "", "x.pth y.pth", "x.pth --layuot timm", "x.pth --layout", "x.pth --model",
+        "--precision x", "x.pth --normalization tf", "x.pth --seed", "x.pth --json=1",
+        "x.pth --out y",
+    ],
+    "weights Import": [
+        "", "x y z", "y --modle resnet18", "y --model", "y --normalization imagenet",
+        "y --layout x", "y --normalization", "y --weights x", "y --json=1", "y.pth --path x",
+    ],
+    "weights List": [
+        "all", "--all", "--jsn", "--json yes", "--model x", "--out x", "--debug=1", "x y", "-x",
+        "--weights",
+    ],
+    "weights Verify": [
+        "y", "--refrence x", "--reference", "--model", "--modle x", "--json=1", "--layout x",
+        "--out", "y z", "--image-size 3",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "lines"), WRONG.items())
+def test_a_wrong_command_line_is_one_line_and_nothing_is_written(
+    capsys, tmp_path, monkeypatch, name, lines
+):
+    assert len(lines) >= 10
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TLJAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "9")
+    for line in lines:
+        assert len(refused(capsys, *line_of(name, *line.split())).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("train --epoch 3", "unrecognized options: --epoch, 3; did you mean --epochs?"),
+        ("train --scale 1", "missing value for argument '--scale'. Expected 2 values;"),
+        ("train --recipe prob", "invalid choice 'prob' for argument '--recipe'. Expected one of ("),
+        ("predict --top 1.5", "--top: invalid literal for int() with base 10: '1.5'; --help lists"),
+        ("weights lst", "unrecognized options: lst; did you mean list, verify, import, export?"),
+        ("weights", "expected one of {list, verify, import, export}; --help lists them all"),
+        ("weights export x", "missing from weights export: PATH; --help lists them all"),
+    ],
+)
+def test_what_is_wrong_with_a_command_line_is_said(capsys, line, said):
+    assert refused(capsys, *line.split()).startswith(f"error: {said}")
 
 
 def setting(flag: str) -> str:
@@ -175,7 +342,6 @@ FIND = {
     "profile": (),
 }
 BFLOAT16 = {"cache-dtype": ("bfloat16",)}
-SEED = {"seed": (1,)}
 IDLE = [
     ("train", "--recipe probe", "with --recipe probe", {**OF_STEPS, "checkpoint-minutes": (5.0,)}),
     ("train", "", "without --augment", {**AUGMENTATION, "cache-views": (4,)}),
@@ -200,22 +366,21 @@ IDLE = [
         {"frozen-dtype": ("bfloat16",), "cache": ("disk",), "cache-views": (4,), **BFLOAT16},
     ),
     ("train", "--recipe scratch", "where nothing is frozen", {"cache": ("memory",), **BFLOAT16}),
+    (
+        "train", "--recipe finetune --rates stem=0.5", "where nothing is frozen",
+        {"cache": ("disk",)},
+    ),
     ("train", "--augment --cache none", "--cache none", {"cache-views": (4,), **BFLOAT16}),
     ("train", "--attack fast", "with --attack: nothing is cached", BFLOAT16),
     ("train", "--augment", "without --cache-views", BFLOAT16),
     ("train", "--data parts", "a validation part of its own", {"val-fraction": (0.3,)}),
     ("probe", "--data parts", "a validation part of its own", {"val-fraction": (0.3,)}),
     ("compare", "--data parts", "a validation part of its own", {"val-fraction": (0.3,)}),
-    ("predict", "x.jpg", "nothing is random", SEED),
-    ("evaluate", "--data digits", "nothing is random", SEED),
     ("evaluate", "--workdir run", "with --workdir", {"weights": ("y",)}),
     ("attack", "--workdir run", "with --workdir", {"weights": ("y",)}),
     ("attack", "x.jpg", "with images", {"data": ("digits",)}),
     ("attack", "x.jpg", "without --out", {"pictures": (3,)}),
     ("attack", "x.jpg --attacks fgsm", "with --attacks fgsm", {"steps": (3,)}),
-    ("attack", "x.jpg --attacks fgsm cw", "nothing is random", SEED),
-    ("visualize", "features x.jpg", "nothing is random", SEED),
-    ("visualize", "dream x.jpg", "nothing is random", SEED),
 ]  # fmt: skip
 
 
@@ -263,7 +428,12 @@ COUNTING = [
     ("attack", "x.jpg --workdir run"),
     ("attack", "--data digits --attacks fgsm pgd --steps 3 --seed 2 --out o --pictures 2"),
     ("attack", "--data digits --attacks fgsm --count 3 --seed 2"),
+    # A pipeline may give all commands its seed, those without a random number, too.
     ("visualize", "explain x.jpg --seed 1"),
+    ("visualize", "features x.jpg --seed 1"),
+    ("predict", "x.jpg --seed 1"),
+    ("evaluate", "--data digits --seed 1"),
+    ("attack", "x.jpg --attacks fgsm --seed 1"),
 ]
 
 
@@ -284,6 +454,13 @@ def test_all_faults_are_said_at_once(capsys, tmp_path, monkeypatch):
     )
 
 
+def test_values_of_a_list_are_not_lost_where_its_flag_is_given_twice(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert refused(capsys, "train", "--train", "head", "--train=stage7") == (
+        "error: --train is given twice: write all its values after one --train"
+    )
+
+
 def options(name: str) -> set[str]:
     return set(inspect.signature(getattr(ATTACKS[name], "func", ATTACKS[name])).parameters)
 
@@ -291,24 +468,6 @@ def options(name: str) -> set[str]:
 def test_attacks_of_one_step_are_those_that_take_no_number_of_steps():
     without = {name for name in ATTACKS if not options(name) & {"num_steps", "num_queries"}}
     assert without == {"fgsm"}
-
-
-@pytest.mark.usefixtures("quick_to_compile")
-def test_attacks_without_a_random_number_are_those_whose_key_makes_no_difference():
-    images = jax.random.uniform(jax.random.key(0), (2, 4, 4, 3))
-    weights = jax.random.normal(jax.random.key(1), (48, 4))
-
-    def see(x):
-        return jnp.sin(9 * x.reshape(len(x), -1) @ weights)
-
-    def moved(name, seed):
-        few = dict.fromkeys(options(name) & {"num_steps", "num_queries"}, 3)
-        labels, key = jnp.argmax(see(images), 1), jax.random.key(seed)
-        return ATTACKS[name](see, images, labels, key, epsilon=0.01, **few)
-
-    alone = ATTACKS.keys() - {"autoattack"}
-    same = {name for name in alone if bool((moved(name, 1) == moved(name, 2)).all())}
-    assert same == MODULES["attack"].NOT_RANDOM
 
 
 def test_where_memory_is_short_only_flags_of_the_command_are_advised(capsys):

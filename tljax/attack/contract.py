@@ -112,16 +112,34 @@ def compiled(attack: Function, *, unbounded: bool = False) -> Function:
         given = bound.arguments | {"logits_fn": as_tree(bound.arguments["logits_fn"])}
         with jax.ensure_compile_time_eval():  # what another `jit` does not trace can be checked
             for name in given.keys() & _TRACED - {"logits_fn", "key"}:
-                given[name] = None if given[name] is None else jnp.asarray(given[name])
+                given[name] = as_array(given[name], name, signature.parameters[name].default)
         _check(given, math.inf if unbounded else float(jnp.finfo(jnp.float32).max))
         return jitted(**given)
 
     return call  # pyright: ignore[reportReturnType]
 
 
+def as_array(value: Any, name: str, default: Any = inspect.Parameter.empty) -> Any:
+    """Convert an argument to an array; None stays None where it is the default.
+
+    Raises:
+        RequestError: it holds something else than numbers.
+    """
+    try:
+        return None if value is default is None else jnp.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise RequestError(f"{name} must be numbers, got {value!r:.60}") from error
+
+
 def _check(given: dict[str, Any], largest_epsilon: float) -> None:
-    images = given["images"]
-    check_images(images, given["bounds"])
+    images, key = given["images"], given["key"]
+    given["bounds"] = check_images(images, given["bounds"])
+    try:
+        jax.eval_shape(jax.random.fold_in, key, 0)
+    except (TypeError, ValueError) as error:
+        raise RequestError(
+            f"key must be one key, as jax.random.key(0) is, got {key!r:.27}"
+        ) from error
     for name, least in _COUNTS.items():
         value = given.get(name, least)
         if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
@@ -131,9 +149,10 @@ def _check(given: dict[str, Any], largest_epsilon: float) -> None:
         if value is None:
             continue
         if value.shape != images.shape[:1] or not jnp.issubdtype(value.dtype, jnp.integer):
+            batch = "" if value.size > 1 else f" for images {list(images.shape)}: pass image[None]?"
             raise RequestError(
                 f"{name} must be {len(images)} integers, one per image, "
-                f"got {value.dtype} {list(value.shape)}"
+                f"got {value.dtype} {list(value.shape)}{batch}"
             )
         if name != "ids":
             check_classes(given["logits_fn"], images, value, name)
@@ -143,22 +162,31 @@ def _check(given: dict[str, Any], largest_epsilon: float) -> None:
             _check_range(given[name], 0, largest_epsilon, f"{name} {must}")
 
 
-def check_images(images: Array, bounds: tuple[float, float]) -> None:
+def check_images(images: Array, bounds: Any) -> tuple[float, float]:
     """Check the type and the shape of images, and their values unless they are traced.
 
+    Returns:
+        The bounds, a pair of floats.
+
     Raises:
-        RequestError: they are not floating point ``[n, ...]`` within the bounds.
+        RequestError: they are not floating point ``[n, ...]`` within the bounds, or those no pair.
     """
+    try:
+        low, high = map(float, bounds)
+    except (TypeError, ValueError):
+        low = high = math.nan
+    if not low < high:
+        raise RequestError(f"bounds must be (low, high), the lower one first, got {bounds}")
     if images.ndim < 2 or not len(images) or not jnp.issubdtype(images.dtype, jnp.floating):
         raise RequestError(
             f"images must be floating point [n, ...] and at least one, got {images.dtype} "
             f"{list(images.shape)}: divide uint8 by 255"
         )
-    low, high = bounds
-    rounding = 1e-6 * abs(high - low)  # of whoever computed them; the attacks cut it off
+    rounding = 1e-6 * (high - low)  # of whoever computed them; the attacks cut it off
     must = f"images must be finite and within the bounds {low:g} to {high:g}"
     advice = ": divide by 255, or pass bounds=(low, high)"
     _check_range(images, low - rounding, high + rounding, must, advice)
+    return low, high
 
 
 def check_classes(logits_fn: Partial, images: Array, classes: Array, name: str) -> None:
@@ -206,11 +234,11 @@ def as_tree(logits_fn: LogitsFn) -> Partial:
         return logits_fn
     try:
         hash(logits_fn)
+        return Partial(logits_fn)
     except TypeError as error:
         raise RequestError(
-            f"logits_fn cannot be hashed ({error}): wrap it, lambda images: model(images)"
+            f"logits_fn must be a function ({error}): wrap it, lambda images: model(images)"
         ) from error
-    return Partial(logits_fn)
 
 
 def prepare(
@@ -229,11 +257,12 @@ def sample_logits(logits_fn: LogitsFn, images: jax.Array) -> jax.Array:
     Raises:
         RequestError: the network returns anything else.
     """
-    logits = jnp.asarray(logits_fn(images))
-    if logits.ndim not in (2, 3) or logits.shape[-2] != len(images):
+    logits = logits_fn(images)
+    shape: tuple[int, ...] = getattr(logits, "shape", ())
+    if len(shape) not in (2, 3) or shape[-2:-1] != (len(images),):
         raise RequestError(
             f"logits_fn must return [n, classes] or [samples, n, classes] for n = {len(images)} "
-            f"images, got {list(logits.shape)}"
+            f"images, got {list(shape) or type(logits).__name__}"
         )
     return logits.astype(_at_least_float32(images)).reshape(-1, *logits.shape[-2:])
 

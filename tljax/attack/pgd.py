@@ -10,6 +10,7 @@ from tljax.attack.contract import (
     Found,
     LogitsFn,
     along,
+    as_array,
     best_of,
     compiled,
     fold_in,
@@ -145,7 +146,7 @@ def fgsm(
         norm=norm,
         loss=loss,
         num_steps=1,
-        step_size=jnp.asarray(epsilon) * (1.25 if random_start else 1.0),
+        step_size=as_array(epsilon, "epsilon") * (1.25 if random_start else 1.0),
         random_start=random_start,
         bounds=bounds,
     )
@@ -225,7 +226,7 @@ def mi_fgsm(
         norm=norm,
         loss=loss,
         num_steps=num_steps,
-        step_size=jnp.asarray(epsilon) / num_steps if step_size is None else step_size,
+        step_size=as_array(epsilon, "epsilon") / num_steps if step_size is None else step_size,
         momentum=momentum,
         bounds=bounds,
     )

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from tljax.config import FIT_CONDITIONS, idle, settings
@@ -143,8 +144,8 @@ def write_training_report(
             "Environment": rundir.environment(),
         },
         next_steps=[
-            f"python scripts/predict.py PHOTO.jpg --weights {workdir}",
-            f"python scripts/evaluate.py --data FOLDER --weights {workdir}",
+            f"python scripts/predict.py PHOTO.jpg --weights {quote(str(workdir))}",
+            f"python scripts/evaluate.py --data FOLDER --weights {quote(str(workdir))}",
         ],
     )
     write_report(workdir / "report.html", report)
