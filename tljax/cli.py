@@ -2,6 +2,7 @@
 """What all scripts share: the common flags, one-line errors, and a last line for machines."""
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import tyro
 
 from tljax.config import Conditions, Dtype, Loading, Normalization, idle, settings
-from tljax.errors import DivergenceError, RequestError, VerificationError
+from tljax.errors import DivergenceError, RequestError, StoppedError, VerificationError
 from tljax.files import to_json
 from tljax.process import configure
 
@@ -91,16 +92,23 @@ def say_notes(found: "Pretrained") -> None:
 
 
 def main(config_type: Any, run: Callable[[Any], dict[str, Any]]) -> None:
-    """Parses the flags, runs, and exits: 0; 2 for a bad request; 1 for a failure; 130 for Ctrl-C.
+    """Parses the flags, runs, and exits.
+
+    The exit code is 0; 2 for a bad request; 1 for a failure; 130 for Ctrl-C; and 75, which
+    schedulers take for "run it again", where SIGTERM stopped training.
 
     Args:
         config_type: a frozen dataclass of flags, after `Common`, or a union of them, which are
             then subcommands; the docstring is the help text.
         run: does the work and returns what ``--json`` prints.
     """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
     try:
         _main(config_type, run)
         sys.stdout.flush()
+    except KeyboardInterrupt:
+        sys.exit(_say("interrupted", 130))
     except BrokenPipeError:  # `| head` has seen enough; Python would complain again at its exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -112,24 +120,49 @@ def _main(config_type: Any, run: Callable[[Any], dict[str, Any]]) -> None:
         configure(getattr(config, "precision", None) or "float32")
         _refuse_idle(config)
         result = run(config)
-    except KeyboardInterrupt:
-        sys.exit(_say("interrupted", 130))
     except BrokenPipeError:
         raise
     except Exception as error:
         if config.debug:
             raise
-        if isinstance(error, RequestError):
-            sys.exit(_say(str(error), 2))
-        if isinstance(error, VerificationError | DivergenceError):
-            sys.exit(_say(str(error), 1))
-        text = " ".join(str(error).split()) or "no message"
-        if "RESOURCE_EXHAUSTED" in text:
-            advice = [words for name, words in _LESS_MEMORY.items() if name in settings(config)]
-            sys.exit(_say(f"out of device memory{': ' if advice else ''}{', or '.join(advice)}", 1))
-        sys.exit(_say(f"{type(error).__name__}: {text} (--debug shows where)", 1))
+        message, code = _explained(error, config)
+        _say(message, code)
+        if getattr(config, "distributed", False) and code != _STOPPED:
+            from tljax.parallel import leave
+
+            leave(message, code)
+        sys.exit(code)
     if config.json:
         print(to_json(result))
+
+
+_STOPPED = 75
+
+
+def _explained(error: Exception, config: Output) -> tuple[str, int]:
+    """One line about an error, and the exit code."""
+    if isinstance(error, RequestError):
+        return str(error), 2
+    if isinstance(error, StoppedError):
+        return str(error), _STOPPED
+    if isinstance(error, VerificationError | DivergenceError):
+        return str(error), 1
+    text = " ".join(str(error).split()) or "no message"
+    if "RESOURCE_EXHAUSTED" in text:
+        advice = [words for name, words in _LESS_MEMORY.items() if name in settings(config)]
+        return f"out of device memory{': ' if advice else ''}{', or '.join(advice)}", 1
+    return f"{type(error).__name__}: {text} (--debug shows where)", 1
+
+
+def _interrupt(*_: object) -> None:
+    """The first Ctrl-C lets what is being written come to its end; a second one does not."""
+    signal.signal(signal.SIGINT, _interrupt_again)
+    raise KeyboardInterrupt
+
+
+def _interrupt_again(*_: object) -> None:
+    os.write(2, b"error: interrupted again\n")
+    os._exit(130)
 
 
 def given() -> set[str]:
@@ -180,7 +213,7 @@ def from_json(config_type: Any, values: Mapping[str, Any]) -> Any:
     known = {field.name: getattr(config_type(), field.name) for field in fields(config_type)}
     if known.keys() != values.keys():
         odd = sorted(known.keys() ^ values.keys())
-        raise RequestError(f"the run's config.json is of another version of tljax: '{odd[0]}'")
+        raise RequestError(f"it is of another version of tljax: '{odd[0]}'")
 
     def value(default: Any, found: Any, name: str) -> Any:
         if is_dataclass(default):

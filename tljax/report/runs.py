@@ -1,5 +1,6 @@
 """From the results of a run to its page."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -143,8 +144,8 @@ def write_training_report(
             "Environment": rundir.environment(),
         },
         next_steps=[
-            f"python scripts/predict.py PHOTO.jpg --weights {workdir}",
-            f"python scripts/evaluate.py --data FOLDER --weights {workdir}",
+            f"python scripts/predict.py PHOTO.jpg --weights {shlex.quote(str(workdir))}",
+            f"python scripts/evaluate.py --data FOLDER --weights {shlex.quote(str(workdir))}",
         ],
     )
     write_report(workdir / "report.html", report)
