@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from threading import Thread
@@ -65,13 +66,15 @@ def leave(message: str, code: int) -> NoReturn:
 
 
 def _follow() -> None:
-    """Wait for a process that leaves, and leave as well."""
+    """Look every second for a process that leaves, and leave as well."""
     client = ocp.multihost.get_jax_distributed_client()
-    with suppress(RuntimeError):  # no process did, and all is over
-        number, message, code = json.loads(client.blocking_key_value_get(_LEFT, 2**31 - 1))
-        if number != jax.process_index():
-            print(f"error: process {number}: {message}", file=sys.stderr)
-            _end_together(client, code)
+    while True:
+        time.sleep(1)  # not in the client: a thread that waits there would break Python's exit
+        with suppress(RuntimeError):  # none has
+            number, message, code = json.loads(client.key_value_try_get(_LEFT))
+            if number != jax.process_index():
+                print(f"error: process {number}: {message}", file=sys.stderr)
+                _end_together(client, code)
 
 
 def _end_together(client: Any, code: int) -> NoReturn:

@@ -15,6 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from tljax.errors import RequestError
+from tljax.parallel import is_writer
 from tljax.trees import array_bytes
 
 Tree = TypeVar("Tree")
@@ -60,17 +61,28 @@ class Checkpoints:
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         self._identity = identity
         self._folder = folder
+        # Each process for itself: at a barrier, all would wait for a writer that cannot write.
+        me = jax.process_index()
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process {me}"
+        )
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             self._manager = ocp.CheckpointManager(
                 folder.absolute(),
                 item_names=("state", "position"),
-                options=ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True),
+                options=ocp.CheckpointManagerOptions(
+                    max_to_keep=2,
+                    create=False,
+                    cleanup_tmp_directories=is_writer(),
+                    multiprocessing_options=alone,
+                ),
             )
         except OSError as error:
             raise RequestError(f"{folder}: cannot be written ({error.strerror})") from error
 
     def save(self, number: int, position: dict[str, Any], state: Any) -> None:
-        """Writes in the background; waits for the write before this one.
+        """Writes in the background, on the writer; waits for the write before this one.
 
         Args:
             number: rises from save to save.
@@ -80,6 +92,8 @@ class Checkpoints:
         Raises:
             RequestError: the write before this one failed.
         """
+        if not is_writer():
+            return
         leaves = [np.array(leaf) for leaf in jax.tree.leaves(state)]
         about = {"position": position, "identity": self._identity}
         about["sha256"] = _digest(leaves, about)
