@@ -165,9 +165,7 @@ def test_two_processes_train_as_one_does(tmp_path):
 @pytest.mark.parametrize("fails", ["disk", "other"])
 def test_where_one_process_fails_the_other_ends_too(tmp_path, fails):
     port = free_port()
-    both = [
-        start(tmp_path, (fails,), devices=1, number=i, port=port, program=RUN) for i in (0, 1)
-    ]
+    both = [start(tmp_path, (fails,), devices=1, number=i, port=port, program=RUN) for i in (0, 1)]
     said = [process.communicate(timeout=120)[1].splitlines() for process in both]
     assert [process.returncode for process in both] == [2, 2]
     errors = [[line for line in lines if line.startswith("error")] for lines in said]

@@ -137,16 +137,14 @@ def _main(config_type: Any, run: Callable[[Any], dict[str, Any]]) -> None:
 
 
 _STOPPED = 75
+_CODES = {RequestError: 2, StoppedError: _STOPPED, VerificationError: 1, DivergenceError: 1}
 
 
 def _explained(error: Exception, config: Output) -> tuple[str, int]:
     """One line about an error, and the exit code."""
-    if isinstance(error, RequestError):
-        return str(error), 2
-    if isinstance(error, StoppedError):
-        return str(error), _STOPPED
-    if isinstance(error, VerificationError | DivergenceError):
-        return str(error), 1
+    for kind, code in _CODES.items():
+        if isinstance(error, kind):
+            return str(error), code
     text = " ".join(str(error).split()) or "no message"
     if "RESOURCE_EXHAUSTED" in text:
         advice = [words for name, words in _LESS_MEMORY.items() if name in settings(config)]

@@ -111,16 +111,13 @@ def open_run(workdir: Path, config: dict[str, Any], splits: Splits, variables: V
         known = read_config(workdir)
         _compare_split(workdir, known, config["data"], split)
         before = known.get("fingerprint", found)  # earlier versions kept none
-        if before["images"] != found["images"]:
-            raise RequestError(
-                f"{workdir}: some of its images, of {config['data']}, have other contents of the "
-                "same size: restore them, or start a new run"
-            )
-        if before["weights"] != found["weights"]:
-            raise RequestError(
-                f"{workdir}: its base weights, {config['weights']}, have changed: restore them, or "
-                "start a new run"
-            )
+        said = {
+            "images": f"images, of {config['data']}, have other contents of the same size",
+            "weights": f"base weights, {config['weights']}, have changed",
+        }
+        for name, what in said.items():
+            if before[name] != found[name]:
+                raise RequestError(f"{workdir}: its {what}: restore them, or start a new run")
         here = {name: config[name] for name in ("data", "weights")}
         if known != {**known, **here} and "fingerprint" in known:
             write_json(path, {**known, **here})
@@ -165,15 +162,15 @@ def _compare_split(workdir: Path, known: dict[str, Any], spec: str, split: bytes
         before, now = (_by_name(known["data"], text) for text in (kept, split))
     except (KeyError, ValueError, csv.Error) as error:
         raise RequestError(f"{path} is damaged ({error}): restore it or start anew") from error
-    both = before.keys() & now.keys()
-    # Earlier versions kept no sizes.
-    resized = {n for n in both if before[n].get("size", now[n]["size"]) != now[n]["size"]}
-    moved = {n for n in both - resized if any(before[n][k] != now[n][k] for k in ("part", "class"))}
+    kinds = ("part", "class", "size")  # earlier versions kept no sizes
     differences = {
         "added": now.keys() - before.keys(),
         "gone": before.keys() - now.keys(),
-        "of another size": resized,
-        "in another part or class": moved,
+        "of another size, class or part": {
+            name
+            for name in before.keys() & now.keys()
+            if any(before[name].get(kind, now[name][kind]) != now[name][kind] for kind in kinds)
+        },
     }
     if said := [f"{len(n)} {w} ({shortened(sorted(n))})" for w, n in differences.items() if n]:
         raise RequestError(
