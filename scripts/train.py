@@ -3,8 +3,10 @@
 No argument runs the embedded default: EfficientNet-Lite0 on scikit-learn's digits, offline.
 """
 
+import shlex
+import sys
 import time
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,18 +15,20 @@ import tyro
 
 from tljax import cli
 from tljax.config import ASKED_CONDITIONS, FitConfig, Loading, settings, spelled
-from tljax.errors import RequestError
+from tljax.errors import RequestError, StoppedError
 from tljax.files import read_config
 from tljax.ranges import Positive, Share
 
 if TYPE_CHECKING:
     from tljax.data.sources import Splits
+    from tljax.parallel import Preemption
     from tljax.pretrained import Pretrained
     from tljax.transfer.fit import FitResult
 
 
 _OF_THE_RUN = "learning_rate schedule warmup patience average checkpoint_minutes profile"
 _FINDING = "with --find-learning-rate"
+_OF_NOW = "workers devices distributed json debug resume dry_run find_learning_rate"
 
 
 @dataclass(frozen=True)
@@ -34,10 +38,12 @@ class Config(cli.Common):
     data: str = "digits"
     """A folder of class folders (with or without train/ and val/), tfds:NAME, hf:NAME or digits."""
     workdir: Path | None = None
-    """The run directory to make; by default a new one under runs/."""
+    """The run directory to make, or one of the same settings to go on with; by default a new one
+    under runs/."""
     resume: Path | None = None
     """A run directory to go on with. Every other setting comes from there, except --workers,
-    --devices and --distributed; one that is given and differs is an error."""
+    --devices and --distributed; one that is given and differs is an error. --data and --weights may
+    say where the same images and weights are now."""
     fit: tyro.conf.OmitArgPrefixes[FitConfig] = field(default_factory=FitConfig)
     val_fraction: Share = 0.2
     """Share of the images kept for validation where the data has no validation part. 0 keeps none:
@@ -70,24 +76,37 @@ class Config(cli.Common):
         Raises:
             RequestError: there is no such run, or a flag says something else.
         """
-        if self.resume is None:
+        workdir = self.resume or self.workdir
+        if not workdir or not (self.resume or self._is_of_a_run()):
             return self
-        names = ("workers", "devices", "distributed", "json", "debug", "resume")
-        machine = {name: getattr(self, name) for name in names}
-        asked = cli.from_json(Config, read_config(self.resume))
-        found = replace(asked, **machine, workdir=self.resume)
+        asked = {k: v for k, v in read_config(workdir).items() if k != "fingerprint"}
+        try:
+            found = cli.from_json(Config, asked)
+        except (AttributeError, RequestError, TypeError) as error:
+            raise RequestError(f"{workdir / 'config.json'}: {error}") from error
+        given = cli.given() if self.resume else settings(self).keys()
+        moved = given & {"data", "weights"} if self.resume else set()
+        of_now = {name: getattr(self, name) for name in (*_OF_NOW.split(), *moved)}
+        found = replace(found, **of_now, workdir=workdir)
         said, known = settings(self), settings(found)
-        different = [
-            spelled(name, said[name])
-            for name in known
-            if name in cli.given() and _place(name, said[name]) != _place(name, known[name])
-        ]
-        if different:
+        different = [n for n in known if n in given and _place(n, said[n]) != _place(n, known[n])]
+        if different and self.resume:
+            flags = ", ".join(spelled(name, said[name]) for name in different)
             raise RequestError(
-                f"{self.resume} goes on with its own settings: leave out {', '.join(different)}, "
-                "or start a new run"
+                f"{workdir} goes on with its own settings: leave out {flags}, or start a new run"
+            )
+        if different:
+            flags = ", ".join(spelled(name, known[name]) for name in different)
+            raise RequestError(
+                f"{workdir} already holds a run with other settings: {flags}; go on with it by "
+                "--resume, or choose another --workdir"
             )
         return found
+
+    def _is_of_a_run(self) -> bool:
+        """Whether this is the command of a run that has begun; it then goes on."""
+        trial = self.dry_run or self.find_learning_rate
+        return not trial and self.workdir is not None and (self.workdir / "config.json").exists()
 
     @property
     def loading(self) -> Loading:
@@ -99,56 +118,86 @@ def run(config: Config) -> dict[str, Any]:
     """Data in, run directory out."""
     from tljax.data.loader import num_batches
     from tljax.data.sources import open_splits
-    from tljax.parallel import is_writer, join
-    from tljax.pretrained import save
-    from tljax.report.runs import write_training_report
+    from tljax.parallel import Preemption, is_writer, join
+    from tljax.pretrained.catalog import catalog_name
     from tljax.transfer import rundir
-    from tljax.transfer.checkpoint import Checkpoints
     from tljax.transfer.dry_run import dry_run
-    from tljax.transfer.fit import fit
     from tljax.transfer.recipes import make_plan
     from tljax.transfer.trace import check_traceable
-    from tljax.trees import tree_digest
 
     began = time.perf_counter()
     if config.distributed:
         if config.workdir is None:
             raise RequestError("--distributed needs a --workdir that is the same for every process")
         join()
-    pretrained = config.load()
-    splits = open_splits(config.data, val_fraction=config.val_fraction)
-    if config.dry_run:
-        print(dry_run(pretrained.model, splits, config.fit, config.batch_size))
-        return {"dry_run": True}
-    if config.find_learning_rate:
-        return suggest_learning_rate(config, pretrained, splits)
+    with Preemption() as preemption:
+        if config.workdir and (config.workdir / "config.json").exists():
+            rundir.refuse_missing(config.workdir, asdict(config), "data", "weights")
+        config = replace(config, data=_absolute(config.data))
+        if not catalog_name(config.weights):
+            config = replace(config, weights=_absolute(config.weights))
+        pretrained = config.load()
+        splits = open_splits(config.data, val_fraction=config.val_fraction)
+        if config.dry_run:
+            print(dry_run(pretrained.model, splits, config.fit, config.batch_size))
+            return {"dry_run": True}
+        if config.find_learning_rate:
+            return suggest_learning_rate(config, pretrained, splits)
 
-    # Or they say why not.
-    plan = make_plan(pretrained.model, config.fit, len(splits.train), config.batch_size)
-    if config.profile:
-        steps = num_batches(len(splits.train), config.batch_size)
-        check_traceable(steps if plan.phases else 0)
-    workdir = config.workdir or Path("runs", time.strftime("%Y%m%d-%H%M%S"))
-    if not config.resume and is_writer():
-        rundir.create_run(workdir, asdict(replace(config, workdir=workdir)), splits)
-    for note in splits.notes if is_writer() else ():
-        print(note)
+        # Or they say why not.
+        plan = make_plan(pretrained.model, config.fit, len(splits.train), config.batch_size)
+        if config.profile:
+            steps = num_batches(len(splits.train), config.batch_size)
+            check_traceable(steps if plan.phases else 0)
+        workdir = config.workdir or rundir.new_workdir(splits)
+        config = replace(config, workdir=workdir)
+        with rundir.occupied(workdir, splits) if is_writer() else nullcontext():
+            return train(config, workdir, pretrained, splits, preemption, began)
+
+
+def train(
+    config: Config,
+    workdir: Path,
+    pretrained: "Pretrained",
+    splits: "Splits",
+    preemption: "Preemption",
+    began: float,
+) -> dict[str, Any]:
+    """Trains in a run directory that is there, or goes on in it."""
+    from tljax.parallel import is_writer
+    from tljax.pretrained import save
+    from tljax.report.runs import write_training_report
+    from tljax.transfer import rundir
+    from tljax.transfer.checkpoint import Checkpoints
+    from tljax.transfer.fit import fit
+    from tljax.trees import tree_digest
+
+    resume = f"python scripts/train.py --resume {shlex.quote(str(workdir))}"
+    if is_writer():
+        if rundir.open_run(workdir, asdict(config), splits, pretrained.variables):
+            print(f"note: {workdir} is there and goes on", file=sys.stderr)
+        for note in splits.notes:
+            print(note)
     digests = splits.train.digest, splits.val.digest, tree_digest(pretrained.variables)
     precision = pretrained.model.dtype
     identity = repr((config.fit, config.seed, config.batch_size, precision, digests))
-    with closing(Checkpoints(workdir / "checkpoints", identity)) as checkpoints:
-        result = fit(
-            pretrained.model,
-            pretrained.variables,
-            splits,
-            config.fit,
-            loading=config.loading,
-            seed=config.seed,
-            checkpoints=checkpoints,
-            checkpoint_seconds=60 * config.checkpoint_minutes,
-            log=lambda history: rundir.write_metrics(workdir, history),
-            profile=workdir / "profile" if config.profile else None,
-        )
+    try:
+        with closing(Checkpoints(workdir / "checkpoints", identity)) as checkpoints:
+            result = fit(
+                pretrained.model,
+                pretrained.variables,
+                splits,
+                config.fit,
+                loading=config.loading,
+                seed=config.seed,
+                checkpoints=checkpoints,
+                checkpoint_seconds=60 * config.checkpoint_minutes,
+                log=lambda history: rundir.write_metrics(workdir, history),
+                profile=workdir / "profile" if config.profile else None,
+                preemption=preemption,
+            )
+    except StoppedError as error:
+        raise StoppedError(f"{error}; to go on: {resume}") from error
     seconds = time.perf_counter() - began
     # Without validation images, those of training are counted as both.
     unread = sum(map(len, result.skipped[: 1 + (splits.val is not splits.train)]))
@@ -191,7 +240,17 @@ def print_result(result: "FitResult", unread: int, workdir: Path, seconds: float
 
 def _place(name: str, value: Any) -> Any:
     """A value to compare: one folder has many names."""
-    return Path(value).resolve() if name in ("data", "weights", "workdir") and value else value
+    if name in ("data", "weights") and value:
+        value = _absolute(value)
+    return Path(value).resolve() if name in ("workdir", "resume") and value else value
+
+
+def _absolute(value: str) -> str:
+    """A path as one that means the same in any folder; all else as it is."""
+    prefix = "hf:" if value.startswith("hf:") else ""
+    path = Path(value.removeprefix(prefix)).expanduser()
+    is_path = value != "digits" and path.exists()
+    return f"{prefix}{path.resolve()}" if is_path else value
 
 
 def suggest_learning_rate(
@@ -200,6 +259,7 @@ def suggest_learning_rate(
     """Prints a learning rate for the recipe and draws the curve that it was read from."""
     from tljax.parallel import is_writer
     from tljax.report.figures import learning_rates, write_figure
+    from tljax.transfer import rundir
     from tljax.transfer.lr_finder import find_learning_rate
 
     test = find_learning_rate(
@@ -212,6 +272,7 @@ def suggest_learning_rate(
     )
     curve = (config.workdir or Path("runs")) / "learning_rate.png"
     if is_writer():
+        rundir.mark(curve.parent, splits)
         write_figure(curve, learning_rates(test))
         print(f"suggested            --learning-rate {test.suggestion:.1e}")
         print(f"its curve            {curve}")

@@ -2,9 +2,11 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +55,44 @@ for size in map(int, sizes):
 """
 
 
-def start(folder, sizes, *, devices, number=None, port=0):
+# As train.py does it: process 0 cannot write its checkpoints from some epoch on, or does not end.
+RUN = """
+import resource, signal, sys
+from dataclasses import dataclass
+from pathlib import Path
+from tljax import cli
+
+folder, fails = Path(sys.argv.pop(1)), sys.argv.pop(1)
+
+@dataclass(frozen=True)
+class Config(cli.Common):
+    distributed: bool = True
+
+def run(config):
+    from tljax.errors import RequestError
+    from tljax.parallel import Preemption, is_writer, join
+    join()
+    import jax
+    jax.config.update("jax_disable_most_optimizations", True)
+    import engine
+
+    def log(history):
+        print(len(history), flush=True)
+        if is_writer() and fails == "disk" and len(history) == 3:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        if not is_writer() and fails == "other" and len(history) == 3:
+            raise RequestError("this one is unwell")
+
+    what = engine.config(epochs=4000, rate=1e-6)
+    with Preemption() as preemption:
+        engine.train(what, engine.splits(8), folder=folder, log=log, preemption=preemption)
+
+cli.main(Config, run)
+"""
+
+
+def start(folder, sizes, *, devices, number=None, port=0, program=TRAIN):
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path]),
@@ -67,8 +106,10 @@ def start(folder, sizes, *, devices, number=None, port=0):
             "JAX_PROCESS_ID": str(number),
         }
     arguments = [str(folder), "-" if number is None else str(number), *map(str, sizes)]
+    if program is RUN:
+        arguments = [str(folder), *sizes]
     return subprocess.Popen(
-        [sys.executable, "-c", TRAIN, *arguments],
+        [sys.executable, "-c", program, *arguments],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -101,11 +142,15 @@ def test_eight_devices_train_as_one_does(tmp_path):
     assert losses[-1] < 0.9 * losses[0]
 
 
-@pytest.mark.slow
-def test_two_processes_train_as_one_does(tmp_path):
+def free_port():
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_does(tmp_path):
+    port = free_port()
     both = [start(tmp_path, (4,), devices=2, number=i, port=port) for i in (0, 1)]
     (one,) = finish(start(tmp_path, (1,), devices=1))
     (first,), (second,) = (finish(process) for process in both)
@@ -114,3 +159,38 @@ def test_two_processes_train_as_one_does(tmp_path):
     assert first["devices"] == 4
     assert_same(first, one)
     assert (tmp_path / "4/metrics.jsonl").read_text().count("\n") == 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fails", ["disk", "other"])
+def test_where_one_process_fails_the_other_ends_too(tmp_path, fails):
+    port = free_port()
+    both = [start(tmp_path, (fails,), devices=1, number=i, port=port, program=RUN) for i in (0, 1)]
+    said = [process.communicate(timeout=120)[1].splitlines() for process in both]
+    assert [process.returncode for process in both] == [2, 2]
+    errors = [[line for line in lines if line.startswith("error")] for lines in said]
+    assert [len(lines) for lines in errors] == [1, 1], said
+    failed = 1 if fails == "other" else 0
+    reason = {"disk": "cannot be written (File too large)", "other": "this one is unwell"}[fails]
+    assert reason in errors[failed][0]
+    assert errors[1 - failed][0].startswith(f"error: process {failed}: ")
+    assert reason in errors[1 - failed][0]
+    assert not any("Traceback" in line for lines in said for line in lines)
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_of_two_processes_stops_both_at_one_step(tmp_path):
+    port = free_port()
+    both = [
+        start(tmp_path, ("nothing",), devices=1, number=i, port=port, program=RUN) for i in (0, 1)
+    ]
+    for _ in range(3):
+        both[1].stdout.readline()
+    both[1].send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    said = [process.communicate(timeout=120)[1].splitlines() for process in both]
+    assert time.monotonic() - began < 60
+    assert [process.returncode for process in both] == [75, 75]
+    for lines in said:
+        assert lines[-1] == "error: stopped by SIGTERM"
+    assert any((tmp_path / "checkpoints").iterdir())

@@ -4,6 +4,7 @@
 import io
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stderr, suppress
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import tyro
 
 from tljax.config import Conditions, Dtype, Loading, Normalization, idle, settings
-from tljax.errors import DivergenceError, RequestError, VerificationError
+from tljax.errors import DivergenceError, RequestError, StoppedError, VerificationError
 from tljax.files import to_json
 from tljax.process import configure
 from tljax.ranges import Amount, Checked, Count, Pixels, Seed
@@ -98,7 +99,10 @@ def say_notes(found: "Pretrained") -> None:
 
 
 def main(config_type: Any, run: Callable[[Any], dict[str, Any]]) -> None:
-    """Parses the flags, runs, and exits: 0; 2 for a bad request; 1 for a failure; 130 for Ctrl-C.
+    """Parse the flags, run, and exit.
+
+    The exit code is 0; 2 for a bad request; 1 for a failure; 130 for Ctrl-C; and 75, which
+    schedulers take for "run it again", where SIGTERM stopped training.
 
     Args:
         config_type: a frozen dataclass of flags, after `Common`, or a union of them, which are
@@ -106,6 +110,8 @@ def main(config_type: Any, run: Callable[[Any], dict[str, Any]]) -> None:
         run: does the work and returns what ``--json`` prints.
     """
     _open_streams()
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
     code = _main(config_type, run)
     try:
         sys.stdout.flush()
@@ -143,7 +149,13 @@ def _main(config_type: Any, run: Callable[[Any], dict[str, Any]]) -> int:
     except Exception as error:
         if "--debug" in sys.argv:
             raise
-        return _say(*_explain(error, config))
+        message, code = _explain(error, config)
+        _say(message, code)
+        if getattr(config, "distributed", False) and code != _STOPPED:
+            from tljax.parallel import leave
+
+            leave(message, code)
+        return code
     return 0
 
 
@@ -179,13 +191,16 @@ def _first_lines(box: str) -> str:
     return f"{said}; {''.join(f'did you mean {max(one)}? ' for one in meant)}--help lists them all"
 
 
+_STOPPED = 75
+_CODES = {RequestError: 2, StoppedError: _STOPPED, VerificationError: 1, DivergenceError: 1}
+
+
 def _explain(error: Exception, config: Any) -> tuple[str, int]:
     """Put an error into one line, with the exit code."""
     text = " ".join(str(error).split())
-    if isinstance(error, RequestError):
-        return text, 2
-    if isinstance(error, VerificationError | DivergenceError):
-        return text, 1
+    for kind, code in _CODES.items():
+        if isinstance(error, kind):
+            return text, code
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
         advice = [words for name, words in _LESS_MEMORY.items() if name in settings(config)]
         where = "" if isinstance(error, MemoryError) else "device "
@@ -204,6 +219,17 @@ def _lacks_devices() -> bool:
     with suppress(AssertionError, RuntimeError):
         return not jax.devices()
     return True
+
+
+def _interrupt(*_: object) -> None:
+    """Let what is being written come to its end at the first Ctrl-C, and not at a second one."""
+    signal.signal(signal.SIGINT, _interrupt_again)
+    raise KeyboardInterrupt
+
+
+def _interrupt_again(*_: object) -> None:
+    os.write(2, b"error: interrupted again\n")
+    os._exit(130)
 
 
 def given() -> set[str]:
@@ -255,7 +281,7 @@ def from_json(config_type: Any, values: Mapping[str, Any]) -> Any:
     known = {field.name: getattr(config_type(), field.name) for field in fields(config_type)}
     if known.keys() != values.keys():
         odd = sorted(known.keys() ^ values.keys())
-        raise RequestError(f"the run's config.json is of another version of tljax: '{odd[0]}'")
+        raise RequestError(f"it is of another version of tljax: '{odd[0]}'")
 
     def value(default: Any, found: Any, name: str) -> Any:
         if is_dataclass(default):

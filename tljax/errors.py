@@ -22,3 +22,7 @@ class VerificationError(Exception):
 
 class DivergenceError(ArithmeticError):
     """A loss is no finite number any more: one line with advice; scripts exit with code 1."""
+
+
+class StoppedError(Exception):
+    """Training was asked to end early and lost nothing: one line; scripts exit with code 75."""

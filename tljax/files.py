@@ -40,7 +40,7 @@ def mark_output(folder: Path) -> None:
         RequestError: it cannot be written.
     """
     if not (folder / MARKER).exists():
-        with written_whole(folder / MARKER) as temporary:
+        with suppress(FileExistsError), written_whole(folder / MARKER, exclusive=True) as temporary:
             temporary.write_text("written by tljax: not read as data\n", "utf-8")
 
 
@@ -48,12 +48,15 @@ def read_config(workdir: Path) -> dict[str, Any]:
     """Reads what a run was asked to do.
 
     Raises:
-        RequestError: there is no run.
+        RequestError: there is no run, or the file is damaged.
     """
     path = workdir / "config.json"
     if not path.exists():
         raise RequestError(f"{workdir} is not a run directory: it has no config.json")
-    return json.loads(path.read_text("utf-8"))
+    try:
+        return dict(json.loads(path.read_text("utf-8")))
+    except (TypeError, ValueError) as error:
+        raise RequestError(f"{path} is damaged ({error}): restore it or start anew") from error
 
 
 def to_json(value: Any, **options: Any) -> str:

@@ -6,14 +6,21 @@ there on every function here means all of them together.
 
 import json
 import os
-from typing import Any, TypeVar
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from threading import Thread
+from typing import Any, NoReturn, Self, TypeVar
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from tljax.errors import RequestError
+from tljax.errors import RequestError, StoppedError
 
 Tree = TypeVar("Tree")
 
@@ -40,6 +47,44 @@ def join() -> None:
             f"--distributed: {reason} Outside TPU pods and Slurm, set JAX_COORDINATOR_ADDRESS, "
             "JAX_NUM_PROCESSES and JAX_PROCESS_ID"
         ) from error
+    Thread(target=_follow, daemon=True).start()
+
+
+def leave(message: str, code: int) -> NoReturn:
+    """End this process, and the others with it, which would wait for it for ever.
+
+    Args:
+        message: what the others print; this process has said it.
+        code: the exit code of all.
+    """
+    if jax.process_count() == 1:
+        sys.exit(code)
+    client = ocp.multihost.get_jax_distributed_client()
+    with suppress(RuntimeError):  # another one was first
+        client.key_value_set(_LEFT, json.dumps((jax.process_index(), message, code)))
+    _end_together(client, code)
+
+
+def _follow() -> None:
+    """Look every second for a process that leaves, and leave as well."""
+    client = ocp.multihost.get_jax_distributed_client()
+    while True:
+        time.sleep(1)  # not in the client: a thread that waits there would break Python's exit
+        with suppress(RuntimeError):  # none has
+            number, message, code = json.loads(client.key_value_try_get(_LEFT))
+            if number != jax.process_index():
+                print(f"error: process {number}: {message}", file=sys.stderr)
+                _end_together(client, code)
+
+
+def _end_together(client: Any, code: int) -> NoReturn:
+    with suppress(RuntimeError):  # not all of them can answer
+        client.wait_at_barrier(_LEFT, 10_000)
+    sys.stdout.flush()
+    os._exit(code)
+
+
+_LEFT = "tljax/left"
 
 
 def is_writer() -> bool:
@@ -104,9 +149,53 @@ def gather(rows: np.ndarray) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(rows)).reshape(-1, *rows.shape[1:])
 
 
-def agree(value: bool) -> bool:
-    """What the writer says: for decisions that clocks make."""
-    return bool(gather(np.array([value]))[0])
+def agree(due: bool, stop: bool) -> tuple[bool, bool]:
+    """Decide together: the writer's clock says what is due, and any process that all stop."""
+    answers = gather(np.array([[due, stop]]))
+    return bool(answers[0, 0]), bool(answers[:, 1].any())
+
+
+class Preemption:
+    """SIGTERM, which schedulers send before they end a process: nothing is lost by it.
+
+    Within `deferred` it is noted in ``asked``, for a loop that looks there after every step;
+    elsewhere it raises `StoppedError` at once, and so does a second one anywhere.
+    """
+
+    def __init__(self) -> None:
+        self.asked = self._deferred = False
+
+    def __enter__(self) -> Self:
+        self._before = signal.signal(signal.SIGTERM, self._stop)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGTERM, self._before or signal.SIG_DFL)
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Keep training from being interrupted within a step or a save."""
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+        if self.asked:
+            raise StoppedError(STOPPED)
+
+    def _stop(self, *_: object) -> None:
+        now = self.asked or not self._deferred
+        self.asked = True
+        if not now:
+            return
+        if jax.process_count() > 1:
+            print(f"error: {STOPPED}", file=sys.stderr)
+            leave(STOPPED, 75)
+        raise StoppedError(STOPPED)
+
+
+STOPPED = "stopped by SIGTERM"
+"""What is said then."""
 
 
 def gather_json(value: Any) -> list[Any]:

@@ -8,6 +8,7 @@ import json
 import os
 import resource
 import runpy
+import shutil
 import subprocess
 import sys
 import threading
@@ -22,6 +23,7 @@ import torch
 from networks import random_pretrained
 from PIL import Image
 
+from tljax.errors import RequestError
 from tljax.pretrained import export, load_pretrained, save
 from tljax.transfer.rundir import open_validation
 
@@ -130,6 +132,7 @@ def trained(cache: Path, photographs: Path, tmp_path_factory: pytest.TempPathFac
 def test_a_run_directory_holds_everything(trained: Path):
     paths = {path.relative_to(trained) for path in trained.rglob("*") if path.is_file()}
     assert {str(path) for path in paths if path.parts[0] != "checkpoints"} == {
+        ".tljax",
         "config.json",
         "env.json",
         "classes.json",
@@ -176,6 +179,72 @@ def test_mixup_without_augmentation_is_refused_before_anything_is_written(
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: --mixup 0.4 has no effect without --augment\n"
     assert not run.exists()
+
+
+@pytest.mark.slow
+def test_the_same_command_again_goes_on_and_another_one_is_refused(
+    cache: Path, trained: Path, photographs: Path, tmp_path: Path
+):
+    """From another folder, too, with a relative path of the same data."""
+    copy = tmp_path / "copy"
+    shutil.copytree(trained, copy)
+    for name in ("best", "report.html", "README.md"):
+        path = copy / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    done = call_script(cache, "predict.py", photographs, "--weights", copy)
+    assert done.stderr == (
+        f"error: {copy} is a run that is not finished; first go on with it: "
+        f"python scripts/train.py --resume {copy}\n"
+    )
+    command = (
+        "train.py", "--data", os.path.relpath(photographs, cache), "--workdir", copy,
+        "--image-size", "64", "--batch-size", "4", "--json", "--epochs",
+    )  # fmt: skip
+    done = call_script(cache, *command, "3")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"{copy} already holds a run with other settings: --epochs 2; go on" in done.stderr
+    done = call_script(cache, *command, "2")
+    assert answer(done)["val_top1"] == 1.0
+    assert done.stderr.splitlines()[0] == f"note: {copy} is there and goes on"
+    for name in ("best/model.safetensors", "metrics.jsonl", "split.csv"):
+        assert (copy / name).read_bytes() == (trained / name).read_bytes()
+
+
+def test_a_run_whose_photographs_changed_says_which(
+    cache: Path, trained: Path, photographs: Path, tmp_path: Path
+):
+    """And it asks for no folder of that name where it happens to be."""
+    run, data = tmp_path / "run", tmp_path / "moved"
+    shutil.copytree(trained, run)
+    shutil.copytree(photographs, data, symlinks=True)
+    known = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**known, "data": str(tmp_path / "was here")}))
+    for command in ("train.py", "--resume", run), ("evaluate.py", "--workdir", run):
+        done = call_script(cache, *command)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr == (
+            f"error: {run}: its data are gone from {tmp_path / 'was here'}: put them back, or say "
+            "where they are now by --data\n"
+        )
+    paint(data / "train" / "red" / "new.jpg", (200, 60, 60), 9)
+    (data / "val" / "red" / "6.JPG").unlink()
+    done = call_script(cache, "train.py", "--resume", run, "--data", data)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2
+    assert "have changed: 1 added (train/red/new.jpg); 1 gone (val/red/6.JPG): restore" in line
+
+
+def test_a_mistyped_run_is_not_asked_of_a_hub(cache: Path, trained: Path, photographs: Path):
+    wrong = trained.with_name("colour")
+    done = call_script(cache, "predict.py", photographs, "--weights", wrong)
+    assert done.returncode == 2
+    assert done.stderr == f"error: {wrong} does not exist; did you mean {trained}?\n"
+    runs = trained.parent
+    with (
+        contextlib.chdir(runs.parent),
+        pytest.raises(RequestError, match=f"/colour does not exist; did you mean {runs.name}/col"),
+    ):
+        load_pretrained(f"{runs.name}/colour")
 
 
 @pytest.mark.slow
@@ -335,7 +404,8 @@ def test_a_fine_tuned_network_goes_out_and_comes_back(cache: Path, trained: Path
         (("--model", "resnet18"), "efficientnet_lite0"),
         (("--freeze-to", "layer3"), "efficientnet_lite0 has no stage 'layer3'"),
         (("--workdir", "{tmp}/evil.pth/run"), "cannot be written"),
-        (("--workdir", "{tmp}"), "already holds a run"),
+        (("--workdir", "{tmp}"), "config.json: it is of another version of tljax"),
+        (("--workdir", "{tmp}/photos"), "holds images"),
         (("--train", "layer9"), "efficientnet_lite0 has no stage 'layer9'"),
         (("--rates", "head"), "write PATTERN=RATE"),
         (("--resume", "{tmp}/none"), "is not a run directory"),
@@ -381,10 +451,25 @@ def test_help_is_quick(cache: Path, name: str):
 
 
 def test_an_unexpected_failure_is_one_line_and_code_1(cache: Path, trained: Path, tmp_path: Path):
-    (tmp_path / "config.json").write_text("not json")
-    done = call_script(cache, "evaluate.py", "--workdir", tmp_path)
+    with mock.patch("tljax.transfer.evaluate.evaluate", side_effect=KeyError("surprise")):
+        done = call_script(cache, "evaluate.py", "--workdir", trained)
     assert done.returncode == 1
-    assert len(done.stderr.strip().splitlines()) == 1
+    assert done.stderr.splitlines()[-1] == "error: KeyError: 'surprise' (--debug shows where)"
+
+
+@pytest.mark.parametrize("content", ["not json", '{"data": "dig', "[1, 2]", "", "null"])
+def test_a_damaged_config_is_named(cache: Path, tmp_path: Path, content: str):
+    (tmp_path / "config.json").write_text(content)
+    for command in (
+        ("evaluate.py", "--workdir", tmp_path),
+        ("train.py", "--resume", tmp_path),
+        ("train.py", "--workdir", tmp_path),
+    ):
+        done = call_script(cache, *command)
+        assert (done.returncode, done.stdout) == (2, "")
+        (line,) = done.stderr.splitlines()
+        assert line.startswith(f"error: {tmp_path / 'config.json'} is damaged (")
+    assert (tmp_path / "config.json").read_text() == content
 
 
 def test_a_run_that_diverges_is_one_line_of_advice_and_code_1(

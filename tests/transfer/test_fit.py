@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+import signal
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -15,13 +16,15 @@ from flax import linen as nn
 
 import tljax.transfer.fit as fit_module
 import tljax.transfer.setup as preparation
-from tljax.config import AugmentConfig
+from tljax.config import AugmentConfig, Loading
 from tljax.data.loader import batch_rows
-from tljax.errors import DivergenceError, RequestError
+from tljax.errors import DivergenceError, RequestError, StoppedError
 from tljax.models import replace_head
+from tljax.parallel import Preemption
 from tljax.transfer import rundir
 from tljax.transfer.checkpoint import Checkpoints
 from tljax.transfer.inputs import Inputs
+from tljax.transfer.recipes import Phase
 from tljax.trees import flatten
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
@@ -165,6 +168,83 @@ def test_a_run_that_is_killed_and_goes_on_ends_the_same(name, lives, tmp_path, m
         assert {entry["phase"] for entry in expected["history"][1:]} == {"from layer1", "from stem"}
     if name == "impatient":
         assert len(expected["history"]) == 3
+
+
+def test_a_run_that_is_asked_to_stop_ends_with_its_step_and_loses_nothing(tmp_path, monkeypatch):
+    what, shard, taken = config(average=0.8, cache="none"), fit_module.shard, []
+    expected = everything(train(what, folder=tmp_path / "whole"), tmp_path / "whole")
+    stopped = tmp_path / "stopped"
+    for steps in (1, 3, 2):  # within an epoch, within the next one, and at the very end
+        preemption = Preemption()
+        taken.clear()
+
+        def counted(batch, mesh, steps=steps, preemption=preemption):
+            taken.append(batch)
+            preemption.asked = len(taken) == steps
+            return shard(batch, mesh)
+
+        monkeypatch.setattr(fit_module, "shard", counted)
+        with pytest.raises(StoppedError, match="stopped by SIGTERM"):
+            train(what, folder=stopped, preemption=preemption)
+        assert len(taken) == steps
+    monkeypatch.setattr(fit_module, "shard", lambda *_: pytest.fail("all steps were taken"))
+    assert everything(train(what, folder=stopped), stopped) == expected
+
+
+def test_a_signal_waits_for_the_step_and_a_second_one_does_not():
+    def again(preemption):
+        with preemption.deferred():
+            signal.raise_signal(signal.SIGTERM)
+            assert preemption.asked
+            signal.raise_signal(signal.SIGTERM)
+            pytest.fail("the second one waited, too")
+
+    before = signal.getsignal(signal.SIGTERM)
+    with Preemption() as preemption, pytest.raises(StoppedError):
+        signal.raise_signal(signal.SIGTERM)
+    with Preemption() as preemption, pytest.raises(StoppedError), preemption.deferred():
+        signal.raise_signal(signal.SIGTERM)
+    with Preemption() as preemption, pytest.raises(StoppedError):
+        again(preemption)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_batch_is_no_larger_than_the_training_set(indices, monkeypatch):
+    shapes, shard = [], fit_module.shard
+    monkeypatch.setattr(
+        fit_module, "shard", lambda x, mesh: (shapes.append(x.images.shape), shard(x, mesh))[1]
+    )
+    for others in ({"cache": "none", "accumulate": 2}, {"freeze_to": "stem"}):
+        found = {}
+        for size in (11, 2048):
+            shapes.clear()
+            what = config(epochs=2, dropout=0.3, **others)
+            found[size] = everything(train(what, loading=Loading(size))), list(shapes)
+        assert found[11] == found[2048]
+        assert {shape[0] for shape in found[2048][1]} == {12 if "accumulate" in others else 11}
+
+
+def test_a_plan_that_freezes_again_what_has_trained_is_refused(monkeypatch):
+    """A checkpoint of the second phase would not hold it."""
+    make_plan = preparation.make_plan
+
+    def there_and_back(*arguments):
+        plan = make_plan(*arguments)
+        tables = ([("layer1/*", 1.0), ("*", 0.0)], [("head/*", 1.0), ("*", 0.0)])
+        return plan._replace(phases=tuple(Phase("x", table, 1) for table in tables))
+
+    monkeypatch.setattr(preparation, "make_plan", there_and_back)
+    with pytest.raises(RequestError, match=r"layer1/\S+ trains and then stays"):
+        train(config())
+
+
+def test_what_was_logged_is_not_lost_where_no_checkpoint_can_be_read(tmp_path):
+    train(config(), folder=tmp_path)
+    kept = (tmp_path / "metrics.jsonl").read_bytes()
+    assert kept.count(b"\n") == 3
+    with pytest.raises(RequestError, match="belongs to another run"):
+        train(config(rate=1e-3), folder=tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == kept
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_does_not():

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -166,6 +167,10 @@ def _find(weights: str | Path, model: str | None) -> tuple[Pretrained, bool]:
         return _load_folder(path, name, model)
     if path.exists():
         return _load_file(path, name, model)
+    if path.parent.name and path.parent.is_dir():
+        near = get_close_matches(path.name, [x.name for x in path.parent.iterdir()], n=1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        raise RequestError(f"{name} does not exist{hint}")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and path.suffix not in (".safetensors", ".pth"):
         return _load_folder(fetch_hub(name), name, model)
     hint = "`scripts/weights.py list` prints the known names"
@@ -211,6 +216,11 @@ def _load_folder(folder: Path, name: str, model: str | None) -> tuple[Pretrained
     if (folder / "best" / "model.safetensors").exists():
         return _load_file(folder / "best" / "model.safetensors", name, model)
     files = [folder / file for file in _WEIGHT_FILES if (folder / file).exists()]
+    if not files and (folder / "config.json").exists() and (folder / "checkpoints").is_dir():
+        raise RequestError(
+            f"{folder} is a run that is not finished; first go on with it: "
+            f"python scripts/train.py --resume {shlex.quote(str(folder))}"
+        )
     if not files:
         expected = ", ".join(_WEIGHT_FILES)
         raise RequestError(f"{folder} is neither a run directory nor a saved model: no {expected}")

@@ -72,29 +72,30 @@ class Checkpoints:
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         self._identity = identity
         self._folder = folder
-        # Each process reads for itself: at a barrier, all would wait for one that cannot.
+        # Each process for itself: at a barrier, all would wait for one that cannot read or write.
         me = jax.process_index()
         alone = ocp.options.MultiprocessingOptions(
-            primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"reader {me}"
+            primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process {me}"
         )
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             marked = [int(path.stem) for path in folder.glob("[0-9]*.damaged")]
             self._damaged = set(gather_json(marked)[0])
-            policy = _LastTwoWhole(self._damaged)
-            self._manager = self._open(preservation_policy=policy, cleanup_tmp_directories=True)
-            self._reader = self._open(read_only=True, multiprocessing_options=alone)
+            self._manager = ocp.CheckpointManager(
+                folder.absolute(),
+                item_names=("state", "position"),
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=_LastTwoWhole(self._damaged),
+                    create=False,
+                    cleanup_tmp_directories=is_writer(),
+                    multiprocessing_options=alone,
+                ),
+            )
         except OSError as error:
             raise RequestError(f"{folder}: cannot be written ({error.strerror})") from error
 
-    def _open(self, **options: Any) -> ocp.CheckpointManager:
-        return ocp.CheckpointManager(
-            self._folder.absolute(),
-            item_names=("state", "position"),
-            options=ocp.CheckpointManagerOptions(**options),
-        )
-
     def save(self, number: int, position: dict[str, Any], state: Any) -> None:
-        """Write in the background; wait for the write before this one.
+        """Write in the background, on the writer; wait for the write before this one.
 
         Args:
             number: rises from save to save. Behind a damaged checkpoint of a higher number, it
@@ -105,6 +106,8 @@ class Checkpoints:
         Raises:
             RequestError: the write before this one failed.
         """
+        if not is_writer():
+            return
         leaves = [np.array(leaf) for leaf in jax.tree.leaves(state)]
         about = {"position": position, "identity": self._identity}
         about["sha256"] = _digest(leaves, about)
@@ -154,7 +157,7 @@ class Checkpoints:
         about, leaves, failed = {}, [], None
         try:
             # The shapes come from the checkpoint itself: `fill` compares them.
-            found = self._reader.restore(
+            found = self._manager.restore(
                 number,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardRestore(),  # pyright: ignore[reportCallIssue]
@@ -193,7 +196,6 @@ class Checkpoints:
         try:
             self._manager.wait_until_finished()
             self._manager.close()
-            self._reader.close()
         except (OSError, ValueError) as error:
             raise self._failed(error) from error
 

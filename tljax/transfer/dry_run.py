@@ -40,6 +40,7 @@ def dry_run(model: Model, splits: Splits, config: FitConfig, batch_size: int) ->
         model, abstract_variables(model), len(splits.train.classes), after=config.head_after
     )
     variables = jax.eval_shape(lambda: variables)
+    batch_size = min(batch_size, len(splits.train))
     plan = make_plan(model, config, len(splits.train), batch_size)
     console = Console(file=io.StringIO(), width=100)
     console.print(

@@ -14,9 +14,9 @@ import optax
 from tljax.config import FitConfig, Loading
 from tljax.data.augment import epoch_key
 from tljax.data.sources import Splits
-from tljax.errors import DivergenceError, RequestError
+from tljax.errors import DivergenceError, RequestError, StoppedError
 from tljax.models import Model
-from tljax.parallel import agree, is_writer, replicate, shard
+from tljax.parallel import STOPPED, Preemption, agree, is_writer, replicate, shard
 from tljax.progress import track
 from tljax.transfer.adversary import robust_logits
 from tljax.transfer.checkpoint import Checkpoint, Checkpoints
@@ -79,6 +79,7 @@ class _Run:
     checkpoint_seconds: float
     log: Callable[[History], None]
     profile: Path | None
+    preemption: Preemption
 
 
 class _Progress(NamedTuple):
@@ -102,6 +103,7 @@ def fit(
     checkpoint_seconds: float = 600,
     log: Callable[[History], None] = lambda _: None,
     profile: Path | None = None,
+    preemption: Preemption | None = None,
     new_head: NewHead | None = None,
     transform: optax.GradientTransformation | None = None,
 ) -> FitResult:
@@ -122,6 +124,7 @@ def fit(
         checkpoint_seconds: from one save to the next within an epoch; every epoch ends with one.
         log: called with the whole history whenever it has grown.
         profile: a folder for the trace of some steps of the first epoch; see `traced`.
+        preemption: what asks to stop after the next step, whose state is saved.
         new_head: ``(model, variables, classes) -> (model, variables)``, for another head than a
             linear one; not for the recipes that start with a probe.
         transform: what gradients go through before the optimizer: a regularisation, say.
@@ -130,17 +133,20 @@ def fit(
         RequestError: the configuration does not fit the model or the data, or the loss is no finite
             number before the first step.
         DivergenceError: it is none afterwards. What was saved before stays.
+        StoppedError: ``preemption`` asked for it.
     """
     setup, inputs = prepare(model, variables, splits, config, loading, seed, new_head, transform)
     model, variables, plan = setup.model, setup.variables, setup.plan
-    run = _Run(setup, checkpoints, checkpoint_seconds, log, profile)
+    preemption = preemption or Preemption()
+    run = _Run(setup, checkpoints, checkpoint_seconds, log, profile, preemption)
     first = evaluate(inputs.logits(model, variables))
     robust = _robust(setup, variables)
     history: History = [{"phase": plan.start, "epoch": 0, **_scores(first, robust)}]
     if bad := _not_finite(history[0]):
         raise RequestError(f"{bad} before the first step: check the weights and the images")
-    log(history)
     saved = checkpoints.restore() if checkpoints else None
+    if saved is None:  # else what was logged before is longer
+        log(history)
     for note in saved.notes if saved else ():
         print(f"{note}: going on from the one before", file=sys.stderr)
     progress = _Progress(variables, variables, history, 0)
@@ -151,7 +157,8 @@ def fit(
         start = first_trainable_stage(model, labels)
         if inputs.start not in (None, start):
             inputs = setup.open_inputs(start)
-        progress = _train(run, inputs, number, phase, labels, progress, saved)
+        with preemption.deferred():
+            progress = _train(run, inputs, number, phase, labels, progress, saved)
         saved = None
 
     best = jax.device_get(progress.best)
@@ -271,9 +278,13 @@ def _epoch(
             # One step ahead and no more: batches must not pile up on the device.
             jax.block_until_ready(state.step)
             state = step(*arguments)
-        if run.checkpoints and agree(time.monotonic() - saved >= run.checkpoint_seconds):
+        late = time.monotonic() - saved >= run.checkpoint_seconds
+        due, stop = agree(late, run.preemption.asked)
+        if due or stop:
             _save(run, inputs, {**position, "batch": done}, state, best)
             saved = time.monotonic()
+        if stop:
+            raise StoppedError(STOPPED)
         asked = time.monotonic()
     seconds = time.monotonic() - began
     if inputs.start is None and is_writer():

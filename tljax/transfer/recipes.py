@@ -48,12 +48,13 @@ def make_plan(model: Model, config: FitConfig, examples: int, batch_size: int) -
         model: the network.
         config: what was asked.
         examples: number of training images.
-        batch_size: images a step.
+        batch_size: images a step; no more than there are.
 
     Raises:
         RequestError: a stage that the model does not have, or wishes that exclude each other.
     """
     recipe = config.recipe
+    batch_size = min(batch_size, examples)
     if recipe == "bit":
         config = _hyperrule(config, examples, batch_size)
     scratch = recipe == "scratch"

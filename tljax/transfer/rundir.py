@@ -5,48 +5,192 @@ checkpoints/  best/model.safetensors  report.html  README.md  eval/
 """
 
 import csv
+import hashlib
 import io
+import os
 import platform
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from tljax.data.examples import printable, shortened
 from tljax.data.sources import Source, Splits, open_splits
 from tljax.errors import RequestError
-from tljax.files import read_config, to_json, written_whole
+from tljax.files import MARKER, mark_output, read_config, to_json, written_whole
 from tljax.parallel import is_writer
+from tljax.trees import tree_digest
+from tljax.types import Variables
 
 BEST = Path("best") / "model.safetensors"
 """The network of the best epoch, in tljax's own format: `load_pretrained` reads it."""
 
 
-def create_run(workdir: Path, config: dict[str, Any], splits: Splits) -> None:
-    """Makes the directory and writes down what the run starts from.
+def new_workdir(splits: Splits) -> Path:
+    """Make a folder under ``runs/`` that no other process has, though it began in the same second.
 
     Raises:
-        RequestError: it cannot be written, or already holds a run.
+        RequestError: ``runs`` cannot be written, or images lie there.
     """
-    if (workdir / "config.json").exists():
-        raise RequestError(f"{workdir} already holds a run; choose another --workdir")
-    write_json(workdir / "config.json", config)
-    write_json(workdir / "env.json", environment())
-    write_json(workdir / "classes.json", list(splits.train.classes))
+    mark(Path("runs"), splits)
+    workdir = first = Path("runs", time.strftime("%Y%m%d-%H%M%S"))
+    for number in count(2):
+        with suppress(FileExistsError):
+            workdir.mkdir()
+            break
+        workdir = first.with_name(f"{first.name}-{number}")
+    return workdir
+
+
+def mark(folder: Path, splits: Splits) -> None:
+    """Mark a folder as results, which are never read as data.
+
+    Raises:
+        RequestError: images lie there, or it cannot be written.
+    """
+    inside = f"{printable(folder.resolve())}{os.sep}"
+    if found := [name for part in splits[:2] for name in part.names if name.startswith(inside)]:
+        raise RequestError(f"{folder} holds images, {found[0]}: choose another --workdir")
+    mark_output(folder)
+
+
+@contextmanager
+def occupied(workdir: Path, splits: Splits) -> Iterator[None]:
+    """Mark a folder as results, and keep other processes from training in it.
+
+    The system lifts this lock when the process ends, however it ends; where a file system has no
+    locks there is none.
+
+    Raises:
+        RequestError: another process trains there, images lie there, or it cannot be written.
+    """
+    mark(workdir, splits)
+    with (workdir / MARKER).open("a") as marker:
+        try:
+            import fcntl  # noqa: PLC0415 - not everywhere
+
+            fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RequestError(
+                f"another process trains in {workdir}: wait for it, or choose another --workdir"
+            ) from error
+        except (ImportError, OSError):
+            pass
+        yield
+
+
+def open_run(workdir: Path, config: dict[str, Any], splits: Splits, variables: Variables) -> bool:
+    """Write down what a run starts from, or compare it with what was written down before.
+
+    Args:
+        workdir: of the run.
+        config: what it was asked, with absolute paths.
+        splits: its images.
+        variables: its base weights.
+
+    Returns:
+        Whether the run was there and goes on.
+
+    Raises:
+        RequestError: it cannot be written, or its images or weights are not what they were.
+    """
+    path = workdir / "config.json"
+    split = _split_csv(config["data"], splits)
+    found = {
+        "weights": tree_digest(variables),
+        "images": [splits.train.digest, splits.val.digest],
+        "split.csv": hashlib.sha256(split).hexdigest(),
+    }
+    goes_on = path.exists()
+    if goes_on:
+        known = read_config(workdir)
+        _compare_split(workdir, known, config["data"], split)
+        before = known.get("fingerprint", found)  # earlier versions kept none
+        said = {
+            "images": f"images, of {config['data']}, have other contents of the same size",
+            "weights": f"base weights, {config['weights']}, have changed",
+        }
+        for name, what in said.items():
+            if before[name] != found[name]:
+                raise RequestError(f"{workdir}: its {what}: restore them, or start a new run")
+        here = {name: config[name] for name in ("data", "weights")}
+        if known != {**known, **here} and "fingerprint" in known:
+            write_json(path, {**known, **here})
+    else:
+        write_json(path, {**config, "fingerprint": found}, exclusive=True)
+    if not (workdir / "split.csv").exists():
+        write_json(workdir / "env.json", environment())
+        write_json(workdir / "classes.json", list(splits.train.classes))
+        _write(workdir / "split.csv", split)
+    return goes_on
+
+
+def _split_csv(spec: str, splits: Splits) -> bytes:
     rows = (
-        (part, name, source.classes[label])
+        (part, _within(spec, name), source.classes[label], _size(name))
         for part, source in (("train", splits.train), ("val", splits.val))
         for name, label in zip(source.names, source.labels, strict=True)
     )
-    write_csv(workdir / "split.csv", ("part", "name", "class"), rows)
+    return _csv(("part", "name", "class", "size"), rows)
+
+
+def _within(spec: str, name: str) -> str:
+    """The path of an example within the data, which may be moved."""
+    return name.removeprefix(printable(Path(spec))).removeprefix(spec).lstrip("/ ")
+
+
+def _size(name: str) -> int | None:
+    """Bytes of an example that is a file of its own."""
+    return Path(name).stat().st_size if Path(name).is_file() else None
+
+
+def _compare_split(workdir: Path, known: dict[str, Any], spec: str, split: bytes) -> None:
+    """Refuse images that are not those which a run was made with."""
+    path = workdir / "split.csv"
+    if not path.exists():  # the run was stopped before that
+        return
+    kept = path.read_bytes()
+    digest = hashlib.sha256(kept).hexdigest()
+    try:
+        if known.get("fingerprint", {}).get("split.csv", digest) != digest:
+            raise ValueError("not what was written")  # noqa: TRY301
+        before, now = (_by_name(known["data"], text) for text in (kept, split))
+    except (KeyError, ValueError, csv.Error) as error:
+        raise RequestError(f"{path} is damaged ({error}): restore it or start anew") from error
+    kinds = ("part", "class", "size")  # earlier versions kept no sizes
+    differences = {
+        "added": now.keys() - before.keys(),
+        "gone": before.keys() - now.keys(),
+        "of another size, class or part": {
+            name
+            for name in before.keys() & now.keys()
+            if any(before[name].get(kind, now[name][kind]) != now[name][kind] for kind in kinds)
+        },
+    }
+    if said := [f"{len(n)} {w} ({shortened(sorted(n))})" for w, n in differences.items() if n]:
+        raise RequestError(
+            f"{workdir}: its images, of {spec}, have changed: {'; '.join(said)}: restore them, or "
+            "start a new run"
+        )
+
+
+def _by_name(spec: str, split: bytes) -> dict[str, dict[str, str]]:
+    rows = list(csv.DictReader(io.StringIO(split.decode(), newline=""), strict=True))
+    if any(None in row.values() for row in rows):
+        raise ValueError("a line is cut short")
+    return {_within(spec, row["name"]): row for row in rows}
 
 
 def write_metrics(workdir: Path, history: Sequence[dict[str, Any]]) -> None:
     """Writes the whole history to ``metrics.jsonl``, one line an epoch, nothing of the clock."""
     if is_writer():
         lines = (to_json(entry) + "\n" for entry in history)
-        _write(workdir / "metrics.jsonl", "".join(lines))
+        _write(workdir / "metrics.jsonl", "".join(lines).encode())
 
 
 def skipped_rows(source: Source, skipped: dict[int, str]) -> list[tuple[str, str]]:
@@ -59,14 +203,34 @@ def skipped_lines(source: Source, skipped: dict[int, str]) -> list[str]:
     return [f"not read: {name}: {reason}" for name, reason in skipped_rows(source, skipped)]
 
 
+def refuse_missing(workdir: Path, config: Mapping[str, Any], *names: str) -> None:
+    """Say which of a run's inputs, ``data`` or ``weights``, are gone.
+
+    Raises:
+        RequestError: one of them is.
+    """
+    for name in names:
+        path = Path(config[name])
+        if path.is_absolute() and not path.exists():
+            raise RequestError(
+                f"{workdir}: its {name} are gone from {path}: put them back, or say where they are "
+                f"now by --{name}"
+            )
+
+
 def open_validation(workdir: Path) -> tuple[Source, tuple[str, ...]]:
     """Opens the validation part of a run's data; notes for a person beside it.
 
     Raises:
-        RequestError: there is no run, or its data has gone.
+        RequestError: there is no run, or its data is gone or has changed.
     """
     asked = read_config(workdir)
-    return open_splits(asked["data"], val_fraction=asked["val_fraction"])[1:]
+    if not {"data", "val_fraction"} <= asked.keys():
+        raise RequestError(f"{workdir / 'config.json'} does not say what data the run was made of")
+    refuse_missing(workdir, asked, "data")
+    splits = open_splits(asked["data"], val_fraction=asked["val_fraction"])
+    _compare_split(workdir, asked, asked["data"], _split_csv(asked["data"], splits))
+    return splits.val, splits.notes
 
 
 def environment() -> dict[str, str]:
@@ -81,20 +245,24 @@ def environment() -> dict[str, str]:
     }
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, *, exclusive: bool = False) -> None:
     """Writes a whole JSON file or none."""
-    _write(path, to_json(value, indent=2, default=str) + "\n")
+    _write(path, (to_json(value, indent=2, default=str) + "\n").encode(), exclusive=exclusive)
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """Writes a whole CSV file or none."""
+    _write(path, _csv(header, rows))
+
+
+def _csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> bytes:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
     writer.writerows(rows)
-    _write(path, text.getvalue())
+    return text.getvalue().encode()
 
 
-def _write(path: Path, text: str) -> None:
-    with written_whole(path) as temporary:
-        temporary.write_text(text, "utf-8")
+def _write(path: Path, content: bytes, *, exclusive: bool = False) -> None:
+    with written_whole(path, exclusive=exclusive) as temporary:
+        temporary.write_bytes(content)

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from tljax.transfer.optimizer import build_optimizer, learning_rate_schedule
 from tljax.transfer.probe import Probe, fit_probe
 from tljax.transfer.recipes import Plan, make_plan
 from tljax.transfer.step import StepConfig, TrainState, TrainStep, init_state, make_train_step
+from tljax.trees import flatten
 from tljax.types import Variables
 
 NewHead = Callable[[Model, Variables, int], tuple[Model, Variables]]
@@ -39,7 +41,7 @@ class Setup:
         probe: the linear probe that is their head; None for a recipe without.
         labels: for each phase, the rate of every parameter.
         splits: what to learn from and what to measure on.
-        loading: how images are read.
+        loading: how images are read, in batches no larger than the training set.
         seed: of everything random.
         mesh: the devices.
         transform: what gradients go through before the optimizer.
@@ -90,6 +92,7 @@ def prepare(
 ) -> tuple[Setup, Inputs]:
     """Everything up to the first step, and the inputs of the first phase; see `fit`."""
     loading = loading or Loading()
+    loading = replace(loading, batch_size=min(loading.batch_size, len(splits.train)))
     config = config or FitConfig()
     changed = {name for name, _ in settings(config).items() - settings(FitConfig()).items()}
     for note in idle(config, ASKED_CONDITIONS, changed).values() if is_writer() else ():
@@ -101,6 +104,10 @@ def prepare(
     plan = make_plan(model, config, len(splits.train), loading.batch_size)
     config = plan.config
     labels = tuple(label(variables["params"], phase.table) for phase in plan.phases)
+    for before, after in pairwise(map(flatten, labels)):
+        if lost := [path for path, rate in before.items() if rate and not after[path]]:
+            # A checkpoint holds what its own phase trains, and all else is as it was at first.
+            raise RequestError(f"{lost[0]} trains and then stays: a later phase trains more, too")
     if plan.start == "probe" and variables["params"][head].keys() != {"kernel", "bias"}:
         raise RequestError(
             f"--recipe {config.recipe} starts with a probe, which needs a linear head; "

@@ -1,0 +1,114 @@
+"""Fault drills: whatever ends a training, the same command goes on and ends with the same bytes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from networks import random_pretrained
+from PIL import Image
+
+from tljax.pretrained import save
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ("best/model.safetensors", "metrics.jsonl", "split.csv", "classes.json", "skipped.csv")
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A training of seconds that saves after every step."""
+    folder = tmp_path_factory.mktemp("drill")
+    save(folder / "net.safetensors", random_pretrained("mobilenetv2_050", 5))
+    rng = np.random.default_rng(0)
+    for i in range(20):
+        path = folder / "data" / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(path)
+    (folder / "data" / "a" / "broken.png").write_text("no picture")
+    return [
+        *(sys.executable, str(ROOT / "scripts" / "train.py"), "--data", str(folder / "data")),
+        *("--weights", str(folder / "net.safetensors"), "--image-size", "32", "--epochs", "12"),
+        *("--recipe", "finetune", "--train", "head", "--batch-size", "4", "--dropout", "0.2"),
+        *("--checkpoint-minutes", "0", "--workdir"),
+    ]
+
+
+def start(command: list[str], workdir: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*command, str(workdir)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TLJAX_CACHE": str(workdir.parent / "cache")},
+    )
+
+
+def finish(command: list[str], workdir: Path) -> dict[str, bytes]:
+    process = start(command, workdir)
+    error = process.communicate()[1]
+    assert process.returncode == 0, error
+    return {name: (workdir / name).read_bytes() for name in RESULTS}
+
+
+@pytest.fixture(scope="module")
+def whole(command: list[str], tmp_path_factory: pytest.TempPathFactory):
+    """What it ends with when nothing happens, and how many seconds it takes, compiled before."""
+    folder = tmp_path_factory.mktemp("whole")
+    finish(command, folder / "first")
+    began = time.monotonic()
+    return finish(command, folder / "second"), time.monotonic() - began
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_training_that_is_ended_ten_times_ends_the_same(command, whole, tmp_path, number):
+    expected, seconds = whole
+    rng = np.random.default_rng(number)
+    codes = []
+    for moment in rng.uniform(0.1 * seconds, seconds, 10):
+        process = start(command, tmp_path / "run")
+        time.sleep(moment)
+        process.send_signal(number)
+        lines = process.communicate()[1].splitlines()
+        codes.append(process.returncode)
+        if process.returncode == 75:
+            assert lines[-1].startswith("error: stopped by SIGTERM")
+        assert not any("Traceback" in line for line in lines), lines
+    # It may come before Python has started, or when all is over.
+    allowed = {-signal.SIGKILL, 0} if number == signal.SIGKILL else {75, -signal.SIGTERM, 0}
+    assert set(codes) <= allowed
+    assert sum(code != 0 for code in codes) >= 3, codes
+    if number == signal.SIGTERM:
+        assert 75 in codes
+    assert finish(command, tmp_path / "run") == expected
+
+
+def test_of_two_at_once_in_one_folder_one_trains_and_the_other_says_so(command, whole, tmp_path):
+    both = [start(command, tmp_path / "run") for _ in range(2)]
+    said = [process.communicate()[1].splitlines() for process in both]
+    codes = [process.returncode for process in both]
+    assert sorted(codes) == [0, 2]
+    assert said[codes.index(2)][-1] == (
+        f"error: another process trains in {tmp_path / 'run'}: wait for it, or choose another "
+        "--workdir"
+    )
+    assert finish(command, tmp_path / "run") == whole[0]
+
+
+def test_a_second_interrupt_ends_at_once(command, whole, tmp_path):
+    process = start(command, tmp_path / "run")
+    time.sleep(0.6 * whole[1])
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.01)
+    began = time.monotonic()
+    lines = process.communicate()[1].splitlines()
+    assert process.returncode == 130
+    assert time.monotonic() - began < 5
+    assert lines[-1] in ("error: interrupted", "error: interrupted again")
+    assert not any("Traceback" in line for line in lines)
+    assert finish(command, tmp_path / "run") == whole[0]

@@ -1,0 +1,193 @@
+"""A run directory: what a run starts from is kept, compared, and belongs to one process."""
+
+import csv
+import json
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+from tljax.data.sources import open_splits
+from tljax.errors import RequestError
+from tljax.files import MARKER
+from tljax.transfer import rundir
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Twelve photographs of two classes, in the two parts of a data set."""
+    for i in range(12):
+        path = tmp_path / "data" / ("val" if i % 3 == 0 else "train") / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(i).integers(0, 256, (8, 8, 3), np.uint8)
+        Image.fromarray(pixels).save(path)
+    return tmp_path / "data"
+
+
+def begin(run, data, weights=None, **others):
+    config = {"data": str(data), "weights": "some.net", "val_fraction": 0.2, **others}
+    return rundir.open_run(run, config, open_splits(str(data)), weights or tiny.random_variables())
+
+
+def test_a_run_goes_on_with_what_it_began_with_wherever_that_is_now(data, tmp_path):
+    run, moved = tmp_path / "run", tmp_path / "elsewhere" / "moved"
+    assert not begin(run, data)
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    assert begin(run, data)
+    assert before == {path.name: path.read_bytes() for path in run.iterdir()}
+    moved.parent.mkdir()
+    data.rename(moved)
+    for path in moved.rglob("*"):
+        os.utime(path, (1, 1))  # a copy has another time
+    with pytest.raises(RequestError, match=rf"its data are gone from {data}: .* by --data$"):
+        rundir.open_validation(run)
+    assert begin(run, moved)
+    assert len(rundir.open_validation(run)[0]) == 4
+    changed = {p.name for p in run.iterdir() if p.read_bytes() != before[p.name]}
+    assert changed == {"config.json"}
+
+
+def add(data):
+    (data / "train" / "a" / "another.png").write_bytes((data / "train/a/2.png").read_bytes())
+
+
+def remove(data):
+    (data / "val" / "b" / "9.png").unlink()
+
+
+def grow(data):
+    with (data / "train" / "a" / "4.png").open("ab") as file:
+        file.write(b"more")
+
+
+def move(data):
+    (data / "train" / "a" / "2.png").rename(data / "train" / "b" / "2.png")
+
+
+def flip(data):
+    path = data / "train" / "a" / "4.png"
+    content = bytearray(path.read_bytes())
+    content[50] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (add, "1 added (train/a/another.png)"),
+        (remove, "1 gone (val/b/9.png)"),
+        (grow, "of another size"),
+        (move, "1 added (train/b/2.png); 1 gone (train/a/2.png)"),
+        (flip, "have other contents of the same size"),
+    ],
+)
+def test_images_that_changed_are_named(data, tmp_path, change, said):
+    begin(tmp_path / "run", data)
+    kept = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    change(data)
+    with pytest.raises(RequestError) as refused:
+        begin(tmp_path / "run", data)
+    assert said in str(refused.value)
+    assert str(data) in str(refused.value)
+    assert "restore them, or start a new run" in str(refused.value)
+    assert "\n" not in str(refused.value)
+    if change is not flip:  # who evaluates reads no training image
+        with pytest.raises(RequestError, match=re.escape(said)):
+            rundir.open_validation(tmp_path / "run")
+    assert kept == {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+
+
+def test_weights_that_changed_are_named(data, tmp_path):
+    begin(tmp_path / "run", data)
+    others = tiny.random_variables()
+    others["params"]["head"]["bias"] = others["params"]["head"]["bias"] + 1
+    with pytest.raises(RequestError, match=r"its base weights, some\.net, have changed: restore"):
+        begin(tmp_path / "run", data, others)
+
+
+def test_a_run_of_an_earlier_version_goes_on_while_its_images_are_there(data, tmp_path):
+    """It has neither a fingerprint nor sizes, and the path as it was typed."""
+    run = tmp_path / "run"
+    begin(run, data)
+    known = json.loads((run / "config.json").read_text())
+    del known["fingerprint"]
+    (run / "config.json").write_text(json.dumps({**known, "data": "data"}))
+    rows = list(csv.DictReader((run / "split.csv").read_text().splitlines()))
+    lines = [f"{row['part']},data/{row['name']},{row['class']}" for row in rows]
+    (run / "split.csv").write_text("\n".join(["part,name,class", *lines, ""]))
+    kept = {path: path.read_bytes() for path in run.iterdir()}
+    assert begin(run, data)
+    assert kept == {path: path.read_bytes() for path in run.iterdir()}
+    add(data)
+    with pytest.raises(RequestError, match=re.escape("changed: 1 added (train/a/another.png): re")):
+        begin(run, data)
+
+
+def test_a_run_that_was_stopped_before_it_had_written_its_images_goes_on(data, tmp_path):
+    begin(tmp_path / "run", data)
+    kept = (tmp_path / "run" / "split.csv").read_bytes()
+    (tmp_path / "run" / "split.csv").unlink()
+    assert begin(tmp_path / "run", data)
+    assert (tmp_path / "run" / "split.csv").read_bytes() == kept
+
+
+@pytest.mark.parametrize("name", ["config.json", "split.csv"])
+@pytest.mark.parametrize("damage", ["cut", "a line less", "garbled", "empty"])
+def test_a_damaged_file_of_a_run_is_named_and_kept(data, tmp_path, name, damage):
+    path = tmp_path / "run" / name
+    begin(path.parent, data)
+    content = path.read_bytes()
+    cut = content.rstrip(b"\n").rindex(b"\n") + 1
+    path.write_bytes(
+        {
+            "cut": content[: cut + 3],
+            "a line less": content[:cut],
+            "garbled": content[:40] + b"\xff\x00" + content[42:],
+            "empty": b"",
+        }[damage]
+    )
+    kept = path.read_bytes()
+    if name == "config.json" and damage == "cut":
+        path.write_bytes(kept := content[: len(content) // 2])
+    for ask in (lambda: begin(path.parent, data), lambda: rundir.open_validation(path.parent)):
+        with pytest.raises(RequestError, match=rf"^{path} is damaged \(.*\): restore it") as said:
+            ask()
+        assert "\n" not in str(said.value)
+    assert path.read_bytes() == kept
+
+
+def test_two_processes_never_train_in_one_folder(data, tmp_path):
+    splits = open_splits(str(data))
+    with rundir.occupied(tmp_path / "run", splits):
+        with (
+            pytest.raises(RequestError, match=r"another process trains in .*run: wait for it"),
+            rundir.occupied(tmp_path / "run", splits),
+        ):
+            pytest.fail("two at once")
+        with rundir.occupied(tmp_path / "other", splits):
+            pass
+    with rundir.occupied(tmp_path / "run", splits):  # it is free again, and nothing was removed
+        assert [path.name for path in (tmp_path / "run").iterdir()] == [MARKER]
+
+
+def test_two_runs_of_one_second_get_a_folder_each(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(rundir.time, "strftime", lambda _: "20261122-060000")
+    splits = open_splits(str(data))
+    found = [str(rundir.new_workdir(splits)) for _ in range(3)]
+    assert found == [f"runs/20261122-060000{end}" for end in ("", "-2", "-3")]
+    assert Path("runs", MARKER).exists()
+
+
+def test_a_folder_that_holds_the_images_is_no_run_directory(data, tmp_path):
+    """It would be marked as results, and never be read as data again."""
+    splits = open_splits(str(data))
+    for folder in (data, data / "train" / "a", tmp_path):
+        with pytest.raises(RequestError, match=r"holds images, .*png: choose another --workdir"):
+            rundir.mark(folder, splits)
+    assert not list(tmp_path.rglob(MARKER))
+    rundir.mark(data / "runs", splits)
