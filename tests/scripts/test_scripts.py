@@ -405,7 +405,7 @@ def test_a_fine_tuned_network_goes_out_and_comes_back(cache: Path, trained: Path
         (("--freeze-to", "layer3"), "efficientnet_lite0 has no stage 'layer3'"),
         (("--workdir", "{tmp}/evil.pth/run"), "cannot be written"),
         (("--workdir", "{tmp}"), "config.json: it is of another version of tljax"),
-        (("--workdir", "{tmp}/photos"), "holds images"),
+        (("--data", "{tmp}/photos", "--workdir", "{tmp}/photos"), "holds images"),
         (("--train", "layer9"), "efficientnet_lite0 has no stage 'layer9'"),
         (("--rates", "head"), "write PATTERN=RATE"),
         (("--resume", "{tmp}/none"), "is not a run directory"),
