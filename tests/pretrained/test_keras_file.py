@@ -268,8 +268,9 @@ def dataset(**options: Any) -> Callable[[h5py.File], None]:
     return lambda file: file.create_dataset("layers/dense/vars/0", **options) and None
 
 
-def inner(file: h5py.File) -> None:
+def within_itself(file: h5py.File) -> None:
     file["layers/functional/layers/dense/vars/0"] = np.ones((2, 2))
+    file["layers/functional/layers/again"] = file["layers/functional"]
 
 
 @pytest.mark.parametrize(
@@ -284,7 +285,7 @@ def inner(file: h5py.File) -> None:
         (dataset(data=np.ones((9, 9), "f4"), compression="gzip"), "compressed, chunked"),
         (dataset(data=np.array([b"text"])), "something other than plain numbers"),
         (dataset(data=["text"], dtype=h5py.string_dtype()), "something other than plain numbers"),
-        (inner, "a model within a model, 'functional'; save that one alone"),
+        (within_itself, "a model is in it twice"),
         (lambda file: file.create_group("images"), "Keras did not write it"),
         (lambda file: file.create_group("layers"), "Keras did not write it"),
     ],

@@ -70,7 +70,7 @@ def read(data: mmap.mmap, span: range) -> dict[str, np.ndarray]:
     names = _texts(root, "layer_names")
     arrays: dict[str, np.ndarray] = {}
     counts: Counter[str] = Counter()
-    for kind, weights in _legacy(root, names, order) if names else _counted(root):
+    for kind, weights in _legacy(root, names, order) if names else _counted(root, set()):
         known = WEIGHTS.get(kind)
         if known is None:
             labels = tuple(map(str, range(len(weights))))
@@ -158,8 +158,16 @@ def _class_of(name: str, shapes: list[tuple[int, ...]]) -> str:
             )
 
 
-def _counted(root: Object) -> Iterator[Layer]:
-    """The layers of a file of Keras 3, in order within each class; of a model within it first."""
+def _counted(root: Object, seen: set[int]) -> Iterator[Layer]:
+    """The layers of a file of Keras 3, in order within each class; of a model within it first.
+
+    Args:
+        root: a model.
+        seen: addresses of the models that were read; this one is added.
+    """
+    if root.address in seen:
+        raise DamagedError("a model is in it twice")
+    seen.add(root.address)
     groups: dict[str, Object] = {}
     for name in root.members:
         if found := _CONTAINERS.fullmatch(name):
@@ -171,7 +179,7 @@ def _counted(root: Object) -> Iterator[Layer]:
     places = sorted(_position(name) for name in groups)
     for _, _, name in places:
         if "layers" in groups[name].members:
-            yield from _counted(groups[name])
+            yield from _counted(groups[name], seen)
     for kind, _, name in places:
         group = groups[name]
         weights = group["vars"] if "vars" in group.members else group
