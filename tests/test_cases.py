@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, SHARED
 
 import tljax
 from tljax.errors import RequestError
@@ -22,7 +21,8 @@ from tljax.pretrained import load_pretrained
 
 pytestmark = pytest.mark.slow
 
-CASES = SHARED / "cases"
+ROOT = Path(__file__).resolve().parents[1]
+CASES = ROOT.parent / "shared" / "cases"
 TRAIN = ("--image-size", 32, "--epochs", 1)
 PROBE = ("--image-size", 32, "--recipe", "probe", "--val-fraction", 0)
 

@@ -140,7 +140,7 @@ def test_without_a_home_the_cache_needs_a_name(monkeypatch):
     assert cache_dir() == Path("/somewhere")
     monkeypatch.delenv("TLJAX_CACHE")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    with pytest.raises(RequestError, match="no home folder for the cache: set TLJAX_CACHE"):
+    with pytest.raises(RequestError, match="no home folder: set TLJAX_CACHE"):
         cache_dir()
 
 

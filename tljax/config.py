@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 
 from tljax.errors import RequestError
-from tljax.ranges import Amount, Checked, Count, NotNegative, Positive, Range, Ratio, Share, spelled
+from tljax.ranges import Amount, Checked, Count, NotNegative, Range, Ratio, Share, spelled
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -102,7 +102,7 @@ class OptimizerConfig(Checked):
     """
 
     optimizer: Literal["sgd", "adam", "adamw", "lamb"] = "adamw"
-    learning_rate: Positive | None = None
+    learning_rate: NotNegative | None = None
     momentum: Share = 0.9
     weight_decay: NotNegative = 1e-4
     schedule: Literal["cosine", "constant", "one-cycle", "step", "exponential"] = "cosine"

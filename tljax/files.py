@@ -26,7 +26,7 @@ def cache_dir() -> Path:
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tljax"
     except RuntimeError as error:  # a container, say, that runs as a user without a name
-        raise WriteError("there is no home folder for the cache: set TLJAX_CACHE") from error
+        raise WriteError("there is no home folder: set TLJAX_CACHE to one for files") from error
 
 
 MARKER = ".tljax"

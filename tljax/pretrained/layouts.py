@@ -216,6 +216,7 @@ def _find(arrays: Mapping[str, np.ndarray], where: str, model: str | None) -> Id
     likely = sorted(prefixes, key=lambda prefix: (prefix.count("."), prefix))[:8]
     found = [_under(prefix, arrays, model) for prefix in likely]
     fits = [identity for identity in found if not any(identity.difference)]
+    fits = [x for x in fits if not any(x.prefix.startswith(y.prefix) for y in fits if y is not x)]
     fits = [identity for identity in fits if not _COPY.search(identity.prefix)] or fits
     if len(fits) > 1 and fits[0].prefix:
         both = " and ".join(f"'{identity.prefix:.60}'" for identity in fits[:2])
