@@ -346,6 +346,12 @@ def test_what_tljax_wrote_is_no_data_unless_it_is_named(tmp_path):
     assert open_folder(tmp_path).classes == ("ants", "empty", "runs", "wasps")
 
 
+def test_a_run_of_an_earlier_version_is_known_by_its_files(tmp_path):
+    run = [f"runs/1/{name}" for name in ("config.json", "split.csv", "metrics.jsonl", "best/1")]
+    write(tmp_path, "ants/config.json", "wasps/split.csv", *run)
+    assert open_folder(tmp_path).classes == ("ants", "wasps")
+
+
 def test_an_output_folder_in_the_folder_of_a_split_is_no_part_of_it(tmp_path):
     write(tmp_path, "train/a/1", "train/b/2", "runs/1/best/3")
     mark_output(tmp_path / "runs" / "1")

@@ -250,9 +250,13 @@ def _is_example(entry: os.DirEntry[str]) -> bool:
     return (path.is_file() or not exists(path)) if entry.is_symlink() else entry.is_file()
 
 
+_OF_A_RUN = ("config.json", "split.csv", "metrics.jsonl")
+
+
 def _is_output(folder: str) -> bool:
     """Whether tljax wrote into a folder, or into every one that it holds."""
-    if exists(Path(folder, MARKER)):
+    # Runs of earlier versions have no marker.
+    if exists(Path(folder, MARKER)) or all(exists(Path(folder, x)) for x in _OF_A_RUN):
         return True
     with os.scandir(folder) as entries:
         found = (
