@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +57,14 @@ def export_stablehlo(
     rows = batch if batch is not None else jax_export.symbolic_shape("batch")[0]
     images = jax.ShapeDtypeStruct((rows, size, size, 3), np.uint8)
     exported = jax_export.export(jax.jit(_logits(pretrained)), platforms=platforms)(images)
-    files = {
+    contents = {
         "model.stablehlo": bytes(exported.serialize()),
         "model.json": json.dumps(_description(pretrained), indent=2).encode(),
     }
     if pretrained.model.num_classes:
-        files["predict.py"] = _PREDICT.encode()
-    for name, data in files.items():
+        script = files("tljax.pretrained").joinpath("predict_exported.txt")
+        contents["predict.py"] = script.read_bytes()
+    for name, data in contents.items():
         with written_whole(folder / name) as temporary:
             temporary.write_bytes(data)
 
@@ -195,35 +197,3 @@ def _max_pool(x: jax.Array, params: dict[str, Any]) -> jax.Array:
         for other in slices[1:]:
             x = jnp.maximum(x, other)
     return x
-
-
-_PREDICT = '''\
-"""Names what is on photographs: python predict.py PHOTO ...
-
-Needs the packages jax, flatbuffers, numpy and pillow.
-"""
-import json
-import sys
-from pathlib import Path
-
-import jax
-import numpy as np
-from PIL import Image, ImageOps
-
-folder = Path(__file__).parent
-about = json.loads((folder / "model.json").read_text("utf-8"))
-network = jax.export.deserialize(bytearray((folder / "model.stablehlo").read_bytes()))
-size, resize = about["preprocess"]["size"], about["preprocess"]["resize"]
-filter_ = Image.Resampling[about["preprocess"]["interpolation"].upper()]
-
-for path in sys.argv[1:]:
-    image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
-    short = min(image.size)
-    image = image.resize([int(resize * side / short) for side in image.size], filter_)
-    left, top = (round((side - size) / 2) for side in image.size)
-    pixels = np.asarray(image.crop((left, top, left + size, top + size)))
-    probabilities = np.asarray(jax.nn.softmax(network.call(pixels[None])[0]))
-    print(path)
-    for i in np.argsort(-probabilities)[:5]:
-        print(f"  {probabilities[i]:.3f}  {about['classes'][i]}")
-'''
