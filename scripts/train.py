@@ -17,7 +17,7 @@ from tljax import cli
 from tljax.config import ASKED_CONDITIONS, FitConfig, Loading, settings, spelled
 from tljax.errors import RequestError, StoppedError
 from tljax.files import read_config
-from tljax.ranges import Positive, Share
+from tljax.ranges import NotNegative, Share
 
 if TYPE_CHECKING:
     from tljax.data.sources import Splits
@@ -50,8 +50,9 @@ class Config(cli.Common):
     every figure is of the training images."""
     on_bad_image: Literal["skip", "fail"] = "skip"
     """Leave unreadable images out and list them in skipped.csv, or stop."""
-    checkpoint_minutes: Positive = 10.0
-    """From one checkpoint to the next within an epoch; every epoch ends with one."""
+    checkpoint_minutes: NotNegative = 10.0
+    """From one checkpoint to the next within an epoch, 0 for one at every step; every epoch ends with
+    one."""
     find_learning_rate: bool = False
     """Try a hundred learning rates on the first steps and suggest one; train nothing."""
     dry_run: bool = False
