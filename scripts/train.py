@@ -51,8 +51,8 @@ class Config(cli.Common):
     on_bad_image: Literal["skip", "fail"] = "skip"
     """Leave unreadable images out and list them in skipped.csv, or stop."""
     checkpoint_minutes: NotNegative = 10.0
-    """From one checkpoint to the next within an epoch, 0 for one at every step; every epoch ends with
-    one."""
+    """Minutes from one checkpoint to the next within an epoch, 0 for one at every step; every epoch
+    ends with one."""
     find_learning_rate: bool = False
     """Try a hundred learning rates on the first steps and suggest one; train nothing."""
     dry_run: bool = False
