@@ -55,6 +55,8 @@ def run(config: Config) -> dict[str, Any]:
     from tljax.report import attacks, gallery
     from tljax.transfer import rundir
 
+    if not config.attacks or not config.epsilons:
+        raise RequestError("name at least one of --attacks and one of --epsilons")
     notes: tuple[str, ...] = ()
     if config.images:
         path = as_path(config.images[0])
@@ -76,6 +78,8 @@ def run(config: Config) -> dict[str, Any]:
     )
     for note in (*notes, *victims.notes):
         print(note)
+    if config.out:
+        gallery.open_output(config.out)
     radii = [epsilon / 255 for epsilon in config.epsilons]
     found = attacks.attack(network, victims, chosen, radii, config.loading, seed=config.seed)
     print(attacks.table(found))
@@ -87,7 +91,6 @@ def run(config: Config) -> dict[str, Any]:
             network, victims, chosen, found,
             count=config.pictures, target=target, seed=config.seed,
         )  # fmt: skip
-        gallery.open_output(config.out)
         paths = attacks.write_pictures(config.out, found, paintings)
         print("\n".join(painting.line for painting in paintings))
         print(f"curve {paths[0]}\ngrid  {paths[1]}")

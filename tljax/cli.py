@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from shutil import get_terminal_size
+from threading import Timer, current_thread, main_thread
 from traceback import walk_tb
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -112,6 +113,10 @@ def main(config_type: Any, run: Callable[[Any], dict[str, Any]]) -> None:
     _open_streams()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _terminate)
+    if sys.unraisablehook is sys.__unraisablehook__:
+        sys.unraisablehook = _raise_again
     code = _main(config_type, run)
     try:
         sys.stdout.flush()
@@ -161,6 +166,8 @@ def _main(config_type: Any, run: Callable[[Any], dict[str, Any]]) -> int:
 
 def _parse(config_type: Any) -> Any:
     """Parse the command line, and say in one line what is wrong with it: tyro draws a box."""
+    if any(not word or word.endswith("=") for word in sys.argv[1:]):
+        raise RequestError("an argument is empty; is a variable of the shell not set?")
     said, columns = io.StringIO(), os.environ.get("COLUMNS", "")
     # No line of an error is broken; and no help is laid out for a few columns, which never ends.
     width = max(40, get_terminal_size().columns) if {"-h", "--help"} & set(sys.argv) else 9999
@@ -230,6 +237,26 @@ def _interrupt(*_: object) -> None:
 def _interrupt_again(*_: object) -> None:
     os.write(2, b"error: interrupted again\n")
     os._exit(130)
+
+
+def _terminate(*_: object) -> None:
+    raise StoppedError("stopped by SIGTERM")
+
+
+def _raise_again(ignored: Any) -> None:
+    """Send a signal again that struck within a destructor, whose exceptions Python drops.
+
+    What libraries drop in threads of their own is not shown: TensorStore's, of a full disk.
+    """
+    if current_thread() is not main_thread():
+        return
+    lost = {KeyboardInterrupt: signal.SIGINT, StoppedError: signal.SIGTERM}.get(ignored.exc_type)
+    if lost is None:
+        sys.__unraisablehook__(ignored)
+        return
+    if lost is signal.SIGINT:
+        signal.signal(signal.SIGINT, _interrupt)
+    Timer(0.05, os.kill, (os.getpid(), lost)).start()
 
 
 def given() -> set[str]:

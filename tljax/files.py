@@ -54,9 +54,18 @@ def read_config(workdir: Path) -> dict[str, Any]:
     if not path.exists():
         raise RequestError(f"{workdir} is not a run directory: it has no config.json")
     try:
-        return dict(json.loads(path.read_text("utf-8")))
-    except (TypeError, ValueError) as error:
+        config = dict(json.loads(path.read_text("utf-8")))
+        wrong = [k for k in config.keys() & _KINDS if not isinstance(config[k], _KINDS[k])]
+        wrong = wrong or sorted(_KEPT.difference(config.get("fingerprint", _KEPT)))
+    except (OSError, TypeError, ValueError) as error:
         raise RequestError(f"{path} is damaged ({error}): restore it or start anew") from error
+    if wrong:
+        raise RequestError(f"{path} is damaged (its {wrong[0]}): restore it or start anew")
+    return config
+
+
+_KINDS = {"data": str, "weights": str, "val_fraction": int | float, "fingerprint": dict}
+_KEPT = {"images", "weights", "split.csv"}  # in the fingerprint; earlier versions kept none
 
 
 def to_json(value: Any, **options: Any) -> str:
@@ -87,6 +96,8 @@ def written_whole(path: Path, *, exclusive: bool = False) -> Iterator[Path]:
         FileExistsError: with ``exclusive``: there is such a file by now.
         WriteError: the file cannot be written, or the disk is full.
     """
+    if os.path.islink(path):  # noqa: PTH114 - Path.is_symlink raises where a name is too long
+        path = path.resolve()  # what it leads to is written, not the link
     temporary = path.with_name(f".{path.name}.{uuid4().hex}.part")
     try:
         _create(temporary)

@@ -122,13 +122,17 @@ def test_photographs_that_cannot_be_read_are_named_and_the_others_read(network, 
         read_photographs(network, [str(tmp_path / "empty.png")])
 
 
-def test_only_a_new_folder_becomes_one_that_is_never_data(tmp_path):
-    (tmp_path / "cats").mkdir()
-    (tmp_path / "cats" / "1.jpg").touch()
-    (tmp_path / "there").mkdir()
-    for name in ("new/deep", "there", "cats"):
+def test_a_folder_of_pictures_is_never_data_and_never_one_of_photographs(tmp_path):
+    (tmp_path / "data" / "cats").mkdir(parents=True)
+    (tmp_path / "data" / "cats" / "1.JPG").touch()
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "1.txt").touch()
+    for name in ("new/deep", "notes", "notes"):
         open_output(tmp_path / name)
-    assert sorted(path.parent.name for path in tmp_path.rglob(MARKER)) == ["deep", "there"]
+    for name in ("data", "data/cats"):
+        with pytest.raises(RequestError, match=r"holds images, .*cats/1\.JPG: choose"):
+            open_output(tmp_path / name)
+    assert sorted(path.parent.name for path in tmp_path.rglob(MARKER)) == ["deep", "notes"]
 
 
 def test_what_is_not_there_is_said_in_one_line(network, photographs):

@@ -4,6 +4,7 @@ import difflib
 import hashlib
 import os
 import re
+import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -49,7 +50,10 @@ class _Files:
     def __getitem__(self, index: int) -> bytes:
         path = self.paths[index]
         try:
-            if path.stat().st_size > MAX_BYTES:
+            info = path.stat()
+            if not stat.S_ISREG(info.st_mode):
+                raise UnreadableImageError("a folder, pipe or device, not a file")
+            if info.st_size > MAX_BYTES:
                 raise UnreadableImageError(f"larger than {MAX_BYTES >> 20} MiB: no image")
             return path.read_bytes()
         except OSError as error:
@@ -264,6 +268,17 @@ def _is_output(folder: str) -> bool:
             for e in filter(_is_shown, entries)
         )
         return next(found, False) and all(found)
+
+
+def first_image(folder: Path) -> str | None:
+    """Find a file that looks like an image by its name and that tljax did not write."""
+    if not folder.is_dir() or _is_output(str(folder)):
+        return None
+    paths = (path for path in _files(folder, set()) if path.suffix.lower() in _IMAGES)
+    return next(map(printable, paths), None)
+
+
+_IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".jp2", ".avif"}
 
 
 def _is_shown(entry: os.DirEntry[str]) -> bool:

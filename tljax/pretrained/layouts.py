@@ -221,7 +221,7 @@ def _find(arrays: Mapping[str, np.ndarray], where: str, model: str | None) -> Id
     if len(fits) > 1 and fits[0].prefix:
         both = " and ".join(f"'{identity.prefix:.60}'" for identity in fits[:2])
         raise RequestError(f"{where} holds several networks, under {both}; save the one you mean")
-    return min(fits or [whole, *found], key=lambda x: sum(map(len, x.difference)))
+    return min(fits or [whole, *found], key=lambda x: sum(map(len, (*x.difference, x.ignored))))
 
 
 def _under(prefix: str, arrays: Mapping[str, np.ndarray], model: str | None) -> Identity:

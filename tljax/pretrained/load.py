@@ -167,8 +167,9 @@ def _find(weights: str | Path, model: str | None) -> tuple[Pretrained, bool]:
         return _load_folder(path, name, model)
     if path.exists():
         return _load_file(path, name, model)
-    if path.parent.name and path.parent.is_dir():
-        near = get_close_matches(path.name, [x.name for x in path.parent.iterdir()], n=1)
+    beside = path.parent.name and path.parent.is_dir()
+    if beside or name[:1] in (".", "~") or path.parent.name == "runs":  # no hub's
+        near = get_close_matches(path.name, [x.name for x in path.parent.glob("*")], n=1)
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
         raise RequestError(f"{name} does not exist{hint}")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and path.suffix not in (".safetensors", ".pth"):
@@ -256,7 +257,10 @@ def _load_file(path: Path, name: str, model: str | None) -> tuple[Pretrained, bo
     else:
         found = check(tensors.arrays, name, model)
         rules = table(found.model, found.layout)
-    variables = apply_rules(rules, found.arrays, abstract_variables(found.model))
+    try:
+        variables = apply_rules(rules, found.arrays, abstract_variables(found.model))
+    except RequestError as error:
+        raise RequestError(f"{name}: {error}") from error
     classes = default_classes(found.model.num_classes)
     notes = found.notes(name) + (_twins(found, name) if model is None else ())
     card = Card(classes, name, "unknown", sha256(path), found.layout, notes)

@@ -182,7 +182,8 @@ _GLOBALS: dict[str, Callable[..., object] | np.dtype] = {
 _DATA_MODULES = {
     *("argparse", "array", "builtins", "collections", "copyreg", "dataclasses", "datetime"),
     *("decimal", "enum", "fractions", "functools", "ipaddress", "itertools", "logging", "optparse"),
-    *("pathlib", "random", "re", "time", "types", "typing", "uuid", "zoneinfo"),
+    *("json", "math", "numbers", "pathlib", "random", "re", "signal", "string", "time", "types"),
+    *("typing", "uuid", "zoneinfo"),
 }
 _DATA_FUNCTIONS = {("operator", "getitem"), ("_codecs", "encode")}
 _CODE = {"breakpoint", "compile", "delattr", "eval", "exec", "globals", "input", "open", "setattr"}

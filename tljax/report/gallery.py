@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from tljax import explain
+from tljax.data.folders import first_image
 from tljax.data.loader import load_batches, refuse_none
 from tljax.data.sources import open_images
 from tljax.errors import RequestError
@@ -57,13 +58,14 @@ def write_png(path: Path, image: Image.Image | np.ndarray) -> None:
 
 
 def open_output(folder: Path) -> None:
-    """Make a folder for pictures that is never read as data; one that holds something stays so.
+    """Make a folder for pictures that is never read as data.
 
     Raises:
-        RequestError: it cannot be written.
+        RequestError: it cannot be written, or holds images that tljax did not write.
     """
-    if not folder.is_dir() or not any(folder.iterdir()):
-        mark_output(folder)
+    if found := first_image(folder):
+        raise RequestError(f"{folder} holds images, {found}: choose another --out")
+    mark_output(folder)
 
 
 def read_photographs(

@@ -69,7 +69,8 @@ class Checkpoints:
         """
         # Its progress is not for the user, half-written steps are none of his business, and of an
         # error in the background he is told when it is raised.
-        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        for library in ("absl", "asyncio"):
+            logging.getLogger(library).setLevel(logging.CRITICAL)
         self._identity = identity
         self._folder = folder
         # Each process for itself: at a barrier, all would wait for one that cannot read or write.
