@@ -167,3 +167,19 @@ def test_a_file_that_a_disk_does_not_take_is_one_line(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout == 2 * f"{tmp_path}/file: cannot be written (File too large)\n"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_link_leads_to_is_written(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link.txt").symlink_to(tmp_path / "there" / "file.txt")
+    with written_whole(tmp_path / "link.txt") as temporary:
+        temporary.write_text("new")
+    assert (tmp_path / "link.txt").is_symlink()
+    assert (tmp_path / "there" / "file.txt").read_text() == "new"
+    (tmp_path / "folder").symlink_to(tmp_path / "there")
+    with (
+        pytest.raises(RequestError, match="cannot be written"),
+        written_whole(tmp_path / "folder") as temporary,
+    ):
+        temporary.write_text("new")
+    assert (tmp_path / "folder").is_dir()

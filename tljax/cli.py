@@ -166,7 +166,7 @@ def _main(config_type: Any, run: Callable[[Any], dict[str, Any]]) -> int:
 
 def _parse(config_type: Any) -> Any:
     """Parse the command line, and say in one line what is wrong with it: tyro draws a box."""
-    if any(not word or word.endswith("=") for word in sys.argv[1:]):
+    if any(not word or re.fullmatch(r"--[\w-]+=", word) for word in sys.argv[1:]):
         raise RequestError("an argument is empty; is a variable of the shell not set?")
     said, columns = io.StringIO(), os.environ.get("COLUMNS", "")
     # No line of an error is broken; and no help is laid out for a few columns, which never ends.

@@ -434,6 +434,10 @@ def test_no_pipe_or_device_is_ever_read(tmp_path):
     with socket.socket(socket.AF_UNIX) as unix, contextlib.chdir(tmp_path / "a"):
         unix.bind("socket")
     assert contents(open_folder(tmp_path)) == contents(open_images([tmp_path])) == [b"a/1"]
+    named = open_images([tmp_path / "a/pipe", "/dev/zero"])
+    for index in range(2):
+        with pytest.raises(UnreadableImageError, match="a folder, pipe or device"):
+            named.read(index)
 
 
 def test_a_file_too_large_for_an_image_is_not_read(tmp_path):

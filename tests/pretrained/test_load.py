@@ -383,3 +383,11 @@ def test_real_networks_load(name: str, shared_weights: Path) -> None:
     stored = read_tensors(path).arrays["layer1.0.conv1.weight"]
     kernel = variables["params"]["layer1"]["block0"]["conv1"]["kernel"]
     np.testing.assert_array_equal(kernel, stored.transpose(2, 3, 1, 0).astype(np.float32))
+
+
+@pytest.mark.parametrize("name", ["./run", "../run", "runs/20260101-000000", "~/run"])
+def test_a_mistyped_folder_is_not_asked_of_a_hub(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tljax.pretrained.load.fetch_hub", lambda _: pytest.fail("asked"))
+    with pytest.raises(RequestError, match=rf"^{name} does not exist$"):
+        load_pretrained(name)

@@ -192,6 +192,13 @@ def test_a_file_of_something_else(model: str | None) -> None:
         assert len(message) < 500
 
 
+def test_the_nearest_network_is_the_one_whose_tensors_are_there(arrays: Arrays) -> None:
+    """A file of parameters alone, without the statistics of the norms."""
+    arrays = {key: array for key, array in arrays.items() if "running" not in key}
+    with pytest.raises(RequestError, match=r"does not fit resnet18 .*40 missing: bn1.running_mean"):
+        check(arrays, "net.pth")
+
+
 # --- keys that begin otherwise, and what lies beside them ----------------------------------------
 
 

@@ -1,6 +1,7 @@
 """Fault drills: whatever ends a training, the same command goes on and ends with the same bytes."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -112,3 +113,34 @@ def test_a_second_interrupt_ends_at_once(command, whole, tmp_path):
     assert lines[-1] in ("error: interrupted", "error: interrupted again")
     assert not any("Traceback" in line for line in lines)
     assert finish(command, tmp_path / "run") == whole[0]
+
+
+ON_A_DISK = """
+mount -t tmpfs -o size=$1k tmpfs "$2"; shift
+"${@:2}" "$1/run" >/dev/null 2>"$1.said"; code=$?
+mount -o remount,size=100m "$1"
+"${@:2}" "$1/run" >/dev/null && cp -r "$1/run" "$1.run"
+exit $code
+"""
+
+
+@pytest.mark.parametrize("size", [4, 16, 64, 512, 3000, 9000])
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(command, whole, tmp_path, size):
+    """In KiB: too small for the settings, the images, a checkpoint, the second one, the network."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    alone = ["unshare", "--mount"]
+    mount = ["mount", "-t", "tmpfs", "tmpfs", str(disk)]
+    if not shutil.which("unshare") or subprocess.run([*alone, *mount], check=False).returncode:
+        pytest.skip("needs the right to mount a disk in memory")
+    done = subprocess.run(
+        [*alone, "bash", "-c", ON_A_DISK, "-", str(size), str(disk), *command],
+        check=False,
+        env={**os.environ, "TLJAX_CACHE": str(tmp_path / "cache")},
+    )
+    lines = (tmp_path / "disk.said").read_text().splitlines()
+    assert done.returncode == 2, lines
+    assert [line for line in lines if "rror" in line or "Trace" in line] == lines[-1:]
+    assert "No space left on device" in lines[-1]
+    found = {name: (tmp_path / "disk.run" / name).read_bytes() for name in RESULTS}
+    assert found == whole[0]

@@ -267,6 +267,16 @@ def test_what_is_wrong_with_a_command_line_is_said(capsys, line, said):
     assert refused(capsys, *line.split()).startswith(f"error: {said}")
 
 
+@pytest.mark.parametrize("words", [["predict", ""], ["train", "--data", ""], ["train", "--data="]])
+def test_an_empty_argument_is_no_folder(capsys, tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    assert refused(capsys, *words).startswith("error: an argument is empty")
+
+
+def test_a_value_may_end_like_an_empty_one(capsys):
+    assert refused(capsys, "predict", "https://[=").startswith("error: could not fetch https://[=")
+
+
 def setting(flag: str) -> str:
     return flag.removeprefix("no-").replace("-", "_")
 

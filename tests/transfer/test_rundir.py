@@ -160,6 +160,21 @@ def test_a_damaged_file_of_a_run_is_named_and_kept(data, tmp_path, name, damage)
     assert path.read_bytes() == kept
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("data", 5), ("weights", None), ("val_fraction", "x")),
+        *(("fingerprint", 5), ("fingerprint", {}), ("fingerprint", {"images": []})),
+    ],
+)
+def test_a_value_without_sense_is_damage(data, tmp_path, name, value):
+    path = tmp_path / "run" / "config.json"
+    begin(path.parent, data)
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
+    with pytest.raises(RequestError, match=rf"^{path} is damaged \(its \S+\): restore it"):
+        rundir.open_validation(path.parent)
+
+
 def test_two_processes_never_train_in_one_folder(data, tmp_path):
     splits = open_splits(str(data))
     with rundir.occupied(tmp_path / "run", splits):
