@@ -1,4 +1,6 @@
-"""A run directory: what was asked, what it ran on, what came out. It alone is enough to go on.
+"""A run directory: what was asked, what it ran on, what came out.
+
+With the images and base weights, which it names and knows again, it is enough to go on.
 
 config.json  env.json  classes.json  split.csv  skipped.csv  metrics.jsonl
 checkpoints/  best/model.safetensors  report.html  README.md  eval/
