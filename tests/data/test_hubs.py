@@ -218,7 +218,9 @@ def test_digest_changes_with_a_content(hf, tfds, tmp_path):
 
 
 def test_digest_does_not_change_with_a_copy(tfds, tmp_path):
-    tfds_builder(tfds, "tiny_pets", {"train": range(30)}, keys=KEYS).download_and_prepare()
+    tfds_builder(
+        tfds, "tiny_pets", {"train": range(30)}, keys=KEYS, hidden=True
+    ).download_and_prepare()
     before = open_splits("tfds:tiny_pets", val_fraction=0).train.digest
     for shard in (tmp_path / "tiny_pets/3.2.0").iterdir():
         os.utime(shard, (0, 2e9))  # TFDS tells times to the second

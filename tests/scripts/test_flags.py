@@ -96,6 +96,12 @@ def defaults(command: type) -> object:
     return command(**dict.fromkeys(needed, "x"))
 
 
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a command writes would be seen in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+
+
 def refused(capsys, script: str, *arguments: object) -> str:
     """The one line with which a command ends, having written nothing."""
     before = sorted(Path.cwd().rglob("*"))
@@ -268,8 +274,7 @@ def test_what_is_wrong_with_a_command_line_is_said(capsys, line, said):
 
 
 @pytest.mark.parametrize("words", [["predict", ""], ["train", "--data", ""], ["train", "--data="]])
-def test_an_empty_argument_is_no_folder(capsys, tmp_path, monkeypatch, words):
-    monkeypatch.chdir(tmp_path)
+def test_an_empty_argument_is_no_folder(capsys, words):
     assert refused(capsys, *words).startswith("error: an argument is empty")
 
 
