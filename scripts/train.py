@@ -174,12 +174,13 @@ def train(
     from tljax.trees import tree_digest
 
     resume = f"python scripts/train.py --resume {shlex.quote(str(workdir))}"
+    weights = tree_digest(pretrained.variables)
     if is_writer():
-        if rundir.open_run(workdir, asdict(config), splits, pretrained.variables):
+        if rundir.open_run(workdir, asdict(config), splits, weights):
             print(f"note: {workdir} is there and goes on", file=sys.stderr)
         for note in splits.notes:
             print(note)
-    digests = splits.train.digest, splits.val.digest, tree_digest(pretrained.variables)
+    digests = splits.train.digest, splits.val.digest, weights
     precision = pretrained.model.dtype
     identity = repr((config.fit, config.seed, config.batch_size, precision, digests))
     try:

@@ -156,7 +156,7 @@ def _main(config_type: Any, run: Callable[[Any], dict[str, Any]]) -> int:
             raise
         message, code = _explain(error, config)
         _say(message, code)
-        if getattr(config, "distributed", False) and code != _STOPPED:
+        if getattr(config, "distributed", False) and not isinstance(error, StoppedError):
             from tljax.parallel import leave
 
             leave(message, code)
@@ -198,8 +198,12 @@ def _first_lines(box: str) -> str:
     return f"{said}; {''.join(f'did you mean {max(one)}? ' for one in meant)}--help lists them all"
 
 
-_STOPPED = 75
-_CODES = {RequestError: 2, StoppedError: _STOPPED, VerificationError: 1, DivergenceError: 1}
+_CODES = {
+    RequestError: 2,
+    StoppedError: StoppedError.CODE,
+    VerificationError: 1,
+    DivergenceError: 1,
+}
 
 
 def _explain(error: Exception, config: Any) -> tuple[str, int]:
@@ -240,7 +244,7 @@ def _interrupt_again(*_: object) -> None:
 
 
 def _terminate(*_: object) -> None:
-    raise StoppedError("stopped by SIGTERM")
+    raise StoppedError
 
 
 def _raise_again(ignored: Any) -> None:

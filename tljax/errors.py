@@ -25,4 +25,9 @@ class DivergenceError(ArithmeticError):
 
 
 class StoppedError(Exception):
-    """Training was asked to end early and lost nothing: one line; scripts exit with code 75."""
+    """Training was asked to end early and lost nothing: one line; scripts exit with `CODE`."""
+
+    CODE = 75  # EX_TEMPFAIL, which schedulers take for "run it again"
+
+    def __init__(self, message: str = "stopped by SIGTERM") -> None:
+        super().__init__(message)

@@ -16,7 +16,6 @@ from typing import Any, NoReturn, Self, TypeVar
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -47,7 +46,7 @@ def join() -> None:
             f"--distributed: {reason} Outside TPU pods and Slurm, set JAX_COORDINATOR_ADDRESS, "
             "JAX_NUM_PROCESSES and JAX_PROCESS_ID"
         ) from error
-    Thread(target=_follow, daemon=True).start()
+    Thread(target=_follow, args=(_client(),), daemon=True).start()
 
 
 def leave(message: str, code: int) -> NoReturn:
@@ -59,15 +58,21 @@ def leave(message: str, code: int) -> NoReturn:
     """
     if jax.process_count() == 1:
         sys.exit(code)
-    client = ocp.multihost.get_jax_distributed_client()
+    client = _client()
     with suppress(RuntimeError):  # another one was first
         client.key_value_set(_LEFT, json.dumps((jax.process_index(), message, code)))
     _end_together(client, code)
 
 
-def _follow() -> None:
+def _client() -> Any:
+    """Reach what JAX's coordinator holds for all processes."""
+    import orbax.checkpoint as ocp  # noqa: PLC0415 - takes half a second, which one process saves
+
+    return ocp.multihost.get_jax_distributed_client()
+
+
+def _follow(client: Any) -> None:
     """Look every second for a process that leaves, and leave as well."""
-    client = ocp.multihost.get_jax_distributed_client()
     while True:
         time.sleep(1)  # not in the client: a thread that waits there would break Python's exit
         with suppress(RuntimeError):  # none has
@@ -181,7 +186,7 @@ class Preemption:
         finally:
             self._deferred = False
         if self.asked:
-            raise StoppedError(STOPPED)
+            raise StoppedError
 
     def _stop(self, *_: object) -> None:
         now = self.asked or not self._deferred
@@ -189,13 +194,10 @@ class Preemption:
         if not now:
             return
         if jax.process_count() > 1:
-            print(f"error: {STOPPED}", file=sys.stderr)
-            leave(STOPPED, 75)
-        raise StoppedError(STOPPED)
-
-
-STOPPED = "stopped by SIGTERM"
-"""What is said then."""
+            message = str(StoppedError())
+            print(f"error: {message}", file=sys.stderr)
+            leave(message, StoppedError.CODE)
+        raise StoppedError
 
 
 def gather_json(value: Any) -> list[Any]:

@@ -15,6 +15,7 @@ from tljax.data.sources import open_splits
 from tljax.errors import RequestError
 from tljax.files import MARKER
 from tljax.transfer import rundir
+from tljax.trees import tree_digest
 
 
 @pytest.fixture
@@ -30,7 +31,8 @@ def data(tmp_path):
 
 def begin(run, data, weights=None, **others):
     config = {"data": str(data), "weights": "some.net", "val_fraction": 0.2, **others}
-    return rundir.open_run(run, config, open_splits(str(data)), weights or tiny.random_variables())
+    digest = tree_digest(weights or tiny.random_variables())
+    return rundir.open_run(run, config, open_splits(str(data)), digest)
 
 
 def test_a_run_goes_on_with_what_it_began_with_wherever_that_is_now(data, tmp_path):

@@ -145,8 +145,7 @@ def _fetch(url: str) -> Path:
     from tljax.data.decode import open_image  # noqa: PLC0415 - which needs this module
 
     path = cache_dir() / "images" / hashlib.sha256(url.encode()).hexdigest()
-    check = lambda file: open_image(file.read_bytes())  # noqa: E731
-    download(url, path, check, limit=MAX_BYTES, ask="always")
+    download(url, path, lambda file: open_image(file.read_bytes()), limit=MAX_BYTES, ask="always")
     return path
 
 

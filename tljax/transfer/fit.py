@@ -16,7 +16,7 @@ from tljax.data.augment import epoch_key
 from tljax.data.sources import Splits
 from tljax.errors import DivergenceError, RequestError, StoppedError
 from tljax.models import Model
-from tljax.parallel import STOPPED, Preemption, agree, is_writer, replicate, shard
+from tljax.parallel import Preemption, agree, is_writer, replicate, shard
 from tljax.progress import track
 from tljax.transfer.adversary import robust_logits
 from tljax.transfer.checkpoint import Checkpoint, Checkpoints
@@ -80,6 +80,8 @@ class _Run:
     log: Callable[[History], None]
     profile: Path | None
     preemption: Preemption
+    watched: bool
+    """Whether a step may be saved or be the last: of several processes, all ask each other then."""
 
 
 class _Progress(NamedTuple):
@@ -137,8 +139,9 @@ def fit(
     """
     setup, inputs = prepare(model, variables, splits, config, loading, seed, new_head, transform)
     model, variables, plan = setup.model, setup.variables, setup.plan
+    watched = checkpoints is not None or preemption is not None
     preemption = preemption or Preemption()
-    run = _Run(setup, checkpoints, checkpoint_seconds, log, profile, preemption)
+    run = _Run(setup, checkpoints, checkpoint_seconds, log, profile, preemption, watched)
     first = evaluate(inputs.logits(model, variables))
     robust = _robust(setup, variables)
     history: History = [{"phase": plan.start, "epoch": 0, **_scores(first, robust)}]
@@ -279,12 +282,12 @@ def _epoch(
             jax.block_until_ready(state.step)
             state = step(*arguments)
         late = time.monotonic() - saved >= run.checkpoint_seconds
-        due, stop = agree(late, run.preemption.asked)
+        due, stop = agree(late, run.preemption.asked) if run.watched else (False, False)
         if due or stop:
             _save(run, inputs, {**position, "batch": done}, state, best)
             saved = time.monotonic()
         if stop:
-            raise StoppedError(STOPPED)
+            raise StoppedError
         asked = time.monotonic()
     seconds = time.monotonic() - began
     if inputs.start is None and is_writer():

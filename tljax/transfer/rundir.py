@@ -26,8 +26,6 @@ from tljax.data.sources import Source, Splits, open_splits
 from tljax.errors import RequestError
 from tljax.files import MARKER, mark_output, read_config, to_json, written_whole
 from tljax.parallel import is_writer
-from tljax.trees import tree_digest
-from tljax.types import Variables
 
 BEST = Path("best") / "model.safetensors"
 """The network of the best epoch, in tljax's own format: `load_pretrained` reads it."""
@@ -86,14 +84,14 @@ def occupied(workdir: Path, splits: Splits) -> Iterator[None]:
         yield
 
 
-def open_run(workdir: Path, config: dict[str, Any], splits: Splits, variables: Variables) -> bool:
+def open_run(workdir: Path, config: dict[str, Any], splits: Splits, weights: str) -> bool:
     """Write down what a run starts from, or compare it with what was written down before.
 
     Args:
         workdir: of the run.
         config: what it was asked, with absolute paths.
         splits: its images.
-        variables: its base weights.
+        weights: `tree_digest` of its base weights.
 
     Returns:
         Whether the run was there and goes on.
@@ -104,7 +102,7 @@ def open_run(workdir: Path, config: dict[str, Any], splits: Splits, variables: V
     path = workdir / "config.json"
     split = _split_csv(config["data"], splits)
     found = {
-        "weights": tree_digest(variables),
+        "weights": weights,
         "images": [splits.train.digest, splits.val.digest],
         "split.csv": hashlib.sha256(split).hexdigest(),
     }
@@ -148,7 +146,9 @@ def _within(spec: str, name: str) -> str:
 
 def _size(name: str) -> int | None:
     """Bytes of an example that is a file of its own."""
-    return Path(name).stat().st_size if Path(name).is_file() else None
+    with suppress(OSError, ValueError):
+        return Path(name).stat().st_size
+    return None
 
 
 def _compare_split(workdir: Path, known: dict[str, Any], spec: str, split: bytes) -> None:
