@@ -391,3 +391,13 @@ def test_a_mistyped_folder_is_not_asked_of_a_hub(tmp_path, monkeypatch, name):
     monkeypatch.setattr("tljax.pretrained.load.fetch_hub", lambda _: pytest.fail("asked"))
     with pytest.raises(RequestError, match=rf"^{name} does not exist$"):
         load_pretrained(name)
+
+
+def test_a_file_of_ours_that_holds_nan_is_named(tmp_path, resnet18):
+    head = {**resnet18.variables["params"]["head"]}
+    head["bias"] = np.full_like(head["bias"], np.nan)
+    params = {**resnet18.variables["params"], "head": head}
+    path = tmp_path / "net.safetensors"
+    save(path, resnet18._replace(variables={**resnet18.variables, "params": params}))
+    with pytest.raises(RequestError, match=rf"^{path}: params/head/bias holds NaN or infinity"):
+        load_pretrained(path)

@@ -257,10 +257,7 @@ def _load_file(path: Path, name: str, model: str | None) -> tuple[Pretrained, bo
     else:
         found = check(tensors.arrays, name, model)
         rules = table(found.model, found.layout)
-    try:
-        variables = apply_rules(rules, found.arrays, abstract_variables(found.model))
-    except RequestError as error:
-        raise RequestError(f"{name}: {error}") from error
+    variables = _fill(rules, found.arrays, abstract_variables(found.model), name)
     classes = default_classes(found.model.num_classes)
     notes = found.notes(name) + (_twins(found, name) if model is None else ())
     card = Card(classes, name, "unknown", sha256(path), found.layout, notes)
@@ -268,6 +265,15 @@ def _load_file(path: Path, name: str, model: str | None) -> tuple[Pretrained, bo
         built, says_preprocess = read_graph(graph, name, found.model)
         return Pretrained(built, variables, card), says_preprocess
     return Pretrained(found.model, variables, card), False
+
+
+def _fill(
+    rules: Rules, arrays: Mapping[str, np.ndarray], skeleton: Variables, where: str
+) -> Variables:
+    try:
+        return apply_rules(rules, arrays, skeleton)
+    except RequestError as error:
+        raise RequestError(f"{where}: {error}") from error
 
 
 def _identify_keras(
@@ -345,7 +351,7 @@ def _load_native(path: Path, tensors: Tensors, model: str | None) -> Pretrained:
     difference = compare(rules, tensors.arrays, expected)
     if any(difference):
         raise RequestError(f"{path} does not fit {name}: {difference}")
-    variables = apply_rules(rules, tensors.arrays, expected)
+    variables = _fill(rules, tensors.arrays, expected, str(path))
     return Pretrained(replace(built, preprocess=preprocess, dtype=dtype), variables, card)
 
 
