@@ -774,10 +774,10 @@ PARTS = {
     "attack": Part(time_attack, 100),
     "augmentation": Part(time_augmentation, 35),
     "input": Part(time_input, 25),
-    "precisions": Part(time_precisions, 70),
-    "efficientnet": Part(time_depthwise, 80),
+    "precisions": Part(time_precisions, 150),
+    "efficientnet": Part(time_depthwise, 240),
     "resnet18": Part(time_small, 60),
-    "probe": Part(time_probe, 40),
+    "probe": Part(time_probe, 60),
 }
 
 
