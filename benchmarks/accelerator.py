@@ -48,13 +48,13 @@ from jax.tree_util import Partial
 from tljax.attack import pgd
 from tljax.config import AugmentConfig
 from tljax.data.augment import augment, epoch_key
+from tljax.features.logistic import fit_logistic
 from tljax.models import Model, abstract_variables, apply, build_model
 from tljax.models.convolution import backend
+from tljax.runtime.trees import flatten, tree_digest, unflatten
+from tljax.runtime.types import Batch, Preprocess, Variables
 from tljax.transfer.freeze import label, partition
-from tljax.transfer.logistic import fit_logistic
 from tljax.transfer.step import StepConfig, init_state, make_train_step
-from tljax.trees import flatten, tree_digest, unflatten
-from tljax.types import Batch, Preprocess, Variables
 
 REFERENCES = Path(__file__).with_name("accelerator_references.npz")
 

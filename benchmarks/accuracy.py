@@ -21,9 +21,9 @@ import tyro
 
 from tljax.config import Loading
 from tljax.data.sources import Splits, open_splits
+from tljax.features.extract import Features, compute_features
+from tljax.features.probe import L2_VALUES, fit_probe, predict_logits
 from tljax.pretrained import Pretrained, load_pretrained
-from tljax.transfer.features import Features, compute_features
-from tljax.transfer.probe import L2_VALUES, fit_probe, predict_logits
 from tljax.transfer.rundir import environment
 
 

@@ -25,12 +25,12 @@ from tljax.config import FitConfig, Loading
 from tljax.data.augment import epoch_key
 from tljax.data.sources import Source, Splits, open_splits, select
 from tljax.models import Model
-from tljax.parallel import shard
 from tljax.pretrained import load_pretrained
+from tljax.runtime.parallel import shard
+from tljax.runtime.types import Variables
 from tljax.transfer.dry_run import step_flops
 from tljax.transfer.rundir import environment
 from tljax.transfer.setup import divide, first_state, prepare
-from tljax.types import Variables
 
 
 @dataclass(frozen=True)

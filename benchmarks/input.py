@@ -25,7 +25,7 @@ from PIL import Image
 from tljax.data.decode import decode, open_image
 from tljax.data.loader import load_batches
 from tljax.data.sources import Source, open_labelled, select
-from tljax.types import Preprocess
+from tljax.runtime.types import Preprocess
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,8 @@ from processes import python
 from tljax.data.decode import decode
 from tljax.data.sources import Source, open_splits
 from tljax.pretrained import load_pretrained
+from tljax.runtime.types import Preprocess
 from tljax.transfer.rundir import environment
-from tljax.types import Preprocess
 
 Peer = Literal["torch", "keras"]
 

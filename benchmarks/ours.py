@@ -7,11 +7,11 @@ import numpy as np
 import optax
 
 from tljax.models import Model, apply
-from tljax.parallel import data_mesh, replicate, shard
+from tljax.runtime.parallel import data_mesh, replicate, shard
+from tljax.runtime.types import Batch, Variables
 from tljax.transfer.freeze import label
 from tljax.transfer.setup import Division
 from tljax.transfer.step import StepConfig, init_state, make_train_step
-from tljax.types import Batch, Variables
 
 EVERYTHING = (("*", 1.0),)
 

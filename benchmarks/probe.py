@@ -24,8 +24,8 @@ import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
-from tljax.transfer.logistic import fit_logistic
-from tljax.transfer.probe import L2_VALUES
+from tljax.features.logistic import fit_logistic
+from tljax.features.probe import L2_VALUES
 
 SKLEARN_MAX_ITERATIONS = 1000  # its default of 100 stops weak L2 values long before the tolerance
 

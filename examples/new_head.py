@@ -17,7 +17,7 @@ from flax import linen as nn
 
 import tljax
 from tljax.models import Stage
-from tljax.types import Variables
+from tljax.runtime.types import Variables
 
 
 class HiddenLayers(nn.Module):

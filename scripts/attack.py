@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from tljax import cli
-from tljax.ranges import Count, Positive
+from tljax.runtime.ranges import Count, Positive
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class Config(cli.Common):
 def run(config: Config) -> dict[str, Any]:
     """Prints a table of accuracies; with a folder also writes pictures."""
     from tljax.data.sources import as_path, exists, open_folder, open_images, open_labelled
-    from tljax.errors import RequestError
     from tljax.report import attacks, gallery
+    from tljax.runtime.errors import RequestError
     from tljax.transfer import rundir
 
     if not config.attacks or not config.epsilons:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import tyro
 
 from tljax import cli
-from tljax.ranges import Amount, Count, Pixels, Seed, Share
+from tljax.runtime.ranges import Amount, Count, Pixels, Seed, Share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,10 +40,10 @@ def run(config: Config) -> dict[str, Any]:
     """Prints a line for each network, the most accurate first."""
     from tljax.config import Loading
     from tljax.data.sources import open_splits
-    from tljax.errors import DivergenceError, RequestError
     from tljax.pretrained import load_pretrained
     from tljax.report import figures
     from tljax.report.runs import percent
+    from tljax.runtime.errors import DivergenceError, RequestError
     from tljax.transfer.compare import Candidate, measure
 
     splits = open_splits(config.data, val_fraction=config.val_fraction)

@@ -24,12 +24,12 @@ def run(config: Config) -> dict[str, Any]:
     """Prints accuracies; with a run directory also writes a page with the mistakes."""
     from tljax.data.loader import refuse_none
     from tljax.data.sources import ambiguous, match_classes, open_labelled
-    from tljax.errors import RequestError
+    from tljax.features.evaluate import evaluate, settle
+    from tljax.features.extract import compute_features
     from tljax.pretrained.catalog import names_like
     from tljax.report.runs import calibrated, percent, write_evaluation_report
+    from tljax.runtime.errors import RequestError
     from tljax.transfer import rundir
-    from tljax.transfer.evaluate import evaluate, settle
-    from tljax.transfer.features import compute_features
 
     of_data: tuple[str, ...] = ()
     if config.data:

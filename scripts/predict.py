@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import tyro
 
 from tljax import cli
-from tljax.ranges import Count
+from tljax.runtime.ranges import Count
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ def run(config: Config) -> dict[str, Any]:
 
     from tljax.data.loader import refuse_none
     from tljax.data.sources import open_images
-    from tljax.errors import RequestError
-    from tljax.transfer.features import compute_features
+    from tljax.features.extract import compute_features
+    from tljax.runtime.errors import RequestError
 
     if not config.images:
         raise RequestError("name at least one file, folder or URL")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tljax import cli
-from tljax.ranges import Count, Share
+from tljax.runtime.ranges import Count, Share
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class Config(cli.Common):
 def run(config: Config) -> dict[str, Any]:
     """Prints the validation accuracy of a linear probe and of nearest neighbours."""
     from tljax.data.sources import open_splits
+    from tljax.features.extract import split_features
+    from tljax.features.probe import fit_probe, knn_predict, predict_logits
     from tljax.report.runs import percent
-    from tljax.transfer.features import split_features
-    from tljax.transfer.probe import fit_probe, knn_predict, predict_logits
     from tljax.transfer.rundir import skipped_lines
 
     began = time.perf_counter()

@@ -15,14 +15,14 @@ import tyro
 
 from tljax import cli
 from tljax.config import ASKED_CONDITIONS, FitConfig, Loading, settings, spelled
-from tljax.errors import RequestError, StoppedError
-from tljax.files import read_config
-from tljax.ranges import NotNegative, Share
+from tljax.runtime.errors import RequestError, StoppedError
+from tljax.runtime.files import read_config
+from tljax.runtime.ranges import NotNegative, Share
 
 if TYPE_CHECKING:
     from tljax.data.sources import Splits
-    from tljax.parallel import Preemption
     from tljax.pretrained import Pretrained
+    from tljax.runtime.parallel import Preemption
     from tljax.transfer.fit import FitResult
 
 
@@ -119,8 +119,8 @@ def run(config: Config) -> dict[str, Any]:
     """Data in, run directory out."""
     from tljax.data.loader import num_batches
     from tljax.data.sources import open_splits
-    from tljax.parallel import Preemption, is_writer, join
     from tljax.pretrained.catalog import catalog_name
+    from tljax.runtime.parallel import Preemption, is_writer, join
     from tljax.transfer import rundir
     from tljax.transfer.dry_run import dry_run
     from tljax.transfer.recipes import make_plan
@@ -165,13 +165,13 @@ def train(
     began: float,
 ) -> dict[str, Any]:
     """Trains in a run directory that is there, or goes on in it."""
-    from tljax.parallel import is_writer
     from tljax.pretrained import save
     from tljax.report.runs import write_training_report
+    from tljax.runtime.parallel import is_writer
+    from tljax.runtime.trees import tree_digest
     from tljax.transfer import rundir
     from tljax.transfer.checkpoint import Checkpoints
     from tljax.transfer.fit import fit
-    from tljax.trees import tree_digest
 
     resume = f"python scripts/train.py --resume {shlex.quote(str(workdir))}"
     weights = tree_digest(pretrained.variables)
@@ -259,8 +259,8 @@ def suggest_learning_rate(
     config: Config, pretrained: "Pretrained", splits: "Splits"
 ) -> dict[str, Any]:
     """Prints a learning rate for the recipe and draws the curve that it was read from."""
-    from tljax.parallel import is_writer
     from tljax.report.figures import learning_rates, write_figure
+    from tljax.runtime.parallel import is_writer
     from tljax.transfer import rundir
     from tljax.transfer.lr_finder import find_learning_rate
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import tyro
 
 from tljax import cli
-from tljax.ranges import Amount, Count, NotNegative
+from tljax.runtime.ranges import Amount, Count, NotNegative
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -82,9 +82,9 @@ def load(command: Verify | Import | Export) -> "Pretrained":
 
 def run(command: List | Verify | Import | Export) -> dict[str, Any]:
     """Does what the subcommand says."""
-    from tljax.errors import VerificationError
     from tljax.pretrained import CATALOG, export, save
     from tljax.pretrained.deploy import export_onnx, export_stablehlo
+    from tljax.runtime.errors import VerificationError
 
     if isinstance(command, List):
         print_table(

@@ -20,6 +20,7 @@ import tljax  # noqa: E402
 tljax.configure()
 
 import jax  # noqa: E402
+import tiny as tiny_network  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -50,3 +51,26 @@ def quick_to_compile():
     jax.config.update(name, True)
     yield
     jax.config.update(name, before)
+
+
+@pytest.fixture
+def tiny():
+    """(model, variables), fresh for every test."""
+    return tiny_network.MODEL, tiny_network.random_variables()
+
+
+@pytest.fixture(scope="session")
+def compilation_cache(tmp_path_factory):
+    """Compiles the same program once in a session: every run of `fit` jits its own step."""
+    options = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+        "jax_disable_most_optimizations": True,
+    }
+    before = {name: jax.config.values[name] for name in options}
+    for name, value in options.items():
+        jax.config.update(name, value)
+    yield options["jax_compilation_cache_dir"]
+    for name, value in before.items():
+        jax.config.update(name, value)

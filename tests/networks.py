@@ -19,8 +19,8 @@ from transformers.models.resnet.modeling_resnet import ResNetBasicLayer, ResNetB
 from tljax.models import Model, abstract_variables, apply, build_model
 from tljax.models.resnet import VARIANTS
 from tljax.pretrained import Card, Pretrained
-from tljax.trees import flatten, unflatten
-from tljax.types import Variables
+from tljax.runtime.trees import flatten, unflatten
+from tljax.runtime.types import Variables
 
 run = jax.jit(apply, static_argnames=("model", "start", "stop", "train", "capture"))
 """`apply`, compiled as a whole: one by one its operations take several times as long."""

@@ -21,11 +21,11 @@ import numpy as np
 from networks import difference, random_images
 from references import REFERENCES, Reference
 
-from tljax.files import written_whole
 from tljax.models import Model, apply, normalize
 from tljax.pretrained import Pretrained, load_pretrained
+from tljax.runtime.files import written_whole
+from tljax.runtime.types import Variables
 from tljax.transfer.rundir import environment
-from tljax.types import Variables
 
 
 @partial(jax.jit, static_argnums=0)

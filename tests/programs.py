@@ -12,9 +12,9 @@ import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from tljax.models import Model, abstract_variables, apply, build_model
+from tljax.runtime.types import Batch
 from tljax.transfer.freeze import label, partition
 from tljax.transfer.step import StepConfig, init_state, make_train_step
-from tljax.types import Batch
 
 MODES = ("inference", "input gradient", "full step", "suffix", "cached suffix")
 

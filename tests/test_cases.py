@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 import tljax
-from tljax.errors import RequestError
 from tljax.models import apply
 from tljax.pretrained import load_pretrained
+from tljax.runtime.errors import RequestError
 
 pytestmark = pytest.mark.slow
 

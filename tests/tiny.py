@@ -6,7 +6,7 @@ from flax import linen as nn
 
 from tljax.models import Model, Stage, abstract_variables
 from tljax.models.layers import ConvNorm, GlobalAveragePool, LinearHead
-from tljax.types import Preprocess, Variables
+from tljax.runtime.types import Preprocess, Variables
 
 
 class Unit(nn.Module):

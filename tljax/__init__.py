@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from tljax.data.decode import read_images as read_images
     from tljax.data.sources import open_images as open_images
     from tljax.data.sources import open_splits as open_splits
+    from tljax.features.extract import compute_features as compute_features
+    from tljax.features.probe import fit_probe as fit_probe
     from tljax.models import MODELS as MODELS
     from tljax.models import Model as Model
     from tljax.models import apply as apply
@@ -24,13 +26,11 @@ if TYPE_CHECKING:
     from tljax.pretrained import export as export
     from tljax.pretrained import load_pretrained as load_pretrained
     from tljax.pretrained import save as save
-    from tljax.process import configure as configure
-    from tljax.transfer.features import compute_features as compute_features
+    from tljax.runtime.process import configure as configure
     from tljax.transfer.fit import fit as fit
-    from tljax.transfer.probe import fit_probe as fit_probe
 
 _ROOMS = {
-    "configure": "process",  # how JAX compiles; call it before JAX is imported
+    "configure": "runtime.process",  # how JAX compiles; call it before JAX is imported
     "MODELS": "models",  # every architecture: name -> builder
     "Model": "models",  # an ordered list of stages, and the preprocessing of its weights
     "build_model": "models",  # an architecture by name
@@ -44,8 +44,8 @@ _ROOMS = {
     "open_splits": "data.sources",  # a folder of class folders -> train and val
     "open_images": "data.sources",  # files, folders and URLs without labels
     "read_images": "data.decode",  # a few files -> one uint8 array
-    "compute_features": "transfer.features",  # features or logits of a whole source
-    "fit_probe": "transfer.probe",  # linear probe at its optimum, L2 chosen by itself
+    "compute_features": "features.extract",  # features or logits of a whole source
+    "fit_probe": "features.probe",  # linear probe at its optimum, L2 chosen by itself
     "FitConfig": "config",  # what to train, and for how long
     "OptimizerConfig": "config",  # how the parameters move
     "AugmentConfig": "config",  # how training images vary

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import tyro
 
 from tljax.config import Conditions, Dtype, Loading, Normalization, idle, settings
-from tljax.errors import DivergenceError, RequestError, StoppedError, VerificationError
-from tljax.files import to_json
-from tljax.process import configure
-from tljax.ranges import Amount, Checked, Count, Pixels, Seed
+from tljax.runtime.errors import DivergenceError, RequestError, StoppedError, VerificationError
+from tljax.runtime.files import to_json
+from tljax.runtime.process import configure
+from tljax.runtime.ranges import Amount, Checked, Count, Pixels, Seed
 
 if TYPE_CHECKING:
     from tljax.pretrained import Pretrained
@@ -157,7 +157,7 @@ def _main(config_type: Any, run: Callable[[Any], dict[str, Any]]) -> int:
         message, code = _explain(error, config)
         _say(message, code)
         if getattr(config, "distributed", False) and not isinstance(error, StoppedError):
-            from tljax.parallel import leave
+            from tljax.runtime.parallel import leave
 
             leave(message, code)
         return code

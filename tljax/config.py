@@ -5,8 +5,8 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 
-from tljax.errors import RequestError
-from tljax.ranges import Amount, Checked, Count, NotNegative, Range, Ratio, Share, spelled
+from tljax.runtime.errors import RequestError
+from tljax.runtime.ranges import Amount, Checked, Count, NotNegative, Range, Ratio, Share, spelled
 
 Dtype = Literal["float32", "bfloat16"]
 

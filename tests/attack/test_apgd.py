@@ -21,7 +21,7 @@ from victims import (
 from tljax.attack import apgd, apgd_t, pgd
 from tljax.attack.apgd import checkpoints
 from tljax.attack.losses import LOSSES, cross_entropy, dlr, margin
-from tljax.errors import RequestError
+from tljax.runtime.errors import RequestError
 
 KEY = jax.random.key(0)
 LOGITS = jnp.array([[3.0, 1, 2, -1]])

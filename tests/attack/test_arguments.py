@@ -10,7 +10,7 @@ import pytest
 
 from tljax import attack
 from tljax.attack import check_network, evaluate
-from tljax.errors import RequestError
+from tljax.runtime.errors import RequestError
 
 KEY, EPSILON = jax.random.key(0), 8 / 255
 ATTACKS = {

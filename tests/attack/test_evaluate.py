@@ -16,7 +16,7 @@ from victims import accuracy, examples, linear_victim, victim
 from tljax.attack import check_network, ensemble, evaluate, fgsm, pgd, round_inward
 from tljax.attack.ensemble import title
 from tljax.attack.flags import check_outcome
-from tljax.errors import RequestError
+from tljax.runtime.errors import RequestError
 
 KEY = jax.random.key(0)
 EPSILONS = [2 / 255, 0.0, 1 / 255]
@@ -251,7 +251,7 @@ import jax
 jax.config.update("jax_disable_most_optimizations", True)
 from functools import partial
 from tljax.attack import apgd, evaluate, pgd
-from tljax.parallel import data_mesh
+from tljax.runtime.parallel import data_mesh
 from victims import examples, one_by_one
 x, labels = (a[:21] for a in examples())
 attacks = {"pgd": partial(pgd, num_steps=4), "apgd": partial(apgd, num_steps=8, stop_early=True)}

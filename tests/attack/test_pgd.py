@@ -27,7 +27,7 @@ from victims import (
 
 from tljax.attack import bim, fgsm, mi_fgsm, pgd
 from tljax.attack.norms import NORMS
-from tljax.errors import RequestError
+from tljax.runtime.errors import RequestError
 
 KEY = jax.random.key(0)
 EPSILON = 4 / 255

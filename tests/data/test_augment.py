@@ -26,8 +26,8 @@ from tljax.data.augment import (
     mix,
 )
 from tljax.data.decode import decode
-from tljax.errors import RequestError
-from tljax.types import Preprocess
+from tljax.runtime.errors import RequestError
+from tljax.runtime.types import Preprocess
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
@@ -62,7 +62,7 @@ def test_an_example_does_not_depend_on_the_number_of_devices():
     program = """
 import sys
 from tests.data import test_augment as t
-from tljax.parallel import data_mesh, shard
+from tljax.runtime.parallel import data_mesh, shard
 batch = shard((t.IMAGES, t.INDICES), data_mesh())
 sys.stdout.buffer.write(t.np.asarray(t.augment(*batch, t.KEY, 16, t.ALL)).tobytes())
 """

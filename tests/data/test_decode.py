@@ -16,8 +16,8 @@ from PIL import ExifTags, Image, ImageFile, ImageOps
 
 from tljax.data.decode import MAX_PIXELS, decode, open_image, read_images
 from tljax.data.sources import open_folder
-from tljax.errors import RequestError, UnreadableImageError
-from tljax.types import Preprocess
+from tljax.runtime.errors import RequestError, UnreadableImageError
+from tljax.runtime.types import Preprocess
 
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "JPEG2000", "AVIF")
 

@@ -12,7 +12,7 @@ import tljax.data.duplicates as duplicates_module
 from tljax.data.decode import open_image
 from tljax.data.duplicates import Duplicate, find_duplicates
 from tljax.data.sources import open_splits
-from tljax.errors import UnreadableImageError
+from tljax.runtime.errors import UnreadableImageError
 
 MIRROR = Image.Transpose.FLIP_LEFT_RIGHT
 

@@ -24,8 +24,8 @@ from PIL import Image
 from tljax.data import hubs
 from tljax.data.loader import load_batches
 from tljax.data.sources import Source, has_validation, open_labelled, open_splits, select
-from tljax.errors import RequestError, UnreadableImageError
-from tljax.types import Preprocess
+from tljax.runtime.errors import RequestError, UnreadableImageError
+from tljax.runtime.types import Preprocess
 
 CLASSES = ["cat", "dog", "fox"]
 KEYS = ("image", "label")

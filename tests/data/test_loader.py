@@ -16,8 +16,8 @@ from PIL import Image
 from tljax.data.decode import decode
 from tljax.data.loader import load_batches, num_batches
 from tljax.data.sources import Source, open_folder
-from tljax.errors import RequestError
-from tljax.types import Batch, Preprocess
+from tljax.runtime.errors import RequestError
+from tljax.runtime.types import Batch, Preprocess
 
 TINY = Preprocess(size=2, resize=2)
 

@@ -29,8 +29,8 @@ from tljax.data.sources import (
     open_splits,
     select,
 )
-from tljax.errors import RequestError, UnreadableImageError
-from tljax.files import mark_output
+from tljax.runtime.errors import RequestError, UnreadableImageError
+from tljax.runtime.files import mark_output
 
 
 def write(root: Path, *files: str) -> Path:

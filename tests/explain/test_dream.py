@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tljax.errors import RequestError
 from tljax.explain import deep_dream, mean_square
+from tljax.runtime.errors import RequestError
 
 pytestmark = pytest.mark.slow
 

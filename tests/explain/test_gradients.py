@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 import torch
 
-from tljax.errors import RequestError
 from tljax.explain import (
     input_gradient,
     integrated_gradients,
@@ -13,6 +12,7 @@ from tljax.explain import (
     score_of,
     smooth_grad,
 )
+from tljax.runtime.errors import RequestError
 
 KEY = jax.random.key(0)
 

@@ -1,7 +1,6 @@
 import numpy as np
 import pytest
 
-from tljax.errors import RequestError
 from tljax.explain import (
     channel_pictures,
     heatmap,
@@ -10,6 +9,7 @@ from tljax.explain import (
     strongest_channels,
     to_pixels,
 )
+from tljax.runtime.errors import RequestError
 
 RNG = np.random.default_rng(0)
 PHOTOGRAPHS = RNG.integers(0, 256, (2, 10, 12, 3)).astype(np.uint8)

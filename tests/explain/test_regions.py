@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from tljax.errors import RequestError
 from tljax.explain import grad_cam, occlusion
+from tljax.runtime.errors import RequestError
 
 
 def test_grad_cam_is_captums(relu_twin):

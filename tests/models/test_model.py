@@ -20,7 +20,6 @@ from networks import (
     torch_resnet,
 )
 
-from tljax.errors import RequestError
 from tljax.models import (
     MODELS,
     Model,
@@ -34,8 +33,9 @@ from tljax.models import (
 )
 from tljax.pretrained.layouts import layout_rules
 from tljax.pretrained.rules import apply_rules
-from tljax.trees import flatten
-from tljax.types import Preprocess, Variables
+from tljax.runtime.errors import RequestError
+from tljax.runtime.trees import flatten
+from tljax.runtime.types import Preprocess, Variables
 
 IMAGES = random_images(4, 64, 48)
 

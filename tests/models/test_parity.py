@@ -24,14 +24,14 @@ from transformers import ResNetForImageClassification
 from tljax.config import Loading
 from tljax.data.decode import decode
 from tljax.data.sources import Source, match_classes, open_folder
+from tljax.features.evaluate import evaluate
+from tljax.features.extract import compute_features
 from tljax.models import normalize
 from tljax.pretrained import export, load_pretrained
 from tljax.pretrained.catalog import names_like
 from tljax.pretrained.layouts import layout_rules
 from tljax.pretrained.verify import INPUTS, verify
-from tljax.transfer.evaluate import evaluate
-from tljax.transfer.features import compute_features
-from tljax.types import Preprocess
+from tljax.runtime.types import Preprocess
 
 TOLERANCE = 1e-4
 SIZES = [(224, 224), (225, 193)]

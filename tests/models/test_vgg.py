@@ -6,7 +6,7 @@ import pytest
 from networks import random_images, random_variables, run
 
 from tljax.models import Model, apply, build_model, replace_head
-from tljax.types import Variables
+from tljax.runtime.types import Variables
 
 IMAGES = random_images(2, 64, 48)
 

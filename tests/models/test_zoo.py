@@ -14,7 +14,7 @@ from references import FAST, REFERENCES
 from tljax.models import MODELS, Model, apply, build_model
 from tljax.pretrained import load_pretrained
 from tljax.pretrained.layouts import LAYOUTS
-from tljax.types import Variables
+from tljax.runtime.types import Variables
 
 TOLERANCE = 1e-4
 # The quick ones at the odd size alone, which is the one that shows a wrong padding.

@@ -15,7 +15,6 @@ from references import REFERENCES
 from references.keras import APPLICATIONS, randomize
 from transformers import AutoModel, ResNetModel
 
-from tljax.errors import RequestError
 from tljax.models import normalize, replace_head
 from tljax.pretrained import Pretrained, export, load_pretrained, save
 from tljax.pretrained.deploy import export_stablehlo
@@ -23,6 +22,7 @@ from tljax.pretrained.formats import read_tensors, write_safetensors
 from tljax.pretrained.layouts import layout_rules
 from tljax.pretrained.verify import TOLERANCE, verify
 from tljax.report.gallery import ideal_pictures
+from tljax.runtime.errors import RequestError
 
 layers = keras.layers
 

@@ -6,7 +6,7 @@ from importlib.resources import files
 
 from tljax.models import MODELS, build_model
 from tljax.pretrained import CATALOG
-from tljax.types import NORMALIZATIONS
+from tljax.runtime.types import NORMALIZATIONS
 
 
 def rows() -> list[dict[str, str]]:

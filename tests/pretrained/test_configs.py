@@ -25,11 +25,11 @@ from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPi
 from transformers.models.convnext.image_processing_pil_convnext import ConvNextImageProcessorPil
 
 from tljax.data.decode import decode
-from tljax.errors import RequestError
 from tljax.models import normalize
 from tljax.pretrained import Pretrained, export, imagenet_classes, load_pretrained
 from tljax.pretrained.configs import read_architecture, read_configs, write_configs
-from tljax.types import Preprocess
+from tljax.runtime.errors import RequestError
+from tljax.runtime.types import Preprocess
 
 
 @pytest.fixture(scope="module")

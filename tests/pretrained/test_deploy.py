@@ -14,13 +14,13 @@ from networks import random_pretrained, run
 from PIL import ExifTags, Image
 
 from tljax.data.decode import decode
-from tljax.errors import RequestError, VerificationError
 from tljax.models import Model
 from tljax.models.convolution import max_pool
 from tljax.pretrained import Card, Pretrained
 from tljax.pretrained import deploy as deploy_module
 from tljax.pretrained.deploy import export_onnx, export_stablehlo
-from tljax.types import Preprocess
+from tljax.runtime.errors import RequestError, VerificationError
+from tljax.runtime.types import Preprocess
 
 CLASSES = ("cat", "dog", 'a "quoted" 日本 name')
 

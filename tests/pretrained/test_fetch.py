@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from networks import assert_same_variables, random_images, random_pretrained, run
 
-from tljax.errors import RequestError
 from tljax.pretrained import CATALOG, Pretrained, export, imagenet_classes, load_pretrained
 from tljax.pretrained.catalog import catalog_name
 from tljax.pretrained.fetch import fetch
 from tljax.pretrained.formats import sha256
-from tljax.types import Preprocess
+from tljax.runtime.errors import RequestError
+from tljax.runtime.types import Preprocess
 
 
 @pytest.fixture(scope="module")

@@ -22,9 +22,9 @@ import safetensors
 import safetensors.torch
 import torch
 
-from tljax.errors import RequestError
 from tljax.pretrained import torch_file
 from tljax.pretrained.formats import Tensors, read_tensors, sha256, write_safetensors, write_torch
+from tljax.runtime.errors import RequestError
 
 DTYPES = [
     torch.float64,

@@ -16,8 +16,8 @@ import keras
 import numpy as np
 import pytest
 
-from tljax.errors import RequestError
 from tljax.pretrained.formats import read_tensors, write_keras
+from tljax.runtime.errors import RequestError
 
 KEYS = [
     "conv2d/kernel",

@@ -14,11 +14,11 @@ import pytest
 from networks import difference, random_images, run
 from references.keras import APPLICATIONS, network, randomize
 
-from tljax.errors import RequestError
 from tljax.models import build_model
 from tljax.pretrained import load_pretrained
 from tljax.pretrained.keras_graph import Graph, _graphs, read_graph
 from tljax.pretrained.verify import TOLERANCE, verify
+from tljax.runtime.errors import RequestError
 
 layers = keras.layers
 IMAGES = random_images(3, 32, 32)

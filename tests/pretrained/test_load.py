@@ -27,7 +27,6 @@ from networks import (
 from references import FAST
 from transformers import AutoModelForImageClassification
 
-from tljax.errors import RequestError
 from tljax.models import Model, normalize, replace_head
 from tljax.models import model as network
 from tljax.pretrained import (
@@ -41,7 +40,8 @@ from tljax.pretrained import (
 from tljax.pretrained.formats import read_tensors, write_safetensors
 from tljax.pretrained.layouts import LAYOUTS, layout_rules
 from tljax.pretrained.rules import invert_rules
-from tljax.types import CAFFE, HALF, Preprocess, Variables
+from tljax.runtime.errors import RequestError
+from tljax.runtime.types import CAFFE, HALF, Preprocess, Variables
 
 
 @pytest.fixture

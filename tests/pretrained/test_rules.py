@@ -11,11 +11,11 @@ import pytest
 from networks import random_variables
 from references import FAST
 
-from tljax.errors import RequestError
 from tljax.models import MODELS, abstract_variables, build_model
 from tljax.pretrained.layouts import LAYOUTS, check, layout_rules
 from tljax.pretrained.rules import CONV, DENSE, Rule, apply_rules, compare, invert_rules
-from tljax.trees import flatten
+from tljax.runtime.errors import RequestError
+from tljax.runtime.trees import flatten
 
 Arrays = dict[str, np.ndarray]
 VECTOR, MATRIX = np.ones(3, np.float32), np.ones((3, 3), np.float32)

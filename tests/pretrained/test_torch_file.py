@@ -27,8 +27,8 @@ import numpy as np
 import pytest
 import torch
 
-from tljax.errors import RequestError
 from tljax.pretrained.formats import read_tensors, write_torch
+from tljax.runtime.errors import RequestError
 
 DTYPES = {
     torch.float64,

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tljax.errors import RequestError
 from tljax.pretrained.formats import read_tensors
+from tljax.runtime.errors import RequestError
 
 LEGACY_HEADER = b"".join(
     pickle.dumps(value, 2)

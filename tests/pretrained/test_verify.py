@@ -12,9 +12,9 @@ import safetensors.torch
 from networks import random_pretrained, save_resnet, torch_resnet, torchvision_key
 from references.bit import torch_bit
 
-from tljax.errors import RequestError
 from tljax.pretrained import Pretrained, export, load_pretrained, save
 from tljax.pretrained.verify import TOLERANCE, LayerDifference, verify
+from tljax.runtime.errors import RequestError
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -11,10 +11,10 @@ from PIL import Image
 
 from tljax.config import Loading
 from tljax.data.sources import open_folder
-from tljax.errors import RequestError
 from tljax.models import apply
 from tljax.pretrained import Card, Pretrained
 from tljax.report import attacks
+from tljax.runtime.errors import RequestError
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 LOADING = Loading(batch_size=4)

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
+from tljax.metrics.calibration import calibrate
 from tljax.pretrained import Card
 from tljax.report.card import RunFacts, model_card
-from tljax.transfer.calibration import calibrate
-from tljax.types import Preprocess
+from tljax.runtime.types import Preprocess
 
 LOGITS = np.random.default_rng(0).normal(0, 3, (60, 4))
 RUN = RunFacts(

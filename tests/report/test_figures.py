@@ -12,10 +12,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from tljax.errors import RequestError
+from tljax.metrics.calibration import Calibration, calibration_bins
 from tljax.report import confusion_matrix, curves, image_grid, reliability_diagram, sweep_curve
 from tljax.report.figures import BLUE, accuracy_and_speed, robustness_curve
-from tljax.transfer.calibration import Calibration, calibration_bins
+from tljax.runtime.errors import RequestError
 from tljax.transfer.compare import Candidate
 
 RED, GREEN, NAVY = (255, 0, 0), (0, 255, 0), (0, 0, 128)

@@ -6,8 +6,6 @@ import pytest
 import tiny
 from PIL import Image
 
-from tljax.errors import RequestError
-from tljax.files import MARKER
 from tljax.pretrained import Card, Pretrained
 from tljax.report.gallery import (
     Photographs,
@@ -20,6 +18,8 @@ from tljax.report.gallery import (
     open_output,
     read_photographs,
 )
+from tljax.runtime.errors import RequestError
+from tljax.runtime.files import MARKER
 
 
 @pytest.fixture(scope="module")

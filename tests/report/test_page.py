@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tljax.errors import RequestError
+from tljax.metrics.calibration import calibrate
 from tljax.report import (
     ClassResult,
     Mistake,
@@ -24,7 +24,7 @@ from tljax.report import (
     per_class,
     write_report,
 )
-from tljax.transfer.calibration import calibrate
+from tljax.runtime.errors import RequestError
 
 VOID = {"meta", "img"}
 EVIL = "<script>alert(1)</script>"

@@ -31,9 +31,9 @@ from tljax.config import (
     idle,
     settings,
 )
-from tljax.errors import RequestError
-from tljax.ranges import Range, ranges
 from tljax.report.attacks import ATTACKS
+from tljax.runtime.errors import RequestError
+from tljax.runtime.ranges import Range, ranges
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 

@@ -23,8 +23,8 @@ import torch
 from networks import random_pretrained
 from PIL import Image
 
-from tljax.errors import RequestError
 from tljax.pretrained import export, load_pretrained, save
+from tljax.runtime.errors import RequestError
 from tljax.transfer.rundir import open_validation
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -451,7 +451,7 @@ def test_help_is_quick(cache: Path, name: str):
 
 
 def test_an_unexpected_failure_is_one_line_and_code_1(cache: Path, trained: Path, tmp_path: Path):
-    with mock.patch("tljax.transfer.evaluate.evaluate", side_effect=KeyError("surprise")):
+    with mock.patch("tljax.features.evaluate.evaluate", side_effect=KeyError("surprise")):
         done = call_script(cache, "evaluate.py", "--workdir", trained)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == "error: KeyError: 'surprise' (--debug shows where)"

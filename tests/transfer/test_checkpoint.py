@@ -16,9 +16,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from tljax.errors import RequestError
+from tljax.runtime.errors import RequestError
+from tljax.runtime.trees import tree_digest
 from tljax.transfer.checkpoint import Checkpoints
-from tljax.trees import tree_digest
 
 TESTS = Path(__file__).parents[1]
 
@@ -269,8 +269,8 @@ import sys
 from pathlib import Path
 import numpy as np
 import orbax.checkpoint as ocp
-from tljax.errors import RequestError
-from tljax.parallel import gather_json, is_writer, join
+from tljax.runtime.errors import RequestError
+from tljax.runtime.parallel import gather_json, is_writer, join
 from tljax.transfer.checkpoint import Checkpoints
 
 join()
@@ -362,7 +362,7 @@ import resource, signal, sys
 from contextlib import closing
 from pathlib import Path
 import numpy as np
-from tljax.errors import RequestError
+from tljax.runtime.errors import RequestError
 from tljax.transfer.checkpoint import Checkpoints
 
 noise = np.random.default_rng(0).random(30_000)

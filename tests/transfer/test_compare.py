@@ -5,10 +5,10 @@ import pytest
 from engine import LOADING, splits
 from tiny import MODEL, random_variables
 
+from tljax.features.extract import compute_features
+from tljax.features.probe import fit_probe, predict_logits
 from tljax.pretrained import Card, Pretrained
 from tljax.transfer.compare import Candidate, measure
-from tljax.transfer.features import compute_features
-from tljax.transfer.probe import fit_probe, predict_logits
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ from tiny import MODEL
 
 import tljax.transfer.dry_run as dry_run_module
 from tljax.data.sources import Source
-from tljax.errors import RequestError
+from tljax.features.extract import feature_bytes
+from tljax.runtime.errors import RequestError
 from tljax.transfer.dry_run import dry_run
-from tljax.transfer.features import feature_bytes
 from tljax.transfer.inputs import cache_bytes
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")

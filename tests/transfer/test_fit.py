@@ -18,14 +18,14 @@ import tljax.transfer.fit as fit_module
 import tljax.transfer.setup as preparation
 from tljax.config import AugmentConfig, Loading
 from tljax.data.loader import batch_rows
-from tljax.errors import DivergenceError, RequestError, StoppedError
 from tljax.models import replace_head
-from tljax.parallel import Preemption
+from tljax.runtime.errors import DivergenceError, RequestError, StoppedError
+from tljax.runtime.parallel import Preemption
+from tljax.runtime.trees import flatten
 from tljax.transfer import rundir
 from tljax.transfer.checkpoint import Checkpoints
 from tljax.transfer.inputs import Inputs
 from tljax.transfer.recipes import Phase
-from tljax.trees import flatten
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
 

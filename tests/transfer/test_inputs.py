@@ -11,10 +11,11 @@ import pytest
 import tiny as tiny_network
 from engine import LOADING, config, source, splits
 
-import tljax.transfer.features as features_module
-from tljax.errors import RequestError, WriteError
-from tljax.transfer import inputs, store
-from tljax.transfer.features import compute_features, split_features
+import tljax.features.extract as features_module
+from tljax.features import store
+from tljax.features.extract import compute_features, split_features
+from tljax.runtime.errors import RequestError, WriteError
+from tljax.transfer import inputs
 from tljax.transfer.inputs import cache_bytes, cache_place, open_inputs
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")

@@ -5,9 +5,9 @@ from engine import LOADING, config, splits
 from tiny import MODEL
 
 from tljax.data.loader import batch_rows
-from tljax.errors import RequestError
 from tljax.models import init
 from tljax.report.figures import learning_rates
+from tljax.runtime.errors import RequestError
 from tljax.transfer.lr_finder import find_learning_rate
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")

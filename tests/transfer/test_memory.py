@@ -7,8 +7,8 @@ from engine import LOADING, config, splits, train
 from tiny import MODEL, random_variables
 
 import tljax.transfer.setup as preparation
-from tljax.errors import RequestError
-from tljax.parallel import shard
+from tljax.runtime.errors import RequestError
+from tljax.runtime.parallel import shard
 from tljax.transfer import memory
 from tljax.transfer.setup import divide, first_state, prepare
 

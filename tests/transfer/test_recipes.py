@@ -8,11 +8,11 @@ from engine import LOADING, config, splits, train
 from tiny import MODEL
 
 from tljax.config import AugmentConfig, FitConfig, OptimizerConfig
-from tljax.errors import RequestError
 from tljax.models import abstract_variables
+from tljax.runtime.errors import RequestError
+from tljax.runtime.trees import flatten
 from tljax.transfer.freeze import freeze_table, label
 from tljax.transfer.recipes import make_plan
-from tljax.trees import flatten
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 

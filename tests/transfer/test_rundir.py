@@ -12,10 +12,10 @@ import tiny
 from PIL import Image
 
 from tljax.data.sources import open_splits
-from tljax.errors import RequestError
-from tljax.files import MARKER
+from tljax.runtime.errors import RequestError
+from tljax.runtime.files import MARKER
+from tljax.runtime.trees import tree_digest
 from tljax.transfer import rundir
-from tljax.trees import tree_digest
 
 
 @pytest.fixture

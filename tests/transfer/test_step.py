@@ -10,9 +10,12 @@ from tiny import MODEL, Unit
 
 from tljax.config import OptimizerConfig
 from tljax.data.augment import epoch_key
-from tljax.errors import RequestError
+from tljax.metrics.classification import Metrics, measure
 from tljax.models import Model, Stage, apply, init
 from tljax.models.layers import GlobalAveragePool, LinearHead
+from tljax.runtime.errors import RequestError
+from tljax.runtime.trees import flatten, unflatten
+from tljax.runtime.types import Batch, Preprocess
 from tljax.transfer.freeze import (
     combine,
     first_trainable_stage,
@@ -20,11 +23,8 @@ from tljax.transfer.freeze import (
     label,
     partition,
 )
-from tljax.transfer.metrics import Metrics, measure
 from tljax.transfer.optimizer import build_optimizer, learning_rate_schedule
 from tljax.transfer.step import StepConfig, init_state, make_train_step
-from tljax.trees import flatten, unflatten
-from tljax.types import Batch, Preprocess
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 

@@ -20,7 +20,7 @@ from tljax.attack.contract import (
 )
 from tljax.attack.losses import Ascent, Goal, Loss, ascent, best_others, goal, mean_logits
 from tljax.attack.norms import Bounds, into_ball, norm_of
-from tljax.types import Array
+from tljax.runtime.types import Array
 
 _RHO = 0.75  # a window in which the loss rose less often than this halves the step
 _INERTIA = 0.75  # weight of the new step; the rest is the last movement

@@ -11,7 +11,7 @@ from jax import lax
 from tljax.attack.contract import LogitsFn, choose, compiled, prepare
 from tljax.attack.losses import ascent, goal
 from tljax.attack.norms import Bounds, into_ball, norm_of
-from tljax.types import Array
+from tljax.runtime.types import Array
 
 _INSIDE = 0.999999  # of (-1, 1), so that the inverse of tanh is finite
 _CHECKS = 10  # for progress, in each round of the search

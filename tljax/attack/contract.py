@@ -18,8 +18,8 @@ from jax import lax
 from jax.core import Tracer
 from jax.tree_util import Partial
 
-from tljax.errors import RequestError
-from tljax.types import Array
+from tljax.runtime.errors import RequestError
+from tljax.runtime.types import Array
 
 LogitsFn = Callable[[jax.Array], jax.Array]
 """Images ``[n, ...]`` to logits ``[n, classes]``; of a randomised network ``[samples, n, classes]``

@@ -9,7 +9,7 @@ from jax import lax
 from tljax.attack.contract import LogitsFn, along, choose, compiled, prepare
 from tljax.attack.losses import best_others, mean_logits
 from tljax.attack.norms import Bounds, into_ball, norm_of
-from tljax.types import Array
+from tljax.runtime.types import Array
 
 
 @partial(compiled, unbounded=True)

@@ -13,8 +13,8 @@ from tljax.attack.fab import fab_t
 from tljax.attack.losses import mean_logits
 from tljax.attack.norms import Bounds
 from tljax.attack.square import square
-from tljax.errors import RequestError
-from tljax.types import Array
+from tljax.runtime.errors import RequestError
+from tljax.runtime.types import Array
 
 
 def ensemble(

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 
 from tljax.attack.contract import LogitsFn, fingerprint
-from tljax.errors import RequestError
+from tljax.runtime.errors import RequestError
 
 
 def eot(

@@ -12,10 +12,10 @@ from jax.sharding import Mesh
 from tljax.attack.contract import Attack, LogitsFn, as_float, as_tree, check_images
 from tljax.attack.flags import check_network, check_outcome
 from tljax.attack.losses import mean_logits
-from tljax.errors import RequestError
-from tljax.parallel import data_mesh, divisible, local_rows, replicate, shard
-from tljax.progress import track
-from tljax.types import Array
+from tljax.runtime.errors import RequestError
+from tljax.runtime.parallel import data_mesh, divisible, local_rows, replicate, shard
+from tljax.runtime.progress import track
+from tljax.runtime.types import Array
 
 _SMALL = 8  # how many small batches make a full one
 

@@ -9,7 +9,7 @@ from jax import lax
 from tljax.attack.contract import LogitsFn, along, choose, compiled, prepare
 from tljax.attack.losses import ascent, best_others, mean_logits
 from tljax.attack.norms import Bounds, into_ball, norm_of
-from tljax.types import Array
+from tljax.runtime.types import Array
 
 _NEWTON_STEPS = 15  # of a piecewise linear function; it mostly ends after 3 to 6
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from tljax.attack.contract import LogitsFn, as_tree, check_classes, check_images
 from tljax.attack.losses import ascent, goal, mean_logits
-from tljax.types import Array
+from tljax.runtime.types import Array
 
 _IMAGES = 32  # enough to see a flag, few enough for any network's memory
 _CHANGE = 1e-3  # of a logit, relative to the largest: rounding is far below, noise above

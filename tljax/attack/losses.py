@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from tljax.attack.contract import LogitsFn, sample_logits
-from tljax.errors import RequestError
-from tljax.types import Array
+from tljax.runtime.errors import RequestError
+from tljax.runtime.types import Array
 
 Loss = Callable[[jax.Array, jax.Array, jax.Array | None], jax.Array]
 

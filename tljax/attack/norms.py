@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from tljax.attack.contract import along, draw
-from tljax.errors import RequestError
+from tljax.runtime.errors import RequestError
 
 Bounds = tuple[float, float]
 

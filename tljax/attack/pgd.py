@@ -19,7 +19,7 @@ from tljax.attack.contract import (
 )
 from tljax.attack.losses import Loss, ascent, goal
 from tljax.attack.norms import NORMS, Bounds, into_ball, norm_of
-from tljax.types import Array
+from tljax.runtime.types import Array
 
 
 @compiled

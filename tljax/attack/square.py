@@ -10,8 +10,8 @@ from jax import lax
 from tljax.attack.contract import LogitsFn, along, choose, compiled, fold_in, prepare
 from tljax.attack.losses import goal, mean_logits
 from tljax.attack.norms import Bounds, into_ball, norm_of
-from tljax.errors import RequestError
-from tljax.types import Array
+from tljax.runtime.errors import RequestError
+from tljax.runtime.types import Array
 
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of 10000 queries
 

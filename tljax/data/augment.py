@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from tljax.config import AugmentConfig
-from tljax.errors import RequestError
-from tljax.types import Array
+from tljax.runtime.errors import RequestError
+from tljax.runtime.types import Array
 
 OPERATIONS = (
     *("identity", "autocontrast", "equalize", "rotate", "solarize", "color", "posterize"),

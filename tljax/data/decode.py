@@ -15,8 +15,8 @@ from PIL import ExifTags, Image, ImageChops, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
 from tljax.data.sources import open_images
-from tljax.errors import UnreadableImageError
-from tljax.types import Preprocess
+from tljax.runtime.errors import UnreadableImageError
+from tljax.runtime.types import Preprocess
 
 MAX_PIXELS = 2**27
 """The largest image that is decoded: 134 million pixels, 400 MB of RGB. Phones take 108 million."""

@@ -25,7 +25,7 @@ from PIL import Image
 
 from tljax.data.decode import open_image
 from tljax.data.sources import Examples
-from tljax.errors import UnreadableImageError
+from tljax.runtime.errors import UnreadableImageError
 
 THRESHOLD = 0.9
 """Similarity from which two images are the same photograph; see the module for what it parts."""

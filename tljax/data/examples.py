@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from tljax.errors import RequestError, UnreadableImageError
+from tljax.runtime.errors import RequestError, UnreadableImageError
 
 
 class Examples(Protocol):

@@ -22,9 +22,9 @@ from tljax.data.examples import (
     split_by_content,
     without_example,
 )
-from tljax.download import download
-from tljax.errors import RequestError, UnreadableImageError
-from tljax.files import MARKER, cache_dir
+from tljax.runtime.download import download
+from tljax.runtime.errors import RequestError, UnreadableImageError
+from tljax.runtime.files import MARKER, cache_dir
 
 TRAIN = ("train", "training")
 VAL = ("val", "valid", "validation", "test")

@@ -24,7 +24,7 @@ from tljax.data.examples import (
     without_example,
 )
 from tljax.data.folders import TRAIN, VAL, suggestion
-from tljax.errors import RequestError, UnreadableImageError
+from tljax.runtime.errors import RequestError, UnreadableImageError
 
 _Parts = Mapping[str, Callable[[], Source]]  # opened late: reading the labels may take a while
 

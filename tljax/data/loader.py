@@ -12,8 +12,8 @@ from absl import flags
 
 from tljax.data.decode import decode, say
 from tljax.data.sources import Source
-from tljax.errors import RequestError, UnreadableImageError
-from tljax.types import Batch, Preprocess
+from tljax.runtime.errors import RequestError, UnreadableImageError
+from tljax.runtime.types import Batch, Preprocess
 
 
 def num_batches(examples: Sized | int, batch_size: int) -> int:

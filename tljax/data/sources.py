@@ -26,7 +26,7 @@ from tljax.data.folders import (
     train_and_val,
 )
 from tljax.data.hubs import hub_has_validation, is_hub, open_hub_splits, open_labelled_hub
-from tljax.errors import RequestError
+from tljax.runtime.errors import RequestError
 
 __all__ = [
     "Examples",

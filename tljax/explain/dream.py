@@ -5,10 +5,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from tljax.errors import RequestError
 from tljax.explain.gradients import as_images
 from tljax.explain.visualize import Objective
-from tljax.types import Array
+from tljax.runtime.errors import RequestError
+from tljax.runtime.types import Array
 
 
 def mean_square(features_fn: Callable[[jax.Array], jax.Array]) -> Objective:

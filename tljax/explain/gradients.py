@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tljax.errors import RequestError
-from tljax.types import Array
+from tljax.runtime.errors import RequestError
+from tljax.runtime.types import Array
 
 LogitsFn = Callable[[jax.Array], jax.Array]
 """``[batch, height, width, channels]`` images in [0, 1] to ``[batch, classes]`` logits."""

@@ -4,8 +4,8 @@
 import jax
 import numpy as np
 
-from tljax.errors import RequestError
-from tljax.types import Array
+from tljax.runtime.errors import RequestError
+from tljax.runtime.types import Array
 
 
 def to_pixels(images: Array) -> np.ndarray:

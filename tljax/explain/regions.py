@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tljax.errors import RequestError
 from tljax.explain.gradients import LogitsFn, as_images, input_gradient, score_of
-from tljax.types import Array
+from tljax.runtime.errors import RequestError
+from tljax.runtime.types import Array
 
 
 def grad_cam(

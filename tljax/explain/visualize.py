@@ -19,7 +19,7 @@ import optax
 
 from tljax.explain.parametrization import FOURIER, Parametrization
 from tljax.explain.transforms import MOVING, Transforms
-from tljax.types import Array
+from tljax.runtime.types import Array
 
 Objective = Callable[[jax.Array], jax.Array]
 """``[batch, height, width, 3]`` pictures in [0, 1] to ``[batch]``: what is to become large."""

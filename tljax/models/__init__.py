@@ -4,7 +4,6 @@ from collections.abc import Callable
 from difflib import get_close_matches
 from functools import partial
 
-from tljax.errors import RequestError
 from tljax.models import bit, efficientnet, inception, mobilenet, resnet, resnetv2, vgg, xception
 from tljax.models.model import (
     Model,
@@ -18,6 +17,7 @@ from tljax.models.model import (
     replace_head,
     with_head,
 )
+from tljax.runtime.errors import RequestError
 
 MODELS: dict[str, Callable[..., Model]] = {
     **{name: partial(resnet.resnet, name) for name in resnet.VARIANTS},

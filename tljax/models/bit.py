@@ -17,7 +17,7 @@ from jax import Array
 from tljax.models.convolution import max_pool
 from tljax.models.layers import Conv, GlobalAveragePool, GroupNorm, LinearHead, Train
 from tljax.models.model import Model, Stage
-from tljax.types import HALF
+from tljax.runtime.types import HALF
 
 _conv = partial(Conv, use_bias=False, standardize=True)
 

@@ -13,7 +13,7 @@ from flax import linen as nn
 from tljax.models.depthwise import ConvAct, Convention, Run, stages
 from tljax.models.layers import GlobalAveragePool, LinearHead
 from tljax.models.model import Model, Stage
-from tljax.types import HALF, Preprocess
+from tljax.runtime.types import HALF, Preprocess
 
 _CONVENTION = Convention("SAME", epsilon=1e-3, momentum=0.99)
 

@@ -18,7 +18,7 @@ from jax import Array
 from tljax.models.convolution import Kernel, avg_pool, max_pool
 from tljax.models.layers import ConvNorm, GlobalAveragePool, LinearHead, Train
 from tljax.models.model import Model, Stage
-from tljax.types import HALF
+from tljax.runtime.types import HALF
 
 
 class Variant(NamedTuple):

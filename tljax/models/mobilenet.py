@@ -14,7 +14,7 @@ from jax import Array
 from tljax.models.depthwise import ConvAct, Convention, Run, round_width, stages
 from tljax.models.layers import Dense, GlobalAveragePool, LinearHead, Train
 from tljax.models.model import Model, Stage
-from tljax.types import HALF, Preprocess
+from tljax.runtime.types import HALF, Preprocess
 
 
 class Separable(nn.Module):

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from tljax.errors import RequestError
 from tljax.models.layers import LAYERS, GlobalAveragePool, LinearHead
-from tljax.trees import flatten
-from tljax.types import Array, Preprocess, Variables
+from tljax.runtime.errors import RequestError
+from tljax.runtime.trees import flatten
+from tljax.runtime.types import Array, Preprocess, Variables
 
 
 class Stage(NamedTuple):

@@ -16,7 +16,7 @@ from jax import Array
 from tljax.models.convolution import avg_pool, max_pool
 from tljax.models.layers import ConvNorm, GlobalAveragePool, LinearHead, Train
 from tljax.models.model import Model, Stage
-from tljax.types import CAFFE, Preprocess
+from tljax.runtime.types import CAFFE, Preprocess
 
 
 class Variant(NamedTuple):

@@ -12,7 +12,7 @@ from jax import Array
 from tljax.models.convolution import max_pool
 from tljax.models.layers import BatchNorm, Conv, ConvNorm, GlobalAveragePool, LinearHead, Train
 from tljax.models.model import Model, Stage
-from tljax.types import HALF
+from tljax.runtime.types import HALF
 
 _KERAS = {"epsilon": 1.001e-5, "momentum": 0.99}
 _conv_norm = partial(ConvNorm, **_KERAS)

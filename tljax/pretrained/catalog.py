@@ -6,7 +6,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from tljax.types import Preprocess
+from tljax.runtime.types import Preprocess
 
 
 @dataclass(frozen=True)

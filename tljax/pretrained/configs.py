@@ -12,12 +12,12 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tljax.errors import RequestError
-from tljax.files import written_whole
 from tljax.models import MODELS, Model
 from tljax.pretrained.catalog import default_classes
 from tljax.pretrained.layouts import LAYOUTS
-from tljax.types import Preprocess
+from tljax.runtime.errors import RequestError
+from tljax.runtime.files import written_whole
+from tljax.runtime.types import Preprocess
 
 _PILLOW_FILTERS = {2: "bilinear", 3: "bicubic"}
 

@@ -13,11 +13,11 @@ import numpy as np
 from jax import export as jax_export
 from jax.extend.core import Jaxpr, Literal
 
-from tljax.errors import RequestError, VerificationError
-from tljax.files import written_whole
 from tljax.models import apply
 from tljax.models.convolution import backend
 from tljax.pretrained.load import Pretrained
+from tljax.runtime.errors import RequestError, VerificationError
+from tljax.runtime.files import written_whole
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 

@@ -5,11 +5,11 @@ import re
 from importlib.util import find_spec
 from pathlib import Path
 
-from tljax.download import download
-from tljax.errors import RequestError
-from tljax.files import cache_dir
 from tljax.pretrained.catalog import CATALOG
 from tljax.pretrained.formats import digest
+from tljax.runtime.download import download
+from tljax.runtime.errors import RequestError
+from tljax.runtime.files import cache_dir
 
 _LARGEST = 2**35  # bytes, eight times as many as the largest published network has
 
@@ -38,7 +38,7 @@ def fetch(name: str) -> Path:
 
 
 def fetch_url(url: str) -> Path:
-    """The local file of any address, downloaded once; see `tljax.download`.
+    """The local file of any address, downloaded once; see `tljax.runtime.download`.
 
     Where the name of the file ends in the beginning of its SHA-256, as torch.hub's do
     (``resnet50-0676ba61.pth``), that is checked. A date is none (``net-20260131.pth``).

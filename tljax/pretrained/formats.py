@@ -19,10 +19,10 @@ from typing import NamedTuple
 import numpy as np
 import safetensors.numpy
 
-from tljax.errors import RequestError
-from tljax.files import written_whole
 from tljax.pretrained import keras_file, torch_file
 from tljax.pretrained.torch_pickle import DamagedError
+from tljax.runtime.errors import RequestError
+from tljax.runtime.files import written_whole
 
 # The library's own readers of bytes know neither bfloat16 nor float8, and copy.
 _DTYPES = {

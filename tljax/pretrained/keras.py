@@ -12,7 +12,7 @@ from typing import NamedTuple
 from tljax.models import inception, mobilenet, resnet, resnetv2, vgg, xception
 from tljax.models.depthwise import round_width
 from tljax.pretrained.rules import Layout, Rule, Rules
-from tljax.types import CAFFE
+from tljax.runtime.types import CAFFE
 
 
 class Layer(NamedTuple):

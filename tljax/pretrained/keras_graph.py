@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tljax.errors import RequestError
 from tljax.models import Model, build_model
+from tljax.runtime.errors import RequestError
 
 # Of a layer's configuration: what the tensors tell or changes no answer, and the usual values.
 _HARMLESS = re.compile(

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tljax.errors import RequestError
 from tljax.models import MODELS, Model, abstract_variables, build_model, with_head
 from tljax.pretrained import (
     bit,
@@ -22,7 +21,8 @@ from tljax.pretrained import (
     xception,
 )
 from tljax.pretrained.rules import Difference, Layout, Rules, compare, counted, few
-from tljax.trees import flatten
+from tljax.runtime.errors import RequestError
+from tljax.runtime.trees import flatten
 
 _FAMILIES = (resnet, bit, inception, xception, efficientnet, vgg, mobilenet, keras)
 

@@ -14,7 +14,6 @@ import jax
 import numpy as np
 
 from tljax.config import Dtype
-from tljax.errors import RequestError
 from tljax.models import MODELS, Model, abstract_variables, build_model, replace_head, with_head
 from tljax.pretrained.catalog import CATALOG, Entry, catalog_name, default_classes
 from tljax.pretrained.configs import is_sound, read_architecture, read_configs, write_configs
@@ -31,8 +30,9 @@ from tljax.pretrained.keras import layer_names
 from tljax.pretrained.keras_graph import read_graph
 from tljax.pretrained.layouts import LAYOUTS, Identity, check, identify, table
 from tljax.pretrained.rules import Rule, Rules, apply_rules, compare, invert_rules
-from tljax.trees import flatten
-from tljax.types import NORMALIZATIONS, Preprocess, Variables
+from tljax.runtime.errors import RequestError
+from tljax.runtime.trees import flatten
+from tljax.runtime.types import NORMALIZATIONS, Preprocess, Variables
 
 
 @dataclass(frozen=True)

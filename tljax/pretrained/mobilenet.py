@@ -14,7 +14,7 @@ from tljax.models.mobilenet import (
 )
 from tljax.pretrained import depthwise
 from tljax.pretrained.rules import DENSE, Config, Layout, Rule, Rules, conv, conv_norm, dense
-from tljax.types import Preprocess
+from tljax.runtime.types import Preprocess
 
 Unit = Callable[[str, str], Rules]
 """From the key of a convolution with its norm, and our path, to its tensors."""

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tljax.errors import RequestError
-from tljax.trees import flatten, unflatten
-from tljax.types import Preprocess, Variables
+from tljax.runtime.errors import RequestError
+from tljax.runtime.trees import flatten, unflatten
+from tljax.runtime.types import Preprocess, Variables
 
 CONV = (2, 3, 1, 0)
 """From torch's ``[out, in, k, k]`` to our ``[k, k, in, out]``; depthwise kernels likewise."""

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tljax.errors import RequestError
 from tljax.models import Model, layer_outputs, normalize, replace_head
 from tljax.pretrained import verify_keras
 from tljax.pretrained.catalog import CATALOG
@@ -20,7 +19,8 @@ from tljax.pretrained.keras_graph import Graph
 from tljax.pretrained.layouts import LAYOUTS, bias_of_head, check, layout_rules, table
 from tljax.pretrained.load import Pretrained
 from tljax.pretrained.rules import Rules, invert_rules
-from tljax.types import Preprocess, Variables
+from tljax.runtime.errors import RequestError
+from tljax.runtime.types import Preprocess, Variables
 
 TOLERANCE = 1e-4
 """Largest difference of a layer's output, relative to the largest value of the reference's."""

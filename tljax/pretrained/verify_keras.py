@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tljax.errors import RequestError
 from tljax.models import Model
 from tljax.pretrained.rules import Rules
+from tljax.runtime.errors import RequestError
 
 _APPLICATIONS = {
     "vgg16": "VGG16",

@@ -18,17 +18,17 @@ from tljax.attack.evaluate import Robustness, Share, share
 from tljax.config import Loading
 from tljax.data.loader import load_batches, refuse_none
 from tljax.data.sources import Source, ambiguous, match_classes, select
-from tljax.errors import RequestError
+from tljax.features.evaluate import settle
 from tljax.models import Model, apply
-from tljax.parallel import data_mesh
 from tljax.pretrained import Pretrained
 from tljax.pretrained.catalog import names_like
-from tljax.progress import track
 from tljax.report.figures import robustness_curve, write_figure
 from tljax.report.gallery import Picture, grid, write_png
-from tljax.transfer.evaluate import settle
+from tljax.runtime.errors import RequestError
+from tljax.runtime.parallel import data_mesh
+from tljax.runtime.progress import track
+from tljax.runtime.types import Variables
 from tljax.transfer.rundir import skipped_lines
-from tljax.types import Variables
 
 ATTACKS: dict[str, Any] = {
     "fgsm": library.fgsm,

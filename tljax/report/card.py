@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Integer
 
+from tljax.metrics.calibration import Calibration
 from tljax.pretrained import Card
 from tljax.report.page import per_class
-from tljax.transfer.calibration import Calibration
-from tljax.types import Preprocess
+from tljax.runtime.types import Preprocess
 
 MOST_CLASSES = 10
 """The card lists as many classes, those with the lowest accuracy; the report has all."""

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float, Integer
 
-from tljax.errors import RequestError
-from tljax.files import written_whole
+from tljax.metrics.calibration import Calibration, CalibrationBins
 from tljax.report.grid import INK, printable
-from tljax.transfer.calibration import Calibration, CalibrationBins
+from tljax.runtime.errors import RequestError
+from tljax.runtime.files import written_whole
 from tljax.transfer.compare import Candidate
 from tljax.transfer.lr_finder import RangeTest
 

@@ -14,12 +14,12 @@ from tljax import explain
 from tljax.data.folders import first_image
 from tljax.data.loader import load_batches, refuse_none
 from tljax.data.sources import open_images
-from tljax.errors import RequestError
-from tljax.files import mark_output, written_whole
 from tljax.models import Model, apply
 from tljax.pretrained import Pretrained
 from tljax.report.grid import image_grid
-from tljax.types import Array, Variables
+from tljax.runtime.errors import RequestError
+from tljax.runtime.files import mark_output, written_whole
+from tljax.runtime.types import Array, Variables
 
 
 class Picture(NamedTuple):

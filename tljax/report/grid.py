@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-from tljax.errors import RequestError
+from tljax.runtime.errors import RequestError
 
 INK = "#222222"
 

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float, Integer, UInt8
 from PIL import Image
 
-from tljax.files import written_whole
+from tljax.metrics.calibration import Calibration
 from tljax.report.figures import (
     LogEntry,
     confusion_matrix,
@@ -21,7 +21,7 @@ from tljax.report.figures import (
     reliability_diagram,
     sweep_curve,
 )
-from tljax.transfer.calibration import Calibration
+from tljax.runtime.files import written_whole
 
 if TYPE_CHECKING:
     import matplotlib.figure

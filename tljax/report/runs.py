@@ -10,18 +10,18 @@ from tljax.config import FIT_CONDITIONS, idle, settings
 from tljax.data.decode import decode
 from tljax.data.duplicates import find_duplicates
 from tljax.data.sources import Source, Splits
-from tljax.files import written_whole
+from tljax.features.evaluate import Evaluation
+from tljax.features.extract import Features
+from tljax.metrics.calibration import Calibration, calibrate
 from tljax.pretrained import Card
 from tljax.report.card import RunFacts, model_card
 from tljax.report.page import Mistake, Report, SeenInTraining, Sweep, write_report
+from tljax.runtime.files import written_whole
+from tljax.runtime.trees import flatten
+from tljax.runtime.types import Preprocess
 from tljax.transfer import rundir
 from tljax.transfer.adversary import PROOF_STEPS
-from tljax.transfer.calibration import Calibration, calibrate
-from tljax.transfer.evaluate import Evaluation
-from tljax.transfer.features import Features
 from tljax.transfer.fit import FitResult, best_epoch
-from tljax.trees import flatten
-from tljax.types import Preprocess
 
 LOOKED_THROUGH = 20_000
 """Data sets of up to so many images are searched for validation images that are in the training."""

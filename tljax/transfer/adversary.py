@@ -16,12 +16,12 @@ from tljax.attack.contract import as_float
 from tljax.config import AdversaryConfig, Loading
 from tljax.data.sources import Source
 from tljax.models import Model, apply
-from tljax.parallel import data_mesh, shard
-from tljax.progress import track
-from tljax.types import Array, Batch, Variables
+from tljax.runtime.parallel import data_mesh, shard
+from tljax.runtime.progress import track
+from tljax.runtime.types import Array, Batch, Variables
 
 if TYPE_CHECKING:
-    from tljax.transfer.features import Features
+    from tljax.features.extract import Features
 
 PROOF_STEPS = 20
 """Of the PGD that measures robust accuracy: more than training has seen."""
@@ -77,7 +77,7 @@ def robust_logits(
         seed: of the random starts.
     """
     # Only here, so that a step needs no loader.
-    from tljax.transfer.features import collect, over_source  # noqa: PLC0415
+    from tljax.features.extract import collect, over_source  # noqa: PLC0415
 
     mesh = data_mesh(loading.devices)
     forward = partial(_attacked_logits, model, AdversaryConfig("pgd", config.epsilon, PROOF_STEPS))

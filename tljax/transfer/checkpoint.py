@@ -20,10 +20,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import PolicyCheckpointInfo
 
-from tljax.errors import RequestError, WriteError
-from tljax.files import written_whole
-from tljax.parallel import gather_json, is_writer
-from tljax.trees import array_bytes
+from tljax.runtime.errors import RequestError, WriteError
+from tljax.runtime.files import written_whole
+from tljax.runtime.parallel import gather_json, is_writer
+from tljax.runtime.trees import array_bytes
 
 Tree = TypeVar("Tree")
 Content = tuple[dict[str, Any], list[np.ndarray]]

@@ -7,9 +7,9 @@ import numpy as np
 
 from tljax.config import Loading
 from tljax.data.sources import Splits
+from tljax.features.extract import images_per_second, split_features
+from tljax.features.probe import fit_probe, predict_logits
 from tljax.pretrained import Pretrained
-from tljax.transfer.features import images_per_second, split_features
-from tljax.transfer.probe import fit_probe, predict_logits
 from tljax.transfer.rundir import skipped_rows
 
 

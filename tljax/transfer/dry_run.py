@@ -15,13 +15,13 @@ from tljax.data.augment import epoch_key
 from tljax.data.loader import num_batches
 from tljax.data.sources import Splits
 from tljax.models import Model, abstract_variables, apply, replace_head
+from tljax.runtime.trees import flatten
+from tljax.runtime.types import Array, Batch, Variables
 from tljax.transfer.freeze import FROZEN, first_trainable_stage, label, partition
 from tljax.transfer.inputs import cache_bytes, cache_place
 from tljax.transfer.optimizer import build_optimizer
 from tljax.transfer.recipes import make_plan
 from tljax.transfer.step import StepConfig, init_state, make_train_step
-from tljax.trees import flatten
-from tljax.types import Array, Batch, Variables
 
 
 def dry_run(model: Model, splits: Splits, config: FitConfig, batch_size: int) -> str:

@@ -14,24 +14,24 @@ import optax
 from tljax.config import FitConfig, Loading
 from tljax.data.augment import epoch_key
 from tljax.data.sources import Splits
-from tljax.errors import DivergenceError, RequestError, StoppedError
+from tljax.features.evaluate import Evaluation, evaluate
+from tljax.features.extract import Features
+from tljax.features.probe import Probe
+from tljax.metrics.classification import Metrics
 from tljax.models import Model
-from tljax.parallel import Preemption, agree, is_writer, replicate, shard
-from tljax.progress import track
+from tljax.runtime.errors import DivergenceError, RequestError, StoppedError
+from tljax.runtime.parallel import Preemption, agree, is_writer, replicate, shard
+from tljax.runtime.progress import track
+from tljax.runtime.types import Variables
 from tljax.transfer.adversary import robust_logits
 from tljax.transfer.checkpoint import Checkpoint, Checkpoints
-from tljax.transfer.evaluate import Evaluation, evaluate
-from tljax.transfer.features import Features
 from tljax.transfer.freeze import first_trainable_stage
 from tljax.transfer.inputs import Inputs
 from tljax.transfer.memory import within_memory
-from tljax.transfer.metrics import Metrics
-from tljax.transfer.probe import Probe
 from tljax.transfer.recipes import Phase
 from tljax.transfer.setup import NewHead, Setup, divide, first_state, prepare
 from tljax.transfer.step import TrainState, TrainStep
 from tljax.transfer.trace import traced
-from tljax.types import Variables
 
 History = list[dict[str, Any]]
 

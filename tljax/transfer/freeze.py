@@ -8,10 +8,10 @@ it is frozen and never reaches the gradient or the optimizer.
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
-from tljax.errors import RequestError
 from tljax.models import Model, abstract_variables
-from tljax.trees import flatten, unflatten
-from tljax.types import Variables
+from tljax.runtime.errors import RequestError
+from tljax.runtime.trees import flatten, unflatten
+from tljax.runtime.types import Variables
 
 FROZEN = 0.0
 

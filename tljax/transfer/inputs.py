@@ -11,11 +11,8 @@ import numpy as np
 from tljax.config import FitConfig, Loading
 from tljax.data.loader import batch_rows, load_batches
 from tljax.data.sources import Source, Splits
-from tljax.errors import RequestError, WriteError
-from tljax.models import Model
-from tljax.parallel import data_mesh, gather_json
-from tljax.transfer import store
-from tljax.transfer.features import (
+from tljax.features import store
+from tljax.features.extract import (
     Features,
     View,
     advance,
@@ -26,8 +23,11 @@ from tljax.transfer.features import (
     process_rows,
     process_shard,
 )
+from tljax.models import Model
+from tljax.runtime.errors import RequestError, WriteError
+from tljax.runtime.parallel import data_mesh, gather_json
+from tljax.runtime.types import Batch, Variables
 from tljax.transfer.memory import free_memory
-from tljax.types import Batch, Variables
 
 Place = Literal["memory", "disk", "none"]
 

@@ -14,14 +14,14 @@ import optax
 from tljax.config import FitConfig, Loading
 from tljax.data.augment import epoch_key
 from tljax.data.sources import Splits
-from tljax.errors import RequestError
+from tljax.metrics.classification import Metrics
 from tljax.models import Model
-from tljax.parallel import is_writer, replicate, shard
-from tljax.progress import track
+from tljax.runtime.errors import RequestError
+from tljax.runtime.parallel import is_writer, replicate, shard
+from tljax.runtime.progress import track
+from tljax.runtime.types import Batch, Variables
 from tljax.transfer.inputs import Inputs
-from tljax.transfer.metrics import Metrics
 from tljax.transfer.setup import NewHead, Setup, divide, first_state, prepare
-from tljax.types import Batch, Variables
 
 _SMOOTHING = 0.9  # of the losses, by an exponential moving average over steps
 _DIVERGED = 4.0  # times the lowest loss: there is nothing more to learn

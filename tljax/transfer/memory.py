@@ -7,9 +7,9 @@ from pathlib import Path
 import jax
 import psutil
 
-from tljax.errors import RequestError
+from tljax.runtime.errors import RequestError
+from tljax.runtime.types import Batch, Variables
 from tljax.transfer.step import Keys, TrainState, TrainStep
-from tljax.types import Batch, Variables
 
 Arguments = tuple[TrainState, Variables, Batch, Keys]
 """What a `TrainStep` takes."""

@@ -5,9 +5,9 @@ from collections.abc import Hashable
 import optax
 
 from tljax.config import OptimizerConfig
+from tljax.runtime.trees import flatten, unflatten
+from tljax.runtime.types import Variables
 from tljax.transfer.freeze import FROZEN
-from tljax.trees import flatten, unflatten
-from tljax.types import Variables
 
 
 def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:

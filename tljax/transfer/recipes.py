@@ -7,8 +7,8 @@ import jax
 
 from tljax.config import FitConfig
 from tljax.data.loader import num_batches
-from tljax.errors import RequestError
 from tljax.models import Model, abstract_variables, apply
+from tljax.runtime.errors import RequestError
 from tljax.transfer.freeze import Table, freeze_table, label, trainable_stages
 
 

@@ -23,9 +23,9 @@ import jax
 
 from tljax.data.examples import printable, shortened
 from tljax.data.sources import Source, Splits, open_splits
-from tljax.errors import RequestError
-from tljax.files import MARKER, mark_output, read_config, to_json, written_whole
-from tljax.parallel import is_writer
+from tljax.runtime.errors import RequestError
+from tljax.runtime.files import MARKER, mark_output, read_config, to_json, written_whole
+from tljax.runtime.parallel import is_writer
 
 BEST = Path("best") / "model.safetensors"
 """The network of the best epoch, in tljax's own format: `load_pretrained` reads it."""

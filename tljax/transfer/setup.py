@@ -15,17 +15,17 @@ from jax.sharding import Mesh
 from tljax.config import ASKED_CONDITIONS, FitConfig, Loading, idle, settings
 from tljax.data.loader import num_batches
 from tljax.data.sources import Splits
-from tljax.errors import RequestError
+from tljax.features.probe import Probe, fit_probe
 from tljax.models import Model, init, replace_head
-from tljax.parallel import data_mesh, is_writer, replicate
+from tljax.runtime.errors import RequestError
+from tljax.runtime.parallel import data_mesh, is_writer, replicate
+from tljax.runtime.trees import flatten
+from tljax.runtime.types import Variables
 from tljax.transfer.freeze import combine, first_trainable_stage, label, partition, training_stages
 from tljax.transfer.inputs import Inputs, open_inputs
 from tljax.transfer.optimizer import build_optimizer, learning_rate_schedule
-from tljax.transfer.probe import Probe, fit_probe
 from tljax.transfer.recipes import Plan, make_plan
 from tljax.transfer.step import StepConfig, TrainState, TrainStep, init_state, make_train_step
-from tljax.trees import flatten
-from tljax.types import Variables
 
 NewHead = Callable[[Model, Variables, int], tuple[Model, Variables]]
 

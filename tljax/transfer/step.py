@@ -10,11 +10,11 @@ import optax
 
 from tljax.config import AdversaryConfig, AugmentConfig
 from tljax.data.augment import augment, mix
+from tljax.metrics.classification import Metrics, measure
 from tljax.models import Model, apply
+from tljax.runtime.types import Batch, Variables
 from tljax.transfer.adversary import attacked
 from tljax.transfer.freeze import combine
-from tljax.transfer.metrics import Metrics, measure
-from tljax.types import Batch, Variables
 
 Tree = TypeVar("Tree")
 

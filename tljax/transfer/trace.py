@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import jax
 
-from tljax.errors import RequestError
+from tljax.runtime.errors import RequestError
 
 Item = TypeVar("Item")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from tljax.errors import RequestError, WriteError
+from tljax.runtime.errors import RequestError, WriteError
 
 
 def cache_dir() -> Path:

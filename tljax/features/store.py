@@ -28,11 +28,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import tljax
-from tljax.errors import RequestError, WriteError
-from tljax.files import cache_dir, remove_abandoned, written_whole
 from tljax.models import Model
-from tljax.trees import array_bytes, tree_digest
-from tljax.types import Variables
+from tljax.runtime.errors import RequestError, WriteError
+from tljax.runtime.files import cache_dir, remove_abandoned, written_whole
+from tljax.runtime.trees import array_bytes, tree_digest
+from tljax.runtime.types import Variables
 
 Stored = tuple[np.ndarray, np.ndarray, dict[int, str]]
 """Values, mapped into memory; positions in the source; reason by position for what was skipped."""
@@ -69,7 +69,7 @@ def limit() -> int:
         raise RequestError(f"TLJAX_FEATURE_CACHE_GIB={asked}: choose a number of GiB") from error
 
 
-_CODE = ("models/**/*.py", "data/**/*.py", "types.py", "transfer/features.py")
+_CODE = ("models/**/*.py", "data/**/*.py", "runtime/types.py", "features/extract.py")
 
 
 @cache

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from tljax.transfer.features import Features
-from tljax.transfer.metrics import measure
+from tljax.features.extract import Features
+from tljax.metrics.classification import measure
 
 
 class Evaluation(NamedTuple):

@@ -22,13 +22,13 @@ import jax
 
 folder, number, *sizes = sys.argv[1:]
 if number != "-":
-    from tljax.parallel import join
+    from tljax.runtime.parallel import join
     join()
 jax.config.update("jax_disable_most_optimizations", True)
 import engine
 from dataclasses import replace
 from tljax.config import AugmentConfig, Loading
-from tljax.parallel import is_writer
+from tljax.runtime.parallel import is_writer
 from tljax.transfer.fit import fit
 
 data = engine.splits(25, broken=(4, 17), val_broken=(2,))
@@ -69,8 +69,8 @@ class Config(cli.Common):
     distributed: bool = True
 
 def run(config):
-    from tljax.errors import RequestError
-    from tljax.parallel import Preemption, is_writer, join
+    from tljax.runtime.errors import RequestError
+    from tljax.runtime.parallel import Preemption, is_writer, join
     join()
     import jax
     jax.config.update("jax_disable_most_optimizations", True)

@@ -20,9 +20,10 @@ from tljax.config import AugmentConfig, Dtype, Loading
 from tljax.data.augment import augment, epoch_key
 from tljax.data.loader import batch_rows, load_batches
 from tljax.data.sources import Source, Splits
-from tljax.errors import WriteError
+from tljax.features import store
 from tljax.models import Model, abstract_variables, apply
-from tljax.parallel import (
+from tljax.runtime.errors import WriteError
+from tljax.runtime.parallel import (
     data_mesh,
     divisible,
     gather,
@@ -31,9 +32,8 @@ from tljax.parallel import (
     replicate,
     shard,
 )
-from tljax.progress import track
-from tljax.transfer import store
-from tljax.types import Array, Batch, Preprocess, Variables
+from tljax.runtime.progress import track
+from tljax.runtime.types import Array, Batch, Preprocess, Variables
 
 
 class View(NamedTuple):

@@ -10,10 +10,10 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold
 from sklearn.preprocessing import StandardScaler
 
-from tljax.errors import DivergenceError, RequestError
-from tljax.transfer import probe
-from tljax.transfer.logistic import fit_logistic
-from tljax.transfer.probe import L2_VALUES, fit_probe, knn_predict, predict_logits
+from tljax.features import probe
+from tljax.features.logistic import fit_logistic
+from tljax.features.probe import L2_VALUES, fit_probe, knn_predict, predict_logits
+from tljax.runtime.errors import DivergenceError, RequestError
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tljax.errors import RequestError
-from tljax.transfer.logistic import checked, finite, fit_logistic
-from tljax.types import Array
+from tljax.features.logistic import checked, finite, fit_logistic
+from tljax.runtime.errors import RequestError
+from tljax.runtime.types import Array
 
 L2_VALUES: tuple[float, ...] = tuple(np.logspace(-6, 5, 45).tolist())
 """The protocol's 45 log-spaced values, beside a *mean* over examples here: see fit_logistic."""

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from tljax.progress import track
+from tljax.runtime.progress import track
 
 HIDE_CURSOR, SHOW_CURSOR, ERASE_LINE = "\x1b[?25l", "\x1b[?25h", "\x1b[2K"
 
@@ -64,7 +64,7 @@ def test_the_speed_is_units_over_seconds(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     clock = iter([100.0, 104.0])
-    monkeypatch.setattr("tljax.progress.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("tljax.runtime.progress.time.perf_counter", lambda: next(clock))
     list(track(range(5), description="train", total=None, unit="steps", size=lambda _: 2))
     assert capsys.readouterr().err == "train  10 steps  4.0 s  2.5 steps/s\n"
 

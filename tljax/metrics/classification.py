@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from tljax.types import Array
+from tljax.runtime.types import Array
 
 
 class Metrics(NamedTuple):

@@ -7,14 +7,14 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, softmax
 
-from tljax.errors import RequestError
-from tljax.transfer.calibration import (
+from tljax.metrics.calibration import (
     TEMPERATURES,
     calibrate,
     calibration_bins,
     expected_calibration_error,
     fit_temperature,
 )
+from tljax.runtime.errors import RequestError
 
 
 def network(temperature: float, count: int, classes: int = 4, seed: int = 0):

@@ -19,7 +19,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from tljax.errors import RequestError, StoppedError
+from tljax.runtime.errors import RequestError, StoppedError
 
 Tree = TypeVar("Tree")
 

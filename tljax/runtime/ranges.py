@@ -5,7 +5,7 @@ from itertools import cycle
 from numbers import Integral, Real
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
-from tljax.errors import RequestError
+from tljax.runtime.errors import RequestError
 
 
 class Range(NamedTuple):

@@ -12,9 +12,9 @@ from urllib.error import HTTPError
 from urllib.parse import quote, urlsplit
 from urllib.request import Request, urlopen
 
-from tljax.errors import RequestError
-from tljax.files import written_whole
-from tljax.progress import track
+from tljax.runtime.errors import RequestError
+from tljax.runtime.files import written_whole
+from tljax.runtime.progress import track
 
 _TAGS = {"If-None-Match": "ETag", "If-Modified-Since": "Last-Modified"}  # asked by, given as
 

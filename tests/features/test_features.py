@@ -9,17 +9,17 @@ import jax
 import numpy as np
 import pytest
 
-import tljax.transfer.features as features_module
+import tljax.features.extract as features_module
 from tljax.config import FitConfig, Loading, OptimizerConfig
 from tljax.data.sources import Source, Splits
-from tljax.errors import RequestError
+from tljax.features import store
+from tljax.features.evaluate import evaluate
+from tljax.features.extract import Features, advance, compute_features, feature_bytes, over_source
 from tljax.models import apply
-from tljax.transfer import store
-from tljax.transfer.evaluate import evaluate
-from tljax.transfer.features import Features, advance, compute_features, feature_bytes, over_source
+from tljax.runtime.errors import RequestError
+from tljax.runtime.trees import flatten
 from tljax.transfer.fit import fit
 from tljax.transfer.recipes import default_freeze_to
-from tljax.trees import flatten
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 

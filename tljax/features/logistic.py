@@ -22,8 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tljax.errors import DivergenceError, RequestError
-from tljax.types import Array
+from tljax.runtime.errors import DivergenceError, RequestError
+from tljax.runtime.types import Array
 
 _HISTORY = 10  # pairs that L-BFGS remembers
 _ABSENT = 1e-12  # share of the examples of a class without any, so that its bias is finite

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from tljax.transfer.evaluate import settle
+from tljax.features.evaluate import settle
 
 
 def test_any_of_the_classes_of_one_name_is_right() -> None:

@@ -10,8 +10,8 @@ from typing import Literal
 
 import pytest
 
-from tljax.download import download
-from tljax.errors import RequestError
+from tljax.runtime.download import download
+from tljax.runtime.errors import RequestError
 
 TAGS = {"ETag": '"1"', "Last-Modified": "Fri, 27 Nov 2026 02:00:00 GMT"}
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tljax.errors import RequestError, WriteError
-from tljax.files import cache_dir, written_whole
+from tljax.runtime.errors import RequestError, WriteError
+from tljax.runtime.files import cache_dir, written_whole
 
 
 def write(path, text, **how):
@@ -147,8 +147,8 @@ def test_without_a_home_the_cache_needs_a_name(monkeypatch):
 FULL = """
 import resource, signal, sys
 from pathlib import Path
-from tljax.errors import RequestError
-from tljax.files import written_whole
+from tljax.runtime.errors import RequestError
+from tljax.runtime.files import written_whole
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 import tljax
-from tljax import process
-from tljax.errors import RequestError
-from tljax.files import cache_dir
+from tljax.runtime import process
+from tljax.runtime.errors import RequestError
+from tljax.runtime.files import cache_dir
 
 NAMES = ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")
 

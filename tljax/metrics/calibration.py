@@ -10,7 +10,7 @@ import numpy as np
 from scipy.optimize import root_scalar
 from scipy.special import logsumexp, softmax
 
-from tljax.errors import RequestError
+from tljax.runtime.errors import RequestError
 
 TEMPERATURES = (0.01, 100.0)
 """The range that a fitted temperature is kept in.
@@ -67,7 +67,7 @@ def calibration_bins(
 
     Args:
         confidence: ``[n]`` probability of the predicted class, in [0, 1]
-            (`tljax.transfer.evaluate.Evaluation.probability`).
+            (`tljax.features.evaluate.Evaluation.probability`).
         correct: ``[n]`` whether that class is the label.
         bins: their number; Guo et al. use 15.
 

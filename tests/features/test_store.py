@@ -18,10 +18,10 @@ from flax import linen as nn
 import tljax
 from tljax.config import Loading
 from tljax.data.sources import Source
-from tljax.errors import RequestError
+from tljax.features import store
+from tljax.features.extract import compute_features
 from tljax.models import MODELS, Stage
-from tljax.transfer import store
-from tljax.transfer.features import compute_features
+from tljax.runtime.errors import RequestError
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
@@ -35,7 +35,7 @@ FAMILIES = (
 PRINT_NAMES = """
 import sys
 from tljax.models import MODELS
-from tljax.transfer import store
+from tljax.features import store
 for name in sys.argv[1:]:
     print(name, store.folder(MODELS[name](num_classes=2), {}, "head", ("source", None)).name)
 """
@@ -191,7 +191,7 @@ SWEEP = """
 import os, sys, traceback
 from pathlib import Path
 import numpy as np
-from tljax.transfer import store
+from tljax.features import store
 
 features, rounds = Path(sys.argv[1], "features"), int(sys.argv[2])
 

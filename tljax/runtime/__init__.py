@@ -1,0 +1,1 @@
+"""What every room stands on: files, errors, types, devices and processes, progress; no networks."""
