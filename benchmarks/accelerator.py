@@ -53,8 +53,8 @@ from tljax.models import Model, abstract_variables, apply, build_model
 from tljax.models.convolution import backend
 from tljax.runtime.trees import flatten, tree_digest, unflatten
 from tljax.runtime.types import Batch, Preprocess, Variables
-from tljax.transfer.freeze import label, partition
-from tljax.transfer.step import StepConfig, init_state, make_train_step
+from tljax.train.freeze import label, partition
+from tljax.train.step import StepConfig, init_state, make_train_step
 
 REFERENCES = Path(__file__).with_name("accelerator_references.npz")
 

@@ -24,7 +24,7 @@ from tljax.data.sources import Splits, open_splits
 from tljax.features.extract import Features, compute_features
 from tljax.features.probe import L2_VALUES, fit_probe, predict_logits
 from tljax.pretrained import Pretrained, load_pretrained
-from tljax.transfer.rundir import environment
+from tljax.train.run_directory import environment
 
 
 @dataclass(frozen=True)

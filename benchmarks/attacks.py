@@ -27,7 +27,7 @@ from peers import TorchNetwork, device, environment, finish, take_turns, torch_p
 
 from tljax.attack import apgd, pgd
 from tljax.pretrained import load_pretrained
-from tljax.report.attacks import logits_fn
+from tljax.studies.robustness import logits_fn
 
 
 @dataclass(frozen=True)

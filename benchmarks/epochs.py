@@ -28,9 +28,9 @@ from tljax.models import Model
 from tljax.pretrained import load_pretrained
 from tljax.runtime.parallel import shard
 from tljax.runtime.types import Variables
-from tljax.transfer.dry_run import step_flops
-from tljax.transfer.rundir import environment
-from tljax.transfer.setup import divide, first_state, prepare
+from tljax.train.dry_run import step_flops
+from tljax.train.run_directory import environment
+from tljax.train.setup import divide, first_state, prepare
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from tljax.data.decode import decode
 from tljax.data.sources import Source, open_splits
 from tljax.pretrained import load_pretrained
 from tljax.runtime.types import Preprocess
-from tljax.transfer.rundir import environment
+from tljax.train.run_directory import environment
 
 Peer = Literal["torch", "keras"]
 

@@ -9,9 +9,9 @@ import optax
 from tljax.models import Model, apply
 from tljax.runtime.parallel import data_mesh, replicate, shard
 from tljax.runtime.types import Batch, Variables
-from tljax.transfer.freeze import label
-from tljax.transfer.setup import Division
-from tljax.transfer.step import StepConfig, init_state, make_train_step
+from tljax.train.freeze import label
+from tljax.train.setup import Division
+from tljax.train.step import StepConfig, init_state, make_train_step
 
 EVERYTHING = (("*", 1.0),)
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForImageClassification
 from tljax.models import Model
 from tljax.pretrained import Pretrained, export
 from tljax.pretrained.layouts import LAYOUTS, layout_rules
-from tljax.transfer import rundir
+from tljax.train import run_directory as run_directory
 
 # EfficientNet-Lite is not in transformers; the tests have it in plain torch.
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
@@ -116,7 +116,7 @@ def torch_batches(batches: Any) -> Iterator[list[torch.Tensor]]:
 def environment() -> dict[str, str]:
     """Versions and devices of both sides."""
     return {
-        **rundir.environment(),
+        **run_directory.environment(),
         "torch": torch.__version__,
         "torch_device": str(device()),
     }

@@ -20,8 +20,8 @@ import tyro
 from tljax.config import FitConfig, Loading, Recipe
 from tljax.data.sources import open_splits
 from tljax.pretrained import load_pretrained
-from tljax.transfer.fit import fit
-from tljax.transfer.rundir import environment
+from tljax.train.fit import fit
+from tljax.train.run_directory import environment
 
 
 @dataclass(frozen=True)

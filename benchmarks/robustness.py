@@ -25,9 +25,9 @@ from tljax.config import Loading
 from tljax.data.sources import open_folder
 from tljax.pretrained import load_pretrained
 from tljax.pretrained.catalog import imagenet_wordnet_ids
-from tljax.report import attacks
 from tljax.report.figures import robustness_curve, write_figure
-from tljax.transfer.rundir import environment
+from tljax.studies import robustness as attacks
+from tljax.train.run_directory import environment
 
 
 @dataclass(frozen=True)

@@ -51,9 +51,10 @@ class Config(cli.Common):
 def run(config: Config) -> dict[str, Any]:
     """Prints a table of accuracies; with a folder also writes pictures."""
     from tljax.data.sources import as_path, exists, open_folder, open_images, open_labelled
-    from tljax.report import attacks, gallery
+    from tljax.report import gallery
     from tljax.runtime.errors import RequestError
-    from tljax.transfer import rundir
+    from tljax.studies import robustness as attacks
+    from tljax.train import run_directory
 
     if not config.attacks or not config.epsilons:
         raise RequestError("name at least one of --attacks and one of --epsilons")
@@ -65,7 +66,7 @@ def run(config: Config) -> dict[str, Any]:
     elif config.data:
         source = open_labelled(config.data)
     elif config.workdir:
-        source, notes = rundir.open_validation(config.workdir)
+        source, notes = run_directory.open_validation(config.workdir)
     else:
         raise RequestError("name what to attack: images, --data FOLDER or --workdir RUN")
     network = config.load(config.workdir).with_classes()
@@ -91,7 +92,7 @@ def run(config: Config) -> dict[str, Any]:
             network, victims, chosen, found,
             count=config.pictures, target=target, seed=config.seed,
         )  # fmt: skip
-        paths = attacks.write_pictures(config.out, found, paintings)
+        paths = gallery.write_attack_pictures(config.out, found, paintings)
         print("\n".join(painting.line for painting in paintings))
         print(f"curve {paths[0]}\ngrid  {paths[1]}")
         result["pictures"] = [str(path) for path in paths]

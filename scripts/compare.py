@@ -44,7 +44,7 @@ def run(config: Config) -> dict[str, Any]:
     from tljax.report import figures
     from tljax.report.runs import percent
     from tljax.runtime.errors import DivergenceError, RequestError
-    from tljax.transfer.compare import Candidate, measure
+    from tljax.studies.compare import Candidate, measure
 
     splits = open_splits(config.data, val_fraction=config.val_fraction)
     for note in splits.notes:

@@ -29,13 +29,13 @@ def run(config: Config) -> dict[str, Any]:
     from tljax.pretrained.catalog import names_like
     from tljax.report.runs import calibrated, percent, write_evaluation_report
     from tljax.runtime.errors import RequestError
-    from tljax.transfer import rundir
+    from tljax.train import run_directory as run_directory
 
     of_data: tuple[str, ...] = ()
     if config.data:
         source = open_labelled(config.data)
     elif config.workdir:
-        source, of_data = rundir.open_validation(config.workdir)
+        source, of_data = run_directory.open_validation(config.workdir)
     else:
         raise RequestError("name what to measure on: --data FOLDER, or --workdir RUN")
     model, variables, card = config.load(config.workdir).with_classes()
@@ -59,11 +59,11 @@ def run(config: Config) -> dict[str, Any]:
     if calibration:
         before, after = calibration.before.error, calibration.after.error
         print(f"calibration error  {percent(before)}, {percent(after)} after temperature scaling")
-    for line in rundir.skipped_lines(source, logits.skipped):
+    for line in run_directory.skipped_lines(source, logits.skipped):
         print(line)
     if config.workdir:
         page = config.workdir / "eval" / "report.html"
-        skipped = rundir.skipped_rows(source, logits.skipped)
+        skipped = run_directory.skipped_rows(source, logits.skipped)
         title = f"Evaluation of {config.workdir} on {config.data or 'its own data'}"
         write_evaluation_report(page, title, evaluation, calibration, source, card, notes, skipped)
         print(f"report {page}")

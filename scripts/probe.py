@@ -30,7 +30,7 @@ def run(config: Config) -> dict[str, Any]:
     from tljax.features.extract import split_features
     from tljax.features.probe import fit_probe, knn_predict, predict_logits
     from tljax.report.runs import percent
-    from tljax.transfer.rundir import skipped_lines
+    from tljax.train.run_directory import skipped_lines
 
     began = time.perf_counter()
     model, variables, _ = config.load()

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from tljax.data.sources import Splits
     from tljax.pretrained import Pretrained
     from tljax.runtime.parallel import Preemption
-    from tljax.transfer.fit import FitResult
+    from tljax.train.fit import FitResult
 
 
 _OF_THE_RUN = "learning_rate schedule warmup patience average checkpoint_minutes profile"
@@ -121,10 +121,10 @@ def run(config: Config) -> dict[str, Any]:
     from tljax.data.sources import open_splits
     from tljax.pretrained.catalog import catalog_name
     from tljax.runtime.parallel import Preemption, is_writer, join
-    from tljax.transfer import rundir
-    from tljax.transfer.dry_run import dry_run
-    from tljax.transfer.recipes import make_plan
-    from tljax.transfer.trace import check_traceable
+    from tljax.train import run_directory as run_directory
+    from tljax.train.dry_run import dry_run
+    from tljax.train.recipes import make_plan
+    from tljax.train.trace import check_traceable
 
     began = time.perf_counter()
     if config.distributed:
@@ -133,7 +133,7 @@ def run(config: Config) -> dict[str, Any]:
         join()
     with Preemption() as preemption:
         if config.workdir and (config.workdir / "config.json").exists():
-            rundir.refuse_missing(config.workdir, asdict(config), "data", "weights")
+            run_directory.refuse_missing(config.workdir, asdict(config), "data", "weights")
         config = replace(config, data=_absolute(config.data))
         if not catalog_name(config.weights):
             config = replace(config, weights=_absolute(config.weights))
@@ -150,9 +150,9 @@ def run(config: Config) -> dict[str, Any]:
         if config.profile:
             steps = num_batches(len(splits.train), config.batch_size)
             check_traceable(steps if plan.phases else 0)
-        workdir = config.workdir or rundir.new_workdir(splits)
+        workdir = config.workdir or run_directory.new_workdir(splits)
         config = replace(config, workdir=workdir)
-        with rundir.occupied(workdir, splits) if is_writer() else nullcontext():
+        with run_directory.occupied(workdir, splits) if is_writer() else nullcontext():
             return train(config, workdir, pretrained, splits, preemption, began)
 
 
@@ -169,14 +169,14 @@ def train(
     from tljax.report.runs import write_training_report
     from tljax.runtime.parallel import is_writer
     from tljax.runtime.trees import tree_digest
-    from tljax.transfer import rundir
-    from tljax.transfer.checkpoint import Checkpoints
-    from tljax.transfer.fit import fit
+    from tljax.train import run_directory as run_directory
+    from tljax.train.checkpoint import Checkpoints
+    from tljax.train.fit import fit
 
     resume = f"python scripts/train.py --resume {shlex.quote(str(workdir))}"
     weights = tree_digest(pretrained.variables)
     if is_writer():
-        if rundir.open_run(workdir, asdict(config), splits, weights):
+        if run_directory.open_run(workdir, asdict(config), splits, weights):
             print(f"note: {workdir} is there and goes on", file=sys.stderr)
         for note in splits.notes:
             print(note)
@@ -194,7 +194,7 @@ def train(
                 seed=config.seed,
                 checkpoints=checkpoints,
                 checkpoint_seconds=60 * config.checkpoint_minutes,
-                log=lambda history: rundir.write_metrics(workdir, history),
+                log=lambda history: run_directory.write_metrics(workdir, history),
                 profile=workdir / "profile" if config.profile else None,
                 preemption=preemption,
             )
@@ -219,7 +219,7 @@ def train(
         source = f"{result.model.name} from random weights"
         card = replace(card, source=source, licence="unknown", sha256="none")
     trained = pretrained._replace(model=result.model, variables=result.variables, card=card)
-    save(workdir / rundir.BEST, trained)
+    save(workdir / run_directory.BEST, trained)
     write_training_report(workdir, result, splits, asdict(config), card, seconds)
 
     print_result(result, unread, workdir, seconds)
@@ -261,8 +261,8 @@ def suggest_learning_rate(
     """Prints a learning rate for the recipe and draws the curve that it was read from."""
     from tljax.report.figures import learning_rates, write_figure
     from tljax.runtime.parallel import is_writer
-    from tljax.transfer import rundir
-    from tljax.transfer.lr_finder import find_learning_rate
+    from tljax.studies.learning_rate import find_learning_rate
+    from tljax.train import run_directory as run_directory
 
     test = find_learning_rate(
         pretrained.model,
@@ -274,7 +274,7 @@ def suggest_learning_rate(
     )
     curve = (config.workdir or Path("runs")) / "learning_rate.png"
     if is_writer():
-        rundir.mark(curve.parent, splits)
+        run_directory.mark(curve.parent, splits)
         write_figure(curve, learning_rates(test))
         print(f"suggested            --learning-rate {test.suggestion:.1e}")
         print(f"its curve            {curve}")

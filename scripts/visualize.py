@@ -77,25 +77,26 @@ class Channel(Common):
 def run(config: Ideal | Explain | Features | Dream | Channel) -> dict[str, Any]:
     """Paints, and writes each picture and a grid of all."""
     from tljax.report import gallery
+    from tljax.studies import pictures as studies
 
     network = config.load()
     skipped: dict[str, str] = {}
     match config:
         case Ideal(classes=classes, steps=steps, tv_weight=tv_weight, seed=seed):
-            rows = gallery.ideal_pictures(
+            rows = studies.ideal_pictures(
                 network, classes, num_steps=steps, tv_weight=tv_weight, seed=seed
             )
         case Explain(images=images, target=target, seed=seed):
-            photographs, skipped = gallery.read_photographs(network, images)
-            rows = gallery.explanation_pictures(network, photographs, target=target, seed=seed)
+            photographs, skipped = studies.read_photographs(network, images)
+            rows = studies.explanation_pictures(network, photographs, target=target, seed=seed)
         case Features(images=images, count=count):
-            photographs, skipped = gallery.read_photographs(network, images)
-            rows = gallery.feature_pictures(network, photographs, count=count)
+            photographs, skipped = studies.read_photographs(network, images)
+            rows = studies.feature_pictures(network, photographs, count=count)
         case Dream(images=images, stage=stage, steps=steps):
-            photographs, skipped = gallery.read_photographs(network, images)
-            rows = gallery.dream_pictures(network, photographs, stage=stage, num_steps=steps)
+            photographs, skipped = studies.read_photographs(network, images)
+            rows = studies.dream_pictures(network, photographs, stage=stage, num_steps=steps)
         case Channel(channels=channels, stage=stage, steps=steps, seed=seed):
-            rows = gallery.channel_pictures(
+            rows = studies.channel_pictures(
                 network, channels, stage=stage, num_steps=steps, seed=seed
             )
     pictures = [picture for row in rows for picture in row]

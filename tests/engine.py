@@ -8,9 +8,9 @@ import tiny
 from tljax.config import FitConfig, Loading, OptimizerConfig
 from tljax.data.sources import Source, Splits
 from tljax.runtime.trees import flatten
-from tljax.transfer.checkpoint import Checkpoints
-from tljax.transfer.fit import FitResult, fit
-from tljax.transfer.rundir import write_metrics
+from tljax.train.checkpoint import Checkpoints
+from tljax.train.fit import FitResult, fit
+from tljax.train.run_directory import write_metrics
 
 LOADING = Loading(batch_size=4)
 

@@ -25,7 +25,7 @@ from tljax.models import Model, apply, normalize
 from tljax.pretrained import Pretrained, load_pretrained
 from tljax.runtime.files import written_whole
 from tljax.runtime.types import Variables
-from tljax.transfer.rundir import environment
+from tljax.train.run_directory import environment
 
 
 @partial(jax.jit, static_argnums=0)

@@ -13,8 +13,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from tljax.models import Model, abstract_variables, apply, build_model
 from tljax.runtime.types import Batch
-from tljax.transfer.freeze import label, partition
-from tljax.transfer.step import StepConfig, init_state, make_train_step
+from tljax.train.freeze import label, partition
+from tljax.train.step import StepConfig, init_state, make_train_step
 
 MODES = ("inference", "input gradient", "full step", "suffix", "cached suffix")
 

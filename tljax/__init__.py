@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from tljax.pretrained import load_pretrained as load_pretrained
     from tljax.pretrained import save as save
     from tljax.runtime.process import configure as configure
-    from tljax.transfer.fit import fit as fit
+    from tljax.train.fit import fit as fit
 
 _ROOMS = {
     "configure": "runtime.process",  # how JAX compiles; call it before JAX is imported
@@ -50,7 +50,7 @@ _ROOMS = {
     "OptimizerConfig": "config",  # how the parameters move
     "AugmentConfig": "config",  # how training images vary
     "Loading": "config",  # how images are read and spread over devices
-    "fit": "transfer.fit",  # train a head, and more as the recipe says
+    "fit": "train.fit",  # train a head, and more as the recipe says
 }
 
 __all__ = list(_ROOMS)  # pyright: ignore[reportUnsupportedDunderAll]

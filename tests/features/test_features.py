@@ -18,8 +18,8 @@ from tljax.features.extract import Features, advance, compute_features, feature_
 from tljax.models import apply
 from tljax.runtime.errors import RequestError
 from tljax.runtime.trees import flatten
-from tljax.transfer.fit import fit
-from tljax.transfer.recipes import default_freeze_to
+from tljax.train.fit import fit
+from tljax.train.recipes import default_freeze_to
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 

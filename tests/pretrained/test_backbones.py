@@ -21,8 +21,8 @@ from tljax.pretrained.deploy import export_stablehlo
 from tljax.pretrained.formats import read_tensors, write_safetensors
 from tljax.pretrained.layouts import layout_rules
 from tljax.pretrained.verify import TOLERANCE, verify
-from tljax.report.gallery import ideal_pictures
 from tljax.runtime.errors import RequestError
+from tljax.studies.pictures import ideal_pictures
 
 layers = keras.layers
 

@@ -16,7 +16,7 @@ from tljax.metrics.calibration import Calibration, calibration_bins
 from tljax.report import confusion_matrix, curves, image_grid, reliability_diagram, sweep_curve
 from tljax.report.figures import BLUE, accuracy_and_speed, robustness_curve
 from tljax.runtime.errors import RequestError
-from tljax.transfer.compare import Candidate
+from tljax.studies.compare import Candidate
 
 RED, GREEN, NAVY = (255, 0, 0), (0, 255, 0), (0, 0, 128)
 FILL, WHITE = (242, 242, 242), (255, 255, 255)

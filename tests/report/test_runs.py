@@ -14,7 +14,7 @@ from tljax.config import AdversaryConfig, AugmentConfig, FitConfig
 from tljax.data.sources import Splits
 from tljax.pretrained import Card
 from tljax.report.runs import remarks, write_training_report
-from tljax.transfer.fit import FitResult
+from tljax.train.fit import FitResult
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 

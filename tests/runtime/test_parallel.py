@@ -29,7 +29,7 @@ import engine
 from dataclasses import replace
 from tljax.config import AugmentConfig, Loading
 from tljax.runtime.parallel import is_writer
-from tljax.transfer.fit import fit
+from tljax.train.fit import fit
 
 data = engine.splits(25, broken=(4, 17), val_broken=(2,))
 # Not Adam: of a gradient that is 0 but for rounding it makes a whole step.

@@ -31,9 +31,9 @@ from tljax.config import (
     idle,
     settings,
 )
-from tljax.report.attacks import ATTACKS
 from tljax.runtime.errors import RequestError
 from tljax.runtime.ranges import Range, ranges
+from tljax.studies.robustness import ATTACKS
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 

@@ -25,7 +25,7 @@ from PIL import Image
 
 from tljax.pretrained import export, load_pretrained, save
 from tljax.runtime.errors import RequestError
-from tljax.transfer.rundir import open_validation
+from tljax.train.run_directory import open_validation
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -54,7 +54,7 @@ class RunFacts:
         chosen_on_validation: whether the epoch that was kept is the one with the best result on the
             images that were measured.
         seen_in_training: number of validation images that were found among the training images
-            (`tljax.data.duplicates`); None if that was not looked for.
+            (`tljax.studies.duplicates`); None if that was not looked for.
         environment: versions and devices.
         workdir: the run directory, for the commands.
     """

@@ -17,8 +17,8 @@ from tljax.metrics.calibration import Calibration, CalibrationBins
 from tljax.report.grid import INK, printable
 from tljax.runtime.errors import RequestError
 from tljax.runtime.files import written_whole
-from tljax.transfer.compare import Candidate
-from tljax.transfer.lr_finder import RangeTest
+from tljax.studies.compare import Candidate
+from tljax.studies.learning_rate import RangeTest
 
 if TYPE_CHECKING:
     import matplotlib.axes

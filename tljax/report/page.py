@@ -50,7 +50,7 @@ class Mistake(NamedTuple):
 
 
 class SeenInTraining(NamedTuple):
-    """A validation image that is also in the training set; see `tljax.data.duplicates`.
+    """A validation image that is also in the training set; see `tljax.studies.duplicates`.
 
     Attributes:
         val: which image it is, such as its path.

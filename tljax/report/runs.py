@@ -8,7 +8,6 @@ from typing import Any
 
 from tljax.config import FIT_CONDITIONS, idle, settings
 from tljax.data.decode import decode
-from tljax.data.duplicates import find_duplicates
 from tljax.data.sources import Source, Splits
 from tljax.features.evaluate import Evaluation
 from tljax.features.extract import Features
@@ -19,9 +18,10 @@ from tljax.report.page import Mistake, Report, SeenInTraining, Sweep, write_repo
 from tljax.runtime.files import written_whole
 from tljax.runtime.trees import flatten
 from tljax.runtime.types import Preprocess
-from tljax.transfer import rundir
-from tljax.transfer.adversary import PROOF_STEPS
-from tljax.transfer.fit import FitResult, best_epoch
+from tljax.studies.duplicates import find_duplicates
+from tljax.train import run_directory as run_directory
+from tljax.train.adversary import PROOF_STEPS
+from tljax.train.fit import FitResult, best_epoch
 
 LOOKED_THROUGH = 20_000
 """Data sets of up to so many images are searched for validation images that are in the training."""
@@ -96,9 +96,9 @@ def write_training_report(
     skipped = [
         row
         for source, reasons in zip(sources, result.skipped, strict=False)
-        for row in rundir.skipped_rows(source, reasons)
+        for row in run_directory.skipped_rows(source, reasons)
     ]
-    rundir.write_csv(workdir / "skipped.csv", ("name", "reason"), skipped)
+    run_directory.write_csv(workdir / "skipped.csv", ("name", "reason"), skipped)
     headline = [(name, percent(found.top1)) for name, found in accuracies(result).items()]
     if calibration:
         headline.append(("calibration error", percent(calibration.before.error)))
@@ -141,7 +141,7 @@ def write_training_report(
                 "image size": f"{model.preprocess.size} px",
             },
             "Recipe": {name: str(config[name]) for name in ("seed", "batch_size")} | recipe,
-            "Environment": rundir.environment(),
+            "Environment": run_directory.environment(),
         },
         next_steps=[
             f"python scripts/predict.py PHOTO.jpg --weights {quote(str(workdir))}",
@@ -166,7 +166,7 @@ def write_training_report(
         calibration=calibration,
         chosen_on_validation=config["fit"]["recipe"] != "probe",
         seen_in_training=None if seen is None else len(seen),
-        environment=rundir.environment(),
+        environment=run_directory.environment(),
         workdir=workdir,
     )
     with written_whole(workdir / "README.md") as temporary:
@@ -202,6 +202,6 @@ def write_evaluation_report(
         mistakes=worst_mistakes(evaluation, source, card.classes),
         calibration=calibration,
         skipped=skipped,
-        details={"Environment": rundir.environment()},
+        details={"Environment": run_directory.environment()},
     )
     write_report(path, report)

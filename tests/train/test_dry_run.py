@@ -6,12 +6,12 @@ import pytest
 from engine import config, splits
 from tiny import MODEL
 
-import tljax.transfer.dry_run as dry_run_module
+import tljax.train.dry_run as dry_run_module
 from tljax.data.sources import Source
 from tljax.features.extract import feature_bytes
 from tljax.runtime.errors import RequestError
-from tljax.transfer.dry_run import dry_run
-from tljax.transfer.inputs import cache_bytes
+from tljax.train.dry_run import dry_run
+from tljax.train.inputs import cache_bytes
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 

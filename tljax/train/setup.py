@@ -21,11 +21,11 @@ from tljax.runtime.errors import RequestError
 from tljax.runtime.parallel import data_mesh, is_writer, replicate
 from tljax.runtime.trees import flatten
 from tljax.runtime.types import Variables
-from tljax.transfer.freeze import combine, first_trainable_stage, label, partition, training_stages
-from tljax.transfer.inputs import Inputs, open_inputs
-from tljax.transfer.optimizer import build_optimizer, learning_rate_schedule
-from tljax.transfer.recipes import Plan, make_plan
-from tljax.transfer.step import StepConfig, TrainState, TrainStep, init_state, make_train_step
+from tljax.train.freeze import combine, first_trainable_stage, label, partition, training_stages
+from tljax.train.inputs import Inputs, open_inputs
+from tljax.train.optimizer import build_optimizer, learning_rate_schedule
+from tljax.train.recipes import Plan, make_plan
+from tljax.train.step import StepConfig, TrainState, TrainStep, init_state, make_train_step
 
 NewHead = Callable[[Model, Variables, int], tuple[Model, Variables]]
 

@@ -8,7 +8,7 @@ from tiny import MODEL, random_variables
 from tljax.features.extract import compute_features
 from tljax.features.probe import fit_probe, predict_logits
 from tljax.pretrained import Card, Pretrained
-from tljax.transfer.compare import Candidate, measure
+from tljax.studies.compare import Candidate, measure
 
 
 @pytest.fixture

@@ -6,11 +6,11 @@ import pytest
 from engine import LOADING, config, splits, train
 from tiny import MODEL, random_variables
 
-import tljax.transfer.setup as preparation
+import tljax.train.setup as preparation
 from tljax.runtime.errors import RequestError
 from tljax.runtime.parallel import shard
-from tljax.transfer import memory
-from tljax.transfer.setup import divide, first_state, prepare
+from tljax.train import memory
+from tljax.train.setup import divide, first_state, prepare
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
 

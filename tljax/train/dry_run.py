@@ -17,11 +17,11 @@ from tljax.data.sources import Splits
 from tljax.models import Model, abstract_variables, apply, replace_head
 from tljax.runtime.trees import flatten
 from tljax.runtime.types import Array, Batch, Variables
-from tljax.transfer.freeze import FROZEN, first_trainable_stage, label, partition
-from tljax.transfer.inputs import cache_bytes, cache_place
-from tljax.transfer.optimizer import build_optimizer
-from tljax.transfer.recipes import make_plan
-from tljax.transfer.step import StepConfig, init_state, make_train_step
+from tljax.train.freeze import FROZEN, first_trainable_stage, label, partition
+from tljax.train.inputs import cache_bytes, cache_place
+from tljax.train.optimizer import build_optimizer
+from tljax.train.recipes import make_plan
+from tljax.train.step import StepConfig, init_state, make_train_step
 
 
 def dry_run(model: Model, splits: Splits, config: FitConfig, batch_size: int) -> str:
@@ -34,7 +34,7 @@ def dry_run(model: Model, splits: Splits, config: FitConfig, batch_size: int) ->
         batch_size: images a step.
 
     Raises:
-        RequestError: as `tljax.transfer.fit.fit` would.
+        RequestError: as `tljax.train.fit.fit` would.
     """
     model, variables = replace_head(
         model, abstract_variables(model), len(splits.train.classes), after=config.head_after

@@ -15,8 +15,8 @@ import tljax.features.extract as features_module
 from tljax.features import store
 from tljax.features.extract import compute_features, split_features
 from tljax.runtime.errors import RequestError, WriteError
-from tljax.transfer import inputs
-from tljax.transfer.inputs import cache_bytes, cache_place, open_inputs
+from tljax.train import inputs
+from tljax.train.inputs import cache_bytes, cache_place, open_inputs
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 

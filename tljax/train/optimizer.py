@@ -7,7 +7,7 @@ import optax
 from tljax.config import OptimizerConfig
 from tljax.runtime.trees import flatten, unflatten
 from tljax.runtime.types import Variables
-from tljax.transfer.freeze import FROZEN
+from tljax.train.freeze import FROZEN
 
 
 def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:

@@ -27,7 +27,7 @@ from tljax.models import Model
 from tljax.runtime.errors import RequestError, WriteError
 from tljax.runtime.parallel import data_mesh, gather_json
 from tljax.runtime.types import Batch, Variables
-from tljax.transfer.memory import free_memory
+from tljax.train.memory import free_memory
 
 Place = Literal["memory", "disk", "none"]
 

@@ -16,9 +16,9 @@ from tljax.data.loader import batch_rows
 from tljax.models import Model, Stage, apply, init
 from tljax.models.layers import GlobalAveragePool, LinearHead
 from tljax.runtime.types import Batch, Preprocess
-from tljax.transfer.freeze import label
-from tljax.transfer.optimizer import build_optimizer, learning_rate_schedule
-from tljax.transfer.step import StepConfig, init_state, make_train_step
+from tljax.train.freeze import label
+from tljax.train.optimizer import build_optimizer, learning_rate_schedule
+from tljax.train.step import StepConfig, init_state, make_train_step
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 

@@ -8,7 +8,7 @@ from tljax.data.loader import batch_rows
 from tljax.models import init
 from tljax.report.figures import learning_rates
 from tljax.runtime.errors import RequestError
-from tljax.transfer.lr_finder import find_learning_rate
+from tljax.studies.learning_rate import find_learning_rate
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
 SGD = config("finetune", optimizer="sgd")

@@ -11,8 +11,8 @@ from tljax.config import AugmentConfig, FitConfig, OptimizerConfig
 from tljax.models import abstract_variables
 from tljax.runtime.errors import RequestError
 from tljax.runtime.trees import flatten
-from tljax.transfer.freeze import freeze_table, label
-from tljax.transfer.recipes import make_plan
+from tljax.train.freeze import freeze_table, label
+from tljax.train.recipes import make_plan
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
@@ -184,7 +184,7 @@ def test_what_an_augmented_cache_cannot_be():
 )
 def test_a_setting_without_effect_is_noted(what, note, capsys, monkeypatch):
     """And not refused: one configuration may serve several recipes."""
-    import tljax.transfer.setup as preparation
+    import tljax.train.setup as preparation
 
     monkeypatch.setattr(preparation, "make_plan", mock.Mock(side_effect=RequestError("enough")))
     with pytest.raises(RequestError, match="enough"):
@@ -197,7 +197,7 @@ def test_a_setting_without_effect_is_noted(what, note, capsys, monkeypatch):
 @pytest.mark.usefixtures("compilation_cache")
 @pytest.mark.parametrize("recipe", ["lp-ft", "gradual", "finetune", "bit", "scratch"])
 def test_every_recipe_learns(recipe, monkeypatch):
-    import tljax.transfer.setup as preparation
+    import tljax.train.setup as preparation
 
     # A probe that knows nothing leaves something to learn, and takes no time to compile.
     probe = type("Probe", (), {"kernel": np.zeros((12, 3), "f"), "bias": np.zeros(3, "f")})

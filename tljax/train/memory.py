@@ -9,7 +9,7 @@ import psutil
 
 from tljax.runtime.errors import RequestError
 from tljax.runtime.types import Batch, Variables
-from tljax.transfer.step import Keys, TrainState, TrainStep
+from tljax.train.step import Keys, TrainState, TrainStep
 
 Arguments = tuple[TrainState, Variables, Batch, Keys]
 """What a `TrainStep` takes."""

@@ -20,8 +20,8 @@ from tljax.runtime.errors import RequestError
 from tljax.runtime.parallel import is_writer, replicate, shard
 from tljax.runtime.progress import track
 from tljax.runtime.types import Batch, Variables
-from tljax.transfer.inputs import Inputs
-from tljax.transfer.setup import NewHead, Setup, divide, first_state, prepare
+from tljax.train.inputs import Inputs
+from tljax.train.setup import NewHead, Setup, divide, first_state, prepare
 
 _SMOOTHING = 0.9  # of the losses, by an exponential moving average over steps
 _DIVERGED = 4.0  # times the lowest loss: there is nothing more to learn
@@ -63,7 +63,7 @@ def find_learning_rate(
         model: pretrained, with any head.
         variables: of ``model``.
         splits: what to learn from.
-        config: as for `tljax.transfer.fit.fit`; its learning rate and schedule do not matter.
+        config: as for `tljax.train.fit.fit`; its learning rate and schedule do not matter.
         loading: as for ``fit``.
         seed: as for ``fit``.
         new_head: as for ``fit``.

@@ -12,9 +12,9 @@ from tljax.config import AdversaryConfig, AugmentConfig
 from tljax.features.evaluate import evaluate
 from tljax.models import apply
 from tljax.runtime.errors import RequestError
-from tljax.transfer.adversary import PROOF_STEPS, attacked, robust_logits
-from tljax.transfer.fit import best_epoch
-from tljax.transfer.recipes import make_plan
+from tljax.train.adversary import PROOF_STEPS, attacked, robust_logits
+from tljax.train.fit import best_epoch
+from tljax.train.recipes import make_plan
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
 FAST, PGD = AdversaryConfig("fast", 16.0), AdversaryConfig("pgd", 16.0, 3)

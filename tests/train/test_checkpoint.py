@@ -18,7 +18,7 @@ import pytest
 
 from tljax.runtime.errors import RequestError
 from tljax.runtime.trees import tree_digest
-from tljax.transfer.checkpoint import Checkpoints
+from tljax.train.checkpoint import Checkpoints
 
 TESTS = Path(__file__).parents[1]
 
@@ -271,7 +271,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from tljax.runtime.errors import RequestError
 from tljax.runtime.parallel import gather_json, is_writer, join
-from tljax.transfer.checkpoint import Checkpoints
+from tljax.train.checkpoint import Checkpoints
 
 join()
 folder = Path(sys.argv[1])
@@ -363,7 +363,7 @@ from contextlib import closing
 from pathlib import Path
 import numpy as np
 from tljax.runtime.errors import RequestError
-from tljax.transfer.checkpoint import Checkpoints
+from tljax.train.checkpoint import Checkpoints
 
 noise = np.random.default_rng(0).random(30_000)
 

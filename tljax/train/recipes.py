@@ -9,7 +9,7 @@ from tljax.config import FitConfig
 from tljax.data.loader import num_batches
 from tljax.models import Model, abstract_variables, apply
 from tljax.runtime.errors import RequestError
-from tljax.transfer.freeze import Table, freeze_table, label, trainable_stages
+from tljax.train.freeze import Table, freeze_table, label, trainable_stages
 
 
 class Phase(NamedTuple):
@@ -17,7 +17,7 @@ class Phase(NamedTuple):
 
     Attributes:
         name: in the history.
-        table: see `tljax.transfer.freeze`.
+        table: see `tljax.train.freeze`.
         epochs: passes over the data.
     """
 

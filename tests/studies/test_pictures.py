@@ -7,7 +7,10 @@ import tiny
 from PIL import Image
 
 from tljax.pretrained import Card, Pretrained
-from tljax.report.gallery import (
+from tljax.report.gallery import open_output
+from tljax.runtime.errors import RequestError
+from tljax.runtime.files import MARKER
+from tljax.studies.pictures import (
     Photographs,
     channel_pictures,
     dream_pictures,
@@ -15,11 +18,8 @@ from tljax.report.gallery import (
     feature_pictures,
     ideal_pictures,
     map_stages,
-    open_output,
     read_photographs,
 )
-from tljax.runtime.errors import RequestError
-from tljax.runtime.files import MARKER
 
 
 @pytest.fixture(scope="module")

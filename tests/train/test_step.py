@@ -16,15 +16,15 @@ from tljax.models.layers import GlobalAveragePool, LinearHead
 from tljax.runtime.errors import RequestError
 from tljax.runtime.trees import flatten, unflatten
 from tljax.runtime.types import Batch, Preprocess
-from tljax.transfer.freeze import (
+from tljax.train.freeze import (
     combine,
     first_trainable_stage,
     freeze_table,
     label,
     partition,
 )
-from tljax.transfer.optimizer import build_optimizer, learning_rate_schedule
-from tljax.transfer.step import StepConfig, init_state, make_train_step
+from tljax.train.optimizer import build_optimizer, learning_rate_schedule
+from tljax.train.step import StepConfig, init_state, make_train_step
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 

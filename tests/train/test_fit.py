@@ -14,18 +14,18 @@ import tiny
 from engine import LOADING, config, everything, splits, train
 from flax import linen as nn
 
-import tljax.transfer.fit as fit_module
-import tljax.transfer.setup as preparation
+import tljax.train.fit as fit_module
+import tljax.train.setup as preparation
 from tljax.config import AugmentConfig, Loading
 from tljax.data.loader import batch_rows
 from tljax.models import replace_head
 from tljax.runtime.errors import DivergenceError, RequestError, StoppedError
 from tljax.runtime.parallel import Preemption
 from tljax.runtime.trees import flatten
-from tljax.transfer import rundir
-from tljax.transfer.checkpoint import Checkpoints
-from tljax.transfer.inputs import Inputs
-from tljax.transfer.recipes import Phase
+from tljax.train import run_directory as run_directory
+from tljax.train.checkpoint import Checkpoints
+from tljax.train.inputs import Inputs
+from tljax.train.recipes import Phase
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
 
@@ -368,10 +368,10 @@ def test_weights_that_are_not_finite_are_not_the_fault_of_the_learning_rate(monk
 
 def test_files_are_json_by_the_letter(tmp_path):
     values = {"nan": np.nan, "inf": [-np.inf, (1.5, np.float64("inf"))], "path": tmp_path, "n": 1}
-    rundir.write_json(tmp_path / "found.json", values)
+    run_directory.write_json(tmp_path / "found.json", values)
     found = strict((tmp_path / "found.json").read_text())
     assert found == {"nan": None, "inf": [None, [1.5, None]], "path": str(tmp_path), "n": 1}
-    rundir.write_metrics(tmp_path, [{"epoch": 0, "val_loss": np.inf}])
+    run_directory.write_metrics(tmp_path, [{"epoch": 0, "val_loss": np.inf}])
     assert strict((tmp_path / "metrics.jsonl").read_text()) == {"epoch": 0, "val_loss": None}
 
 

@@ -13,8 +13,9 @@ from tljax.config import Loading
 from tljax.data.sources import open_folder
 from tljax.models import apply
 from tljax.pretrained import Card, Pretrained
-from tljax.report import attacks
+from tljax.report.gallery import write_attack_pictures
 from tljax.runtime.errors import RequestError
+from tljax.studies import robustness as attacks
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 LOADING = Loading(batch_size=4)
@@ -119,7 +120,7 @@ def test_what_is_painted_is_in_the_ball_and_still_fools(network, attacked, tmp_p
         factor = int(perturbation.caption.rpartition(" ")[2])
         change = adversarial.pixels.astype(int) - photograph.pixels
         np.testing.assert_array_equal(perturbation.pixels.astype(int) - 127, factor * change)
-    paths = attacks.write_pictures(tmp_path, found, paintings)
+    paths = write_attack_pictures(tmp_path, found, paintings)
     assert sorted(paths) == sorted(tmp_path.iterdir())
     assert len(paths) == 2 + 2 * 4
     np.testing.assert_array_equal(np.asarray(Image.open(paths[3])), saved[0])

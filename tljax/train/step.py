@@ -13,8 +13,8 @@ from tljax.data.augment import augment, mix
 from tljax.metrics.classification import Metrics, measure
 from tljax.models import Model, apply
 from tljax.runtime.types import Batch, Variables
-from tljax.transfer.adversary import attacked
-from tljax.transfer.freeze import combine
+from tljax.train.adversary import attacked
+from tljax.train.freeze import combine
 
 Tree = TypeVar("Tree")
 

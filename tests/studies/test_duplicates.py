@@ -8,11 +8,11 @@ import pytest
 from PIL import Image, ImageEnhance
 from scipy.ndimage import gaussian_filter
 
-import tljax.data.duplicates as duplicates_module
+import tljax.studies.duplicates as duplicates_module
 from tljax.data.decode import open_image
-from tljax.data.duplicates import Duplicate, find_duplicates
 from tljax.data.sources import open_splits
 from tljax.runtime.errors import UnreadableImageError
+from tljax.studies.duplicates import Duplicate, find_duplicates
 
 MIRROR = Image.Transpose.FLIP_LEFT_RIGHT
 

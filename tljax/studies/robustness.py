@@ -3,7 +3,6 @@
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -22,13 +21,12 @@ from tljax.features.evaluate import settle
 from tljax.models import Model, apply
 from tljax.pretrained import Pretrained
 from tljax.pretrained.catalog import names_like
-from tljax.report.figures import robustness_curve, write_figure
-from tljax.report.gallery import Picture, grid, write_png
 from tljax.runtime.errors import RequestError
 from tljax.runtime.parallel import data_mesh
 from tljax.runtime.progress import track
 from tljax.runtime.types import Variables
-from tljax.transfer.rundir import skipped_lines
+from tljax.studies.pictures import Picture
+from tljax.train.run_directory import skipped_lines
 
 ATTACKS: dict[str, Any] = {
     "fgsm": library.fgsm,
@@ -361,28 +359,6 @@ def paint(
         )
         paintings.append(Painting(pictures, line, facts))
     return paintings
-
-
-def write_pictures(out: Path, found: Robustness, paintings: Sequence[Painting]) -> list[Path]:
-    """Writes the curve, the grid, and for each painting the perturbation and the adversarial PNG.
-
-    Returns:
-        The files, in that order.
-    """
-    curve = robustness_curve(
-        found.epsilons * 255,
-        float(found.clean.mean()),
-        {name: found.accuracy(name) for name in found.outcomes},
-    )
-    pictures = [picture for painting in paintings for picture in painting.pictures]
-    paths = [out / "curve.png", out / "grid.png"]
-    write_figure(paths[0], curve)
-    write_png(paths[1], grid(pictures, 3, smallest=224))
-    for picture in pictures:
-        if not picture.name.endswith("-photograph"):
-            paths.append(out / f"{picture.name}.png")
-            write_png(paths[-1], picture.pixels)
-    return paths
 
 
 @cache

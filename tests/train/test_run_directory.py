@@ -15,7 +15,7 @@ from tljax.data.sources import open_splits
 from tljax.runtime.errors import RequestError
 from tljax.runtime.files import MARKER
 from tljax.runtime.trees import tree_digest
-from tljax.transfer import rundir
+from tljax.train import run_directory as run_directory
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def data(tmp_path):
 def begin(run, data, weights=None, **others):
     config = {"data": str(data), "weights": "some.net", "val_fraction": 0.2, **others}
     digest = tree_digest(weights or tiny.random_variables())
-    return rundir.open_run(run, config, open_splits(str(data)), digest)
+    return run_directory.open_run(run, config, open_splits(str(data)), digest)
 
 
 def test_a_run_goes_on_with_what_it_began_with_wherever_that_is_now(data, tmp_path):
@@ -46,9 +46,9 @@ def test_a_run_goes_on_with_what_it_began_with_wherever_that_is_now(data, tmp_pa
     for path in moved.rglob("*"):
         os.utime(path, (1, 1))  # a copy has another time
     with pytest.raises(RequestError, match=rf"its data are gone from {data}: .* by --data$"):
-        rundir.open_validation(run)
+        run_directory.open_validation(run)
     assert begin(run, moved)
-    assert len(rundir.open_validation(run)[0]) == 4
+    assert len(run_directory.open_validation(run)[0]) == 4
     changed = {p.name for p in run.iterdir() if p.read_bytes() != before[p.name]}
     assert changed == {"config.json"}
 
@@ -99,7 +99,7 @@ def test_images_that_changed_are_named(data, tmp_path, change, said):
     assert "\n" not in str(refused.value)
     if change is not flip:  # who evaluates reads no training image
         with pytest.raises(RequestError, match=re.escape(said)):
-            rundir.open_validation(tmp_path / "run")
+            run_directory.open_validation(tmp_path / "run")
     assert kept == {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
 
 
@@ -155,7 +155,10 @@ def test_a_damaged_file_of_a_run_is_named_and_kept(data, tmp_path, name, damage)
     kept = path.read_bytes()
     if name == "config.json" and damage == "cut":
         path.write_bytes(kept := content[: len(content) // 2])
-    for ask in (lambda: begin(path.parent, data), lambda: rundir.open_validation(path.parent)):
+    for ask in (
+        lambda: begin(path.parent, data),
+        lambda: run_directory.open_validation(path.parent),
+    ):
         with pytest.raises(RequestError, match=rf"^{path} is damaged \(.*\): restore it") as said:
             ask()
         assert "\n" not in str(said.value)
@@ -174,28 +177,30 @@ def test_a_value_without_sense_is_damage(data, tmp_path, name, value):
     begin(path.parent, data)
     path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
     with pytest.raises(RequestError, match=rf"^{path} is damaged \(its \S+\): restore it"):
-        rundir.open_validation(path.parent)
+        run_directory.open_validation(path.parent)
 
 
 def test_two_processes_never_train_in_one_folder(data, tmp_path):
     splits = open_splits(str(data))
-    with rundir.occupied(tmp_path / "run", splits):
+    with run_directory.occupied(tmp_path / "run", splits):
         with (
             pytest.raises(RequestError, match=r"another process trains in .*run: wait for it"),
-            rundir.occupied(tmp_path / "run", splits),
+            run_directory.occupied(tmp_path / "run", splits),
         ):
             pytest.fail("two at once")
-        with rundir.occupied(tmp_path / "other", splits):
+        with run_directory.occupied(tmp_path / "other", splits):
             pass
-    with rundir.occupied(tmp_path / "run", splits):  # it is free again, and nothing was removed
+    with run_directory.occupied(
+        tmp_path / "run", splits
+    ):  # it is free again, and nothing was removed
         assert [path.name for path in (tmp_path / "run").iterdir()] == [MARKER]
 
 
 def test_two_runs_of_one_second_get_a_folder_each(data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(rundir.time, "strftime", lambda _: "20261122-060000")
+    monkeypatch.setattr(run_directory.time, "strftime", lambda _: "20261122-060000")
     splits = open_splits(str(data))
-    found = [str(rundir.new_workdir(splits)) for _ in range(3)]
+    found = [str(run_directory.new_workdir(splits)) for _ in range(3)]
     assert found == [f"runs/20261122-060000{end}" for end in ("", "-2", "-3")]
     assert Path("runs", MARKER).exists()
 
@@ -205,6 +210,6 @@ def test_a_folder_that_holds_the_images_is_no_run_directory(data, tmp_path):
     splits = open_splits(str(data))
     for folder in (data, data / "train" / "a", tmp_path):
         with pytest.raises(RequestError, match=r"holds images, .*png: choose another --workdir"):
-            rundir.mark(folder, splits)
+            run_directory.mark(folder, splits)
     assert not list(tmp_path.rglob(MARKER))
-    rundir.mark(data / "runs", splits)
+    run_directory.mark(data / "runs", splits)

@@ -10,7 +10,7 @@ from tljax.data.sources import Splits
 from tljax.features.extract import images_per_second, split_features
 from tljax.features.probe import fit_probe, predict_logits
 from tljax.pretrained import Pretrained
-from tljax.transfer.rundir import skipped_rows
+from tljax.train.run_directory import skipped_rows
 
 
 class Candidate(NamedTuple):

@@ -23,15 +23,15 @@ from tljax.runtime.errors import DivergenceError, RequestError, StoppedError
 from tljax.runtime.parallel import Preemption, agree, is_writer, replicate, shard
 from tljax.runtime.progress import track
 from tljax.runtime.types import Variables
-from tljax.transfer.adversary import robust_logits
-from tljax.transfer.checkpoint import Checkpoint, Checkpoints
-from tljax.transfer.freeze import first_trainable_stage
-from tljax.transfer.inputs import Inputs
-from tljax.transfer.memory import within_memory
-from tljax.transfer.recipes import Phase
-from tljax.transfer.setup import NewHead, Setup, divide, first_state, prepare
-from tljax.transfer.step import TrainState, TrainStep
-from tljax.transfer.trace import traced
+from tljax.train.adversary import robust_logits
+from tljax.train.checkpoint import Checkpoint, Checkpoints
+from tljax.train.freeze import first_trainable_stage
+from tljax.train.inputs import Inputs
+from tljax.train.memory import within_memory
+from tljax.train.recipes import Phase
+from tljax.train.setup import NewHead, Setup, divide, first_state, prepare
+from tljax.train.step import TrainState, TrainStep
+from tljax.train.trace import traced
 
 History = list[dict[str, Any]]
 

@@ -1,0 +1,1 @@
+"""Questions that are answered by running networks; they return records, which ``report`` draws."""
