@@ -46,8 +46,8 @@ import optax
 from jax.tree_util import Partial
 
 from tljax.attack import pgd
-from tljax.config import AugmentConfig
 from tljax.data.augment import augment, epoch_key
+from tljax.data.options import AugmentConfig
 from tljax.features.logistic import fit_logistic
 from tljax.models import Model, abstract_variables, apply, build_model
 from tljax.models.convolution import backend

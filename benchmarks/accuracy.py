@@ -19,7 +19,7 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from tljax.config import Loading
+from tljax.data.options import Loading
 from tljax.data.sources import Splits, open_splits
 from tljax.features.extract import Features, compute_features
 from tljax.features.probe import L2_VALUES, fit_probe, predict_logits
@@ -34,7 +34,7 @@ class Config:
     data: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Folders of class folders, or digits."""
     weights: tuple[str, ...] = ("efficientnet_lite0.in1k",)
-    """As for scripts/train.py."""
+    """As for tljax train."""
     protocol: bool = False
     """Short side 224 px, bicubic, centre crop (the linear-probe protocol of SimCLR and BYOL)
     instead of the preprocessing that the weights expect."""

@@ -35,9 +35,9 @@ class Config:
     """Images a second of PGD and APGD, and the ratio to other libraries."""
 
     weights: str = "efficientnet_lite0.in1k"
-    """As for scripts/train.py."""
+    """As for tljax train."""
     image_size: int | None = None
-    """As for scripts/train.py."""
+    """As for tljax train."""
     batch_size: int = 8
     """Images at once."""
     steps: int = 40

@@ -32,9 +32,9 @@ class Config:
     """Seconds of a step that trains everything on running batch-norm statistics."""
 
     weights: str = "efficientnet_lite0.in1k"
-    """As for scripts/train.py."""
+    """As for tljax train."""
     image_size: int | None = None
-    """As for scripts/train.py."""
+    """As for tljax train."""
     batch_size: int = 32
     """Images of a step, over all devices together."""
     counts: tuple[int, ...] = (1, 2, 4, 8)

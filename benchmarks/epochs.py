@@ -21,14 +21,15 @@ from typing import Annotated, Any
 import jax
 import tyro
 
-from tljax.config import FitConfig, Loading
 from tljax.data.augment import epoch_key
+from tljax.data.options import Loading
 from tljax.data.sources import Source, Splits, open_splits, select
 from tljax.models import Model
 from tljax.pretrained import load_pretrained
 from tljax.runtime.parallel import shard
 from tljax.runtime.types import Variables
 from tljax.train.dry_run import step_flops
+from tljax.train.options import FitConfig
 from tljax.train.run_directory import environment
 from tljax.train.setup import divide, first_state, prepare
 
@@ -38,15 +39,15 @@ class Config:
     """Seconds of an epoch for every --freeze-to, cached and uncached."""
 
     data: Annotated[str, tyro.conf.Positional]
-    """As for scripts/train.py."""
+    """As for tljax train."""
     weights: str = "efficientnet_lite0.in1k"
-    """As for scripts/train.py."""
+    """As for tljax train."""
     images: int = 32
     """Training images."""
     batch_size: int = 16
     """Images a step."""
     image_size: int | None = None
-    """As for scripts/train.py."""
+    """As for tljax train."""
     repeats: int = 3
     """Epochs timed of each."""
 

@@ -40,7 +40,7 @@ class Config:
     """Seconds from folder to classifier, and the accuracy reached."""
 
     data: Annotated[str, tyro.conf.Positional]
-    """As for scripts/train.py."""
+    """As for tljax train."""
     weights: str = "efficientnet_lite0.in1k"
     """EfficientNet-Lite0 or ResNet-18."""
     epochs: int = 10

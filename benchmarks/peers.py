@@ -16,7 +16,7 @@ from transformers import AutoModelForImageClassification
 from tljax.models import Model
 from tljax.pretrained import Pretrained, export
 from tljax.pretrained.layouts import LAYOUTS, layout_rules
-from tljax.train import run_directory as run_directory
+from tljax.train import run_directory
 
 # EfficientNet-Lite is not in transformers; the tests have it in plain torch.
 sys.path.append(str(Path(__file__).parents[1] / "tests"))

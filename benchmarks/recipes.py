@@ -17,10 +17,11 @@ from typing import Annotated, Any
 
 import tyro
 
-from tljax.config import FitConfig, Loading, Recipe
+from tljax.data.options import Loading
 from tljax.data.sources import open_splits
 from tljax.pretrained import load_pretrained
 from tljax.train.fit import fit
+from tljax.train.options import FitConfig, Recipe
 from tljax.train.run_directory import environment
 
 
@@ -29,17 +30,17 @@ class Config:
     """Validation accuracy and seconds of recipes on a folder of images, over seeds."""
 
     data: Annotated[str, tyro.conf.Positional]
-    """As for scripts/train.py."""
+    """As for tljax train."""
     weights: str = "efficientnet_lite0.in1k"
-    """As for scripts/train.py."""
+    """As for tljax train."""
     recipes: tuple[Recipe, ...] = ("probe", "lp-ft", "finetune", "scratch")
     """What to compare."""
     seeds: int = 3
     """How many runs of each."""
     image_size: int | None = None
-    """As for scripts/train.py."""
+    """As for tljax train."""
     batch_size: int = 32
-    """As for scripts/train.py."""
+    """As for tljax train."""
     fit: tyro.conf.OmitArgPrefixes[FitConfig] = field(default_factory=FitConfig)
 
 

@@ -21,7 +21,7 @@ from typing import Annotated, Literal
 import tyro
 
 from tljax.attack import apgd, auto_attack, fgsm, pgd
-from tljax.config import Loading
+from tljax.data.options import Loading
 from tljax.data.sources import open_folder
 from tljax.pretrained import load_pretrained
 from tljax.pretrained.catalog import imagenet_wordnet_ids
@@ -37,7 +37,7 @@ class Config:
     data: Annotated[str, tyro.conf.Positional]
     """A folder of class folders; or foolbox: the 20 ImageNet photographs in foolbox's wheel."""
     weights: str = "efficientnet_lite0.in1k"
-    """As for scripts/attack.py."""
+    """As for tljax attack."""
     attacks: tuple[Literal["fgsm", "pgd-20", "apgd-ce", "autoattack"], ...] = (
         "fgsm",
         "pgd-20",

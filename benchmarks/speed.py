@@ -43,9 +43,9 @@ from peers import (
 )
 from torch.utils.flop_counter import FlopCounterMode
 
-from tljax.config import Dtype
 from tljax.models import apply
 from tljax.pretrained import Pretrained, load_pretrained
+from tljax.runtime.settings import Dtype
 
 Question = Literal["forward", "input-gradient", "step", "step-batch-norm", "suffix"]
 
@@ -60,13 +60,13 @@ class Config:
     """``step`` trains everything on running statistics, ``step-batch-norm`` on those of the batch;
     ``suffix`` trains ``--freeze-to``'s successors, with their input cached and without."""
     weights: str = "efficientnet_lite0.in1k"
-    """As for scripts/train.py."""
+    """As for tljax train."""
     model: str | None = None
     """A network with random weights instead."""
     freeze_to: str | None = None
     """By default the last stage but one that has parameters trains, and the head."""
     image_size: int | None = None
-    """As for scripts/train.py."""
+    """As for tljax train."""
     batch_size: int = 16
     """Images at once."""
     dtype: Dtype = "float32"

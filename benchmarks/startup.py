@@ -30,7 +30,7 @@ class Config:
     weights: str = "microsoft/resnet-18"
     """A network that transformers has, as for scripts/train.py."""
     image_size: int = 224
-    """As for scripts/train.py."""
+    """As for tljax train."""
     batch_size: int = 16
     """Images at once."""
     rounds: int = 3

@@ -5,11 +5,12 @@ from pathlib import Path
 import numpy as np
 import tiny
 
-from tljax.config import FitConfig, Loading, OptimizerConfig
+from tljax.data.options import Loading
 from tljax.data.sources import Source, Splits
 from tljax.runtime.trees import flatten
 from tljax.train.checkpoint import Checkpoints
 from tljax.train.fit import FitResult, fit
+from tljax.train.options import FitConfig, OptimizerConfig
 from tljax.train.run_directory import write_metrics
 
 LOADING = Loading(batch_size=4)

@@ -7,11 +7,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tljax.config import AugmentConfig as AugmentConfig
-    from tljax.config import FitConfig as FitConfig
-    from tljax.config import Loading as Loading
-    from tljax.config import OptimizerConfig as OptimizerConfig
     from tljax.data.decode import read_images as read_images
+    from tljax.data.options import AugmentConfig as AugmentConfig
+    from tljax.data.options import Loading as Loading
     from tljax.data.sources import open_images as open_images
     from tljax.data.sources import open_splits as open_splits
     from tljax.features.extract import compute_features as compute_features
@@ -28,6 +26,8 @@ if TYPE_CHECKING:
     from tljax.pretrained import save as save
     from tljax.runtime.process import configure as configure
     from tljax.train.fit import fit as fit
+    from tljax.train.options import FitConfig as FitConfig
+    from tljax.train.options import OptimizerConfig as OptimizerConfig
 
 _ROOMS = {
     "configure": "runtime.process",  # how JAX compiles; call it before JAX is imported
@@ -46,10 +46,10 @@ _ROOMS = {
     "read_images": "data.decode",  # a few files -> one uint8 array
     "compute_features": "features.extract",  # features or logits of a whole source
     "fit_probe": "features.probe",  # linear probe at its optimum, L2 chosen by itself
-    "FitConfig": "config",  # what to train, and for how long
-    "OptimizerConfig": "config",  # how the parameters move
-    "AugmentConfig": "config",  # how training images vary
-    "Loading": "config",  # how images are read and spread over devices
+    "FitConfig": "train.options",  # what to train, and for how long
+    "OptimizerConfig": "train.options",  # how the parameters move
+    "AugmentConfig": "data.options",  # how training images vary
+    "Loading": "data.options",  # how images are read and spread over devices
     "fit": "train.fit",  # train a head, and more as the recipe says
 }
 

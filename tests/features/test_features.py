@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import tljax.features.extract as features_module
-from tljax.config import FitConfig, Loading, OptimizerConfig
+from tljax.data.options import Loading
 from tljax.data.sources import Source, Splits
 from tljax.features import store
 from tljax.features.evaluate import evaluate
@@ -19,6 +19,7 @@ from tljax.models import apply
 from tljax.runtime.errors import RequestError
 from tljax.runtime.trees import flatten
 from tljax.train.fit import fit
+from tljax.train.options import FitConfig, OptimizerConfig
 from tljax.train.recipes import default_freeze_to
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")

@@ -16,7 +16,7 @@ import tiny
 from flax import linen as nn
 
 import tljax
-from tljax.config import Loading
+from tljax.data.options import Loading
 from tljax.data.sources import Source
 from tljax.features import store
 from tljax.features.extract import compute_features

@@ -21,8 +21,8 @@ from networks import (
 )
 from transformers import ResNetForImageClassification
 
-from tljax.config import Loading
 from tljax.data.decode import decode
+from tljax.data.options import Loading
 from tljax.data.sources import Source, match_classes, open_folder
 from tljax.features.evaluate import evaluate
 from tljax.features.extract import compute_features

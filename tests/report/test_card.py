@@ -251,7 +251,7 @@ def test_bare_addresses_do_not_become_links():
 @pytest.mark.parametrize("workdir", ["runs/a", "a  b", "it's", '"', "``` ```", "a\n```\nb", "$x"])
 def test_the_commands_name_the_folder(workdir: str):
     shell, python = code(model_card(replace(RUN, workdir=workdir)))
-    assert shlex.split(shell)[:2] == ["python", "scripts/predict.py"]
+    assert shlex.split(shell)[:2] == ["tljax", "predict"]
     assert shlex.split(shell)[-2:] == ["--weights", workdir]
     calls = [node for node in ast.walk(ast.parse(python)) if isinstance(node, ast.Call)]
     (load,) = (c for c in calls if getattr(c.func, "id", "") == "load_pretrained")

@@ -93,7 +93,7 @@ def report() -> Report:
         ],
         skipped=[("train/imageNotFound.gif", "not a photograph")],
         details={"model": {"name": "resnet50", "input": "224 x 224"}},
-        next_steps=["python scripts/predict.py --workdir 'runs/a b' <photo>"],
+        next_steps=["tljax predict --workdir 'runs/a b' <photo>"],
     )
 
 

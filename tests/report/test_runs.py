@@ -10,11 +10,12 @@ import pytest
 import yaml
 from engine import LOADING, config, source, train
 
-from tljax.config import AdversaryConfig, AugmentConfig, FitConfig
+from tljax.data.options import AugmentConfig
 from tljax.data.sources import Splits
 from tljax.pretrained import Card
 from tljax.report.runs import remarks, write_training_report
 from tljax.train.fit import FitResult
+from tljax.train.options import AdversaryConfig, FitConfig
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 

@@ -27,7 +27,7 @@ if number != "-":
 jax.config.update("jax_disable_most_optimizations", True)
 import engine
 from dataclasses import replace
-from tljax.config import AugmentConfig, Loading
+from tljax.data.options import AugmentConfig, Loading
 from tljax.runtime.parallel import is_writer
 from tljax.train.fit import fit
 
@@ -60,7 +60,7 @@ RUN = """
 import resource, signal, sys
 from dataclasses import dataclass
 from pathlib import Path
-from tljax import cli
+from tljax.commands import cli
 
 folder, fails = Path(sys.argv.pop(1)), sys.argv.pop(1)
 

@@ -9,7 +9,7 @@ import pytest
 import tiny
 from PIL import Image
 
-from tljax.config import Loading
+from tljax.data.options import Loading
 from tljax.data.sources import open_folder
 from tljax.models import apply
 from tljax.pretrained import Card, Pretrained

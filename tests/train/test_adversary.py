@@ -8,12 +8,13 @@ from engine import LOADING, config, source, splits, train
 from tiny import MODEL, random_variables
 
 from tljax.attack import pgd
-from tljax.config import AdversaryConfig, AugmentConfig
+from tljax.data.options import AugmentConfig
 from tljax.features.evaluate import evaluate
 from tljax.models import apply
 from tljax.runtime.errors import RequestError
 from tljax.train.adversary import PROOF_STEPS, attacked, robust_logits
 from tljax.train.fit import best_epoch
+from tljax.train.options import AdversaryConfig
 from tljax.train.recipes import make_plan
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")

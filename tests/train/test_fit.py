@@ -16,13 +16,13 @@ from flax import linen as nn
 
 import tljax.train.fit as fit_module
 import tljax.train.setup as preparation
-from tljax.config import AugmentConfig, Loading
 from tljax.data.loader import batch_rows
+from tljax.data.options import AugmentConfig, Loading
 from tljax.models import replace_head
 from tljax.runtime.errors import DivergenceError, RequestError, StoppedError
 from tljax.runtime.parallel import Preemption
 from tljax.runtime.trees import flatten
-from tljax.train import run_directory as run_directory
+from tljax.train import run_directory
 from tljax.train.checkpoint import Checkpoints
 from tljax.train.inputs import Inputs
 from tljax.train.recipes import Phase

@@ -10,14 +10,15 @@ import optax
 import pytest
 from tiny import Unit
 
-from tljax.config import AdversaryConfig, AugmentConfig, OptimizerConfig
 from tljax.data.augment import epoch_key
 from tljax.data.loader import batch_rows
+from tljax.data.options import AugmentConfig
 from tljax.models import Model, Stage, apply, init
 from tljax.models.layers import GlobalAveragePool, LinearHead
 from tljax.runtime.types import Batch, Preprocess
 from tljax.train.freeze import label
 from tljax.train.optimizer import build_optimizer, learning_rate_schedule
+from tljax.train.options import AdversaryConfig, OptimizerConfig
 from tljax.train.step import StepConfig, init_state, make_train_step
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")

@@ -7,11 +7,12 @@ import pytest
 from engine import LOADING, config, splits, train
 from tiny import MODEL
 
-from tljax.config import AugmentConfig, FitConfig, OptimizerConfig
+from tljax.data.options import AugmentConfig
 from tljax.models import abstract_variables
 from tljax.runtime.errors import RequestError
 from tljax.runtime.trees import flatten
 from tljax.train.freeze import freeze_table, label
+from tljax.train.options import FitConfig, OptimizerConfig
 from tljax.train.recipes import make_plan
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")

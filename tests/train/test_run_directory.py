@@ -15,7 +15,7 @@ from tljax.data.sources import open_splits
 from tljax.runtime.errors import RequestError
 from tljax.runtime.files import MARKER
 from tljax.runtime.trees import tree_digest
-from tljax.train import run_directory as run_directory
+from tljax.train import run_directory
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import pytest
 import torch
 from tiny import MODEL, Unit
 
-from tljax.config import OptimizerConfig
 from tljax.data.augment import epoch_key
 from tljax.metrics.classification import Metrics, measure
 from tljax.models import Model, Stage, apply, init
@@ -24,6 +23,7 @@ from tljax.train.freeze import (
     partition,
 )
 from tljax.train.optimizer import build_optimizer, learning_rate_schedule
+from tljax.train.options import OptimizerConfig
 from tljax.train.step import StepConfig, init_state, make_train_step
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")

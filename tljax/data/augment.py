@@ -10,7 +10,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from tljax.config import AugmentConfig
+from tljax.data.options import AugmentConfig
 from tljax.runtime.errors import RequestError
 from tljax.runtime.types import Array
 

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from tljax.config import AugmentConfig, Dtype, Loading
 from tljax.data.augment import augment, epoch_key
 from tljax.data.loader import batch_rows, load_batches
+from tljax.data.options import AugmentConfig, Loading
 from tljax.data.sources import Source, Splits
 from tljax.features import store
 from tljax.models import Model, abstract_variables, apply
@@ -33,6 +33,7 @@ from tljax.runtime.parallel import (
     shard,
 )
 from tljax.runtime.progress import track
+from tljax.runtime.settings import Dtype
 from tljax.runtime.types import Array, Batch, Preprocess, Variables
 
 

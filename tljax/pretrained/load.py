@@ -13,7 +13,6 @@ from typing import Any, NamedTuple, get_args
 import jax
 import numpy as np
 
-from tljax.config import Dtype
 from tljax.models import MODELS, Model, abstract_variables, build_model, replace_head, with_head
 from tljax.pretrained.catalog import CATALOG, Entry, catalog_name, default_classes
 from tljax.pretrained.configs import is_sound, read_architecture, read_configs, write_configs
@@ -31,6 +30,7 @@ from tljax.pretrained.keras_graph import read_graph
 from tljax.pretrained.layouts import LAYOUTS, Identity, check, identify, table
 from tljax.pretrained.rules import Rule, Rules, apply_rules, compare, invert_rules
 from tljax.runtime.errors import RequestError
+from tljax.runtime.settings import Dtype
 from tljax.runtime.trees import flatten
 from tljax.runtime.types import NORMALIZATIONS, Preprocess, Variables
 
@@ -103,7 +103,7 @@ class Pretrained(NamedTuple):
         if not self.model.num_classes:
             raise RequestError(
                 f"{self.card.source} has no head, so it names no classes: it is a backbone; "
-                "scripts/train.py gives it a head for yours"
+                "tljax train gives it a head for yours"
             )
         return self
 
@@ -118,7 +118,7 @@ def load_pretrained(
             ``torchvision:resnet50``); a Hugging Face hub id (``microsoft/resnet-50``,
             ``timm/resnet50.tv_in1k``); a file or its URL (safetensors, ``.pth``, ``.h5``,
             ``.keras``; also xz-compressed); a folder written by ``save_pretrained``; a run
-            directory of ``scripts/train.py``.
+            directory of ``tljax train``.
         model: the architecture that the weights must be; by default any. A bare file whose tensors
             fit two networks does not say which it is; a timm ResNet whose strides blur or average
             (resnetblur50, resnetaa50) has the tensors of ours, and only its config.json tells.
@@ -174,7 +174,7 @@ def _find(weights: str | Path, model: str | None) -> tuple[Pretrained, bool]:
         raise RequestError(f"{name} does not exist{hint}")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and path.suffix not in (".safetensors", ".pth"):
         return _load_folder(fetch_hub(name), name, model)
-    hint = "`scripts/weights.py list` prints the known names"
+    hint = "`tljax weights list` prints the known names"
     if name.lower().startswith("keras:"):  # few, and much alike
         hint = f"known names: {', '.join(key for key in CATALOG if key.startswith('keras:'))}"
     elif near := get_close_matches(
@@ -220,7 +220,7 @@ def _load_folder(folder: Path, name: str, model: str | None) -> tuple[Pretrained
     if not files and (folder / "config.json").exists() and (folder / "checkpoints").is_dir():
         raise RequestError(
             f"{folder} is a run that is not finished; first go on with it: "
-            f"python scripts/train.py --resume {shlex.quote(str(folder))}"
+            f"tljax train --resume {shlex.quote(str(folder))}"
         )
     if not files:
         expected = ", ".join(_WEIGHT_FILES)

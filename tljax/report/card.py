@@ -251,7 +251,7 @@ def _limits(run: RunFacts, examples: int) -> str:
 
 def _use(run: RunFacts) -> str:
     workdir = str(run.workdir)
-    shell = f"python scripts/predict.py PHOTO.jpg --weights {shlex.quote(workdir)}"
+    shell = f"tljax predict PHOTO.jpg --weights {shlex.quote(workdir)}"
     python = (
         "import numpy as np\n"
         "from tljax import apply, load_pretrained, read_images\n"

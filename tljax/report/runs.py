@@ -6,7 +6,6 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from tljax.config import FIT_CONDITIONS, idle, settings
 from tljax.data.decode import decode
 from tljax.data.sources import Source, Splits
 from tljax.features.evaluate import Evaluation
@@ -16,12 +15,14 @@ from tljax.pretrained import Card
 from tljax.report.card import RunFacts, model_card
 from tljax.report.page import Mistake, Report, SeenInTraining, Sweep, write_report
 from tljax.runtime.files import written_whole
+from tljax.runtime.settings import idle, settings
 from tljax.runtime.trees import flatten
 from tljax.runtime.types import Preprocess
 from tljax.studies.duplicates import find_duplicates
-from tljax.train import run_directory as run_directory
+from tljax.train import run_directory
 from tljax.train.adversary import PROOF_STEPS
 from tljax.train.fit import FitResult, best_epoch
+from tljax.train.options import FIT_CONDITIONS
 
 LOOKED_THROUGH = 20_000
 """Data sets of up to so many images are searched for validation images that are in the training."""
@@ -144,8 +145,8 @@ def write_training_report(
             "Environment": run_directory.environment(),
         },
         next_steps=[
-            f"python scripts/predict.py PHOTO.jpg --weights {quote(str(workdir))}",
-            f"python scripts/evaluate.py --data FOLDER --weights {quote(str(workdir))}",
+            f"tljax predict PHOTO.jpg --weights {quote(str(workdir))}",
+            f"tljax evaluate --data FOLDER --weights {quote(str(workdir))}",
         ],
     )
     write_report(workdir / "report.html", report)
@@ -188,7 +189,7 @@ def write_evaluation_report(
     notes: Sequence[str],
     skipped: Sequence[tuple[str, str]],
 ) -> None:
-    """Writes the page of ``scripts/evaluate.py``."""
+    """Writes the page of ``tljax evaluate``."""
     report = Report(
         title=title,
         headline=[

@@ -10,9 +10,9 @@ from importlib.util import find_spec
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
 
-from tljax.config import Dtype
 from tljax.runtime.errors import RequestError
 from tljax.runtime.files import cache_dir
+from tljax.runtime.settings import Dtype
 
 # jaxlib hands convolutions and products on a CPU to YNNPACK. With its convolutions a training step
 # takes up to twice as long as with XLA's own; its sums are good, and so are its products of

@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple, Self
 import jax
 import numpy as np
 
-from tljax.config import Normalization
+from tljax.runtime.settings import Normalization
 
 Array = jax.Array | np.ndarray
 """An array on the host or on a device."""

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from tljax.config import Loading
+from tljax.data.options import Loading
 from tljax.data.sources import Splits
 from tljax.features.extract import images_per_second, split_features
 from tljax.features.probe import fit_probe, predict_logits

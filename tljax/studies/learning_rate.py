@@ -11,8 +11,8 @@ import jax
 import numpy as np
 import optax
 
-from tljax.config import FitConfig, Loading
 from tljax.data.augment import epoch_key
+from tljax.data.options import Loading
 from tljax.data.sources import Splits
 from tljax.metrics.classification import Metrics
 from tljax.models import Model
@@ -21,6 +21,7 @@ from tljax.runtime.parallel import is_writer, replicate, shard
 from tljax.runtime.progress import track
 from tljax.runtime.types import Batch, Variables
 from tljax.train.inputs import Inputs
+from tljax.train.options import FitConfig
 from tljax.train.setup import NewHead, Setup, divide, first_state, prepare
 
 _SMOOTHING = 0.9  # of the losses, by an exponential moving average over steps

@@ -14,8 +14,8 @@ from tljax import attack as library
 from tljax.attack.contract import Attack, LogitsFn
 from tljax.attack.ensemble import title
 from tljax.attack.evaluate import Robustness, Share, share
-from tljax.config import Loading
 from tljax.data.loader import load_batches, refuse_none
+from tljax.data.options import Loading
 from tljax.data.sources import Source, ambiguous, match_classes, select
 from tljax.features.evaluate import settle
 from tljax.models import Model, apply

@@ -13,12 +13,13 @@ import jax.numpy as jnp
 
 from tljax.attack import fgsm, pgd
 from tljax.attack.contract import as_float
-from tljax.config import AdversaryConfig, Loading
+from tljax.data.options import Loading
 from tljax.data.sources import Source
 from tljax.models import Model, apply
 from tljax.runtime.parallel import data_mesh, shard
 from tljax.runtime.progress import track
 from tljax.runtime.types import Array, Batch, Variables
+from tljax.train.options import AdversaryConfig
 
 if TYPE_CHECKING:
     from tljax.features.extract import Features

@@ -10,7 +10,6 @@ import optax
 from rich.console import Console
 from rich.table import Table
 
-from tljax.config import FitConfig
 from tljax.data.augment import epoch_key
 from tljax.data.loader import num_batches
 from tljax.data.sources import Splits
@@ -20,6 +19,7 @@ from tljax.runtime.types import Array, Batch, Variables
 from tljax.train.freeze import FROZEN, first_trainable_stage, label, partition
 from tljax.train.inputs import cache_bytes, cache_place
 from tljax.train.optimizer import build_optimizer
+from tljax.train.options import FitConfig
 from tljax.train.recipes import make_plan
 from tljax.train.step import StepConfig, init_state, make_train_step
 

@@ -11,8 +11,8 @@ import jax
 import numpy as np
 import optax
 
-from tljax.config import FitConfig, Loading
 from tljax.data.augment import epoch_key
+from tljax.data.options import Loading
 from tljax.data.sources import Splits
 from tljax.features.evaluate import Evaluation, evaluate
 from tljax.features.extract import Features
@@ -28,6 +28,7 @@ from tljax.train.checkpoint import Checkpoint, Checkpoints
 from tljax.train.freeze import first_trainable_stage
 from tljax.train.inputs import Inputs
 from tljax.train.memory import within_memory
+from tljax.train.options import FitConfig
 from tljax.train.recipes import Phase
 from tljax.train.setup import NewHead, Setup, divide, first_state, prepare
 from tljax.train.step import TrainState, TrainStep

@@ -8,8 +8,8 @@ from typing import Literal
 import jax
 import numpy as np
 
-from tljax.config import FitConfig, Loading
 from tljax.data.loader import batch_rows, load_batches
+from tljax.data.options import Loading
 from tljax.data.sources import Source, Splits
 from tljax.features import store
 from tljax.features.extract import (
@@ -28,6 +28,7 @@ from tljax.runtime.errors import RequestError, WriteError
 from tljax.runtime.parallel import data_mesh, gather_json
 from tljax.runtime.types import Batch, Variables
 from tljax.train.memory import free_memory
+from tljax.train.options import FitConfig
 
 Place = Literal["memory", "disk", "none"]
 

@@ -4,10 +4,10 @@ from collections.abc import Hashable
 
 import optax
 
-from tljax.config import OptimizerConfig
 from tljax.runtime.trees import flatten, unflatten
 from tljax.runtime.types import Variables
 from tljax.train.freeze import FROZEN
+from tljax.train.options import OptimizerConfig
 
 
 def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:

@@ -5,11 +5,11 @@ from typing import Literal, NamedTuple
 
 import jax
 
-from tljax.config import FitConfig
 from tljax.data.loader import num_batches
 from tljax.models import Model, abstract_variables, apply
 from tljax.runtime.errors import RequestError
 from tljax.train.freeze import Table, freeze_table, label, trainable_stages
+from tljax.train.options import FitConfig
 
 
 class Phase(NamedTuple):

@@ -12,18 +12,20 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from tljax.config import ASKED_CONDITIONS, FitConfig, Loading, idle, settings
 from tljax.data.loader import num_batches
+from tljax.data.options import Loading
 from tljax.data.sources import Splits
 from tljax.features.probe import Probe, fit_probe
 from tljax.models import Model, init, replace_head
 from tljax.runtime.errors import RequestError
 from tljax.runtime.parallel import data_mesh, is_writer, replicate
+from tljax.runtime.settings import idle, settings
 from tljax.runtime.trees import flatten
 from tljax.runtime.types import Variables
 from tljax.train.freeze import combine, first_trainable_stage, label, partition, training_stages
 from tljax.train.inputs import Inputs, open_inputs
 from tljax.train.optimizer import build_optimizer, learning_rate_schedule
+from tljax.train.options import ASKED_CONDITIONS, FitConfig
 from tljax.train.recipes import Plan, make_plan
 from tljax.train.step import StepConfig, TrainState, TrainStep, init_state, make_train_step
 

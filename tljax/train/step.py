@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from tljax.config import AdversaryConfig, AugmentConfig
 from tljax.data.augment import augment, mix
+from tljax.data.options import AugmentConfig
 from tljax.metrics.classification import Metrics, measure
 from tljax.models import Model, apply
 from tljax.runtime.types import Batch, Variables
 from tljax.train.adversary import attacked
 from tljax.train.freeze import combine
+from tljax.train.options import AdversaryConfig
 
 Tree = TypeVar("Tree")
 

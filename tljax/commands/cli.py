@@ -1,4 +1,3 @@
-# ruff: noqa: PLC0415 - `--help` answers before JAX is imported
 """What all scripts share: the common flags, one-line errors, and a last line for machines."""
 
 import io
@@ -18,11 +17,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import tyro
 
-from tljax.config import Conditions, Dtype, Loading, Normalization, idle, settings
+from tljax.data.options import Loading
 from tljax.runtime.errors import DivergenceError, RequestError, StoppedError, VerificationError
 from tljax.runtime.files import to_json
 from tljax.runtime.process import configure
 from tljax.runtime.ranges import Amount, Checked, Count, Pixels, Seed
+from tljax.runtime.settings import Conditions, Dtype, Normalization, idle, settings
 
 if TYPE_CHECKING:
     from tljax.pretrained import Pretrained

@@ -1,71 +1,13 @@
-"""Every setting, its default and what it means. Imports nothing heavy: --help reads this."""
+"""What training can be asked, with defaults. Imports nothing heavy: --help reads this."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, fields, is_dataclass
-from types import SimpleNamespace
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from tljax.runtime.errors import RequestError
-from tljax.runtime.ranges import Amount, Checked, Count, NotNegative, Range, Ratio, Share, spelled
-
-Dtype = Literal["float32", "bfloat16"]
-
-Normalization = Literal["torch", "tf", "caffe"]
+from tljax.data.options import AugmentConfig
+from tljax.runtime.ranges import Amount, Checked, Count, NotNegative, Range, Ratio, Share
+from tljax.runtime.settings import Conditions, Dtype, settings
 
 Recipe = Literal["probe", "lp-ft", "gradual", "finetune", "bit", "scratch"]
-
-
-@dataclass(frozen=True)
-class Loading(Checked):
-    """How images are read and spread over devices. No feature depends on it.
-
-    Attributes:
-        batch_size: images a step.
-        workers: number of processes that decode; 0 decodes in threads.
-        devices: number of devices; by default all.
-        on_bad_image: skip leaves unreadable images out and lists them; fail stops.
-    """
-
-    batch_size: Count = 32
-    workers: Amount = 0
-    devices: Count | None = None
-    on_bad_image: Literal["skip", "fail"] = "skip"
-
-
-@dataclass(frozen=True)
-class AugmentConfig(Checked):
-    """What `augment` and `mix` do. Hashable: a static argument of `jax.jit`.
-
-    Attributes:
-        crop: cut a random box and resize it (Szegedy et al. 2014, "Going deeper with
-            convolutions"), instead of the central crop.
-        scale: the box's share of the area of the image. Training from scratch takes (0.08, 1).
-        ratio: the box's width over its height, log-uniform; holds 1.
-        flip: mirror left and right, every other time.
-        randaugment_layers: the number of operations, one after the other, of RandAugment (Cubuk et
-            al. 2019, arXiv:1909.13719); 0 is off.
-        randaugment_magnitude: of every operation, 0 to 30; torchvision's scale.
-        mixup: the alpha of mixup (Zhang et al. 2017, arXiv:1710.09412); 0 is off.
-        cutmix: the alpha of CutMix (Yun et al. 2019, arXiv:1905.04899); 0 is off. With both on, a
-            batch gets one or the other, at even odds.
-
-    Raises:
-        RequestError: a value is out of its range.
-    """
-
-    crop: bool = True
-    scale: tuple[Ratio, Ratio] = (0.35, 1.0)
-    ratio: tuple[Ratio, Annotated[float, Range(1, 3e38)]] = (3 / 4, 4 / 3)
-    flip: bool = True
-    randaugment_layers: Amount = 0
-    randaugment_magnitude: Annotated[float, Range(0, 30)] = 9.0
-    mixup: NotNegative = 0.0
-    cutmix: NotNegative = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.scale[0] > self.scale[1]:
-            raise RequestError(f"{spelled('scale', self.scale)}: the first number is the lower one")
 
 
 @dataclass(frozen=True)
@@ -180,33 +122,6 @@ class FitConfig(Checked):
     def attacker(self) -> AdversaryConfig | None:
         """The adversary, if there is one."""
         return None if self.adversary.attack == "none" else self.adversary
-
-
-# --- settings that count only together with others ------------------------------------------------
-
-Conditions = tuple[tuple[str, Callable[[Any], Any], str], ...]
-"""(names of settings, whether they count given all settings, what follows "has no effect"). The
-first that does not hold says why; a setting that stands in none always counts."""
-
-
-def settings(config: Any) -> dict[str, Any]:
-    """Lists every setting by its name, those of nested configurations too."""
-    found: dict[str, Any] = {}
-    for one in fields(config):
-        value = getattr(config, one.name)
-        found |= settings(value) if is_dataclass(value) else {one.name: value}
-    return found
-
-
-def idle(config: Any, conditions: Conditions, names: Iterable[str]) -> dict[str, str]:
-    """Finds those of the settings called ``names`` that have no effect, with a line about each."""
-    now = settings(config)
-    space, why = SimpleNamespace(**now), dict[str, str]()
-    for among, counts, words in conditions:
-        for name in set(names).intersection(among.split()) - why.keys():
-            if not counts(space):
-                why[name] = f"{spelled(name, now[name])} has no effect {words}"
-    return {name: why[name] for name in now if name in why}
 
 
 def _augments(s: Any) -> bool:

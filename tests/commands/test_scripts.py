@@ -194,7 +194,7 @@ def test_the_same_command_again_goes_on_and_another_one_is_refused(
     done = call_script(cache, "predict.py", photographs, "--weights", copy)
     assert done.stderr == (
         f"error: {copy} is a run that is not finished; first go on with it: "
-        f"python scripts/train.py --resume {copy}\n"
+        f"tljax train --resume {copy}\n"
     )
     command = (
         "train.py", "--data", os.path.relpath(photographs, cache), "--workdir", copy,

@@ -4,16 +4,15 @@
 A new flag has to be put into one of them.
 """
 
-import importlib.util
 import inspect
 import json
 import re
 import sys
 from dataclasses import MISSING, asdict, fields, is_dataclass
+from importlib import import_module
 from itertools import product
 from math import inf, nan
 from pathlib import Path
-from types import ModuleType
 from typing import get_args, get_type_hints
 from unittest import mock
 
@@ -21,35 +20,15 @@ import numpy as np
 import pytest
 import tyro
 
-from tljax import cli
-from tljax.config import (
-    AdversaryConfig,
-    AugmentConfig,
-    FitConfig,
-    Loading,
-    OptimizerConfig,
-    idle,
-    settings,
-)
+from tljax.commands import COMMANDS, cli
+from tljax.data.options import AugmentConfig, Loading
 from tljax.runtime.errors import RequestError
 from tljax.runtime.ranges import Range, ranges
+from tljax.runtime.settings import idle, settings
 from tljax.studies.robustness import ATTACKS
+from tljax.train.options import AdversaryConfig, FitConfig, OptimizerConfig
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-
-
-def load(name: str) -> ModuleType:
-    """A script as a module; tyro looks up its types by the module's name."""
-    spec = importlib.util.spec_from_file_location(f"script_{name}", SCRIPTS / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-MODULES = {path.stem: load(path.stem) for path in sorted(SCRIPTS.glob("*.py"))}
+MODULES = {name: import_module(f"tljax.commands.{name}") for name in COMMANDS}
 PARSED = {name: get_type_hints(module.run) for name, module in MODULES.items()}
 PARSED = {name: next(iter(hints.values())) for name, hints in PARSED.items()}
 

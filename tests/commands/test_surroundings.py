@@ -12,7 +12,7 @@ from unittest import mock
 import jax
 import pytest
 
-from tljax import cli
+from tljax.commands import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 

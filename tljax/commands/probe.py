@@ -1,0 +1,69 @@
+"""How good are frozen features on your images? A linear probe and nearest neighbours."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from tljax.commands import cli
+from tljax.runtime.ranges import Count, Share
+
+
+@dataclass(frozen=True)
+class Config(cli.Common):
+    """Probe a network's frozen features; nothing is trained but a linear classifier."""
+
+    data: str = "digits"
+    """A folder of class folders (with or without train/ and val/), or digits."""
+    stage: str = "head"
+    """The stage whose input is probed; the default is the pooled features. Maps are averaged."""
+    neighbours: Count = 20
+    """Of the nearest-neighbour classifier."""
+    val_fraction: Share = 0.2
+    """As for tljax train."""
+
+    conditions = cli.OF_SPLIT
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Prints the validation accuracy of a linear probe and of nearest neighbours."""
+    from tljax.data.sources import open_splits
+    from tljax.features.extract import split_features
+    from tljax.features.probe import fit_probe, knn_predict, predict_logits
+    from tljax.report.runs import percent
+    from tljax.train.run_directory import skipped_lines
+
+    began = time.perf_counter()
+    model, variables, _ = config.load()
+    splits = open_splits(config.data, val_fraction=config.val_fraction)
+    for note in splits.notes:
+        print(note)
+    train, val = split_features(model, variables, splits, config.loading, stop=config.stage)
+    classes = len(splits.train.classes)
+    probe = fit_probe(train.values, train.labels, num_classes=classes, seed=config.seed)
+    linear = (predict_logits(probe, val.values).argmax(1) == val.labels).mean()
+    neighbours = knn_predict(
+        train.values, train.labels, val.values, num_classes=classes, k=config.neighbours
+    )
+    nearest = (neighbours.argmax(1) == val.labels).mean()
+    seconds = time.perf_counter() - began
+    print(f"linear probe         {percent(float(linear))}  (l2 {probe.l2:.2g})")
+    print(f"nearest neighbours   {percent(float(nearest))}  (k {config.neighbours})")
+    print(f"{len(train.labels)} training and {len(val.labels)} validation images, {seconds:.0f} s")
+    for source, features in ((splits.train, train), (splits.val, val)):
+        for line in skipped_lines(source, features.skipped):
+            print(line)
+    return {
+        "val_top1": float(linear),
+        "probe_top1": float(linear),
+        "knn_top1": float(nearest),
+        "l2": probe.l2,
+        "recipe": "probe",
+        "workdir": None,
+        "skipped": len(train.skipped) + len(val.skipped),
+        "seconds": round(seconds, 1),
+    }
+
+
+def main() -> None:
+    """Run ``tljax probe``."""
+    cli.main(Config, run)
