@@ -22,7 +22,9 @@ from tljax.pretrained import Card, Pretrained
 from tljax.runtime.trees import flatten, unflatten
 from tljax.runtime.types import Variables
 
-run = jax.jit(apply, static_argnames=("model", "start", "stop", "train", "capture"))
+run = jax.jit(
+    apply, static_argnames=("model", "start", "stop", "batch_statistics", "noise", "capture")
+)
 """`apply`, compiled as a whole: one by one its operations take several times as long."""
 
 

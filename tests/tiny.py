@@ -14,8 +14,8 @@ class Unit(nn.Module):
     stride: int = 1
 
     @nn.compact
-    def __call__(self, x, train):
-        return nn.relu(ConvNorm(self.features, 3, self.stride, padding=1, name="conv")(x, train))
+    def __call__(self, x, mode):
+        return nn.relu(ConvNorm(self.features, 3, self.stride, padding=1, name="conv")(x, mode))
 
 
 MODEL = Model(

@@ -15,7 +15,7 @@ from flax import linen as nn
 from jax import Array
 
 from tljax.models.convolution import max_pool
-from tljax.models.layers import Conv, GlobalAveragePool, GroupNorm, LinearHead, Train
+from tljax.models.layers import Conv, GlobalAveragePool, GroupNorm, LinearHead, Mode
 from tljax.models.model import Model, Stage
 from tljax.runtime.types import HALF
 
@@ -28,7 +28,7 @@ class Stem(nn.Module):
     features: int
 
     @nn.compact
-    def __call__(self, x: Array, train: Train) -> Array:  # noqa: ARG002 - a stage's signature
+    def __call__(self, x: Array, mode: Mode) -> Array:  # noqa: ARG002 - a stage's signature
         """``[b, h, w, 3] -> [b, h/4, w/4, features]``."""
         x = _conv(self.features, 7, stride=2, padding=3, name="conv")(x)
         # Zeros, which win over negative values: as there is no ReLU, this is not torch's padding.
@@ -65,7 +65,7 @@ class Layer(nn.Module):
     stride: int
 
     @nn.compact
-    def __call__(self, x: Array, train: Train) -> Array:  # noqa: ARG002 - a stage's signature
+    def __call__(self, x: Array, mode: Mode) -> Array:  # noqa: ARG002 - a stage's signature
         """``[b, h, w, c] -> [b, h/stride, w/stride, features]``."""
         for i in range(self.depth):
             stride = self.stride if i == 0 else 1
@@ -77,7 +77,7 @@ class Norm(nn.Module):
     """What the last layer lacks: a norm and ReLU."""
 
     @nn.compact
-    def __call__(self, x: Array, train: Train) -> Array:  # noqa: ARG002 - a stage's signature
+    def __call__(self, x: Array, mode: Mode) -> Array:  # noqa: ARG002 - a stage's signature
         """``[b, h, w, c] -> [b, h, w, c]``."""
         return nn.relu(GroupNorm(name="norm")(x))
 

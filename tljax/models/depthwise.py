@@ -7,7 +7,7 @@ from flax import linen as nn
 from jax import Array
 
 from tljax.models.convolution import Padding
-from tljax.models.layers import Conv, ConvNorm, Train
+from tljax.models.layers import Conv, ConvNorm, Mode
 from tljax.models.model import Stage
 
 Activation = Callable[[Array], Array]
@@ -58,10 +58,10 @@ class ConvAct(nn.Module):
     activation: Activation
 
     @nn.compact
-    def __call__(self, x: Array, train: Train) -> Array:
+    def __call__(self, x: Array, mode: Mode) -> Array:
         """``[b, h, w, c] -> [b, h/stride, w/stride, features]``."""
         conv = self.convention.conv_norm(self.features, self.kernel_size, self.stride, name="conv")
-        return self.activation(conv(x, train))
+        return self.activation(conv(x, mode))
 
 
 class SqueezeExcite(nn.Module):
@@ -88,17 +88,17 @@ class InvertedResidual(nn.Module):
     activation: Activation
 
     @nn.compact
-    def __call__(self, x: Array, train: Train) -> Array:
+    def __call__(self, x: Array, mode: Mode) -> Array:
         """``[b, h, w, c] -> [b, h/stride, w/stride, features]``."""
         y, width = x, round_width(x.shape[-1] * self.expansion)
         conv_norm = self.convention.conv_norm
         if self.expansion > 1:
-            y = self.activation(conv_norm(width, 1, name="expand")(y, train))
+            y = self.activation(conv_norm(width, 1, name="expand")(y, mode))
         depthwise = conv_norm(width, self.kernel_size, self.stride, groups=width, name="depthwise")
-        y = self.activation(depthwise(y, train))
+        y = self.activation(depthwise(y, mode))
         if self.squeeze:
             y = SqueezeExcite(round_width(width / 4), name="squeeze_excite")(y)
-        y = conv_norm(self.features, 1, name="project")(y, train)
+        y = conv_norm(self.features, 1, name="project")(y, mode)
         return x + y if self.stride == 1 and x.shape[-1] == self.features else y
 
 
@@ -133,7 +133,7 @@ class Blocks(nn.Module):
     convention: Convention
 
     @nn.compact
-    def __call__(self, x: Array, train: Train) -> Array:
+    def __call__(self, x: Array, mode: Mode) -> Array:
         """``[b, h, w, c] -> [b, h/stride, w/stride, features]``."""
         run = self.run
         for i, expansion in enumerate(run.expansions):
@@ -147,7 +147,7 @@ class Blocks(nn.Module):
                 run.activation,
                 name=f"block{i}",
             )
-            x = block(x, train)
+            x = block(x, mode)
         return x
 
 

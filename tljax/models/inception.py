@@ -16,7 +16,7 @@ from flax import linen as nn
 from jax import Array
 
 from tljax.models.convolution import Kernel, avg_pool, max_pool
-from tljax.models.layers import ConvNorm, GlobalAveragePool, LinearHead, Train
+from tljax.models.layers import ConvNorm, GlobalAveragePool, LinearHead, Mode
 from tljax.models.model import Model, Stage
 from tljax.runtime.types import HALF
 
@@ -162,15 +162,15 @@ class Stem(nn.Module):
     variant: Variant
 
     @nn.compact
-    def __call__(self, x: Array, train: Train) -> Array:
+    def __call__(self, x: Array, mode: Mode) -> Array:
         """``[b, h, w, 3] -> [b, h/8, w/8, 192]``."""
         conv_norm = self.variant.conv_norm
-        x = nn.relu(conv_norm(32, 3, stride=2, name="conv1a")(x, train))
-        x = nn.relu(conv_norm(32, 3, name="conv2a")(x, train))
-        x = nn.relu(conv_norm(64, 3, padding=1, name="conv2b")(x, train))
+        x = nn.relu(conv_norm(32, 3, stride=2, name="conv1a")(x, mode))
+        x = nn.relu(conv_norm(32, 3, name="conv2a")(x, mode))
+        x = nn.relu(conv_norm(64, 3, padding=1, name="conv2b")(x, mode))
         x = max_pool(x, 3, stride=2)
-        x = nn.relu(conv_norm(80, 1, name="conv3b")(x, train))
-        x = nn.relu(conv_norm(192, 3, name="conv4a")(x, train))
+        x = nn.relu(conv_norm(80, 1, name="conv3b")(x, mode))
+        x = nn.relu(conv_norm(192, 3, name="conv4a")(x, mode))
         return max_pool(x, 3, stride=2)
 
 
@@ -181,24 +181,24 @@ class Mixed(nn.Module):
     block: Block
 
     @nn.compact
-    def __call__(self, x: Array, train: Train) -> Array:
+    def __call__(self, x: Array, mode: Mode) -> Array:
         """``[b, h, w, c] -> [b, h, w, c']``, or half the resolution; see `Block`."""
         branches, pool = self.block
         outputs = []
         for *steps, last in branches:
             y = x
             for step in steps:
-                y = self._run(step, y, train)
-            outputs.append(self._run(last, y, train, halve=not pool))
+                y = self._run(step, y, mode)
+            outputs.append(self._run(last, y, mode, halve=not pool))
         if pool:
             count_padding = self.variant.count_padding
             y = avg_pool(x, 3, stride=1, padding=1, count_padding=count_padding)
-            outputs.append(self._run(pool, y, train))
+            outputs.append(self._run(pool, y, mode))
         else:
             outputs.append(max_pool(x, 3, stride=2))
         return jnp.concatenate(outputs, -1)
 
-    def _run(self, step: tuple[Unit, ...], x: Array, train: Train, *, halve: bool = False) -> Array:
+    def _run(self, step: tuple[Unit, ...], x: Array, mode: Mode, *, halve: bool = False) -> Array:
         outputs = []
         for name, features, kernel_size in step:
             size = kernel_size if isinstance(kernel_size, tuple) else (kernel_size, kernel_size)
@@ -207,7 +207,7 @@ class Mixed(nn.Module):
             if halve:
                 padding, stride = 0, 2
             unit = self.variant.conv_norm(features, kernel_size, stride, padding, name=name)
-            outputs.append(nn.relu(unit(x, train)))
+            outputs.append(nn.relu(unit(x, mode)))
         return jnp.concatenate(outputs, -1)
 
 

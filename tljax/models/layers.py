@@ -13,8 +13,21 @@ from jax import lax
 
 from tljax.models.convolution import Kernel, Padding, conv2d
 
-Train = bool | jax.Array
-"""False: on running statistics. True, or ``[batch]`` bool of the rows that count: training mode."""
+
+class Mode(NamedTuple):
+    """How a stage runs: two switches, which do not depend on each other.
+
+    Attributes:
+        batch_statistics: False lets batch norms use their running statistics; True those of the
+            batch, which move the running ones; ``[batch]`` bool those of the rows that count.
+        noise: whether dropout and stochastic depth draw.
+    """
+
+    batch_statistics: bool | jax.Array = False
+    noise: bool = False
+
+
+INFERENCE = Mode()
 
 
 class Conv(nn.Module):
@@ -81,7 +94,7 @@ def _norm(module: nn.Module, channels: int, *, use_scale: bool = True) -> _Norm:
 
 
 def _batch_normalize(
-    y: jax.Array, norm: _Norm, train: Train, *, epsilon: float, momentum: float, move: bool
+    y: jax.Array, norm: _Norm, mode: Mode, *, epsilon: float, momentum: float, move: bool
 ) -> jax.Array:
     """In training mode: by the statistics of the rows that count, which move the running ones.
 
@@ -91,7 +104,8 @@ def _batch_normalize(
     as in torch; ``momentum`` is the share of the old value.
     """
     y32 = y.astype(jnp.promote_types(y.dtype, jnp.float32))
-    rows = jnp.ones(len(y), bool) if train is True else jnp.asarray(train)
+    counted = mode.batch_statistics
+    rows = jnp.ones(len(y), bool) if counted is True else jnp.asarray(counted)
     counts = rows[:, None, None, None]
     count = jnp.maximum(rows.sum(), 1) * (y.shape[1] * y.shape[2])
     mean = y32.sum((0, 1, 2), where=counts) / count
@@ -127,14 +141,14 @@ class ConvNorm(nn.Module):
     use_scale: bool = True
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: Train) -> jax.Array:
+    def __call__(self, x: jax.Array, mode: Mode) -> jax.Array:
         """``[b, h, w, c] -> [b, h', w', features]``, without activation."""
         kernel = _kernel(self, self.kernel_size, x.shape[-1] // self.groups, self.features)
         norm = _norm(self, self.features, use_scale=self.use_scale)
         zero = nn.initializers.zeros
         before = self.param("conv_bias", zero, (self.features,)) if self.use_bias else None
 
-        if train is False:
+        if mode.batch_statistics is False:
             factor, shift = norm.affine(self.epsilon)
             if before is not None:
                 shift += before * factor
@@ -145,7 +159,7 @@ class ConvNorm(nn.Module):
             y += before.astype(y.dtype)
         move = not self.is_initializing()
         return _batch_normalize(
-            y, norm, train, epsilon=self.epsilon, momentum=self.momentum, move=move
+            y, norm, mode, epsilon=self.epsilon, momentum=self.momentum, move=move
         )
 
 
@@ -156,15 +170,15 @@ class BatchNorm(nn.Module):
     momentum: float = 0.9
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: Train) -> jax.Array:
+    def __call__(self, x: jax.Array, mode: Mode) -> jax.Array:
         """``[b, h, w, c] -> [b, h, w, c]``; see `ConvNorm`."""
         norm = _norm(self, x.shape[-1])
-        if train is False:
+        if mode.batch_statistics is False:
             factor, shift = norm.affine(self.epsilon)
             return x * factor.astype(x.dtype) + shift.astype(x.dtype)
         move = not self.is_initializing()
         return _batch_normalize(
-            x, norm, train, epsilon=self.epsilon, momentum=self.momentum, move=move
+            x, norm, mode, epsilon=self.epsilon, momentum=self.momentum, move=move
         )
 
 
@@ -213,7 +227,7 @@ class GlobalAveragePool(nn.Module):
     """``[b, h, w, c] -> [b, c]``: the features that a probe reads."""
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: Train) -> jax.Array:  # noqa: ARG002 - a stage's signature
+    def __call__(self, x: jax.Array, mode: Mode) -> jax.Array:  # noqa: ARG002 - a stage's signature
         """The mean over all positions, in at least float32."""
         return x.mean((1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32))
 
@@ -229,13 +243,13 @@ class LinearHead(nn.Module):
     dropout: float = 0.0
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: Train) -> jax.Array:
+    def __call__(self, x: jax.Array, mode: Mode) -> jax.Array:
         """The logits."""
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         if not self.num_classes:
             return x
         if self.dropout:
-            x = nn.Dropout(self.dropout, deterministic=train is False)(x)
+            x = nn.Dropout(self.dropout, deterministic=not mode.noise)(x)
         kernel = self.param("kernel", nn.initializers.zeros, (x.shape[-1], self.num_classes))
         bias = self.param("bias", nn.initializers.zeros, (self.num_classes,))
         return x @ kernel + bias

@@ -12,7 +12,7 @@ from flax import linen as nn
 from jax import Array
 
 from tljax.models.depthwise import ConvAct, Convention, Run, round_width, stages
-from tljax.models.layers import Dense, GlobalAveragePool, LinearHead, Train
+from tljax.models.layers import Dense, GlobalAveragePool, LinearHead, Mode
 from tljax.models.model import Model, Stage
 from tljax.runtime.types import HALF, Preprocess
 
@@ -26,12 +26,12 @@ class Separable(nn.Module):
     convention: Convention
 
     @nn.compact
-    def __call__(self, x: Array, train: Train) -> Array:
+    def __call__(self, x: Array, mode: Mode) -> Array:
         """``[b, h, w, c] -> [b, h/stride, w/stride, features]``."""
         for i in range(self.depth):
             inputs, stride = x.shape[-1], self.stride if i == 0 else 1
             block = SeparableBlock(inputs, self.features, stride, self.convention, name=f"block{i}")
-            x = block(x, train)
+            x = block(x, mode)
         return x
 
 
@@ -44,12 +44,12 @@ class SeparableBlock(nn.Module):
     convention: Convention
 
     @nn.compact
-    def __call__(self, x: Array, train: Train) -> Array:
+    def __call__(self, x: Array, mode: Mode) -> Array:
         """``[b, h, w, inputs] -> [b, h/stride, w/stride, features]``."""
         conv_norm = self.convention.conv_norm
         depthwise = conv_norm(self.inputs, 3, self.stride, groups=self.inputs, name="depthwise")
-        x = nn.relu6(depthwise(x, train))
-        return nn.relu6(conv_norm(self.features, 1, name="pointwise")(x, train))
+        x = nn.relu6(depthwise(x, mode))
+        return nn.relu6(conv_norm(self.features, 1, name="pointwise")(x, mode))
 
 
 class Hidden(nn.Module):
@@ -58,7 +58,7 @@ class Hidden(nn.Module):
     features: int
 
     @nn.compact
-    def __call__(self, x: Array, train: Train) -> Array:  # noqa: ARG002 - a stage's signature
+    def __call__(self, x: Array, mode: Mode) -> Array:  # noqa: ARG002 - a stage's signature
         """``[b, c] -> [b, features]``."""
         return nn.hard_swish(Dense(self.features, name="dense")(x))
 

@@ -10,14 +10,14 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from tljax.models.layers import LAYERS, GlobalAveragePool, LinearHead
+from tljax.models.layers import INFERENCE, LAYERS, GlobalAveragePool, LinearHead, Mode
 from tljax.runtime.errors import RequestError
 from tljax.runtime.trees import flatten
 from tljax.runtime.types import Array, Preprocess, Variables
 
 
 class Stage(NamedTuple):
-    """One named step of a network: a small Flax module called as ``module(x, train)``."""
+    """One named step of a network: a small Flax module called as ``module(x, mode)``; see `Mode`."""
 
     name: str
     module: nn.Module
@@ -70,7 +70,8 @@ class Output(NamedTuple):
     Attributes:
         value: output of the last stage that ran: logits, pooled features or a feature map.
         captured: outputs of the stages named in ``capture``.
-        batch_stats: the running statistics afterwards; new ones for the stages in ``train``.
+        batch_stats: the running statistics afterwards; new ones for the stages in
+            ``batch_statistics``.
     """
 
     value: jax.Array
@@ -107,7 +108,8 @@ def apply(
     *,
     start: str | None = None,
     stop: str | None = None,
-    train: Collection[str] = frozenset(),
+    batch_statistics: Collection[str] = (),
+    noise: Collection[str] = (),
     capture: Collection[str] = (),
     key: jax.Array | None = None,
     mask: Array | None = None,
@@ -125,9 +127,11 @@ def apply(
             the output of the stage before it.
         start: first stage to run; by default the first, which the normalisation precedes.
         stop: stage to stop before; by default none.
-        train: stages in training mode: batch norm on the batch's statistics, dropout active.
+        batch_statistics: stages whose batch norms use the statistics of the batch and move the
+            running ones; by default none.
+        noise: stages whose dropout and stochastic depth draw; by default none.
         capture: stages whose outputs are returned as well.
-        key: random key for dropout in the stages of ``train``.
+        key: random key; ``noise`` needs it.
         mask: ``[batch]`` bool, the rows that count in batch statistics; by default all. The others
             enter as zeros, whatever they hold.
 
@@ -136,7 +140,7 @@ def apply(
     """
     first = 0 if start is None else model.position(start)
     last = len(model.stages) if stop is None else model.position(stop)
-    for name in (*train, *capture):
+    for name in (*batch_statistics, *noise, *capture):
         model.position(name)
 
     x: Any = jnp.asarray(images)  # Any: what a Flax module returns depends on `mutable`
@@ -147,14 +151,17 @@ def apply(
     batch_stats = dict(variables.get("batch_stats", {}))
     for position, (name, module) in enumerate(model.stages[first:last], start=first):
         of_stage = _of_stage(variables, name)
-        if name in train:
-            rngs = {} if key is None else {"dropout": jax.random.fold_in(key, position)}
-            rows = True if mask is None else jnp.asarray(mask)
-            x, moved = module.apply(of_stage, x, rows, mutable=["batch_stats"], rngs=rngs)
+        rows = name in batch_statistics and (True if mask is None else jnp.asarray(mask))
+        mode = Mode(rows, name in noise)
+        rngs = (
+            {"dropout": jax.random.fold_in(key, position)} if mode.noise and key is not None else {}
+        )
+        if rows is False:
+            x = module.apply(of_stage, x, mode, rngs=rngs)
+        else:
+            x, moved = module.apply(of_stage, x, mode, mutable=["batch_stats"], rngs=rngs)
             if moved:
                 batch_stats[name] = moved["batch_stats"]
-        else:
-            x = module.apply(of_stage, x, False)
         if name in capture:
             captured[name] = x
     return Output(x, captured, batch_stats)
@@ -178,7 +185,7 @@ def _build(model: Model, key: jax.Array) -> tuple[Variables, jax.Array]:
     x = jnp.zeros((1, model.preprocess.size, model.preprocess.size, 3))
     variables: Variables = {"params": {}, "batch_stats": {}}
     for position, (name, module) in enumerate(model.stages):
-        x, trees = module.init_with_output(jax.random.fold_in(key, position), x, False)
+        x, trees = module.init_with_output(jax.random.fold_in(key, position), x, INFERENCE)
         for kind, tree in trees.items():
             variables[kind][name] = tree
     return variables, x
@@ -188,7 +195,7 @@ def abstract_variables(model: Model) -> Variables:
     """The skeleton that weights are filled into: shapes and dtypes, no memory, no random draw."""
     *body, (name, head) = model.stages
     skeleton, features = _outline(model, body)
-    trees = jax.eval_shape(lambda x: head.init(jax.random.key(0), x, False), features)
+    trees = jax.eval_shape(lambda x: head.init(jax.random.key(0), x, INFERENCE), features)
     return {**skeleton, **{kind: {**skeleton[kind], name: tree} for kind, tree in trees.items()}}
 
 
@@ -235,7 +242,7 @@ def replace_head(
         num_classes: number of logits of the new head; 0 for none: the features are handed on.
         after: the stage whose output the new head reads (a map is averaged first); the stages
             behind it are dropped. By default the one before the old head.
-        dropout: rate before the new head, active where the head is in training mode.
+        dropout: rate before the new head, active where the head has ``noise``.
 
     Raises:
         RequestError: there is no stage ``after``, or it is the head.
@@ -266,7 +273,7 @@ def layer_outputs(model: Model, variables: Variables, images: Array) -> OrderedD
         x, state = module.apply(
             _of_stage(variables, name),
             x,
-            False,
+            INFERENCE,
             capture_intermediates=lambda m, _: isinstance(m, layers),
             mutable=["intermediates"],
         )

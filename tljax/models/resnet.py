@@ -14,7 +14,7 @@ from flax import linen as nn
 from jax import Array
 
 from tljax.models.convolution import avg_pool, max_pool
-from tljax.models.layers import ConvNorm, GlobalAveragePool, LinearHead, Train
+from tljax.models.layers import ConvNorm, GlobalAveragePool, LinearHead, Mode
 from tljax.models.model import Model, Stage
 from tljax.runtime.types import CAFFE, Preprocess
 
@@ -51,15 +51,15 @@ class Stem(nn.Module):
     variant: Variant
 
     @nn.compact
-    def __call__(self, x: Array, train: Train) -> Array:
+    def __call__(self, x: Array, mode: Mode) -> Array:
         """``[b, h, w, 3] -> [b, h/4, w/4, 64]``."""
         conv_norm = self.variant.conv_norm
         if self.variant.deep_stem:
-            x = nn.relu(conv_norm(32, 3, stride=2, padding=1, name="conv1")(x, train))
-            x = nn.relu(conv_norm(32, 3, padding=1, name="conv2")(x, train))
-            x = nn.relu(conv_norm(64, 3, padding=1, name="conv3")(x, train))
+            x = nn.relu(conv_norm(32, 3, stride=2, padding=1, name="conv1")(x, mode))
+            x = nn.relu(conv_norm(32, 3, padding=1, name="conv2")(x, mode))
+            x = nn.relu(conv_norm(64, 3, padding=1, name="conv3")(x, mode))
         else:
-            x = nn.relu(conv_norm(64, 7, stride=2, padding=3, name="conv1")(x, train))
+            x = nn.relu(conv_norm(64, 7, stride=2, padding=3, name="conv1")(x, mode))
         return max_pool(x, 3, stride=2, padding=1)
 
 
@@ -73,12 +73,12 @@ class BasicBlock(nn.Module):
     convolutions = 2
 
     @nn.compact
-    def __call__(self, x: Array, train: Train) -> Array:
+    def __call__(self, x: Array, mode: Mode) -> Array:
         """``[b, h, w, c] -> [b, h/stride, w/stride, features]``."""
         conv_norm = self.variant.conv_norm
-        y = nn.relu(conv_norm(self.features, 3, self.stride, padding=1, name="conv1")(x, train))
-        y = conv_norm(self.features, 3, padding=1, name="conv2")(y, train)
-        return nn.relu(_shortcut(self.variant, x, self.features, self.stride, train) + y)
+        y = nn.relu(conv_norm(self.features, 3, self.stride, padding=1, name="conv1")(x, mode))
+        y = conv_norm(self.features, 3, padding=1, name="conv2")(y, mode)
+        return nn.relu(_shortcut(self.variant, x, self.features, self.stride, mode) + y)
 
 
 class Bottleneck(nn.Module):
@@ -91,26 +91,26 @@ class Bottleneck(nn.Module):
     convolutions = 3
 
     @nn.compact
-    def __call__(self, x: Array, train: Train) -> Array:
+    def __call__(self, x: Array, mode: Mode) -> Array:
         """``[b, h, w, c] -> [b, h/stride, w/stride, 4 * features]``."""
         _, _, groups, group_width, *_ = self.variant
         conv_norm = self.variant.conv_norm
         width, out = self.features * group_width // 64 * groups, self.features * self.expansion
         first, second = (self.stride, 1) if self.variant.stride_first else (1, self.stride)
-        y = nn.relu(conv_norm(width, 1, first, name="conv1")(x, train))
+        y = nn.relu(conv_norm(width, 1, first, name="conv1")(x, mode))
         spatial = conv_norm(width, 3, second, padding=1, groups=groups, name="conv2")
-        y = conv_norm(out, 1, name="conv3")(nn.relu(spatial(y, train)), train)
-        return nn.relu(_shortcut(self.variant, x, out, self.stride, train) + y)
+        y = conv_norm(out, 1, name="conv3")(nn.relu(spatial(y, mode)), mode)
+        return nn.relu(_shortcut(self.variant, x, out, self.stride, mode) + y)
 
 
-def _shortcut(variant: Variant, x: Array, features: int, stride: int, train: Train) -> Array:
+def _shortcut(variant: Variant, x: Array, features: int, stride: int, mode: Mode) -> Array:
     """A block's input in the shape of its output."""
     if stride == 1 and x.shape[-1] == features:
         return x
     if stride > 1 and variant.pooled_shortcut:
         # The last row and column of an odd map are averaged over what is there.
         x, stride = avg_pool(x, 2, stride=stride, padding="SAME", count_padding=False), 1
-    return variant.conv_norm(features, 1, stride, name="shortcut")(x, train)
+    return variant.conv_norm(features, 1, stride, name="shortcut")(x, mode)
 
 
 class Layer(nn.Module):
@@ -122,11 +122,11 @@ class Layer(nn.Module):
     stride: int
 
     @nn.compact
-    def __call__(self, x: Array, train: Train) -> Array:
+    def __call__(self, x: Array, mode: Mode) -> Array:
         """``[b, h, w, c] -> [b, h/stride, w/stride, features * expansion]``."""
         for i in range(self.depth):
             stride = self.stride if i == 0 else 1
-            x = self.variant.block(self.variant, self.features, stride, name=f"block{i}")(x, train)
+            x = self.variant.block(self.variant, self.features, stride, name=f"block{i}")(x, mode)
         return x
 
 

@@ -10,7 +10,7 @@ from flax import linen as nn
 from jax import Array
 
 from tljax.models.convolution import max_pool
-from tljax.models.layers import BatchNorm, Conv, ConvNorm, GlobalAveragePool, LinearHead, Train
+from tljax.models.layers import BatchNorm, Conv, ConvNorm, GlobalAveragePool, LinearHead, Mode
 from tljax.models.model import Model, Stage
 from tljax.runtime.types import HALF
 
@@ -23,7 +23,7 @@ class Stem(nn.Module):
     """7x7 convolution and max pooling: a quarter of the resolution."""
 
     @nn.compact
-    def __call__(self, x: Array, train: Train) -> Array:  # noqa: ARG002 - a stage's signature
+    def __call__(self, x: Array, mode: Mode) -> Array:  # noqa: ARG002 - a stage's signature
         """``[b, h, w, 3] -> [b, h/4, w/4, 64]``."""
         x = Conv(64, 7, stride=2, padding=3, name="conv1")(x)
         # These zeros are values, and win over what is negative: no activation stands before.
@@ -39,15 +39,15 @@ class Block(nn.Module):
     project: bool
 
     @nn.compact
-    def __call__(self, x: Array, train: Train) -> Array:
+    def __call__(self, x: Array, mode: Mode) -> Array:
         """``[b, h, w, c] -> [b, h/stride, w/stride, 4 * features]``."""
-        y = nn.relu(_norm(name="preact")(x, train))
+        y = nn.relu(_norm(name="preact")(x, mode))
         if self.project:
             x = Conv(4 * self.features, 1, self.stride, name="shortcut")(y)
         else:
             x = x[:, :: self.stride, :: self.stride]
-        y = nn.relu(_conv_norm(self.features, 1, name="conv1")(y, train))
-        y = nn.relu(_conv_norm(self.features, 3, self.stride, padding=1, name="conv2")(y, train))
+        y = nn.relu(_conv_norm(self.features, 1, name="conv1")(y, mode))
+        y = nn.relu(_conv_norm(self.features, 3, self.stride, padding=1, name="conv2")(y, mode))
         return x + Conv(4 * self.features, 1, name="conv3")(y)
 
 
@@ -59,11 +59,11 @@ class Layer(nn.Module):
     stride: int
 
     @nn.compact
-    def __call__(self, x: Array, train: Train) -> Array:
+    def __call__(self, x: Array, mode: Mode) -> Array:
         """``[b, h, w, c] -> [b, h/stride, w/stride, 4 * features]``."""
         for i in range(self.depth):
             stride = self.stride if i == self.depth - 1 else 1
-            x = Block(self.features, stride, project=i == 0, name=f"block{i}")(x, train)
+            x = Block(self.features, stride, project=i == 0, name=f"block{i}")(x, mode)
         return x
 
 
@@ -71,9 +71,9 @@ class Norm(nn.Module):
     """The norm and activation that the last block lacks."""
 
     @nn.compact
-    def __call__(self, x: Array, train: Train) -> Array:
+    def __call__(self, x: Array, mode: Mode) -> Array:
         """``[b, h, w, c] -> [b, h, w, c]``."""
-        return nn.relu(_norm(name="norm")(x, train))
+        return nn.relu(_norm(name="norm")(x, mode))
 
 
 DEPTHS = {

@@ -7,7 +7,7 @@ from flax import linen as nn
 from jax import Array
 
 from tljax.models.convolution import adaptive_avg_pool, max_pool
-from tljax.models.layers import Conv, ConvNorm, Dense, LinearHead, Train
+from tljax.models.layers import Conv, ConvNorm, Dense, LinearHead, Mode
 from tljax.models.model import Model, Stage
 from tljax.runtime.types import Preprocess
 
@@ -20,12 +20,12 @@ class Block(nn.Module):
     norm: bool
 
     @nn.compact
-    def __call__(self, x: Array, train: Train) -> Array:
+    def __call__(self, x: Array, mode: Mode) -> Array:
         """``[b, h, w, c] -> [b, h/2, w/2, features]``."""
         for i in range(1, self.depth + 1):
             if self.norm:
                 conv = ConvNorm(self.features, 3, padding=1, use_bias=True, name=f"conv{i}")
-                x = nn.relu(conv(x, train))
+                x = nn.relu(conv(x, mode))
             else:
                 x = nn.relu(Conv(self.features, 3, padding=1, name=f"conv{i}")(x))
         return max_pool(x, 2, stride=2)
@@ -35,7 +35,7 @@ class FlattenedPool(nn.Module):
     """Average pooling to 7x7; the features that are read where the hidden layers are dropped."""
 
     @nn.compact
-    def __call__(self, x: Array, train: Train) -> Array:  # noqa: ARG002 - a stage's signature
+    def __call__(self, x: Array, mode: Mode) -> Array:  # noqa: ARG002 - a stage's signature
         """``[b, h, w, c] -> [b, 49 * c]`` in the order height, width, channel."""
         return adaptive_avg_pool(x, 7).reshape(len(x), -1)
 
@@ -44,10 +44,10 @@ class Hidden(nn.Module):
     """A fully connected layer, with dropout of one half in training mode."""
 
     @nn.compact
-    def __call__(self, x: Array, train: Train) -> Array:
+    def __call__(self, x: Array, mode: Mode) -> Array:
         """``[b, c] -> [b, 4096]``."""
         x = nn.relu(Dense(4096, name="dense")(x))
-        return nn.Dropout(0.5, deterministic=train is False)(x)
+        return nn.Dropout(0.5, deterministic=not mode.noise)(x)
 
 
 _DEPTHS = {

@@ -13,7 +13,7 @@ from flax import linen as nn
 from jax import Array
 
 from tljax.models.convolution import Padding, max_pool
-from tljax.models.layers import Conv, ConvNorm, GlobalAveragePool, LinearHead, Train
+from tljax.models.layers import Conv, ConvNorm, GlobalAveragePool, LinearHead, Mode
 from tljax.models.model import Model, Stage
 from tljax.runtime.types import HALF
 
@@ -31,10 +31,10 @@ class Stem(nn.Module):
     variant: Variant
 
     @nn.compact
-    def __call__(self, x: Array, train: Train) -> Array:
+    def __call__(self, x: Array, mode: Mode) -> Array:
         """``[b, h, w, 3] -> [b, h/2, w/2, 64]``."""
-        x = nn.relu(self.variant.conv_norm(32, 3, stride=2, name="conv1")(x, train))
-        return nn.relu(self.variant.conv_norm(64, 3, name="conv2")(x, train))
+        x = nn.relu(self.variant.conv_norm(32, 3, stride=2, name="conv1")(x, mode))
+        return nn.relu(self.variant.conv_norm(64, 3, name="conv2")(x, mode))
 
 
 class SeparableConv(nn.Module):
@@ -44,11 +44,11 @@ class SeparableConv(nn.Module):
     features: int
 
     @nn.compact
-    def __call__(self, x: Array, train: Train) -> Array:
+    def __call__(self, x: Array, mode: Mode) -> Array:
         """``[b, h, w, c] -> [b, h, w, features]``, without activation."""
         width = x.shape[-1]
         x = Conv(width, 3, padding=1, groups=width, use_bias=False, name="depthwise")(x)
-        return self.variant.conv_norm(self.features, 1, name="pointwise")(x, train)
+        return self.variant.conv_norm(self.features, 1, name="pointwise")(x, mode)
 
 
 class Block(nn.Module):
@@ -63,16 +63,16 @@ class Block(nn.Module):
     relu_first: bool = True
 
     @nn.compact
-    def __call__(self, x: Array, train: Train) -> Array:
+    def __call__(self, x: Array, mode: Mode) -> Array:
         """``[b, h, w, c] -> [b, h/stride, w/stride, features[-1]]``."""
         y = x
         for i, features in enumerate(self.features, start=1):
             y = nn.relu(y) if i > 1 or self.relu_first else y
-            y = SeparableConv(self.variant, features, name=f"conv{i}")(y, train)
+            y = SeparableConv(self.variant, features, name=f"conv{i}")(y, mode)
         if self.stride > 1:
             y = max_pool(y, 3, stride=self.stride, padding=self.variant.pool_padding)
             shortcut = self.variant.conv_norm(self.features[-1], 1, self.stride, name="shortcut")
-            x = shortcut(x, train)
+            x = shortcut(x, mode)
         return x + y
 
 
@@ -82,10 +82,10 @@ class ConvHead(nn.Module):
     variant: Variant
 
     @nn.compact
-    def __call__(self, x: Array, train: Train) -> Array:
+    def __call__(self, x: Array, mode: Mode) -> Array:
         """``[b, h, w, c] -> [b, h, w, 2048]``."""
-        x = nn.relu(SeparableConv(self.variant, 1536, name="conv1")(x, train))
-        return nn.relu(SeparableConv(self.variant, 2048, name="conv2")(x, train))
+        x = nn.relu(SeparableConv(self.variant, 1536, name="conv1")(x, mode))
+        return nn.relu(SeparableConv(self.variant, 2048, name="conv2")(x, mode))
 
 
 BLOCKS = {

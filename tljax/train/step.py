@@ -154,7 +154,8 @@ def make_train_step(
             variables,
             images,
             start=start,
-            train=config.train,
+            batch_statistics=config.train,
+            noise=config.train,
             key=keys[1],
             mask=batch.mask,
         )
