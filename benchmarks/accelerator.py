@@ -53,8 +53,8 @@ from tljax.models import Model, abstract_variables, apply, build_model
 from tljax.models.convolution import backend
 from tljax.runtime.trees import flatten, tree_digest, unflatten
 from tljax.runtime.types import Batch, Preprocess, Variables
-from tljax.train.freeze import label, partition
-from tljax.train.step import StepConfig, init_state, make_train_step
+from tljax.train.freeze import label, split
+from tljax.train.step import init_state, make_train_step
 
 REFERENCES = Path(__file__).with_name("accelerator_references.npz")
 
@@ -286,25 +286,22 @@ def training_step(
         start: the first stage to run.
     """
     optimizer = optax.sgd(1e-6, momentum=0.9)
-    params, frozen = partition(variables["params"], label(variables["params"], table))
-    moving, still = {}, {}
-    for stage, statistics_ in variables["batch_stats"].items():
-        (moving if stage in training else still)[stage] = statistics_
+    changing, staying = split(variables, label(variables["params"], table), training)
     # Copies: a step donates its state.
-    params, moving = jax.tree.map(jnp.array, (params, moving))
-    state = init_state(params, moving, optimizer)
-    staying = on_device({"params": frozen, "batch_stats": still})
+    changing = jax.tree.map(jnp.array, changing)
+    state = init_state(changing["params"], changing["batch_stats"], optimizer)
+    staying = on_device(staying)
     count = len(images)
     labels = labels_of(count, model.num_classes)
     rows = np.arange(count, dtype=np.int32)
     batch = on_device(Batch(images, labels, np.ones(count, bool), rows))
     keys = jax.random.key(0), jax.random.key(1)
-    step = make_train_step(model, optimizer, StepConfig(training), start=start)
+    step = make_train_step(model, optimizer, start=start, batch_statistics=training)
     program = bench.compile(name, step, state, staying, batch, keys)
 
     def call() -> jax.Array:
         nonlocal state
-        state = program(state, staying, batch, keys)
+        state, _ = program(state, staying, batch, keys)
         return state.step
 
     return Work(call, jax.block_until_ready)

@@ -31,7 +31,7 @@ from tljax.runtime.types import Variables
 from tljax.train.dry_run import step_flops
 from tljax.train.options import FitConfig
 from tljax.train.run_directory import environment
-from tljax.train.setup import divide, first_state, prepare
+from tljax.train.setup import first_state, prepare
 
 
 @dataclass(frozen=True)
@@ -63,32 +63,30 @@ class Runner:
         config: FitConfig,
         loading: Loading,
     ) -> None:
-        self.setup, self.inputs = prepare(model, variables, splits, config, loading, 0, None, None)
+        self.run, self.inputs = prepare(model, variables, splits, config, loading)
+        self.phase = self.run.plan.phases[0]
         self.state, self.frozen, self.step = first_state(
-            self.setup,
-            self.inputs,
-            divide(self.setup, self.setup.labels[0]),
-            self.setup.variables,
-            lambda _: 1e-5,
+            self.run, self.inputs, self.phase, self.run.variables, lambda _: 1e-5
         )
 
     def epoch(self) -> tuple[float, float]:
         """Wall and processor seconds."""
         began, busy = time.perf_counter(), time.process_time()
         keys = epoch_key(0, 1), jax.random.key(0)
-        for batch in self.inputs.batches(self.setup.model, 1):
-            self.state = self.step(self.state, self.frozen, shard(batch, self.setup.mesh), keys)
+        for batch in self.inputs.batches(self.run.model, 1):
+            placed = shard(batch, self.run.mesh)
+            self.state, _ = self.step(self.state, self.frozen, placed, keys)
         jax.block_until_ready(self.state)
         return time.perf_counter() - began, time.process_time() - busy
 
     def flops(self, batch_size: int, *, everything: bool = False) -> float:
         """Of one step, as XLA counts them before it optimises."""
-        labels = self.setup.labels[0]
+        labels = self.phase.rates
         if everything:
             labels = jax.tree.map(lambda _: 1.0, labels)
         start = None if everything else self.inputs.start
-        model, variables = self.setup.model, self.setup.variables
-        return step_flops(model, variables, labels, self.setup.config, batch_size, start)
+        model, variables = self.run.model, self.run.variables
+        return step_flops(model, variables, labels, self.run.config, batch_size, start)
 
 
 def first(source: Source, count: int) -> Source:

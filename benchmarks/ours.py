@@ -9,9 +9,8 @@ import optax
 from tljax.models import Model, apply
 from tljax.runtime.parallel import data_mesh, replicate, shard
 from tljax.runtime.types import Batch, Variables
-from tljax.train.freeze import label
-from tljax.train.setup import Division
-from tljax.train.step import StepConfig, init_state, make_train_step
+from tljax.train.freeze import label, split
+from tljax.train.step import init_state, make_train_step
 
 EVERYTHING = (("*", 1.0),)
 
@@ -47,12 +46,11 @@ def repeated_step(
         devices: over how many the batch is divided.
     """
     mesh = data_mesh(devices)
-    division = Division(label(variables["params"], table), training)
     optimizer = optax.sgd(1e-6, momentum=0.9)
-    changing, staying = division.split(variables)
+    changing, staying = split(variables, label(variables["params"], table), training)
     state = replicate(init_state(changing["params"], changing["batch_stats"], optimizer), mesh)
     staying = replicate(staying, mesh)
-    step = make_train_step(model, optimizer, StepConfig(training), start=start)
+    step = make_train_step(model, optimizer, start=start, batch_statistics=training)
     if start is not None:
         before = jax.jit(lambda v, x: apply(model, v, x, stop=start).value)
         images = np.asarray(before(variables, images))
@@ -62,7 +60,7 @@ def repeated_step(
 
     def call() -> jax.Array:
         nonlocal state
-        state = step(state, staying, batch, keys)
+        state, _ = step(state, staying, batch, keys)
         return state.step
 
     return call

@@ -36,20 +36,22 @@ def config(recipe="finetune", *, optimizer="adamw", rate=1e-2, clip_norm=1.0, **
     return FitConfig(recipe, optimizer=how, **{"epochs": 2, **others})
 
 
-def train(what, data=None, *, folder=None, log=lambda _: None, loading=LOADING, **how) -> FitResult:
+def train(
+    what, data=None, *, folder=None, on_epoch=lambda _: None, loading=LOADING, **how
+) -> FitResult:
     """Trains the tiny network; with ``folder``, checkpoints at every step and metrics.jsonl."""
     arguments = tiny.MODEL, tiny.random_variables(), data or splits(), what
     if folder is None:
-        return fit(*arguments, loading=loading, log=log, **how)
+        return fit(*arguments, loading=loading, on_epoch=on_epoch, **how)
 
     def write_and_log(history):
         write_metrics(folder, history)
-        log(history)
+        on_epoch(history)
 
     checkpoints = Checkpoints(folder / "checkpoints", repr(what))
     how |= {"checkpoints": checkpoints, "checkpoint_seconds": 0}
     try:
-        return fit(*arguments, loading=loading, log=write_and_log, **how)
+        return fit(*arguments, loading=loading, on_epoch=write_and_log, **how)
     finally:
         checkpoints.close()  # also after an error: what is being written belongs to this process
 

@@ -13,8 +13,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from tljax.models import Model, abstract_variables, apply, build_model
 from tljax.runtime.types import Batch
-from tljax.train.freeze import label, partition
-from tljax.train.step import StepConfig, init_state, make_train_step
+from tljax.train.freeze import label, split
+from tljax.train.step import init_state, make_train_step
 
 MODES = ("inference", "input gradient", "full step", "suffix", "cached suffix")
 
@@ -59,19 +59,17 @@ def program(
         before: Callable[..., Any] = partial(apply, model, stop=start)
         images = jax.eval_shape(lambda v, x: before(v, x).value, variables, images)
     table = (*((f"{stage}/*", 1.0) for stage in trained), ("*", 0.0))
-    params, frozen = partition(variables["params"], label(variables["params"], table))
     moves = {stage for stage in trained if stats}
-    moving = {k: v for k, v in variables["batch_stats"].items() if k in moves}
-    still = {k: v for k, v in variables["batch_stats"].items() if k not in moves}
+    changing, staying = split(variables, label(variables["params"], table), moves)
     optimizer = optax.sgd(1e-3, momentum=0.9)
-    state = jax.eval_shape(lambda p, s: init_state(p, s, optimizer), params, moving)
+    state = jax.eval_shape(lambda p, s: init_state(p, s, optimizer), *changing.values())
     rows = jax.ShapeDtypeStruct((batch,), np.int32)
     data = Batch(images, rows, rows.update(dtype=np.bool_), rows)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    step = make_train_step(model, optimizer, StepConfig(frozenset(moves)), start=start)
+    step = make_train_step(model, optimizer, start=start, batch_statistics=moves)
     return Program(
         step,
-        (state, {"params": frozen, "batch_stats": still}, data, (key, key)),
+        (state, staying, data, (key, key)),
         (False, False, True, False),
     )
 

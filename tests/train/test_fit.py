@@ -15,6 +15,7 @@ from engine import LOADING, config, everything, splits, train
 from flax import linen as nn
 
 import tljax.train.fit as fit_module
+import tljax.train.loop as loop_module
 import tljax.train.setup as preparation
 from tljax.data.loader import batch_rows
 from tljax.data.options import AugmentConfig, Loading
@@ -29,19 +30,19 @@ from tljax.train.recipes import Phase
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
 
-RANDOM = {"batch_norm": "batch", "dropout": 0.3, "average": 0.8}
+RANDOM = {"batch_norm": "batch", "dropout": 0.3, "ema_decay": 0.8}
 
 
 @pytest.fixture
 def indices(monkeypatch):
     """Of the examples of every training batch that count."""
-    seen, shard = [], fit_module.shard
+    seen, shard = [], loop_module.shard
 
     def recording(batch, mesh):
         seen.append(batch.indices[batch.mask].tolist())
         return shard(batch, mesh)
 
-    monkeypatch.setattr(fit_module, "shard", recording)
+    monkeypatch.setattr(loop_module, "shard", recording)
     return seen
 
 
@@ -105,10 +106,10 @@ def lives(monkeypatch):
             raise KilledError
         left[-1] -= 1
 
-    def make_train_step(model, optimizer, config, *, start):
+    def make_train_step(model, optimizer, objective, materialize, **how):
         # A life of its own would trace and compile the same step again.
-        key = model, config, start
-        step = made[key] = made.get(key) or make(model, optimizer, config, start=start)
+        key = model, *how.items()
+        step = made[key] = made.get(key) or make(model, optimizer, objective, materialize, **how)
 
         def counted(*args):
             once()
@@ -136,8 +137,8 @@ def lives(monkeypatch):
 MIX = AugmentConfig(crop=False, mixup=0.4)  # a crop takes seconds to compile
 RUNS = {
     "cached": config(freeze_to="stem", epochs=3, **RANDOM),
-    "augmented": config(epochs=3, augment=True, accumulate=2, average=0.9, augmentation=MIX),
-    "gradual": config("gradual", epochs=3, average=0.5, dropout=0.2, batch_norm="batch"),
+    "augmented": config(epochs=3, augment=True, accumulate=2, ema_decay=0.9, augmentation=MIX),
+    "gradual": config("gradual", epochs=3, ema_decay=0.5, dropout=0.2, batch_norm="batch"),
     "impatient": config(epochs=6, patience=2, rate=1e-9, optimizer="sgd", cache="none"),
 }
 
@@ -155,7 +156,7 @@ def test_a_run_that_is_killed_and_goes_on_ends_the_same(name, lives, tmp_path, m
     while result is None:
         left.append(int(rng.integers(1, 6)))
         try:
-            result = train(what, folder=tmp_path / "killed", log=log)
+            result = train(what, folder=tmp_path / "killed", on_epoch=log)
         except KilledError:
             continue
     assert len(left) > 3
@@ -171,7 +172,7 @@ def test_a_run_that_is_killed_and_goes_on_ends_the_same(name, lives, tmp_path, m
 
 
 def test_a_run_that_is_asked_to_stop_ends_with_its_step_and_loses_nothing(tmp_path, monkeypatch):
-    what, shard, taken = config(average=0.8, cache="none"), fit_module.shard, []
+    what, shard, taken = config(ema_decay=0.8, cache="none"), loop_module.shard, []
     expected = everything(train(what, folder=tmp_path / "whole"), tmp_path / "whole")
     stopped = tmp_path / "stopped"
     for steps in (1, 3, 2):  # within an epoch, within the next one, and at the very end
@@ -183,11 +184,11 @@ def test_a_run_that_is_asked_to_stop_ends_with_its_step_and_loses_nothing(tmp_pa
             preemption.asked = len(taken) == steps
             return shard(batch, mesh)
 
-        monkeypatch.setattr(fit_module, "shard", counted)
+        monkeypatch.setattr(loop_module, "shard", counted)
         with pytest.raises(StoppedError, match="stopped by SIGTERM"):
             train(what, folder=stopped, preemption=preemption)
         assert len(taken) == steps
-    monkeypatch.setattr(fit_module, "shard", lambda *_: pytest.fail("all steps were taken"))
+    monkeypatch.setattr(loop_module, "shard", lambda *_: pytest.fail("all steps were taken"))
     assert everything(train(what, folder=stopped), stopped) == expected
 
 
@@ -210,9 +211,9 @@ def test_a_signal_waits_for_the_step_and_a_second_one_does_not():
 
 
 def test_a_batch_is_no_larger_than_the_training_set(indices, monkeypatch):
-    shapes, shard = [], fit_module.shard
+    shapes, shard = [], loop_module.shard
     monkeypatch.setattr(
-        fit_module, "shard", lambda x, mesh: (shapes.append(x.images.shape), shard(x, mesh))[1]
+        loop_module, "shard", lambda x, mesh: (shapes.append(x.inputs.shape), shard(x, mesh))[1]
     )
     for others in ({"cache": "none", "accumulate": 2}, {"freeze_to": "stem"}):
         found = {}
@@ -267,7 +268,7 @@ def measured(monkeypatch):
 
 
 def test_what_is_frozen_keeps_its_bytes_for_a_hundred_steps(measured):
-    what = config(freeze_to="stem", batch_norm="batch", epochs=34, cache="none", average=0.5)
+    what = config(freeze_to="stem", batch_norm="batch", epochs=34, cache="none", ema_decay=0.5)
     what = replace(what, optimizer=replace(what.optimizer, weight_decay=0.1, clip_norm=0.5))
     train(what)
     first = tiny.random_variables()
@@ -301,7 +302,7 @@ def test_patience_stops_and_the_best_is_kept(measured, monkeypatch):
 @pytest.mark.slow
 def test_the_average_is_what_is_measured_and_accumulation_changes_nothing():
     plain, averaged, parts = (
-        train(what) for what in (config(), config(average=0.999), config(accumulate=2))
+        train(what) for what in (config(), config(ema_decay=0.999), config(accumulate=2))
     )
     for name in ("train_loss", "val_loss"):
         found, expected = ([e[name] for e in r.history[1:]] for r in (parts, plain))
@@ -339,14 +340,14 @@ def test_a_network_that_is_not_finite_is_never_saved(tmp_path, monkeypatch):
         step = make(*args, **how)
 
         def poisoned(state, *others):
-            state = step(state, *others)
+            state, metrics = step(state, *others)
             params = jax.tree.map(lambda x: x * np.nan, state.params)
-            return state._replace(params=params) if state.step == 5 else state
+            return (state._replace(params=params) if state.step == 5 else state), metrics
 
         return poisoned
 
     monkeypatch.setattr(preparation, "make_train_step", make_train_step)
-    what = config(average=0.5)
+    what = config(ema_decay=0.5)
     with pytest.raises(DivergenceError, match=r"step 5, .*; what was saved before is kept"):
         train(what, folder=tmp_path)
     checkpoints = Checkpoints(tmp_path / "checkpoints", repr(what))

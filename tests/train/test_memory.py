@@ -10,7 +10,7 @@ import tljax.train.setup as preparation
 from tljax.runtime.errors import RequestError
 from tljax.runtime.parallel import shard
 from tljax.train import memory
-from tljax.train.setup import divide, first_state, prepare
+from tljax.train.setup import first_state, prepare
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
 
@@ -18,16 +18,14 @@ pytestmark = pytest.mark.usefixtures("compilation_cache")
 @pytest.fixture(scope="module")
 def arguments():
     """Of a step whose batch of 64 is what it takes memory for."""
-    setup, inputs = prepare(
-        MODEL, random_variables(), splits(12, ()), config(), LOADING, 0, None, None
-    )
+    run, inputs = prepare(MODEL, random_variables(), splits(12, ()), config(), LOADING)
     state, frozen, step = first_state(
-        setup, inputs, divide(setup, setup.labels[0]), setup.variables, optax.constant_schedule(0.1)
+        run, inputs, run.plan.phases[0], run.variables, optax.constant_schedule(0.1)
     )
     batch = next(iter(inputs.batches(MODEL, 1)))
     batch = jax.tree.map(lambda x: np.repeat(np.asarray(x), 16, axis=0), batch)
     keys = jax.random.key(0), jax.random.key(1)
-    return step, (state, frozen, shard(batch, setup.mesh), keys)
+    return step, (state, frozen, shard(batch, run.mesh), keys)
 
 
 def needed(arguments, size):

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +14,16 @@ from tiny import Unit
 from tljax.data.augment import epoch_key
 from tljax.data.loader import batch_rows
 from tljax.data.options import AugmentConfig
+from tljax.metrics.sums import means
 from tljax.models import Model, Stage, apply, init
 from tljax.models.layers import GlobalAveragePool, LinearHead
 from tljax.runtime.types import Batch, Preprocess
+from tljax.train.adversary import adversarial
 from tljax.train.freeze import label
+from tljax.train.objectives import cross_entropy
 from tljax.train.optimizer import build_optimizer, learning_rate_schedule
 from tljax.train.options import AdversaryConfig, OptimizerConfig
-from tljax.train.step import StepConfig, init_state, make_train_step
+from tljax.train.step import init_state, make_train_step
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
@@ -58,21 +62,19 @@ def batches(count, size=8, multiple=4):
         yield Batch(images[rows], labels[rows], rows >= 0, rows)
 
 
-def first(variables, optimizer: optax.GradientTransformation = ONE, *, average=False):
+def first(variables, optimizer: optax.GradientTransformation = ONE, *, ema=False):
     fresh = jax.tree.map(jnp.array, variables)
-    return init_state(fresh["params"], fresh["batch_stats"], optimizer, average=average)
+    return init_state(fresh["params"], fresh["batch_stats"], optimizer, ema=ema)
 
 
 FROZEN = {"params": {}, "batch_stats": {}}
 
 
 @cache
-def step_of(how, dtype="float32", optimizer=ONE):
+def step_of(parts, dtype="float32"):
     """Compiled once for all tests."""
-    return make_train_step(replace(DEEP, dtype=dtype), optimizer, how)
-
-
-WHOLE = StepConfig(BODY, accumulate=4)
+    model = replace(DEEP, dtype=dtype)
+    return make_train_step(model, ONE, batch_statistics=BODY, noise=BODY, accumulate=parts)
 
 
 @pytest.mark.parametrize("count", range(1, 10))
@@ -80,28 +82,31 @@ def test_a_deep_network_learns_from_the_parts_that_hold_images(count):
     """Exactly the sum over those parts, each computed alone, with the statistics handed on."""
     with jax.enable_x64(True):
         variables = random_variables("float64")
-        alone = step_of(StepConfig(BODY), "float64")
+        alone = step_of(1, "float64")
         for batch in batches(count):
-            found = step_of(WHOLE, "float64")(first(variables), FROZEN, batch, KEYS)
+            found, sums = step_of(4, "float64")(first(variables), FROZEN, batch, KEYS)
+            del sums["gradient_norm"], sums["examples"]
             stats, expected, metrics = variables["batch_stats"], [], []
             for i in range(4):
                 part = jax.tree.map(lambda x: x[i::4], batch)  # noqa: B023
                 part = jax.tree.map(lambda x: x[part.mask], part)  # noqa: B023
                 if not len(part.mask):
                     continue
-                state = alone(first({**variables, "batch_stats": stats}), FROZEN, part, KEYS)
+                before = first({**variables, "batch_stats": stats})
+                state, of_part = alone(before, FROZEN, part, KEYS)
                 stats = state.batch_stats
-                metrics.append(state.metrics)
+                del of_part["gradient_norm"], of_part["examples"]
+                metrics.append(of_part)
                 share = len(part.mask) / batch.mask.sum()
                 expected.append(scaled(difference(variables["params"], state.params), share))
             assert_close(difference(variables["params"], found.params), added(expected), 1e-9)
-            assert_close((found.batch_stats, found.metrics), (stats, added(metrics)), 1e-9)
+            assert_close((found.batch_stats, sums), (stats, added(metrics)), 1e-9)
 
 
 @pytest.mark.parametrize("count", range(1, 10))
 def test_and_it_stays_finite_in_single_precision(count):
     for batch in batches(count):
-        found = step_of(WHOLE)(first(random_variables()), FROZEN, batch, KEYS)
+        found = step_of(4)(first(random_variables()), FROZEN, batch, KEYS)
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
 
 
@@ -125,11 +130,13 @@ def assert_close(found, expected, tolerance):
 SMALL = replace(DEEP, stages=(*DEEP.stages[:2], *DEEP.stages[-2:]))
 TRAINED = frozenset(SMALL.stage_names)
 MIXED = AugmentConfig(crop=False, flip=False, mixup=0.4)
-HOW = {
-    "batch statistics": StepConfig(TRAINED),
-    "running statistics": StepConfig(),
-    "mixup": StepConfig(TRAINED, augment=MIXED),
-    "an adversary": StepConfig(TRAINED, adversary=AdversaryConfig("pgd", attack_steps=2)),
+MOVING = {"batch_statistics": TRAINED, "noise": TRAINED}
+PGD = adversarial(cross_entropy(), AdversaryConfig("pgd", attack_steps=2))
+HOW: dict[str, dict[str, Any]] = {
+    "batch statistics": MOVING,
+    "running statistics": {},
+    "mixup": {**MOVING, "augment": MIXED},
+    "an adversary": {**MOVING, "objective": PGD},
 }
 
 
@@ -138,27 +145,27 @@ def test_what_a_padded_row_holds_does_not_matter(how):
     """Of photographs it is black, of cached activations whatever the first image has."""
     variables = jax.device_get(init(SMALL, jax.random.key(0)))
     (batch,) = batches(5)
-    images = batch.images / np.float32(1 if how.augment else 255)
-    step = make_train_step(SMALL, ONE, how)
+    images = batch.inputs / np.float32(1 if "augment" in how else 255)
+    step = make_train_step(SMALL, ONE, **how)
     results = []
     for held in (0, np.nan, np.inf, 1e38):
         images[~batch.mask] = held
-        state = step(first(variables), FROZEN, batch._replace(images=images.copy()), KEYS)
-        results.append(jax.device_get(state))
+        held_batch = batch._replace(inputs=images.copy())
+        results.append(jax.device_get(step(first(variables), FROZEN, held_batch, KEYS)))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(results[0]))
-    assert np.any(results[0].params["head"]["kernel"])
+    assert np.any(results[0][0].params["head"]["kernel"])
     for other in results[1:]:
         jax.tree.map(np.testing.assert_array_equal, other, results[0])
 
 
-WEIGHED = StepConfig(TRAINED, label_smoothing=0.1, class_weights=(0.5, 1.0, 2.0))
+WEIGHED = cross_entropy(0.1, (0.5, 1.0, 2.0))
 
 
 @pytest.mark.parametrize(
     "how",
     [
-        replace(WEIGHED, augment=MIXED, accumulate=2),
-        replace(WEIGHED, adversary=AdversaryConfig("fast")),
+        {**MOVING, "objective": WEIGHED, "augment": MIXED, "accumulate": 2},
+        {**MOVING, "objective": adversarial(WEIGHED, AdversaryConfig("fast"))},
     ],
     ids=["mixed", "attacked"],
 )
@@ -168,19 +175,19 @@ def test_the_loss_that_is_logged_is_the_loss_that_is_minimised(how):
         variables = jax.device_get(init(SMALL, jax.random.key(0)))
         rng = np.random.default_rng(0)
         variables = jax.tree.map(lambda x: x + rng.normal(0, 0.1, x.shape) ** 2, variables)
-        step = make_train_step(replace(SMALL, dtype="float64"), ONE, how)
+        step = make_train_step(replace(SMALL, dtype="float64"), ONE, **how)
         (batch,) = batches(5)
-        if not how.augment:
-            batch = batch._replace(images=batch.images / 255)
+        if "augment" not in how:
+            batch = batch._replace(inputs=batch.inputs / 255)
 
         def run(params):
             return step(first({**variables, "params": params}), FROZEN, batch, KEYS)
 
         def loss(params):
-            return run(params).metrics.means()["loss"]
+            return means(run(params)[1])["loss"]
 
         start = variables["params"]
-        gradient = difference(start, run(start).params)
+        gradient = difference(start, run(start)[0].params)
         square = sum(np.sum(x**2) for x in jax.tree.leaves(gradient))
         rise = loss(added([start, scaled(gradient, 1e-5)]))
         fall = loss(added([start, scaled(gradient, -1e-5)]))
@@ -195,12 +202,13 @@ def test_a_batch_without_images_moves_nothing_but_the_count_of_steps(name, parts
     config = OptimizerConfig(name, 0.1, weight_decay=0.5)
     labels = label(variables["params"], (("*", 1.0),))
     optimizer = build_optimizer(config, labels, learning_rate_schedule(config, 9))
-    step = make_train_step(SMALL, optimizer, StepConfig(TRAINED, average=0.5, accumulate=parts))
+    step = make_train_step(SMALL, optimizer, **MOVING, ema_decay=0.5, accumulate=parts)
     (batch,) = batches(8)
-    before = jax.device_get(step(first(variables, optimizer, average=True), FROZEN, batch, KEYS))
+    before, _ = jax.device_get(step(first(variables, optimizer, ema=True), FROZEN, batch, KEYS))
     empty = batch._replace(mask=np.zeros(8, bool))
-    after = step(jax.tree.map(jnp.array, before), FROZEN, empty, KEYS)
+    after, sums = step(jax.tree.map(jnp.array, before), FROZEN, empty, KEYS)
     assert after.step == before.step + 1
+    assert sums["loss"] == (0, 0)
     jax.tree.map(np.testing.assert_array_equal, after._replace(step=before.step), before)
 
 
@@ -208,5 +216,7 @@ def test_a_batch_without_images_moves_no_statistics_of_any_batch_norm():
     """Whoever applies the network."""
     variables = jax.device_get(init(SMALL, jax.random.key(0)))
     images = np.random.default_rng(0).uniform(size=(2, 8, 8, 3)).astype(np.float32)
-    found = apply(SMALL, variables, images, train=TRAINED, mask=np.zeros(2, bool)).batch_stats
+    found = apply(
+        SMALL, variables, images, batch_statistics=TRAINED, mask=np.zeros(2, bool)
+    ).batch_stats
     jax.tree.map(np.testing.assert_array_equal, found, variables["batch_stats"])

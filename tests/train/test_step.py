@@ -9,7 +9,8 @@ import torch
 from tiny import MODEL, Unit
 
 from tljax.data.augment import epoch_key
-from tljax.metrics.classification import Metrics, measure
+from tljax.metrics.classification import cross_entropies, ranks
+from tljax.metrics.sums import add_up, means, merge
 from tljax.models import Model, Stage, apply, init
 from tljax.models.layers import GlobalAveragePool, LinearHead
 from tljax.runtime.errors import RequestError
@@ -21,10 +22,12 @@ from tljax.train.freeze import (
     freeze_table,
     label,
     partition,
+    split,
 )
+from tljax.train.objectives import cross_entropy
 from tljax.train.optimizer import build_optimizer, learning_rate_schedule
 from tljax.train.options import OptimizerConfig
-from tljax.train.step import StepConfig, init_state, make_train_step
+from tljax.train.step import init_state, make_train_step
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
@@ -45,32 +48,31 @@ def batch(size=6, seed=0, masked=0):
 
 
 KEYS = (epoch_key(0, 1), jax.random.key(1))
-PLAIN = StepConfig()
 
 
 def freeze_to(model, stage):
     return freeze_table(model, freeze_to=stage)
 
 
-def set_up(variables, config, *, table, how=PLAIN, steps=10):
+def set_up(variables, config, *, table, steps=10, **how):
     """A step, its first state and what is frozen; nothing shares a buffer with ``variables``."""
     variables = jax.tree.map(jnp.array, variables)
     labels = label(variables["params"], table)
-    trainable, frozen = partition(variables["params"], labels)
-    moving, still = {}, {}
-    for name, stats in variables["batch_stats"].items():
-        (moving if name in how.train else still)[name] = stats
+    changing, staying = split(variables, labels, how.get("batch_statistics", ()))
     optimizer = build_optimizer(config, labels, learning_rate_schedule(config, steps))
-    state = init_state(trainable, moving, optimizer, average=how.average > 0)
-    step = make_train_step(MODEL, optimizer, how)
-    return step, state, {"params": frozen, "batch_stats": still}
+    ema = how.get("ema_decay", 0.0) > 0
+    state = init_state(changing["params"], changing["batch_stats"], optimizer, ema=ema)
+    return make_train_step(MODEL, optimizer, **how), state, staying
 
 
-def trained(variables, config, *, table, steps=1, batches=None, how=PLAIN):
-    step, state, frozen = set_up(variables, config, table=table, how=how)
+def trained(variables, config, *, table, steps=1, batches=None, **how):
+    """The state, what is frozen, and the metrics of the last step."""
+    step, state, frozen = set_up(variables, config, table=table, **how)
+    metrics = {}
     for i in range(steps):
-        state = step(state, frozen, (batches or [batch(seed=i)])[i % len(batches or [1])], KEYS)
-    return state, frozen
+        data = (batches or [batch(seed=i)])[i % len(batches or [1])]
+        state, metrics = step(state, frozen, data, KEYS)
+    return state, frozen, metrics
 
 
 def test_paths_round_trip():
@@ -106,8 +108,10 @@ def test_freezing_to_a_stage_splits_the_parameters_there(variables):
 def test_frozen_parameters_and_statistics_keep_their_bytes(variables):
     config = OptimizerConfig("adamw", 0.1, weight_decay=0.1, clip_norm=0.5)
     table = freeze_to(MODEL, "stem")
-    how = StepConfig(frozenset({"layer1", "head"}))
-    state, frozen = trained(variables, config, table=table, steps=100, how=how)
+    moving = frozenset({"layer1", "head"})
+    state, frozen, _ = trained(
+        variables, config, table=table, steps=100, batch_statistics=moving, noise=moving
+    )
     for kind in ("params", "batch_stats"):
         before, after = variables[kind]["stem"], frozen[kind]["stem"]
         jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b, strict=True), before, after)
@@ -122,14 +126,14 @@ def test_frozen_parameters_and_statistics_keep_their_bytes(variables):
 
 def test_optimizer_state_exists_for_trainable_leaves_only(variables):
     config = OptimizerConfig("adamw")
-    state, _ = trained(variables, config, table=freeze_to(MODEL, "layer1"))
+    state, *_ = trained(variables, config, table=freeze_to(MODEL, "layer1"))
     moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
     head = variables["params"]["head"]
     assert sorted(m.shape for m in moments) == sorted(2 * [x.shape for x in head.values()])
 
 
 def test_running_statistics_stay_by_default(variables):
-    state, frozen = trained(variables, OptimizerConfig(), table=(("*", 1.0),), steps=3)
+    state, frozen, _ = trained(variables, OptimizerConfig(), table=(("*", 1.0),), steps=3)
     jax.tree.map(np.testing.assert_array_equal, variables["batch_stats"], frozen["batch_stats"])
     assert state.batch_stats == {}
 
@@ -138,13 +142,13 @@ def test_running_statistics_stay_by_default(variables):
 def test_one_sgd_step_is_the_gradient_of_the_mean_loss(variables, masked):
     data = batch(masked=masked)
     config = OptimizerConfig("sgd", 0.1, momentum=0.0, warmup=0.0, weight_decay=0.0, clip_norm=0.0)
-    state, _ = trained(variables, config, table=(("*", 1.0),), batches=[data])
+    state, *_ = trained(variables, config, table=(("*", 1.0),), batches=[data])
 
     def loss(params):
-        logits = apply(MODEL, {**variables, "params": params}, data.images).logits
+        logits = apply(MODEL, {**variables, "params": params}, data.inputs).logits
         kept = data.mask
         return optax.softmax_cross_entropy_with_integer_labels(
-            logits[kept], data.labels[kept]
+            logits[kept], data.targets[kept]
         ).mean()
 
     gradient = jax.grad(loss)(variables["params"])
@@ -195,42 +199,49 @@ def test_the_step_takes_no_gradient_of_what_is_frozen(variables):
         return step.lower(state, frozen, batch(), KEYS).compile().cost_analysis()["flops"]
 
     forward = jax.jit(lambda v, x: apply(MODEL, v, x).logits)
-    once = forward.lower(variables, batch().images).compile().cost_analysis()["flops"]
+    once = forward.lower(variables, batch().inputs).compile().cost_analysis()["flops"]
     assert flops("layer1") < 1.1 * once
     assert flops("stem") > 1.5 * once
 
 
 def test_dropout_follows_the_key_and_only_in_training(variables):
-    images = batch().images
+    images = batch().inputs
     run = lambda **how: np.asarray(apply(MODEL, variables, images, **how).logits)  # noqa: E731
-    first = run(train={"head"}, key=jax.random.key(0))
-    np.testing.assert_array_equal(first, run(train={"head"}, key=jax.random.key(0)))
-    assert not np.array_equal(first, run(train={"head"}, key=jax.random.key(1)))
+    first = run(noise={"head"}, key=jax.random.key(0))
+    np.testing.assert_array_equal(first, run(noise={"head"}, key=jax.random.key(0)))
+    assert not np.array_equal(first, run(noise={"head"}, key=jax.random.key(1)))
     np.testing.assert_array_equal(run(), run(key=jax.random.key(1)))
 
 
 def test_metrics_merge_exactly_and_ignore_the_mask():
     rng = np.random.default_rng(0)
     logits, labels = rng.normal(size=(50, 8)), rng.integers(0, 8, 50)
+
+    def measure(logits, labels, mask):
+        found = {"loss": cross_entropies(logits, labels), "top1": ranks(logits, labels) < 1}
+        sums = {name: add_up(values, mask) for name, values in found.items()}
+        return {name: (float(total), float(count)) for name, (total, count) in sums.items()}
+
     whole = measure(logits, labels, np.ones(50, bool))
     mask = np.arange(32) < 18
     padded = np.concatenate([logits[32:], np.full((14, 8), np.inf)])
-    parts = Metrics.merge(
+    parts = merge(
         measure(logits[:32], labels[:32], np.ones(32, bool)),
         measure(padded, np.concatenate([labels[32:], np.full(14, -1)]), mask),
     )
-    for a, b in zip(whole, parts, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-6)
+    assert parts.keys() == whole.keys()
+    for name, pair in whole.items():
+        np.testing.assert_allclose(parts[name], pair, rtol=1e-6)
     order = np.argsort(-logits, 1)
-    assert whole.means()["top1"] == pytest.approx((order[:, 0] == labels).mean())
-    assert whole.means()["top5"] == pytest.approx((order[:, :5] == labels[:, None]).any(1).mean())
-    assert np.isnan(measure(logits, labels, np.zeros(50, bool)).means()["loss"])
+    assert means(whole)["top1"] == pytest.approx((order[:, 0] == labels).mean())
+    np.testing.assert_array_equal(
+        ranks(logits, labels) < 5, (order[:, :5] == labels[:, None]).any(1)
+    )
+    assert np.isnan(means(measure(logits, labels, np.zeros(50, bool)))["loss"])
 
 
-def test_metrics_of_a_network_that_diverged():
-    nan = np.full((4, 8), np.nan)
-    means = measure(nan, np.arange(4), np.ones(4, bool)).means()
-    assert means["top1"] == means["top5"] == 0
+def test_a_network_that_diverged_is_never_right():
+    assert (ranks(np.full((4, 8), np.nan), np.arange(4)) >= 5).all()
 
 
 DEEP = Model(
@@ -264,7 +275,7 @@ def test_the_step_costs_a_forward_and_the_backward_of_the_suffix():
     def loss(params, x):
         whole = {"params": combine(params, frozen), "batch_stats": variables["batch_stats"]}
         logits = apply(DEEP, whole, x, start=start).logits
-        return optax.softmax_cross_entropy_with_integer_labels(logits, data.labels).mean()
+        return optax.softmax_cross_entropy_with_integer_labels(logits, data.targets).mean()
 
     def flops(function, *args):
         return jax.jit(function).lower(*args).compile().cost_analysis()["flops"]
@@ -273,14 +284,14 @@ def test_the_step_costs_a_forward_and_the_backward_of_the_suffix():
         return apply(DEEP, variables, images, stop=start).value
 
     def step(start, data):
-        step = make_train_step(DEEP, optimizer, PLAIN, start=start)
+        step = make_train_step(DEEP, optimizer, start=start)
         compiled = step.lower(state, still, data, KEYS).compile()  # pyright: ignore[reportFunctionMemberAccess]
         return compiled.cost_analysis()["flops"]
 
-    values = prefix(data.images)
+    values = prefix(data.inputs)
     suffix = flops(jax.grad(loss), params, values)
-    assert step(None, data) <= 1.05 * (flops(prefix, data.images) + suffix)
-    assert step(start, data._replace(images=np.asarray(values))) <= 1.05 * suffix
+    assert step(None, data) <= 1.05 * (flops(prefix, data.inputs) + suffix)
+    assert step(start, data._replace(inputs=np.asarray(values))) <= 1.05 * suffix
 
 
 def test_optimizer_memory_follows_what_trains(variables):
@@ -371,32 +382,29 @@ WEIGHTS = (0.5, 1.0, 2.5)
 
 
 @pytest.mark.parametrize(
-    "how",
-    [
-        StepConfig(class_weights=WEIGHTS),
-        StepConfig(label_smoothing=0.2),
-        StepConfig(class_weights=WEIGHTS, accumulate=3),
-    ],
+    ("smoothing", "weights", "parts"), [(0.0, WEIGHTS, 1), (0.2, (), 1), (0.0, WEIGHTS, 3)]
 )
-def test_weights_and_smoothing_are_torchs(variables, how):
+def test_weights_and_smoothing_are_torchs(variables, smoothing, weights, parts):
     """By the gradient of the head, which a step of plain SGD shows."""
     data = batch(size=6, masked=2)
     config = OptimizerConfig(
         "sgd", 1.0, 0.0, weight_decay=0.0, schedule="constant", warmup=0.0, clip_norm=0.0
     )
-    state, _ = trained(variables, config, table=freeze_to(MODEL, "layer1"), batches=[data], how=how)
-    features = np.array(apply(MODEL, variables, data.images, stop="head").value)
+    objective = cross_entropy(smoothing, weights)
+    how = {"objective": objective, "accumulate": parts, "batches": [data]}
+    state, _, metrics = trained(variables, config, table=freeze_to(MODEL, "layer1"), **how)
+    features = np.array(apply(MODEL, variables, data.inputs, stop="head").value)
     head = {k: torch.tensor(v, requires_grad=True) for k, v in variables["params"]["head"].items()}
     loss = torch.nn.CrossEntropyLoss(
-        torch.tensor(WEIGHTS) if how.class_weights else None, label_smoothing=how.label_smoothing
+        torch.tensor(weights) if weights else None, label_smoothing=smoothing
     )
     logits = torch.from_numpy(features[:4]) @ head["kernel"] + head["bias"]
-    labels = torch.from_numpy(data.labels[:4]).long()
+    labels = torch.from_numpy(data.targets[:4]).long()
     loss(logits, labels).backward()
     plain = torch.nn.functional.cross_entropy(logits, labels)
-    means = state.metrics.means()
-    assert means["loss"] == pytest.approx(loss(logits, labels).item(), rel=1e-5)
-    assert means["cross_entropy"] == pytest.approx(plain.item(), rel=1e-5)
+    found = means(metrics)
+    assert found["loss"] == pytest.approx(loss(logits, labels).item(), rel=1e-5)
+    assert found["cross_entropy"] == pytest.approx(plain.item(), rel=1e-5)
     for name, tensor in head.items():
         moved = variables["params"]["head"][name] - state.params["head"][name]
         np.testing.assert_allclose(moved, tensor.grad, rtol=1e-4, atol=1e-6)
@@ -414,24 +422,29 @@ def test_parts_add_up_to_the_whole_batch(variables, masked):
             table=(("*", 1.0),),
             batches=data,
             steps=3,
-            how=StepConfig(accumulate=parts, label_smoothing=0.1),
-        )[0]
+            objective=cross_entropy(0.1),
+            accumulate=parts,
+        )[::2]
         for parts in (1, 4)
     ]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), *found)
 
 
 def test_the_moving_average_is_its_formula(variables):
-    how = StepConfig(frozenset({"layer1", "head"}), average=0.25)
+    moving = frozenset({"layer1", "head"})
     step, state, frozen = set_up(
-        variables, OptimizerConfig("sgd", 0.1), table=freeze_to(MODEL, "stem"), how=how
+        variables,
+        OptimizerConfig("sgd", 0.1),
+        table=freeze_to(MODEL, "stem"),
+        batch_statistics=moving,
+        ema_decay=0.25,
     )
-    expected = jax.tree.map(np.array, {"params": state.params, "batch_stats": state.batch_stats})
+    expected = jax.tree.map(np.array, state.changing)
     for i in range(4):
-        state = step(state, frozen, batch(seed=i), KEYS)
+        state, _ = step(state, frozen, batch(seed=i), KEYS)
         decay = min(0.25, (1 + i) / (10 + i))
-        now = {"params": state.params, "batch_stats": state.batch_stats}
+        now = state.changing
         expected = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, expected, now)  # noqa: B023
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), state.average, expected
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), state.ema, expected
     )

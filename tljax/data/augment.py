@@ -1,6 +1,6 @@
 """Augmentation on the device, jitted; what an example gets depends on seed, epoch and example.
 
-A training step begins with ``augment(batch.images, batch.indices, epoch_key(seed, epoch), ...)``,
+A training step begins with ``augment(batch.inputs, batch.indices, epoch_key(seed, epoch), ...)``,
 or with that and then `mix`.
 """
 

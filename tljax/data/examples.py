@@ -5,16 +5,18 @@ import json
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from os import PathLike
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import jax
 import numpy as np
 
 from tljax.runtime.errors import RequestError, UnreadableImageError
+from tljax.runtime.types import Array, Batch
 
 
 class Examples(Protocol):
@@ -47,12 +49,17 @@ class Source:
         labels: ``[n]`` int32 indices into ``classes``; -1 where there is no label.
         classes: the names of the classes; empty where nothing is labelled.
         names: what a report calls each example: printable text.
+        targets: what training learns, a tree of arrays ``[n, ...]``; None for ``labels``.
+        extra: by name, further arrays ``[n, ...]`` that an objective is given: a teacher's logits,
+            weights, boxes.
     """
 
     examples: Examples
     labels: np.ndarray
     classes: tuple[str, ...]
     names: Sequence[str]
+    targets: Any = None
+    extra: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -65,6 +72,13 @@ class Source:
         """
         return self.examples[index]
 
+    def batch(self, inputs: Array, mask: np.ndarray, indices: np.ndarray) -> Batch:
+        """Put what belongs to the examples at ``indices`` beside their inputs; -1 is padding."""
+        rows = np.maximum(indices, 0)
+        targets = self.labels if self.targets is None else self.targets
+        targets, extra = jax.tree.map(lambda x: x[rows], (targets, dict(self.extra)))
+        return Batch(inputs, targets, mask, indices, extra)
+
     @cached_property
     def digest(self) -> str:
         """Hex; changes if and only if a content, a label, the order or the classes change.
@@ -73,6 +87,8 @@ class Source:
         the digest may then change without a change of content.
         """
         header = json.dumps([self.classes, self.labels.tolist()]).encode()
+        for path, leaf in jax.tree.leaves_with_path((self.targets, dict(self.extra))):
+            header += f"{path} {leaf.dtype} {leaf.shape}".encode() + np.asarray(leaf).tobytes()
         examples, indices = self.examples, np.arange(len(self))
         if isinstance(examples, _Subset):
             examples, indices = examples.examples, examples.indices
@@ -115,11 +131,14 @@ def select(source: Source, indices: Sequence[int] | np.ndarray) -> Source:
     examples, chosen = source.examples, indices
     if isinstance(examples, _Subset):  # one level, so that equal selections have equal digests
         examples, chosen = examples.examples, examples.indices[indices]
+    targets, extra = jax.tree.map(lambda x: x[indices], (source.targets, dict(source.extra)))
     return Source(
         _Subset(examples, chosen),
         source.labels[indices],
         source.classes,
         [source.names[int(index)] for index in indices],
+        targets,
+        extra,
     )
 
 

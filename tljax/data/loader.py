@@ -57,7 +57,7 @@ def load_batches(
             to start and pays off for large sources, where threads contend for the interpreter. A
             script that uses them needs the ``if __name__ == "__main__"`` guard.
         on_bad_image: ``skip`` turns an image that cannot be read into a masked row of zeros that
-            keeps its label and index; ``fail`` raises.
+            keeps its targets and index; ``fail`` raises.
         skipped: where such images are recorded, ``{index in the source: reason}``, when their batch
             is handed out.
 
@@ -189,6 +189,5 @@ def _iterate(
                 )
             if skipped is not None:
                 skipped.update(bad)
-            padding = indices < 0
-            labels = np.where(padding, np.int32(-1), source.labels[indices])
-            yield Batch(images, labels, ~padding & [fault is None for fault in faults], indices)
+            mask = (indices >= 0) & [fault is None for fault in faults]
+            yield source.batch(images, mask, indices)

@@ -34,7 +34,7 @@ from tljax.runtime.parallel import (
 )
 from tljax.runtime.progress import track
 from tljax.runtime.settings import Dtype
-from tljax.runtime.types import Array, Batch, Preprocess, Variables
+from tljax.runtime.types import Batch, Preprocess, Variables
 
 
 class View(NamedTuple):
@@ -212,8 +212,8 @@ def advance(
     forward = partial(_forward, model, mesh, start, stop, "float32", None, None)
     rows = batch_rows(len(features.labels), loading.batch_size, multiple=mesh.size)
     outputs = [
-        gather(local_rows(forward(variables, *_on_devices(batch, mesh))))
-        for batch in feature_batches(features, process_rows(rows))
+        gather(local_rows(forward(variables, *shard((inputs, indices), mesh))))
+        for inputs, _, indices in feature_rows(features, process_rows(rows))
     ]
     return features._replace(values=np.concatenate(outputs)[rows.ravel() >= 0])
 
@@ -229,8 +229,10 @@ def process_rows(rows: np.ndarray) -> np.ndarray:
     return rows.reshape(len(rows), processes, rows.shape[1] // processes)[:, process]
 
 
-def feature_batches(features: Features, rows: np.ndarray) -> Iterator[Batch]:
-    """Activations as batches of one shape.
+def feature_rows(
+    features: Features, rows: np.ndarray
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Cut activations into batches of one shape: inputs, mask and indices, as `Source.batch` takes.
 
     Args:
         features: the activations.
@@ -238,12 +240,8 @@ def feature_batches(features: Features, rows: np.ndarray) -> Iterator[Batch]:
     """
     for row in rows:
         mask = row >= 0
-        yield Batch(
-            np.asarray(features.values[np.where(mask, row, 0)]),
-            np.where(mask, features.labels[row], -1),
-            mask,
-            np.where(mask, features.indices[row], -1),
-        )
+        inputs = np.asarray(features.values[np.where(mask, row, 0)])
+        yield inputs, mask, np.where(mask, features.indices[row], -1)
 
 
 def feature_bytes(model: Model, count: int, stop: str | None, dtype: Dtype = "float32") -> int:
@@ -262,10 +260,6 @@ def augmentable(model: Model) -> Model:
     """The model whose preprocessing keeps the margin around the crop, for `augment` to cut from."""
     preprocess = model.preprocess
     return replace(model, preprocess=replace(preprocess, size=preprocess.resize))
-
-
-def _on_devices(batch: Batch, mesh: Mesh) -> tuple[Array, Array]:
-    return shard((batch.images, batch.indices), mesh)
 
 
 # The key of a view is an argument, or every view would compile its own.
@@ -304,7 +298,7 @@ def _forward_source(
     forward = partial(_forward, model, mesh, None, stop, dtype, augmentation, key)
     preprocess = (augmentable(model) if view else model).preprocess
     return over_source(
-        lambda variables, batch: forward(variables, *_on_devices(batch, mesh)),
+        lambda variables, batch: forward(variables, *shard((batch.inputs, batch.indices), mesh)),
         variables,
         source,
         preprocess,

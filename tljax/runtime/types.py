@@ -82,13 +82,18 @@ class Batch(NamedTuple):
     """A fixed number of examples; the tail of a data set is padded and masked.
 
     Attributes:
-        images: ``[batch, height, width, 3]`` uint8, RGB.
-        labels: ``[batch]`` int32 class indices; -1 where there is no label.
+        inputs: ``[batch, height, width, 3]`` uint8 RGB photographs; or activations that enter a
+            stage.
+        targets: what is to be learned, a tree of arrays ``[batch, ...]``: of a classification
+            ``[batch]`` int32 class indices, -1 where there is no label, or ``[batch, classes]``
+            float shares once examples are mixed. Padding repeats those of the first example.
         mask: ``[batch]`` bool; False for padding and for images that could not be read.
         indices: ``[batch]`` int32 position of the example in its source; -1 for padding.
+        extra: by name, further arrays ``[batch, ...]`` of the source.
     """
 
-    images: Array
-    labels: Array
+    inputs: Array
+    targets: Any
     mask: Array
     indices: Array
+    extra: dict[str, Array] = {}  # noqa: RUF012 - a field of a tuple, never written to

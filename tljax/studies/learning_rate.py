@@ -14,15 +14,18 @@ import optax
 from tljax.data.augment import epoch_key
 from tljax.data.options import Loading
 from tljax.data.sources import Splits
-from tljax.metrics.classification import Metrics
+from tljax.metrics.sums import means
 from tljax.models import Model
 from tljax.runtime.errors import RequestError
-from tljax.runtime.parallel import is_writer, replicate, shard
+from tljax.runtime.parallel import is_writer, shard
 from tljax.runtime.progress import track
 from tljax.runtime.types import Batch, Variables
+from tljax.train.freeze import combine
 from tljax.train.inputs import Inputs
+from tljax.train.objectives import Objective
 from tljax.train.options import FitConfig
-from tljax.train.setup import NewHead, Setup, divide, first_state, prepare
+from tljax.train.setup import Hooks, NewHead, Run, Wrapper, first_state, prepare
+from tljax.train.step import Materialize
 
 _SMOOTHING = 0.9  # of the losses, by an exponential moving average over steps
 _DIVERGED = 4.0  # times the lowest loss: there is nothing more to learn
@@ -50,8 +53,10 @@ def find_learning_rate(
     *,
     loading: Loading | None = None,
     seed: int = 0,
+    objective: Objective | None = None,
+    materialize: Materialize = combine,
+    transform: optax.GradientTransformation | Wrapper | None = None,
     new_head: NewHead | None = None,
-    transform: optax.GradientTransformation | None = None,
     lowest: float = 1e-7,
     highest: float = 1.0,
     steps: int = 100,
@@ -67,8 +72,10 @@ def find_learning_rate(
         config: as for `tljax.train.fit.fit`; its learning rate and schedule do not matter.
         loading: as for ``fit``.
         seed: as for ``fit``.
-        new_head: as for ``fit``.
+        objective: as for ``fit``.
+        materialize: as for ``fit``.
         transform: as for ``fit``.
+        new_head: as for ``fit``.
         lowest: the first learning rate.
         highest: the last one.
         steps: how many rates to try.
@@ -76,33 +83,33 @@ def find_learning_rate(
     Raises:
         RequestError: as ``fit``, the recipe has no learning rate, or even the lowest diverges.
     """
-    setup, inputs = prepare(model, variables, splits, config, loading, seed, new_head, transform)
-    if not setup.labels:
-        raise RequestError(f"--recipe {setup.config.recipe} is solved: it has no learning rate")
+    hooks = Hooks(objective, materialize, transform, new_head)
+    run, inputs = prepare(model, variables, splits, config, loading, seed, hooks)
+    if not run.plan.phases:
+        raise RequestError(f"--recipe {run.config.recipe} is solved: it has no learning rate")
     ratio = (highest / lowest) ** (1 / (steps - 1))
-    division = divide(setup, setup.labels[0])
     state, frozen, step = first_state(
-        setup, inputs, division, setup.variables, lambda step: lowest * ratio**step
+        run, inputs, run.plan.phases[0], run.variables, lambda step: lowest * ratio**step
     )
     run_key = jax.random.key(seed)
     losses: list[float] = []
     average = 0.0
     for epoch, batch in track(
-        islice(_batches(setup, inputs), steps),
+        islice(_batches(run, inputs), steps),
         description="learning rates",
         total=steps,
         size=lambda _: 1,
         unit="steps",
         quiet=not is_writer(),
     ):
-        state = step(state, frozen, shard(batch, setup.mesh), (epoch_key(seed, epoch), run_key))
-        if not state.metrics.examples:  # none could be read, so nothing has moved
+        keys = epoch_key(seed, epoch), run_key
+        state, metrics = step(state, frozen, shard(batch, run.mesh), keys)
+        if not metrics["examples"][0]:  # none could be read, so nothing has moved
             continue
-        average += (1 - _SMOOTHING) * (state.metrics.means()["loss"] - average)
+        average += (1 - _SMOOTHING) * (means(metrics)["loss"] - average)
         losses.append(average / (1 - _SMOOTHING ** (len(losses) + 1)))
         if not losses[-1] < _DIVERGED * min(losses):
             break
-        state = state._replace(metrics=replicate(Metrics.zero(), setup.mesh))
     finite = np.isfinite(losses)
     if finite.sum() < 2:
         raise RequestError("the loss is no number from the start: check the weights and the images")
@@ -111,7 +118,7 @@ def find_learning_rate(
     return RangeTest(rates, np.array(losses), float(suggestion))
 
 
-def _batches(setup: Setup, inputs: Inputs) -> Iterator[tuple[int, Batch]]:
+def _batches(run: Run, inputs: Inputs) -> Iterator[tuple[int, Batch]]:
     for epoch in count(1):
-        for batch in inputs.batches(setup.model, epoch):
+        for batch in inputs.batches(run.model, epoch):
             yield epoch, batch

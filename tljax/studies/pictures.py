@@ -54,7 +54,7 @@ def read_photographs(
     skipped: dict[int, str] = {}
     batches = load_batches(source, network.model.preprocess, batch_size=1, skipped=skipped)
     photographs = [
-        (name.rpartition("/")[2], np.asarray(batch.images[0]))
+        (name.rpartition("/")[2], np.asarray(batch.inputs[0]))
         for name, batch in zip(source.names, batches, strict=True)
         if batch.mask[0]
     ]

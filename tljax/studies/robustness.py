@@ -168,12 +168,12 @@ def read_victims(
     for batch in track(
         batches, description="read", total=len(source), size=lambda batch: int(batch.mask.sum())
     ):
-        labels = np.asarray(batch.labels)
+        labels = np.asarray(batch.targets)
         if not source.classes:
-            labels = np.asarray(_predict(see, batch.images).argmax(-1))
+            labels = np.asarray(_predict(see, batch.inputs).argmax(-1))
         elif same:
-            labels = settle(labels, np.asarray(_predict(see, batch.images)), same)
-        parts.append([np.asarray(a)[batch.mask] for a in (batch.images, labels, batch.indices)])
+            labels = settle(labels, np.asarray(_predict(see, batch.inputs)), same)
+        parts.append([np.asarray(a)[batch.mask] for a in (batch.inputs, labels, batch.indices)])
     refuse_none(source, skipped)
     images, labels, indices = map(np.concatenate, zip(*parts, strict=True))
     notes += skipped_lines(source, skipped)

@@ -6,7 +6,7 @@ Madry et al. 2018 (https://arxiv.org/abs/1706.06083) attack by PGD, Wong et al. 
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,17 +15,28 @@ from tljax.attack import fgsm, pgd
 from tljax.attack.contract import as_float
 from tljax.data.options import Loading
 from tljax.data.sources import Source
+from tljax.features.extract import Features, collect, over_source
 from tljax.models import Model, apply
 from tljax.runtime.parallel import data_mesh, shard
 from tljax.runtime.progress import track
 from tljax.runtime.types import Array, Batch, Variables
+from tljax.train.objectives import Objective
 from tljax.train.options import AdversaryConfig
-
-if TYPE_CHECKING:
-    from tljax.features.extract import Features
+from tljax.train.step import Forward
 
 PROOF_STEPS = 20
 """Of the PGD that measures robust accuracy: more than training has seen."""
+
+
+def adversarial(objective: Objective, config: AdversaryConfig) -> Objective:
+    """Give an objective images that were attacked a moment before, on running statistics."""
+
+    def of_attacked(forward: Forward, batch: Batch, key: jax.Array) -> Any:
+        see = lambda x: forward.evaluate(x).logits  # noqa: E731
+        moved = attacked(config, see, batch.inputs, batch.targets, key, batch.indices)
+        return objective(forward, batch._replace(inputs=moved), key)
+
+    return of_attacked
 
 
 def attacked(
@@ -66,7 +77,7 @@ def robust_logits(
     loading: Loading,
     config: AdversaryConfig,
     seed: int,
-) -> "Features":
+) -> Features:
     """Logits of a whole source after PGD of `PROOF_STEPS` steps at the epsilon of the training.
 
     Args:
@@ -77,9 +88,6 @@ def robust_logits(
         config: for epsilon.
         seed: of the random starts.
     """
-    # Only here, so that a step needs no loader.
-    from tljax.features.extract import collect, over_source  # noqa: PLC0415
-
     mesh = data_mesh(loading.devices)
     forward = partial(_attacked_logits, model, AdversaryConfig("pgd", config.epsilon, PROOF_STEPS))
     key = jax.random.key(seed)
@@ -107,4 +115,4 @@ def _attacked_logits(
     def logits_fn(images: jax.Array) -> jax.Array:
         return apply(model, variables, images).logits
 
-    return logits_fn(attacked(config, logits_fn, batch.images, batch.labels, key, batch.indices))
+    return logits_fn(attacked(config, logits_fn, batch.inputs, batch.targets, key, batch.indices))

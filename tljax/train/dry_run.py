@@ -1,7 +1,7 @@
 """What a run would train, what it would cost and what it would cache, before it does."""
 
 import io
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +15,15 @@ from tljax.data.loader import num_batches
 from tljax.data.sources import Splits
 from tljax.models import Model, abstract_variables, apply, replace_head
 from tljax.runtime.trees import flatten
-from tljax.runtime.types import Array, Batch, Variables
+from tljax.runtime.types import Batch, Variables
+from tljax.train.adversary import adversarial
 from tljax.train.freeze import FROZEN, first_trainable_stage, label, partition
 from tljax.train.inputs import cache_bytes, cache_place
+from tljax.train.objectives import cross_entropy
 from tljax.train.optimizer import build_optimizer
 from tljax.train.options import FitConfig
 from tljax.train.recipes import make_plan
-from tljax.train.step import StepConfig, init_state, make_train_step
+from tljax.train.step import init_state, make_train_step
 
 
 def dry_run(model: Model, splits: Splits, config: FitConfig, batch_size: int) -> str:
@@ -129,10 +131,12 @@ def step_flops(
         )
     rows = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
     mask = jax.ShapeDtypeStruct((batch_size,), bool)
-    batch = Batch(*cast("tuple[Array, ...]", (images, rows, mask, rows)))
+    batch = Batch(*cast("tuple[Any, ...]", (images, rows, mask, rows)))
     state = jax.eval_shape(lambda p: init_state(p, {}, optimizer), params)
-    how = StepConfig(adversary=config.attacker)
-    step = make_train_step(model, optimizer, how, start=start)
+    objective = cross_entropy()
+    if config.attacker is not None:
+        objective = adversarial(objective, config.attacker)
+    step = make_train_step(model, optimizer, objective, start=start)
     keys = jax.eval_shape(lambda: (epoch_key(0, 0), jax.random.key(0)))
     still = {"params": frozen, "batch_stats": variables["batch_stats"]}
     lowered = step.lower(state, still, batch, keys)  # pyright: ignore[reportFunctionMemberAccess]

@@ -1,9 +1,8 @@
-"""The training engine: a recipe's phases over the images of two sources."""
+"""Training from the first phase of a recipe to the last, and the best network on the way."""
 
 import sys
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,24 +16,29 @@ from tljax.data.sources import Splits
 from tljax.features.evaluate import Evaluation, evaluate
 from tljax.features.extract import Features
 from tljax.features.probe import Probe
-from tljax.metrics.classification import Metrics
 from tljax.models import Model
-from tljax.runtime.errors import DivergenceError, RequestError, StoppedError
-from tljax.runtime.parallel import Preemption, agree, is_writer, replicate, shard
-from tljax.runtime.progress import track
+from tljax.runtime.errors import RequestError
+from tljax.runtime.parallel import Preemption, replicate
 from tljax.runtime.types import Variables
 from tljax.train.adversary import robust_logits
 from tljax.train.checkpoint import Checkpoint, Checkpoints
-from tljax.train.freeze import first_trainable_stage
+from tljax.train.freeze import combine, first_trainable_stage, join, split
 from tljax.train.inputs import Inputs
-from tljax.train.memory import within_memory
+from tljax.train.loop import diverged, save, train_epoch
+from tljax.train.objectives import Objective
 from tljax.train.options import FitConfig
 from tljax.train.recipes import Phase
-from tljax.train.setup import NewHead, Setup, divide, first_state, prepare
-from tljax.train.step import TrainState, TrainStep
-from tljax.train.trace import traced
-
-History = list[dict[str, Any]]
+from tljax.train.setup import (
+    History,
+    Hooks,
+    NewHead,
+    Run,
+    Wrapper,
+    first_state,
+    moving_statistics,
+    prepare,
+)
+from tljax.train.step import RESERVED, Materialize
 
 MIN_DELTA = 1e-3
 """Nats by which the validation loss must fall to count as better at the same accuracy."""
@@ -53,8 +57,8 @@ class FitResult(NamedTuple):
         robust: of ``variables`` on the attacked validation set; None without an adversary.
         logits: of ``variables``, of the validation set.
         history: one entry an epoch. ``train_loss`` is what training minimises, weight decay left
-            aside; ``train_cross_entropy`` is the plain cross-entropy of the same images, as
-            ``val_loss`` is of the validation images.
+            aside, and ``train_NAME`` each metric of the objective: ``train_cross_entropy`` is the
+            plain cross-entropy of the same images, as ``val_loss`` is of the validation images.
         skipped: reason by position, for the unreadable images of train and val.
         config: as asked, with every default filled in.
     """
@@ -71,29 +75,6 @@ class FitResult(NamedTuple):
     config: FitConfig
 
 
-@dataclass(frozen=True)
-class _Run:
-    """What all phases share."""
-
-    setup: Setup
-    checkpoints: Checkpoints | None
-    checkpoint_seconds: float
-    log: Callable[[History], None]
-    profile: Path | None
-    preemption: Preemption
-    watched: bool
-    """Whether a step may be saved or be the last: of several processes, all ask each other then."""
-
-
-class _Progress(NamedTuple):
-    """What one phase hands to the next."""
-
-    variables: Variables
-    best: Variables
-    history: History
-    epochs: int
-
-
 def fit(
     model: Model,
     variables: Variables,
@@ -102,15 +83,19 @@ def fit(
     *,
     loading: Loading | None = None,
     seed: int = 0,
+    objective: Objective | None = None,
+    materialize: Materialize = combine,
+    transform: optax.GradientTransformation | Wrapper | None = None,
+    new_head: NewHead | None = None,
+    on_step: Callable[[int, dict[str, float]], None] | None = None,
+    log_every: int = 1,
+    on_epoch: Callable[[History], None] = lambda _: None,
     checkpoints: Checkpoints | None = None,
     checkpoint_seconds: float = 600,
-    log: Callable[[History], None] = lambda _: None,
     profile: Path | None = None,
     preemption: Preemption | None = None,
-    new_head: NewHead | None = None,
-    transform: optax.GradientTransformation | None = None,
 ) -> FitResult:
-    """Trains a new head, and more as the recipe says.
+    """Train a new head, and more as the recipe says.
 
     The same arguments give the same bytes, and so does a run that was killed and goes on from its
     checkpoints.
@@ -122,15 +107,24 @@ def fit(
         config: see `FitConfig`.
         loading: how images are read; its batch size is that of training.
         seed: of everything random.
+        objective: ``(forward, batch, key) -> (losses, metrics)``, what a step minimises; see
+            `tljax.train.objectives`. By default the cross-entropy that ``config`` describes.
+        materialize: ``(trainable, frozen) -> params``: makes the parameters of the network.
+        transform: an Optax transformation that gradients go through before the optimizer, such as a
+            regularisation; or a function of the optimizer that returns another one, which is given
+            ``value`` and ``grad_fn``, such as sharpness-aware minimisation.
+        new_head: ``(model, variables, classes) -> (model, variables)``, for another head than a
+            linear one; not for the recipes that start with a probe.
+        on_step: called with the number of steps taken and the means of the last ``log_every`` ones,
+            in order, up to seconds later: ``loss``, the metrics of the objective,
+            ``learning_rate``, ``gradient_norm`` and ``images_per_second``.
+        log_every: steps from one call of ``on_step`` to the next.
+        on_epoch: called with the whole history whenever it has grown.
         checkpoints: where to save, and from where to go on; None saves nothing. Whoever opened
             them closes them, and hears then of a write that failed.
         checkpoint_seconds: from one save to the next within an epoch; every epoch ends with one.
-        log: called with the whole history whenever it has grown.
         profile: a folder for the trace of some steps of the first epoch; see `traced`.
         preemption: what asks to stop after the next step, whose state is saved.
-        new_head: ``(model, variables, classes) -> (model, variables)``, for another head than a
-            linear one; not for the recipes that start with a probe.
-        transform: what gradients go through before the optimizer: a regularisation, say.
 
     Raises:
         RequestError: the configuration does not fit the model or the data, or the loss is no finite
@@ -138,179 +132,134 @@ def fit(
         DivergenceError: it is none afterwards. What was saved before stays.
         StoppedError: ``preemption`` asked for it.
     """
-    setup, inputs = prepare(model, variables, splits, config, loading, seed, new_head, transform)
-    model, variables, plan = setup.model, setup.variables, setup.plan
-    watched = checkpoints is not None or preemption is not None
-    preemption = preemption or Preemption()
-    run = _Run(setup, checkpoints, checkpoint_seconds, log, profile, preemption, watched)
-    first = evaluate(inputs.logits(model, variables))
-    robust = _robust(setup, variables)
-    history: History = [{"phase": plan.start, "epoch": 0, **_scores(first, robust)}]
+    hooks = Hooks(objective, materialize, transform, new_head, on_step, on_epoch)
+    run, inputs = prepare(model, variables, splits, config, loading, seed, hooks)
+    run = replace(
+        run,
+        log_every=log_every,
+        checkpoints=checkpoints,
+        checkpoint_seconds=checkpoint_seconds,
+        profile=profile,
+        preemption=preemption,
+    )
+    model, variables, phases = run.model, run.variables, run.plan.phases
+
+    def made(variables: Variables) -> Variables:
+        """Make the network's own of the parameters that train and those that do not."""
+        return join(*split(variables, phases[-1].rates, ()), materialize) if phases else variables
+
+    whole = made(variables)
+    first = evaluate(inputs.logits(model, whole))
+    history: History = [
+        {"phase": run.plan.start, "epoch": 0, **_scores(first, _robust(run, whole))}
+    ]
     if bad := _not_finite(history[0]):
         raise RequestError(f"{bad} before the first step: check the weights and the images")
     saved = checkpoints.restore() if checkpoints else None
     if saved is None:  # else what was logged before is longer
-        log(history)
+        on_epoch(history)
     for note in saved.notes if saved else ():
         print(f"{note}: going on from the one before", file=sys.stderr)
-    progress = _Progress(variables, variables, history, 0)
-    for number, (phase, labels) in enumerate(zip(plan.phases, setup.labels, strict=True)):
+    best = variables
+    for number, phase in enumerate(phases):
         if saved is not None and number < saved.position["phase"]:
-            progress = progress._replace(epochs=progress.epochs + phase.epochs)
             continue
-        start = first_trainable_stage(model, labels)
+        start = first_trainable_stage(model, phase.rates)
         if inputs.start not in (None, start):
-            inputs = setup.open_inputs(start)
-        with preemption.deferred():
-            progress = _train(run, inputs, number, phase, labels, progress, saved)
+            inputs = run.open_inputs(start)
+        with (preemption or Preemption()).deferred():
+            variables, best, history = train_phase(
+                run, number, phase, inputs, variables, best, history, saved
+            )
         saved = None
 
-    best = jax.device_get(progress.best)
+    best = jax.device_get(made(best))
     logits = inputs.logits(model, best)
     return FitResult(
         model,
         best,
-        setup.probe,
-        first if setup.probe is not None else None,
+        run.probe,
+        first if run.probe is not None else None,
         evaluate(logits),
-        _robust(setup, best),
+        _robust(run, best),
         logits,
-        progress.history,
+        history,
         inputs.everyones_skipped(),
-        setup.config,
+        run.config,
     )
 
 
-def _train(
-    run: _Run,
-    inputs: Inputs,
+def train_phase(
+    run: Run,
     number: int,
     phase: Phase,
-    labels: Variables,
-    progress: _Progress,
+    inputs: Inputs,
+    variables: Variables,
+    best: Variables,
+    history: History,
     saved: Checkpoint | None,
-) -> _Progress:
-    """One phase, from its beginning or from what was saved in it."""
-    setup = run.setup
-    model, config = setup.model, setup.config
-    schedule = setup.schedule(number)
-    division = divide(setup, labels)
-    state, frozen, step = first_state(setup, inputs, division, progress.variables, schedule)
-    best, history, epoch, batch = division.split(progress.best)[0], progress.history, 1, 0
+) -> tuple[Variables, Variables, History]:
+    """Train one phase, from its beginning or from what was saved in it.
+
+    Args:
+        run: what stays the same.
+        number: of the phase.
+        phase: what trains, and for how long.
+        inputs: what enters the stages that train.
+        variables: from which the phase starts.
+        best: of all epochs before.
+        history: of all epochs before.
+        saved: within the phase.
+
+    Returns:
+        The variables after the last step, those of the best epoch, and the history.
+    """
+    model, materialize = run.model, run.hooks.materialize
+    schedule, moving = run.schedule(phase), moving_statistics(run, phase)
+    state, frozen, step = first_state(run, inputs, phase, variables, schedule)
+    best = split(best, phase.rates, moving)[0]
+    epoch, batch, sums = 1, 0, {}
     if saved is not None:
         state, best = saved.fill((state, best))
-        state = replicate(state, setup.mesh)
-        history, epoch, batch = (saved.position[name] for name in ("history", "epoch", "batch"))
+        state = replicate(state, run.mesh)
+        names = "history", "epoch", "batch", "sums"
+        history, epoch, batch, sums = (saved.position[name] for name in names)
         for part, before in zip(inputs.skipped, saved.position["skipped"], strict=True):
             part.update(before)
-        run.log(history)
-    run_key = jax.random.fold_in(jax.random.key(setup.seed), number)
+        run.hooks.on_epoch(history)
+    run_key = jax.random.fold_in(jax.random.key(run.seed), number)
 
     for epoch in range(epoch, phase.epochs + 1):  # noqa: B020 - from where it stands
-        if _patience_is_over(history, phase, config.patience):
+        if _patience_is_over(history, phase, run.config.patience):
             break
-        passed = progress.epochs + epoch
+        passed = phase.before + epoch
         position = {"phase": number, "epoch": epoch, "pass": passed, "history": history}
-        keys = epoch_key(setup.seed, passed), run_key
-        state = _epoch(run, inputs, step, state, frozen, keys, best, position, batch)
+        at = {**position, "batch": batch, "sums": sums}
+        keys = epoch_key(run.seed, passed), run_key
+        state, means = train_epoch(run, phase, inputs, step, state, frozen, keys, best, at)
         inputs.refuse_lost_class()
-        batch = 0
-        means = state.metrics.means()
-        changing = state.average or state.changing
-        now = division.join(changing, frozen)
+        batch, sums = 0, {}
+        changing = state.ema or state.changing
+        now = join(changing, frozen, materialize)
         evaluation = evaluate(inputs.logits(model, now))
         entry = {
             "phase": phase.name,
             "epoch": passed,
             "learning_rate": float(np.asarray(schedule(int(state.step) - 1))),
             "train_loss": means["loss"],
-            "train_cross_entropy": means["cross_entropy"],
-            "train_top1": means["top1"],
-            **_scores(evaluation, _robust(setup, now)),
+            **{f"train_{name}": mean for name, mean in means.items() if name not in RESERVED},
+            **_scores(evaluation, _robust(run, now)),
         }
         if bad := _not_finite(entry):
-            raise _diverged(run, number, state, bad)
+            raise diverged(run, phase, state, bad)
         history = [*history, entry]
         if best_epoch(history) == len(history) - 1:
             best = jax.device_get(changing)
-        run.log(history)
-        state = state._replace(metrics=replicate(Metrics.zero(), setup.mesh))
-        after = {"epoch": epoch + 1, "pass": passed + 1, "batch": 0, "history": history}
-        _save(run, inputs, {**position, **after}, state, best)
-    _, frozen = division.split(progress.variables)  # as they were, in full precision
-    return _Progress(
-        division.join(state.changing, frozen),
-        division.join(best, frozen),
-        history,
-        progress.epochs + phase.epochs,
-    )
-
-
-def _epoch(
-    run: _Run,
-    inputs: Inputs,
-    step: TrainStep,
-    state: TrainState,
-    frozen: Variables,
-    keys: tuple[jax.Array, jax.Array],
-    best: Variables,
-    position: dict[str, Any],
-    first: int,
-) -> TrainState:
-    """The batches of an epoch from ``first`` on."""
-    setup, config = run.setup, run.setup.config
-    multiple = setup.mesh.size * config.accumulate
-    began = saved = time.monotonic()
-    waited = 0.0
-    epoch = position["pass"]
-    batches = inputs.batches(setup.model, epoch, first)
-    if run.profile and epoch == 1:
-        batches = traced(batches, run.profile)
-    batches = track(
-        batches,
-        description=f"epoch {epoch}",
-        total=len(setup.splits.train) - first * setup.loading.batch_size,
-        size=lambda batch: int((batch.indices >= 0).sum()) * jax.process_count(),
-        quiet=not is_writer(),
-    )
-    asked = time.monotonic()
-    for done, batch in enumerate(batches, start=first + 1):
-        if state.step.is_ready():  # pyright: ignore[reportAttributeAccessIssue]
-            waited += time.monotonic() - asked
-        arguments = state, frozen, shard(batch, setup.mesh), keys
-        with within_memory(step, arguments, multiple, config.accumulate):
-            # One step ahead and no more: batches must not pile up on the device.
-            jax.block_until_ready(state.step)
-            state = step(*arguments)
-        late = time.monotonic() - saved >= run.checkpoint_seconds
-        due, stop = agree(late, run.preemption.asked) if run.watched else (False, False)
-        if due or stop:
-            _save(run, inputs, {**position, "batch": done}, state, best)
-            saved = time.monotonic()
-        if stop:
-            raise StoppedError
-        asked = time.monotonic()
-    seconds = time.monotonic() - began
-    if inputs.start is None and is_writer():
-        print(f"  {waited / seconds:.0%} of the time waiting for data", file=sys.stderr)
-    return state
-
-
-def _save(
-    run: _Run,
-    inputs: Inputs,
-    position: dict[str, Any],
-    state: TrainState,
-    best: Variables,
-) -> None:
-    if run.checkpoints:
-        changing = state.params, state.batch_stats, state.average, state.metrics.loss
-        if not all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(changing)):
-            raise _diverged(run, position["phase"], state, "a parameter or the loss is not finite")
-        skipped = [sorted(part.items()) for part in inputs.everyones_skipped()]
-        # One more than there are steps: an epoch's end is saved too.
-        number = position["pass"] * (run.setup.steps_per_epoch + 1) + position["batch"]
-        run.checkpoints.save(number, {**position, "skipped": skipped}, (state, best))
+        run.hooks.on_epoch(history)
+        after = {"epoch": epoch + 1, "pass": passed + 1, "history": history}
+        save(run, phase, inputs, {**position, **after, "batch": 0, "sums": {}}, state, best)
+    _, frozen = split(variables, phase.rates, moving)  # as they were, in full precision
+    return join(state.changing, frozen), join(best, frozen), history
 
 
 def _not_finite(entry: Mapping[str, Any]) -> str | None:
@@ -318,24 +267,13 @@ def _not_finite(entry: Mapping[str, Any]) -> str | None:
     return next((f"{name} is {value}" for name, value in numbers if not np.isfinite(value)), None)
 
 
-def _diverged(run: _Run, phase: int, state: TrainState, what: str) -> DivergenceError:
-    step = int(state.step)
-    rate = float(np.asarray(run.setup.schedule(phase)(step - 1)))
-    clip = "lower" if run.setup.config.optimizer.clip_norm else "set"
-    kept = "; what was saved before is kept" if run.checkpoints else ""
-    return DivergenceError(
-        f"training diverged: {what} after step {step}, at a learning rate of {rate:.1e}: lower "
-        f"--learning-rate, {clip} --clip-norm, or lengthen --warmup{kept}"
-    )
-
-
-def _robust(setup: Setup, variables: Variables) -> Evaluation | None:
+def _robust(run: Run, variables: Variables) -> Evaluation | None:
     """On the attacked validation set, if training is attacked."""
-    attacker = setup.config.attacker
+    attacker = run.config.attacker
     if attacker is None:
         return None
     return evaluate(
-        robust_logits(setup.model, variables, setup.splits.val, setup.loading, attacker, setup.seed)
+        robust_logits(run.model, variables, run.splits.val, run.loading, attacker, run.seed)
     )
 
 

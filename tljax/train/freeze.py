@@ -5,7 +5,7 @@ that matches it gives the multiple of the learning rate at which it trains, and 
 it is frozen and never reaches the gradient or the optimizer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from fnmatch import fnmatchcase
 
 from tljax.models import Model, abstract_variables
@@ -129,6 +129,38 @@ def combine(trainable: Variables, frozen: Variables) -> Variables:
     return unflatten(flatten(trainable) | flatten(frozen))
 
 
+def split(
+    variables: Variables, rates: Variables, statistics: Collection[str]
+) -> tuple[Variables, Variables]:
+    """Split variables into those that training changes, and those that stay.
+
+    Args:
+        variables: of the whole network.
+        rates: of every parameter; see `label`.
+        statistics: the stages whose running statistics move.
+    """
+    trainable, frozen = partition(variables["params"], rates)
+    moving, still = {}, {}
+    for name, stats in variables["batch_stats"].items():
+        (moving if name in statistics else still)[name] = stats
+    return (
+        {"params": trainable, "batch_stats": moving},
+        {"params": frozen, "batch_stats": still},
+    )
+
+
+def join(
+    changing: Variables,
+    staying: Variables,
+    materialize: Callable[[Variables, Variables], Variables] = combine,
+) -> Variables:
+    """Put together again what `split` took apart."""
+    return {
+        "params": materialize(changing["params"], staying["params"]),
+        "batch_stats": {**staying["batch_stats"], **changing["batch_stats"]},
+    }
+
+
 def trainable_stages(model: Model, labels: Variables) -> list[str]:
     """The stages of which at least one parameter trains, in order."""
     return [name for name in model.stage_names if any(flatten(labels.get(name, {})).values())]
@@ -139,6 +171,6 @@ def first_trainable_stage(model: Model, labels: Variables) -> str:
     return trainable_stages(model, labels)[0]
 
 
-def training_stages(labels: Variables) -> frozenset[str]:
-    """The stages of which every parameter trains: those that may use batch statistics."""
+def wholly_trained_stages(labels: Variables) -> frozenset[str]:
+    """The stages of which every parameter trains: those that may use batch statistics and noise."""
     return frozenset(name for name, rates in labels.items() if all(flatten(rates).values()))

@@ -18,8 +18,8 @@ from tljax.features.extract import (
     advance,
     augmentable,
     compute_features,
-    feature_batches,
     feature_bytes,
+    feature_rows,
     process_rows,
     process_shard,
 )
@@ -90,7 +90,8 @@ class Inputs:
         row_of = np.full(examples + 1, -1, np.int32)  # the last one is what padding finds
         row_of[view.indices] = np.arange(len(view.indices))
         rows = batch_rows(examples, size, self.seed, epoch, multiple)[first:]
-        return feature_batches(view, process_rows(row_of[rows]))
+        cut = feature_rows(view, process_rows(row_of[rows]))
+        return (self.splits.train.batch(*parts) for parts in cut)
 
     def logits(self, model: Model, variables: Variables) -> Features:
         """Logits of the validation images."""

@@ -35,7 +35,7 @@ def within_memory(
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        size = len(arguments[2].labels)
+        size = len(arguments[2].mask)
         fits = fitting_batch_size(step, arguments, multiple, device_memory())
         if fits is None:
             advice = "halve --batch-size, or take it in parts with --accumulate 2"
@@ -97,7 +97,7 @@ def fitting_batch_size(
     if limit is None:
         return None
     state, frozen, batch, keys = arguments
-    size = len(batch.labels) // 2 // multiple * multiple
+    size = len(batch.mask) // 2 // multiple * multiple
     while size:
         smaller = jax.tree.map(lambda x, n=size: _like(x, (n, *x.shape[1:])), batch)
         others = jax.tree.map(lambda x: _like(x, x.shape), (state, frozen))

@@ -8,6 +8,7 @@ import jax
 from tljax.data.loader import num_batches
 from tljax.models import Model, abstract_variables, apply
 from tljax.runtime.errors import RequestError
+from tljax.runtime.types import Variables
 from tljax.train.freeze import Table, freeze_table, label, trainable_stages
 from tljax.train.options import FitConfig
 
@@ -19,11 +20,15 @@ class Phase(NamedTuple):
         name: in the history.
         table: see `tljax.train.freeze`.
         epochs: passes over the data.
+        before: epochs of the phases before it.
+        rates: of every parameter, as the table says for a network's; {} until there is one.
     """
 
     name: str
     table: Table
     epochs: int
+    before: int = 0
+    rates: Variables = {}  # noqa: RUF012 - a field of a tuple, never written to
 
 
 class Plan(NamedTuple):

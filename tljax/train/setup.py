@@ -1,10 +1,12 @@
-"""What comes before the first step: the plan, the head, the images, and what a phase changes."""
+"""What comes before the first step: the head, the plan, the images, and what a phase changes."""
 
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,47 +20,74 @@ from tljax.data.sources import Splits
 from tljax.features.probe import Probe, fit_probe
 from tljax.models import Model, init, replace_head
 from tljax.runtime.errors import RequestError
-from tljax.runtime.parallel import data_mesh, is_writer, replicate
+from tljax.runtime.parallel import Preemption, data_mesh, is_writer, replicate
 from tljax.runtime.settings import idle, settings
 from tljax.runtime.trees import flatten
 from tljax.runtime.types import Variables
-from tljax.train.freeze import combine, first_trainable_stage, label, partition, training_stages
+from tljax.train.adversary import adversarial
+from tljax.train.checkpoint import Checkpoints
+from tljax.train.freeze import combine, first_trainable_stage, label, split, wholly_trained_stages
 from tljax.train.inputs import Inputs, open_inputs
+from tljax.train.objectives import Objective, cross_entropy
 from tljax.train.optimizer import build_optimizer, learning_rate_schedule
 from tljax.train.options import ASKED_CONDITIONS, FitConfig
-from tljax.train.recipes import Plan, make_plan
-from tljax.train.step import StepConfig, TrainState, TrainStep, init_state, make_train_step
+from tljax.train.recipes import Phase, Plan, make_plan
+from tljax.train.step import Materialize, TrainState, TrainStep, init_state, make_train_step
 
 NewHead = Callable[[Model, Variables, int], tuple[Model, Variables]]
 
+Wrapper = Callable[[optax.GradientTransformation], optax.GradientTransformationExtraArgs]
+
+History = list[dict[str, Any]]
+
 
 @dataclass(frozen=True)
-class Setup:
-    """A recipe, ready to run.
+class Hooks:
+    """What a caller hands to training; see `tljax.train.fit.fit`."""
+
+    objective: Objective | None = None
+    materialize: Materialize = combine
+    transform: optax.GradientTransformation | Wrapper | None = None
+    new_head: NewHead | None = None
+    on_step: Callable[[int, dict[str, float]], None] | None = None
+    on_epoch: Callable[[History], None] = lambda _: None
+
+
+@dataclass(frozen=True)
+class Run:
+    """What stays the same from the first step to the last.
 
     Attributes:
-        plan: the recipe, spelled out.
+        plan: the recipe, spelled out for this network.
         model: with a head for the classes of the data.
         variables: from which training starts.
         probe: the linear probe that is their head; None for a recipe without.
-        labels: for each phase, the rate of every parameter.
         splits: what to learn from and what to measure on.
         loading: how images are read, in batches no larger than the training set.
         seed: of everything random.
         mesh: the devices.
-        transform: what gradients go through before the optimizer.
+        hooks: of the caller.
+        log_every: steps from one call of ``hooks.on_step`` to the next.
+        checkpoints: where to save; None saves nothing.
+        checkpoint_seconds: from one save to the next within an epoch.
+        profile: a folder for a trace.
+        preemption: what asks to stop after the next step; None is never asked.
     """
 
     plan: Plan
     model: Model
     variables: Variables
     probe: Probe | None
-    labels: tuple[Variables, ...]
     splits: Splits
     loading: Loading
     seed: int
     mesh: Mesh
-    transform: optax.GradientTransformation | None
+    hooks: Hooks
+    log_every: int = 1
+    checkpoints: Checkpoints | None = None
+    checkpoint_seconds: float = 600
+    profile: Path | None = None
+    preemption: Preemption | None = None
 
     @property
     def config(self) -> FitConfig:
@@ -70,10 +99,9 @@ class Setup:
         """Batches, the ragged last one among them."""
         return num_batches(len(self.splits.train), self.loading.batch_size)
 
-    def schedule(self, phase: int) -> optax.Schedule:
+    def schedule(self, phase: Phase) -> optax.Schedule:
         """The learning rate by step of a phase."""
-        steps = self.plan.phases[phase].epochs * self.steps_per_epoch
-        return learning_rate_schedule(self.config.optimizer, steps)
+        return learning_rate_schedule(self.config.optimizer, phase.epochs * self.steps_per_epoch)
 
     def open_inputs(self, start: str) -> Inputs:
         """The images, or the activations that enter ``start``."""
@@ -86,13 +114,16 @@ def prepare(
     model: Model,
     variables: Variables,
     splits: Splits,
-    config: FitConfig | None,
-    loading: Loading | None,
-    seed: int,
-    new_head: NewHead | None,
-    transform: optax.GradientTransformation | None,
-) -> tuple[Setup, Inputs]:
-    """Everything up to the first step, and the inputs of the first phase; see `fit`."""
+    config: FitConfig | None = None,
+    loading: Loading | None = None,
+    seed: int = 0,
+    hooks: Hooks = Hooks(),
+) -> tuple[Run, Inputs]:
+    """Do everything up to the first step; see `tljax.train.fit.fit`.
+
+    Returns:
+        The run, and the inputs of its first phase.
+    """
     loading = loading or Loading()
     loading = replace(loading, batch_size=min(loading.batch_size, len(splits.train)))
     config = config or FitConfig()
@@ -100,14 +131,19 @@ def prepare(
     for note in idle(config, ASKED_CONDITIONS, changed).values() if is_writer() else ():
         print(f"note: {note}", file=sys.stderr)
     classes, head = len(splits.train.classes), model.stages[-1].name
-    if new_head is None:
-        new_head = partial(replace_head, after=config.head_after, dropout=config.dropout)
-    model, variables = new_head(model, variables, classes)
+    add_head = hooks.new_head or partial(
+        replace_head, after=config.head_after, dropout=config.dropout
+    )
+    model, variables = add_head(model, variables, classes)
     plan = make_plan(model, config, len(splits.train), loading.batch_size)
-    config = plan.config
-    labels = tuple(label(variables["params"], phase.table) for phase in plan.phases)
-    for before, after in pairwise(map(flatten, labels)):
-        if lost := [path for path, rate in before.items() if rate and not after[path]]:
+    before = accumulate((phase.epochs for phase in plan.phases), initial=0)
+    phases = tuple(
+        phase._replace(rates=label(variables["params"], phase.table), before=passed)
+        for phase, passed in zip(plan.phases, before, strict=False)
+    )
+    plan = plan._replace(phases=phases)
+    for one, next_one in pairwise(flatten(phase.rates) for phase in phases):
+        if lost := [path for path, rate in one.items() if rate and not next_one[path]]:
             # A checkpoint holds what its own phase trains, and all else is as it was at first.
             raise RequestError(f"{lost[0]} trains and then stays: a later phase trains more, too")
     if plan.start == "probe" and variables["params"][head].keys() != {"kernel", "bias"}:
@@ -118,97 +154,61 @@ def prepare(
     if plan.start == "random":
         variables = init(model, jax.random.key(seed))
     mesh = data_mesh(loading.devices)
-    setup = Setup(plan, model, variables, None, labels, splits, loading, seed, mesh, transform)
-    inputs = setup.open_inputs(first_trainable_stage(model, labels[0]) if labels else head)
+    run = Run(plan, model, variables, None, splits, loading, seed, mesh, hooks)
+    inputs = run.open_inputs(first_trainable_stage(model, phases[0].rates) if phases else head)
     if plan.start != "probe":
-        return setup, inputs
+        return run, inputs
     features = inputs.pooled(model, variables)
     probe = fit_probe(features.values, features.labels, num_classes=classes, seed=seed)
     solved = {"kernel": np.asarray(probe.kernel), "bias": np.asarray(probe.bias)}
     variables = {**variables, "params": {**variables["params"], head: solved}}
-    return replace(setup, variables=variables, probe=probe), inputs
+    return replace(run, variables=variables, probe=probe), inputs
 
 
-@dataclass(frozen=True)
-class Division:
-    """Variables of two kinds: those that a phase changes, and those that stay.
-
-    Attributes:
-        labels: the rate of every parameter.
-        training: the stages that run on the statistics of the batch, or drop features out.
-    """
-
-    labels: Variables
-    training: frozenset[str]
-
-    def split(self, variables: Variables) -> tuple[Variables, Variables]:
-        """Those that change, and those that stay."""
-        parts = partition(variables["params"], self.labels)
-        stats = variables["batch_stats"]
-        return (
-            {
-                "params": parts[0],
-                "batch_stats": {k: v for k, v in stats.items() if k in self.training},
-            },
-            {
-                "params": parts[1],
-                "batch_stats": {k: v for k, v in stats.items() if k not in self.training},
-            },
-        )
-
-    def join(self, changing: Variables, staying: Variables) -> Variables:
-        """The inverse of `split`."""
-        return {
-            "params": combine(changing["params"], staying["params"]),
-            "batch_stats": {**staying["batch_stats"], **changing["batch_stats"]},
-        }
-
-
-def divide(setup: Setup, labels: Variables) -> Division:
-    """What a phase changes."""
-    config, whole = setup.config, training_stages(labels)
-    training = whole if config.batch_norm == "batch" else frozenset[str]()
-    if config.dropout:
-        training |= whole & {setup.model.stages[-1].name}
-    return Division(labels, training)
+def moving_statistics(run: Run, phase: Phase) -> frozenset[str]:
+    """Which stages use batch statistics in a phase."""
+    batch = run.config.batch_norm == "batch"
+    return wholly_trained_stages(phase.rates) if batch else frozenset()
 
 
 def first_state(
-    setup: Setup,
-    inputs: Inputs,
-    division: Division,
-    variables: Variables,
-    schedule: optax.Schedule,
+    run: Run, inputs: Inputs, phase: Phase, variables: Variables, schedule: optax.Schedule
 ) -> tuple[TrainState, Variables, TrainStep]:
-    """The state before the first step of a phase, what stays throughout it, and the step."""
-    config = setup.config
-    optimizer = build_optimizer(config.optimizer, division.labels, schedule)
-    if setup.transform is not None:
-        optimizer = optax.chain(setup.transform, optimizer)
-    changing, staying = division.split(variables)
+    """Make the state before the first step of a phase, what stays throughout it, and the step."""
+    config, hooks = run.config, run.hooks
+    optimizer = build_optimizer(config.optimizer, phase.rates, schedule)
+    if isinstance(hooks.transform, optax.GradientTransformation):
+        optimizer = optax.chain(hooks.transform, optimizer)
+    elif hooks.transform is not None:
+        optimizer = hooks.transform(optimizer)
+    statistics = moving_statistics(run, phase)
+    changing, staying = split(variables, phase.rates, statistics)
     state = init_state(
-        changing["params"], changing["batch_stats"], optimizer, average=config.average > 0
+        changing["params"], changing["batch_stats"], optimizer, ema=config.ema_decay > 0
     )
-    how = StepConfig(
-        division.training,
-        config.label_smoothing,
-        _class_weights(setup),
-        config.average,
-        config.accumulate,
-        config.augmentation if config.augment and inputs.start is None else None,
-        config.attacker,
+    objective = hooks.objective or cross_entropy(config.label_smoothing, _class_weights(run))
+    step = make_train_step(
+        run.model,
+        optimizer,
+        adversarial(objective, config.attacker) if config.attacker else objective,
+        hooks.materialize,
+        start=inputs.start,
+        batch_statistics=statistics,
+        noise=wholly_trained_stages(phase.rates),
+        ema_decay=config.ema_decay,
+        accumulate=config.accumulate,
+        augment=config.augmentation if config.augment and inputs.start is None else None,
     )
-    step = make_train_step(setup.model, optimizer, how, start=inputs.start)
     if config.frozen_dtype == "bfloat16":
         held = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), staying["params"])
         staying = {**staying, "params": held}
-    return replicate(state, setup.mesh), replicate(staying, setup.mesh), step
+    return replicate(state, run.mesh), replicate(staying, run.mesh), step
 
 
-def _class_weights(setup: Setup) -> tuple[float, ...]:
+def _class_weights(run: Run) -> tuple[float, ...]:
     """Weights that make every class count alike, of mean 1 over the images."""
-    if setup.config.class_weights == "none":
+    if run.config.class_weights == "none":
         return ()
-    labels = setup.splits.train.labels
-    counts = np.bincount(labels, minlength=len(setup.splits.train.classes))
+    labels = run.splits.train.labels
+    counts = np.bincount(labels, minlength=len(run.splits.train.classes))
     return tuple((len(labels) / (len(counts) * np.maximum(counts, 1))).tolist())

@@ -1,0 +1,174 @@
+"""One epoch: batches to the devices, steps, what is logged, and what is saved on the way."""
+
+import sys
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from tljax.metrics.sums import Sums, means, merge
+from tljax.runtime.errors import DivergenceError, StoppedError
+from tljax.runtime.parallel import agree, is_writer, shard
+from tljax.runtime.progress import track
+from tljax.runtime.types import Variables
+from tljax.train.inputs import Inputs
+from tljax.train.memory import within_memory
+from tljax.train.recipes import Phase
+from tljax.train.setup import Run
+from tljax.train.step import Keys, StepMetrics, TrainState, TrainStep
+from tljax.train.trace import traced
+
+Position = dict[str, Any]
+"""Where a run stands, as JSON: ``phase`` its number, ``epoch`` of the phase and ``pass`` of all,
+``batch`` the steps of the epoch that were taken, ``sums`` their metrics, ``history``."""
+
+
+def train_epoch(
+    run: Run,
+    phase: Phase,
+    inputs: Inputs,
+    step: TrainStep,
+    state: TrainState,
+    frozen: Variables,
+    keys: Keys,
+    best: Variables,
+    position: Position,
+) -> tuple[TrainState, dict[str, float]]:
+    """Take the steps of an epoch that are left.
+
+    Args:
+        run: what stays the same.
+        phase: that the epoch belongs to.
+        inputs: what enters the stages that train.
+        step: the jitted step.
+        state: before the first of those steps; it is donated.
+        frozen: what stays.
+        keys: of the epoch and of the phase.
+        best: what counts so far, to be saved with the state.
+        position: before the first of those steps.
+
+    Returns:
+        The state after the last step, and the means of the whole epoch.
+
+    Raises:
+        StoppedError: the run was asked to stop; everything is saved.
+    """
+    epoch, first = position["pass"], position["batch"]
+    parts = run.config.accumulate
+    batches = inputs.batches(run.model, epoch, first)
+    if run.profile and epoch == 1:
+        batches = traced(batches, run.profile)
+    batches = track(
+        batches,
+        description=f"epoch {epoch}",
+        total=len(run.splits.train) - first * run.loading.batch_size,
+        size=lambda batch: int((batch.indices >= 0).sum()) * jax.process_count(),
+        quiet=not is_writer(),
+    )
+    log = StepLog(run, phase, (epoch - 1) * run.steps_per_epoch + first, position["sums"])
+    watched = run.checkpoints is not None or run.preemption is not None
+    waited, began = 0.0, time.monotonic()
+    asked = saved = began
+    for done, batch in enumerate(batches, start=first + 1):
+        if state.step.is_ready():  # pyright: ignore[reportAttributeAccessIssue]
+            waited += time.monotonic() - asked
+        arguments = state, frozen, shard(batch, run.mesh), keys
+        with within_memory(step, arguments, run.mesh.size * parts, parts):
+            # One step ahead and no more: batches must not pile up on the device.
+            jax.block_until_ready(state.step)
+            state, metrics = step(*arguments)
+        log.append(metrics)
+        late = time.monotonic() - saved >= run.checkpoint_seconds
+        stop_asked = run.preemption is not None and run.preemption.asked
+        due, stop = agree(late, stop_asked) if watched else (False, False)
+        if due or stop:
+            sums = log.read()
+            save(run, phase, inputs, {**position, "batch": done, "sums": sums}, state, best)
+            saved = time.monotonic()
+        if stop:
+            raise StoppedError
+        asked = time.monotonic()
+    if inputs.start is None and is_writer():
+        share = waited / (time.monotonic() - began)
+        print(f"  {share:.0%} of the time waiting for data", file=sys.stderr)
+    return state, means(log.read())
+
+
+class StepLog:
+    """The metrics of the steps of an epoch, read some steps later, so that none waits for them.
+
+    The means of every `Run.log_every` steps go to the caller's ``on_step``.
+    """
+
+    def __init__(self, run: Run, phase: Phase, step: int, sums: Sums) -> None:
+        """Begin after ``step`` steps of all phases; those of this epoch summed to ``sums``."""
+        self._run, self._step, self._sums, self._schedule = run, step, sums, run.schedule(phase)
+        self._first = phase.before * run.steps_per_epoch
+        self._pending: list[tuple[float, StepMetrics]] = []
+        self._read = self._began = time.monotonic()
+        self._window: Sums = {}
+
+    def append(self, metrics: StepMetrics) -> None:
+        """Keep the metrics of a step that was just dispatched."""
+        self._pending.append((time.monotonic(), metrics))
+        if len(self._pending) > 64 or time.monotonic() - self._read > 1:
+            self.read(leave=1)
+
+    def read(self, leave: int = 0) -> Sums:
+        """Add up what is pending, except for the last ``leave`` steps; return the epoch's sums."""
+        ready = self._pending[: len(self._pending) - leave]
+        del self._pending[: len(ready)]
+        for (when, _), found in zip(ready, jax.device_get([m for _, m in ready]), strict=True):
+            self._step += 1
+            sums = {name: (float(total), float(count)) for name, (total, count) in found.items()}
+            self._sums = merge(self._sums, sums)
+            self._window = merge(self._window, sums)
+            if self._run.hooks.on_step is not None and self._step % self._run.log_every == 0:
+                seconds, examples = when - self._began, self._window["examples"][0]
+                rate = float(np.asarray(self._schedule(self._step - 1 - self._first)))
+                entry = means(self._window) | {"learning_rate": rate}
+                del entry["examples"]
+                self._run.hooks.on_step(
+                    self._step, {**entry, "images_per_second": examples / max(seconds, 1e-9)}
+                )
+                self._window, self._began = {}, when
+        self._read = time.monotonic()
+        return self._sums
+
+
+def save(
+    run: Run,
+    phase: Phase,
+    inputs: Inputs,
+    position: Position,
+    state: TrainState,
+    best: Variables,
+) -> None:
+    """Save a checkpoint, if the run saves any.
+
+    Raises:
+        DivergenceError: the state is not finite; nothing is saved.
+    """
+    if run.checkpoints is None:
+        return
+    loss = position["sums"].get("loss", (0.0, 0.0))[0]
+    leaves = jax.tree.leaves((state.changing, state.ema, loss))
+    if not all(np.isfinite(np.asarray(leaf)).all() for leaf in leaves):
+        raise diverged(run, phase, state, "a parameter or the loss is not finite")
+    skipped = [sorted(part.items()) for part in inputs.everyones_skipped()]
+    # One more than there are steps: an epoch's end is saved too.
+    number = position["pass"] * (run.steps_per_epoch + 1) + position["batch"]
+    run.checkpoints.save(number, {**position, "skipped": skipped}, (state, best))
+
+
+def diverged(run: Run, phase: Phase, state: TrainState, what: str) -> DivergenceError:
+    """Say what is not finite, and what helps."""
+    step = int(state.step)
+    rate = float(np.asarray(run.schedule(phase)(step - 1)))
+    clip = "lower" if run.config.optimizer.clip_norm else "set"
+    kept = "; what was saved before is kept" if run.checkpoints else ""
+    return DivergenceError(
+        f"training diverged: {what} after step {step}, at a learning rate of {rate:.1e}: lower "
+        f"--learning-rate, {clip} --clip-norm, or lengthen --warmup{kept}"
+    )
