@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -46,33 +47,33 @@ def _folder(tmp_path: Path) -> Source:
 
 def assert_same(batches: Iterator[Batch], expected: list[Batch]) -> None:
     for batch, reference in zip(batches, expected, strict=True):
-        for field, value in zip(batch, reference, strict=True):
+        for field, value in zip(batch[:4], reference[:4], strict=True):
             np.testing.assert_array_equal(field, value)
             assert field.dtype == value.dtype
 
 
 def joined(batches: list[Batch]) -> Batch:
-    return Batch(*(np.concatenate(field) for field in zip(*batches, strict=True)))
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *batches)
 
 
 def test_without_a_seed_the_order_is_the_sources(folder):
     source = folder
     everything = joined(list(load_batches(source, TINY, batch_size=3)))
     assert everything.indices.tolist() == [*range(11), -1]
-    assert everything.labels.tolist() == [*source.labels, -1]
+    assert everything.targets.tolist() == [*source.labels, source.labels[0]]
     assert everything.mask.tolist() == [i not in (5, 11) for i in range(12)]
-    assert [field.dtype for field in everything] == [np.uint8, np.int32, bool, np.int32]
+    assert [field.dtype for field in everything[:4]] == [np.uint8, np.int32, bool, np.int32]
     for i in set(range(11)) - {5}:
-        np.testing.assert_array_equal(everything.images[i], decode(source.read(i), TINY))
+        np.testing.assert_array_equal(everything.inputs[i], decode(source.read(i), TINY))
 
 
 def test_the_tail_is_padded_to_the_full_shape():
     *_, last = load_batches(in_memory(10), TINY, batch_size=4)
-    assert last.images.shape == (4, 2, 2, 3)
+    assert last.inputs.shape == (4, 2, 2, 3)
     assert last.indices.tolist() == [8, 9, -1, -1]
-    assert last.labels.tolist() == [2, 0, -1, -1]
+    assert last.targets.tolist() == [2, 0, 0, 0]
     assert last.mask.tolist() == [True, True, False, False]
-    assert last.images[:, 0, 0, 0].tolist() == [8, 9, 0, 0]
+    assert last.inputs[:, 0, 0, 0].tolist() == [8, 9, 0, 0]
 
 
 @pytest.mark.parametrize(("n", "expected"), [(0, 0), (1, 1), (4, 1), (5, 2)])
@@ -99,8 +100,8 @@ def test_shuffling_depends_on_seed_and_epoch_alone():
 def test_shuffled_rows_stay_together():
     for batch in load_batches(in_memory(20), TINY, batch_size=8, seed=7):
         indices = batch.indices[batch.mask]
-        assert (batch.images[batch.mask] == indices[:, None, None, None]).all()
-        assert (batch.labels[batch.mask] == indices % 3).all()
+        assert (batch.inputs[batch.mask] == indices[:, None, None, None]).all()
+        assert (batch.targets[batch.mask] == indices % 3).all()
 
 
 @settings(max_examples=25, deadline=None)
@@ -155,7 +156,7 @@ def test_workers_change_nothing(folder, capfd):
     assert_same(iter(batches), expected)
     assert skipped == expected_skipped == {5: "an HTML page, not an image"}
     # An array in shared memory would keep a file open.
-    assert all(type(batch.images) is np.ndarray and batch.images.base is None for batch in batches)
+    assert all(type(batch.inputs) is np.ndarray and batch.inputs.base is None for batch in batches)
     assert capfd.readouterr() == ("", "")
 
 
@@ -168,8 +169,8 @@ def test_a_bad_image_is_masked_and_recorded_with_its_batch(folder):
     assert skipped == {5: "an HTML page, not an image"}
     assert second.indices.tolist() == [4, 5, 6, 7]
     assert second.mask.tolist() == [True, False, True, True]
-    assert second.labels.tolist() == folder.labels[4:8].tolist()
-    assert not second.images[1].any()
+    assert second.targets.tolist() == folder.labels[4:8].tolist()
+    assert not second.inputs[1].any()
     assert (
         len(list(load_batches(folder, TINY, batch_size=4))) == 3
     )  # nobody has to ask for the record
@@ -243,6 +244,6 @@ def test_real_photographs(shared_data):
     everything = joined(
         list(load_batches(source, Preprocess(), batch_size=32, seed=0, skipped=skipped))
     )
-    assert everything.images.shape == (160, 224, 224, 3)
+    assert everything.inputs.shape == (160, 224, 224, 3)
     assert sorted(everything.indices[everything.mask]) == list(range(153))
     assert skipped == {}

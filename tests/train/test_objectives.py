@@ -1,0 +1,338 @@
+"""What is handed to a step or to `fit`: an objective, materialize, a transformation, callbacks."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from engine import config, everything, source, splits, train
+from tiny import MODEL, random_variables
+
+from tljax.data.options import AugmentConfig
+from tljax.data.sources import Splits, select
+from tljax.metrics.classification import class_shares
+from tljax.metrics.sums import Weighted, means
+from tljax.models import apply
+from tljax.runtime.errors import RequestError
+from tljax.runtime.trees import flatten
+from tljax.runtime.types import Batch
+from tljax.train.freeze import combine, join, label, split
+from tljax.train.objectives import cross_entropy
+from tljax.train.step import init_state, make_train_step
+
+pytestmark = pytest.mark.usefixtures("compilation_cache")
+
+EVERYTHING = (("*", 1.0),)
+STAGES = frozenset(MODEL.stage_names)
+KEYS = jax.random.key(0), jax.random.key(1)
+
+
+def batch(size=6, masked=0, targets=None, **extra):
+    rng = np.random.default_rng(0)
+    return Batch(
+        rng.uniform(size=(size, 16, 16, 3)).astype(np.float32),
+        rng.integers(0, 3, size).astype(np.int32) if targets is None else targets,
+        np.arange(size) < size - masked,
+        np.arange(size, dtype=np.int32),
+        extra,
+    )
+
+
+def one_step(objective, data, *, table=EVERYTHING, optimizer=None, **how):
+    """New state, metrics, and what it started from; a plain step of size 1."""
+    variables = jax.tree.map(jnp.array, random_variables())
+    changing, staying = split(
+        variables, label(variables["params"], table), how.get("batch_statistics", ())
+    )
+    optimizer = optimizer or optax.sgd(1.0)
+    state = init_state(*jax.tree.map(jnp.array, tuple(changing.values())), optimizer)
+    step = make_train_step(MODEL, optimizer, objective, **how)
+    state, metrics = step(state, staying, data, KEYS)
+    return state, means(metrics), changing
+
+
+def gradient(objective, data, **how):
+    state, _, before = one_step(objective, data, **how)
+    return jax.tree.map(np.subtract, before["params"], state.params)
+
+
+def assert_close(found, expected, tolerance=1e-5):
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+
+
+def test_the_default_is_the_cross_entropy():
+    data = batch(masked=2)
+    found, _, _ = one_step(None, data)
+    expected, _, _ = one_step(cross_entropy(), data)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_a_network_may_be_called_twice_and_the_statistics_move_twice():
+    def twice(forward, batch, _):
+        views = [forward(x).logits for x in (batch.inputs, batch.inputs[:, :, ::-1])]
+        return sum(jnp.square(logits).sum(1) for logits in views), {}
+
+    moving = frozenset({"stem", "layer1"})
+    data = batch(masked=1)
+    state, found, before = one_step(twice, data, batch_statistics=moving)
+    variables = random_variables()
+    total, stats = 0.0, variables["batch_stats"]
+    for x in (data.inputs, data.inputs[:, :, ::-1]):
+        output = apply(
+            MODEL,
+            {**variables, "batch_stats": stats},
+            x,
+            batch_statistics=moving,
+            mask=data.mask,
+        )
+        total, stats = total + float(jnp.square(output.logits)[:5].sum()), output.batch_stats
+    assert found["loss"] == pytest.approx(total / 5, rel=1e-5)
+    assert_close(state.batch_stats, {name: stats[name] for name in moving})
+    assert not np.array_equal(state.params["head"]["kernel"], before["params"]["head"]["kernel"])
+
+
+def test_every_call_draws_noise_of_its_own_and_none_if_asked():
+    def spread(forward, batch, _):
+        one, other, still, again = (
+            forward(batch.inputs, noise=noise).logits for noise in (True, True, False, False)
+        )
+        differences = {"noisy": jnp.abs(one - other).sum(1), "still": jnp.abs(still - again).sum(1)}
+        return one.sum(1), differences
+
+    _, found, _ = one_step(spread, batch(), noise=STAGES)
+    assert found["noisy"] > 0.1
+    assert found["still"] == 0
+
+
+@pytest.mark.parametrize("moving", [frozenset(), frozenset({"stem", "layer1"})])
+def test_gradients_by_the_input_move_no_statistics_and_reach_the_parameters(moving):
+    """A gradient penalty: the square of the input's gradient, differentiated by the parameters."""
+
+    def penalty(forward, batch, _):
+        def score(x):
+            return forward(x).logits[:, 0].sum()
+
+        slope = jax.grad(score)(batch.inputs)
+        return jnp.square(slope).sum((1, 2, 3)), {}
+
+    data = batch(masked=2)
+    state, found, before = one_step(penalty, data, batch_statistics=moving)
+    jax.tree.map(np.testing.assert_array_equal, state.batch_stats, before["batch_stats"])
+    variables = random_variables()
+
+    def total(params):
+        def score(x):
+            whole = {**variables, "params": params}
+            return (
+                apply(MODEL, whole, x, batch_statistics=moving, mask=data.mask).logits[:4, 0].sum()
+            )
+
+        return jnp.square(jax.grad(score)(data.inputs))[:4].sum() / 4
+
+    assert found["loss"] == pytest.approx(float(total(variables["params"])), rel=1e-4)
+    moved = jax.tree.map(np.subtract, before["params"], state.params)
+    assert_close(moved, jax.grad(total)(variables["params"]), 1e-4)
+
+
+def test_evaluate_is_constant_and_without_noise():
+    def teacher(forward, batch, _):
+        return forward.evaluate(batch.inputs).logits.sum(1), {}
+
+    moved = gradient(teacher, batch(), batch_statistics=STAGES - {"pool"}, noise=STAGES)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(moved))
+    _, found, _ = one_step(teacher, batch(), batch_statistics=STAGES - {"pool"}, noise=STAGES)
+    plain = apply(MODEL, random_variables(), batch().inputs).logits
+    assert found["loss"] == pytest.approx(float(plain.sum(1).mean()), rel=1e-5)
+
+
+def test_captured_stages_and_extra_arrays_are_there():
+    wanted = np.random.default_rng(1).normal(size=(6, 8, 8, 12)).astype(np.float32)
+
+    def match(forward, batch, _):
+        found = forward(batch.inputs, capture=("layer1",)).captured["layer1"]
+        return jnp.square(found - batch.extra["wanted"]).mean((1, 2, 3)), {}
+
+    _, found, _ = one_step(match, batch(masked=1, wanted=wanted))
+    output = apply(MODEL, random_variables(), batch().inputs, capture=("layer1",))
+    expected = np.square(output.captured["layer1"] - wanted).mean((1, 2, 3))[:5].mean()
+    assert found["loss"] == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_targets_are_a_tree_and_weights_count(accumulate):
+    """Blanks, which are nan, weigh nothing; neither do padded rows, whatever they hold."""
+    rng = np.random.default_rng(2)
+    numbers = rng.normal(size=6).astype(np.float32)
+    numbers[1] = np.nan
+    several = rng.integers(0, 2, (6, 3)).astype(np.float32)
+    data = batch(masked=2, targets={"number": numbers, "several": several})
+
+    def objective(forward, batch, _):
+        logits = forward(batch.inputs).logits
+        known = ~jnp.isnan(batch.targets["number"])
+        error = jnp.where(known, logits[:, 0] - jnp.nan_to_num(batch.targets["number"]), 0)
+        each = optax.sigmoid_binary_cross_entropy(logits, batch.targets["several"]).mean(1)
+        return each, {"square": Weighted(error**2, known.astype(jnp.float32))}
+
+    state, found, _ = one_step(objective, data, accumulate=accumulate)
+    logits = np.asarray(apply(MODEL, random_variables(), data.inputs).logits)
+    kept = [0, 2, 3]
+    assert found["square"] == pytest.approx(np.mean((logits[kept, 0] - numbers[kept]) ** 2), 1e-5)
+    each = optax.sigmoid_binary_cross_entropy(logits, several).mean(1)
+    assert found["loss"] == pytest.approx(float(each[:4].mean()), rel=1e-5)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+
+
+def test_names_of_the_engine_are_not_given_twice():
+    def objective(forward, batch, _):
+        return forward(batch.inputs).logits.sum(1), {"loss": jnp.zeros(6)}
+
+    with pytest.raises(RequestError, match="an objective's metric cannot be called 'loss'"):
+        one_step(objective, batch())
+
+
+def test_materialize_makes_the_parameters_of_those_that_train():
+    """A factor for every kernel: what is not the network's own disappears."""
+    variables = random_variables()
+    variables["params"]["head"]["factor"] = np.float32(1.5)
+
+    def materialize(trainable, frozen):
+        params = combine(trainable, frozen)
+        head = dict(params["head"])
+        head["kernel"] = head.pop("factor") * head["kernel"]
+        return {**params, "head": head}
+
+    rates = label(variables["params"], (("head/factor", 1.0), ("*", 0.0)))
+    changing, staying = jax.tree.map(jnp.array, split(variables, rates, ()))
+    state = init_state(changing["params"], {}, optax.sgd(1.0))
+    step = make_train_step(MODEL, optax.sgd(1.0), None, materialize)
+    state, _ = step(state, staying, batch(), KEYS)
+
+    def loss(factor):
+        head = random_variables()["params"]["head"]
+        head = {**head, "kernel": factor * head["kernel"]}
+        params = {**random_variables()["params"], "head": head}
+        logits = apply(MODEL, {**random_variables(), "params": params}, batch().inputs).logits
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch().targets).mean()
+
+    assert state.params["head"]["factor"] == pytest.approx(1.5 - jax.grad(loss)(1.5), rel=1e-5)
+
+    def with_factor(model, _, classes):
+        assert classes == 3
+        return model, jax.tree.map(np.array, variables)
+
+    what = config(train=("head/factor",), rate=0.1)
+    result = train(what, new_head=with_factor, materialize=materialize)
+    assert set(result.variables["params"]["head"]) == {"kernel", "bias"}
+    before = random_variables()["params"]["head"]["kernel"]
+    assert np.ptp(result.variables["params"]["head"]["kernel"] / before) < 1e-5
+    kept = np.stack([splits().val.read(int(i)) for i in result.logits.indices])
+    expected = np.asarray(apply(MODEL, result.variables, kept).logits)
+    np.testing.assert_allclose(result.logits.values, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_an_optimizer_is_given_the_loss_and_gradients_elsewhere():
+    seen = {}
+
+    def update(grads, state, params, *, value, grad_fn, **_):
+        elsewhere = grad_fn(jax.tree.map(lambda x: x + 0.1, params))
+        return jax.tree.map(lambda g: -g, elsewhere), (value, *state[1:])
+
+    start = jnp.float32(0)
+    optimizer = optax.GradientTransformationExtraArgs(lambda _: (start,), update)
+    state, found, before = one_step(None, batch(masked=1), optimizer=optimizer)
+    assert state.opt_state[0] == pytest.approx(found["loss"], rel=1e-6)
+    variables, data = random_variables(), batch()
+
+    def loss(params):
+        logits = apply(MODEL, {**variables, "params": params}, data.inputs[:5]).logits
+        return optax.softmax_cross_entropy_with_integer_labels(logits, data.targets[:5]).mean()
+
+    there = jax.grad(loss)(jax.tree.map(lambda x: x + 0.1, variables["params"]))
+    assert_close(jax.tree.map(np.subtract, before["params"], state.params), there)
+    assert seen == {}
+
+
+def confident(forward, batch, key):
+    losses, metrics = cross_entropy()(forward, batch, key)
+    shares = class_shares(batch.targets, 3)
+    return losses + 0.1 * jnp.square(forward(batch.inputs).logits - shares).sum(1), metrics
+
+
+def test_fit_takes_an_objective_and_calls_back_in_order(tmp_path):
+    steps, epochs = [], []
+    what = config(cache="none", augment=True, augmentation=AugmentConfig(crop=False, mixup=0.3))
+    result = train(
+        what,
+        objective=confident,
+        on_step=lambda step, metrics: steps.append((step, metrics)),
+        log_every=2,
+        on_epoch=lambda history: epochs.append(len(history)),
+    )
+    assert [step for step, _ in steps] == [2, 4, 6]
+    assert set(steps[0][1]) == {
+        *("loss", "cross_entropy", "top1", "gradient_norm", "learning_rate", "images_per_second")
+    }
+    assert epochs == [1, 2, 3]
+    entry = result.history[1]
+    assert entry["train_loss"] > entry["train_cross_entropy"]
+    plain = train(what)
+    assert everything(result)["variables"] != everything(plain)["variables"]
+    # Who listens changes nothing.
+    assert everything(train(what, objective=confident)) == everything(result)
+
+
+def test_a_source_hands_its_arrays_to_the_objective_cached_or_not():
+    """A teacher's logits, by their examples, whichever way the activations come."""
+    data = splits()
+    teacher = np.random.default_rng(3).normal(size=(11, 3)).astype(np.float32)
+    data = data._replace(train=replace(data.train, extra={"teacher": teacher}))
+
+    def distil(forward, batch, _):
+        logits = forward(batch.inputs).logits
+        return optax.l2_loss(logits, batch.extra["teacher"]).sum(1), {
+            "sum": batch.extra["teacher"].sum(1)
+        }
+
+    for cache in ("none", "memory"):
+        result = train(config(freeze_to="stem", cache=cache, epochs=1), data, objective=distil)
+        assert result.history[1]["train_sum"] == pytest.approx(
+            np.delete(teacher.sum(1), 4).mean(), rel=1e-4
+        )
+    chosen = select(data.train, [3, 1])
+    np.testing.assert_array_equal(chosen.extra["teacher"], teacher[[3, 1]])
+    assert data.train.digest != splits().train.digest
+
+
+def test_a_function_of_the_optimizer_wraps_it():
+    def halved(inner):
+        inner = optax.with_extra_args_support(inner)
+
+        def update(grads, state, params, **extra):
+            updates, state = inner.update(grads, state, params, **extra)
+            return jax.tree.map(lambda x: 0 * x, updates), state
+
+        return optax.GradientTransformationExtraArgs(inner.init, update)
+
+    result = train(config(epochs=1), transform=halved)
+    start = train(config(epochs=1, rate=0.0))
+    for name, leaf in flatten(result.variables).items():
+        np.testing.assert_array_equal(leaf, flatten(start.variables)[name])
+
+
+def test_training_from_arrays():
+    """An array of images is a source's examples."""
+    made = source(9)
+    images = np.stack([made.read(i) for i in range(9)])
+    arrays = replace(made, examples=images)
+    found, expected = (train(config(epochs=1), Splits(data, data, ())) for data in (arrays, made))
+    assert everything(found) == everything(expected)
+
+
+def test_the_join_is_the_inverse_of_the_split():
+    variables = random_variables()
+    rates = label(variables["params"], (("head/*", 1.0), ("*", 0.0)))
+    jax.tree.map(np.testing.assert_array_equal, join(*split(variables, rates, {"stem"})), variables)
