@@ -180,7 +180,7 @@ def test_workers_read_the_same(spec):
             np.testing.assert_array_equal(field, value)
     assert skipped[0] == skipped[1]
     assert {*skipped[0].values()} == {"text, not an image"}
-    assert sum(batch.images.any(axis=(1, 2, 3)).sum() for batch in here) == 16 - len(skipped[0])
+    assert sum(batch.inputs.any(axis=(1, 2, 3)).sum() for batch in here) == 16 - len(skipped[0])
 
 
 def test_digest_reads_no_image(spec, monkeypatch):

@@ -115,7 +115,7 @@ def test_few_images_make_a_small_batch(tiny, count, rows):
 
     def forward(_, batch):
         seen.append(len(batch.mask))
-        return jax.numpy.asarray(batch.labels)
+        return jax.numpy.asarray(batch.targets)
 
     loading = Loading(16, devices=1)
     parts = over_source(forward, variables, source(count), model.preprocess, loading, {})
