@@ -86,7 +86,7 @@ def run(config):
 
     what = engine.config(epochs=4000, rate=1e-6)
     with Preemption() as preemption:
-        engine.train(what, engine.splits(8), folder=folder, log=log, preemption=preemption)
+        engine.train(what, engine.splits(8), folder=folder, on_epoch=log, preemption=preemption)
 
 cli.main(Config, run)
 """
@@ -140,6 +140,47 @@ def test_eight_devices_train_as_one_does(tmp_path):
     # It is not for want of learning that they agree.
     losses = [entry["train_loss"] for entry in one["history"][1:]]
     assert losses[-1] < 0.9 * losses[0]
+
+
+RESTORE = """
+import json, shutil, sys
+from pathlib import Path
+from engine import config, train
+from tljax.data.options import Loading
+from tljax.runtime.errors import StoppedError
+from tljax.runtime.parallel import Preemption
+
+folder, what = Path(sys.argv[1]), config(optimizer="sgd", ema_decay=0.9, cache="none", epochs=3)
+preemption = Preemption()
+
+def stop(step, metrics):
+    preemption.asked = step == 2
+
+try:
+    train(what, folder=folder / "first", loading=Loading(8, devices=1), on_step=stop,
+          preemption=preemption)
+except StoppedError:
+    pass
+for devices in (1, 4, 8):
+    here, losses = folder / str(devices), {}
+    shutil.copytree(folder / "first", here)
+
+    def keep(step, metrics):
+        losses[step] = metrics["loss"]
+
+    train(what, folder=here, loading=Loading(8, devices=devices), on_step=keep)
+    print(json.dumps(losses))
+"""
+
+
+@pytest.mark.slow
+def test_a_checkpoint_goes_on_alike_on_any_number_of_devices(tmp_path):
+    one, *others = finish(start(tmp_path, (), program=RESTORE, devices=8))
+    steps = sorted(map(int, one))
+    assert 1 < steps[0] <= 4, "it goes on from within the run"
+    for found in others:
+        for step in steps[:3]:
+            assert found[str(step)] == pytest.approx(one[str(step)], abs=1e-5), step
 
 
 def free_port():

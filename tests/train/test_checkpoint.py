@@ -520,6 +520,7 @@ import sys
 from pathlib import Path
 import jax
 import numpy as np
+import tljax
 from engine import config, everything, train
 
 jax.config.update("jax_compilation_cache_dir", sys.argv[2])
@@ -530,18 +531,42 @@ folder = Path(sys.argv[1])
 def log(history):
     print("entry", len(history), flush=True)
 
-what = config(freeze_to="stem", epochs=40, batch_norm="batch", dropout=0.3, average=0.9)
-found = everything(train(what, folder=folder, log=log), folder)
+def objective(forward, batch, key):
+    # Of an extension: the cross-entropy, and two draws of the dropout kept together.
+    losses, metrics = tljax.cross_entropy()(forward, batch, key)
+    views = [forward(batch.inputs).logits for _ in range(2)]
+    return losses + jax.numpy.square(views[0] - views[1]).sum(1), metrics
+
+RUNS = {
+    "cached": (
+        config(freeze_to="stem", epochs=40, batch_norm="batch", dropout=0.3, ema_decay=0.9),
+        {},
+    ),
+    "mixed": (
+        config(
+            epochs=40,
+            dropout=0.3,
+            ema_decay=0.9,
+            augment=True,
+            augmentation=tljax.AugmentConfig(crop=False, mixup=0.4),
+        ),
+        {"objective": objective},
+    ),
+}
+what, hooks = RUNS[sys.argv[3]]
+found = everything(train(what, folder=folder, on_epoch=log, **hooks), folder)
 (folder / "result.txt").write_text(repr(found))
 """
 
 
 @pytest.mark.slow
-def test_a_process_that_is_killed_twenty_times_ends_the_same(tmp_path):
+@pytest.mark.parametrize("run", ["cached", "mixed"])
+def test_a_process_that_is_killed_twenty_times_ends_the_same(tmp_path, run):
     rng = np.random.default_rng(0)
 
     def start(folder):
-        arguments = [sys.executable, "-c", LONG_RUN, str(folder), str(tmp_path / "compiled")]
+        compiled = str(tmp_path / "compiled")
+        arguments = [sys.executable, "-c", LONG_RUN, str(folder), compiled, run]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
         return subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env=environment)
 
