@@ -235,7 +235,7 @@ def test_fine_tuning_starts_at_the_probe_and_keeps_the_best(tiny, splits):
     before = {path: np.array(leaf) for path, leaf in flatten(variables).items()}
     logged = []
     result = fit(
-        model, variables, splits, replace(CONFIG, freeze_to="stem"), **HOW, log=logged.append
+        model, variables, splits, replace(CONFIG, freeze_to="stem"), **HOW, on_epoch=logged.append
     )
     assert [entry["phase"] for entry in result.history] == ["probe"] + 3 * ["train"]
     assert [len(history) for history in logged] == [1, 2, 3, 4]
