@@ -1,6 +1,6 @@
 """A head of one's own: two hidden layers instead of a linear map.
 
-Any Flax module ``module(x, train)`` can be the last stage of a network. This one is the classifier
+Any Flax module ``module(x, mode)`` can be the last stage of a network. This one is the classifier
 that many courses put on top of MobileNet: global average pooling (the stage before), 1,024 and
 1,024 rectified units, softmax.
 
@@ -9,7 +9,6 @@ that many courses put on top of MobileNet: global average pooling (the stage bef
 
 import sys
 from dataclasses import replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +16,7 @@ from flax import linen as nn
 
 import tljax
 from tljax.models import Stage
+from tljax.models.layers import INFERENCE, Mode
 from tljax.runtime.types import Variables
 
 
@@ -26,7 +26,7 @@ class HiddenLayers(nn.Module):
     num_classes: int
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: Any) -> jax.Array:  # noqa: ARG002 - a stage's signature
+    def __call__(self, x: jax.Array, mode: Mode) -> jax.Array:  # noqa: ARG002 - a stage's signature
         """The logits."""
         for width in (1024, 1024):
             x = nn.relu(nn.Dense(width)(x))
@@ -39,7 +39,7 @@ def hidden_layers(
     """The network with the new head, at random."""
     module = HiddenLayers(classes)
     features = variables["params"]["head"]["kernel"].shape[0]
-    params = module.init(jax.random.key(0), jnp.zeros((1, features)), False)["params"]
+    params = module.init(jax.random.key(0), jnp.zeros((1, features)), INFERENCE)["params"]
     stages = (*model.stages[:-1], Stage("head", module))
     params = {**variables["params"], "head": params}
     return replace(model, stages=stages), {**variables, "params": params}

@@ -17,7 +17,7 @@ from tljax.runtime.types import Array, Preprocess, Variables
 
 
 class Stage(NamedTuple):
-    """One named step of a network: a small Flax module called as ``module(x, mode)``; see `Mode`."""
+    """One named step of a network: a Flax module called as ``module(x, mode)``; see `Mode`."""
 
     name: str
     module: nn.Module
