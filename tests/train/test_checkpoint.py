@@ -530,7 +530,7 @@ folder = Path(sys.argv[1])
 def log(history):
     print("entry", len(history), flush=True)
 
-what = config(freeze_to="stem", epochs=40, batch_norm="batch", dropout=0.3, average=0.9)
+what = config(freeze_to="stem", epochs=40, batch_norm="batch", dropout=0.3, ema_decay=0.9)
 found = everything(train(what, folder=folder, log=log), folder)
 (folder / "result.txt").write_text(repr(found))
 """

@@ -29,7 +29,7 @@ from tljax.train.recipes import Phase
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
 
-RANDOM = {"batch_norm": "batch", "dropout": 0.3, "average": 0.8}
+RANDOM = {"batch_norm": "batch", "dropout": 0.3, "ema_decay": 0.8}
 
 
 @pytest.fixture
@@ -136,8 +136,8 @@ def lives(monkeypatch):
 MIX = AugmentConfig(crop=False, mixup=0.4)  # a crop takes seconds to compile
 RUNS = {
     "cached": config(freeze_to="stem", epochs=3, **RANDOM),
-    "augmented": config(epochs=3, augment=True, accumulate=2, average=0.9, augmentation=MIX),
-    "gradual": config("gradual", epochs=3, average=0.5, dropout=0.2, batch_norm="batch"),
+    "augmented": config(epochs=3, augment=True, accumulate=2, ema_decay=0.9, augmentation=MIX),
+    "gradual": config("gradual", epochs=3, ema_decay=0.5, dropout=0.2, batch_norm="batch"),
     "impatient": config(epochs=6, patience=2, rate=1e-9, optimizer="sgd", cache="none"),
 }
 
@@ -171,7 +171,7 @@ def test_a_run_that_is_killed_and_goes_on_ends_the_same(name, lives, tmp_path, m
 
 
 def test_a_run_that_is_asked_to_stop_ends_with_its_step_and_loses_nothing(tmp_path, monkeypatch):
-    what, shard, taken = config(average=0.8, cache="none"), fit_module.shard, []
+    what, shard, taken = config(ema_decay=0.8, cache="none"), fit_module.shard, []
     expected = everything(train(what, folder=tmp_path / "whole"), tmp_path / "whole")
     stopped = tmp_path / "stopped"
     for steps in (1, 3, 2):  # within an epoch, within the next one, and at the very end
@@ -267,7 +267,7 @@ def measured(monkeypatch):
 
 
 def test_what_is_frozen_keeps_its_bytes_for_a_hundred_steps(measured):
-    what = config(freeze_to="stem", batch_norm="batch", epochs=34, cache="none", average=0.5)
+    what = config(freeze_to="stem", batch_norm="batch", epochs=34, cache="none", ema_decay=0.5)
     what = replace(what, optimizer=replace(what.optimizer, weight_decay=0.1, clip_norm=0.5))
     train(what)
     first = tiny.random_variables()
@@ -301,7 +301,7 @@ def test_patience_stops_and_the_best_is_kept(measured, monkeypatch):
 @pytest.mark.slow
 def test_the_average_is_what_is_measured_and_accumulation_changes_nothing():
     plain, averaged, parts = (
-        train(what) for what in (config(), config(average=0.999), config(accumulate=2))
+        train(what) for what in (config(), config(ema_decay=0.999), config(accumulate=2))
     )
     for name in ("train_loss", "val_loss"):
         found, expected = ([e[name] for e in r.history[1:]] for r in (parts, plain))
@@ -346,7 +346,7 @@ def test_a_network_that_is_not_finite_is_never_saved(tmp_path, monkeypatch):
         return poisoned
 
     monkeypatch.setattr(preparation, "make_train_step", make_train_step)
-    what = config(average=0.5)
+    what = config(ema_decay=0.5)
     with pytest.raises(DivergenceError, match=r"step 5, .*; what was saved before is kept"):
         train(what, folder=tmp_path)
     checkpoints = Checkpoints(tmp_path / "checkpoints", repr(what))

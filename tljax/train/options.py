@@ -78,7 +78,8 @@ class FitConfig(Checked):
         dropout: rate before the head.
         label_smoothing: share of the target that is spread over all classes.
         class_weights: balanced weighs a class by the inverse of its share of the images.
-        average: decay of an exponential moving average of the weights, which is then what counts.
+        ema_decay: of an exponential moving average of the weights, a step, which is then what is
+            validated and kept; 0 keeps none.
         patience: stop a phase after so many epochs without a better validation; 0 never does.
         accumulate: a batch goes through the network in so many parts, to save memory.
         frozen_dtype: in which the parameters that do not train are held meanwhile; bfloat16 takes
@@ -106,7 +107,7 @@ class FitConfig(Checked):
     dropout: Share = 0.0
     label_smoothing: Share = 0.0
     class_weights: Literal["none", "balanced"] = "none"
-    average: Share = 0.0
+    ema_decay: Share = 0.0
     patience: Amount = 0
     accumulate: Count = 1
     frozen_dtype: Dtype = "float32"

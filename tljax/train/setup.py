@@ -187,13 +187,13 @@ def first_state(
         optimizer = optax.chain(setup.transform, optimizer)
     changing, staying = division.split(variables)
     state = init_state(
-        changing["params"], changing["batch_stats"], optimizer, average=config.average > 0
+        changing["params"], changing["batch_stats"], optimizer, average=config.ema_decay > 0
     )
     how = StepConfig(
         division.training,
         config.label_smoothing,
         _class_weights(setup),
-        config.average,
+        config.ema_decay,
         config.accumulate,
         config.augmentation if config.augment and inputs.start is None else None,
         config.attacker,
