@@ -130,12 +130,12 @@ def open_run(
         said = {
             "images": f"images, of {config['data']}, have other contents of the same size",
             "weights": f"base weights, {config['weights']}, have changed",
-            "extension": f"code, of the extension {config.get('extension')}, has changed",
+            "extension": f"extension's functions, {config.get('extension')}, have changed",
         }
         for name, what in said.items():
             if before.get(name) != found.get(name):
                 raise RequestError(f"{workdir}: its {what}: restore them, or start a new run")
-        here = {name: config.get(name) for name in ("data", "weights", "extension")}
+        here = {name: config[name] for name in config.keys() & {"data", "weights", "extension"}}
         if known != {**known, **here} and "fingerprint" in known:
             write_json(path, {**known, **here})
     else:
