@@ -116,7 +116,7 @@ def test_a_run_keeps_its_extension_and_refuses_another(tmp_path):
         "--data", tmp_path / "data", "--weights", tmp_path / "net.safetensors", "--image-size",
         "32", "--epochs", "2", "--recipe", "finetune", "--train", "head", "--batch-size", "4",
     )  # fmt: skip
-    train = ("train.py", *options, "--optimizer", "sgd", "--weight-decay", "0", "--json")
+    train = ("train", *options, "--optimizer", "sgd", "--weight-decay", "0", "--json")
     for run, more in (("plain", ()), ("still", ("--extension", "mine.py"))):
         answer(call_script(tmp_path, *train, "--workdir", tmp_path / run, *more))
     plain, still = (
@@ -134,8 +134,8 @@ def test_a_run_keeps_its_extension_and_refuses_another(tmp_path):
         "extension" not in json.loads((tmp_path / "plain/config.json").read_text())["fingerprint"]
     )
 
-    answer(call_script(tmp_path, "train.py", "--resume", tmp_path / "still", "--json"))
-    resume = ("train.py", "--resume", tmp_path / "still")
+    answer(call_script(tmp_path, "train", "--resume", tmp_path / "still", "--json"))
+    resume = ("train", "--resume", tmp_path / "still")
     for more, said in (
         (("--extension", "mine.py:same"), "goes on with its own settings: leave out --extension"),
         (("--extension", "other.py"), "--extension: other.py does not exist"),
@@ -143,7 +143,7 @@ def test_a_run_keeps_its_extension_and_refuses_another(tmp_path):
         done = call_script(tmp_path, *resume, *more)
         assert (done.returncode, done.stdout) == (2, "")
         assert said in done.stderr
-    done = call_script(tmp_path, "train.py", "--resume", tmp_path / "plain", "--extension", code)
+    done = call_script(tmp_path, "train", "--resume", tmp_path / "plain", "--extension", code)
     assert f"leave out --extension {code}" in done.stderr
 
     moved = code.rename(tmp_path / "moved.py")
@@ -163,13 +163,12 @@ def test_a_run_of_the_version_before_predicts_and_does_not_go_on(tmp_path):
     save(tmp_path / "run/best/model.safetensors", random_pretrained("mobilenetv2_050", 5))
     (tmp_path / "run" / "config.json").write_text(json.dumps({"data": "x", "average": 0.5}))
     for flag in ("--resume", "--workdir"):
-        done = call_script(tmp_path, "train.py", flag, tmp_path / "run")
+        done = call_script(tmp_path, "train", flag, tmp_path / "run")
         assert (done.returncode, done.stdout) == (2, "")
         (line,) = done.stderr.splitlines()
         assert "config.json: it is of an earlier version of tljax" in line
     paint(tmp_path / "x.png", (200, 60, 60), 1)
     options = ("--weights", tmp_path / "run", "--image-size", "32", "--json")
     assert (
-        len(answer(call_script(tmp_path, "predict.py", tmp_path / "x.png", *options))["images"])
-        == 1
+        len(answer(call_script(tmp_path, "predict", tmp_path / "x.png", *options))["images"]) == 1
     )

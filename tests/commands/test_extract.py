@@ -30,7 +30,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def extract(place: Path, data: object, out: object, *options: object):
     small = ("--weights", place / "net.safetensors", "--image-size", "64", "--batch-size", "4")
-    return call_script(place, "extract.py", data, "--out", out, *small, *options)
+    return call_script(place, "extract", data, "--out", out, *small, *options)
 
 
 def computed(place: Path, data: Path, stop: str | None):
