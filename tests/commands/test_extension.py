@@ -2,6 +2,7 @@
 
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -107,16 +108,55 @@ same = {{"transform": transform}}
 """
 
 
-def test_a_run_keeps_its_extension_and_refuses_another(tmp_path):
-    save(tmp_path / "net.safetensors", random_pretrained("mobilenetv2_050", 5))
+def options(place: Path) -> tuple[object, ...]:
+    """A training of seconds."""
+    save(place / "net.safetensors", random_pretrained("mobilenetv2_050", 5))
     for i in range(8):
-        paint(tmp_path / "data" / "ab"[i % 2] / f"{i}.png", (200 * (i % 2), 60, 60), i)
-    code = write(tmp_path / "mine.py", HALVED.format(scale=0.0))
-    options = (
-        "--data", tmp_path / "data", "--weights", tmp_path / "net.safetensors", "--image-size",
+        paint(place / "data" / "ab"[i % 2] / f"{i}.png", (200 * (i % 2), 60, 60), i)
+    return (
+        "train", "--data", place / "data", "--weights", place / "net.safetensors", "--image-size",
         "32", "--epochs", "2", "--recipe", "finetune", "--train", "head", "--batch-size", "4",
+        "--optimizer", "sgd", "--weight-decay", "0", "--json",
     )  # fmt: skip
-    train = ("train", *options, "--optimizer", "sgd", "--weight-decay", "0", "--json")
+
+
+def test_training_is_given_the_hooks_and_nothing_else(tmp_path, monkeypatch):
+    path, train = write(tmp_path / "mine.py", GOOD.replace('"Mine": Mine', "")), options(tmp_path)
+    given, identities = [], []
+
+    def fit(*_, **options):
+        given.append(options)
+        raise RequestError("seen")
+
+    def checkpoints(_, identity):
+        identities.append(identity)
+        return nullcontext()
+
+    monkeypatch.setattr("tljax.train.fit.fit", fit)
+    monkeypatch.setattr("tljax.commands.train.closing", lambda opened: opened)
+    monkeypatch.setattr("tljax.train.checkpoint.Checkpoints", checkpoints)
+    runs = ((), ("--log-every", "5"), ("--extension", path), ("--extension", f"{path}:other"))
+    for number, more in enumerate(runs):
+        done = call_script(tmp_path, *train, "--workdir", tmp_path / f"run{number}", *more)
+        assert done.stderr.splitlines()[-1] == "error: seen"
+    plain, *others = given
+    added = [{k: v for k, v in one.items() if k not in plain} for one in others]
+    assert added[0] == {"log_every": 5}
+    assert list(added[1]) == ["objective"]
+    assert added[2] == {"on_step": print}
+    assert identities[0] == identities[1]
+    assert len(set(identities)) == 3
+    assert all(load_extension(str(path))[1] in identity for identity in identities[2:])
+
+    at = train.index("--epochs")  # which have no effect there
+    train = (*train[:at], *train[at + 2 :])
+    done = call_script(tmp_path, *train, "--find-learning-rate", "--extension", path)
+    assert "trains by the default objective: without --extension" in done.stderr
+
+
+def test_a_run_keeps_its_extension_and_refuses_another(tmp_path):
+    code = write(tmp_path / "mine.py", HALVED.format(scale=0.0))
+    train = options(tmp_path)
     for run, more in (("plain", ()), ("still", ("--extension", "mine.py"))):
         answer(call_script(tmp_path, *train, "--workdir", tmp_path / run, *more))
     plain, still = (
