@@ -9,8 +9,8 @@ BIN := $(VENV)/bin
 # The main job, offline, on a CPU: pretrained EfficientNet-Lite0 becomes a reader of digits,
 # and as it is names what is on a photograph.
 demo: $(VENV)/.demo
-	$(BIN)/python scripts/train.py --image-size 96 --epochs 4
-	$(BIN)/python scripts/predict.py $$($(BIN)/python -c "import skimage, pathlib; print(pathlib.Path(skimage.__file__).parent / 'data/chelsea.png')")
+	$(BIN)/tljax train --image-size 96 --epochs 4
+	$(BIN)/tljax predict $$($(BIN)/python -c "import skimage, pathlib; print(pathlib.Path(skimage.__file__).parent / 'data/chelsea.png')")
 
 # Checks the style and the types, then runs the tests that take seconds.
 test: lint test-quick

@@ -1,7 +1,7 @@
 """How long is it from a folder of photographs to a classifier, beside the loops that courses teach?
 
 Prints one JSON object. Each side is a process of its own, from its start to its end, imports and
-compilation included. Ours is `scripts/train.py --recipe probe`, report and all. Theirs freeze the
+compilation included. Ours is `tljax train --recipe probe`, report and all. Theirs freeze the
 same network, put a new linear head on it, and send every photograph through both for ten epochs of
 Adam. Of these ten epochs two are run, and the rest is reckoned to last as long as the second.
 

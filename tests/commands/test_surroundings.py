@@ -1,4 +1,4 @@
-"""The scripts where something around them is missing: a device, memory, an output, a terminal."""
+"""The commands where something around them is missing: a device, memory, an output, a terminal."""
 
 import io
 import json

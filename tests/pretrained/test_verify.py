@@ -129,7 +129,7 @@ def test_keras_is_the_reference_of_its_files(
 def test_the_script_names_the_layer_in_one_line(folder: Path, tmp_path: Path) -> None:
     wrong = tmp_path / "wrong.safetensors"
     save(wrong, with_swapped_statistics(load_pretrained(folder)))
-    command = [sys.executable, "scripts/weights.py", "verify", wrong, "--reference", folder]
+    command = [sys.executable, "-m", "tljax", "weights", "verify", wrong, "--reference", folder]
     environment = {**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False

@@ -1,18 +1,19 @@
-"""What all scripts share: the common flags, one-line errors, and a last line for machines."""
+"""What all commands share: the common flags, one-line errors, and a last line for machines."""
 
 import io
 import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import redirect_stderr, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass, fields, is_dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from shutil import get_terminal_size
 from threading import Timer, current_thread, main_thread
 from traceback import walk_tb
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import tyro
@@ -25,12 +26,15 @@ from tljax.runtime.ranges import Amount, Checked, Count, Pixels, Seed
 from tljax.runtime.settings import Conditions, Dtype, Normalization, idle, settings
 
 if TYPE_CHECKING:
+    from tljax.commands.extension import Extension
     from tljax.pretrained import Pretrained
+
+RENAMED = {"--average": "--ema-decay"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Output(Checked):
-    """How a script reports."""
+    """How a command reports."""
 
     json: bool = False
     """Print one JSON object on the last line of stdout."""
@@ -46,7 +50,27 @@ class Output(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Network(Output):
+class Extended(Output):
+    """A Python file that comes with the network."""
+
+    extension: str | None = None
+    """FILE.py[:NAME], a Python file of yours with a dict called NAME, by default extension, of what
+    fit takes (objective, materialize, transform, on_step, on_epoch, new_head) and of modules by
+    name, which networks are made of. Runs its code."""
+
+    def hooks(self) -> "Extension":
+        """The extension; empty without one."""
+        from tljax.commands.extension import load_extension
+
+        return load_extension(self.extension)[0] if self.extension else {}
+
+    def modules(self) -> dict[str, Any]:
+        """Arguments of `load_pretrained` that the extension adds."""
+        return {"modules": found} if (found := self.hooks().get("modules")) else {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network(Extended):
     """Which network, and its images."""
 
     weights: str = "efficientnet_lite0.in1k"
@@ -69,7 +93,10 @@ class Network(Output):
         from tljax.pretrained import load_pretrained
 
         found = load_pretrained(
-            weights or self.weights, model=self.model, normalization=self.normalization
+            weights or self.weights,
+            model=self.model,
+            normalization=self.normalization,
+            **self.modules(),
         )
         say_notes(found)
         model = replace(found.model, dtype=self.precision or found.model.dtype)
@@ -78,7 +105,7 @@ class Network(Output):
 
 @dataclass(frozen=True, kw_only=True)
 class Common(Network):
-    """Flags with the same name and meaning in every script that runs over data."""
+    """Flags with the same name and meaning in every command that runs over data."""
 
     batch_size: Count = 32
     """Images a step."""
@@ -168,12 +195,15 @@ def _parse(config_type: Any) -> Any:
     """Parse the command line, and say in one line what is wrong with it: tyro draws a box."""
     if any(not word or re.fullmatch(r"--[\w-]+=", word) for word in sys.argv[1:]):
         raise RequestError("an argument is empty; is a variable of the shell not set?")
+    for word in sys.argv[1:]:
+        if now := RENAMED.get(flag := word.partition("=")[0]):
+            raise RequestError(f"{flag} is called {now} now")
     said, columns = io.StringIO(), os.environ.get("COLUMNS", "")
     # No line of an error is broken; and no help is laid out for a few columns, which never ends.
     width = max(40, get_terminal_size().columns) if {"-h", "--help"} & set(sys.argv) else 9999
     os.environ["COLUMNS"] = str(width)
     try:
-        with redirect_stderr(said):
+        with redirect_stderr(said), _without_typeguard():
             return tyro.cli(config_type)
     except SystemExit as ended:
         if not ended.code:
@@ -185,6 +215,22 @@ def _parse(config_type: Any) -> Any:
         raise RequestError(_first_lines(said.getvalue())) from None
     finally:
         os.environ["COLUMNS"] = columns
+
+
+@contextmanager
+def _without_typeguard() -> Iterator[None]:
+    """Keep tyro from importing typeguard, which takes as long as all the rest of a ``--help``.
+
+    It compares our defaults with their types by it, and pyright has done that.
+    """
+    stand_in = ModuleType("typeguard")
+    vars(stand_in).update(check_type=lambda value, _: value, TypeCheckError=TypeError)
+    found = sys.modules.setdefault("typeguard", stand_in)
+    try:
+        yield
+    finally:
+        if found is stand_in:
+            del sys.modules["typeguard"]
 
 
 def _first_lines(box: str) -> str:

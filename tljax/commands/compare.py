@@ -11,7 +11,7 @@ from tljax.runtime.ranges import Amount, Count, Pixels, Seed, Share
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(cli.Output):
+class Config(cli.Extended):
     """Compare pretrained networks on a data set, by a linear probe of their frozen features."""
 
     weights: Annotated[tuple[str, ...], tyro.conf.Positional] = ("efficientnet_lite0.in1k",)
@@ -56,7 +56,7 @@ def run(config: Config) -> dict[str, Any]:
     for weights in config.weights:
         name = Path(weights).name
         try:
-            network = load_pretrained(weights)
+            network = load_pretrained(weights, **config.modules())
             cli.say_notes(network)
             network = network.with_size(config.image_size)
             found.append(measure(name, network, splits, loading, config.seed, skipped))

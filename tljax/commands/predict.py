@@ -1,4 +1,4 @@
-"""Names what is on photographs, with a pretrained network or one that train.py made."""
+"""Names what is on photographs, with a pretrained network or one that ``tljax train`` made."""
 
 from dataclasses import dataclass
 from typing import Annotated, Any

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from tljax.commands import cli
+from tljax.commands.extension import split_name
 from tljax.data.options import Loading
 from tljax.runtime.errors import RequestError, StoppedError
-from tljax.runtime.files import read_config
-from tljax.runtime.ranges import NotNegative, Share, spelled
+from tljax.runtime.files import CONFIG_VERSION, read_config
+from tljax.runtime.ranges import Amount, NotNegative, Share, spelled
 from tljax.runtime.settings import settings
 from tljax.train.options import ASKED_CONDITIONS, FitConfig
 
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
     from tljax.train.fit import FitResult
 
 
-_OF_THE_RUN = "learning_rate schedule warmup patience average checkpoint_minutes profile"
+_OF_THE_RUN = (
+    "learning_rate schedule warmup patience ema_decay checkpoint_minutes log_every profile"
+)
 _FINDING = "with --find-learning-rate"
 _OF_NOW = "workers devices distributed json debug resume dry_run find_learning_rate"
 
@@ -44,8 +47,8 @@ class Config(cli.Common):
     under runs/."""
     resume: Path | None = None
     """A run directory to go on with. Every other setting comes from there, except --workers,
-    --devices and --distributed; one that is given and differs is an error. --data and --weights may
-    say where the same images and weights are now."""
+    --devices and --distributed; one that is given and differs is an error. --data, --weights and
+    --extension may say where the same images, weights and file are now."""
     fit: tyro.conf.OmitArgPrefixes[FitConfig] = field(default_factory=FitConfig)
     val_fraction: Share = 0.2
     """Share of the images kept for validation where the data has no validation part. 0 keeps none:
@@ -55,6 +58,9 @@ class Config(cli.Common):
     checkpoint_minutes: NotNegative = 10.0
     """Minutes from one checkpoint to the next within an epoch, 0 for one at every step; every epoch
     ends with one."""
+    log_every: Amount = 0
+    """Steps from one line of metrics.jsonl to the next within an epoch; 0 writes one line an
+    epoch."""
     find_learning_rate: bool = False
     """Try a hundred learning rates on the first steps and suggest one; train nothing."""
     dry_run: bool = False
@@ -70,7 +76,7 @@ class Config(cli.Common):
         ("find_learning_rate profile", lambda s: not s.dry_run, "with --dry-run"),
         ("epochs", lambda s: not s.find_learning_rate or s.recipe == "gradual", _FINDING),
         (_OF_THE_RUN, lambda s: not s.find_learning_rate, _FINDING),
-        ("checkpoint_minutes", lambda s: s.recipe != "probe", "with --recipe probe"),
+        ("checkpoint_minutes log_every", lambda s: s.recipe != "probe", "with --recipe probe"),
     )
 
     def completed(self) -> "Config":
@@ -82,7 +88,13 @@ class Config(cli.Common):
         workdir = self.resume or self.workdir
         if not workdir or not (self.resume or self._is_of_a_run()):
             return self
-        asked = {k: v for k, v in read_config(workdir).items() if k != "fingerprint"}
+        asked = read_config(workdir)
+        if (version := asked.pop("version", None)) != CONFIG_VERSION:
+            raise RequestError(
+                f"{workdir / 'config.json'}: it is of {'another' if version else 'an earlier'} version of tljax, which alone goes "
+                "on with the run; predict, evaluate and attack take it as it is"
+            )
+        asked.pop("fingerprint", None)
         try:
             found = cli.from_json(Config, asked)
         except (AttributeError, RequestError, TypeError) as error:
@@ -104,7 +116,7 @@ class Config(cli.Common):
                 f"{workdir} already holds a run with other settings: {flags}; go on with it by "
                 "--resume, or choose another --workdir"
             )
-        return found
+        return replace(found, extension=self.extension or found.extension)
 
     def _is_of_a_run(self) -> bool:
         """Whether this is the command of a run that has begun; it then goes on."""
@@ -139,6 +151,9 @@ def run(config: Config) -> dict[str, Any]:
         config = replace(config, data=_absolute(config.data))
         if not catalog_name(config.weights):
             config = replace(config, weights=_absolute(config.weights))
+        if config.extension:
+            file, name = split_name(config.extension)
+            config = replace(config, extension=f"{_absolute(file)}:{name}")
         pretrained = config.load()
         splits = open_splits(config.data, val_fraction=config.val_fraction)
         if config.dry_run:
@@ -167,6 +182,7 @@ def train(
     began: float,
 ) -> dict[str, Any]:
     """Trains in a run directory that is there, or goes on in it."""
+    from tljax.commands.extension import load_extension
     from tljax.pretrained import save
     from tljax.report.runs import write_training_report
     from tljax.runtime.parallel import is_writer
@@ -177,14 +193,21 @@ def train(
 
     resume = f"tljax train --resume {shlex.quote(str(workdir))}"
     weights = tree_digest(pretrained.variables)
+    hooks: dict[str, Any] = {"log_every": config.log_every} if config.log_every else {}
+    code, extension = None, ()
+    if config.extension:
+        found, code = load_extension(config.extension)
+        hooks |= {name: hook for name, hook in found.items() if name != "modules"}
+        extension = code, split_name(config.extension)[1]
     if is_writer():
-        if run_directory.open_run(workdir, asdict(config), splits, weights):
+        asked = {"version": CONFIG_VERSION, **asdict(config)}
+        if run_directory.open_run(workdir, asked, splits, weights, code):
             print(f"note: {workdir} is there and goes on", file=sys.stderr)
         for note in splits.notes:
             print(note)
     digests = splits.train.digest, splits.val.digest, weights
     precision = pretrained.model.dtype
-    identity = repr((config.fit, config.seed, config.batch_size, precision, digests))
+    identity = repr((config.fit, config.seed, config.batch_size, precision, digests, *extension))
     try:
         with closing(Checkpoints(workdir / "checkpoints", identity)) as checkpoints:
             result = fit(
@@ -199,6 +222,7 @@ def train(
                 on_epoch=run_directory.MetricsFile(workdir).on_epoch,
                 profile=workdir / "profile" if config.profile else None,
                 preemption=preemption,
+                **hooks,
             )
     except StoppedError as error:
         raise StoppedError(f"{error}; to go on: {resume}") from error
@@ -246,6 +270,8 @@ def _place(name: str, value: Any) -> Any:
     """A value to compare: one folder has many names."""
     if name in ("data", "weights") and value:
         value = _absolute(value)
+    if name == "extension" and value:
+        return split_name(value)[1]  # its file is compared by content
     return Path(value).resolve() if name in ("workdir", "resume") and value else value
 
 
@@ -266,6 +292,10 @@ def suggest_learning_rate(
     from tljax.studies.learning_rate import find_learning_rate
     from tljax.train import run_directory
 
+    if config.hooks().keys() - {"modules"}:
+        raise RequestError(
+            "--find-learning-rate trains by the default objective: without --extension"
+        )
     test = find_learning_rate(
         pretrained.model,
         pretrained.variables,

@@ -20,7 +20,7 @@ class List(cli.Output):
 
 
 @dataclass(frozen=True)
-class Verify(cli.Output):
+class Verify(cli.Extended):
     """Compare a port with its reference implementation (torch or keras), layer by layer."""
 
     weights: Annotated[str, tyro.conf.Positional]
@@ -33,7 +33,7 @@ class Verify(cli.Output):
 
 
 @dataclass(frozen=True)
-class Import(cli.Output):
+class Import(cli.Extended):
     """Port weights once and keep them in tljax's own format, with their card."""
 
     weights: Annotated[str, tyro.conf.Positional]
@@ -47,7 +47,7 @@ class Import(cli.Output):
 
 
 @dataclass(frozen=True)
-class Export(cli.Output):
+class Export(cli.Extended):
     """Write a network, fine-tuned ones too, for other programs."""
 
     weights: Annotated[str, tyro.conf.Positional]
@@ -75,7 +75,9 @@ def load(command: Verify | Import | Export) -> "Pretrained":
     from tljax.pretrained import load_pretrained
 
     normalization = command.normalization if isinstance(command, Import) else None
-    found = load_pretrained(command.weights, model=command.model, normalization=normalization)
+    found = load_pretrained(
+        command.weights, model=command.model, normalization=normalization, **command.modules()
+    )
     cli.say_notes(found)
     return found
 

@@ -80,7 +80,7 @@ def write_training_report(
     card: Card,
     seconds: float,
 ) -> None:
-    """Writes ``skipped.csv``, ``report.html`` and ``README.md`` of a run of train.py."""
+    """Writes ``skipped.csv``, ``report.html`` and ``README.md`` of a run."""
     unused = idle(result.config, FIT_CONDITIONS, settings(result.config))
     recipe = {
         path: str(value)

@@ -4,7 +4,7 @@
 class RequestError(ValueError):
     """What was asked for cannot be done: one line that says what, where, and what to do next.
 
-    Scripts print it without a traceback and exit with code 2.
+    Commands print it without a traceback and exit with code 2.
     """
 
 
@@ -17,15 +17,15 @@ class UnreadableImageError(ValueError):
 
 
 class VerificationError(Exception):
-    """A comparison that was asked for did not hold: one line; scripts exit with code 1."""
+    """A comparison that was asked for did not hold: one line; commands exit with code 1."""
 
 
 class DivergenceError(ArithmeticError):
-    """A loss is no finite number any more: one line with advice; scripts exit with code 1."""
+    """A loss is no finite number any more: one line with advice; commands exit with code 1."""
 
 
 class StoppedError(Exception):
-    """Training was asked to end early and lost nothing: one line; scripts exit with `CODE`."""
+    """Training was asked to end early and lost nothing: one line; commands exit with `CODE`."""
 
     CODE = 75  # EX_TEMPFAIL, which schedulers take for "run it again"
 

@@ -24,7 +24,7 @@ _LEFT_TO_IT = {"float32": "LIBRARY_FUSION_TYPE_REDUCE", "bfloat16": "-individual
 def configure(precision: Dtype = "float32") -> None:
     """Speed up convolutions on a CPU, and keep compiled programs on disk for the next run.
 
-    Every script does this; a program of its own may, before it imports JAX. What is set already
+    Every command does this; a program of its own may, before it imports JAX. What is set already
     wins: ``JAX_COMPILATION_CACHE_DIR``, which when empty keeps nothing, and a flag for ``ynn`` in
     ``XLA_FLAGS``. Where the folder cannot be written, nothing is kept and nothing is said.
 

@@ -77,7 +77,7 @@ def _bar(description: str, total: int | None, unit: str) -> Iterator[Callable[[i
         *(() if total is None else (TextColumn("left"), TimeRemainingColumn())),
         console=_stderr(),
         transient=True,
-        # What a script prints for machines must not end up on stderr.
+        # What a command prints for machines must not end up on stderr.
         redirect_stdout=sys.stdout.isatty(),
     )
     of = f"{'?' if total is None else total} {unit}"

@@ -85,7 +85,13 @@ def occupied(workdir: Path, splits: Splits) -> Iterator[None]:
         yield
 
 
-def open_run(workdir: Path, config: dict[str, Any], splits: Splits, weights: str) -> bool:
+def open_run(
+    workdir: Path,
+    config: dict[str, Any],
+    splits: Splits,
+    weights: str,
+    extension: str | None = None,
+) -> bool:
     """Write down what a run starts from, or compare it with what was written down before.
 
     Args:
@@ -93,12 +99,13 @@ def open_run(workdir: Path, config: dict[str, Any], splits: Splits, weights: str
         config: what it was asked, with absolute paths.
         splits: its images.
         weights: `tree_digest` of its base weights.
+        extension: the SHA-256 of its extension's file, if it has one.
 
     Returns:
         Whether the run was there and goes on.
 
     Raises:
-        RequestError: it cannot be written, or its images or weights are not what they were.
+        RequestError: it cannot be written, or its images, weights or extension have changed.
     """
     path = workdir / "config.json"
     split = _split_csv(config["data"], splits)
@@ -107,6 +114,8 @@ def open_run(workdir: Path, config: dict[str, Any], splits: Splits, weights: str
         "images": [splits.train.digest, splits.val.digest],
         "split.csv": hashlib.sha256(split).hexdigest(),
     }
+    if extension:
+        found["extension"] = extension
     goes_on = path.exists()
     if goes_on:
         known = read_config(workdir)
@@ -115,11 +124,12 @@ def open_run(workdir: Path, config: dict[str, Any], splits: Splits, weights: str
         said = {
             "images": f"images, of {config['data']}, have other contents of the same size",
             "weights": f"base weights, {config['weights']}, have changed",
+            "extension": f"extension's functions, {config.get('extension')}, have changed",
         }
         for name, what in said.items():
-            if before[name] != found[name]:
+            if before.get(name) != found.get(name):
                 raise RequestError(f"{workdir}: its {what}: restore them, or start a new run")
-        here = {name: config[name] for name in ("data", "weights")}
+        here = {name: config[name] for name in config.keys() & {"data", "weights", "extension"}}
         if known != {**known, **here} and "fingerprint" in known:
             write_json(path, {**known, **here})
     else:

@@ -1,0 +1,214 @@
+"""--extension: a file of the user's own, which is run, hashed, and never written to."""
+
+import json
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+from networks import random_pretrained
+from test_scripts import answer, call_script, paint
+
+from tljax.commands import cli
+from tljax.commands.extension import Extension, load_extension
+from tljax.pretrained import save
+from tljax.runtime.errors import RequestError
+
+GOOD = """
+from dataclasses import dataclass
+
+@dataclass
+class Mine:
+    size: "int" = 3
+
+def objective(forward, batch, key):
+    return Mine().size
+
+extension = {"objective": objective, "modules": {"Mine": Mine}}
+other = dict(on_step=print)
+"""
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def test_a_file_is_run_once_and_nothing_is_written(tmp_path):
+    path = write(tmp_path / "mine.py", GOOD)
+    found, digest = load_extension(str(path))
+    assert list(found) == ["objective", "modules"]
+    assert found["objective"](None, None, None) == 3
+    again, same = load_extension(f"{path}:other")
+    assert (again, same) == ({"on_step": print}, digest)
+    assert load_extension(f"{path}:extension")[0]["modules"]["Mine"] is found["modules"]["Mine"]
+    assert [*tmp_path.iterdir()] == [path]
+    assert not [name for name in sys.modules if name == "mine"]
+    path.write_text(GOOD.replace("= 3", "= 4"))
+    found, changed = load_extension(str(path))
+    assert found["objective"](None, None, None) == 4
+    assert changed != digest
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("nine.py", "", "--extension: {tmp}/nine.py does not exist; did you mean {tmp}/mine.py?"),
+        ("", "", "--extension: {tmp}/ cannot be read: Is a directory"),
+        (
+            "mine.py:b",
+            "a = {}",
+            "{tmp}/mine.py: it has no 'b': define one, or name another by FI",
+        ),
+        ("mine.py", "extension = 3", "{tmp}/mine.py: 'extension' is no dict: define one, or"),
+        ("mine.py", "\n1 / 0", "{tmp}/mine.py, line 2: ZeroDivisionError: division by zero"),
+        ("mine.py", "x = 1\ndef f(:", "{tmp}/mine.py, line 2: SyntaxError: invalid syntax"),
+        ("mine.py", "import nosuch", "{tmp}/mine.py, line 1: ModuleNotFoundError: No module named"),
+        ("mine.py", "exit(3)", "{tmp}/mine.py, line 1: SystemExit: 3"),
+        ("mine.py", "extension = dict(objectiv=1)", "an unknown key 'objectiv'; did you mean obj"),
+        ("mine.py", "extension = dict(xy=1)", "an unknown key 'xy'; choose from objective, mater"),
+        ("mine.py", "extension = dict(on_step=1)", "{tmp}/mine.py: 'on_step' of extension is no f"),
+        ("mine.py", "extension = dict(modules=1)", "{tmp}/mine.py: 'modules' of extension is no d"),
+    ],
+)
+def test_what_is_wrong_with_an_extension_is_one_line(tmp_path, name, text, said):
+    write(tmp_path / "mine.py", text)
+    before = set(sys.modules)
+    with pytest.raises(RequestError) as error:
+        load_extension(f"{tmp_path}/{name}")
+    assert said.format(tmp=tmp_path) in str(error.value)
+    assert not [new for new in set(sys.modules) - before if "extension_" in new and "line" in said]
+
+
+def test_every_command_that_loads_a_network_hands_the_modules_on(tmp_path, monkeypatch):
+    path = write(tmp_path / "mine.py", GOOD)
+    handed = []
+    monkeypatch.setattr(
+        "tljax.pretrained.load_pretrained", lambda *_, **k: handed.append(k) or 1 / 0
+    )
+    for config in (cli.Network(extension=str(path)), cli.Network(extension=f"{path}:other")):
+        with pytest.raises(ZeroDivisionError):
+            config.load()
+    assert list(handed[0].pop("modules")) == ["Mine"]
+    assert handed[0] == handed[1]  # nothing where there are none
+    assert cli.Network().hooks() == {}
+
+
+def test_the_keys_are_arguments_of_fit_and_modules():
+    assert set(Extension.__annotations__) == {
+        *("objective", "materialize", "transform", "on_step", "on_epoch", "new_head", "modules")
+    }
+
+
+HALVED = """
+import optax
+transform = optax.scale({scale})
+extension = {{"transform": transform}}
+same = {{"transform": transform}}
+"""
+
+
+def options(place: Path) -> tuple[object, ...]:
+    """A training of seconds."""
+    save(place / "net.safetensors", random_pretrained("mobilenetv2_050", 5))
+    for i in range(8):
+        paint(place / "data" / "ab"[i % 2] / f"{i}.png", (200 * (i % 2), 60, 60), i)
+    return (
+        "train", "--data", place / "data", "--weights", place / "net.safetensors", "--image-size",
+        "32", "--epochs", "2", "--recipe", "finetune", "--train", "head", "--batch-size", "4",
+        "--optimizer", "sgd", "--weight-decay", "0", "--json",
+    )  # fmt: skip
+
+
+def test_training_is_given_the_hooks_and_nothing_else(tmp_path, monkeypatch):
+    path, train = write(tmp_path / "mine.py", GOOD.replace('"Mine": Mine', "")), options(tmp_path)
+    given, identities = [], []
+
+    def fit(*_, **options):
+        given.append(options)
+        raise RequestError("seen")
+
+    def checkpoints(_, identity):
+        identities.append(identity)
+        return nullcontext()
+
+    monkeypatch.setattr("tljax.train.fit.fit", fit)
+    monkeypatch.setattr("tljax.commands.train.closing", lambda opened: opened)
+    monkeypatch.setattr("tljax.train.checkpoint.Checkpoints", checkpoints)
+    runs = ((), ("--log-every", "5"), ("--extension", path), ("--extension", f"{path}:other"))
+    for number, more in enumerate(runs):
+        done = call_script(tmp_path, *train, "--workdir", tmp_path / f"run{number}", *more)
+        assert done.stderr.splitlines()[-1] == "error: seen"
+    plain, *others = given
+    added = [{k: v for k, v in one.items() if k not in plain} for one in others]
+    assert added[0] == {"log_every": 5}
+    assert list(added[1]) == ["objective"]
+    assert added[2] == {"on_step": print}
+    assert identities[0] == identities[1]
+    assert len(set(identities)) == 3
+    assert all(load_extension(str(path))[1] in identity for identity in identities[2:])
+
+    at = train.index("--epochs")  # which have no effect there
+    train = (*train[:at], *train[at + 2 :])
+    done = call_script(tmp_path, *train, "--find-learning-rate", "--extension", path)
+    assert "trains by the default objective: without --extension" in done.stderr
+
+
+def test_a_run_keeps_its_extension_and_refuses_another(tmp_path):
+    code = write(tmp_path / "mine.py", HALVED.format(scale=0.0))
+    train = options(tmp_path)
+    for run, more in (("plain", ()), ("still", ("--extension", "mine.py"))):
+        answer(call_script(tmp_path, *train, "--workdir", tmp_path / run, *more))
+    plain, still = (
+        [json.loads(line)["val_loss"] for line in lines.read_text().splitlines()]
+        for lines in (tmp_path / "plain/metrics.jsonl", tmp_path / "still/metrics.jsonl")
+    )
+    assert len(set(plain)) == 3
+    assert len(set(still)) == 1  # a gradient times 0 moves nothing
+    path = tmp_path / "still" / "config.json"
+    config = json.loads(path.read_text())
+    assert config["version"] == 2
+    assert config["extension"] == f"{code}:extension"
+    assert config["fingerprint"]["extension"] == load_extension(str(code))[1]
+    assert (
+        "extension" not in json.loads((tmp_path / "plain/config.json").read_text())["fingerprint"]
+    )
+
+    answer(call_script(tmp_path, "train", "--resume", tmp_path / "still", "--json"))
+    resume = ("train", "--resume", tmp_path / "still")
+    for more, said in (
+        (("--extension", "mine.py:same"), "goes on with its own settings: leave out --extension"),
+        (("--extension", "other.py"), "--extension: other.py does not exist"),
+    ):
+        done = call_script(tmp_path, *resume, *more)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert said in done.stderr
+    done = call_script(tmp_path, "train", "--resume", tmp_path / "plain", "--extension", code)
+    assert f"leave out --extension {code}" in done.stderr
+
+    moved = code.rename(tmp_path / "moved.py")
+    assert "does not exist" in call_script(tmp_path, *resume).stderr
+    answer(call_script(tmp_path, *resume, "--extension", moved, "--json"))
+    assert json.loads(path.read_text()) == {**config, "extension": f"{moved}:extension"}
+    write(moved, HALVED.format(scale=1.0))
+    done = call_script(tmp_path, *resume)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == (
+        f"error: {tmp_path / 'still'}: its extension's functions, {moved}:extension, have changed: "
+        "restore them, or start a new run"
+    )
+
+
+def test_a_run_of_the_version_before_predicts_and_does_not_go_on(tmp_path):
+    save(tmp_path / "run/best/model.safetensors", random_pretrained("mobilenetv2_050", 5))
+    (tmp_path / "run" / "config.json").write_text(json.dumps({"data": "x", "average": 0.5}))
+    for flag in ("--resume", "--workdir"):
+        done = call_script(tmp_path, "train", flag, tmp_path / "run")
+        assert (done.returncode, done.stdout) == (2, "")
+        (line,) = done.stderr.splitlines()
+        assert "config.json: it is of an earlier version of tljax" in line
+    paint(tmp_path / "x.png", (200, 60, 60), 1)
+    options = ("--weights", tmp_path / "run", "--image-size", "32", "--json")
+    assert (
+        len(answer(call_script(tmp_path, "predict", tmp_path / "x.png", *options))["images"]) == 1
+    )

@@ -1,0 +1,116 @@
+"""Writes what a stage makes of every image of a folder to one file, for other programs."""
+
+import json
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from tljax.commands import cli
+from tljax.runtime.errors import RequestError
+from tljax.runtime.files import written_whole
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+@dataclass(frozen=True)
+class Config(cli.Common):
+    """Write the embeddings of images to a file, with the name and the class of each.
+
+    .npz holds arrays: names, labels, embeddings. .parquet holds columns: name, label, embedding.
+    .safetensors holds embeddings; names and labels are JSON lists in its metadata. Labels are names
+    of classes; without class folders there are none.
+    """
+
+    data: Annotated[str, tyro.conf.Positional]
+    """A folder, of images or of class folders; or digits, tfds:NAME or hf:NAME, of which the
+    validation part is taken."""
+    out: Path
+    """The file to write: .npz, .parquet (needs pyarrow) or .safetensors."""
+    stage: str = "pool"
+    """The stage whose output is written; the default is the pooled features."""
+    maps: bool = False
+    """Write feature maps as they are instead of their averages over all positions. A parquet file
+    has them flat, and their shape in its metadata."""
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Prints what was written, and which files could not be read."""
+    from tljax.data.loader import refuse_none
+    from tljax.data.sources import as_path, exists, open_folder, open_labelled
+    from tljax.features.extract import compute_features
+    from tljax.train.run_directory import skipped_lines, skipped_rows
+
+    out, folder = config.out, as_path(config.data.removeprefix("hf:"))
+    if out.suffix not in _SUFFIXES:
+        raise RequestError(f"--out {out}: choose a file that ends with {', '.join(_SUFFIXES)}")
+    if out.suffix == ".parquet" and not find_spec("pyarrow"):
+        raise RequestError("parquet files need pyarrow: pip install pyarrow, or choose .npz")
+    if out.is_dir():
+        raise RequestError(f"--out {out} is a folder: name a file")
+    is_folder = exists(folder) and folder.is_dir()
+    if is_folder and out.resolve().is_relative_to(folder.resolve()):
+        raise RequestError(f"--out {out} lies among the images of {folder}: choose another place")
+    network = config.load()
+    stages = network.model.stage_names
+    stop = (*stages, None)[network.model.position(config.stage) + 1]
+    named = config.data == "digits" or not exists(as_path(config.data))
+    source = (open_labelled if named else open_folder)(config.data)
+    with written_whole(out) as temporary:
+        features = compute_features(
+            *network[:2], source, config.loading, stop=stop, description="extract"
+        )
+        refuse_none(source, features.skipped)
+        values = (features if config.maps else features.pooled()).values
+        texts = {"names": [source.names[index] for index in features.indices]}
+        if source.classes:
+            classes = (*source.classes, "")  # the last one for an image without a label
+            texts["labels"] = [classes[label] for label in features.labels]
+        _write(temporary, out.suffix, texts, values)
+    shape = " x ".join(map(str, values.shape))
+    print(f"{shape} embeddings, of {config.stage} of {network.model.name}, written to {out}")
+    for line in skipped_lines(source, features.skipped):
+        print(line)
+    return {
+        "out": str(out),
+        "stage": config.stage,
+        "shape": list(values.shape),
+        "labelled": "labels" in texts,
+        "skipped": dict(skipped_rows(source, features.skipped)),
+    }
+
+
+_SUFFIXES = (".npz", ".parquet", ".safetensors")
+
+
+def _write(path: Path, suffix: str, texts: dict[str, list[str]], values: "np.ndarray") -> None:
+    if suffix == ".npz":
+        import numpy as np
+
+        arrays: dict[str, Any] = {name: np.array(text) for name, text in texts.items()}
+        with path.open("wb") as file:
+            np.savez(file, **arrays, embeddings=values)
+    elif suffix == ".parquet":
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        columns: dict[str, Any] = {name.removesuffix("s"): text for name, text in texts.items()}
+        rows = values.reshape(len(values), -1)
+        columns["embedding"] = pa.FixedSizeListArray.from_arrays(rows.ravel(), rows.shape[1])
+        shape = {"shape": json.dumps(values.shape[1:])}
+        parquet.write_table(pa.table(columns, metadata=shape), path)
+    else:
+        from safetensors.numpy import save_file
+
+        metadata = {name: json.dumps(text) for name, text in texts.items()}
+        if sum(map(len, metadata.values())) > 90_000_000:  # readers refuse a header of 100 MB
+            raise RequestError("too many names for a .safetensors file: choose .npz or .parquet")
+        save_file({"embeddings": values}, path, metadata)
+
+
+def main() -> None:
+    """Run ``tljax extract``."""
+    cli.main(Config, run)
