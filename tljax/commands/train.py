@@ -6,6 +6,7 @@ No argument runs the embedded default: EfficientNet-Lite0 on scikit-learn's digi
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -118,6 +119,10 @@ class Config(cli.Common):
             )
         return replace(found, extension=self.extension or found.extension)
 
+    def training_hooks(self) -> dict[str, Any]:
+        """What the extension hands to `fit`."""
+        return {name: hook for name, hook in self.hooks().items() if name != "modules"}
+
     def _is_of_a_run(self) -> bool:
         """Whether this is the command of a run that has begun; it then goes on."""
         trial = self.dry_run or self.find_learning_rate
@@ -193,11 +198,9 @@ def train(
 
     resume = f"tljax train --resume {shlex.quote(str(workdir))}"
     weights = tree_digest(pretrained.variables)
-    hooks: dict[str, Any] = {"log_every": config.log_every} if config.log_every else {}
-    code, extension = None, ()
+    hooks, code, extension = config.training_hooks(), None, ()
     if config.extension:
-        found, code = load_extension(config.extension)
-        hooks |= {name: hook for name, hook in found.items() if name != "modules"}
+        code = load_extension(config.extension)[1]
         extension = code, split_name(config.extension)[1]
     if is_writer():
         asked = {"version": CONFIG_VERSION, **asdict(config)}
@@ -208,6 +211,10 @@ def train(
     digests = splits.train.digest, splits.val.digest, weights
     precision = pretrained.model.dtype
     identity = repr((config.fit, config.seed, config.batch_size, precision, digests, *extension))
+    metrics = run_directory.MetricsFile(workdir)
+    hooks["on_epoch"] = _both(metrics.on_epoch, hooks.get("on_epoch"))
+    if config.log_every:
+        hooks["on_step"] = _both(metrics.on_step, hooks.get("on_step"))
     try:
         with closing(Checkpoints(workdir / "checkpoints", identity)) as checkpoints:
             result = fit(
@@ -219,9 +226,9 @@ def train(
                 seed=config.seed,
                 checkpoints=checkpoints,
                 checkpoint_seconds=60 * config.checkpoint_minutes,
-                on_epoch=run_directory.MetricsFile(workdir).on_epoch,
                 profile=workdir / "profile" if config.profile else None,
                 preemption=preemption,
+                log_every=max(config.log_every, 1),
                 **hooks,
             )
     except StoppedError as error:
@@ -266,6 +273,17 @@ def print_result(result: "FitResult", unread: int, workdir: Path, seconds: float
     print("your own images      tljax train --data FOLDER  (one subfolder a class)")
 
 
+def _both(one: Callable[..., None], other: Callable[..., None] | None) -> Callable[..., None]:
+    """Call one function, and the other if there is one."""
+
+    def both(*args: Any) -> None:
+        one(*args)
+        if other is not None:
+            other(*args)
+
+    return both
+
+
 def _place(name: str, value: Any) -> Any:
     """A value to compare: one folder has many names."""
     if name in ("data", "weights") and value:
@@ -292,10 +310,9 @@ def suggest_learning_rate(
     from tljax.studies.learning_rate import find_learning_rate
     from tljax.train import run_directory
 
-    if config.hooks().keys() - {"modules"}:
-        raise RequestError(
-            "--find-learning-rate trains by the default objective: without --extension"
-        )
+    hooks = config.training_hooks()
+    for name in ("on_step", "on_epoch"):
+        hooks.pop(name, None)
     test = find_learning_rate(
         pretrained.model,
         pretrained.variables,
@@ -303,6 +320,7 @@ def suggest_learning_rate(
         config.fit,
         loading=config.loading,
         seed=config.seed,
+        **hooks,
     )
     curve = (config.workdir or Path("runs")) / "learning_rate.png"
     if is_writer():

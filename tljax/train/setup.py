@@ -130,11 +130,12 @@ def prepare(
     changed = {name for name, _ in settings(config).items() - settings(FitConfig()).items()}
     for note in idle(config, ASKED_CONDITIONS, changed).values() if is_writer() else ():
         print(f"note: {note}", file=sys.stderr)
-    classes, head = len(splits.train.classes), model.stages[-1].name
+    classes = len(splits.train.classes)
     add_head = hooks.new_head or partial(
         replace_head, after=config.head_after, dropout=config.dropout
     )
     model, variables = add_head(model, variables, classes)
+    head = model.stage_names[-1]
     plan = make_plan(model, config, len(splits.train), loading.batch_size)
     before = accumulate((phase.epochs for phase in plan.phases), initial=0)
     phases = tuple(
