@@ -204,14 +204,6 @@ def test_a_stablehlo_folder_of_a_backbone_returns_features(
     assert difference(loaded.call(images), expected) <= 1e-5
 
 
-def test_a_head_of_ones_own_is_in_no_file(resnet18: Pretrained, tmp_path: Path) -> None:
-    *body, old = resnet18.model.stages
-    model = replace(resnet18.model, stages=(*body, old._replace(module=body[-1].module)))
-    with pytest.raises(RequestError, match="no file holds this resnet18"):
-        save(tmp_path / "x.safetensors", resnet18._replace(model=model))
-    assert not list(tmp_path.iterdir())
-
-
 # --- models of Keras whose backbone is a layer ----------------------------------------------------
 
 

@@ -10,12 +10,14 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from networks import random_pretrained, run
+from flax import linen as nn
+from networks import random_pretrained, random_variables, run
 from PIL import ExifTags, Image
 
 from tljax.data.decode import decode
-from tljax.models import Model
+from tljax.models import Model, Stage
 from tljax.models.convolution import max_pool
+from tljax.models.layers import Mode
 from tljax.pretrained import Card, Pretrained
 from tljax.pretrained import deploy as deploy_module
 from tljax.pretrained.deploy import export_onnx, export_stablehlo
@@ -38,6 +40,23 @@ def images(batch: int, size: int) -> np.ndarray:
 def call(folder: Path, pixels: np.ndarray) -> np.ndarray:
     data = bytearray((folder / "model.stablehlo").read_bytes())
     return np.asarray(jax.export.deserialize(data).call(pixels))
+
+
+class Hidden(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array, mode: Mode) -> jax.Array:
+        return nn.Dense(3)(nn.relu(nn.Dense(5)(x)))
+
+
+def test_any_head_is_exported_as_stablehlo(tmp_path: Path):
+    stages = (*tiny.MODEL.stages[:-1], Stage("answer", Hidden(), "vector"))
+    model = Model("mine", stages, Preprocess(16, 20))
+    network = pretrained()._replace(model=model, variables=random_variables(model))
+    export_stablehlo(tmp_path, network, batch=2, platforms=["cpu"])
+    assert (tmp_path / "predict.py").exists()
+    pixels = images(2, 16)
+    expected = run(model, network.variables, pixels).logits
+    np.testing.assert_allclose(call(tmp_path, pixels), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,14 @@ import jax
 import numpy as np
 import pytest
 import torch
+from flax import linen as nn
 from networks import (
     TorchLite,
     assert_same_variables,
     difference,
     random_images,
     random_pretrained,
+    random_variables,
     run,
     to_torch,
     torch_resnet,
@@ -27,8 +29,9 @@ from networks import (
 from references import FAST
 from transformers import AutoModelForImageClassification
 
-from tljax.models import Model, normalize, replace_head
+from tljax.models import Model, Stage, apply, build_model, normalize, replace_head, with_head
 from tljax.models import model as network
+from tljax.models.layers import Mode
 from tljax.pretrained import (
     Card,
     Pretrained,
@@ -181,6 +184,109 @@ def test_native_file_keeps_everything(resnet18: Pretrained, tmp_path: Path) -> N
         load_pretrained(tmp_path, model="resnet50")
 
 
+FIRST = Path(__file__).with_name("first_version.safetensors")
+"""MobileNet v1 cut behind its stem, as tljax wrote it before the format had a version."""
+
+
+def test_a_file_of_the_first_version_is_the_same_network() -> None:
+    model, variables, card = load_pretrained(FIRST)
+    whole = build_model("tf_mobilenetv1_025")
+    expected = with_head(whole, 3, after="stem", dropout=0.25)
+    assert model.stages == expected.stages
+    assert model.preprocess == replace(whole.preprocess, size=32, resize=36, channel_order="bgr")
+    assert card.classes == ("ant", "bee", "wasp")
+    images = (np.arange(2 * 32 * 32 * 3) % 251).reshape(2, 32, 32, 3).astype(np.uint8)
+    logits = [[-0.09608488, -0.11388412, -0.55093825], [-0.12130767, -0.10395706, -0.56144785]]
+    np.testing.assert_allclose(apply(model, variables, images).logits, logits, rtol=1e-5)
+
+
+def test_a_file_of_the_first_version_is_written_in_the_present_one(tmp_path: Path) -> None:
+    first = load_pretrained(FIRST)
+    save(tmp_path / "again.safetensors", first)
+    again = load_pretrained(tmp_path / "again.safetensors")
+    assert (again.model, again.card) == (first.model, first.card)
+    assert_same_variables(again.variables, first.variables)
+    header = header_of(tmp_path / "again.safetensors")
+    assert (header["version"], header["model"]["name"]) == (2, "tf_mobilenetv1_025")
+
+
+def header_of(path: Path) -> dict[str, Any]:
+    return json.loads(read_tensors(path).metadata["tljax"])
+
+
+def rewritten(path: Path, header: str, source: Path = FIRST) -> Path:
+    """The same tensors under another header."""
+    copies = {key: np.array(array) for key, array in read_tensors(source).arrays.items()}
+    write_safetensors(path, copies, {"tljax": header})
+    return path
+
+
+def test_a_file_of_a_later_version_is_refused(tmp_path: Path) -> None:
+    path = rewritten(tmp_path / "x.safetensors", json.dumps(header_of(FIRST) | {"version": 3}))
+    with pytest.raises(RequestError, match=r"x.safetensors is of version 3 .* reads up to 2: upgr"):
+        load_pretrained(path)
+
+
+class Hidden(nn.Module):
+    width: int
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mode: Mode) -> jax.Array:
+        return nn.Dense(self.num_classes)(nn.relu(nn.Dense(self.width)(x)))
+
+
+@pytest.fixture
+def own_head() -> Pretrained:
+    """What `fit` returns of a head of one's own, in place of a linear one and called otherwise."""
+    found = load_pretrained(FIRST)
+    stage = Stage("answer", Hidden(5, 3), "vector")
+    model = replace(found.model, stages=(*found.model.stages[:-1], stage))
+    return found._replace(model=model, variables=random_variables(model))
+
+
+def test_a_head_of_ones_own_is_kept(own_head: Pretrained, tmp_path: Path) -> None:
+    path = tmp_path / "own.safetensors"
+    save(path, own_head)
+    found = load_pretrained(path, modules={"Hidden": Hidden}).with_classes()
+    assert (found.model, found.card) == (own_head.model, own_head.card)
+    assert_same_variables(found.variables, own_head.variables)
+    with pytest.raises(RequestError) as caught:
+        load_pretrained(path)
+    assert str(caught.value) == (
+        f"{path}: it needs the module 'Hidden', which tljax does not have: supply its Flax class "
+        "with --extension FILE.py, in Python with modules={...}"
+    )
+
+
+def test_no_class_is_named_where_a_head_has_other_outputs(own_head: Pretrained) -> None:
+    card = replace(own_head.card, classes=("ant", "bee"))
+    with pytest.raises(RequestError, match="returns 3 numbers of an image and has 2 names of cl"):
+        own_head._replace(card=card).with_classes()
+
+
+def test_one_output_of_a_head_of_ones_own_is_no_sigmoid(own_head: Pretrained, tmp_path) -> None:
+    stages = (*own_head.model.stages[:-1], Stage("answer", Hidden(5, 1), "vector"))
+    model = replace(own_head.model, stages=stages)
+    card = replace(own_head.card, classes=("degrees",))
+    save(tmp_path / "x.safetensors", Pretrained(model, random_variables(model), card))
+    found = load_pretrained(tmp_path / "x.safetensors", modules={"Hidden": Hidden})
+    assert (found.model, found.card) == (model, card)
+
+
+def test_a_foreign_layout_holds_only_its_own_stages(own_head: Pretrained, tmp_path: Path) -> None:
+    cut = load_pretrained(FIRST)
+    mine = own_head._replace(model=replace(own_head.model, name="mine"))
+    for odd, message in (
+        (own_head, "holds a tf_mobilenetv1_025 with all its stages and a linear head, which this"),
+        (cut, "holds a tf_mobilenetv1_025 with all its stages and a linear head, which this"),
+        (mine, "there is no layout 'huggingface' for mine; known: tljax"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            export(tmp_path, odd, "huggingface")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("after", ["layer2", "pool"])
 def test_native_file_knows_which_stages_were_dropped(
     resnet18: Pretrained, tmp_path: Path, after: str
@@ -191,15 +297,12 @@ def test_native_file_knows_which_stages_were_dropped(
     found = load_pretrained(tmp_path / "cut.safetensors")
     assert found.model == model
     assert_same_variables(found.variables, variables)
-    if after == "layer2":
-        arrays, metadata = read_tensors(tmp_path / "cut.safetensors")
-        header = json.loads(metadata["tljax"]) | {"head_after": []}
-        copies = {key: np.array(array) for key, array in arrays.items()}
-        write_safetensors(tmp_path / "odd.safetensors", copies, {"tljax": json.dumps(header)})
-        with pytest.raises(RequestError, match=r"resnet18 has no stage '\[\]'"):
-            load_pretrained(tmp_path / "odd.safetensors")
-        with pytest.raises(RequestError, match=r"stages of resnet18 after layer2 were dropped"):
-            export(tmp_path / "cut.pth", pretrained, "torchvision")
+
+
+def test_a_header_of_the_first_version_that_names_no_stage(tmp_path: Path) -> None:
+    path = rewritten(tmp_path / "x.safetensors", json.dumps(header_of(FIRST) | {"head_after": []}))
+    with pytest.raises(RequestError, match=r"tf_mobilenetv1_025 has no stage '\[\]'"):
+        load_pretrained(path)
 
 
 @pytest.mark.parametrize(
@@ -213,6 +316,8 @@ def test_native_file_knows_which_stages_were_dropped(
         lambda header: json.dumps(header | {"preprocess": {"mean": 0.5, "std": 0.5}}),
         lambda header: json.dumps(header | {"preprocess": header["preprocess"] | {"colour": 1}}),
         lambda header: json.dumps(header | {"dtype": "float17"}),
+        lambda header: json.dumps(header | {"version": "two"}),
+        lambda header: json.dumps(header | {"version": [2]}),
         lambda header: json.dumps(header | {"dropout": "much"}),
         lambda header: json.dumps(header | {"dropout": 1.5}),
         lambda header: json.dumps(header | {"dtype": "int8"}),
@@ -246,15 +351,24 @@ def test_native_file_knows_which_stages_were_dropped(
     ],
 )
 def test_native_headers_that_are_damaged(
-    resnet18: Pretrained, tmp_path: Path, change: Callable[[dict[str, Any]], str]
+    tmp_path: Path, change: Callable[[dict[str, Any]], str]
 ) -> None:
-    path = tmp_path / "x.safetensors"
-    save(path, resnet18)
-    arrays, metadata = read_tensors(path)
-    copies = {key: np.array(array) for key, array in arrays.items()}
-    write_safetensors(path, copies, {"tljax": change(json.loads(metadata["tljax"]))})
+    path = rewritten(tmp_path / "x.safetensors", change(header_of(FIRST)))
     with pytest.raises(
         RequestError, match=r"x.safetensors: its tljax header is damaged \("
+    ) as caught:
+        load_pretrained(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "model", [None, [], {}, {"version": 1}, {"version": 9}, "resnet18", {"version": 1, "stages": 3}]
+)
+def test_descriptions_in_a_header_that_are_damaged(tmp_path: Path, model: Any) -> None:
+    header = header_of(FIRST) | {"version": 2, "model": model}
+    path = rewritten(tmp_path / "x.safetensors", json.dumps(header))
+    with pytest.raises(
+        RequestError, match=r"x.safetensors: its (description of a )?model "
     ) as caught:
         load_pretrained(path)
     assert "\n" not in str(caught.value)
