@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
+from traceback import extract_tb
 from types import ModuleType
 from typing import Any, TypedDict
 
@@ -68,17 +69,13 @@ def load_extension(spec: str) -> tuple[Extension, str]:
     known = Extension.__annotations__
     for key, value in found.items():
         if key not in known:
-            close = get_close_matches(str(key), known, n=1)
-            meant = f"did you mean {close[0]}?" if close else f"choose from {', '.join(known)}"
-            raise RequestError(f"{file}: {name} has an unknown key '{key}'; {meant}")
-        if not (
-            isinstance(value, Mapping)
-            if key == "modules"
-            else key == "transform" or callable(value)
-        ):
-            raise RequestError(
-                f"{file}: '{key}' of {name} is no {'dict' if key == 'modules' else 'function'}"
-            )
+            meant = get_close_matches(str(key), known, n=1)
+            said = f"did you mean {meant[0]}?" if meant else f"choose from {', '.join(known)}"
+            raise RequestError(f"{file}: {name} has an unknown key '{key}'; {said}")
+        if key == "modules" and not isinstance(value, Mapping):
+            raise RequestError(f"{file}: 'modules' of {name} is no dict")
+        if key not in ("modules", "transform") and not callable(value):
+            raise RequestError(f"{file}: '{key}' of {name} is no function")
     return Extension(**found), digest
 
 
@@ -92,10 +89,7 @@ def _run(path: Path, code: bytes, digest: str) -> ModuleType:
         exec(compile(code, path, "exec"), module.__dict__)  # noqa: S102 - what --extension is for
     except (Exception, SystemExit) as error:
         del sys.modules[module.__name__]
-        line, trace = getattr(error, "lineno", None), error.__traceback__
-        while trace:
-            if trace.tb_frame.f_code.co_filename == str(path):
-                line = trace.tb_lineno
-            trace = trace.tb_next
+        own = [at for at in extract_tb(error.__traceback__) if at.filename == str(path)]
+        line = own[-1].lineno if own else getattr(error, "lineno", None)
         raise RequestError(f"{path}, line {line}: {type(error).__name__}: {error}") from error
     return module

@@ -1,7 +1,6 @@
 """Writes what a stage makes of every image of a folder to one file, for other programs."""
 
 import json
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -46,9 +45,9 @@ def run(config: Config) -> dict[str, Any]:
     from tljax.train.run_directory import skipped_lines, skipped_rows
 
     out, folder = config.out, as_path(config.data.removeprefix("hf:"))
-    if (write := _WRITERS.get(out.suffix.lower())) is None:
-        raise RequestError(f"--out {out}: choose a file that ends with {', '.join(_WRITERS)}")
-    if write is _write_parquet and not find_spec("pyarrow"):
+    if out.suffix not in _SUFFIXES:
+        raise RequestError(f"--out {out}: choose a file that ends with {', '.join(_SUFFIXES)}")
+    if out.suffix == ".parquet" and not find_spec("pyarrow"):
         raise RequestError("parquet files need pyarrow: pip install pyarrow, or choose .npz")
     if out.is_dir():
         raise RequestError(f"--out {out} is a folder: name a file")
@@ -66,10 +65,11 @@ def run(config: Config) -> dict[str, Any]:
         )
         refuse_none(source, features.skipped)
         values = (features if config.maps else features.pooled()).values
-        names = [source.names[index] for index in features.indices]
-        classes = (*source.classes, "")  # the last one for an image without a label among others
-        labels = [classes[label] for label in features.labels] if source.classes else None
-        write(temporary, names, labels, values)
+        texts = {"names": [source.names[i] for i in features.indices.tolist()]}
+        if source.classes:
+            classes = (*source.classes, "")  # the last one for an image without a label
+            texts["labels"] = [classes[label] for label in features.labels]
+        _write(temporary, out.suffix, texts, values)
     shape = " x ".join(map(str, values.shape))
     print(f"{shape} embeddings, of {config.stage} of {network.model.name}, written to {out}")
     for line in skipped_lines(source, features.skipped):
@@ -78,52 +78,37 @@ def run(config: Config) -> dict[str, Any]:
         "out": str(out),
         "stage": config.stage,
         "shape": list(values.shape),
-        "labelled": labels is not None,
+        "labelled": "labels" in texts,
         "skipped": dict(skipped_rows(source, features.skipped)),
     }
 
 
-def _write_npz(
-    path: Path, names: Sequence[str], labels: Sequence[str] | None, values: "np.ndarray"
-) -> None:
-    import numpy as np
-
-    arrays: dict[str, Any] = {"names": np.array(names)}
-    if labels:
-        arrays["labels"] = np.array(labels)
-    with path.open("wb") as file:
-        np.savez(file, **arrays, embeddings=values)
+_SUFFIXES = (".npz", ".parquet", ".safetensors")
 
 
-def _write_parquet(
-    path: Path, names: Sequence[str], labels: Sequence[str] | None, values: "np.ndarray"
-) -> None:
-    import pyarrow as pa
-    from pyarrow import parquet
+def _write(path: Path, suffix: str, texts: dict[str, list[str]], values: "np.ndarray") -> None:
+    if suffix == ".npz":
+        import numpy as np
 
-    rows = values.reshape(len(values), -1)
-    embeddings = pa.FixedSizeListArray.from_arrays(rows.ravel(), rows.shape[1])
-    columns = {"name": names} | ({"label": labels} if labels else {}) | {"embedding": embeddings}
-    shape = {"shape": json.dumps(values.shape[1:])}
-    parquet.write_table(pa.table(columns, metadata=shape), path)
+        arrays: dict[str, Any] = {name: np.array(text) for name, text in texts.items()}
+        with path.open("wb") as file:
+            np.savez(file, **arrays, embeddings=values)
+    elif suffix == ".parquet":
+        import pyarrow as pa
+        from pyarrow import parquet
 
+        columns: dict[str, Any] = {name.removesuffix("s"): text for name, text in texts.items()}
+        rows = values.reshape(len(values), -1)
+        columns["embedding"] = pa.FixedSizeListArray.from_arrays(rows.ravel(), rows.shape[1])
+        shape = {"shape": json.dumps(values.shape[1:])}
+        parquet.write_table(pa.table(columns, metadata=shape), path)
+    else:
+        from safetensors.numpy import save_file
 
-def _write_safetensors(
-    path: Path, names: Sequence[str], labels: Sequence[str] | None, values: "np.ndarray"
-) -> None:
-    from safetensors.numpy import save_file
-
-    metadata = {"names": json.dumps(names)} | ({"labels": json.dumps(labels)} if labels else {})
-    if sum(map(len, metadata.values())) > 90_000_000:  # readers refuse a header of 100 MB
-        raise RequestError("too many names for a .safetensors file: write .npz or .parquet")
-    save_file({"embeddings": values}, path, metadata)
-
-
-_WRITERS: dict[str, Callable[..., None]] = {
-    ".npz": _write_npz,
-    ".parquet": _write_parquet,
-    ".safetensors": _write_safetensors,
-}
+        metadata = {name: json.dumps(text) for name, text in texts.items()}
+        if sum(map(len, metadata.values())) > 90_000_000:  # readers refuse a header of 100 MB
+            raise RequestError("too many names for a .safetensors file: choose .npz or .parquet")
+        save_file({"embeddings": values}, path, metadata)
 
 
 def main() -> None:

@@ -89,11 +89,11 @@ class Config(cli.Common):
         if not workdir or not (self.resume or self._is_of_a_run()):
             return self
         asked = read_config(workdir)
-        if (version := asked.pop("version", 1)) != CONFIG_VERSION:
-            which = "an earlier" if version < CONFIG_VERSION else "a later"
+        if (version := asked.pop("version", None)) != CONFIG_VERSION:
+            which = "another" if version else "an earlier"
             raise RequestError(
                 f"{workdir / 'config.json'}: it is of {which} version of tljax, which alone goes "
-                "on with the run; predict, evaluate and attack take it as it is"
+                "on with it; predict, evaluate and attack take it as it is"
             )
         asked.pop("fingerprint", None)
         try:
@@ -194,18 +194,20 @@ def train(
 
     resume = f"tljax train --resume {shlex.quote(str(workdir))}"
     weights = tree_digest(pretrained.variables)
-    found, code = load_extension(config.extension) if config.extension else ({}, None)
-    hooks: dict[str, Any] = {name: hook for name, hook in found.items() if name != "modules"}
-    if config.log_every:
-        hooks["log_every"] = config.log_every
+    hooks: dict[str, Any] = {"log_every": config.log_every} if config.log_every else {}
+    code, extension = None, ()
+    if config.extension:
+        found, code = load_extension(config.extension)
+        hooks |= {name: hook for name, hook in found.items() if name != "modules"}
+        extension = code, split_name(config.extension)[1]
     if is_writer():
-        if run_directory.open_run(workdir, asdict(config), splits, weights, code):
+        asked = {"version": CONFIG_VERSION, **asdict(config)}
+        if run_directory.open_run(workdir, asked, splits, weights, code):
             print(f"note: {workdir} is there and goes on", file=sys.stderr)
         for note in splits.notes:
             print(note)
     digests = splits.train.digest, splits.val.digest, weights
     precision = pretrained.model.dtype
-    extension = (code, split_name(config.extension)[1]) if config.extension else ()
     identity = repr((config.fit, config.seed, config.batch_size, precision, digests, *extension))
     try:
         with closing(Checkpoints(workdir / "checkpoints", identity)) as checkpoints:

@@ -67,13 +67,7 @@ def read_config(workdir: Path) -> dict[str, Any]:
 CONFIG_VERSION = 2
 """Of a run's config.json. Version 1 bore no number, and said ``average`` for ``ema_decay``."""
 
-_KINDS = {
-    "version": int,
-    "data": str,
-    "weights": str,
-    "val_fraction": int | float,
-    "fingerprint": dict,
-}
+_KINDS = {"data": str, "weights": str, "val_fraction": int | float, "fingerprint": dict}
 _KEPT = {"images", "weights", "split.csv"}  # in the fingerprint; earlier versions kept none
 
 

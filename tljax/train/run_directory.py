@@ -24,14 +24,7 @@ import jax
 from tljax.data.examples import printable, shortened
 from tljax.data.sources import Source, Splits, open_splits
 from tljax.runtime.errors import RequestError
-from tljax.runtime.files import (
-    CONFIG_VERSION,
-    MARKER,
-    mark_output,
-    read_config,
-    to_json,
-    written_whole,
-)
+from tljax.runtime.files import MARKER, mark_output, read_config, to_json, written_whole
 from tljax.runtime.parallel import is_writer
 
 BEST = Path("best") / "model.safetensors"
@@ -139,8 +132,7 @@ def open_run(
         if known != {**known, **here} and "fingerprint" in known:
             write_json(path, {**known, **here})
     else:
-        found = {"version": CONFIG_VERSION, **config, "fingerprint": found}
-        write_json(path, found, exclusive=True)
+        write_json(path, {**config, "fingerprint": found}, exclusive=True)
     if not (workdir / "split.csv").exists():
         write_json(workdir / "env.json", environment())
         write_json(workdir / "classes.json", list(splits.train.classes))
