@@ -65,7 +65,7 @@ def run(config: Config) -> dict[str, Any]:
         )
         refuse_none(source, features.skipped)
         values = (features if config.maps else features.pooled()).values
-        texts = {"names": [source.names[index] for index in features.indices]}
+        texts = {"names": [source.names[i] for i in features.indices.tolist()]}
         if source.classes:
             classes = (*source.classes, "")  # the last one for an image without a label
             texts["labels"] = [classes[label] for label in features.labels]

@@ -91,9 +91,10 @@ class Config(cli.Common):
             return self
         asked = read_config(workdir)
         if (version := asked.pop("version", None)) != CONFIG_VERSION:
+            which = "another" if version else "an earlier"
             raise RequestError(
-                f"{workdir / 'config.json'}: it is of {'another' if version else 'an earlier'} version of tljax, which alone goes "
-                "on with the run; predict, evaluate and attack take it as it is"
+                f"{workdir / 'config.json'}: it is of {which} version of tljax, which alone goes "
+                "on with it; predict, evaluate and attack take it as it is"
             )
         asked.pop("fingerprint", None)
         try:
