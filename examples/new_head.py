@@ -60,4 +60,5 @@ def main(data: str, out: str, image_size: int = 96, epochs: int = 10) -> Pretrai
 
 
 if __name__ == "__main__":
-    main(*(sys.argv[1:] or ("digits", "new_head.safetensors")))
+    data, out = sys.argv[1:] or ("digits", "new_head.safetensors")
+    main(data, out)

@@ -1,6 +1,7 @@
 """Writes what a stage makes of every image of a folder to one file, for other programs."""
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -65,7 +66,9 @@ def run(config: Config) -> dict[str, Any]:
         )
         refuse_none(source, features.skipped)
         values = (features if config.maps else features.pooled()).values
-        texts = {"names": [source.names[i] for i in features.indices.tolist()]}
+        texts: dict[str, list[Any]] = {
+            "names": [source.names[i] for i in features.indices.tolist()]
+        }
         if source.classes:
             classes = (*source.classes, "")  # the last one for an image without a label
             texts["labels"] = [classes[label] for label in features.labels]
@@ -86,7 +89,9 @@ def run(config: Config) -> dict[str, Any]:
 _SUFFIXES = (".npz", ".parquet", ".safetensors")
 
 
-def _write(path: Path, suffix: str, texts: dict[str, list[str]], values: "np.ndarray") -> None:
+def _write(
+    path: Path, suffix: str, texts: Mapping[str, Sequence[Any]], values: "np.ndarray"
+) -> None:
     if suffix == ".npz":
         import numpy as np
 

@@ -147,7 +147,7 @@ def prepare(
         if lost := [path for path, rate in one.items() if rate and not next_one[path]]:
             # A checkpoint holds what its own phase trains, and all else is as it was at first.
             raise RequestError(f"{lost[0]} trains and then stays: a later phase trains more, too")
-    if plan.start == "probe" and variables["params"][head].keys() != {"kernel", "bias"}:
+    if plan.start == "probe" and not model.has_linear_head:
         raise RequestError(
             f"--recipe {config.recipe} starts with a probe, which needs a linear head; "
             "choose another recipe, such as finetune"
