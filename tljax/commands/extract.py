@@ -1,7 +1,6 @@
 """Writes what a stage makes of every image of a folder to one file, for other programs."""
 
 import json
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -89,9 +88,7 @@ def run(config: Config) -> dict[str, Any]:
 _SUFFIXES = (".npz", ".parquet", ".safetensors")
 
 
-def _write(
-    path: Path, suffix: str, texts: Mapping[str, Sequence[Any]], values: "np.ndarray"
-) -> None:
+def _write(path: Path, suffix: str, texts: dict[str, Any], values: "np.ndarray") -> None:
     if suffix == ".npz":
         import numpy as np
 
