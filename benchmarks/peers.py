@@ -15,7 +15,7 @@ from transformers import AutoModelForImageClassification
 
 from tljax.models import Model
 from tljax.pretrained import Pretrained, export
-from tljax.pretrained.layouts import LAYOUTS, layout_rules
+from tljax.pretrained.tables.layouts import LAYOUTS, layout_rules
 from tljax.train import run_directory
 
 # EfficientNet-Lite is not in transformers; the tests have it in plain torch.

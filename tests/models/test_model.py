@@ -31,8 +31,8 @@ from tljax.models import (
     normalize,
     replace_head,
 )
-from tljax.pretrained.layouts import layout_rules
 from tljax.pretrained.rules import apply_rules
+from tljax.pretrained.tables.layouts import layout_rules
 from tljax.runtime.errors import RequestError
 from tljax.runtime.trees import flatten
 from tljax.runtime.types import Preprocess, Variables

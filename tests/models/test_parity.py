@@ -29,7 +29,7 @@ from tljax.features.extract import compute_features
 from tljax.models import normalize
 from tljax.pretrained import export, load_pretrained
 from tljax.pretrained.catalog import names_like
-from tljax.pretrained.layouts import layout_rules
+from tljax.pretrained.tables.layouts import layout_rules
 from tljax.pretrained.verify import INPUTS, verify
 from tljax.runtime.types import Preprocess
 

@@ -13,7 +13,7 @@ from references import FAST, REFERENCES
 
 from tljax.models import MODELS, Model, apply, build_model
 from tljax.pretrained import load_pretrained
-from tljax.pretrained.layouts import LAYOUTS
+from tljax.pretrained.tables.layouts import LAYOUTS
 from tljax.runtime.types import Variables
 
 TOLERANCE = 1e-4

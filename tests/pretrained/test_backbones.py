@@ -19,7 +19,7 @@ from tljax.models import normalize, replace_head
 from tljax.pretrained import Pretrained, export, load_pretrained, save
 from tljax.pretrained.deploy import export_stablehlo
 from tljax.pretrained.formats import read_tensors, write_safetensors
-from tljax.pretrained.layouts import layout_rules
+from tljax.pretrained.tables.layouts import layout_rules
 from tljax.pretrained.verify import TOLERANCE, verify
 from tljax.runtime.errors import RequestError
 from tljax.studies.pictures import ideal_pictures

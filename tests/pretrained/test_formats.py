@@ -22,8 +22,14 @@ import safetensors
 import safetensors.torch
 import torch
 
-from tljax.pretrained import torch_file
-from tljax.pretrained.formats import Tensors, read_tensors, sha256, write_safetensors, write_torch
+from tljax.pretrained.formats import (
+    Tensors,
+    read_tensors,
+    sha256,
+    torch_file,
+    write_safetensors,
+    write_torch,
+)
 from tljax.runtime.errors import RequestError
 
 DTYPES = [

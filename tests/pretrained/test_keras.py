@@ -12,8 +12,8 @@ from references.keras import APPLICATIONS, network
 
 from tljax.models import build_model, normalize
 from tljax.pretrained import CATALOG, export, load_pretrained
-from tljax.pretrained.keras import layer_names
-from tljax.pretrained.layouts import LAYOUTS
+from tljax.pretrained.tables.keras import layer_names
+from tljax.pretrained.tables.layouts import LAYOUTS
 
 
 def layers_with_weights(model: Any) -> list[Any]:

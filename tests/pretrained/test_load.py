@@ -41,8 +41,8 @@ from tljax.pretrained import (
     save,
 )
 from tljax.pretrained.formats import read_tensors, write_safetensors
-from tljax.pretrained.layouts import LAYOUTS, layout_rules
 from tljax.pretrained.rules import invert_rules
+from tljax.pretrained.tables.layouts import LAYOUTS, layout_rules
 from tljax.runtime.errors import RequestError
 from tljax.runtime.types import CAFFE, HALF, Preprocess, Variables
 

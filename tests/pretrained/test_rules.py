@@ -12,8 +12,8 @@ from networks import random_variables
 from references import FAST
 
 from tljax.models import MODELS, abstract_variables, build_model
-from tljax.pretrained.layouts import LAYOUTS, check, layout_rules
 from tljax.pretrained.rules import CONV, DENSE, Rule, apply_rules, compare, invert_rules
+from tljax.pretrained.tables.layouts import LAYOUTS, check, layout_rules
 from tljax.runtime.errors import RequestError
 from tljax.runtime.trees import flatten
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from tljax.models import MODELS, Model
 from tljax.models.spec import is_number, is_side
 from tljax.pretrained.catalog import default_classes
-from tljax.pretrained.layouts import LAYOUTS
+from tljax.pretrained.tables.layouts import LAYOUTS
 from tljax.runtime.errors import RequestError
 from tljax.runtime.files import written_whole
 from tljax.runtime.types import Preprocess

@@ -26,10 +26,10 @@ from tljax.pretrained.formats import (
     write_safetensors,
     write_torch,
 )
-from tljax.pretrained.keras import layer_names
 from tljax.pretrained.keras_graph import read_graph
-from tljax.pretrained.layouts import LAYOUTS, Identity, check, identify, table
 from tljax.pretrained.rules import Rule, Rules, apply_rules, compare, invert_rules
+from tljax.pretrained.tables.keras import layer_names
+from tljax.pretrained.tables.layouts import LAYOUTS, Identity, check, identify, table
 from tljax.runtime.errors import RequestError
 from tljax.runtime.settings import Dtype
 from tljax.runtime.trees import flatten

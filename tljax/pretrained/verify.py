@@ -16,9 +16,9 @@ from tljax.pretrained.catalog import CATALOG
 from tljax.pretrained.fetch import fetch
 from tljax.pretrained.formats import read_tensors
 from tljax.pretrained.keras_graph import Graph
-from tljax.pretrained.layouts import LAYOUTS, bias_of_head, check, layout_rules, table
 from tljax.pretrained.load import Pretrained
 from tljax.pretrained.rules import Rules, invert_rules
+from tljax.pretrained.tables.layouts import LAYOUTS, bias_of_head, check, layout_rules, table
 from tljax.runtime.errors import RequestError
 from tljax.runtime.types import Preprocess, Variables
 

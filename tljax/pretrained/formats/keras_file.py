@@ -20,9 +20,9 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from tljax.pretrained.hdf5 import SIGNATURE, File, Object
-from tljax.pretrained.torch_file import is_zip, zip_spans
-from tljax.pretrained.torch_pickle import DamagedError
+from tljax.pretrained.formats.hdf5 import SIGNATURE, File, Object
+from tljax.pretrained.formats.torch_file import is_zip, zip_spans
+from tljax.pretrained.formats.torch_pickle import DamagedError
 
 WEIGHTS = {
     "conv2d": ("kernel", "bias"),

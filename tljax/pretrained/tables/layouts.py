@@ -10,7 +10,8 @@ from typing import NamedTuple
 import numpy as np
 
 from tljax.models import MODELS, Model, abstract_variables, build_model, with_head
-from tljax.pretrained import (
+from tljax.pretrained.rules import Difference, Layout, Rules, compare, counted, few
+from tljax.pretrained.tables import (
     bit,
     efficientnet,
     inception,
@@ -20,7 +21,6 @@ from tljax.pretrained import (
     vgg,
     xception,
 )
-from tljax.pretrained.rules import Difference, Layout, Rules, compare, counted, few
 from tljax.runtime.errors import RequestError
 from tljax.runtime.trees import flatten
 

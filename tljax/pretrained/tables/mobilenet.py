@@ -12,8 +12,8 @@ from tljax.models.mobilenet import (
     V3_SMALL,
     V3_VARIANTS,
 )
-from tljax.pretrained import depthwise
 from tljax.pretrained.rules import DENSE, Config, Layout, Rule, Rules, conv, conv_norm, dense
+from tljax.pretrained.tables import depthwise
 from tljax.runtime.types import Preprocess
 
 Unit = Callable[[str, str], Rules]

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tljax.pretrained.torch_pickle import DamagedError
+from tljax.pretrained.formats.torch_pickle import DamagedError
 
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
 

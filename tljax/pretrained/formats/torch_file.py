@@ -18,7 +18,7 @@ from typing import IO, NamedTuple, cast
 
 import numpy as np
 
-from tljax.pretrained.torch_pickle import STORAGES, DamagedError, Tensor, load
+from tljax.pretrained.formats.torch_pickle import STORAGES, DamagedError, Tensor, load
 
 CONTAINERS = (
     *("state_dict", "model_state_dict", "model_state", "model", "net", "network", "module"),
