@@ -23,8 +23,8 @@ MODEL = Model(
     (
         Stage("stem", Unit(8)),
         Stage("layer1", Unit(12, stride=2)),
-        Stage("pool", GlobalAveragePool()),
-        Stage("head", LinearHead(3, dropout=0.5)),
+        Stage("pool", GlobalAveragePool(), "vector"),
+        Stage("head", LinearHead(3, dropout=0.5), "vector"),
     ),
     Preprocess(16, 16),
 )

@@ -23,7 +23,16 @@ from tljax.models.convolution import (
     conv2d,
     max_pool,
 )
-from tljax.models.layers import BatchNorm, Conv, ConvNorm, Dense, GlobalAveragePool, LinearHead
+from tljax.models.layers import (
+    INFERENCE,
+    BatchNorm,
+    Conv,
+    ConvNorm,
+    Dense,
+    GlobalAveragePool,
+    LinearHead,
+    Mode,
+)
 
 CHANNELS = 6
 # kernel size, groups, output channels: pointwise, dense, depthwise, grouped, channel multiplier
@@ -299,7 +308,7 @@ def test_conv_norm_folds_exactly(module: ConvNorm, dtype: str) -> None:
     with jax.enable_x64(dtype == "float64"):
         variables = random_norm(module, 6, dtype)
         x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 9, 8, 6)), dtype)
-        ours = value_and_gradients(lambda v, x: module.apply(v, x, False), variables, x)
+        ours = value_and_gradients(lambda v, x: module.apply(v, x, INFERENCE), variables, x)
         assert_close(ours, value_and_gradients(explicit, variables, x), dtype)
 
 
@@ -310,7 +319,9 @@ def test_conv_norm_trains_as_torch_does(momentum: float) -> None:
     variables = random_norm(module, 6)
     x = np.random.default_rng(0).standard_normal((2, 5, 4, 6)).astype(np.float32)
     (ours, state), pullback = jax.vjp(
-        lambda params, x: module.apply({**variables, "params": params}, x, True, mutable=True),
+        lambda params, x: module.apply(
+            {**variables, "params": params}, x, Mode(True), mutable=True
+        ),
         variables["params"],
         x,
     )
@@ -355,9 +366,11 @@ def test_rows_that_do_not_count_move_nothing(rows: list[int]) -> None:
     x[~mask] *= 1e3
     cotangent = np.random.default_rng(2).standard_normal((4, 3, 4, 5)).astype(np.float32)
 
-    def run(x: np.ndarray, train: Any, cotangent: np.ndarray) -> Any:
+    def run(x: np.ndarray, rows: Any, cotangent: np.ndarray) -> Any:
         def function(params: Any, x: Any) -> Any:
-            return module.apply({**variables, "params": params}, x, train, mutable=["batch_stats"])
+            return module.apply(
+                {**variables, "params": params}, x, Mode(rows), mutable=["batch_stats"]
+            )
 
         (y, state), pullback = jax.vjp(function, variables["params"], x)
         params, to_x = pullback((jnp.asarray(cotangent), jax.tree.map(jnp.zeros_like, state)))
@@ -376,18 +389,18 @@ def test_compute_follows_the_input_and_statistics_stay_float32(
     module = ConvNorm(4, 3)
     variables = random_norm(module, 3)
     x = jnp.ones((2, 6, 6, 3), dtype) * jnp.arange(6, dtype=dtype)[:, None, None]
-    assert module.apply(variables, x, False).dtype == dtype  # pyright: ignore[reportAttributeAccessIssue]
-    trained, state = module.apply(variables, x, True, mutable=["batch_stats"])
+    assert module.apply(variables, x, INFERENCE).dtype == dtype  # pyright: ignore[reportAttributeAccessIssue]
+    trained, state = module.apply(variables, x, Mode(True), mutable=["batch_stats"])
     assert trained.dtype == dtype
     assert {leaf.dtype for leaf in jax.tree.leaves(state)} == {jnp.dtype("float32")}
 
 
 def test_the_end_of_the_network_is_float32() -> None:
     x = jnp.full((1, 64, 64, 2), 1.0, "bfloat16").at[0, 0, 0].set(2)
-    pooled = GlobalAveragePool().apply({}, x, False)
+    pooled = GlobalAveragePool().apply({}, x, INFERENCE)
     np.testing.assert_array_equal(pooled, np.full((1, 2), 1 + 1 / 4096, np.float32))
     head = {"params": {"kernel": jnp.full((2, 3), 0.1), "bias": jnp.arange(3.0)}}
-    logits = LinearHead(3).apply(head, jnp.ones((1, 2), "bfloat16"), False)
+    logits = LinearHead(3).apply(head, jnp.ones((1, 2), "bfloat16"), INFERENCE)
     assert isinstance(logits, jax.Array)
     np.testing.assert_allclose(logits, [[0.2, 1.2, 2.2]], rtol=1e-6)
 
@@ -442,12 +455,12 @@ def test_layers_without_norm_are_torchs() -> None:
 def test_a_norm_by_itself_is_torchs(train: bool) -> None:
     x = np.random.default_rng(0).standard_normal((2, 9, 12, CHANNELS), np.float32)
     norm = BatchNorm(epsilon=1e-3)
-    variables = random_like(norm.init(jax.random.key(0), jnp.asarray(x), False))
+    variables = random_like(norm.init(jax.random.key(0), jnp.asarray(x), INFERENCE))
     reference = torch.nn.BatchNorm2d(CHANNELS, eps=1e-3).train(train)
     state = {"weight": variables["params"]["scale"], "bias": variables["params"]["bias"]}
     state |= {f"running_{k}": v for k, v in variables["batch_stats"].items()}
     reference.load_state_dict({k: torch.from_numpy(v) for k, v in state.items()}, strict=False)
-    ours, moved = norm.apply(variables, jnp.asarray(x), train, mutable=["batch_stats"])
+    ours, moved = norm.apply(variables, jnp.asarray(x), Mode(train), mutable=["batch_stats"])
     assert difference(ours, from_torch(reference(to_torch(x)))) <= 1e-5
     for name, value in moved["batch_stats"].items():
         assert difference(value, getattr(reference, f"running_{name}")) <= 1e-6
@@ -458,16 +471,19 @@ def test_a_norm_by_itself_is_torchs(train: bool) -> None:
 def test_a_bias_before_the_norm_is_added(train: bool, use_scale: bool) -> None:
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 9, 12, CHANNELS), np.float32))
     module = ConvNorm(4, 3, padding=1, use_bias=True, use_scale=use_scale)
-    variables = random_like(module.init(jax.random.key(0), x, False))
+    variables = random_like(module.init(jax.random.key(0), x, INFERENCE))
     assert ("scale" in variables["params"]) == use_scale
     params = variables["params"]
     y = conv2d(x, params["kernel"], padding=1) + params["conv_bias"]
     norm = {name: params[name] for name in ("scale", "bias") if name in params}
     norm.setdefault("scale", np.ones(4, np.float32))
     expected, _ = BatchNorm().apply(
-        {"params": norm, "batch_stats": variables["batch_stats"]}, y, train, mutable=["batch_stats"]
+        {"params": norm, "batch_stats": variables["batch_stats"]},
+        y,
+        Mode(train),
+        mutable=["batch_stats"],
     )
-    ours, _ = module.apply(variables, x, train, mutable=["batch_stats"])
+    ours, _ = module.apply(variables, x, Mode(train), mutable=["batch_stats"])
     assert difference(ours, expected) <= 1e-5
 
 

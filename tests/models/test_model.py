@@ -186,7 +186,7 @@ def test_a_part_needs_only_its_own_variables(resnet18: tuple[Model, Variables]) 
     np.testing.assert_array_equal(apply(model, part, x, start="layer4").logits, expected)
 
 
-@pytest.mark.parametrize("argument", ["start", "stop", "train", "capture"])
+@pytest.mark.parametrize("argument", ["start", "stop", "batch_statistics", "noise", "capture"])
 def test_unknown_stage_is_refused(resnet18: tuple[Model, Variables], argument: str) -> None:
     model, variables = resnet18
     stage: Any = "layer5" if argument in ("start", "stop") else {"layer5"}
@@ -232,9 +232,9 @@ def variables_of(network: torch.nn.Module) -> Variables:
     )
 
 
-def test_only_the_stages_in_train_move_their_statistics() -> None:
+def test_only_the_stages_in_batch_statistics_move_theirs() -> None:
     network, model, variables = reference({"layer3"})
-    output = apply(model, variables, IMAGES, train={"layer3"})
+    output = apply(model, variables, IMAGES, batch_statistics={"layer3"})
     with torch.no_grad():
         logits = network(to_torch(normalize(IMAGES, model.preprocess))).logits
     assert difference(output.logits, logits) <= 1e-4
@@ -259,7 +259,7 @@ def test_gradients_in_training_mode_are_torchs() -> None:
     @jax.jit
     @jax.grad
     def gradients(params: Variables) -> jax.Array:
-        output = apply(model, {**variables, "params": params}, IMAGES, train=set(STAGES))
+        output = apply(model, {**variables, "params": params}, IMAGES, batch_statistics=set(STAGES))
         return (output.logits * weights).sum()
 
     (
@@ -403,9 +403,9 @@ def test_dropout_is_of_a_training_head(resnet18: tuple[Model, Variables]) -> Non
     replaced["params"]["head"]["kernel"] = jnp.eye(512, 3)
     features = jnp.ones((1000, 512))
 
-    def logits(train: set[str], seed: int) -> jax.Array:
+    def logits(noise: set[str], seed: int) -> jax.Array:
         key = jax.random.key(seed)
-        return apply(new, replaced, features, start="head", train=train, key=key).logits
+        return apply(new, replaced, features, start="head", noise=noise, key=key).logits
 
     np.testing.assert_array_equal(logits(set(), 0), np.ones((1000, 3)))
     dropped = np.asarray(logits({"head"}, 0))

@@ -39,9 +39,9 @@ def test_hidden_layers_drop_half_in_training_mode(vgg11: tuple[Model, Variables]
     model, variables = vgg11
     pooled = np.random.default_rng(0).standard_normal((2, 25088)).astype(np.float32)
 
-    def hidden(train: set[str]) -> np.ndarray:
+    def hidden(noise: set[str]) -> np.ndarray:
         key = jax.random.key(0)
-        output = apply(model, variables, pooled, start="fc1", stop="fc2", train=train, key=key)
+        output = apply(model, variables, pooled, start="fc1", stop="fc2", noise=noise, key=key)
         return np.asarray(output.value)
 
     whole, dropped = hidden(set()), hidden({"fc1"})

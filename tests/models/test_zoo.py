@@ -96,7 +96,8 @@ def test_gradients_are_finite(network: tuple[Model, Variables]) -> None:
     def gradients(params: Variables, statistics: Variables) -> jax.Array:
         everything, key = set(model.stage_names), jax.random.key(0)
         mixed = {"params": params, "batch_stats": statistics}
-        return (apply(model, mixed, IMAGES, train=everything, key=key).logits * weights).sum()
+        switches = {"batch_statistics": everything, "noise": everything}
+        return (apply(model, mixed, IMAGES, **switches, key=key).logits * weights).sum()
 
     found = gradients(variables["params"], variables["batch_stats"])
     for stage, tree in found.items():

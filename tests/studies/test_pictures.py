@@ -91,7 +91,7 @@ def test_every_stage_with_a_map_has_a_row_for_each_photograph(network, photograp
         "0-stem-", "0-layer1-", "1-stem-", "1-layer1-",
     ]  # fmt: skip
     assert rows[1][0].pixels.shape == (8, 8, 3)
-    assert map_stages(network.model, network.variables) == ("stem", "layer1")
+    assert map_stages(network.model) == ("stem", "layer1")
 
 
 def test_dreams_stand_beside_their_photographs(network, photographs):

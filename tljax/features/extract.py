@@ -1,6 +1,6 @@
 """What a network, or its first stages, says of every image of a source; kept on disk if asked.
 
-The logits; the pooled features for a probe (``stop="head"``); or the activations that enter any
+The logits; the pooled features for a probe (``stop=-1``); or the activations that enter any
 stage, on which fine-tuning the rest is exact and skips the frozen prefix.
 """
 
@@ -67,10 +67,14 @@ class Features(NamedTuple):
     indices: np.ndarray
     skipped: dict[int, str]
 
-    def pooled(self) -> "Features":
-        """Feature maps averaged over their positions, ``[n, channels]``; vectors as they are."""
+    def pooled(self, prefix_tokens: int = 0) -> "Features":
+        """Average maps over their positions, ``[n, channels]``; vectors stay as they are.
+
+        Args:
+            prefix_tokens: how many tokens do not count; see `Stage`.
+        """
         positions = tuple(range(1, self.values.ndim - 1))
-        return self._replace(values=self.values.mean(positions))
+        return self._replace(values=self.values[:, prefix_tokens:].mean(positions))
 
 
 def compute_features(
@@ -79,7 +83,7 @@ def compute_features(
     source: Source,
     loading: Loading,
     *,
-    stop: str | None = "head",
+    stop: str | int | None = -1,
     cache: bool = False,
     dtype: Dtype = "float32",
     view: View | None = None,
@@ -96,7 +100,8 @@ def compute_features(
         variables: its variables.
         source: the images.
         loading: see `Loading`; changes no value.
-        stop: stage to stop before; None runs to the logits.
+        stop: stage to stop before, by name or position, by default the head; None runs to the
+            logits.
         cache: look in the cache, and keep the result there instead of in memory.
         dtype: in which the result is kept.
         view: a random augmentation of every image.
@@ -139,7 +144,7 @@ def split_features(
     splits: Splits,
     loading: Loading,
     *,
-    stop: str = "head",
+    stop: str | int = -1,
     name: str = "",
 ) -> tuple[Features, Features]:
     """Compute what a probe learns from and is judged by: pooled features, cached if possible.
@@ -149,12 +154,13 @@ def split_features(
         variables: its variables.
         splits: the images.
         loading: see `Loading`.
-        stop: stage to stop before.
+        stop: stage to stop before, by name or position, by default the head.
         name: what the progress bars begin with.
 
     Raises:
         RequestError: as `compute_features`.
     """
+    prefix_tokens = model.stages[model.position(stop) - 1].prefix_tokens
 
     def compute(source: Source, part: str) -> Features:
         described = f"{name}{part} features"
@@ -162,10 +168,10 @@ def split_features(
             compute_features, model, variables, source, loading, stop=stop, description=described
         )
         try:
-            return run(cache=True).pooled()
+            return run(cache=True).pooled(prefix_tokens)
         except WriteError as error:
             print(f"note: {described} are not kept: {error}", file=sys.stderr)
-            return run().pooled()
+            return run().pooled(prefix_tokens)
 
     return compute(splits.train, "train"), compute(splits.val, "val")
 
@@ -178,7 +184,7 @@ def images_per_second(
     size, side = divisible(loading.batch_size, mesh), model.preprocess.size
     images = np.random.default_rng(0).integers(0, 256, (size, side, side, 3)).astype(np.uint8)
     arguments = replicate(variables, mesh), *shard((images, np.arange(size, dtype=np.int32)), mesh)
-    forward = partial(_forward, model, mesh, None, "head", "float32", None, None)
+    forward = partial(_forward, model, mesh, None, -1, "float32", None, None)
     jax.block_until_ready(forward(*arguments))
     seconds = []
     for _ in range(repeats):
@@ -244,7 +250,9 @@ def feature_rows(
         yield inputs, mask, np.where(mask, features.indices[row], -1)
 
 
-def feature_bytes(model: Model, count: int, stop: str | None, dtype: Dtype = "float32") -> int:
+def feature_bytes(
+    model: Model, count: int, stop: str | int | None, dtype: Dtype = "float32"
+) -> int:
     """What the features of ``count`` images take at the stage before ``stop``, in bytes."""
     size = model.preprocess.size
     images = jax.ShapeDtypeStruct((1, size, size, 3), np.uint8)
@@ -268,7 +276,7 @@ def _forward(
     model: Model,
     mesh: Mesh,
     start: str | None,
-    stop: str | None,
+    stop: str | int | None,
     dtype: Dtype,
     augmentation: AugmentConfig | None,
     key: jax.Array | None,
@@ -287,7 +295,7 @@ def _forward_source(
     variables: Variables,
     source: Source,
     loading: Loading,
-    stop: str | None,
+    stop: str | int | None,
     dtype: Dtype,
     view: View | None,
     skipped: dict[int, str],

@@ -38,13 +38,15 @@ Stored = tuple[np.ndarray, np.ndarray, dict[int, str]]
 """Values, mapped into memory; positions in the source; reason by position for what was skipped."""
 
 
-def folder(model: Model, variables: Variables, stop: str | None, others: tuple[Any, ...]) -> Path:
+def folder(
+    model: Model, variables: Variables, stop: str | int | None, others: tuple[Any, ...]
+) -> Path:
     """Where the output of the stages before ``stop`` lies: the same in every process.
 
     Named by a hash of the stages and their settings, their weights, the preprocessing, the code of
     networks, decoding and augmentation, the versions of what that stands on, and ``others``.
     """
-    prefix = model.stages[: model.position(stop) if stop else None]
+    prefix = model.stages[: None if stop is None else model.position(stop)]
     names = {stage.name for stage in prefix}
     of_prefix = {
         kind: {name: tree for name, tree in stages.items() if name in names}

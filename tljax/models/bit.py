@@ -114,8 +114,8 @@ def bit(name: str, num_classes: int = 1000) -> Model:
             Stage("stem", Stem(64 * width)),
             *layers,
             Stage("norm", Norm()),
-            Stage("pool", GlobalAveragePool()),
-            Stage("head", LinearHead(num_classes)),
+            Stage("pool", GlobalAveragePool(), "vector"),
+            Stage("head", LinearHead(num_classes), "vector"),
         ),
         replace(HALF, size=size, resize=size),
     )

@@ -73,8 +73,8 @@ def efficientnet(name: str, num_classes: int = 1000) -> Model:
             Stage("stem", ConvAct(32, 3, 2, _CONVENTION, nn.relu6)),
             *stages(runs(name), _CONVENTION),
             Stage("conv_head", ConvAct(1280, 1, 1, _CONVENTION, nn.relu6)),
-            Stage("pool", GlobalAveragePool()),
-            Stage("head", LinearHead(num_classes)),
+            Stage("pool", GlobalAveragePool(), "vector"),
+            Stage("head", LinearHead(num_classes), "vector"),
         ),
         VARIANTS[name].preprocess,
     )

@@ -235,8 +235,8 @@ def inception(name: str, num_classes: int = 1000) -> Model:
         (
             Stage("stem", Stem(variant)),
             *(Stage(stage, Mixed(variant, block)) for stage, block in BLOCKS.items()),
-            Stage("pool", GlobalAveragePool()),
-            Stage("head", LinearHead(num_classes)),
+            Stage("pool", GlobalAveragePool(), "vector"),
+            Stage("head", LinearHead(num_classes), "vector"),
         ),
         PREPROCESS,
     )

@@ -224,12 +224,19 @@ LAYERS = (Conv, ConvNorm, BatchNorm, GroupNorm, Dense)
 
 
 class GlobalAveragePool(nn.Module):
-    """``[b, h, w, c] -> [b, c]``: the features that a probe reads."""
+    """``[b, h, w, c]`` or ``[b, tokens, c]`` to ``[b, c]``: the features that a probe reads.
+
+    The first ``prefix_tokens`` of the tokens do not count.
+    """
+
+    prefix_tokens: int = 0
 
     @nn.compact
     def __call__(self, x: jax.Array, mode: Mode) -> jax.Array:  # noqa: ARG002 - a stage's signature
         """The mean over all positions, in at least float32."""
-        return x.mean((1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32))
+        positions = tuple(range(1, x.ndim - 1))
+        x = x[:, self.prefix_tokens :] if self.prefix_tokens else x
+        return x.mean(positions, dtype=jnp.promote_types(x.dtype, jnp.float32))
 
 
 class LinearHead(nn.Module):

@@ -115,8 +115,8 @@ def mobilenet_v1(name: str, num_classes: int = 1000) -> Model:
         (
             Stage("stem", stem),
             *body,
-            Stage("pool", GlobalAveragePool()),
-            Stage("head", LinearHead(num_classes)),
+            Stage("pool", GlobalAveragePool(), "vector"),
+            Stage("head", LinearHead(num_classes), "vector"),
         ),
         preprocess,
     )
@@ -135,8 +135,8 @@ def mobilenet_v2(name: str, num_classes: int = 1000) -> Model:
             Stage("stem", ConvAct(round_width(32 * width), 3, 2, convention, nn.relu6)),
             *stages((run.scaled(width) for run in V2), convention),
             Stage("conv_head", ConvAct(last, 1, 1, convention, nn.relu6)),
-            Stage("pool", GlobalAveragePool()),
-            Stage("head", LinearHead(num_classes)),
+            Stage("pool", GlobalAveragePool(), "vector"),
+            Stage("head", LinearHead(num_classes), "vector"),
         ),
         preprocess,
     )
@@ -156,9 +156,9 @@ def mobilenet_v3(name: str, num_classes: int = 1000) -> Model:
             Stage("stem", ConvAct(16, 3, 2, convention, nn.hard_swish)),
             *stages((run.scaled(width) for run in runs), convention),
             Stage("conv_head", ConvAct(last, 1, 1, convention, nn.hard_swish)),
-            Stage("pool", GlobalAveragePool()),
-            Stage("hidden", Hidden(hidden)),
-            Stage("head", LinearHead(num_classes)),
+            Stage("pool", GlobalAveragePool(), "vector"),
+            Stage("hidden", Hidden(hidden), "vector"),
+            Stage("head", LinearHead(num_classes), "vector"),
         ),
         preprocess,
     )

@@ -4,7 +4,7 @@ from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +17,20 @@ from tljax.runtime.types import Array, Preprocess, Variables
 
 
 class Stage(NamedTuple):
-    """One named step of a network: a small Flax module ``module(x, mode)``; see `Mode`."""
+    """One named step of a network.
+
+    Attributes:
+        name: unique in its network.
+        module: a Flax module called as ``module(x, mode)``; see `Mode`.
+        output: the shape of what it hands on: ``map`` ``[batch, height, width, channels]``,
+            ``tokens`` ``[batch, tokens, channels]`` or ``vector`` ``[batch, channels]``.
+        prefix_tokens: how many tokens come before those of the image's patches.
+    """
 
     name: str
     module: nn.Module
+    output: Literal["map", "tokens", "vector"] = "map"
+    prefix_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -31,8 +41,8 @@ class Model:
 
     Attributes:
         name: what `MODELS` calls the architecture, e.g. ``resnet50``.
-        stages: from the pixels to the logits; the last one is the head, which hands on the features
-            where ``num_classes`` is 0: a backbone.
+        stages: from the pixels to the logits; the last one is the head, whatever its name, which
+            hands on the features where ``num_classes`` is 0: a backbone.
         preprocess: see `Preprocess`.
         dtype: compute dtype of the activations. Parameters, statistics and logits stay float32.
     """
@@ -49,15 +59,31 @@ class Model:
 
     @property
     def num_classes(self) -> int:
-        """How many logits the head returns; 0 of a backbone, which has no head."""
-        return self.stages[-1].module.num_classes  # pyright: ignore[reportAttributeAccessIssue]
+        """How many numbers the head returns; 0 of a backbone, which has no head."""
+        head = self.stages[-1].module
+        if isinstance(head, LinearHead):
+            return head.num_classes
+        return _outline(self, self.stages)[1].shape[-1]
 
-    def position(self, stage: str) -> int:
-        """Where a stage stands.
+    @property
+    def has_linear_head(self) -> bool:
+        """Whether the last stage is a linear map, with parameters ``kernel`` and ``bias``."""
+        head = self.stages[-1].module
+        return isinstance(head, LinearHead) and head.num_classes > 0
+
+    @property
+    def map_stages(self) -> tuple[str, ...]:
+        """The names of the stages that hand on a feature map, in order."""
+        return tuple(stage.name for stage in self.stages if stage.output == "map")
+
+    def position(self, stage: str | int) -> int:
+        """Where a stage stands, by its name or a position, -1 for the last.
 
         Raises:
             RequestError: there is no such stage.
         """
+        if isinstance(stage, int) and -len(self.stages) <= stage < len(self.stages):
+            return stage % len(self.stages)
         if stage not in self.stage_names:
             known = ", ".join(self.stage_names)
             raise RequestError(f"{self.name} has no stage '{stage}'; its stages are {known}")
@@ -106,8 +132,8 @@ def apply(
     variables: Variables,
     images: Array,
     *,
-    start: str | None = None,
-    stop: str | None = None,
+    start: str | int | None = None,
+    stop: str | int | None = None,
     batch_statistics: Collection[str] = (),
     noise: Collection[str] = (),
     capture: Collection[str] = (),
@@ -116,8 +142,8 @@ def apply(
 ) -> Output:
     """Runs the stages from ``start`` up to, not including, ``stop``. A pure function.
 
-    ``apply(stop=k)`` and then ``apply(start=k)`` on its value is the whole network; ``stop="head"``
-    gives the pooled features.
+    ``apply(stop=k)`` and then ``apply(start=k)`` on its value is the whole network; ``stop=-1``,
+    before the head, gives the pooled features.
 
     Args:
         model: the list of stages.
@@ -125,8 +151,9 @@ def apply(
             run need be there.
         images: ``[batch, height, width, 3]`` RGB, uint8 or floating point in [0, 1]; with ``start``
             the output of the stage before it.
-        start: first stage to run; by default the first, which the normalisation precedes.
-        stop: stage to stop before; by default none.
+        start: first stage to run, by name or position; by default the first, which the
+            normalisation precedes.
+        stop: stage to stop before, by name or position; by default none.
         batch_statistics: stages whose batch norms use the statistics of the batch and move the
             running ones; by default none.
         noise: stages whose dropout and stochastic depth draw; by default none.
@@ -149,7 +176,7 @@ def apply(
         x = jnp.where(jnp.expand_dims(mask, range(1, x.ndim)), x, 0)
     captured: dict[str, jax.Array] = {}
     batch_stats = dict(variables.get("batch_stats", {}))
-    for position, (name, module) in enumerate(model.stages[first:last], start=first):
+    for position, (name, module, *_) in enumerate(model.stages[first:last], start=first):
         of_stage = _of_stage(variables, name)
         rows = name in batch_statistics and (True if mask is None else jnp.asarray(mask))
         mode = Mode(rows, name in noise)
@@ -184,7 +211,7 @@ def _build(model: Model, key: jax.Array) -> tuple[Variables, jax.Array]:
     """Random variables, and the output for an image of zeros."""
     x = jnp.zeros((1, model.preprocess.size, model.preprocess.size, 3))
     variables: Variables = {"params": {}, "batch_stats": {}}
-    for position, (name, module) in enumerate(model.stages):
+    for position, (name, module, *_) in enumerate(model.stages):
         x, trees = module.init_with_output(jax.random.fold_in(key, position), x, INFERENCE)
         for kind, tree in trees.items():
             variables[kind][name] = tree
@@ -193,7 +220,7 @@ def _build(model: Model, key: jax.Array) -> tuple[Variables, jax.Array]:
 
 def abstract_variables(model: Model) -> Variables:
     """The skeleton that weights are filled into: shapes and dtypes, no memory, no random draw."""
-    *body, (name, head) = model.stages
+    *body, (name, head, *_) = model.stages
     skeleton, features = _outline(model, body)
     trees = jax.eval_shape(lambda x: head.init(jax.random.key(0), x, INFERENCE), features)
     return {**skeleton, **{kind: {**skeleton[kind], name: tree} for kind, tree in trees.items()}}
@@ -215,15 +242,19 @@ def _traced(model: Model) -> tuple[Variables, jax.ShapeDtypeStruct]:
 def with_head(
     model: Model, num_classes: int, *, after: str | None = None, dropout: float = 0.0
 ) -> Model:
-    """Return the same stages with another linear head, or without one; see `replace_head`."""
+    """Return the same stages with another linear head, or with 0 classes none; see `replace_head`.
+
+    What is not a vector is averaged before it.
+    """
     *body, old = model.stages
     if after is not None:
         if after == old.name:
             raise RequestError(f"a new head replaces {after}; put it after an earlier stage")
         body = body[: model.position(after) + 1]
-        if len(_outline(model, body)[1].shape) == 4:
-            body.append(Stage("pool", GlobalAveragePool()))
-    return replace(model, stages=(*body, Stage(old.name, LinearHead(num_classes, dropout))))
+    if body and body[-1].output != "vector":
+        body.append(Stage("pool", GlobalAveragePool(body[-1].prefix_tokens), "vector"))
+    head = Stage(old.name, LinearHead(num_classes, dropout), "vector")
+    return replace(model, stages=(*body, head))
 
 
 def replace_head(
@@ -240,8 +271,8 @@ def replace_head(
         model: any network; its last stage is replaced.
         variables: of ``model``; not changed.
         num_classes: number of logits of the new head; 0 for none: the features are handed on.
-        after: the stage whose output the new head reads (a map is averaged first); the stages
-            behind it are dropped. By default the one before the old head.
+        after: the stage whose output the new head reads (maps and tokens are averaged first); the
+            stages behind it are dropped. By default the one before the old head.
         dropout: rate before the new head, active where the head has ``noise``.
 
     Raises:
@@ -269,7 +300,7 @@ def layer_outputs(model: Model, variables: Variables, images: Array) -> OrderedD
     layers = (*LAYERS, LinearHead) if model.num_classes else LAYERS
     x: Any = normalize(images, model.preprocess, model.dtype)
     outputs = OrderedDict[str, jax.Array]()  # jit would sort the keys of a dictionary
-    for name, module in model.stages:
+    for name, module, *_ in model.stages:
         x, state = module.apply(
             _of_stage(variables, name),
             x,

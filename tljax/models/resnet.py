@@ -184,8 +184,8 @@ def resnet(name: str, num_classes: int = 1000) -> Model:
         (
             Stage("stem", Stem(variant)),
             *layers,
-            Stage("pool", GlobalAveragePool()),
-            Stage("head", LinearHead(num_classes)),
+            Stage("pool", GlobalAveragePool(), "vector"),
+            Stage("head", LinearHead(num_classes), "vector"),
         ),
         variant.preprocess,
     )

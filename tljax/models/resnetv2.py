@@ -96,8 +96,8 @@ def resnetv2(name: str, num_classes: int = 1000) -> Model:
             Stage("stem", Stem()),
             *layers,
             Stage("norm", Norm()),
-            Stage("pool", GlobalAveragePool()),
-            Stage("head", LinearHead(num_classes)),
+            Stage("pool", GlobalAveragePool(), "vector"),
+            Stage("head", LinearHead(num_classes), "vector"),
         ),
         HALF,
     )

@@ -76,10 +76,10 @@ def vgg(name: str, num_classes: int = 1000) -> Model:
         name,
         (
             *blocks,
-            Stage("pool", FlattenedPool()),
-            Stage("fc1", Hidden()),
-            Stage("fc2", Hidden()),
-            Stage("head", LinearHead(num_classes)),
+            Stage("pool", FlattenedPool(), "vector"),
+            Stage("fc1", Hidden(), "vector"),
+            Stage("fc2", Hidden(), "vector"),
+            Stage("head", LinearHead(num_classes), "vector"),
         ),
         Preprocess(),
     )

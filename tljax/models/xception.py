@@ -119,8 +119,8 @@ def xception(name: str, num_classes: int = 1000) -> Model:
             Stage("stem", Stem(variant)),
             *blocks,
             Stage("conv_head", ConvHead(variant)),
-            Stage("pool", GlobalAveragePool()),
-            Stage("head", LinearHead(num_classes)),
+            Stage("pool", GlobalAveragePool(), "vector"),
+            Stage("head", LinearHead(num_classes), "vector"),
         ),
         PREPROCESS,
     )

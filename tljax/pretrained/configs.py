@@ -8,11 +8,12 @@ import json
 import math
 import reprlib
 from collections.abc import Callable
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tljax.models import MODELS, Model
+from tljax.models.spec import is_number, is_side
 from tljax.pretrained.catalog import default_classes
 from tljax.pretrained.layouts import LAYOUTS
 from tljax.runtime.errors import RequestError
@@ -284,7 +285,7 @@ def _timm_preprocess(cfg: _Section) -> Preprocess:
     cfg.get("crop_mode", lambda value: value == "center", "'center'", "center")
     _, size, _ = cfg.get(
         "input_size",
-        lambda v: isinstance(v, list) and v[:1] == [3] and _is_side(v[-1]) and v[1:] == v[-1:] * 2,
+        lambda v: isinstance(v, list) and v[:1] == [3] and is_side(v[-1]) and v[1:] == v[-1:] * 2,
         "[3, n, n] with n in pixels",
     )
     interpolation = cfg.get(
@@ -303,7 +304,7 @@ def _huggingface_preprocess(processor: _Section, own: str) -> Preprocess:
     for key in ("do_resize", "do_rescale", "do_normalize"):
         processor.get(key, lambda value: value is True, "true", default=True)
     processor.get(
-        "rescale_factor", lambda v: _is_number(v) and math.isclose(v, 1 / 255), "1/255", 1 / 255
+        "rescale_factor", lambda v: is_number(v) and math.isclose(v, 1 / 255), "1/255", 1 / 255
     )
     old, new = "feature_extractor_type", "image_processor_type"
     kind = processor.get(
@@ -340,27 +341,17 @@ def _side(processor: _Section, key: str, *names: str) -> int:
     def good(value: object) -> bool:
         if isinstance(value, dict):
             sides = [value.get(name) for name in names]
-            return all(map(_is_side, sides)) and len(set(sides)) == 1
-        return _is_side(value)
+            return all(map(is_side, sides)) and len(set(sides)) == 1
+        return is_side(value)
 
     expected = "n or {" + ", ".join(f"'{name}': n" for name in names) + "} with n in pixels"
     value = processor.get(key, good, expected)
     return value[names[0]] if isinstance(value, dict) else value
 
 
-def is_sound(preprocess: Preprocess) -> bool:
-    """Return whether the values, which a file may give, make sense."""
-    size, resize, interpolation, mean, std, channel_order = astuple(preprocess)
-    return (
-        (_is_side(size) and _is_side(resize) and size <= resize)
-        and (interpolation in _PILLOW_FILTERS.values() and channel_order in ("rgb", "bgr"))
-        and (len(mean) == len(std) == 3 and all(map(_is_number, (*mean, *std))) and min(std) > 0)
-    )
-
-
 def _mean_and_std(section: _Section, mean: str, std: str) -> tuple[Any, Any]:
     def is_triple(value: object) -> bool:
-        return isinstance(value, list) and len(value) == 3 and all(map(_is_number, value))
+        return isinstance(value, list) and len(value) == 3 and all(map(is_number, value))
 
     return (
         tuple(section.get(mean, is_triple, "3 numbers")),
@@ -368,13 +359,5 @@ def _mean_and_std(section: _Section, mean: str, std: str) -> tuple[Any, Any]:
     )
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e6
-
-
-def _is_side(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= 10_000
-
-
 def _is_share(value: object) -> bool:
-    return _is_number(value) and 0.01 <= value <= 1  # pyright: ignore[reportOperatorIssue]
+    return is_number(value) and 0.01 <= value <= 1  # pyright: ignore[reportOperatorIssue]

@@ -44,8 +44,9 @@ def layout_rules(model: str, layout: str) -> Rules:
     Raises:
         RequestError: the model has no such layout.
     """
-    if layout not in LAYOUTS[model]:
-        known = ", ".join(LAYOUTS[model])
+    layouts = LAYOUTS.get(model, {})
+    if layout not in layouts:
+        known = ", ".join(layouts) or "tljax"
         raise RequestError(f"there is no layout '{layout}' for {model}; known: {known}")
     return LAYOUTS[model][layout].table(model)
 

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple, get_args
 import jax
 import numpy as np
 
-from tljax.models import MODELS, Model, abstract_variables, build_model, replace_head, with_head
+from tljax.models import MODELS, Model, abstract_variables, build_model, with_head
+from tljax.models.spec import Modules, from_json, is_sound, to_json
 from tljax.pretrained.catalog import CATALOG, Entry, catalog_name, default_classes
-from tljax.pretrained.configs import is_sound, read_architecture, read_configs, write_configs
+from tljax.pretrained.configs import read_architecture, read_configs, write_configs
 from tljax.pretrained.fetch import fetch, fetch_hub, fetch_url
 from tljax.pretrained.formats import (
     Tensors,
@@ -98,9 +99,15 @@ class Pretrained(NamedTuple):
         """Return the network as it is.
 
         Raises:
-            RequestError: it is a backbone without a head, which names no classes.
+            RequestError: it is a backbone without a head, or has other outputs than classes.
         """
-        if not self.model.num_classes:
+        outputs, names = self.model.num_classes, len(self.card.classes)
+        if outputs and outputs != names:
+            raise RequestError(
+                f"{self.card.source} returns {outputs} numbers of an image and has {names} names "
+                "of classes: it does not classify"
+            )
+        if not outputs:
             raise RequestError(
                 f"{self.card.source} has no head, so it names no classes: it is a backbone; "
                 "tljax train gives it a head for yours"
@@ -109,7 +116,11 @@ class Pretrained(NamedTuple):
 
 
 def load_pretrained(
-    weights: str | Path, *, model: str | None = None, normalization: str | None = None
+    weights: str | Path,
+    *,
+    model: str | None = None,
+    normalization: str | None = None,
+    modules: Modules | None = None,
 ) -> Pretrained:
     """Finds, reads and ports pretrained weights; format, architecture and depth are found out.
 
@@ -124,6 +135,8 @@ def load_pretrained(
             (resnetblur50, resnetaa50) has the tensors of ours, and only its config.json tells.
         normalization: of `NORMALIZATIONS`, what a bare file expects, which says nothing of it; by
             default what is usual for its architecture and format.
+        modules: Flax classes by name, which a file of tljax needs where its network has stages of
+            one's own: a file never imports anything.
 
     Returns:
         The model with the preprocessing that the weights expect. Its softmax is what the weights
@@ -135,7 +148,7 @@ def load_pretrained(
             fits two networks; it says of itself that it computes something that we do not build, or
             expects another normalization.
     """
-    found, says_preprocess = _find(weights, model)
+    found, says_preprocess = _find(weights, model, modules)
     found = _with_two_classes(found)
     if normalization is None:
         return found
@@ -153,7 +166,9 @@ def load_pretrained(
     return found._replace(model=replace(found.model, preprocess=asked))
 
 
-def _find(weights: str | Path, model: str | None) -> tuple[Pretrained, bool]:
+def _find(
+    weights: str | Path, model: str | None, modules: Modules | None
+) -> tuple[Pretrained, bool]:
     """The network, and whether its preprocessing was said with the weights."""
     if model is not None:
         build_model(model)  # a misspelt name is said before anything is fetched
@@ -161,19 +176,19 @@ def _find(weights: str | Path, model: str | None) -> tuple[Pretrained, bool]:
     if known := catalog_name(name):
         return _load_catalog(known, CATALOG[known], model), True
     if name.startswith(("https://", "http://")):
-        return _load_file(fetch_url(name), name, model)
+        return _load_file(fetch_url(name), name, model, modules)
     path = Path(weights)
     if path.is_dir():
-        return _load_folder(path, name, model)
+        return _load_folder(path, name, model, modules)
     if path.exists():
-        return _load_file(path, name, model)
+        return _load_file(path, name, model, modules)
     beside = path.parent.name and path.parent.is_dir()
     if beside or name[:1] in (".", "~") or path.parent.name == "runs":  # no hub's
         near = get_close_matches(path.name, [x.name for x in path.parent.glob("*")], n=1)
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
         raise RequestError(f"{name} does not exist{hint}")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and path.suffix not in (".safetensors", ".pth"):
-        return _load_folder(fetch_hub(name), name, model)
+        return _load_folder(fetch_hub(name), name, model, modules)
     hint = "`tljax weights list` prints the known names"
     if name.lower().startswith("keras:"):  # few, and much alike
         hint = f"known names: {', '.join(key for key in CATALOG if key.startswith('keras:'))}"
@@ -187,16 +202,16 @@ def _find(weights: str | Path, model: str | None) -> tuple[Pretrained, bool]:
 def _with_two_classes(found: Pretrained) -> Pretrained:
     """A sigmoid of one logit is the softmax of it and of 0."""
     model, variables, card = found
-    if model.num_classes != 1:
+    if not model.has_linear_head or model.num_classes != 1:
         return found
-    model, _ = replace_head(model, variables, 2)
-    head = {k: np.insert(leaf, 0, 0, axis=-1) for k, leaf in variables["params"]["head"].items()}
-    [name] = card.classes
-    classes = default_classes(2) if (name,) == default_classes(1) else (f"not {name}", name)
+    model, name = with_head(model, 2), model.stage_names[-1]
+    head = {k: np.insert(leaf, 0, 0, axis=-1) for k, leaf in variables["params"][name].items()}
+    [known] = card.classes
+    classes = default_classes(2) if card.classes == default_classes(1) else (f"not {known}", known)
     note = f"{card.source}: its one output is taken for the logit of '{classes[1]}', by a sigmoid"
     return Pretrained(
         model,
-        {**variables, "params": {**variables["params"], "head": head}},
+        {**variables, "params": {**variables["params"], name: head}},
         replace(card, classes=classes, notes=(*card.notes, note)),
     )
 
@@ -212,10 +227,12 @@ def _load_catalog(name: str, entry: Entry, model: str | None) -> Pretrained:
     return Pretrained(replace(loaded.model, preprocess=preprocess), loaded.variables, card)
 
 
-def _load_folder(folder: Path, name: str, model: str | None) -> tuple[Pretrained, bool]:
+def _load_folder(
+    folder: Path, name: str, model: str | None, modules: Modules | None = None
+) -> tuple[Pretrained, bool]:
     """A run directory, or what ``save_pretrained`` of transformers or timm writes."""
     if (folder / "best" / "model.safetensors").exists():
-        return _load_file(folder / "best" / "model.safetensors", name, model)
+        return _load_file(folder / "best" / "model.safetensors", name, model, modules)
     files = [folder / file for file in _WEIGHT_FILES if (folder / file).exists()]
     if not files and (folder / "config.json").exists() and (folder / "checkpoints").is_dir():
         raise RequestError(
@@ -226,7 +243,7 @@ def _load_folder(folder: Path, name: str, model: str | None) -> tuple[Pretrained
         expected = ", ".join(_WEIGHT_FILES)
         raise RequestError(f"{folder} is neither a run directory nor a saved model: no {expected}")
     architecture = read_architecture(folder)
-    loaded, says_all = _load_file(files[0], name, model or architecture)
+    loaded, says_all = _load_file(files[0], name, model or architecture, modules)
     if says_all:
         return loaded, True
     said = read_configs(folder, loaded.model)
@@ -247,10 +264,12 @@ _WEIGHT_FILES = (
 )
 
 
-def _load_file(path: Path, name: str, model: str | None) -> tuple[Pretrained, bool]:
+def _load_file(
+    path: Path, name: str, model: str | None, modules: Modules | None = None
+) -> tuple[Pretrained, bool]:
     tensors = read_tensors(path)
     if "tljax" in tensors.metadata:  # our own files say everything themselves
-        return _load_native(path, tensors, model), True
+        return _load_native(path, tensors, model, modules), True
     graph = tensors.metadata.get("keras")
     if graph:
         found, rules = _identify_keras(tensors.arrays, name, model, graph)
@@ -326,78 +345,70 @@ def _twins(found: Identity, where: str) -> tuple[str, ...]:
 # --- our own format: safetensors whose keys are our paths, with the card in the header -----------
 
 
-def _load_native(path: Path, tensors: Tensors, model: str | None) -> Pretrained:
+_VERSION = 2
+
+
+def _load_native(
+    path: Path, tensors: Tensors, model: str | None, modules: Modules | None
+) -> Pretrained:
     try:
         header = json.loads(tensors.metadata["tljax"])
-        name = str(header["model"])
         classes = tuple(map(str, header["card"]["classes"]))
         card = Card(**{**header["card"], "classes": classes, "notes": ()})
-        of_image = {key: tuple(header["preprocess"][key]) for key in ("mean", "std")}
-        preprocess = Preprocess(**{**header["preprocess"], **of_image})
-        # The first files had neither of these.
-        dtype = np.dtype(header.get("dtype", "float32")).name
-        dropout = float(header.get("dropout", 0))
-        after = None if header.get("head_after") is None else str(header["head_after"])
-        _require(is_sound(preprocess) and 0 <= dropout < 1 and dtype in get_args(Dtype), header)
+        version = int(header.get("version", 1))
+        built = _first_version(header, len(classes)) if version == 1 else None
     except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
         raise RequestError(
             f"{path}: its tljax header is damaged ({error!r:.200}); write or fetch the file again"
         ) from error
-    if model not in (None, name):
-        raise RequestError(f"{path} holds {name}, not {model}")
-    built = with_head(build_model(name), len(card.classes), after=after, dropout=dropout)
+    if version > _VERSION:
+        raise RequestError(
+            f"{path} is of version {version} of tljax's format, and this tljax reads up to "
+            f"{_VERSION}: upgrade it"
+        )
+    try:
+        built = built or from_json(header.get("model"), modules)
+    except RequestError as error:
+        raise RequestError(f"{path}: {error}") from error
+    if model not in (None, built.name):
+        raise RequestError(f"{path} holds {built.name}, not {model}")
     expected = abstract_variables(built)
     rules = tuple(Rule(path, path) for path in flatten(expected))
     difference = compare(rules, tensors.arrays, expected)
     if any(difference):
-        raise RequestError(f"{path} does not fit {name}: {difference}")
-    variables = _fill(rules, tensors.arrays, expected, str(path))
-    return Pretrained(replace(built, preprocess=preprocess, dtype=dtype), variables, card)
+        raise RequestError(f"{path} does not fit {built.name}: {difference}")
+    return Pretrained(built, _fill(rules, tensors.arrays, expected, str(path)), card)
 
 
-def _require(sound: bool, header: dict[str, object]) -> None:
-    if not sound:
-        about = {key: header.get(key) for key in ("preprocess", "dtype", "dropout")}
-        raise ValueError(about)
+def _first_version(header: dict[str, Any], num_classes: int) -> Model:
+    """Build what a header without a version describes: an architecture with a linear head."""
+    of_image = {key: tuple(header["preprocess"][key]) for key in ("mean", "std")}
+    preprocess = Preprocess(**{**header["preprocess"], **of_image})
+    # The first files had neither of these.
+    dtype = np.dtype(header.get("dtype", "float32")).name
+    dropout = float(header.get("dropout", 0))
+    after = None if header.get("head_after") is None else str(header["head_after"])
+    if not (is_sound(preprocess) and 0 <= dropout < 1 and dtype in get_args(Dtype)):
+        raise ValueError((preprocess, dtype, dropout))
+    whole = build_model(str(header["model"]))
+    built = with_head(whole, num_classes, after=after, dropout=dropout)
+    return replace(built, preprocess=preprocess, dtype=dtype)
 
 
 def save(path: Path, pretrained: Pretrained) -> None:
     """Writes tljax's own format: one safetensors file that `load_pretrained` needs alone.
 
-    The model comes back equal: its preprocessing, compute dtype and the dropout of its head too.
+    The model comes back equal, whatever its stages; see `tljax.models.spec`.
 
     Raises:
-        RequestError: it would not, as its stages or its head are none that tljax builds.
+        RequestError: a setting of a stage cannot be written down.
     """
     model, variables, card = pretrained
     about = {**asdict(card), "layout": "tljax"}
     del about["notes"]
-    header = {
-        "model": model.name,
-        "dtype": model.dtype,
-        **_top(pretrained),
-        "preprocess": asdict(model.preprocess),
-        "card": about,
-    }
+    header = {"version": _VERSION, "model": to_json(model), "card": about}
     flat = {key: np.asarray(value) for key, value in flatten(variables).items()}
     write_safetensors(path, flat, {"tljax": json.dumps(header)})
-
-
-def _top(pretrained: Pretrained) -> dict[str, Any]:
-    """The dropout of the head, and the stage behind which stages were dropped, if any were."""
-    model, _, card = pretrained
-    whole = build_model(model.name)
-    body, ours = model.stages[:-1], whole.stages[:-1]
-    same = [one.name for one, other in zip(body, ours, strict=False) if one == other]
-    after = same[-1] if same and body != ours else None
-    dropout = getattr(model.stages[-1].module, "dropout", 0.0)
-    built = with_head(whole, len(card.classes), after=after, dropout=dropout)
-    if built.stages != model.stages:
-        raise RequestError(
-            f"no file holds this {model.name}: tljax reads its own stages and a linear head for "
-            f"{len(card.classes)} classes; keep its variables with numpy.savez or orbax instead"
-        )
-    return {"dropout": dropout, "head_after": after}
 
 
 # --- export to other layouts --------------------------------------------------------------------
@@ -420,13 +431,16 @@ def export(path: Path, pretrained: Pretrained, layout: str) -> None:
     model, variables, card = pretrained
     if layout == "tljax":
         return save(path, pretrained)
-    after = _top(pretrained)["head_after"]
-    if after and model.num_classes:
+    rules, whole = table(model, layout), build_model(model.name)
+    linear = model.has_linear_head or not model.num_classes
+    cuts = (None,) if model.num_classes else (None, *whole.stage_names[:-1])
+    held = [with_head(whole, model.num_classes, after=after).stages for after in cuts]
+    if not linear or with_head(model, model.num_classes).stages not in held:
         raise RequestError(
-            f"the stages of {model.name} after {after} were dropped, and the {layout} layout needs "
-            "them; export it as tljax, stablehlo or onnx"
+            f"the {layout} layout holds a {model.name} with all its stages and a linear head, "
+            "which this one is not; export it as tljax, stablehlo or onnx"
         )
-    arrays = invert_rules(table(model, layout), jax.device_get(variables))
+    arrays = invert_rules(rules, jax.device_get(variables))
     if layout == "huggingface":
         write_safetensors(path / "model.safetensors", arrays, {"format": "pt"})
         write_configs(path, model, card.classes)

@@ -67,7 +67,8 @@ def measure(
     probe = fit_probe(train.values, train.labels, num_classes=classes, seed=seed)
     right = np.asarray(predict_logits(probe, val.values)).argmax(1) == val.labels
     top1 = float(right.mean())
-    body = {stage: tree for stage, tree in variables["params"].items() if stage != "head"}
+    head = model.stage_names[-1]
+    body = {stage: tree for stage, tree in variables["params"].items() if stage != head}
     return Candidate(
         name,
         model.name,

@@ -139,7 +139,7 @@ def explanation_pictures(
         RequestError: an unknown class.
     """
     model, variables, card = network.with_classes()
-    *_, top = map_stages(model, variables)
+    *_, top = map_stages(model)
     after = model.stage_names[model.position(top) + 1]
     window = max(1, model.preprocess.size // 7)
 
@@ -196,7 +196,7 @@ def feature_pictures(network: Pretrained, photographs: Photographs, *, count: in
         raise RequestError(
             f"{count} channels of each stage leave nothing to show; ask for 1 or more"
         )
-    stages = map_stages(model, variables)
+    stages = map_stages(model)
     rows: Rows = []
     for number, (_, pixels) in enumerate(photographs):
         captured = apply(model, variables, pixels[None], capture=stages).captured
@@ -293,15 +293,15 @@ def channel_pictures(
     ]
 
 
-def map_stages(model: Model, variables: Variables) -> tuple[str, ...]:
-    """The stages whose output is a feature map, with height and width, in order."""
-    size = model.preprocess.size
-    captured = jax.eval_shape(
-        lambda v, x: apply(model, v, x, capture=model.stage_names).captured,
-        variables,
-        jnp.zeros((1, size, size, 3)),
-    )
-    return tuple(name for name in model.stage_names if captured[name].ndim == 4)
+def map_stages(model: Model) -> tuple[str, ...]:
+    """Return the stages whose output is a feature map, with height and width, in order.
+
+    Raises:
+        RequestError: there is none.
+    """
+    if not model.map_stages:
+        raise RequestError(f"no stage of {model.name} hands on a feature map")
+    return model.map_stages
 
 
 def _features_of(
@@ -309,7 +309,7 @@ def _features_of(
 ) -> tuple[Callable[[Variables, jax.Array], jax.Array], str]:
     """Images to the output of a stage, and which stage that is."""
     model = network.model
-    stages = map_stages(model, network.variables)
+    stages = map_stages(model)
     if stage is None:
         stage = stages[len(stages) * 2 // 3]
     model.position(stage)

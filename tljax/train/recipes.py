@@ -113,19 +113,19 @@ def _check_adversary(config: FitConfig, mixed: bool) -> None:
 def default_freeze_to(model: Model) -> str:
     """The last stage before the lowest resolution: most parameters come after it, little compute.
 
-    ``layer3`` of a ResNet, ``stage5`` of an EfficientNet.
+    ``layer3`` of a ResNet, ``stage5`` of an EfficientNet. Without feature maps it is the last
+    stage before the head.
     """
     size = model.preprocess.size
     image = jax.ShapeDtypeStruct((1, size, size, 3), "uint8")
-    names = model.stage_names
+    names, maps = model.stage_names, model.map_stages
     outputs = jax.eval_shape(
-        lambda variables, x: apply(model, variables, x, capture=names).captured,
+        lambda variables, x: apply(model, variables, x, capture=maps).captured,
         abstract_variables(model),
         image,
     )
-    heights = {name: output.shape[1] for name, output in outputs.items() if output.ndim == 4}
-    lowest = min(heights.values())
-    first = next(name for name in names if heights[name] == lowest)
+    lowest = min((output.shape[1] for output in outputs.values()), default=0)
+    first = next((name for name in maps if outputs[name].shape[1] == lowest), names[-1])
     return names[max(names.index(first) - 1, 0)]
 
 
