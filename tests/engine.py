@@ -11,7 +11,7 @@ from tljax.runtime.trees import flatten
 from tljax.train.checkpoint import Checkpoints
 from tljax.train.fit import FitResult, fit
 from tljax.train.options import FitConfig, OptimizerConfig
-from tljax.train.run_directory import write_metrics
+from tljax.train.run_directory import MetricsFile
 
 LOADING = Loading(batch_size=4)
 
@@ -44,8 +44,10 @@ def train(
     if folder is None:
         return fit(*arguments, loading=loading, on_epoch=on_epoch, **how)
 
+    metrics = MetricsFile(folder)
+
     def write_and_log(history):
-        write_metrics(folder, history)
+        metrics.on_epoch(history)
         on_epoch(history)
 
     checkpoints = Checkpoints(folder / "checkpoints", repr(what))

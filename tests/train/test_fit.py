@@ -372,7 +372,7 @@ def test_files_are_json_by_the_letter(tmp_path):
     run_directory.write_json(tmp_path / "found.json", values)
     found = strict((tmp_path / "found.json").read_text())
     assert found == {"nan": None, "inf": [None, [1.5, None]], "path": str(tmp_path), "n": 1}
-    run_directory.write_metrics(tmp_path, [{"epoch": 0, "val_loss": np.inf}])
+    run_directory.MetricsFile(tmp_path).on_epoch([{"epoch": 0, "val_loss": np.inf}])
     assert strict((tmp_path / "metrics.jsonl").read_text()) == {"epoch": 0, "val_loss": None}
 
 

@@ -16,6 +16,7 @@ from tljax.runtime.errors import RequestError
 from tljax.runtime.files import MARKER
 from tljax.runtime.trees import tree_digest
 from tljax.train import run_directory
+from tljax.train.run_directory import MetricsFile
 
 
 @pytest.fixture
@@ -213,3 +214,27 @@ def test_a_folder_that_holds_the_images_is_no_run_directory(data, tmp_path):
             run_directory.mark(folder, splits)
     assert not list(tmp_path.rglob(MARKER))
     run_directory.mark(data / "runs", splits)
+
+
+def test_lines_of_steps_stand_before_their_epoch_and_are_written_once(tmp_path):
+    """Also where a process was killed behind its last checkpoint, in the middle of a line."""
+    file = MetricsFile(tmp_path)
+    file.on_epoch([{"epoch": 0}])
+    for step in (2, 4):
+        file.on_step(step, {"loss": step / 2})
+    file.on_epoch([{"epoch": 0}, {"epoch": 1}])
+    for step in (6, 8):
+        file.on_step(step, {"loss": np.inf})
+    path = tmp_path / "metrics.jsonl"
+    whole = path.read_text()
+    entries = [json.loads(line) for line in whole.splitlines()]
+    names = [entry.get("step", f"epoch {entry.get('epoch')}") for entry in entries]
+    assert names == ["epoch 0", 2, 4, "epoch 1", 6, 8]
+    path.write_text(whole + '{"step": 10, "lo')
+    file = MetricsFile(tmp_path)
+    file.on_epoch([{"epoch": 0}])  # of the checkpoint, at step 3
+    for step in (4, 6, 8):
+        if step == 6:
+            file.on_epoch([{"epoch": 0}, {"epoch": 1}])
+        file.on_step(step, {"loss": step / 2 if step < 5 else np.inf})
+    assert path.read_text() == whole

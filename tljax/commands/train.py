@@ -196,7 +196,7 @@ def train(
                 seed=config.seed,
                 checkpoints=checkpoints,
                 checkpoint_seconds=60 * config.checkpoint_minutes,
-                on_epoch=lambda history: run_directory.write_metrics(workdir, history),
+                on_epoch=run_directory.MetricsFile(workdir).on_epoch,
                 profile=workdir / "profile" if config.profile else None,
                 preemption=preemption,
             )

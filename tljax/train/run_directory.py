@@ -9,6 +9,7 @@ checkpoints/  best/model.safetensors  report.html  README.md  eval/
 import csv
 import hashlib
 import io
+import json
 import os
 import platform
 import time
@@ -23,7 +24,7 @@ import jax
 
 from tljax.data.examples import printable, shortened
 from tljax.data.sources import Source, Splits, open_splits
-from tljax.runtime.errors import RequestError
+from tljax.runtime.errors import RequestError, WriteError
 from tljax.runtime.files import MARKER, mark_output, read_config, to_json, written_whole
 from tljax.runtime.parallel import is_writer
 
@@ -188,11 +189,55 @@ def _by_name(spec: str, split: bytes) -> dict[str, dict[str, str]]:
     return {_within(spec, row["name"]): row for row in rows}
 
 
-def write_metrics(workdir: Path, history: Sequence[dict[str, Any]]) -> None:
-    """Writes the whole history to ``metrics.jsonl``, one line an epoch, nothing of the clock."""
-    if is_writer():
-        lines = (to_json(entry) + "\n" for entry in history)
-        _write(workdir / "metrics.jsonl", "".join(lines).encode())
+class MetricsFile:
+    """``metrics.jsonl``: a line an epoch, and before it the lines of some of its steps.
+
+    A run that goes on from a checkpoint writes the steps behind that again.
+    """
+
+    def __init__(self, workdir: Path) -> None:
+        """Read the lines of steps that are there."""
+        self._path = workdir / "metrics.jsonl"
+        self._epochs: list[str] = []
+        self._steps: list[tuple[int, int, str]] = []  # epochs before it, step, line
+        before = 0
+        for line in self._path.read_text("utf-8").splitlines() if self._path.exists() else ():
+            with suppress(ValueError):  # the last one was cut short
+                step = json.loads(line).get("step")
+                before += step is None
+                if step is not None:
+                    self._steps.append((before, step, line))
+
+    def on_step(self, step: int, metrics: dict[str, float]) -> None:
+        """Append a line; those of later steps, of a process that was killed, go."""
+        if not is_writer():
+            return
+        late = bool(self._steps) and self._steps[-1][1] >= step
+        if late:
+            self._steps = [found for found in self._steps if found[1] < step]
+        line = to_json({"step": step, **metrics})
+        self._steps.append((len(self._epochs), step, line))
+        if late:
+            self._write_all()
+            return
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            raise WriteError(f"{self._path} cannot be written ({error.strerror})") from error
+
+    def on_epoch(self, history: Sequence[dict[str, Any]]) -> None:
+        """Write the whole history, nothing of the clock, and the lines of steps."""
+        if is_writer():
+            self._epochs = [to_json(entry) for entry in history]
+            self._write_all()
+
+    def _write_all(self) -> None:
+        lines = []
+        for number, epoch in enumerate(self._epochs):
+            lines += [line for before, _, line in self._steps if before == number] + [epoch]
+        lines += [line for before, _, line in self._steps if before >= len(self._epochs)]
+        _write(self._path, "".join(f"{line}\n" for line in lines).encode())
 
 
 def skipped_rows(source: Source, skipped: dict[int, str]) -> list[tuple[str, str]]:
