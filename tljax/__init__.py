@@ -31,17 +31,21 @@ if TYPE_CHECKING:
     from tljax.models import replace_head as replace_head
     from tljax.models.layers import Mode as Mode
     from tljax.pretrained import CATALOG as CATALOG
+    from tljax.pretrained import Pretrained as Pretrained
     from tljax.pretrained import export as export
     from tljax.pretrained import load_pretrained as load_pretrained
     from tljax.pretrained import save as save
     from tljax.runtime.process import configure as configure
     from tljax.runtime.types import Batch as Batch
     from tljax.runtime.types import Preprocess as Preprocess
+    from tljax.runtime.types import Variables as Variables
+    from tljax.train.fit import FitResult as FitResult
     from tljax.train.fit import fit as fit
     from tljax.train.freeze import freeze_table as freeze_table
     from tljax.train.freeze import join as join
     from tljax.train.freeze import label as label
     from tljax.train.freeze import split as split
+    from tljax.train.objectives import Objective as Objective
     from tljax.train.objectives import cross_entropy as cross_entropy
     from tljax.train.options import FitConfig as FitConfig
     from tljax.train.options import OptimizerConfig as OptimizerConfig
@@ -59,6 +63,7 @@ _ROOMS = {
     "apply": "models",  # run any contiguous part of a network
     "replace_head": "models",  # the same network for other classes
     "CATALOG": "pretrained",  # published weights by name
+    "Pretrained": "pretrained",  # a model, its variables and their card
     "load_pretrained": "pretrained",  # a name, hub id, file or folder -> model, variables, card
     "save": "pretrained",  # to tljax's own format
     "export": "pretrained",  # to other programs' formats
@@ -72,6 +77,7 @@ _ROOMS = {
     "AugmentConfig": "data.options",  # how training images vary
     "Loading": "data.options",  # how images are read and spread over devices
     "fit": "train.fit",  # train a head, and more as the recipe says
+    "FitResult": "train.fit",  # the best network, how it did, and the way there
     "Stage": "models",  # one named step of a network
     "Source": "data.examples",  # labelled examples in an order, with further arrays
     "Splits": "data.examples",  # what to train on, and what to validate on
@@ -79,12 +85,14 @@ _ROOMS = {
     "load_batches": "data.loader",  # a source as batches of one shape
     "Batch": "runtime.types",  # inputs, targets, mask, indices and extra arrays of some examples
     "Preprocess": "runtime.types",  # how a photograph is cut and normalised for a network
+    "Variables": "runtime.types",  # parameters and running statistics: nested dicts of arrays
     "Mode": "models.layers",  # the two switches of a stage: batch statistics and noise
     "augment": "data.augment",  # random crops, flips and RandAugment, on the device
     "pgd": "attack",  # projected gradient descent, and the other attacks: tljax.attack
     "Weighted": "metrics.sums",  # a value an example with its weight
     "class_shares": "metrics.classification",  # class indices, or mixed ones, as shares of classes
     "cross_entropy": "train.objectives",  # the objective of a classification
+    "Objective": "train.objectives",  # what a step minimises: the type of such a function
     "Forward": "train.step",  # the network as an objective sees it
     "TrainState": "train.step",  # all that a step changes
     "init_state": "train.step",  # the state before the first step
