@@ -92,5 +92,5 @@ def test_every_public_name_is_there():
     import tljax
 
     assert all(getattr(tljax, name) is not None for name in tljax.__all__)
-    with pytest.raises(AttributeError, match="no attribute 'resnet5O'"):
+    with pytest.raises(AttributeError, match="No tljax attribute resnet5O"):
         _ = tljax.resnet5O
