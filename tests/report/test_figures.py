@@ -13,8 +13,16 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from tljax.metrics.calibration import Calibration, calibration_bins
-from tljax.report import confusion_matrix, curves, image_grid, reliability_diagram, sweep_curve
-from tljax.report.figures import BLUE, accuracy_and_speed, robustness_curve
+from tljax.report.figures import (
+    BLUE,
+    accuracy_and_speed,
+    confusion_matrix,
+    curves,
+    reliability_diagram,
+    robustness_curve,
+    sweep_curve,
+)
+from tljax.report.grid import image_grid
 from tljax.runtime.errors import RequestError
 from tljax.studies.compare import Candidate
 

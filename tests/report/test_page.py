@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tljax.metrics.calibration import calibrate
-from tljax.report import (
+from tljax.report.page import (
     ClassResult,
     Mistake,
     Report,

@@ -139,6 +139,7 @@ def run(config: Config) -> dict[str, Any]:
     """Data in, run directory out."""
     from tljax.data.loader import num_batches
     from tljax.data.sources import open_splits
+    from tljax.models import with_head
     from tljax.pretrained.catalog import catalog_name
     from tljax.runtime.parallel import Preemption, is_writer, join
     from tljax.train import run_directory
@@ -169,7 +170,8 @@ def run(config: Config) -> dict[str, Any]:
             return suggest_learning_rate(config, pretrained, splits)
 
         # Or they say why not.
-        plan = make_plan(pretrained.model, config.fit, len(splits.train), config.batch_size)
+        cut = with_head(pretrained.model, len(splits.train.classes), after=config.fit.head_after)
+        plan = make_plan(cut, config.fit, len(splits.train), config.batch_size)
         if config.profile:
             steps = num_batches(len(splits.train), config.batch_size)
             check_traceable(steps if plan.phases else 0)
@@ -310,10 +312,8 @@ def suggest_learning_rate(
     from tljax.runtime.parallel import is_writer
     from tljax.studies.learning_rate import find_learning_rate
     from tljax.train import run_directory
+    from tljax.train.setup import Hooks
 
-    hooks = config.training_hooks()
-    for name in ("on_step", "on_epoch"):
-        hooks.pop(name, None)
     test = find_learning_rate(
         pretrained.model,
         pretrained.variables,
@@ -321,7 +321,7 @@ def suggest_learning_rate(
         config.fit,
         loading=config.loading,
         seed=config.seed,
-        **hooks,
+        hooks=Hooks(**config.training_hooks()),
     )
     curve = (config.workdir or Path("runs")) / "learning_rate.png"
     if is_writer():

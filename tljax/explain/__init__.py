@@ -4,51 +4,28 @@ Pure functions over ``logits_fn(images) -> logits`` or over the halves of a netw
 nothing of the rest of tljax and work with any JAX model.
 """
 
-from tljax.explain.dream import deep_dream, mean_square
-from tljax.explain.gradients import (
-    input_gradient,
-    integrated_gradients,
-    saliency,
-    score_of,
-    smooth_grad,
-)
-from tljax.explain.parametrization import FOURIER, PIXELS, Parametrization
-from tljax.explain.pictures import (
-    channel_pictures,
-    heatmap,
-    overlay,
-    scale_maps,
-    strongest_channels,
-    to_pixels,
-)
-from tljax.explain.regions import grad_cam, occlusion
-from tljax.explain.transforms import MOVING, STILL, Transforms
-from tljax.explain.visualize import Objective, channel_mean, total_variation, visualize
-
-__all__ = [
-    "FOURIER",
-    "MOVING",
-    "PIXELS",
-    "STILL",
-    "Objective",
-    "Parametrization",
-    "Transforms",
-    "channel_mean",
-    "channel_pictures",
-    "deep_dream",
-    "grad_cam",
-    "heatmap",
-    "input_gradient",
-    "integrated_gradients",
-    "mean_square",
-    "occlusion",
-    "overlay",
-    "saliency",
-    "scale_maps",
-    "score_of",
-    "smooth_grad",
-    "strongest_channels",
-    "to_pixels",
-    "total_variation",
-    "visualize",
-]
+from tljax.explain.dream import deep_dream as deep_dream
+from tljax.explain.dream import mean_square as mean_square
+from tljax.explain.gradients import input_gradient as input_gradient
+from tljax.explain.gradients import integrated_gradients as integrated_gradients
+from tljax.explain.gradients import saliency as saliency
+from tljax.explain.gradients import score_of as score_of
+from tljax.explain.gradients import smooth_grad as smooth_grad
+from tljax.explain.parametrization import FOURIER as FOURIER
+from tljax.explain.parametrization import PIXELS as PIXELS
+from tljax.explain.parametrization import Parametrization as Parametrization
+from tljax.explain.pictures import channel_pictures as channel_pictures
+from tljax.explain.pictures import heatmap as heatmap
+from tljax.explain.pictures import overlay as overlay
+from tljax.explain.pictures import scale_maps as scale_maps
+from tljax.explain.pictures import strongest_channels as strongest_channels
+from tljax.explain.pictures import to_pixels as to_pixels
+from tljax.explain.regions import grad_cam as grad_cam
+from tljax.explain.regions import occlusion as occlusion
+from tljax.explain.transforms import MOVING as MOVING
+from tljax.explain.transforms import STILL as STILL
+from tljax.explain.transforms import Transforms as Transforms
+from tljax.explain.visualize import Objective as Objective
+from tljax.explain.visualize import channel_mean as channel_mean
+from tljax.explain.visualize import total_variation as total_variation
+from tljax.explain.visualize import visualize as visualize

@@ -5,18 +5,16 @@ from difflib import get_close_matches
 from functools import partial
 
 from tljax.models import bit, efficientnet, inception, mobilenet, resnet, resnetv2, vgg, xception
-from tljax.models.model import (
-    Model,
-    Output,
-    Stage,
-    abstract_variables,
-    apply,
-    init,
-    layer_outputs,
-    normalize,
-    replace_head,
-    with_head,
-)
+from tljax.models.model import Model as Model
+from tljax.models.model import Output as Output
+from tljax.models.model import Stage as Stage
+from tljax.models.model import abstract_variables as abstract_variables
+from tljax.models.model import apply as apply
+from tljax.models.model import init as init
+from tljax.models.model import layer_outputs as layer_outputs
+from tljax.models.model import normalize as normalize
+from tljax.models.model import replace_head as replace_head
+from tljax.models.model import with_head as with_head
 from tljax.runtime.errors import RequestError
 
 MODELS: dict[str, Callable[..., Model]] = {
@@ -45,19 +43,3 @@ def build_model(name: str, num_classes: int = 1000) -> Model:
         hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(MODELS)}"
         raise RequestError(f"no model is called '{name}'; {hint}")
     return MODELS[name](num_classes=num_classes)
-
-
-__all__ = [
-    "MODELS",
-    "Model",
-    "Output",
-    "Stage",
-    "abstract_variables",
-    "apply",
-    "build_model",
-    "init",
-    "layer_outputs",
-    "normalize",
-    "replace_head",
-    "with_head",
-]

@@ -1,6 +1,9 @@
 """Foreign weights in, foreign weights out."""
 
-from tljax.pretrained.catalog import CATALOG, imagenet_classes
-from tljax.pretrained.load import Card, Pretrained, export, load_pretrained, save
-
-__all__ = ["CATALOG", "Card", "Pretrained", "export", "imagenet_classes", "load_pretrained", "save"]
+from tljax.pretrained.catalog import CATALOG as CATALOG
+from tljax.pretrained.catalog import imagenet_classes as imagenet_classes
+from tljax.pretrained.load import Card as Card
+from tljax.pretrained.load import Pretrained as Pretrained
+from tljax.pretrained.load import export as export
+from tljax.pretrained.load import load_pretrained as load_pretrained
+from tljax.pretrained.load import save as save

@@ -66,7 +66,7 @@ class SeenInTraining(NamedTuple):
 
 
 class Sweep(NamedTuple):
-    """How the L2 penalty of a linear probe was chosen; see `tljax.report.sweep_curve`."""
+    """How the L2 penalty of a linear probe was chosen; see `tljax.report.figures.sweep_curve`."""
 
     l2_values: Sequence[float] | Float[np.ndarray, " sweep"]
     held_out_accuracy: Sequence[float] | Float[np.ndarray, " sweep"]
@@ -97,7 +97,7 @@ class Report:
         title: what was done.
         headline: the few numbers that matter, as (label, value).
         notes: sentences that the reader must know, such as a warning about a tiny split.
-        history: what was logged; see `tljax.report.curves`.
+        history: what was logged; see `tljax.report.figures.curves`.
         validated: whether there were validation images, apart from those of training.
         sweep: how the probe's L2 penalty was chosen.
         classes: the name of each class.

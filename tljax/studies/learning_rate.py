@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-import optax
 
 from tljax.data.augment import epoch_key
 from tljax.data.options import Loading
@@ -20,12 +19,9 @@ from tljax.runtime.errors import RequestError
 from tljax.runtime.parallel import is_writer, shard
 from tljax.runtime.progress import track
 from tljax.runtime.types import Batch, Variables
-from tljax.train.freeze import combine
 from tljax.train.inputs import Inputs
-from tljax.train.objectives import Objective
 from tljax.train.options import FitConfig
-from tljax.train.setup import Hooks, NewHead, Run, Wrapper, first_state, prepare
-from tljax.train.step import Materialize
+from tljax.train.setup import Hooks, Run, first_state, prepare
 
 _SMOOTHING = 0.9  # of the losses, by an exponential moving average over steps
 _DIVERGED = 4.0  # times the lowest loss: there is nothing more to learn
@@ -53,10 +49,7 @@ def find_learning_rate(
     *,
     loading: Loading | None = None,
     seed: int = 0,
-    objective: Objective | None = None,
-    materialize: Materialize = combine,
-    transform: optax.GradientTransformation | Wrapper | None = None,
-    new_head: NewHead | None = None,
+    hooks: Hooks | None = None,
     lowest: float = 1e-7,
     highest: float = 1.0,
     steps: int = 100,
@@ -72,10 +65,7 @@ def find_learning_rate(
         config: as for `tljax.train.fit.fit`; its learning rate and schedule do not matter.
         loading: as for ``fit``.
         seed: as for ``fit``.
-        objective: as for ``fit``.
-        materialize: as for ``fit``.
-        transform: as for ``fit``.
-        new_head: as for ``fit``.
+        hooks: what ``fit`` takes as keyword arguments: an objective, a new head and so on.
         lowest: the first learning rate.
         highest: the last one.
         steps: how many rates to try.
@@ -83,7 +73,6 @@ def find_learning_rate(
     Raises:
         RequestError: as ``fit``, the recipe has no learning rate, or even the lowest diverges.
     """
-    hooks = Hooks(objective, materialize, transform, new_head)
     run, inputs = prepare(model, variables, splits, config, loading, seed, hooks)
     if not run.plan.phases:
         raise RequestError(f"--recipe {run.config.recipe} is solved: it has no learning rate")

@@ -117,14 +117,14 @@ def prepare(
     config: FitConfig | None = None,
     loading: Loading | None = None,
     seed: int = 0,
-    hooks: Hooks = Hooks(),
+    hooks: Hooks | None = None,
 ) -> tuple[Run, Inputs]:
     """Do everything up to the first step; see `tljax.train.fit.fit`.
 
     Returns:
         The run, and the inputs of its first phase.
     """
-    loading = loading or Loading()
+    loading, hooks = loading or Loading(), hooks or Hooks()
     loading = replace(loading, batch_size=min(loading.batch_size, len(splits.train)))
     config = config or FitConfig()
     changed = {name for name, _ in settings(config).items() - settings(FitConfig()).items()}
