@@ -21,7 +21,7 @@ import tyro
 
 from tljax.data.options import Loading
 from tljax.data.sources import Splits, open_splits
-from tljax.features.extract import Features, compute_features
+from tljax.features.extract import Outputs, compute_features
 from tljax.features.probe import L2_VALUES, fit_probe, predict_logits
 from tljax.pretrained import Pretrained, load_pretrained
 from tljax.train.run_directory import environment
@@ -65,7 +65,7 @@ def measure(pretrained: Pretrained, splits: Splits, *, sklearn: bool) -> dict[st
     }
 
 
-def _sklearn(train: Features, val: Features) -> float:
+def _sklearn(train: Outputs, val: Outputs) -> float:
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
 

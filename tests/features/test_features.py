@@ -1,4 +1,4 @@
-"""Features of a whole source, their cache, and the recipes that stand on them."""
+"""Outputs of a whole source, their cache, and the recipes that stand on them."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from tljax.data.options import Loading
 from tljax.data.sources import Source, Splits
 from tljax.features import store
 from tljax.features.evaluate import evaluate
-from tljax.features.extract import Features, advance, compute_features, feature_bytes, over_source
+from tljax.features.extract import Outputs, advance, compute_features, feature_bytes, over_source
 from tljax.models import apply
 from tljax.runtime.errors import RequestError
 from tljax.runtime.trees import flatten
@@ -203,17 +203,17 @@ def test_pooling_averages_positions_and_leaves_vectors():
     maps = np.arange(2 * 3 * 3 * 4, dtype=np.float32).reshape(2, 3, 3, 4)
     labels = np.zeros(2, np.int32)
     np.testing.assert_allclose(
-        Features(maps, labels, labels, {}).pooled().values, maps.reshape(2, 9, 4).mean(1)
+        Outputs(maps, labels, labels, {}).pooled().values, maps.reshape(2, 9, 4).mean(1)
     )
     np.testing.assert_array_equal(
-        Features(maps[:, 0, 0], labels, labels, {}).pooled().values, maps[:, 0, 0]
+        Outputs(maps[:, 0, 0], labels, labels, {}).pooled().values, maps[:, 0, 0]
     )
 
 
 def test_an_evaluation_counts_what_it_says():
     logits = np.array([[3.0, 1, 0], [0, 2, 1], [5, 0, 0], [0, 0, 9]], np.float32)
     labels = np.array([0, 1, 2, 1], np.int32)
-    found = evaluate(Features(logits, labels, np.array([7, 8, 9, 10]), {}))
+    found = evaluate(Outputs(logits, labels, np.array([7, 8, 9, 10]), {}))
     assert found.top1 == 0.5
     assert found.top5 == 1.0
     np.testing.assert_array_equal(found.confusion, [[1, 0, 0], [0, 1, 1], [1, 0, 0]])

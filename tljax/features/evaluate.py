@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from tljax.features.extract import Features
+from tljax.features.extract import Outputs
 from tljax.metrics.classification import cross_entropies, ranks
 
 
@@ -56,7 +56,7 @@ def settle(labels: np.ndarray, logits: np.ndarray, same: Mapping[str, Sequence[i
     return labels
 
 
-def evaluate(logits: Features) -> Evaluation:
+def evaluate(logits: Outputs) -> Evaluation:
     """Evaluates the logits of a source (`compute_features` with ``stop=None``)."""
     values, labels = logits.values, logits.labels
     classes = values.shape[1]

@@ -51,8 +51,8 @@ class View(NamedTuple):
     number: int
 
 
-class Features(NamedTuple):
-    """Activations of the images of a source that could be read.
+class Outputs(NamedTuple):
+    """What a stage returned for the images of a source that could be read.
 
     Attributes:
         values: ``[n, ...]`` the output of the last stage that ran; an array, or a file mapped into
@@ -67,7 +67,7 @@ class Features(NamedTuple):
     indices: np.ndarray
     skipped: dict[int, str]
 
-    def pooled(self, prefix_tokens: int = 0) -> "Features":
+    def pooled(self, prefix_tokens: int = 0) -> "Outputs":
         """Average maps over their positions, ``[n, channels]``; vectors stay as they are.
 
         Args:
@@ -88,7 +88,7 @@ def compute_features(
     dtype: Dtype = "float32",
     view: View | None = None,
     description: str = "features",
-) -> Features:
+) -> Outputs:
     """Run the stages before ``stop`` over a whole source, or map what an earlier run kept.
 
     The cache, see `store`, is keyed by content: the weights of those stages, their code and
@@ -133,9 +133,9 @@ def compute_features(
     return _labelled(computed, source)
 
 
-def _labelled(stored: store.Stored, source: Source) -> Features:
+def _labelled(stored: store.Stored, source: Source) -> Outputs:
     values, indices, skipped = stored
-    return Features(values, np.asarray(source.labels)[indices], indices, skipped)
+    return Outputs(values, np.asarray(source.labels)[indices], indices, skipped)
 
 
 def split_features(
@@ -146,7 +146,7 @@ def split_features(
     *,
     stop: str | int = -1,
     name: str = "",
-) -> tuple[Features, Features]:
+) -> tuple[Outputs, Outputs]:
     """Compute what a probe learns from and is judged by: pooled features, cached if possible.
 
     Args:
@@ -162,7 +162,7 @@ def split_features(
     """
     prefix_tokens = model.stages[model.position(stop) - 1].prefix_tokens
 
-    def compute(source: Source, part: str) -> Features:
+    def compute(source: Source, part: str) -> Outputs:
         described = f"{name}{part} features"
         run = partial(
             compute_features, model, variables, source, loading, stop=stop, description=described
@@ -197,12 +197,12 @@ def images_per_second(
 def advance(
     model: Model,
     variables: Variables,
-    features: Features,
+    features: Outputs,
     loading: Loading,
     *,
     start: str,
     stop: str | None = None,
-) -> Features:
+) -> Outputs:
     """Runs further stages, from ``start``, over activations that were computed before.
 
     Args:
@@ -236,7 +236,7 @@ def process_rows(rows: np.ndarray) -> np.ndarray:
 
 
 def feature_rows(
-    features: Features, rows: np.ndarray
+    features: Outputs, rows: np.ndarray
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Cut activations into batches of one shape: inputs, mask and indices, as `Source.batch` takes.
 
@@ -357,9 +357,9 @@ def over_source(
 
 def collect(
     batches: Iterable[tuple[np.ndarray, np.ndarray]], source: Source, skipped: dict[int, str]
-) -> Features:
+) -> Outputs:
     """All that `over_source` yields, in memory, with what any process could not read."""
     values, indices = map(np.concatenate, zip(*batches, strict=True))
     for others in gather_json(list(skipped.items())):
         skipped |= dict(others)
-    return Features(values, np.asarray(source.labels)[indices], indices, skipped)
+    return Outputs(values, np.asarray(source.labels)[indices], indices, skipped)

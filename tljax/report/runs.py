@@ -9,7 +9,7 @@ from typing import Any
 from tljax.data.decode import decode
 from tljax.data.sources import Source, Splits
 from tljax.features.evaluate import Evaluation
-from tljax.features.extract import Features
+from tljax.features.extract import Outputs
 from tljax.metrics.calibration import Calibration, calibrate
 from tljax.pretrained import Card
 from tljax.report.card import RunFacts, model_card
@@ -174,7 +174,7 @@ def write_training_report(
         temporary.write_text(model_card(facts), "utf-8")
 
 
-def calibrated(logits: Features) -> Calibration | None:
+def calibrated(logits: Outputs) -> Calibration | None:
     """Calibration on labelled images; None where there are fewer than two."""
     return calibrate(logits.values, logits.labels) if len(logits.labels) > 1 else None
 

@@ -15,7 +15,7 @@ from tljax.attack import fgsm, pgd
 from tljax.attack.contract import as_float
 from tljax.data.options import Loading
 from tljax.data.sources import Source
-from tljax.features.extract import Features, collect, over_source
+from tljax.features.extract import Outputs, collect, over_source
 from tljax.models import Model, apply
 from tljax.runtime.parallel import data_mesh, shard
 from tljax.runtime.progress import track
@@ -77,7 +77,7 @@ def robust_logits(
     loading: Loading,
     config: AdversaryConfig,
     seed: int,
-) -> Features:
+) -> Outputs:
     """Logits of a whole source after PGD of `PROOF_STEPS` steps at the epsilon of the training.
 
     Args:

@@ -14,7 +14,7 @@ from tljax.data.augment import epoch_key
 from tljax.data.options import Loading
 from tljax.data.sources import Splits
 from tljax.features.evaluate import Evaluation, evaluate
-from tljax.features.extract import Features
+from tljax.features.extract import Outputs
 from tljax.features.probe import Probe
 from tljax.models import Model
 from tljax.runtime.errors import RequestError
@@ -69,7 +69,7 @@ class FitResult(NamedTuple):
     probe_evaluation: Evaluation | None
     evaluation: Evaluation
     robust: Evaluation | None
-    logits: Features
+    logits: Outputs
     history: History
     skipped: tuple[dict[int, str], dict[int, str]]
     config: FitConfig

@@ -13,7 +13,7 @@ from tljax.data.options import Loading
 from tljax.data.sources import Source, Splits
 from tljax.features import store
 from tljax.features.extract import (
-    Features,
+    Outputs,
     View,
     advance,
     augmentable,
@@ -54,8 +54,8 @@ class Inputs:
     loading: Loading
     seed: int
     start: str | None
-    train: tuple[Features, ...]
-    val: Features | None
+    train: tuple[Outputs, ...]
+    val: Outputs | None
     skipped: tuple[dict[int, str], dict[int, str]]
 
     def batches(self, model: Model, epoch: int, first: int = 0) -> Iterator[Batch]:
@@ -93,7 +93,7 @@ class Inputs:
         cut = feature_rows(view, process_rows(row_of[rows]))
         return (self.splits.train.batch(*parts) for parts in cut)
 
-    def logits(self, model: Model, variables: Variables) -> Features:
+    def logits(self, model: Model, variables: Variables) -> Outputs:
         """Logits of the validation images."""
         if self.val is not None and self.start is not None:
             return advance(model, variables, self.val, self.loading, start=self.start)
@@ -102,7 +102,7 @@ class Inputs:
         _refuse_none(logits)
         return logits
 
-    def pooled(self, model: Model, variables: Variables) -> Features:
+    def pooled(self, model: Model, variables: Variables) -> Outputs:
         """What enters the head, for every training image, without augmentation."""
         head = model.stages[-1].name
         if self.start is not None and not self.config.augment:
@@ -132,7 +132,7 @@ class Inputs:
 
     def _compute(
         self, model: Model, variables: Variables, source: Source, stop: str | None, description: str
-    ) -> Features:
+    ) -> Outputs:
         return compute_features(
             model, variables, source, self.loading, stop=stop, description=description
         )
@@ -166,7 +166,7 @@ def open_inputs(
     if place == "none":
         return photographs
 
-    def compute(source: Source, part: str, view: View | None = None) -> Features:
+    def compute(source: Source, part: str, view: View | None = None) -> Outputs:
         return compute_features(
             model,
             variables,
@@ -207,7 +207,7 @@ def _refuse_lost_class(source: Source, labels: np.ndarray) -> None:
         raise RequestError(f"no image of class '{name}' in the training data can be read")
 
 
-def _refuse_none(val: Features) -> None:
+def _refuse_none(val: Outputs) -> None:
     if not len(val.labels):
         raise RequestError("no image of the validation data can be read")
 
