@@ -63,7 +63,7 @@ ALWAYS = {
     "visualize Channel": {*NETWORK, "weights", "out", "channels", "stage", "steps"},
     "visualize Dream": {*NETWORK, "weights", "out", "images", "stage", "steps"},
     "visualize Explain": {*NETWORK, "weights", "out", "images", "target"},
-    "visualize Outputs": {*NETWORK, "weights", "out", "images", "count"},
+    "visualize Features": {*NETWORK, "weights", "out", "images", "count"},
     "visualize Ideal": {*NETWORK, "weights", "out", "classes", "steps", "tv_weight"},
     "weights Export": {*OUTPUT, "extension", "weights", "path", "model", "layout"},
     "weights Import": {*OUTPUT, "extension", "weights", "path", "model", "normalization"},
@@ -217,7 +217,7 @@ WRONG = {
     "visualize Channel": ["one", "0.5", "0 --step 3", "--steps x", "--stage", *OF_PARSER],
     "visualize Dream": ["--stages x", "--steps", "--steps x", "--out", "--tv 1", *OF_PARSER],
     "visualize Explain": ["", "--targt x", "--target", "--steps 3", "--out", *OF_PARSER],
-    "visualize Outputs": ["", "--count x", "--count", "--counts 3", "--stage x", *OF_PARSER],
+    "visualize Features": ["", "--count x", "--count", "--counts 3", "--stage x", *OF_PARSER],
     "visualize Ideal": ["--step 3", "--steps", "--tv-weight x", "--tv 1", "--out", *OF_PARSER],
     "weights Export": [
         "", "x.pth y.pth", "x.pth --layuot timm", "x.pth --layout", "x.pth --model",

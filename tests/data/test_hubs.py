@@ -83,7 +83,7 @@ def rows(hf: Any, indices: range, **columns: Any) -> Any:
     columns = {name: column for name, column in columns.items() if column}
     return hf.Dataset.from_dict(
         {name: values for name, (_, values) in columns.items()},
-        features=hf.Outputs({name: feature for name, (feature, _) in columns.items()}),
+        features=hf.Features({name: feature for name, (feature, _) in columns.items()}),
     )
 
 

@@ -1,4 +1,4 @@
-"""Outputs of a whole source, their cache, and the recipes that stand on them."""
+"""Features of a whole source, their cache, and the recipes that stand on them."""
 
 import json
 import os

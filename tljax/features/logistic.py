@@ -80,7 +80,7 @@ def fit_logistic(
     A problem is solved when ``||dW||^2 / l2 + sum_c db_c^2 / h_c <= 2 * tolerance * objective`` for
     the gradients ``dW`` and ``db`` and the bias's curvature ``h``. The objective is ``l2``-strongly
     convex in ``W``, so this bounds how far it lies above its optimum, relatively, by ``tolerance``.
-    Outputs of which one axis is far longer than the rest cost accuracy in float32: standardise.
+    Features of which one axis is far longer than the rest cost accuracy in float32: standardise.
 
     A class without examples (of positive weight) keeps a kernel of 0, and the bias of a class with
     1e-12 of the examples.
@@ -154,7 +154,7 @@ def finite(features: Array) -> np.ndarray:
 
 
 def checked(features: Array, labels: Array, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Outputs in float32 and labels in int32; RequestError if they are no training set."""
+    """Features in float32 and labels in int32; RequestError if they are no training set."""
     features, labels = finite(features), np.asarray(labels)
     if labels.shape != features.shape[:1] or labels.dtype.kind not in "iu":
         raise RequestError(

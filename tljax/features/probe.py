@@ -58,7 +58,7 @@ def fit_probe(
 ) -> Probe:
     """Fits a linear probe to training features; its L2 value comes from held-out parts of them.
 
-    Outputs are standardised (a constant one is only centred). Up to 1,000 examples, every L2 value
+    Features are standardised (a constant one is only centred). Up to 1,000 examples, every L2 value
     is scored by stratified 5-fold cross-validation; with more, one such fold of 20% is held out.
     The only example of a class is never held out. The highest accuracy over all held-out examples
     wins, ties go to the lowest cross-entropy; the winner is then fitted to every example.

@@ -1,4 +1,4 @@
-"""Outputs on disk: named by everything that decides them, kept whole, within a limit.
+"""Outputs of stages on disk: named by everything that decides them, kept whole, within a limit.
 
 They lie in ``features`` of the cache folder (``TLJAX_CACHE``), up to ``TLJAX_FEATURE_CACHE_GIB``
 GiB together, by default 50: what was not used for longest makes room.

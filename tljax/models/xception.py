@@ -95,7 +95,7 @@ BLOCKS = {
     **{f"block{i}": ((728, 728, 728), 1) for i in range(4, 12)},
     "block12": ((728, 1024), 2),
 }
-"""Outputs of the convolutions and stride of each block."""
+"""Features of the convolutions and stride of each block."""
 
 VARIANTS = {
     "xception": Variant(ConvNorm, pool_padding=1),

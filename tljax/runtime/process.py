@@ -63,5 +63,5 @@ def _machine() -> str:
     features, cpu = "", Path("/proc/cpuinfo")
     if cpu.exists():  # it is long where there are many processors, and says the same of each
         with cpu.open(encoding="utf-8", errors="replace") as lines:
-            features = next((line for line in lines if line.startswith(("flags", "Outputs"))), "")
+            features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     return hashlib.sha256(f"{platform.machine()} {features}".encode()).hexdigest()[:16]
