@@ -1,0 +1,59 @@
+"""Two views: the network is to say the same of two random crops of one image.
+
+After Sajjadi, Javanmardi and Tasdizen 2016, "Regularization With Stochastic Transformations and
+Perturbations for Deep Semi-Supervised Learning", https://arxiv.org/abs/1606.04586. The views are
+made in the objective, on the device, so it is given whole photographs: nothing may be cached.
+
+    python examples/two_views.py FOLDER
+    tljax train --data FOLDER --cache none --extension examples/two_views.py
+"""
+
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import tljax
+
+
+def two_views(weight: float = 1.0, config: tljax.AugmentConfig | None = None) -> tljax.Objective:
+    """Make the objective: the mean cross-entropy of two views, and their disagreement.
+
+    Args:
+        weight: of the squared distance between the two vectors of probabilities.
+        config: how each view varies; by default as `tljax.AugmentConfig` says.
+    """
+    varied = config or tljax.AugmentConfig()
+
+    def objective(forward: tljax.Forward, batch: tljax.Batch, key: jax.Array) -> Any:
+        def view(key: jax.Array) -> jax.Array:
+            size = forward.model.preprocess.size
+            return forward(tljax.augment(batch.inputs, batch.indices, key, size, varied)).logits
+
+        one, other = (view(each) for each in jax.random.split(key))
+        shares = tljax.class_shares(batch.targets, one.shape[1])
+        cross_entropy = sum(optax.softmax_cross_entropy(x, shares) / 2 for x in (one, other))
+        disagreement = jnp.square(jax.nn.softmax(one) - jax.nn.softmax(other)).sum(1)
+        losses = cross_entropy + weight * disagreement
+        return losses, {"cross_entropy": cross_entropy, "disagreement": disagreement}
+
+    return objective
+
+
+extension = {"objective": two_views()}
+
+
+def main(data: str, image_size: int = 96, epochs: int = 4) -> tljax.FitResult:
+    """Fine-tune the last stages, from a linear probe."""
+    model, variables, _ = tljax.load_pretrained("efficientnet_lite0.in1k").with_size(image_size)
+    config = tljax.FitConfig(cache="none", epochs=epochs)
+    splits = tljax.open_splits(data)
+    result = tljax.fit(model, variables, splits, config, objective=two_views())
+    print(f"{result.evaluation.top1:.3f} of {result.evaluation.examples} images")
+    return result
+
+
+if __name__ == "__main__":
+    main(sys.argv[1] if sys.argv[1:] else "digits")
