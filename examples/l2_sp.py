@@ -5,6 +5,7 @@ Networks", https://arxiv.org/abs/1802.01483. The penalty ``strength / 2 * ||w - 
 ``strength * (w - w0)`` to the gradient, so all of it is one Optax transformation.
 
     python examples/l2_sp.py FOLDER
+    tljax train --data FOLDER --weight-decay 0 --extension examples/l2_sp.py
 """
 
 import sys
@@ -18,7 +19,7 @@ import tljax
 
 
 def l2_sp(strength: float) -> optax.GradientTransformation:
-    """Adds the gradient of the penalty; its state is the starting point."""
+    """Add the gradient of the penalty; its state is the starting point."""
 
     def update(updates: Any, state: Any, params: Any = None, **_: Any) -> tuple[Any, Any]:
         pull = jax.tree.map(lambda g, w, w0: g + strength * (w - w0), updates, params, state)
@@ -27,24 +28,28 @@ def l2_sp(strength: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: jax.tree.map(jnp.array, params), update)
 
 
+extension = {"transform": l2_sp(0.1)}
+
+
 def main(
     data: str,
     image_size: int = 96,
     epochs: int = 4,
     strengths: tuple[float, ...] = (0.0, 0.1),
-) -> dict[float, float]:
-    """Validation accuracy by strength, from the same probe."""
+) -> dict[float, tljax.FitResult]:
+    """Fine-tune by each strength, from the same probe."""
     model, variables, _ = tljax.load_pretrained("efficientnet_lite0.in1k").with_size(image_size)
     splits = tljax.open_splits(data)
     config = tljax.FitConfig(
         epochs=epochs, optimizer=tljax.OptimizerConfig(weight_decay=0.0, clip_norm=0.0)
     )
-    accuracy = {}
+    results = {}
     for strength in strengths:
-        result = tljax.fit(model, variables, splits, config, transform=l2_sp(strength))
-        accuracy[strength] = result.evaluation.top1
+        results[strength] = result = tljax.fit(
+            model, variables, splits, config, transform=l2_sp(strength)
+        )
         print(f"strength {strength}: {result.evaluation.top1:.3f}")
-    return accuracy
+    return results
 
 
 if __name__ == "__main__":
