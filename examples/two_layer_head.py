@@ -1,0 +1,68 @@
+"""A head of one's own: two hidden layers instead of a linear map, saved and served again.
+
+Any Flax module ``module(x, mode)`` can be the last stage of a network. This one is the classifier
+that many courses put on top of MobileNet: global average pooling (the stage before), 1,024 and
+1,024 rectified units, softmax. A file names the class of its module and never imports anything, so
+whoever reads it supplies the class.
+
+    python examples/two_layer_head.py FOLDER
+    tljax train --data FOLDER --recipe finetune --train head --extension examples/two_layer_head.py
+"""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+import tljax
+
+
+class TwoLayerHead(nn.Module):
+    """``[batch, features] -> [batch, num_classes]``."""
+
+    num_classes: int
+    width: int = 1024
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mode: tljax.Mode) -> jax.Array:  # noqa: ARG002 - of a stage
+        """Compute the logits."""
+        for _ in range(2):
+            x = nn.relu(nn.Dense(self.width)(x))
+        return nn.Dense(self.num_classes)(x)
+
+
+def two_layer_head(
+    model: tljax.Model, variables: tljax.Variables, classes: int
+) -> tuple[tljax.Model, tljax.Variables]:
+    """Put the new head, at random, in the place of the old one."""
+    *body, old = model.stages
+    head = tljax.Stage(old.name, TwoLayerHead(classes), "vector")
+    features = jnp.zeros((1, variables["params"][old.name]["kernel"].shape[0]))
+    params = head.module.init(jax.random.key(0), features, tljax.Mode())["params"]
+    params = {**variables["params"], old.name: params}
+    return replace(model, stages=(*body, head)), {**variables, "params": params}
+
+
+extension = {"new_head": two_layer_head, "modules": {"TwoLayerHead": TwoLayerHead}}
+
+
+def main(
+    data: str, image_size: int = 96, epochs: int = 10, out: str = "two_layer_head.safetensors"
+) -> tuple[tljax.FitResult, tljax.Pretrained]:
+    """Train the head alone, save the network, and load what was saved."""
+    model, variables, card = tljax.load_pretrained("efficientnet_lite0.in1k").with_size(image_size)
+    splits = tljax.open_splits(data)
+    config = tljax.FitConfig("finetune", train=("head",), epochs=epochs)
+    result = tljax.fit(model, variables, splits, config, new_head=two_layer_head)
+    print(f"{result.evaluation.top1:.3f} of {result.evaluation.examples} images")
+
+    card = replace(card, classes=splits.train.classes)
+    tljax.save(Path(out), tljax.Pretrained(result.model, result.variables, card))
+    return result, tljax.load_pretrained(out, modules={"TwoLayerHead": TwoLayerHead})
+
+
+if __name__ == "__main__":
+    main(sys.argv[1] if sys.argv[1:] else "digits")
