@@ -18,10 +18,10 @@ class Extension(TypedDict, total=False):
 
     Attributes:
         objective: the loss and the metrics of a batch.
-        materialize: parameters from what trains and what does not.
+        materialize: makes the network's parameters of those that train and those that do not.
         transform: an Optax transformation, or a function of one.
-        on_step: is called with a step and its metrics.
-        on_epoch: is called with each entry of the history.
+        on_step: is called with a number of steps and the means of the last ones.
+        on_epoch: is called with the whole history whenever it has grown.
         new_head: a network with a new head.
         modules: Flax module classes by name, for `load_pretrained`.
     """

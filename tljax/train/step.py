@@ -94,6 +94,11 @@ class Forward:
     A call may be repeated, on other inputs, and differentiated by its input. Batch statistics move
     the running ones call by call; a call inside a transformation of the objective's own, such as
     the gradient of an attack, moves none.
+
+    Attributes:
+        model: the network.
+        start: the stage that ``batch.inputs`` enter; None for photographs.
+        batch_stats: the running statistics, after the last call.
     """
 
     def __init__(
@@ -108,9 +113,9 @@ class Forward:
         noise: Collection[str],
     ) -> None:
         """Close over what a step knows; see `make_train_step`."""
-        self.model = model
+        self.model, self.start = model, start
         self.batch_stats = variables["batch_stats"]
-        self._params, self._mask, self._key, self._start = variables["params"], mask, key, start
+        self._params, self._mask, self._key = variables["params"], mask, key
         self._batch_statistics, self._noise = batch_statistics, noise
         self._first_stats, self._calls = self.batch_stats, 0
         self._trace = get_opaque_trace_state(convention="flax")
@@ -135,7 +140,7 @@ class Forward:
             self.model,
             {"params": self._params, "batch_stats": self.batch_stats},
             inputs,
-            start=self._start,
+            start=self.start,
             batch_statistics=self._batch_statistics,
             noise=self._noise if noise else (),
             capture=capture,
@@ -157,7 +162,7 @@ class Forward:
         """
         variables = {"params": self._params, "batch_stats": self._first_stats}
         constants = jax.lax.stop_gradient(variables)
-        return apply(self.model, constants, inputs, start=self._start, capture=capture)
+        return apply(self.model, constants, inputs, start=self.start, capture=capture)
 
 
 def make_train_step(
