@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_download import Server
+from servers import Server
 
 from tljax.data.sources import (
     Source,

@@ -9,6 +9,8 @@ from tljax.models import init
 from tljax.report.figures import learning_rates
 from tljax.runtime.errors import RequestError
 from tljax.studies.learning_rate import find_learning_rate
+from tljax.train.objectives import cross_entropy
+from tljax.train.setup import Hooks
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
 SGD = config("finetune", optimizer="sgd")
@@ -35,6 +37,15 @@ def test_rates_too_low_to_matter_leave_the_loss_as_it_is():
     found = find(highest=1e-6, steps=5)
     np.testing.assert_allclose(found.losses, np.log(3), rtol=1e-3)
     assert len(found.rates) == 5
+
+
+def test_it_minimises_what_it_is_given():
+    def twice(forward, batch, key):
+        losses, metrics = cross_entropy()(forward, batch, key)
+        return 2 * losses, metrics
+
+    found = find(highest=1e-6, steps=3, hooks=Hooks(objective=twice))
+    np.testing.assert_allclose(found.losses, 2 * np.log(3), rtol=1e-3)
 
 
 def test_it_is_repeatable_and_depends_on_the_seed():

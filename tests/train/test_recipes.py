@@ -95,8 +95,12 @@ def test_probe_and_lp_ft_start_at_the_probe():
     assert (found.start, found.phases) == ("probe", ())
     found = plan("lp-ft")
     assert found.start == "probe"
-    ((name, table, epochs),) = found.phases
-    assert (name, rates(table), epochs) == ("train", {"stem": 0, "layer1": 1, "head": 1}, 10)
+    (phase,) = found.phases
+    assert (phase.name, rates(phase.table), phase.epochs) == (
+        "train",
+        {"stem": 0, "layer1": 1, "head": 1},
+        10,
+    )
     assert found.config.optimizer.learning_rate == 1e-4
     assert rates(plan("lp-ft", train=("head",)).phases[0].table)["layer1"] == 0
 

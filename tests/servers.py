@@ -1,0 +1,34 @@
+"""A server of one file, which answers as it is told to."""
+
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+TAGS = {"ETag": '"1"', "Last-Modified": "Fri, 27 Nov 2026 02:00:00 GMT"}
+
+
+class Server(ThreadingHTTPServer):
+    """Answers with ``status``, ``headers`` and ``body``; with 304 if it is asked by ``TAGS``."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.status, self.body, self.headers = 200, b"first", dict[str, str]()
+        self.asked: list[str | None] = []
+        self.url = f"http://127.0.0.1:{self.server_port}/net.bin"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        server = self.server
+        assert isinstance(server, Server)
+        server.asked.append(self.headers["If-None-Match"] or self.headers["If-Modified-Since"])
+        current = server.asked[-1] in server.headers.values()
+        self.send_response(304 if current and server.status == 200 else server.status)
+        length = {} if "Content-Length" in server.headers else {"Content-Length": len(server.body)}
+        for name, value in {**server.headers, **length}.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        if not current:
+            self.wfile.write(server.body)
+
+    def log_message(self, *_arguments: object) -> None: ...  # pyright: ignore[reportIncompatibleMethodOverride]
