@@ -115,9 +115,10 @@ def fit(
             ``value`` and ``grad_fn``, such as sharpness-aware minimisation.
         new_head: ``(model, variables, classes) -> (model, variables)``, for another head than a
             linear one; not for the recipes that start with a probe.
-        on_step: called with the number of steps taken and the means of the last ``log_every`` ones,
-            in order, up to seconds later: ``loss``, the metrics of the objective,
-            ``learning_rate``, ``gradient_norm`` and ``images_per_second``.
+        on_step: called at every ``log_every``-th step, in order, up to seconds later, with the
+            number of steps taken and the means since the call before it, or since the epoch began:
+            ``loss``, the metrics of the objective, ``learning_rate``, ``gradient_norm`` and
+            ``images_per_second``. What it does cannot change the run.
         log_every: steps from one call of ``on_step`` to the next.
         on_epoch: called with the whole history whenever it has grown.
         checkpoints: where to save, and from where to go on; None saves nothing. Whoever opened

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from tljax.metrics.sums import Sums, means, merge
+from tljax.metrics.sums import means
 from tljax.runtime.errors import DivergenceError, StoppedError
 from tljax.runtime.parallel import agree, is_writer, shard
 from tljax.runtime.progress import track
@@ -16,7 +16,8 @@ from tljax.train.inputs import Inputs
 from tljax.train.memory import within_memory
 from tljax.train.recipes import Phase
 from tljax.train.setup import Run
-from tljax.train.step import Keys, StepMetrics, TrainState, TrainStep
+from tljax.train.step import Keys, TrainState, TrainStep
+from tljax.train.step_log import StepLog
 from tljax.train.trace import traced
 
 Position = dict[str, Any]
@@ -93,48 +94,6 @@ def train_epoch(
         share = waited / (time.monotonic() - began)
         print(f"  {share:.0%} of the time waiting for data", file=sys.stderr)
     return state, means(log.read())
-
-
-class StepLog:
-    """The metrics of the steps of an epoch, read some steps later, so that none waits for them.
-
-    The means of every `Run.log_every` steps go to the caller's ``on_step``.
-    """
-
-    def __init__(self, run: Run, phase: Phase, step: int, sums: Sums) -> None:
-        """Begin after ``step`` steps of all phases; those of this epoch summed to ``sums``."""
-        self._run, self._step, self._sums, self._schedule = run, step, sums, run.schedule(phase)
-        self._first = phase.before * run.steps_per_epoch
-        self._pending: list[tuple[float, StepMetrics]] = []
-        self._read = self._began = time.monotonic()
-        self._window: Sums = {}
-
-    def append(self, metrics: StepMetrics) -> None:
-        """Keep the metrics of a step that was just dispatched."""
-        self._pending.append((time.monotonic(), metrics))
-        if len(self._pending) > 64 or time.monotonic() - self._read > 1:
-            self.read(leave=1)
-
-    def read(self, leave: int = 0) -> Sums:
-        """Add up what is pending, except for the last ``leave`` steps; return the epoch's sums."""
-        ready = self._pending[: len(self._pending) - leave]
-        del self._pending[: len(ready)]
-        for (when, _), found in zip(ready, jax.device_get([m for _, m in ready]), strict=True):
-            self._step += 1
-            sums = {name: (float(total), float(count)) for name, (total, count) in found.items()}
-            self._sums = merge(self._sums, sums)
-            self._window = merge(self._window, sums)
-            if self._run.hooks.on_step is not None and self._step % self._run.log_every == 0:
-                seconds, examples = when - self._began, self._window["examples"][0]
-                rate = float(np.asarray(self._schedule(self._step - 1 - self._first)))
-                entry = means(self._window) | {"learning_rate": rate}
-                del entry["examples"]
-                self._run.hooks.on_step(
-                    self._step, {**entry, "images_per_second": examples / max(seconds, 1e-9)}
-                )
-                self._window, self._began = {}, when
-        self._read = time.monotonic()
-        return self._sums
 
 
 def save(
