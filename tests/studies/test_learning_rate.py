@@ -10,7 +10,6 @@ from tljax.report.figures import learning_rates
 from tljax.runtime.errors import RequestError
 from tljax.studies.learning_rate import find_learning_rate
 from tljax.train.objectives import cross_entropy
-from tljax.train.setup import Hooks
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
 SGD = config("finetune", optimizer="sgd")
@@ -44,7 +43,7 @@ def test_it_minimises_what_it_is_given():
         losses, metrics = cross_entropy()(forward, batch, key)
         return 2 * losses, metrics
 
-    found = find(highest=1e-6, steps=3, hooks=Hooks(objective=twice))
+    found = find(highest=1e-6, steps=3, objective=twice)
     np.testing.assert_allclose(found.losses, 2 * np.log(3), rtol=1e-3)
 
 

@@ -312,7 +312,6 @@ def suggest_learning_rate(
     from tljax.runtime.parallel import is_writer
     from tljax.studies.learning_rate import find_learning_rate
     from tljax.train import run_directory
-    from tljax.train.setup import Hooks
 
     test = find_learning_rate(
         pretrained.model,
@@ -321,7 +320,7 @@ def suggest_learning_rate(
         config.fit,
         loading=config.loading,
         seed=config.seed,
-        hooks=Hooks(**config.training_hooks()),
+        **config.training_hooks(),
     )
     curve = (config.workdir or Path("runs")) / "learning_rate.png"
     if is_writer():

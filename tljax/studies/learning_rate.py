@@ -5,7 +5,7 @@ https://arxiv.org/abs/1506.01186, section 3.3, with the rates rising geometrical
 
 from collections.abc import Iterator
 from itertools import count, islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -21,7 +21,7 @@ from tljax.runtime.progress import track
 from tljax.runtime.types import Batch, Variables
 from tljax.train.inputs import Inputs
 from tljax.train.options import FitConfig
-from tljax.train.setup import Hooks, Run, first_state, prepare
+from tljax.train.setup import Run, first_state, prepare
 
 _SMOOTHING = 0.9  # of the losses, by an exponential moving average over steps
 _DIVERGED = 4.0  # times the lowest loss: there is nothing more to learn
@@ -49,10 +49,10 @@ def find_learning_rate(
     *,
     loading: Loading | None = None,
     seed: int = 0,
-    hooks: Hooks | None = None,
     lowest: float = 1e-7,
     highest: float = 1.0,
     steps: int = 100,
+    **handed_over: Any,
 ) -> RangeTest:
     """Trains for a few steps, from the start of the first phase, while the learning rate rises.
 
@@ -65,15 +65,15 @@ def find_learning_rate(
         config: as for `tljax.train.fit.fit`; its learning rate and schedule do not matter.
         loading: as for ``fit``.
         seed: as for ``fit``.
-        hooks: what ``fit`` takes as keyword arguments: an objective, a new head and so on.
         lowest: the first learning rate.
         highest: the last one.
         steps: how many rates to try.
+        handed_over: ``objective``, ``new_head``, ``materialize`` and ``transform``, as for ``fit``.
 
     Raises:
         RequestError: as ``fit``, the recipe has no learning rate, or even the lowest diverges.
     """
-    run, inputs = prepare(model, variables, splits, config, loading, seed, hooks)
+    run, inputs = prepare(model, variables, splits, config, loading, seed, **handed_over)
     if not run.plan.phases:
         raise RequestError(f"--recipe {run.config.recipe} is solved: it has no learning rate")
     ratio = (highest / lowest) ** (1 / (steps - 1))

@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +29,6 @@ from tljax.train.options import FitConfig
 from tljax.train.recipes import Phase
 from tljax.train.setup import (
     History,
-    Hooks,
     NewHead,
     Run,
     Wrapper,
@@ -133,11 +131,14 @@ def fit(
         DivergenceError: it is none afterwards. What was saved before stays.
         StoppedError: ``preemption`` asked for it.
     """
-    hooks = Hooks(objective, materialize, transform, new_head, on_step, on_epoch)
-    run, inputs = prepare(model, variables, splits, config, loading, seed, hooks)
-    run = replace(
-        run,
+    run, inputs = prepare(
+        *(model, variables, splits, config, loading, seed, new_head),
+        objective=objective,
+        materialize=materialize,
+        transform=transform,
+        on_step=on_step,
         log_every=log_every,
+        on_epoch=on_epoch,
         checkpoints=checkpoints,
         checkpoint_seconds=checkpoint_seconds,
         profile=profile,
@@ -215,7 +216,7 @@ def train_phase(
     Returns:
         The variables after the last step, those of the best epoch, and the history.
     """
-    model, materialize = run.model, run.hooks.materialize
+    model, materialize = run.model, run.materialize
     schedule, moving = run.schedule(phase), moving_statistics(run, phase)
     state, frozen, step = first_state(run, inputs, phase, variables, schedule)
     best = split(best, phase.rates, moving)[0]
@@ -227,7 +228,7 @@ def train_phase(
         history, epoch, batch, sums = (saved.position[name] for name in names)
         for part, before in zip(inputs.skipped, saved.position["skipped"], strict=True):
             part.update(before)
-        run.hooks.on_epoch(history)
+        run.on_epoch(history)
     run_key = jax.random.fold_in(jax.random.key(run.seed), number)
 
     for epoch in range(epoch, phase.epochs + 1):  # noqa: B020 - from where it stands
@@ -256,7 +257,7 @@ def train_phase(
         history = [*history, entry]
         if best_epoch(history) == len(history) - 1:
             best = jax.device_get(changing)
-        run.hooks.on_epoch(history)
+        run.on_epoch(history)
         after = {"epoch": epoch + 1, "pass": passed + 1, "history": history}
         save(run, phase, inputs, {**position, **after, "batch": 0, "sums": {}}, state, best)
     _, frozen = split(variables, phase.rates, moving)  # as they were, in full precision

@@ -42,18 +42,6 @@ History = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Hooks:
-    """What a caller hands to training; see `tljax.train.fit.fit`."""
-
-    objective: Objective | None = None
-    materialize: Materialize = combine
-    transform: optax.GradientTransformation | Wrapper | None = None
-    new_head: NewHead | None = None
-    on_step: Callable[[int, dict[str, float]], None] | None = None
-    on_epoch: Callable[[History], None] = lambda _: None
-
-
-@dataclass(frozen=True)
 class Run:
     """What stays the same from the first step to the last.
 
@@ -66,12 +54,8 @@ class Run:
         loading: how images are read, in batches no larger than the training set.
         seed: of everything random.
         mesh: the devices.
-        hooks: of the caller.
-        log_every: steps from one call of ``hooks.on_step`` to the next.
-        checkpoints: where to save; None saves nothing.
-        checkpoint_seconds: from one save to the next within an epoch.
-        profile: a folder for a trace.
-        preemption: what asks to stop after the next step; None is never asked.
+
+    What the caller hands over follows, see `tljax.train.fit.fit`.
     """
 
     plan: Plan
@@ -82,8 +66,12 @@ class Run:
     loading: Loading
     seed: int
     mesh: Mesh
-    hooks: Hooks
+    objective: Objective | None = None
+    materialize: Materialize = combine
+    transform: optax.GradientTransformation | Wrapper | None = None
+    on_step: Callable[[int, dict[str, float]], None] | None = None
     log_every: int = 1
+    on_epoch: Callable[[History], None] = lambda _: None
     checkpoints: Checkpoints | None = None
     checkpoint_seconds: float = 600
     profile: Path | None = None
@@ -117,23 +105,32 @@ def prepare(
     config: FitConfig | None = None,
     loading: Loading | None = None,
     seed: int = 0,
-    hooks: Hooks | None = None,
+    new_head: NewHead | None = None,
+    **handed_over: Any,
 ) -> tuple[Run, Inputs]:
     """Do everything up to the first step; see `tljax.train.fit.fit`.
+
+    Args:
+        model: pretrained, with any head.
+        variables: of ``model``.
+        splits: what to learn from and what to measure on.
+        config: what was asked.
+        loading: how images are read.
+        seed: of everything random.
+        new_head: adds another head than a linear one.
+        handed_over: further fields of `Run`.
 
     Returns:
         The run, and the inputs of its first phase.
     """
-    loading, hooks = loading or Loading(), hooks or Hooks()
+    loading = loading or Loading()
     loading = replace(loading, batch_size=min(loading.batch_size, len(splits.train)))
     config = config or FitConfig()
     changed = {name for name, _ in settings(config).items() - settings(FitConfig()).items()}
     for note in idle(config, ASKED_CONDITIONS, changed).values() if is_writer() else ():
         print(f"note: {note}", file=sys.stderr)
     classes = len(splits.train.classes)
-    add_head = hooks.new_head or partial(
-        replace_head, after=config.head_after, dropout=config.dropout
-    )
+    add_head = new_head or partial(replace_head, after=config.head_after, dropout=config.dropout)
     model, variables = add_head(model, variables, classes)
     head = model.stage_names[-1]
     plan = make_plan(model, config, len(splits.train), loading.batch_size)
@@ -155,7 +152,7 @@ def prepare(
     if plan.start == "random":
         variables = init(model, jax.random.key(seed))
     mesh = data_mesh(loading.devices)
-    run = Run(plan, model, variables, None, splits, loading, seed, mesh, hooks)
+    run = Run(plan, model, variables, None, splits, loading, seed, mesh, **handed_over)
     inputs = run.open_inputs(first_trainable_stage(model, phases[0].rates) if phases else head)
     if plan.start != "probe":
         return run, inputs
@@ -176,23 +173,23 @@ def first_state(
     run: Run, inputs: Inputs, phase: Phase, variables: Variables, schedule: optax.Schedule
 ) -> tuple[TrainState, Variables, TrainStep]:
     """Make the state before the first step of a phase, what stays throughout it, and the step."""
-    config, hooks = run.config, run.hooks
+    config = run.config
     optimizer = build_optimizer(config.optimizer, phase.rates, schedule)
-    if isinstance(hooks.transform, optax.GradientTransformation):
-        optimizer = optax.chain(hooks.transform, optimizer)
-    elif hooks.transform is not None:
-        optimizer = hooks.transform(optimizer)
+    if isinstance(run.transform, optax.GradientTransformation):
+        optimizer = optax.chain(run.transform, optimizer)
+    elif run.transform is not None:
+        optimizer = run.transform(optimizer)
     statistics = moving_statistics(run, phase)
     changing, staying = split(variables, phase.rates, statistics)
     state = init_state(
         changing["params"], changing["batch_stats"], optimizer, ema=config.ema_decay > 0
     )
-    objective = hooks.objective or cross_entropy(config.label_smoothing, _class_weights(run))
+    objective = run.objective or cross_entropy(config.label_smoothing, _class_weights(run))
     step = make_train_step(
         run.model,
         optimizer,
         adversarial(objective, config.attacker) if config.attacker else objective,
-        hooks.materialize,
+        run.materialize,
         start=inputs.start,
         batch_statistics=statistics,
         noise=wholly_trained_stages(phase.rates),
