@@ -22,6 +22,8 @@ def trades(beta: float = 6.0, epsilon: float = 4 / 255, steps: int = 10) -> tlja
     """Make the objective; ``epsilon`` is the largest change of a pixel in [0, 1]."""
 
     def objective(forward: tljax.Forward, batch: tljax.Batch, key: jax.Array) -> Any:
+        if forward.start is not None:
+            raise ValueError("it needs photographs, not cached activations: --cache none")
         images = jnp.asarray(batch.inputs)
         if images.dtype == jnp.uint8:
             images = images.astype(jnp.float32) / 255

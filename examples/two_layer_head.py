@@ -40,8 +40,12 @@ def two_layer_head(
     """Put the new head, at random, in the place of the old one."""
     *body, old = model.stages
     head = tljax.Stage(old.name, TwoLayerHead(classes), "vector")
-    features = jnp.zeros((1, variables["params"][old.name]["kernel"].shape[0]))
-    params = head.module.init(jax.random.key(0), features, tljax.Mode())["params"]
+    size = model.preprocess.size
+    features = jax.eval_shape(
+        lambda x: tljax.apply(model, variables, x, stop=-1).value, jnp.zeros((1, size, size, 3))
+    )
+    zeros = jnp.zeros(features.shape)
+    params = head.module.init(jax.random.key(0), zeros, tljax.Mode())["params"]
     params = {**variables["params"], old.name: params}
     return replace(model, stages=(*body, head)), {**variables, "params": params}
 

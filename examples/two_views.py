@@ -28,6 +28,9 @@ def two_views(weight: float = 1.0, config: tljax.AugmentConfig | None = None) ->
     varied = config or tljax.AugmentConfig()
 
     def objective(forward: tljax.Forward, batch: tljax.Batch, key: jax.Array) -> Any:
+        if forward.start is not None:
+            raise ValueError("it needs photographs, not cached activations: --cache none")
+
         def view(key: jax.Array) -> jax.Array:
             size = forward.model.preprocess.size
             return forward(tljax.augment(batch.inputs, batch.indices, key, size, varied)).logits

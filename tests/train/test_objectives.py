@@ -14,7 +14,7 @@ from tljax.data.options import AugmentConfig
 from tljax.data.sources import Splits, select
 from tljax.metrics.classification import class_shares
 from tljax.metrics.sums import Weighted, means
-from tljax.models import apply
+from tljax.models import apply, replace_head
 from tljax.runtime.errors import RequestError
 from tljax.runtime.trees import flatten
 from tljax.runtime.types import Batch
@@ -192,6 +192,54 @@ def test_names_of_the_engine_are_not_given_twice():
 
     with pytest.raises(RequestError, match="an objective's metric cannot be called 'loss'"):
         one_step(objective, batch())
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (lambda x: (x[:, None], {}), r"losses of shape \(6, 1\), not \(6,\)"),
+        (lambda x: (x.mean(), {}), r"losses of shape \(\), not"),
+        (lambda x: (x, {"m": x[:3]}), r"returned m of shape \(3,\)"),
+        (lambda x: (x, {"m": Weighted(x, x.sum())}), r"returned m of shape \(\)"),
+        (lambda x: x, "a pair: losses, and a dict"),
+        (lambda x: (x, {"step": x}), "cannot be called 'step'"),
+        (lambda x: (x, {3: x}), "cannot be called 3"),
+    ],
+)
+def test_what_would_be_broadcast_or_count_padding_is_refused(returned, message):
+    with pytest.raises(RequestError, match=message):
+        one_step(lambda forward, batch, _: returned(forward(batch.inputs).logits.sum(1)), batch())
+
+
+@pytest.mark.parametrize(
+    ("what", "hooks", "message"),
+    [
+        ({}, {"materialize": lambda t, _: t}, "materialize made variables that do not fit tiny"),
+        ({}, {"new_head": lambda m, v, _: replace_head(m, v, 5)}, "made 5 outputs for 3 classes"),
+        ({"label_smoothing": 0.1}, {"objective": cross_entropy()}, "--label-smoothing 0.1 has no"),
+        ({}, {"log_every": 0}, "log_every: choose 1"),
+    ],
+)
+def test_hooks_that_would_spoil_the_result_are_refused_before_the_first_step(what, hooks, message):
+    with pytest.raises(RequestError, match=message):
+        train(config(freeze_to="stem", **what), **hooks)
+
+
+def test_a_validation_without_labels_is_refused():
+    data = splits()
+    data = data._replace(val=replace(data.val, labels=np.full(7, -1, np.int32)))
+    with pytest.raises(RequestError, match="give every image of the validation"):
+        train(config(), data)
+
+
+def test_who_listens_cannot_change_the_run_and_a_metric_may_be_nothing():
+    def blank(forward, batch, key):
+        losses, metrics = cross_entropy()(forward, batch, key)
+        return losses, {**metrics, "blank": Weighted(losses, jnp.zeros(len(losses)))}
+
+    result = train(config(), objective=blank, on_epoch=lambda history: history.clear())
+    assert len(result.history) == 3
+    assert np.isnan(result.history[1]["train_blank"])
 
 
 def test_materialize_makes_the_parameters_of_those_that_train():

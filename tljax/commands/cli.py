@@ -264,9 +264,16 @@ def _explain(error: Exception, config: Any) -> tuple[str, int]:
         return f"out of {where}memory{': ' if advice else ''}{', or '.join(advice)}", 1
     if (platforms := os.environ.get("JAX_PLATFORMS")) and _lacks_devices():
         return f"JAX finds no device for JAX_PLATFORMS={platforms}: unset it, or set it to cpu", 2
+    frames = [(frame.f_code.co_filename, line) for frame, line in walk_tb(error.__traceback__)]
+    if spec := getattr(config, "extension", None):
+        from tljax.commands.extension import split_name
+
+        own = str(Path(split_name(spec)[0]).resolve())
+        if lines := [line for file, line in frames if file == own]:
+            return f"{own}, line {lines[-1]}: {type(error).__name__}: {text}", 2
     if not text:
-        *_, (frame, line) = walk_tb(error.__traceback__)
-        text = f"in {frame.f_code.co_filename}, line {line}"
+        file, line = frames[-1]
+        text = f"in {file}, line {line}"
     return f"{type(error).__name__}: {text} (--debug shows where)", 1
 
 

@@ -13,7 +13,14 @@ from typing import Any, NamedTuple, get_args
 import jax
 import numpy as np
 
-from tljax.models import MODELS, Model, abstract_variables, build_model, with_head
+from tljax.models import (
+    MODELS,
+    Model,
+    abstract_variables,
+    build_model,
+    check_fits,
+    with_head,
+)
 from tljax.models.spec import Modules, from_json, is_sound, to_json
 from tljax.pretrained.catalog import CATALOG, Entry, catalog_name, default_classes
 from tljax.pretrained.configs import read_architecture, read_configs, write_configs
@@ -401,9 +408,10 @@ def save(path: Path, pretrained: Pretrained) -> None:
     The model comes back equal, whatever its stages; see `tljax.models.spec`.
 
     Raises:
-        RequestError: a setting of a stage cannot be written down.
+        RequestError: a setting of a stage cannot be written down, or the variables do not fit.
     """
     model, variables, card = pretrained
+    check_fits(model, variables, f"{path} would hold")
     about = {**asdict(card), "layout": "tljax"}
     del about["notes"]
     header = {"version": _VERSION, "model": to_json(model), "card": about}

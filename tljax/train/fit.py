@@ -15,7 +15,7 @@ from tljax.data.sources import Splits
 from tljax.features.evaluate import Evaluation, evaluate
 from tljax.features.extract import Outputs
 from tljax.features.probe import Probe
-from tljax.models import Model
+from tljax.models import Model, check_fits
 from tljax.runtime.errors import RequestError
 from tljax.runtime.parallel import Preemption, replicate
 from tljax.runtime.types import Variables
@@ -151,6 +151,7 @@ def fit(
         return join(*split(variables, phases[-1].rates, ()), materialize) if phases else variables
 
     whole = made(variables)
+    check_fits(model, whole, "materialize made")
     first = evaluate(inputs.logits(model, whole))
     history: History = [
         {"phase": run.plan.start, "epoch": 0, **_scores(first, _robust(run, whole))}
@@ -159,7 +160,7 @@ def fit(
         raise RequestError(f"{bad} before the first step: check the weights and the images")
     saved = checkpoints.restore() if checkpoints else None
     if saved is None:  # else what was logged before is longer
-        on_epoch(history)
+        run.tell(history)
     for note in saved.notes if saved else ():
         print(f"{note}: going on from the one before", file=sys.stderr)
     best = variables
@@ -228,7 +229,7 @@ def train_phase(
         history, epoch, batch, sums = (saved.position[name] for name in names)
         for part, before in zip(inputs.skipped, saved.position["skipped"], strict=True):
             part.update(before)
-        run.on_epoch(history)
+        run.tell(history)
     run_key = jax.random.fold_in(jax.random.key(run.seed), number)
 
     for epoch in range(epoch, phase.epochs + 1):  # noqa: B020 - from where it stands
@@ -257,7 +258,7 @@ def train_phase(
         history = [*history, entry]
         if best_epoch(history) == len(history) - 1:
             best = jax.device_get(changing)
-        run.on_epoch(history)
+        run.tell(history)
         after = {"epoch": epoch + 1, "pass": passed + 1, "history": history}
         save(run, phase, inputs, {**position, **after, "batch": 0, "sums": {}}, state, best)
     _, frozen = split(variables, phase.rates, moving)  # as they were, in full precision
@@ -265,8 +266,11 @@ def train_phase(
 
 
 def _not_finite(entry: Mapping[str, Any]) -> str | None:
-    numbers = ((name, value) for name, value in entry.items() if isinstance(value, float))
-    return next((f"{name} is {value}" for name, value in numbers if not np.isfinite(value)), None)
+    """Name a loss that is not finite; of metrics that is up to the objective."""
+    losses = (
+        (name, entry.get(name, 0.0)) for name in ("train_loss", "val_loss", "val_robust_loss")
+    )
+    return next((f"{name} is {value}" for name, value in losses if not np.isfinite(value)), None)
 
 
 def _robust(run: Run, variables: Variables) -> Evaluation | None:

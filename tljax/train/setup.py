@@ -21,6 +21,7 @@ from tljax.features.probe import Probe, fit_probe
 from tljax.models import Model, init, replace_head
 from tljax.runtime.errors import RequestError
 from tljax.runtime.parallel import Preemption, data_mesh, is_writer, replicate
+from tljax.runtime.ranges import spelled
 from tljax.runtime.settings import idle, settings
 from tljax.runtime.trees import flatten
 from tljax.runtime.types import Variables
@@ -77,6 +78,10 @@ class Run:
     profile: Path | None = None
     preemption: Preemption | None = None
 
+    def tell(self, history: History) -> None:
+        """Hand out a copy of the history."""
+        self.on_epoch([dict(entry) for entry in history])
+
     @property
     def config(self) -> FitConfig:
         """As asked, with every default filled in."""
@@ -131,7 +136,14 @@ def prepare(
         print(f"note: {note}", file=sys.stderr)
     classes = len(splits.train.classes)
     add_head = new_head or partial(replace_head, after=config.head_after, dropout=config.dropout)
+    _refuse_unused(config, "objective" in handed_over and handed_over["objective"], new_head)
     model, variables = add_head(model, variables, classes)
+    if not classes or (splits.val.labels < 0).any():
+        raise RequestError("give every image of the validation a class: epochs are compared by it")
+    if model.num_classes != classes:
+        raise RequestError(f"new_head made {model.num_classes} outputs for {classes} classes")
+    if handed_over.get("log_every", 1) < 1:
+        raise RequestError("log_every: choose 1 step or more")
     head = model.stage_names[-1]
     plan = make_plan(model, config, len(splits.train), loading.batch_size)
     before = accumulate((phase.epochs for phase in plan.phases), initial=0)
@@ -161,6 +173,16 @@ def prepare(
     solved = {"kernel": np.asarray(probe.kernel), "bias": np.asarray(probe.bias)}
     variables = {**variables, "params": {**variables["params"], head: solved}}
     return replace(run, variables=variables, probe=probe), inputs
+
+
+def _refuse_unused(config: FitConfig, objective: Any, new_head: NewHead | None) -> None:
+    """Refuse settings that an objective or a head of the caller's own would not see."""
+    plain, unused = FitConfig(), []
+    unused += ["label_smoothing", "class_weights"] if objective else []
+    unused += ["dropout", "head_after"] if new_head else []
+    for name in unused:
+        if (value := getattr(config, name)) != getattr(plain, name):
+            raise RequestError(f"{spelled(name, value)} has no effect: the extension does that")
 
 
 def moving_statistics(run: Run, phase: Phase) -> frozenset[str]:

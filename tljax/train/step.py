@@ -4,7 +4,7 @@ All that a researcher changes is handed to it: the objective, how parameters are
 train, the optimizer. Batch statistics, padding, augmentation and averages are its own.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
@@ -16,7 +16,7 @@ from tljax.data.augment import augment as augmented
 from tljax.data.augment import mix
 from tljax.data.options import AugmentConfig
 from tljax.metrics.classification import class_shares
-from tljax.metrics.sums import add_up
+from tljax.metrics.sums import Weighted, add_up
 from tljax.models import Model, Output, apply
 from tljax.runtime.errors import RequestError
 from tljax.runtime.types import Array, Batch, Variables
@@ -78,7 +78,7 @@ StepMetrics = dict[str, tuple[jax.Array, jax.Array]]
 """By name (sum, count): ``loss``, what is minimised; what the objective returned;
 ``gradient_norm``, of the trainable parameters, before any clipping; ``examples``, their number."""
 
-RESERVED = {"loss", "gradient_norm", "examples"}
+RESERVED = {"loss", "gradient_norm", "examples", "step", "learning_rate", "images_per_second"}
 """Names of metrics that no objective may return."""
 
 TrainStep = Callable[[TrainState, Variables, Batch, Keys], tuple[TrainState, StepMetrics]]
@@ -129,7 +129,8 @@ class Forward:
             inputs: ``[batch, ...]`` like ``batch.inputs``: photographs, or the activations that
                 were cached. Rows that do not count enter as zeros.
             capture: stages whose outputs are returned as well.
-            noise: whether dropout and stochastic depth draw; every call draws anew.
+            noise: whether dropout and stochastic depth draw; every call draws anew, but not every
+                turn of a loop of JAX's around one.
 
         Returns:
             ``logits``, or whatever the last stage returns, zero in the rows that do not count.
@@ -225,9 +226,7 @@ def make_train_step(
             batch_statistics=batch_statistics,
             noise=noise,
         )
-        losses, named = objective(forward, batch, keys[1])
-        if taken := named.keys() & RESERVED:
-            raise RequestError(f"an objective's metric cannot be called '{taken.pop()}'")
+        losses, named = _checked(objective(forward, batch, keys[1]), len(batch.mask))
         metrics = {name: add_up(x, batch.mask) for name, x in {"loss": losses, **named}.items()}
         stats = {name: forward.batch_stats[name] for name in batch_stats}
         return metrics["loss"][0], (stats, metrics)
@@ -300,6 +299,25 @@ def make_train_step(
         return _if(batch.mask.any(), moved, state)._replace(step=state.step + 1), metrics
 
     return jax.jit(step, donate_argnums=0)
+
+
+def _checked(returned: Any, examples: int) -> tuple[Any, Mapping[str, Any]]:
+    """Refuse what would be broadcast, or count padding: everything has one value an example."""
+    if not (
+        isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], Mapping)
+    ):
+        raise RequestError("an objective returns a pair: losses, and a dict of metrics")
+    losses, named = returned
+    if taken := [name for name in named if name in RESERVED or not isinstance(name, str)]:
+        raise RequestError(f"an objective's metric cannot be called {taken[0]!r}")
+    for name, values in {"losses": losses, **named}.items():
+        for part in values if isinstance(values, Weighted) else (values,):
+            if jnp.shape(part) != (examples,):
+                raise RequestError(
+                    f"an objective returned {name} of shape {jnp.shape(part)}, not ({examples},): "
+                    "one value for each example"
+                )
+    return losses, named
 
 
 def _varied(batch: Batch, model: Model, keys: Keys, config: AugmentConfig) -> Batch:
