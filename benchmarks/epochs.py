@@ -31,7 +31,7 @@ from tljax.runtime.types import Variables
 from tljax.train.dry_run import step_flops
 from tljax.train.options import FitConfig
 from tljax.train.run_directory import environment
-from tljax.train.setup import first_state, prepare
+from tljax.train.setup import begin_phase, prepare
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Runner:
     ) -> None:
         self.run, self.inputs = prepare(model, variables, splits, config, loading)
         self.phase = self.run.plan.phases[0]
-        self.state, self.frozen, self.step = first_state(
+        self.state, self.frozen, self.step = begin_phase(
             self.run, self.inputs, self.phase, self.run.variables, lambda _: 1e-5
         )
 

@@ -10,7 +10,7 @@ import tljax.train.setup as preparation
 from tljax.runtime.errors import RequestError
 from tljax.runtime.parallel import shard
 from tljax.train import memory
-from tljax.train.setup import first_state, prepare
+from tljax.train.setup import begin_phase, prepare
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("compilation_cache")
 def arguments():
     """Of a step whose batch of 64 is what it takes memory for."""
     run, inputs = prepare(MODEL, random_variables(), splits(12, ()), config(), LOADING)
-    state, frozen, step = first_state(
+    state, frozen, step = begin_phase(
         run, inputs, run.plan.phases[0], run.variables, optax.constant_schedule(0.1)
     )
     batch = next(iter(inputs.batches(MODEL, 1)))

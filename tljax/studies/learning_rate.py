@@ -21,7 +21,7 @@ from tljax.runtime.progress import track
 from tljax.runtime.types import Batch, Variables
 from tljax.train.inputs import Inputs
 from tljax.train.options import FitConfig
-from tljax.train.setup import Run, first_state, prepare
+from tljax.train.setup import Run, begin_phase, prepare
 
 _SMOOTHING = 0.9  # of the losses, by an exponential moving average over steps
 _DIVERGED = 4.0  # times the lowest loss: there is nothing more to learn
@@ -77,7 +77,7 @@ def find_learning_rate(
     if not run.plan.phases:
         raise RequestError(f"--recipe {run.config.recipe} is solved: it has no learning rate")
     ratio = (highest / lowest) ** (1 / (steps - 1))
-    state, frozen, step = first_state(
+    state, frozen, step = begin_phase(
         run, inputs, run.plan.phases[0], run.variables, lambda step: lowest * ratio**step
     )
     run_key = jax.random.key(seed)

@@ -32,7 +32,7 @@ from tljax.train.setup import (
     NewHead,
     Run,
     Wrapper,
-    first_state,
+    begin_phase,
     moving_statistics,
     prepare,
 )
@@ -219,7 +219,7 @@ def train_phase(
     """
     model, materialize = run.model, run.materialize
     schedule, moving = run.schedule(phase), moving_statistics(run, phase)
-    state, frozen, step = first_state(run, inputs, phase, variables, schedule)
+    state, frozen, step = begin_phase(run, inputs, phase, variables, schedule)
     best = split(best, phase.rates, moving)[0]
     epoch, batch, sums = 1, 0, {}
     if saved is not None:

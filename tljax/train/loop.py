@@ -70,10 +70,10 @@ def train_epoch(
     log = StepLog(run, phase, (epoch - 1) * run.steps_per_epoch + first, position["sums"])
     watched = run.checkpoints is not None or run.preemption is not None
     waited, began = 0.0, time.monotonic()
-    asked = saved = began
+    requested = saved = began
     for done, batch in enumerate(batches, start=first + 1):
         if state.step.is_ready():  # pyright: ignore[reportAttributeAccessIssue]
-            waited += time.monotonic() - asked
+            waited += time.monotonic() - requested
         arguments = state, frozen, shard(batch, run.mesh), keys
         with within_memory(step, arguments, run.mesh.size * parts, parts):
             # One step ahead and no more: batches must not pile up on the device.
@@ -89,7 +89,7 @@ def train_epoch(
             saved = time.monotonic()
         if stop:
             raise StoppedError
-        asked = time.monotonic()
+        requested = time.monotonic()
     if inputs.start is None and is_writer():
         share = waited / (time.monotonic() - began)
         print(f"  {share:.0%} of the time waiting for data", file=sys.stderr)

@@ -191,7 +191,7 @@ def moving_statistics(run: Run, phase: Phase) -> frozenset[str]:
     return wholly_trained_stages(phase.rates) if batch else frozenset()
 
 
-def first_state(
+def begin_phase(
     run: Run, inputs: Inputs, phase: Phase, variables: Variables, schedule: optax.Schedule
 ) -> tuple[TrainState, Variables, TrainStep]:
     """Make the state before the first step of a phase, what stays throughout it, and the step."""

@@ -235,9 +235,9 @@ def make_train_step(
         params: Variables, batch_stats: Variables, frozen: Variables, batch: Batch, keys: Keys
     ) -> tuple[Variables, Variables, StepMetrics]:
         """Sum the gradients of a batch, part by part; statistics and metrics beside it."""
-        run = jax.grad(total_loss, has_aux=True)
+        differentiate = jax.grad(total_loss, has_aux=True)
         if accumulate == 1:
-            sums, (stats, metrics) = run(params, batch_stats, frozen, batch, keys)
+            sums, (stats, metrics) = differentiate(params, batch_stats, frozen, batch, keys)
             return sums, stats, metrics
         # Strided parts, so that every device keeps the rows it has.
         parts = jax.tree.map(
@@ -248,14 +248,14 @@ def make_train_step(
             sums, stats, metrics = carry
             batch, i = part
             of_part = (keys[0], jax.random.fold_in(keys[1], i))
-            more, (moved, found) = run(params, stats, frozen, batch, of_part)
-            added = *jax.tree.map(jnp.add, (sums, metrics), (more, found)), moved
-            return _if(batch.mask.any(), (added[0], added[2], added[1]), carry), None
+            more, (moved, found) = differentiate(params, stats, frozen, batch, of_part)
+            sums, metrics = jax.tree.map(jnp.add, (sums, metrics), (more, found))
+            return _if(batch.mask.any(), (sums, moved, metrics), carry), None
 
         first = jax.tree.map(lambda x: x[0], parts)
-        shapes = jax.eval_shape(run, params, batch_stats, frozen, first, keys)
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (shapes[0], shapes[1][1]))
-        carry = zeros[0], batch_stats, zeros[1]
+        shapes = jax.eval_shape(differentiate, params, batch_stats, frozen, first, keys)
+        sums, (_, metrics) = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        carry = sums, batch_stats, metrics
         return jax.lax.scan(add, carry, (parts, jnp.arange(accumulate)))[0]
 
     def step(
