@@ -208,3 +208,22 @@ def test_a_run_of_the_version_before_predicts_and_does_not_go_on(tmp_path):
     assert (
         len(answer(call_script(tmp_path, "predict", tmp_path / "x.png", *options))["images"]) == 1
     )
+
+
+def test_a_mistake_is_said_with_its_line_and_the_folder_may_be_used_again(tmp_path):
+    path = write(
+        tmp_path / "mine.py",
+        "def objective(forward, batch, key):\n    return batch.extra['weight'], {}\n\n"
+        "extension = {'objective': objective}\n",
+    )
+    train = options(tmp_path)
+    again = (*train, "--workdir", tmp_path / "run", "--extension", path)
+    done = call_script(tmp_path, *again)
+    assert done.returncode == 2
+    [line] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert line == f"error: {path}, line 2: KeyError: 'weight'"
+    loss = "forward(batch.inputs).logits.sum(1) ** 2"
+    path.write_text(path.read_text().replace("batch.extra['weight']", loss))
+    answer(call_script(tmp_path, *again))
+    path.write_text(path.read_text() + "# another\n")
+    assert "start a new run" in call_script(tmp_path, *again).stderr

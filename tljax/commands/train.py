@@ -205,9 +205,10 @@ def train(
     if config.extension:
         code = load_extension(config.extension)[1]
         extension = code, split_name(config.extension)[1]
+    goes_on = False
     if is_writer():
         asked = {"version": CONFIG_VERSION, **asdict(config)}
-        if run_directory.open_run(workdir, asked, splits, weights, code):
+        if goes_on := run_directory.open_run(workdir, asked, splits, weights, code):
             print(f"note: {workdir} is there and goes on", file=sys.stderr)
         for note in splits.notes:
             print(note)
@@ -219,7 +220,10 @@ def train(
     if config.log_every:
         hooks["on_step"] = _both(metrics.on_step, hooks.get("on_step"))
     try:
-        with closing(Checkpoints(workdir / "checkpoints", identity)) as checkpoints:
+        with (
+            run_directory.attempt(workdir, new=not goes_on),
+            closing(Checkpoints(workdir / "checkpoints", identity)) as checkpoints,
+        ):
             result = fit(
                 pretrained.model,
                 pretrained.variables,

@@ -24,7 +24,7 @@ import jax
 
 from tljax.data.examples import printable, shortened
 from tljax.data.sources import Source, Splits, open_splits
-from tljax.runtime.errors import RequestError, WriteError
+from tljax.runtime.errors import DivergenceError, RequestError, StoppedError, WriteError
 from tljax.runtime.files import MARKER, mark_output, read_config, to_json, written_whole
 from tljax.runtime.parallel import is_writer
 
@@ -139,6 +139,20 @@ def open_run(
         write_json(workdir / "classes.json", list(splits.train.classes))
         _write(workdir / "split.csv", split)
     return goes_on
+
+
+@contextmanager
+def attempt(workdir: Path, *, new: bool) -> Iterator[None]:
+    """Let a new run that fails before its first checkpoint be tried again with other settings."""
+    try:
+        yield
+    except (DivergenceError, StoppedError):
+        raise
+    except Exception:
+        begun = any((workdir / "checkpoints").glob("[0-9]*"))
+        for name in ("config.json", "split.csv") if new and is_writer() and not begun else ():
+            (workdir / name).unlink(missing_ok=True)
+        raise
 
 
 def _split_csv(spec: str, splits: Splits) -> bytes:
