@@ -45,6 +45,16 @@ def unpack(folder: Path) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def as_users_compile():
+    """With XLA's optimizations, which tests of training switch off in their process."""
+    name = "jax_disable_most_optimizations"
+    before = jax.config.values[name]
+    jax.config.update(name, False)
+    yield
+    jax.config.update(name, before)
+
+
 @pytest.fixture(scope="module")
 def old(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """For tests that only read."""

@@ -308,7 +308,7 @@ def test_confusion_must_fit_its_classes():
 
 def test_the_room_opens_quickly_and_leaves_pyplot_alone():
     code = (
-        "import sys, tljax.report as report\n"
+        "import sys, tljax.report.figures as report\n"
         "assert 'matplotlib' not in sys.modules\n"
         "report.curves([]).savefig('/dev/null', format='png')\n"
         "assert 'matplotlib.pyplot' not in sys.modules\n"
