@@ -55,8 +55,8 @@ def run(config: Config) -> dict[str, Any]:
     if is_folder and out.resolve().is_relative_to(folder.resolve()):
         raise RequestError(f"--out {out} lies among the images of {folder}: choose another place")
     network = config.load()
-    stages = network.model.stage_names
-    stop = (*stages, None)[network.model.position(config.stage) + 1]
+    model, position = network.model, network.model.position(config.stage)
+    stop = (*model.stage_names, None)[position + 1]
     named = config.data == "digits" or not exists(as_path(config.data))
     source = (open_labelled if named else open_folder)(config.data)
     with written_whole(out) as temporary:
@@ -64,22 +64,23 @@ def run(config: Config) -> dict[str, Any]:
             *network[:2], source, config.loading, stop=stop, description="extract"
         )
         refuse_none(source, features.skipped)
-        values = (features if config.maps else features.pooled()).values
+        if not config.maps:
+            features = features.pooled(model.stages[position].prefix_tokens)
         texts: dict[str, list[Any]] = {
             "names": [source.names[i] for i in features.indices.tolist()]
         }
         if source.classes:
             classes = (*source.classes, "")  # the last one for an image without a label
             texts["labels"] = [classes[label] for label in features.labels]
-        _write(temporary, out.suffix, texts, values)
-    shape = " x ".join(map(str, values.shape))
+        _write(temporary, out.suffix, texts, features.values)
+    shape = " x ".join(map(str, features.values.shape))
     print(f"{shape} embeddings, of {config.stage} of {network.model.name}, written to {out}")
     for line in skipped_lines(source, features.skipped):
         print(line)
     return {
         "out": str(out),
         "stage": config.stage,
-        "shape": list(values.shape),
+        "shape": list(features.values.shape),
         "labelled": "labels" in texts,
         "skipped": dict(skipped_rows(source, features.skipped)),
     }

@@ -10,7 +10,6 @@ from tljax.models.model import Output as Output
 from tljax.models.model import Stage as Stage
 from tljax.models.model import abstract_variables as abstract_variables
 from tljax.models.model import apply as apply
-from tljax.models.model import check_fits as check_fits
 from tljax.models.model import init as init
 from tljax.models.model import layer_outputs as layer_outputs
 from tljax.models.model import normalize as normalize

@@ -239,30 +239,6 @@ def _traced(model: Model) -> tuple[Variables, jax.ShapeDtypeStruct]:
     return jax.eval_shape(partial(_build, model), jax.random.key(0))
 
 
-def check_fits(model: Model, variables: Variables, who: str) -> None:
-    """Check that variables have the names and shapes of a model's.
-
-    Args:
-        model: the network.
-        variables: of any arrays.
-        who: made them; what the error begins with.
-
-    Raises:
-        RequestError: they do not.
-    """
-    expected, found = flatten(abstract_variables(model)), flatten(variables)
-    wrong = [
-        path
-        for path in sorted(expected.keys() | found.keys())
-        if not (path in expected and path in found and found[path].shape == expected[path].shape)
-    ]
-    if wrong:
-        raise RequestError(
-            f"{who} variables that do not fit {model.name}: {wrong[0]}"
-            + (f" and {len(wrong) - 1} more" if wrong[1:] else "")
-        )
-
-
 def with_head(
     model: Model, num_classes: int, *, after: str | None = None, dropout: float = 0.0
 ) -> Model:

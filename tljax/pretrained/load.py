@@ -18,7 +18,6 @@ from tljax.models import (
     Model,
     abstract_variables,
     build_model,
-    check_fits,
     with_head,
 )
 from tljax.models.spec import Modules, from_json, is_sound, to_json
@@ -34,7 +33,7 @@ from tljax.pretrained.formats import (
     write_torch,
 )
 from tljax.pretrained.keras_graph import read_graph
-from tljax.pretrained.rules import Rule, Rules, apply_rules, compare, invert_rules
+from tljax.pretrained.rules import Rule, Rules, apply_rules, compare, invert_rules, own_rules
 from tljax.pretrained.tables.keras import layer_names
 from tljax.pretrained.tables.layouts import LAYOUTS, Identity, check, identify, table
 from tljax.runtime.errors import RequestError
@@ -380,10 +379,7 @@ def _load_native(
     if model not in (None, built.name):
         raise RequestError(f"{path} holds {built.name}, not {model}")
     expected = abstract_variables(built)
-    rules = tuple(Rule(path, path) for path in flatten(expected))
-    difference = compare(rules, tensors.arrays, expected)
-    if any(difference):
-        raise RequestError(f"{path} does not fit {built.name}: {difference}")
+    rules = own_rules(tensors.arrays, expected, f"{path} does not fit {built.name}")
     return Pretrained(built, _fill(rules, tensors.arrays, expected, str(path)), card)
 
 
@@ -411,11 +407,12 @@ def save(path: Path, pretrained: Pretrained) -> None:
         RequestError: a setting of a stage cannot be written down, or the variables do not fit.
     """
     model, variables, card = pretrained
-    check_fits(model, variables, f"{path} would hold")
     about = {**asdict(card), "layout": "tljax"}
     del about["notes"]
     header = {"version": _VERSION, "model": to_json(model), "card": about}
     flat = {key: np.asarray(value) for key, value in flatten(variables).items()}
+    misfit = f"{path} is not written, as its variables do not fit {model.name}"
+    own_rules(flat, abstract_variables(model), misfit)
     write_safetensors(path, flat, {"tljax": json.dumps(header)})
 
 

@@ -196,6 +196,24 @@ def compare(
     )
 
 
+def own_rules(arrays: Mapping[str, Any], skeleton: Variables, misfit: str) -> Rules:
+    """Return the table of tljax's own keys, which are paths.
+
+    Args:
+        arrays: by path.
+        skeleton: shapes of the network's variables.
+        misfit: what the error begins with.
+
+    Raises:
+        RequestError: the arrays do not fit the skeleton.
+    """
+    rules = tuple(Rule(path, path) for path in flatten(skeleton))
+    difference = compare(rules, arrays, skeleton)
+    if any(difference):
+        raise RequestError(f"{misfit}: {difference}")
+    return rules
+
+
 def apply_rules(rules: Rules, arrays: Mapping[str, np.ndarray], skeleton: Variables) -> Variables:
     """Our variables, float32, from a file that fits (see `compare`).
 

@@ -15,9 +15,11 @@ from tljax.data.sources import Splits
 from tljax.features.evaluate import Evaluation, evaluate
 from tljax.features.extract import Outputs
 from tljax.features.probe import Probe
-from tljax.models import Model, check_fits
+from tljax.models import Model, abstract_variables
+from tljax.pretrained.rules import own_rules
 from tljax.runtime.errors import RequestError
 from tljax.runtime.parallel import Preemption, replicate
+from tljax.runtime.trees import flatten
 from tljax.runtime.types import Variables
 from tljax.train.adversary import robust_logits
 from tljax.train.checkpoint import Checkpoint, Checkpoints
@@ -33,7 +35,6 @@ from tljax.train.setup import (
     Run,
     Wrapper,
     begin_phase,
-    moving_statistics,
     prepare,
 )
 from tljax.train.step import RESERVED, Materialize
@@ -151,7 +152,8 @@ def fit(
         return join(*split(variables, phases[-1].rates, ()), materialize) if phases else variables
 
     whole = made(variables)
-    check_fits(model, whole, "materialize made")
+    misfit = f"materialize made variables that do not fit {model.name}"
+    own_rules(flatten(whole), abstract_variables(model), misfit)
     first = evaluate(inputs.logits(model, whole))
     history: History = [
         {"phase": run.plan.start, "epoch": 0, **_scores(first, _robust(run, whole))}
@@ -218,8 +220,9 @@ def train_phase(
         The variables after the last step, those of the best epoch, and the history.
     """
     model, materialize = run.model, run.materialize
-    schedule, moving = run.schedule(phase), moving_statistics(run, phase)
+    schedule = run.schedule(phase)
     state, frozen, step = begin_phase(run, inputs, phase, variables, schedule)
+    moving = set(state.batch_stats)
     best = split(best, phase.rates, moving)[0]
     epoch, batch, sums = 1, 0, {}
     if saved is not None:

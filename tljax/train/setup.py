@@ -21,8 +21,7 @@ from tljax.features.probe import Probe, fit_probe
 from tljax.models import Model, init, replace_head
 from tljax.runtime.errors import RequestError
 from tljax.runtime.parallel import Preemption, data_mesh, is_writer, replicate
-from tljax.runtime.ranges import spelled
-from tljax.runtime.settings import idle, settings
+from tljax.runtime.settings import Conditions, idle, settings
 from tljax.runtime.trees import flatten
 from tljax.runtime.types import Variables
 from tljax.train.adversary import adversarial
@@ -134,9 +133,9 @@ def prepare(
     changed = {name for name, _ in settings(config).items() - settings(FitConfig()).items()}
     for note in idle(config, ASKED_CONDITIONS, changed).values() if is_writer() else ():
         print(f"note: {note}", file=sys.stderr)
+    _refuse_replaced(config, changed, handed_over.get("objective"), new_head)
     classes = len(splits.train.classes)
     add_head = new_head or partial(replace_head, after=config.head_after, dropout=config.dropout)
-    _refuse_unused(config, "objective" in handed_over and handed_over["objective"], new_head)
     model, variables = add_head(model, variables, classes)
     if not classes or (splits.val.labels < 0).any():
         raise RequestError("give every image of the validation a class: epochs are compared by it")
@@ -175,20 +174,17 @@ def prepare(
     return replace(run, variables=variables, probe=probe), inputs
 
 
-def _refuse_unused(config: FitConfig, objective: Any, new_head: NewHead | None) -> None:
-    """Refuse settings that an objective or a head of the caller's own would not see."""
-    plain, unused = FitConfig(), []
-    unused += ["label_smoothing", "class_weights"] if objective else []
-    unused += ["dropout", "head_after"] if new_head else []
-    for name in unused:
-        if (value := getattr(config, name)) != getattr(plain, name):
-            raise RequestError(f"{spelled(name, value)} has no effect: the extension does that")
-
-
-def moving_statistics(run: Run, phase: Phase) -> frozenset[str]:
-    """Which stages use batch statistics in a phase."""
-    batch = run.config.batch_norm == "batch"
-    return wholly_trained_stages(phase.rates) if batch else frozenset()
+def _refuse_replaced(
+    config: FitConfig, changed: set[str], objective: Objective | None, new_head: NewHead | None
+) -> None:
+    """Refuse settings of what the caller has replaced."""
+    ours, linear = objective is None, new_head is None
+    conditions: Conditions = (
+        ("label_smoothing class_weights", lambda _: ours, "with an objective of one's own"),
+        ("dropout head_after", lambda _: linear, "with a head of one's own"),
+    )
+    if lines := idle(config, conditions, changed):
+        raise RequestError("; ".join(lines.values()))
 
 
 def begin_phase(
@@ -201,7 +197,8 @@ def begin_phase(
         optimizer = optax.chain(run.transform, optimizer)
     elif run.transform is not None:
         optimizer = run.transform(optimizer)
-    statistics = moving_statistics(run, phase)
+    whole = wholly_trained_stages(phase.rates)
+    statistics = whole if config.batch_norm == "batch" else frozenset[str]()
     changing, staying = split(variables, phase.rates, statistics)
     state = init_state(
         changing["params"], changing["batch_stats"], optimizer, ema=config.ema_decay > 0
@@ -214,7 +211,7 @@ def begin_phase(
         run.materialize,
         start=inputs.start,
         batch_statistics=statistics,
-        noise=wholly_trained_stages(phase.rates),
+        noise=whole,
         ema_decay=config.ema_decay,
         accumulate=config.accumulate,
         augment=config.augmentation if config.augment and inputs.start is None else None,

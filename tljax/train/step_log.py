@@ -40,8 +40,10 @@ class StepLog:
             self._step += 1
             sums = {name: (float(total), float(count)) for name, (total, count) in found.items()}
             self._sums = merge(self._sums, sums)
+            if self._run.on_step is None:
+                continue
             self._window = merge(self._window, sums)
-            if self._run.on_step is not None and self._step % self._run.log_every == 0:
+            if self._step % self._run.log_every == 0:
                 seconds, examples = when - self._began, self._window["examples"][0]
                 rate = float(np.asarray(self._schedule(self._step - 1 - self._first)))
                 entry = means(self._window) | {"learning_rate": rate}
