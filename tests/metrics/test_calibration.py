@@ -1,4 +1,4 @@
-"""Calibration: held against a plain loop, scipy's minimiser and networks of known temperature."""
+"""Calibration, compared with a plain loop, SciPy's minimizer and known temperatures."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,6 @@ from tljax.metrics.calibration import (
     TEMPERATURES,
     calibrate,
     calibration_bins,
-    expected_calibration_error,
     fit_temperature,
 )
 from tljax.runtime.errors import RequestError
@@ -50,16 +49,16 @@ confidences = st.floats(0, 1) | st.integers(0, 60).map(lambda i: i / 60)
 
 
 @given(st.lists(st.tuples(confidences, st.booleans()), min_size=1, max_size=40), st.integers(1, 20))
-def test_the_error_is_that_of_a_plain_loop(pairs: list[tuple[float, bool]], bins: int):
+def test_the_calibration_error_equals_that_of_a_plain_loop(
+    pairs: list[tuple[float, bool]], bins: int
+):
     confidence, correct = map(list, zip(*pairs, strict=True))
-    found = expected_calibration_error(np.array(confidence), np.array(correct), bins)
-    assert found == pytest.approx(error_by_loop(confidence, correct, bins), abs=1e-12)
-    assert calibration_bins(np.array(confidence), np.array(correct), bins).examples.sum() == len(
-        pairs
-    )
+    result = calibration_bins(np.array(confidence), np.array(correct), bins)
+    assert result.error == pytest.approx(error_by_loop(confidence, correct, bins), abs=1e-12)
+    assert result.examples.sum() == len(pairs)
 
 
-def test_a_network_that_is_always_sure_and_right_half_the_time():
+def test_confidence_1_with_accuracy_one_half_has_error_one_half():
     bins = calibration_bins(np.ones(10), np.arange(10) % 2 == 0)
     assert bins.examples.tolist() == [0] * 14 + [10]
     assert bins.accuracy[-1] == 0.5
@@ -73,7 +72,7 @@ def test_the_temperature_is_the_optimum_that_scipy_finds(
     seed: int, log_scale: float, classes: int, count: int
 ):
     logits, labels = network(10**log_scale, count, classes, seed)
-    found = fit_temperature(logits, labels)
+    temperature = fit_temperature(logits, labels)
     span = np.log(TEMPERATURES)
     oracle = minimize_scalar(
         lambda log_t: loss(logits / np.exp(log_t), labels),
@@ -81,60 +80,59 @@ def test_the_temperature_is_the_optimum_that_scipy_finds(
         method="bounded",
         options={"xatol": 1e-9},
     )
-    assert loss(logits / found, labels) <= oracle.fun + 1e-12
-    # The minimum of separable logits is so flat that no place in it is better than another.
+    assert loss(logits / temperature, labels) <= oracle.fun + 1e-12
+    # For separable logits the loss near its minimum is too flat to compare positions.
     if oracle.fun > 1e-3 and span[0] + 0.01 < oracle.x < span[1] - 0.01:
-        assert np.log(found) == pytest.approx(oracle.x, abs=1e-5)
+        assert np.log(temperature) == pytest.approx(oracle.x, abs=1e-5)
 
 
-def test_a_known_temperature_is_found():
+def test_a_known_temperature_is_recovered():
     logits, labels = network(3.0, 20_000)
     assert fit_temperature(logits, labels) == pytest.approx(3, rel=0.03)
     assert fit_temperature(logits.astype(np.float32), labels) == pytest.approx(3, rel=0.03)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e6])
-def test_where_no_optimum_is_inside_the_temperature_stops_at_the_bound(scale: float):
+def test_the_temperature_is_clipped_if_the_optimum_is_out_of_bounds(scale: float):
     labels = np.arange(12) % 3
     separable = scale * np.eye(3)[labels]
-    contrary = -separable
-    found = fit_temperature(separable, labels)
-    assert found == pytest.approx(TEMPERATURES[0]) or loss(separable / found, labels) == 0
-    assert fit_temperature(contrary, labels) == pytest.approx(TEMPERATURES[1])
+    lowest = fit_temperature(separable, labels)
+    assert lowest == pytest.approx(TEMPERATURES[0]) or loss(separable / lowest, labels) == 0
+    assert fit_temperature(-separable, labels) == pytest.approx(TEMPERATURES[1])
 
 
-def test_equal_logits_keep_the_temperature_one():
+def test_the_temperature_of_equal_logits_is_one():
     assert fit_temperature(np.full((4, 3), 7.0), np.array([0, 1, 2, 0])) == 1
 
 
-def test_calibration_after_is_measured_on_other_examples_than_the_fit():
-    # The two halves ask for opposite temperatures, so that whoever fits on what it measures shows.
+def test_temperatures_are_measured_on_other_examples_than_they_are_fitted_on():
+    # The two halves have different optimal temperatures, so measuring on the fit would show.
     rng = np.random.default_rng(5)
     half = rng.permutation(400)[::2]
     sharp, labels = network(5.0, 400)
     logits = sharp / 25
     logits[half] = sharp[half]
-    found = calibrate(logits, labels, seed=5)
+    calibration = calibrate(logits, labels, seed=5)
     other = np.setdiff1d(np.arange(400), half)
     scaled = logits.copy()
     scaled[half] /= fit_temperature(logits[other], labels[other])
     scaled[other] /= fit_temperature(logits[half], labels[half])
     probabilities = softmax(scaled, 1)
-    expected = expected_calibration_error(probabilities.max(1), probabilities.argmax(1) == labels)
-    assert found.after.error == pytest.approx(expected)
-    assert found.loss_after == pytest.approx(loss(scaled, labels))
-    assert found.loss_after > found.loss_before
-    assert found.loss_before == pytest.approx(loss(logits, labels))
-    assert found.temperature == fit_temperature(logits, labels)
+    expected = calibration_bins(probabilities.max(1), probabilities.argmax(1) == labels).error
+    assert calibration.after.error == pytest.approx(expected)
+    assert calibration.loss_after == pytest.approx(loss(scaled, labels))
+    assert calibration.loss_after > calibration.loss_before
+    assert calibration.loss_before == pytest.approx(loss(logits, labels))
+    assert calibration.temperature == fit_temperature(logits, labels)
 
 
-def test_scaling_mends_an_overconfident_network():
+def test_scaling_calibrates_an_overconfident_network():
     logits, labels = network(4.0, 5000)
-    found = calibrate(logits, labels)
-    assert found.before.error > 0.15
-    assert found.after.error < 0.03
-    assert found.loss_after < found.loss_before
-    assert found.before.examples.sum() == found.after.examples.sum() == 5000
+    calibration = calibrate(logits, labels)
+    assert calibration.before.error > 0.15
+    assert calibration.after.error < 0.03
+    assert calibration.loss_after < calibration.loss_before
+    assert calibration.before.examples.sum() == calibration.after.examples.sum() == 5000
 
 
 @pytest.mark.parametrize(
@@ -147,18 +145,20 @@ def test_scaling_mends_an_overconfident_network():
         (np.array([[0, np.nan]]), np.array([0]), "finite"),
     ],
 )
-def test_what_cannot_be_calibrated(logits: np.ndarray, labels: np.ndarray, message: str):
+def test_invalid_logits_and_labels_are_refused(
+    logits: np.ndarray, labels: np.ndarray, message: str
+):
     for function in (fit_temperature, calibrate):
         with pytest.raises(RequestError, match=message):
             function(logits, labels)
 
 
-def test_what_cannot_be_binned():
-    with pytest.raises(RequestError, match="two labelled"):
+def test_invalid_confidences_are_refused():
+    with pytest.raises(RequestError, match="two labeled"):
         calibrate(np.zeros((1, 3)), np.array([0]))
     with pytest.raises(RequestError, match="at least one example"):
-        expected_calibration_error(np.zeros(0), np.zeros(0))
+        calibration_bins(np.zeros(0), np.zeros(0))
     with pytest.raises(RequestError, match=r"\[0, 1\]"):
-        expected_calibration_error(np.array([0.5, np.nan]), np.array([True, False]))
+        calibration_bins(np.array([0.5, np.nan]), np.array([True, False]))
     with pytest.raises(RequestError, match="softmax first"):
-        expected_calibration_error(np.array([3.0]), np.array([True]))
+        calibration_bins(np.array([3.0]), np.array([True]))

@@ -1,6 +1,7 @@
-"""Files: whole or not there, whoever else writes, and one line when they cannot be written."""
+"""Atomic writes with concurrent writers and full disks, the cache folder, and digests."""
 
 import errno
+import hashlib
 import os
 import subprocess
 import sys
@@ -11,15 +12,15 @@ from pathlib import Path
 import pytest
 
 from tljax.runtime.errors import RequestError, WriteError
-from tljax.runtime.files import cache_dir, written_whole
+from tljax.runtime.files import cache_dir, sha256, written_whole
 
 
-def write(path, text, **how):
-    with written_whole(path, **how) as temporary:
+def write(path, text, **options):
+    with written_whole(path, **options) as temporary:
         temporary.write_text(text)
 
 
-def test_a_reader_sees_the_old_file_or_the_new_one(tmp_path):
+def test_readers_see_the_old_file_or_the_new_one(tmp_path):
     path, texts = tmp_path / "file", {"a" * 100_000, "b" * 100_000}
     write(path, "a" * 100_000)
     seen, done = [], threading.Event()
@@ -45,8 +46,8 @@ def no_links(*_):
 
 
 @pytest.mark.parametrize("links", [True, False])
-def test_of_writers_at_once_one_is_first(tmp_path, monkeypatch, links):
-    """Also on a disk that has no hard links."""
+def test_exactly_one_of_several_exclusive_writers_succeeds(tmp_path, monkeypatch, links):
+    """Also on file systems without hard links."""
     if not links:
         monkeypatch.setattr(os, "link", no_links)
     path, outcomes = tmp_path / "file", []
@@ -70,14 +71,14 @@ def test_of_writers_at_once_one_is_first(tmp_path, monkeypatch, links):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def fail(path, error, **how):
-    with written_whole(path, **how) as temporary:
+def fail(path, error, **options):
+    with written_whole(path, **options) as temporary:
         temporary.write_text("half")
         raise error
 
 
 @pytest.mark.parametrize("exclusive", [True, False])
-def test_an_error_of_the_block_leaves_nothing(tmp_path, exclusive):
+def test_an_error_in_the_block_leaves_no_file(tmp_path, exclusive):
     for error in (KeyboardInterrupt(), ValueError("x"), OSError(errno.ECONNRESET, "reset")):
         with pytest.raises(type(error)):
             fail(tmp_path / "file", error, exclusive=exclusive)
@@ -85,7 +86,7 @@ def test_an_error_of_the_block_leaves_nothing(tmp_path, exclusive):
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO])
-def test_a_disk_that_fills_up_is_one_line_and_keeps_the_old_file(tmp_path, number):
+def test_a_disk_error_is_reported_and_the_old_file_remains(tmp_path, number):
     path = tmp_path / "file"
     write(path, "old")
     reason = os.strerror(number)
@@ -96,7 +97,7 @@ def test_a_disk_that_fills_up_is_one_line_and_keeps_the_old_file(tmp_path, numbe
 
 
 @pytest.mark.parametrize("exclusive", [True, False])
-def test_a_place_that_cannot_be_written_is_one_line(tmp_path, exclusive):
+def test_an_unwritable_path_is_reported_in_one_line(tmp_path, exclusive):
     (tmp_path / "file").touch()
     (tmp_path / "folder" / "in it").mkdir(parents=True)
     places = [tmp_path / "file" / "new", Path("/proc/new/file"), tmp_path / ("x" * 300)]
@@ -105,33 +106,33 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path, exclusive):
             write(path, "new", exclusive=exclusive)
 
 
-def test_a_folder_that_is_cleared_meanwhile_is_made_again(tmp_path, monkeypatch):
+def test_a_folder_removed_by_another_process_is_created_again(tmp_path, monkeypatch):
     folder, mkdir = tmp_path / "folder", Path.mkdir
-    cleared = []
+    removed = []
 
-    def then_cleared(path, *args, **how):
-        mkdir(path, *args, **how)
-        if len(cleared) < 3:
+    def mkdir_and_remove(path, *args, **options):
+        mkdir(path, *args, **options)
+        if len(removed) < 3:
             path.rmdir()
-            cleared.append(path)
+            removed.append(path)
 
-    monkeypatch.setattr(Path, "mkdir", then_cleared)
+    monkeypatch.setattr(Path, "mkdir", mkdir_and_remove)
     write(folder / "file", "text")
-    assert cleared == 3 * [folder]
+    assert removed == 3 * [folder]
     assert (folder / "file").read_text() == "text"
 
 
-def test_what_a_killed_process_had_begun_is_removed_after_a_day(tmp_path):
+def test_temporary_files_of_killed_processes_are_removed_after_a_day(tmp_path):
     names = ".file.1.part", ".file.2.part", ".other.1.part"
     for name, age in zip(names, (90_000, 0, 90_000), strict=True):
         (tmp_path / name).write_text("half")
         os.utime(tmp_path / name, (time.time() - age,) * 2)
     write(tmp_path / "file", "text")
-    left = sorted(path.name for path in tmp_path.iterdir())
-    assert left == [".file.2.part", ".other.1.part", "file"]
+    remaining = sorted(path.name for path in tmp_path.iterdir())
+    assert remaining == [".file.2.part", ".other.1.part", "file"]
 
 
-def test_without_a_home_the_cache_needs_a_name(monkeypatch):
+def test_without_a_home_folder_the_cache_folder_must_be_set(monkeypatch):
     def no_home():
         raise RuntimeError("Could not determine home directory.")
 
@@ -161,15 +162,15 @@ for exclusive in (True, False):
 """
 
 
-def test_a_file_that_a_disk_does_not_take_is_one_line(tmp_path):
-    """A limit on the size of files stands in for the disk."""
+def test_a_full_disk_is_reported_in_one_line(tmp_path):
+    """A limit on the size of files simulates the full disk."""
     command = [sys.executable, "-c", FULL, str(tmp_path / "file")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout == 2 * f"{tmp_path}/file: cannot be written (File too large)\n"
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_link_leads_to_is_written(tmp_path):
+def test_the_target_of_a_symbolic_link_is_written(tmp_path):
     (tmp_path / "there").mkdir()
     (tmp_path / "link.txt").symlink_to(tmp_path / "there" / "file.txt")
     with written_whole(tmp_path / "link.txt") as temporary:
@@ -183,3 +184,9 @@ def test_what_a_link_leads_to_is_written(tmp_path):
     ):
         temporary.write_text("new")
     assert (tmp_path / "folder").is_dir()
+
+
+def test_sha256_of_a_file_equals_that_of_its_bytes(tmp_path):
+    for data in (b"", b"abc", b"weights" * 1_000_000):
+        (tmp_path / "file").write_bytes(data)
+        assert sha256(tmp_path / "file") == sha256(data) == hashlib.sha256(data).hexdigest()

@@ -1,4 +1,4 @@
-"""The progress bar, on pipes and on a terminal that records what it is sent."""
+"""Progress bars on pipes and on a terminal that records its output."""
 
 import io
 import re
@@ -18,8 +18,8 @@ class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
 
-    def left(self) -> str:
-        """What is still to be seen, given that bars erase themselves when they end."""
+    def remaining(self) -> str:
+        """Return the visible text after the bars have erased themselves."""
         drawn, erased, rest = self.getvalue().rpartition(ERASE_LINE)
         assert drawn
         assert erased
@@ -28,7 +28,7 @@ class Terminal(io.StringIO):
 
 @contextmanager
 def on_terminal() -> Iterator[Terminal]:
-    """Makes stderr a terminal, and checks that it is given back as it was."""
+    """Replace stderr by a terminal, and check that a bar restores it."""
     terminal = Terminal()
     threads = set(threading.enumerate())
     with pytest.MonkeyPatch.context() as patch:
@@ -43,7 +43,7 @@ def on_terminal() -> Iterator[Terminal]:
         assert not thread.is_alive(), "a bar still refreshes"
 
 
-def stumble() -> None:
+def fail_in_loop() -> None:
     for item in track(range(3), description="train", total=3):
         print(1 / item)
 
@@ -69,32 +69,32 @@ def test_the_speed_is_units_over_seconds(
     assert capsys.readouterr().err == "train  10 steps  4.0 s  2.5 steps/s\n"
 
 
-def test_no_batches(capsys: pytest.CaptureFixture[str]):
+def test_a_loop_without_batches(capsys: pytest.CaptureFixture[str]):
     assert list(track([], description="train", total=0)) == []
     assert capsys.readouterr().err == "train  0 images  0.0 s  0.0 images/s\n"
 
 
-def test_quiet():
+def test_a_quiet_loop_shows_nothing():
     with on_terminal() as terminal:
         assert list(track(range(3), description="train", total=3, quiet=True)) == [0, 1, 2]
     assert terminal.getvalue() == ""
 
 
-def test_an_abandoned_loop_leaves_no_line(capsys: pytest.CaptureFixture[str]):
+def test_an_interrupted_loop_prints_no_line(capsys: pytest.CaptureFixture[str]):
     next(track(range(3), description="train", total=3))
     with pytest.raises(ZeroDivisionError):
-        stumble()
+        fail_in_loop()
     assert capsys.readouterr().err == ""
 
 
-def test_a_terminal_sees_a_bar_and_keeps_the_line():
+def test_a_terminal_shows_a_bar_and_then_the_line():
     with on_terminal() as terminal:
         list(track(range(10), description="train [bold]", total=80, size=lambda _: 8))
     assert "80/80 images" in terminal.getvalue()
-    assert re.fullmatch(r"train \[bold\]  80 images .* images/s\n", terminal.left())
+    assert re.fullmatch(r"train \[bold\]  80 images .* images/s\n", terminal.remaining())
 
 
-def test_unknown_total():
+def test_an_unknown_total_is_shown_as_a_question_mark():
     with on_terminal() as terminal:
         list(track(range(3), description="train", total=None))
     assert "3/? images" in terminal.getvalue()
@@ -106,22 +106,22 @@ def test_the_terminal_is_clean_after_an_early_exit():
         next(loop)
         assert sys.stderr is not terminal
         del loop
-    assert terminal.left() == ""
+    assert terminal.remaining() == ""
 
 
-def test_the_terminal_is_clean_after_an_error_inside():
+def test_the_terminal_is_clean_after_an_error_in_the_loop():
     with on_terminal() as terminal, pytest.raises(ZeroDivisionError):
-        stumble()
-    assert terminal.left() == ""
+        fail_in_loop()
+    assert terminal.remaining() == ""
 
 
-def test_the_terminal_is_clean_after_an_error_of_the_source():
+def test_the_terminal_is_clean_after_an_error_in_the_iterable():
     with on_terminal() as terminal, pytest.raises(ZeroDivisionError):
         list(track((1 / n for n in (1, 0)), description="train", total=2))
-    assert terminal.left() == ""
+    assert terminal.remaining() == ""
 
 
-def test_nested_then_sequential():
+def test_nested_bars_followed_by_another_bar():
     with on_terminal() as terminal:
         for _ in track(range(2), description="epochs", total=2, unit="epochs"):
             list(track(range(3), description="train", total=3))
@@ -130,7 +130,7 @@ def test_nested_then_sequential():
     assert lines == [("train", "3"), ("train", "3"), ("epochs", "2"), ("features", "4")]
 
 
-def test_what_is_printed_for_machines_stays_on_stdout(capsys: pytest.CaptureFixture[str]):
+def test_output_for_other_programs_stays_on_stdout(capsys: pytest.CaptureFixture[str]):
     with on_terminal() as terminal:
         for _ in track(range(1), description="train", total=1):
             print('{"top1": 1.0}')

@@ -1,1 +1,1 @@
-"""Arrays in, numbers out: accuracies, losses and calibration; knows no network and no file."""
+"""Accuracy, loss and calibration metrics: functions from arrays to numbers."""

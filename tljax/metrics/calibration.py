@@ -1,56 +1,62 @@
-"""Whether a network that says 80% is right four times in five, and the one number that mends it.
+"""Calibration: expected calibration error, reliability diagrams and temperature scaling.
 
 Guo, Pleiss, Sun and Weinberger, "On Calibration of Modern Neural Networks", ICML 2017,
-https://arxiv.org/abs/1706.04599. Everything here is numpy in float64, on the host.
+https://arxiv.org/abs/1706.04599. All functions compute in float64 with NumPy, on the host.
 """
 
 from typing import NamedTuple
 
 import numpy as np
-from scipy.optimize import root_scalar
+from jaxtyping import Float, Integer, Num
+from scipy.optimize import brentq
 from scipy.special import logsumexp, softmax
 
 from tljax.runtime.errors import RequestError
 
 TEMPERATURES = (0.01, 100.0)
-"""The range that a fitted temperature is kept in.
+"""Lowest and highest temperature that `fit_temperature` returns.
 
-The likelihood of logits that separate the labels grows for ever as the temperature falls to 0, and
-that of logits which say nothing, or the opposite, as it rises; neither has an optimum inside.
+The likelihood has no optimum at a finite temperature above 0 if the logits separate the labels (the
+optimum is 0) or are unrelated or opposed to them (it is infinite).
 """
 
 
 class CalibrationBins(NamedTuple):
-    """Examples by confidence, in bins of equal width: a reliability diagram as numbers.
+    """Examples grouped by confidence into bins of equal width: the data of a reliability diagram.
 
     Bin ``i`` of ``m`` holds the confidences in ``(i / m, (i + 1) / m]``; the first holds 0 too.
 
     Attributes:
-        examples: ``[bins]`` how many examples fall into each.
-        confidence: ``[bins]`` their mean confidence; nan for an empty bin.
-        accuracy: ``[bins]`` the share of them that is correct; nan for an empty bin.
+        examples: ``[bins]`` number of examples.
+        confidence: ``[bins]`` mean confidence; NaN for an empty bin.
+        accuracy: ``[bins]`` fraction of correct examples; NaN for an empty bin.
     """
 
-    examples: np.ndarray
-    confidence: np.ndarray
-    accuracy: np.ndarray
+    examples: Integer[np.ndarray, " bins"]
+    confidence: Float[np.ndarray, " bins"]
+    accuracy: Float[np.ndarray, " bins"]
 
     @property
     def error(self) -> float:
-        """The expected calibration error: the mean over examples of their bin's gap, in [0, 1]."""
+        """Return the expected calibration error, in [0, 1] (Guo et al. 2017, equation 3).
+
+        It is the mean over examples of ``|accuracy - confidence|`` of their bin. It is biased
+        upwards where bins hold few examples: on a hundred images even a perfectly calibrated
+        network has a positive error.
+        """
         gap = np.abs(self.accuracy - self.confidence)
         return float(np.nansum(self.examples * gap) / self.examples.sum())
 
 
 class Calibration(NamedTuple):
-    """What `calibrate` measured.
+    """Result of `calibrate`.
 
     Attributes:
-        temperature: fitted on all examples: divide logits by it before the softmax.
-        before: the bins of the network as it is.
-        after: the bins when every example is divided by a temperature fitted on others.
-        loss_before: mean softmax cross-entropy of the network as it is, nats.
-        loss_after: the same after temperature, again from the other half's.
+        temperature: fitted on all examples; divide logits by it before the softmax.
+        before: bins without temperature scaling.
+        after: bins with each half of the examples scaled by the temperature of the other half.
+        loss_before: mean softmax cross-entropy without temperature scaling, in nats.
+        loss_after: mean softmax cross-entropy, scaled as in ``after``, in nats.
     """
 
     temperature: float
@@ -61,19 +67,21 @@ class Calibration(NamedTuple):
 
 
 def calibration_bins(
-    confidence: np.ndarray, correct: np.ndarray, bins: int = 15
+    confidence: Float[np.ndarray, " examples"],
+    correct: Num[np.ndarray, " examples"],
+    bins: int = 15,
 ) -> CalibrationBins:
-    """Sorts examples into bins by how sure the network was.
+    """Group examples into bins by the confidence of their predictions.
 
     Args:
-        confidence: ``[n]`` probability of the predicted class, in [0, 1]
+        confidence: ``[examples]`` probability of the predicted class, in [0, 1]
             (`tljax.features.evaluate.Evaluation.probability`).
-        correct: ``[n]`` whether that class is the label.
-        bins: their number; Guo et al. use 15.
+        correct: ``[examples]`` bool, True where the predicted class is the label.
+        bins: number of bins; Guo et al. use 15.
 
     Raises:
-        RequestError: there are no examples, not one ``correct`` for each, or a confidence is
-            outside [0, 1].
+        RequestError: there are no examples, the two shapes differ, or a confidence is not in
+            [0, 1].
     """
     confidence, correct = np.asarray(confidence, np.float64), np.asarray(correct, np.float64)
     if not len(confidence) or confidence.shape != correct.shape:
@@ -84,51 +92,41 @@ def calibration_bins(
     if not ((confidence >= 0) & (confidence <= 1)).all():
         raise RequestError("calibration needs confidences in [0, 1]; apply the softmax first")
     upper_edges = np.arange(1, bins) / bins
-    bin_ = np.searchsorted(upper_edges, confidence, side="left")
-    examples = np.bincount(bin_, minlength=bins)
-    filled = np.where(examples, examples, np.nan)
+    indices = np.searchsorted(upper_edges, confidence, side="left")
+    examples = np.bincount(indices, minlength=bins)
+    counts = np.where(examples, examples, np.nan)
     return CalibrationBins(
         examples,
-        np.bincount(bin_, confidence, bins) / filled,
-        np.bincount(bin_, correct, bins) / filled,
+        np.bincount(indices, confidence, bins) / counts,
+        np.bincount(indices, correct, bins) / counts,
     )
 
 
-def expected_calibration_error(
-    confidence: np.ndarray, correct: np.ndarray, bins: int = 15
+def fit_temperature(
+    logits: Float[np.ndarray, "examples classes"], labels: Integer[np.ndarray, " examples"]
 ) -> float:
-    """The mean distance between confidence and accuracy, in [0, 1] (Guo et al. 2017, equation 3).
+    """Fit the temperature that maximizes the likelihood of the labels (Guo et al. 2017).
 
-    It is biased upwards where bins hold few examples: even a perfectly calibrated network has a
-    positive error on a hundred images. Arguments and errors are those of `calibration_bins`.
-    """
-    return calibration_bins(confidence, correct, bins).error
-
-
-def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
-    """The one temperature that makes the labels most likely: temperature scaling, Guo et al. 2017.
-
-    The mean cross-entropy of ``logits / T`` is convex in ``1 / T``; the root of its slope is found
-    by Brent's method.
+    The mean cross-entropy of ``logits / T`` is convex in ``1 / T``; Brent's method finds the root
+    of its derivative.
 
     Args:
-        logits: ``[n, classes]``, of examples that the network was not trained on.
-        labels: ``[n]`` class indices.
+        logits: ``[examples, classes]`` of examples that the network was not trained on.
+        labels: ``[examples]`` class indices.
 
     Returns:
-        The temperature, within `TEMPERATURES`; an end of that range where the optimum is not
-        inside, and 1 where the likelihood does not depend on it.
+        The temperature, clipped to `TEMPERATURES`; 1 if the logits of every example are equal.
 
     Raises:
-        RequestError: there are no examples, a label is not a class or a logit not finite.
+        RequestError: there are no examples, a label is not a class or a logit is not finite.
     """
     logits, labels = _checked(logits, labels)
     shifted = logits - logits.max(1, keepdims=True)
-    of_label = shifted[np.arange(len(labels)), labels].mean()
+    label_mean = shifted[np.arange(len(labels)), labels].mean()
 
-    def slope(inverse: float) -> float:
-        probabilities = softmax(inverse * shifted, axis=1)
-        return float((probabilities * shifted).sum(1).mean() - of_label)
+    def slope(inverse_temperature: float) -> float:
+        probabilities = softmax(inverse_temperature * shifted, axis=1)
+        return float((probabilities * shifted).sum(1).mean() - label_mean)
 
     low, high = 1 / TEMPERATURES[1], 1 / TEMPERATURES[0]
     if not shifted.any():
@@ -137,29 +135,34 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
         return TEMPERATURES[0]
     if slope(low) >= 0:
         return TEMPERATURES[1]
-    return 1 / float(root_scalar(slope, bracket=(low, high), xtol=1e-14, rtol=1e-13).root)
+    return 1 / float(brentq(slope, low, high, xtol=1e-14, rtol=1e-13))
 
 
 def calibrate(
-    logits: np.ndarray, labels: np.ndarray, *, bins: int = 15, seed: int = 0
+    logits: Float[np.ndarray, "examples classes"],
+    labels: Integer[np.ndarray, " examples"],
+    *,
+    bins: int = 15,
+    seed: int = 0,
 ) -> Calibration:
-    """Measures calibration before and after temperature scaling, without measuring on the fit.
+    """Measure calibration before and after temperature scaling, by two-fold cross-validation.
 
-    The examples are split at random into two halves, and each half is scaled with the temperature
-    fitted on the other, so that no example has a say in its own temperature.
+    The examples are split at random into two halves; the logits of each half are divided by the
+    temperature fitted on the other half, so that no temperature is measured on its own examples.
 
     Args:
-        logits: ``[n, classes]``, of examples that the network was not trained on; at least two.
-        labels: ``[n]`` class indices.
-        bins: see `calibration_bins`.
-        seed: of the split.
+        logits: ``[examples, classes]`` of examples that the network was not trained on; at least
+            two examples.
+        labels: ``[examples]`` class indices.
+        bins: number of confidence bins; see `calibration_bins`.
+        seed: seed of the random split.
 
     Raises:
-        RequestError: as `fit_temperature`, or there is only one example.
+        RequestError: as for `fit_temperature`, or there is only one example.
     """
     logits, labels = _checked(logits, labels)
     if len(labels) < 2:
-        raise RequestError("calibration needs at least two labelled examples; got one")
+        raise RequestError("calibration needs at least two labeled examples; got one")
     order = np.random.default_rng(seed).permutation(len(labels))
     halves = order[::2], order[1::2]
     scaled = np.empty_like(logits)

@@ -1,1 +1,1 @@
-"""What every room stands on: files, errors, types, devices and processes, progress; no networks."""
+"""Foundation of all other packages: files, errors, types, devices, processes and progress bars."""

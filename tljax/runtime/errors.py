@@ -1,8 +1,8 @@
-"""The ways in which tljax says no."""
+"""Exceptions that commands turn into one line and an exit code."""
 
 
 class RequestError(ValueError):
-    """What was asked for cannot be done: one line that says what, where, and what to do next.
+    """A request cannot be fulfilled: one line that says what is wrong, where, and what to do.
 
     Commands print it without a traceback and exit with code 2.
     """
@@ -13,21 +13,21 @@ class WriteError(RequestError):
 
 
 class UnreadableImageError(ValueError):
-    """One image cannot be used; the message is the reason that ends up in ``skipped.csv``."""
+    """One image cannot be read; ``skipped.csv`` records the message as the reason."""
 
 
 class VerificationError(Exception):
-    """A comparison that was asked for did not hold: one line; commands exit with code 1."""
+    """A requested comparison failed: one line; commands exit with code 1."""
 
 
 class DivergenceError(ArithmeticError):
-    """A loss is no finite number any more: one line with advice; commands exit with code 1."""
+    """Training diverged, its loss is NaN or infinite: one line; commands exit with code 1."""
 
 
 class StoppedError(Exception):
-    """Training was asked to end early and lost nothing: one line; commands exit with `CODE`."""
+    """Training was stopped early and can be resumed: one line; commands exit with `CODE`."""
 
-    CODE = 75  # EX_TEMPFAIL, which schedulers take for "run it again"
+    CODE = 75  # EX_TEMPFAIL: schedulers run the job again
 
     def __init__(self, message: str = "stopped by SIGTERM") -> None:
         super().__init__(message)

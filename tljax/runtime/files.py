@@ -1,7 +1,8 @@
-"""Where files go, and how they get there whole."""
+"""Cache folder, output folders, atomic writes, digests and JSON."""
 
 import errno
 import glob
+import hashlib
 import json
 import math
 import os
@@ -16,28 +17,31 @@ from tljax.runtime.errors import RequestError, WriteError
 
 
 def cache_dir() -> Path:
-    """Find the user's cache of weights and features: ``$TLJAX_CACHE`` or ``~/.cache/tljax``.
+    """Return the folder of cached downloads, features and compiled programs.
+
+    Returns:
+        ``$TLJAX_CACHE`` if it is set, otherwise ``tljax`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
 
     Raises:
-        WriteError: the user has no home folder.
+        WriteError: neither variable is set and the user has no home folder.
     """
-    if chosen := os.environ.get("TLJAX_CACHE"):
-        return Path(chosen)
+    if folder := os.environ.get("TLJAX_CACHE"):
+        return Path(folder)
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tljax"
-    except RuntimeError as error:  # a container, say, that runs as a user without a name
-        raise WriteError("there is no home folder: set TLJAX_CACHE to one for files") from error
+    except RuntimeError as error:  # for example a container whose user has no passwd entry
+        raise WriteError("there is no home folder: set TLJAX_CACHE to a cache folder") from error
 
 
 MARKER = ".tljax"
-"""A file in every folder that tljax writes results into; such a folder is never read as data."""
+"""Name of a file that marks folders of results, which are never read as data."""
 
 
 def mark_output(folder: Path) -> None:
-    """Mark a folder as written by tljax; made if it is missing.
+    """Mark a folder as output of tljax; create it if it is missing.
 
     Raises:
-        RequestError: it cannot be written.
+        RequestError: the folder cannot be written.
     """
     if not (folder / MARKER).exists():
         with suppress(FileExistsError), written_whole(folder / MARKER, exclusive=True) as temporary:
@@ -45,34 +49,39 @@ def mark_output(folder: Path) -> None:
 
 
 def read_config(workdir: Path) -> dict[str, Any]:
-    """Reads what a run was asked to do.
+    """Read and check the ``config.json`` of a run directory.
 
     Raises:
-        RequestError: there is no run, or the file is damaged.
+        RequestError: the folder is not a run directory, or the file is damaged.
     """
     path = workdir / "config.json"
     if not path.exists():
         raise RequestError(f"{workdir} is not a run directory: it has no config.json")
     try:
         config = dict(json.loads(path.read_text("utf-8")))
-        wrong = [k for k in config.keys() & _KINDS if not isinstance(config[k], _KINDS[k])]
-        wrong = wrong or sorted(_KEPT.difference(config.get("fingerprint", _KEPT)))
+        invalid = [k for k in config.keys() & _TYPES if not isinstance(config[k], _TYPES[k])]
+        invalid = invalid or sorted(_DIGESTS.difference(config.get("fingerprint", _DIGESTS)))
     except (OSError, TypeError, ValueError) as error:
         raise RequestError(f"{path} is damaged ({error}): restore it or start anew") from error
-    if wrong:
-        raise RequestError(f"{path} is damaged (its {wrong[0]}): restore it or start anew")
+    if invalid:
+        raise RequestError(f"{path} is damaged (its {invalid[0]}): restore it or start anew")
     return config
 
 
 CONFIG_VERSION = 2
-"""Of a run's config.json. Version 1 bore no number, and said ``average`` for ``ema_decay``."""
+"""Version of a run's config.json. Version 1 has no number and calls ``ema_decay`` ``average``."""
 
-_KINDS = {"data": str, "weights": str, "val_fraction": int | float, "fingerprint": dict}
-_KEPT = {"images", "weights", "split.csv"}  # in the fingerprint; earlier versions kept none
+_TYPES = {"data": str, "weights": str, "val_fraction": int | float, "fingerprint": dict}
+_DIGESTS = {"images", "weights", "split.csv"}  # keys of "fingerprint", which old files may lack
 
 
 def to_json(value: Any, **options: Any) -> str:
-    """JSON by `json.dumps`, with null for nan and the infinities, which JSON does not have."""
+    """Serialize a value to JSON, with null for NaN and infinities, which JSON does not have.
+
+    Args:
+        value: nested mappings, lists and tuples of plain values.
+        **options: passed to `json.dumps`.
+    """
 
     def finite(value: Any) -> Any:
         if isinstance(value, float):
@@ -84,23 +93,38 @@ def to_json(value: Any, **options: Any) -> str:
     return json.dumps(finite(value), allow_nan=False, **options)
 
 
-@contextmanager
-def written_whole(path: Path, *, exclusive: bool = False) -> Iterator[Path]:
-    """Give a temporary path beside ``path`` that takes its place when the block ends without error.
+def sha256(content: Path | bytes) -> str:
+    """Compute the SHA-256 of a file (given by its path) or of bytes, as 64 hexadecimal digits.
 
-    So a reader sees the old file or the new one, never half of one. Missing folders are made, and
-    what processes that were killed had begun of this file is removed.
-
-    Args:
-        path: the file.
-        exclusive: never replace a file: of several writers at once the first one wins.
+    A file is read in chunks, so its size does not matter.
 
     Raises:
-        FileExistsError: with ``exclusive``: there is such a file by now.
-        WriteError: the file cannot be written, or the disk is full.
+        OSError: the file cannot be read.
     """
-    if os.path.islink(path):  # noqa: PTH114 - Path.is_symlink raises where a name is too long
-        path = path.resolve()  # what it leads to is written, not the link
+    if isinstance(content, bytes):
+        return hashlib.sha256(content).hexdigest()
+    with content.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def written_whole(path: Path, *, exclusive: bool = False) -> Iterator[Path]:
+    """Write a file atomically: yield a temporary path that replaces ``path`` after the block.
+
+    Readers see the old file or the new one, never a partial one. After an error in the block the
+    old file remains. Missing folders are created, and temporary files that killed processes left
+    for this path are removed after a day.
+
+    Args:
+        path: file to write; the target of a symbolic link is written, not the link.
+        exclusive: never replace an existing file; of several concurrent writers the first wins.
+
+    Raises:
+        FileExistsError: ``exclusive`` is set and the file exists.
+        WriteError: the file cannot be written, for example because the disk is full.
+    """
+    if os.path.islink(path):  # noqa: PTH114 - Path.is_symlink raises if a name is too long
+        path = path.resolve()
     temporary = path.with_name(f".{path.name}.{uuid4().hex}.part")
     try:
         _create(temporary)
@@ -113,8 +137,8 @@ def written_whole(path: Path, *, exclusive: bool = False) -> Iterator[Path]:
     except OSError as error:
         if exclusive and error.errno == errno.EEXIST and temporary.exists():
             raise
-        if error.errno not in _OF_THE_DISK:
-            raise  # of the network, say, that the block reads from
+        if error.errno not in _DISK_ERRORS:
+            raise  # for example an error of the network that the block reads from
         raise WriteError(f"{path}: cannot be written ({error.strerror})") from error
     finally:
         with suppress(OSError):
@@ -122,15 +146,15 @@ def written_whole(path: Path, *, exclusive: bool = False) -> Iterator[Path]:
 
 
 def remove_abandoned(paths: Iterable[Path]) -> None:
-    """Remove files that nothing was written to for a day: whoever had begun them is gone."""
+    """Remove the files that were last modified more than a day ago; ignore errors."""
     for path in paths:
-        with suppress(OSError):  # another process was quicker
+        with suppress(OSError):  # another process may have removed it
             if time.time() - path.stat().st_mtime > 24 * 3600:
                 path.unlink()
 
 
 def _create(path: Path) -> None:
-    for _ in range(10):  # another process may remove the folder while it is empty
+    for _ in range(10):  # another process may remove the folder as long as it is empty
         path.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileNotFoundError):
             path.touch(exist_ok=False)
@@ -144,11 +168,11 @@ def _rename_exclusively(source: Path, path: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP):
             raise
-        path.touch(exist_ok=False)  # the disk has no hard links; for a moment, the file is empty
+        path.touch(exist_ok=False)  # without hard links the file is empty for a moment
         source.replace(path)
 
 
-_OF_THE_DISK = (
+_DISK_ERRORS = (
     *(errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EFBIG, errno.EIO, errno.EISDIR),
     *(errno.ENAMETOOLONG, errno.ENOENT, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS),
 )

@@ -1,7 +1,8 @@
-"""One mesh over all devices, the batch split along its ``data`` axis. Also on several hosts.
+"""Data parallelism over all devices of one or several processes.
 
-Several processes, one a host or a GPU, run the same program: `join` once at the start, and from
-there on every function here means all of them together.
+One mesh contains all devices, and batches are sharded along its ``data`` axis. With several
+processes (one per host or GPU), all run the same program: each calls `join` once at the start, and
+later all of them call the functions of this module together.
 """
 
 import json
@@ -25,21 +26,22 @@ Tree = TypeVar("Tree")
 
 
 def join() -> None:
-    """Makes this process one of several; TPU pods and Slurm tell JAX by themselves who it is.
+    """Initialize `jax.distributed`; call it before anything uses a device.
 
-    Elsewhere the environment does: ``JAX_COORDINATOR_ADDRESS`` (``host:port`` of process 0),
-    ``JAX_NUM_PROCESSES`` and ``JAX_PROCESS_ID``. Before anything else touches a device.
+    JAX detects the coordinator on TPU pods and under Slurm. Elsewhere set the environment variables
+    ``JAX_COORDINATOR_ADDRESS`` (``host:port`` of process 0), ``JAX_NUM_PROCESSES`` and
+    ``JAX_PROCESS_ID``.
 
     Raises:
-        RequestError: nobody tells, or the others do not answer.
+        RequestError: the coordinator is unknown, or the other processes do not connect.
     """
     try:
-        # JAX itself reads the address from the environment, and only that.
-        count, number = (
+        # Of these variables JAX itself reads only the address.
+        num_processes, process_id = (
             int(os.environ[name]) if name in os.environ else None
             for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
         )
-        jax.distributed.initialize(num_processes=count, process_id=number)
+        jax.distributed.initialize(num_processes=num_processes, process_id=process_id)
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise RequestError(
@@ -50,90 +52,100 @@ def join() -> None:
 
 
 def leave(message: str, code: int) -> NoReturn:
-    """End this process, and the others with it, which would wait for it for ever.
+    """Exit all processes; without this one the others would wait forever.
 
     Args:
-        message: what the others print; this process has said it.
-        code: the exit code of all.
+        message: error message that the other processes print; this process has printed it.
+        code: exit code of all processes.
     """
     if jax.process_count() == 1:
         sys.exit(code)
     client = _client()
-    with suppress(RuntimeError):  # another one was first
-        client.key_value_set(_LEFT, json.dumps((jax.process_index(), message, code)))
-    _end_together(client, code)
+    with suppress(RuntimeError):  # another process has set it already
+        client.key_value_set(_EXIT_KEY, json.dumps((jax.process_index(), message, code)))
+    _exit_together(client, code)
 
 
 def _client() -> Any:
-    """Reach what JAX's coordinator holds for all processes."""
-    import orbax.checkpoint as ocp  # noqa: PLC0415 - takes half a second, which one process saves
+    """Return the client of JAX's coordination service."""
+    import orbax.checkpoint as ocp  # noqa: PLC0415 - half a second, which a single process saves
 
     return ocp.multihost.get_jax_distributed_client()
 
 
 def _follow(client: Any) -> None:
-    """Look every second for a process that leaves, and leave as well."""
+    """Check every second whether another process has called `leave`, and exit if so."""
     while True:
-        time.sleep(1)  # not in the client: a thread that waits there would break Python's exit
-        with suppress(RuntimeError):  # none has
-            number, message, code = json.loads(client.key_value_try_get(_LEFT))
-            if number != jax.process_index():
-                print(f"error: process {number}: {message}", file=sys.stderr)
-                _end_together(client, code)
+        time.sleep(1)  # polling, because a thread blocked in the client breaks Python's exit
+        with suppress(RuntimeError):  # the key is not set
+            process_id, message, code = json.loads(client.key_value_try_get(_EXIT_KEY))
+            if process_id != jax.process_index():
+                print(f"error: process {process_id}: {message}", file=sys.stderr)
+                _exit_together(client, code)
 
 
-def _end_together(client: Any, code: int) -> NoReturn:
-    with suppress(RuntimeError):  # not all of them can answer
-        client.wait_at_barrier(_LEFT, 10_000)
+def _exit_together(client: Any, code: int) -> NoReturn:
+    with suppress(RuntimeError):  # a process may have died
+        client.wait_at_barrier(_EXIT_KEY, 10_000)
     sys.stdout.flush()
     os._exit(code)
 
 
-_LEFT = "tljax/left"
+_EXIT_KEY = "tljax/left"
 
 
 def is_writer() -> bool:
-    """Whether this process is the one that writes files."""
+    """Return True in the one process that writes files, process 0."""
     return jax.process_index() == 0
 
 
 def data_mesh(devices: int | None = None) -> Mesh:
-    """A one-dimensional mesh named ``data``.
+    """Create a one-dimensional mesh with the axis ``data``.
 
     Args:
-        devices: how many to use; by default all, of every process.
+        devices: number of devices to use; by default all devices of all processes.
 
     Raises:
-        RequestError: there are not so many.
+        RequestError: there are fewer devices, or there are several processes, which must use all.
     """
-    found = jax.devices()
-    if devices is not None and not 1 <= devices <= len(found):
-        raise RequestError(f"--devices {devices}: this machine has {len(found)}")
-    if devices not in (None, len(found)) and jax.process_count() > 1:
-        raise RequestError("--devices: several processes use all devices of all of them")
-    return jax.make_mesh(
-        (devices or len(found),), ("data",), axis_types=(AxisType.Auto,), devices=found[:devices]
-    )
+    available = jax.devices()
+    if devices is not None and not 1 <= devices <= len(available):
+        raise RequestError(f"--devices {devices}: this machine has {len(available)}")
+    if devices not in (None, len(available)) and jax.process_count() > 1:
+        raise RequestError(f"--devices {devices}: several processes use all {len(available)}")
+    selected = available[:devices]
+    return jax.make_mesh((len(selected),), ("data",), axis_types=(AxisType.Auto,), devices=selected)
 
 
 def divisible(batch_size: int, mesh: Mesh) -> int:
-    """The batch size, rounded up to a multiple of the number of devices."""
+    """Return the batch size rounded up to a multiple of the number of devices."""
     return -(-batch_size // mesh.size) * mesh.size
 
 
 def shard(batch: Tree, mesh: Mesh) -> Tree:
-    """Host arrays as global arrays, split along their first axis over the mesh.
+    """Transfer host arrays to the devices, sharded along their first axis over the mesh.
 
-    Each process gives its own rows; their number must divide by the number of its devices.
+    Args:
+        batch: tree of arrays ``[rows, ...]``, the rows of this process; their number must be
+            divisible by the number of its devices.
+        mesh: see `data_mesh`.
+
+    Returns:
+        The tree with global arrays, which contain the rows of all processes.
     """
     sharding = NamedSharding(mesh, PartitionSpec("data"))
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 
 def replicate(tree: Tree, mesh: Mesh) -> Tree:
-    """The same values on every device of the mesh; every process must give the same.
+    """Copy a tree of arrays to every device of the mesh.
 
-    Fresh buffers, so that a step may be given them to keep.
+    Args:
+        tree: host or device arrays, equal in all processes.
+        mesh: see `data_mesh`.
+
+    Returns:
+        The tree with replicated arrays in new buffers, which a step may donate.
     """
     sharding = NamedSharding(mesh, PartitionSpec())
     return jax.tree.map(
@@ -142,29 +154,29 @@ def replicate(tree: Tree, mesh: Mesh) -> Tree:
 
 
 def local_rows(x: jax.Array) -> np.ndarray:
-    """What `shard` put onto this process's devices, on the host again."""
-    shards = sorted(x.addressable_shards, key=lambda part: part.index[0].start or 0)
-    return np.concatenate([np.asarray(part.data) for part in shards])
+    """Copy this process's rows of an array sharded by `shard` to the host."""
+    shards = sorted(x.addressable_shards, key=lambda shard: shard.index[0].start or 0)
+    return np.concatenate([np.asarray(shard.data) for shard in shards])
 
 
 def gather(rows: np.ndarray) -> np.ndarray:
-    """The rows of all processes, one process after another; equally many of each."""
+    """Concatenate the rows of all processes in process order; all must have the same number."""
     if jax.process_count() == 1:
         return rows
     return np.asarray(multihost_utils.process_allgather(rows)).reshape(-1, *rows.shape[1:])
 
 
 def agree(due: bool, stop: bool) -> tuple[bool, bool]:
-    """Decide together: the writer's clock says what is due, and any process that all stop."""
-    answers = gather(np.array([[due, stop]]))
-    return bool(answers[0, 0]), bool(answers[:, 1].any())
+    """Agree on two decisions: ``due`` as process 0 says, ``stop`` if any process says so."""
+    flags = gather(np.array([[due, stop]]))
+    return bool(flags[0, 0]), bool(flags[:, 1].any())
 
 
 class Preemption:
-    """SIGTERM, which schedulers send before they end a process: nothing is lost by it.
+    """Context manager that handles SIGTERM, which schedulers send before they kill a process.
 
-    Within `deferred` it is noted in ``asked``, for a loop that looks there after every step;
-    elsewhere it raises `StoppedError` at once, and so does a second one anywhere.
+    Inside `deferred` the signal only sets ``asked``, which the training loop checks after every
+    step. Elsewhere, and on the second signal, it raises `StoppedError` immediately.
     """
 
     def __init__(self) -> None:
@@ -179,7 +191,7 @@ class Preemption:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Keep training from being interrupted within a step or a save."""
+        """Delay SIGTERM until the end of the block, so that no step or save is interrupted."""
         self._deferred = True
         try:
             yield
@@ -189,9 +201,9 @@ class Preemption:
             raise StoppedError
 
     def _stop(self, *_: object) -> None:
-        now = self.asked or not self._deferred
+        immediately = self.asked or not self._deferred
         self.asked = True
-        if not now:
+        if not immediately:
             return
         if jax.process_count() > 1:
             message = str(StoppedError())
@@ -201,12 +213,10 @@ class Preemption:
 
 
 def gather_json(value: Any) -> list[Any]:
-    """One JSON value of every process."""
+    """Gather a JSON-serializable value from every process, in process order."""
     if jax.process_count() == 1:
         return [value]
     data = np.frombuffer(json.dumps(value).encode(), np.uint8)
     lengths = gather(np.array([data.size], np.int32))
-    everything = gather(np.pad(data, (0, int(lengths.max()) - data.size))[None])
-    return [
-        json.loads(row[:length].tobytes()) for row, length in zip(everything, lengths, strict=True)
-    ]
+    rows = gather(np.pad(data, (0, int(lengths.max()) - data.size))[None])
+    return [json.loads(row[:length].tobytes()) for row, length in zip(rows, lengths, strict=True)]

@@ -1,5 +1,5 @@
-# ruff: noqa: PLC0415 - rich is imported only where a terminal is there to draw on
-"""One progress bar for every loop over batches."""
+# ruff: noqa: PLC0415 - rich is imported only if stderr is a terminal
+"""Progress bars of loops over batches."""
 
 import sys
 import time
@@ -23,23 +23,23 @@ def track(
     size: Callable[[Item], int] = lambda _: 1,
     quiet: bool = False,
 ) -> Iterator[Item]:
-    """Yields the batches and shows on stderr how far the loop over them has come.
+    """Yield the batches and show the progress of the loop on stderr.
 
-    A terminal gets a bar with the count, the recent speed, the time spent and the time left. The
-    bar disappears when the loop ends, fails or is left early. A loop that ran to its end leaves one
-    line, and that line is all that a file or a pipe gets::
+    A terminal shows a bar with the count, the current speed, the elapsed and the remaining time;
+    the bar disappears at the end of the loop. A loop that was not interrupted prints one line at
+    its end, which is all that a file or a pipe receives::
 
         features  1797 images  12.3 s  146 images/s
 
-    An item counts once the caller has come back for the next one. Bars may nest.
+    An item is counted when the caller requests the next one. Bars may be nested.
 
     Args:
-        batches: what to iterate over.
-        description: the name of the loop, such as ``"features"``.
-        total: the number of units in all items together; None where nobody knows.
-        unit: what is counted, in the plural.
-        size: the number of units in one item.
-        quiet: show nothing at all.
+        batches: items to iterate over.
+        description: name of the loop, such as ``"features"``.
+        total: number of units in all items; None if unknown.
+        unit: name of the counted unit, in the plural.
+        size: function that returns the number of units in an item; by default 1.
+        quiet: show nothing.
     """
     if quiet:
         yield from batches
@@ -60,34 +60,28 @@ def track(
 
 @contextmanager
 def _bar(description: str, total: int | None, unit: str) -> Iterator[Callable[[int], None]]:
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    import rich.progress as columns
 
-    progress = Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=24),
-        TextColumn("{task.completed}/{task.fields[of]}", markup=False),
-        TextColumn("{task.fields[speed]}", markup=False),
-        TimeElapsedColumn(),
-        *(() if total is None else (TextColumn("left"), TimeRemainingColumn())),
+    progress = columns.Progress(
+        columns.TextColumn("{task.description}", markup=False),
+        columns.BarColumn(bar_width=24),
+        columns.TextColumn("{task.completed}/{task.fields[total_units]}", markup=False),
+        columns.TextColumn("{task.fields[speed]}", markup=False),
+        columns.TimeElapsedColumn(),
+        *(() if total is None else (columns.TextColumn("left"), columns.TimeRemainingColumn())),
         console=_stderr(),
         transient=True,
-        # What a command prints for machines must not end up on stderr.
+        # Output that a command prints for other programs must stay on stdout.
         redirect_stdout=sys.stdout.isatty(),
     )
-    of = f"{'?' if total is None else total} {unit}"
-    task_id = progress.add_task(description, total=total, of=of, speed="")
+    total_units = f"{'?' if total is None else total} {unit}"
+    task_id = progress.add_task(description, total=total, total_units=total_units, speed="")
 
     def advance(units: int) -> None:
         progress.advance(task_id, units)
-        recent = progress.tasks[task_id].speed
-        if recent is not None:
-            progress.update(task_id, speed=_speed(recent, unit))
+        speed = progress.tasks[task_id].speed
+        if speed is not None:
+            progress.update(task_id, speed=_speed(speed, unit))
 
     with progress:
         yield advance
@@ -95,7 +89,7 @@ def _bar(description: str, total: int | None, unit: str) -> Iterator[Callable[[i
 
 @cache
 def _stderr() -> "Console":
-    """The one console of all bars: only bars of the same console can nest."""
+    """Return the console of all bars; only bars of the same console can be nested."""
     from rich.console import Console
 
     return Console(stderr=True)

@@ -1,4 +1,4 @@
-"""The ranges of numbers, declared in the types of settings. Imports nothing heavy."""
+"""Ranges of numeric settings, declared in their types. Imports nothing heavy."""
 
 from dataclasses import fields
 from itertools import cycle
@@ -9,12 +9,12 @@ from tljax.runtime.errors import RequestError
 
 
 class Range(NamedTuple):
-    """The range of a setting, as in ``Annotated[int, Range(1, 9)]``.
+    """Range of a numeric setting, as in ``Annotated[int, Range(1, 9)]``.
 
     Attributes:
-        low: the lowest value.
-        high: the highest value.
-        without: which of the two is out of range itself.
+        low: lowest value.
+        high: highest value.
+        without: which of the two bounds is excluded; by default none.
     """
 
     low: float
@@ -22,7 +22,7 @@ class Range(NamedTuple):
     without: Literal["low", "high"] | None = None
 
     def holds(self, number: Any, kind: type = float) -> bool:
-        """Check a number; nan is in no range."""
+        """Return True if a number is in the range and has the right kind; NaN is in no range."""
         return (
             isinstance(number, Integral if kind is int else Real)
             and self.low <= float(number) <= self.high
@@ -49,31 +49,33 @@ Positive = Annotated[float, Range(0, 3e38, without="low")]
 
 
 def ranges(hint: Any) -> list[tuple[type, Range]]:
-    """List the types of numbers within a type, and their ranges: one, or one for each of a pair."""
-    if found := [extra for extra in getattr(hint, "__metadata__", ()) if isinstance(extra, Range)]:
-        return [(get_args(hint)[0], found[0])]
-    return [found for part in get_args(hint) for found in ranges(part)]
+    """Return the numeric types in a type hint with their ranges, in order (two for a pair)."""
+    for metadata in getattr(hint, "__metadata__", ()):
+        if isinstance(metadata, Range):
+            return [(get_args(hint)[0], metadata)]
+    return [pair for part in get_args(hint) for pair in ranges(part)]
 
 
 class Checked:
-    """A dataclass whose numbers are in their ranges, or it cannot be made.
+    """Base of dataclasses whose constructor checks that numbers are in their ranges.
 
     Raises:
-        RequestError: one is not; the line names the setting, its value and the range.
+        RequestError: a number is out of range; the message names the setting, its value and the
+            range.
     """
 
     def __post_init__(self) -> None:
-        for one in fields(self):  # pyright: ignore[reportArgumentType]
-            value = getattr(self, one.name)
+        for field in fields(self):  # pyright: ignore[reportArgumentType]
+            value = getattr(self, field.name)
             values = value if isinstance(value, tuple | list) else (value,)
-            for number, (kind, allowed) in zip(values, cycle(ranges(one.type)), strict=False):
+            for number, (kind, allowed) in zip(values, cycle(ranges(field.type)), strict=False):
                 if number is not None and not allowed.holds(number, kind):
-                    what = "a whole number" if kind is int else "a number"
-                    raise RequestError(f"{spelled(one.name, value)}: choose {what} {allowed}")
+                    noun = "a whole number" if kind is int else "a number"
+                    raise RequestError(f"{spelled(field.name, value)}: choose {noun} {allowed}")
 
 
 def spelled(name: str, value: Any) -> str:
-    """Writes a setting as a flag with its value."""
+    """Format a setting as a command-line flag with its value."""
     flag = name.replace("_", "-")
     if isinstance(value, bool):
         return f"--{flag}" if value else f"--no-{flag}"

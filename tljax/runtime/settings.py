@@ -1,4 +1,7 @@
-"""Settings by name, and which of them have no effect. Imports nothing heavy: --help reads this."""
+"""Settings of dataclasses by name, and which of them have no effect.
+
+Imports nothing heavy, because ``--help`` imports it.
+"""
 
 from collections.abc import Callable, Iterable
 from dataclasses import fields, is_dataclass
@@ -12,25 +15,33 @@ Dtype = Literal["float32", "bfloat16"]
 Normalization = Literal["torch", "tf", "caffe"]
 
 Conditions = tuple[tuple[str, Callable[[Any], Any], str], ...]
-"""(names of settings, whether they count given all settings, what follows "has no effect"). The
-first that does not hold says why; a setting that stands in none always counts."""
+"""Conditions under which settings have an effect.
+
+Each is (names of settings, predicate of a namespace of all settings, reason that follows "has no
+effect" if the predicate is false). The first false predicate of a setting determines its message; a
+setting that no condition names always has an effect.
+"""
 
 
 def settings(config: Any) -> dict[str, Any]:
-    """Lists every setting by its name, those of nested configurations too."""
-    found: dict[str, Any] = {}
-    for one in fields(config):
-        value = getattr(config, one.name)
-        found |= settings(value) if is_dataclass(value) else {one.name: value}
-    return found
+    """Return the values of all settings by name, including those of nested dataclasses."""
+    values: dict[str, Any] = {}
+    for field in fields(config):
+        value = getattr(config, field.name)
+        values |= settings(value) if is_dataclass(value) else {field.name: value}
+    return values
 
 
 def idle(config: Any, conditions: Conditions, names: Iterable[str]) -> dict[str, str]:
-    """Finds those of the settings called ``names`` that have no effect, with a line about each."""
-    now = settings(config)
-    space, why = SimpleNamespace(**now), dict[str, str]()
-    for among, counts, words in conditions:
-        for name in set(names).intersection(among.split()) - why.keys():
-            if not counts(space):
-                why[name] = f"{spelled(name, now[name])} has no effect {words}"
-    return {name: why[name] for name in now if name in why}
+    """Find the settings among ``names`` that have no effect.
+
+    Returns:
+        A message per setting without effect, by its name.
+    """
+    values = settings(config)
+    namespace, messages = SimpleNamespace(**values), dict[str, str]()
+    for condition_names, has_effect, reason in conditions:
+        for name in set(names).intersection(condition_names.split()) - messages.keys():
+            if not has_effect(namespace):
+                messages[name] = f"{spelled(name, values[name])} has no effect {reason}"
+    return {name: messages[name] for name in values if name in messages}

@@ -1,4 +1,4 @@
-"""Nested dicts as flat ones whose keys are paths: ``layer3/block0/conv1/kernel``."""
+"""Nested dicts as flat dicts with path keys such as ``layer3/block0/conv1/kernel``."""
 
 import hashlib
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ import numpy as np
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Every leaf by its path, in the order of the tree."""
+    """Flatten a nested dict to ``{path: leaf}``, in the order of the tree."""
     flat: dict[str, Any] = {}
     for name, value in tree.items():
         if isinstance(value, Mapping):
@@ -19,7 +19,7 @@ def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `flatten`."""
+    """Invert `flatten`."""
     tree: dict[str, Any] = {}
     for path, leaf in flat.items():
         *parents, name = path.split("/")
@@ -31,7 +31,7 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def tree_digest(tree: Mapping[str, Any]) -> str:
-    """SHA-256 of the paths and bytes of all arrays in a tree, whatever its order."""
+    """Compute the SHA-256 of the paths and bytes of all arrays of a tree, sorted by path."""
     digest = hashlib.sha256()
     for path, leaf in sorted(flatten(tree).items()):
         digest.update(path.encode())
@@ -40,5 +40,5 @@ def tree_digest(tree: Mapping[str, Any]) -> str:
 
 
 def array_bytes(array: Any) -> memoryview:
-    """The bytes of an array of any dtype, bfloat16 too, in C order."""
+    """Return the bytes of an array of any dtype, including bfloat16, in C order."""
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data

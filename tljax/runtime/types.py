@@ -1,15 +1,25 @@
-"""The few types that every room shares. Arrays and plain data only; no behaviour."""
+"""Data types that all packages share: arrays, preprocessing and batches."""
 
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, Self
 
 import jax
 import numpy as np
+from jaxtyping import Bool, Float, Int32, Integer, Shaped
 
 from tljax.runtime.settings import Normalization
 
 Array = jax.Array | np.ndarray
 """An array on the host or on a device."""
+
+Logits = Float[Array, "examples classes"]
+"""Unnormalized log-probabilities, one row per example."""
+
+Labels = Integer[Array, " examples"]
+"""Class indices, one per example."""
+
+FeatureMap = Float[jax.Array, "batch height width channels"]
+"""Activations of a convolutional layer."""
 
 Variables = dict[str, Any]
 """``{"params": {stage: ...}, "batch_stats": {stage: ...}}``: nested dicts with arrays as leaves."""
@@ -17,21 +27,21 @@ Variables = dict[str, Any]
 
 @dataclass(frozen=True)
 class Preprocess:
-    """How a photograph becomes what a set of weights expects to see. Travels with the weights.
+    """Preprocessing of images that a set of weights expects; it is saved with the weights.
 
-    Geometry happens on the host, on uint8 pixels: the short side is resized to ``resize`` and the
-    central ``size`` x ``size`` square is cut out. Normalisation is the model's first act, on the
-    device: ``(x - mean) / std`` for RGB ``x`` in [0, 1], then the channel order is reversed for
-    networks that were trained on BGR. Caffe's ``x * 255 - mean_bgr`` is ``std = 1/255``; [-1, 1] is
-    ``mean = std = 0.5``.
+    Resizing and cropping happen on the host, on uint8 pixels: the short side is resized to
+    ``resize`` and the central ``size`` x ``size`` square is cropped. The model itself then
+    normalizes RGB values ``x`` in [0, 1] to ``(x - mean) / std``, on the device, and reverses the
+    channel order for networks that were trained on BGR. Caffe's ``x * 255 - mean_bgr`` corresponds
+    to ``std = 1/255``; values in [-1, 1] correspond to ``mean = std = 0.5``.
 
     Attributes:
-        size: side of the square that the network sees, in pixels.
+        size: side of the square input image, in pixels.
         resize: length of the short side before the crop, in pixels; at least ``size``.
-        interpolation: the Pillow filter of the resize.
+        interpolation: Pillow filter of the resize.
         mean: per-channel mean, RGB order, for values in [0, 1].
         std: per-channel standard deviation, RGB order, for values in [0, 1].
-        channel_order: what the first convolution's input channels mean.
+        channel_order: order of the input channels of the first convolution.
     """
 
     size: int = 224
@@ -42,31 +52,34 @@ class Preprocess:
     channel_order: Literal["rgb", "bgr"] = "rgb"
 
     def with_size(self, size: int) -> Self:
-        """The same preprocessing for another input size; the crop keeps its share of the photo."""
+        """Return the same preprocessing for another input size, in pixels.
+
+        The crop keeps its fraction of the image.
+        """
         return replace(self, size=size, resize=max(size, round(size * self.resize / self.size)))
 
     def with_normalization(self, name: Normalization) -> Self:
-        """The same geometry, and one of `NORMALIZATIONS`."""
+        """Return the same resizing and cropping with one of `NORMALIZATIONS`."""
         other = NORMALIZATIONS[name]
         return replace(self, mean=other.mean, std=other.std, channel_order=other.channel_order)
 
     @property
     def normalization(self) -> Normalization | None:
-        """Its name, if it is one of `NORMALIZATIONS`."""
+        """Return the name of the normalization, or None if it is not in `NORMALIZATIONS`."""
         return next(
             (name for name in NORMALIZATIONS if self.with_normalization(name) == self), None
         )
 
 
 HALF = Preprocess(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-"""Of networks that expect values in [-1, 1]."""
+"""Preprocessing of networks that expect values in [-1, 1]."""
 
 CAFFE = Preprocess(
     mean=(123.68 / 255, 116.779 / 255, 103.939 / 255),
     std=(1 / 255, 1 / 255, 1 / 255),
     channel_order="bgr",
 )
-"""Of networks that were trained with Caffe, or as there: BGR in [0, 255], less the mean."""
+"""Preprocessing of networks that expect BGR values in [0, 255] minus the mean, as in Caffe."""
 
 
 NORMALIZATIONS: dict[Normalization, Preprocess] = {
@@ -74,26 +87,28 @@ NORMALIZATIONS: dict[Normalization, Preprocess] = {
     "tf": HALF,
     "caffe": CAFFE,
 }
-"""The field's three, by the names that keras.applications has for them; of each only the
-normalisation and the order of channels matter."""
+"""Common normalizations by their names in keras.applications.
+
+Only ``mean``, ``std`` and ``channel_order`` of each `Preprocess` are used.
+"""
 
 
 class Batch(NamedTuple):
-    """A fixed number of examples; the tail of a data set is padded and masked.
+    """A batch of a fixed number of examples; the last batch of a data set is padded and masked.
 
     Attributes:
-        inputs: ``[batch, height, width, 3]`` uint8 RGB photographs; or activations that enter a
+        inputs: ``[batch, height, width, 3]`` uint8 RGB images, or the activations that enter a
             stage.
-        targets: what is to be learned, a tree of arrays ``[batch, ...]``: of a classification
-            ``[batch]`` int32 class indices, -1 where there is no label, or ``[batch, classes]``
-            float shares once examples are mixed. Padding repeats those of the first example.
-        mask: ``[batch]`` bool; False for padding and for images that could not be read.
-        indices: ``[batch]`` int32 position of the example in its source; -1 for padding.
-        extra: by name, further arrays ``[batch, ...]`` of the source.
+        targets: tree of arrays ``[batch, ...]``. For classification, ``[batch]`` int32 class
+            indices, -1 for unlabeled examples, or ``[batch, classes]`` float probabilities if
+            examples are mixed. Padding repeats the targets of the first example.
+        mask: ``[batch]`` bool; False for padding and for unreadable images.
+        indices: ``[batch]`` int32 position of each example in its source; -1 for padding.
+        extra: further arrays ``[batch, ...]`` of the source, by name.
     """
 
-    inputs: Array
+    inputs: Shaped[Array, "batch ..."]
     targets: Any
-    mask: Array
-    indices: Array
+    mask: Bool[Array, " batch"]
+    indices: Int32[Array, " batch"]
     extra: dict[str, Array] = {}  # noqa: RUF012 - a field of a tuple, never written to
