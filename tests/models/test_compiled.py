@@ -1,4 +1,4 @@
-"""Programs compiled for a GPU and for TPUs by their own compilers, on a machine without any."""
+"""Programs compiled for a GPU and for TPUs on a machine without them."""
 
 import json
 import os
@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ROOT.parent / "shared" / "tools"
 
-# The tool first: it says to JAX that there is no device to look for.
+# Imported first, because it configures JAX not to search for devices.
 CODE = """
 import json, sys
 import compile_without_device, programs
@@ -30,7 +30,7 @@ MODES = (
 
 
 def compile_for(target: str, package: str, **request: Any) -> dict[str, Any]:
-    """In a process of its own: a compiler may end the process that it runs in."""
+    """Compile in a new process, which a compiler may abort."""
     if not (TOOLS / "compile_without_device.py").exists():
         pytest.skip("needs ../shared/tools, which are not part of the repository")
     if find_spec(package) is None:
@@ -49,7 +49,7 @@ def compile_for(target: str, package: str, **request: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("mode", "stats"), MODES)
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "efficientnet_lite0"])
-def test_an_h100_is_given_what_it_can_compile(name: str, mode: str, stats: bool) -> None:
+def test_programs_compile_for_an_h100(name: str, mode: str, stats: bool) -> None:
     report = compile_for(
         "h100", "jax_cuda12_plugin", name=name, mode=mode, stats=bool(stats), batch=32
     )
@@ -58,8 +58,8 @@ def test_an_h100_is_given_what_it_can_compile(name: str, mode: str, stats: bool)
     assert not report["collectives"]
 
 
-def test_eight_tpus_share_a_step() -> None:
-    """Quickly compiled: its cycles mean nothing, its collectives do."""
+def test_a_step_on_eight_tpus_communicates_by_all_reduce() -> None:
+    """Compiled without effort, because only the collectives are checked."""
     report = compile_for(
         "v5e:2x4",
         "libtpu",

@@ -1,4 +1,4 @@
-"""Every derivative, forward and reverse, first and second, of both backends."""
+"""First and second derivatives, forward and reverse, of both backends."""
 
 import contextlib
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from networks import difference, random_images, random_variables
 from tljax.models import apply, build_model, replace_head
 from tljax.models.convolution import Padding, avg_pool, backend, conv2d, max_pool
 
-# kernel, groups, features: every way that a CPU has
+# shape of the kernel, groups: every algorithm on CPUs
 KINDS = {
     "product": ((1, 1, 6, 4), 1),
     "dense": ((3, 2, 6, 4), 1),
@@ -39,9 +39,9 @@ FAMILIES = {
 
 
 def derivatives(function: Callable[..., jax.Array], *args: jax.Array) -> dict[str, Any]:
-    """All that there are, in a direction that is a part of the arguments."""
-    along = tuple(0.3 * (i + 1) * arg for i, arg in enumerate(args))
-    several = jax.tree.map(lambda *xs: jnp.stack(xs), along, args)
+    """Compute all derivatives, in a direction proportional to the arguments."""
+    direction = tuple(0.3 * (i + 1) * arg for i, arg in enumerate(args))
+    several = jax.tree.map(lambda *xs: jnp.stack(xs), direction, args)
 
     def loss(*args: jax.Array) -> jax.Array:
         return jnp.sum(jnp.sin(function(*args)))
@@ -49,15 +49,15 @@ def derivatives(function: Callable[..., jax.Array], *args: jax.Array) -> dict[st
     gradient = jax.grad(loss, tuple(range(len(args))))
     pullback = jax.linear_transpose(jax.linearize(function, *args)[1], *args)
     return {
-        "jvp": jax.jvp(function, args, along),
-        "linearize": jax.linearize(function, *args)[1](*along),
+        "jvp": jax.jvp(function, args, direction),
+        "linearize": jax.linearize(function, *args)[1](*direction),
         "transpose": pullback(function(*args)),
         "gradient": gradient(*args),
-        "forward over reverse": jax.jvp(gradient, args, along)[1],
-        "reverse over reverse": jax.grad(lambda *a: sum(map(jnp.vdot, gradient(*a), along)), 0)(
+        "forward over reverse": jax.jvp(gradient, args, direction)[1],
+        "reverse over reverse": jax.grad(lambda *a: sum(map(jnp.vdot, gradient(*a), direction)), 0)(
             *args
         ),
-        "reverse over forward": jax.grad(lambda *a: jax.jvp(loss, a, along)[1], 0)(*args),
+        "reverse over forward": jax.grad(lambda *a: jax.jvp(loss, a, direction)[1], 0)(*args),
         "of several images": jax.vmap(gradient)(*several),
         "of several kernels": jax.vmap(gradient, (None, *[0] * (len(args) - 1)))(
             args[0], *several[1:]
@@ -67,13 +67,13 @@ def derivatives(function: Callable[..., jax.Array], *args: jax.Array) -> dict[st
     }
 
 
-def of_both_backends(function: Callable[..., jax.Array], *args: Any) -> tuple[Any, Any]:
-    """Compiled, by platform and of plain operations."""
+def derivatives_of_both_backends(function: Callable[..., jax.Array], *args: Any) -> tuple[Any, Any]:
+    """Compute the derivatives with the backends ``platform`` and ``xla``."""
     run = jax.jit(partial(derivatives, function))
-    ours = run(*args)
+    actual = run(*args)
     with backend("xla"):
         plain = run(*args)
-    return ours, plain
+    return actual, plain
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def of_both_backends(function: Callable[..., jax.Array], *args: Any) -> tuple[An
     ],
 )
 @pytest.mark.parametrize("kind", KINDS)
-def test_derivatives_of_a_convolution_are_those_of_plain_operations(
+def test_derivatives_of_a_convolution_equal_those_of_xla(
     kind: str, stride: int, padding: Padding
 ) -> None:
     shape, groups = KINDS[kind]
@@ -97,50 +97,52 @@ def test_derivatives_of_a_convolution_are_those_of_plain_operations(
         if kind == "product":
             padding = 0
         convolve = partial(conv2d, stride=stride, padding=padding, groups=groups)
-        ours, plain = of_both_backends(convolve, x, kernel)
+        actual, plain = derivatives_of_both_backends(convolve, x, kernel)
     for name, expected in plain.items():
-        assert difference_of_trees(ours[name], expected) <= 1e-12, name
+        assert difference_of_trees(actual[name], expected) <= 1e-12, name
 
 
 @pytest.mark.parametrize("padding", [1, pytest.param("SAME", marks=pytest.mark.slow)])
-def test_derivatives_of_a_maximum_are_those_of_plain_operations(padding: Padding) -> None:
+def test_derivatives_of_a_max_pool_equal_those_of_xla(padding: Padding) -> None:
     with jax.enable_x64(True):
         x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 9, 8, 3)))
-        ours, plain = of_both_backends(partial(max_pool, k=3, stride=2, padding=padding), x)
-    assert jax.tree.structure(ours) == jax.tree.structure(plain)
+        actual, plain = derivatives_of_both_backends(
+            partial(max_pool, k=3, stride=2, padding=padding), x
+        )
+    assert jax.tree.structure(actual) == jax.tree.structure(plain)
     for name, expected in plain.items():
-        assert difference_of_trees(ours[name], expected) <= 1e-14, name
+        assert difference_of_trees(actual[name], expected) <= 1e-14, name
 
 
-def difference_of_trees(ours: Any, theirs: Any) -> float:
-    pairs = zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
+def difference_of_trees(actual: Any, expected: Any) -> float:
+    pairs = zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True)
     return max((difference(left, right) for left, right in pairs), default=0)
 
 
-def test_a_mean_has_derivatives() -> None:
+def test_an_average_pool_has_derivatives() -> None:
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 9, 8, 3)))
-    ours = derivatives(partial(avg_pool, k=3, stride=2, padding=1), x)
-    assert difference(ours["jvp"][1], 0.3 * ours["jvp"][0]) <= 1e-6
+    actual = derivatives(partial(avg_pool, k=3, stride=2, padding=1), x)
+    assert difference(actual["jvp"][1], 0.3 * actual["jvp"][0]) <= 1e-6
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("which", ["platform", "xla"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_derivatives_of_a_network_are_finite_differences(name: str, which: str) -> None:
-    """In float64, of the images (inference) and of the parameters (on running statistics)."""
+def test_derivatives_of_a_network_equal_finite_differences(name: str, backend_name: str) -> None:
+    """Check derivatives by images and parameters in float64, with running statistics."""
     size, step = FAMILIES[name], 1e-7
-    context = contextlib.nullcontext() if which == "platform" else backend(which)
+    context = contextlib.nullcontext() if backend_name == "platform" else backend(backend_name)
     with jax.enable_x64(True), context:
         model = replace(build_model(name, 7), dtype="float64")
         variables = random_variables(model)
-        if name.startswith("vgg"):  # without its hidden layers, which take gigabytes
+        if name.startswith("vgg"):  # without the hidden layers, which need gigabytes
             model, variables = replace_head(model, variables, 7, after="block5")
             variables["params"]["head"]["kernel"] = np.random.default_rng(0).normal(size=(512, 7))
         variables = jax.tree.map(lambda x: jnp.asarray(x, "float64"), variables)
         images = jnp.asarray(random_images(2, size, size) / 255)
         point = {"images": images, "params": variables["params"]}
         rng = np.random.default_rng(1)
-        along = jax.tree.map(lambda x: 1e-2 * rng.standard_normal(x.shape), point)
+        direction = jax.tree.map(lambda x: 1e-2 * rng.standard_normal(x.shape), point)
 
         def logits(point: Any) -> jax.Array:
             mixed = {**variables, "params": point["params"]}
@@ -150,17 +152,17 @@ def test_derivatives_of_a_network_are_finite_differences(name: str, which: str) 
             return jax.nn.logsumexp(logits(point), axis=1).sum()
 
         def moved(by: float) -> Any:
-            return jax.tree.map(lambda x, d: x + by * d, point, along)
+            return jax.tree.map(lambda x, d: x + by * d, point, direction)
 
         run = jax.jit(logits)
-        _, tangent = jax.jit(lambda p, d: jax.jvp(logits, (p,), (d,)))(point, along)
-        linear = jax.jit(lambda p, d: jax.linearize(logits, p)[1](d))(point, along)
+        _, tangent = jax.jit(lambda p, d: jax.jvp(logits, (p,), (d,)))(point, direction)
+        linear = jax.jit(lambda p, d: jax.linearize(logits, p)[1](d))(point, direction)
         differences = (run(moved(step)) - run(moved(-step))) / (2 * step)
         assert difference(tangent, differences) <= 1e-6
         assert difference(linear, tangent) <= 1e-12
 
         gradient = jax.jit(jax.grad(loss))
-        _, product = jax.jit(lambda p, d: jax.jvp(jax.grad(loss), (p,), (d,)))(point, along)
+        _, product = jax.jit(lambda p, d: jax.jvp(jax.grad(loss), (p,), (d,)))(point, direction)
         ahead, behind = gradient(moved(step)), gradient(moved(-step))
         for path in ("images", "params"):
             flat = [

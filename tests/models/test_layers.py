@@ -1,4 +1,4 @@
-"""Convolution, pooling and norm against the plain XLA convolution and torch."""
+"""Convolution, pooling and norms, compared with XLA's operations and torch."""
 
 from collections.abc import Callable
 from functools import partial
@@ -50,14 +50,14 @@ KINDS = {
 TOLERANCES = {"float32": 1e-5, "float64": 1e-13}
 
 
-def plain_conv2d(*arguments: Any, **how: Any) -> jax.Array:
+def plain_conv2d(*arguments: Any, **options: Any) -> jax.Array:
     with backend("xla"):
-        return conv2d(*arguments, **how)
+        return conv2d(*arguments, **options)
 
 
-def plain_max_pool(*arguments: Any, **how: Any) -> jax.Array:
+def plain_max_pool(*arguments: Any, **options: Any) -> jax.Array:
     with backend("xla"):
-        return max_pool(*arguments, **how)
+        return max_pool(*arguments, **options)
 
 
 def plain_conv(
@@ -75,13 +75,13 @@ def plain_conv(
 
 @partial(jax.jit, static_argnums=0)
 def value_and_gradients(function: Callable[..., jax.Array], *arguments: Any) -> Any:
-    """The gradients are those of half the sum of squares, so that no two positions are alike."""
+    """Return the value and the gradients of half its sum of squares."""
     value, pullback = jax.vjp(function, *arguments)
     return value, pullback(value)
 
 
-def assert_close(ours: Any, theirs: Any, dtype: str) -> None:
-    for left, right in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+def assert_close(actual: Any, expected: Any, dtype: str) -> None:
+    for left, right in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         assert left.dtype == dtype
         assert difference(left, right) <= TOLERANCES[dtype]
 
@@ -89,28 +89,28 @@ def assert_close(ours: Any, theirs: Any, dtype: str) -> None:
 def assert_same_conv(
     size: tuple[int, int], kind: str, stride: int, padding: Padding, dtype: str
 ) -> None:
-    """Values, and gradients to the input and the kernel."""
+    """Compare values and the gradients of input and kernel."""
     k, groups, features = KINDS[kind]
     rng = np.random.default_rng(0)
     with jax.enable_x64(dtype == "float64"):
         x = jnp.asarray(rng.standard_normal((2, *size, CHANNELS)), dtype)
         kernel = jnp.asarray(rng.standard_normal((k, k, CHANNELS // groups, features)), dtype)
-        ours = value_and_gradients(
+        actual = value_and_gradients(
             lambda x, kernel: conv2d(x, kernel, stride=stride, padding=padding, groups=groups),
             x,
             kernel,
         )
-        theirs = value_and_gradients(
+        expected = value_and_gradients(
             lambda x, kernel: plain_conv(x, kernel, stride, padding, groups), x, kernel
         )
-        assert_close(ours, theirs, dtype)
+        assert_close(actual, expected, dtype)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("kind", ["pointwise", "depthwise3", "depthwise5"])
 @pytest.mark.parametrize("dtype", TOLERANCES)
-def test_conv2d_is_the_plain_convolution(
+def test_conv2d_equals_the_xla_convolution(
     kind: str, stride: int, symmetric: bool, dtype: str
 ) -> None:
     padding = KINDS[kind][0] // 2 if symmetric else "SAME"
@@ -118,7 +118,7 @@ def test_conv2d_is_the_plain_convolution(
 
 
 @pytest.mark.parametrize("kind", ["dense3", "dense7", "grouped1", "depthwise1", "multiplier"])
-def test_conv2d_leaves_the_rest_to_xla(kind: str) -> None:
+def test_conv2d_of_other_kernels_equals_the_xla_convolution(kind: str) -> None:
     assert_same_conv((8, 7), kind, 2, KINDS[kind][0] // 2, "float64")
     assert_same_conv((7, 8), kind, 1, "SAME", "float32")
 
@@ -127,37 +127,37 @@ def test_conv2d_leaves_the_rest_to_xla(kind: str) -> None:
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("padding", [1, 0, "SAME", ((1, 2), (0, 3))])
 @pytest.mark.parametrize("size", [(7, 8), (5, 9), (6, 10), (4, 3)])
-def test_winograd_is_the_plain_convolution(
+def test_winograd_equals_the_xla_convolution(
     size: tuple[int, int], padding: Padding, rows: int, dtype: str
 ) -> None:
-    """Widths that leave each remainder of the four pixels that are computed together."""
+    """The widths have all remainders modulo 4, the number of pixels computed together."""
     rng = np.random.default_rng(0)
     with jax.enable_x64(dtype == "float64"):
         x = jnp.asarray(rng.standard_normal((3, *size, 32)), dtype)
         kernel = jnp.asarray(rng.standard_normal((rows, 3, 32, 33)), dtype)
-        ours, theirs = (partial(f, padding=padding) for f in (conv2d, plain_conv2d))
-        assert jax.jit(ours).lower(x, kernel).as_text().count("stablehlo.convolution") == 6
-        found = value_and_gradients(ours, x, kernel)
-        assert_close(found, value_and_gradients(theirs, x, kernel), dtype)
+        actual, expected = (partial(f, padding=padding) for f in (conv2d, plain_conv2d))
+        assert jax.jit(actual).lower(x, kernel).as_text().count("stablehlo.convolution") == 6
+        outputs = value_and_gradients(actual, x, kernel)
+        assert_close(outputs, value_and_gradients(expected, x, kernel), dtype)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("padding", [3, 0, "SAME", ((2, 3), (0, 5))])
 @pytest.mark.parametrize("size", [(16, 15), (13, 18)])
-def test_a_stem_is_the_plain_convolution(
+def test_a_stem_equals_the_xla_convolution(
     size: tuple[int, int], padding: Padding, dtype: str
 ) -> None:
-    """Of three channels, with stride 2 and a large kernel."""
+    """A stem has three channels, stride 2 and a large kernel."""
     rng = np.random.default_rng(0)
     with jax.enable_x64(dtype == "float64"):
         for window in ((7, 7), (5, 4)):
             x = jnp.asarray(rng.standard_normal((2, *size, 3)), dtype)
             kernel = jnp.asarray(rng.standard_normal((*window, 3, 4)), dtype)
-            ours, plain = (
+            actual, plain = (
                 value_and_gradients(partial(f, stride=2, padding=padding), x, kernel)
                 for f in (conv2d, plain_conv2d)
             )
-            assert_close(ours, plain, dtype)
+            assert_close(actual, plain, dtype)
 
 
 @pytest.mark.parametrize(
@@ -171,10 +171,10 @@ def test_a_stem_is_the_plain_convolution(
         ((3, 3, 1, 6), 6, 1, 1),
     ],
 )
-def test_bfloat16_is_summed_in_float32(
+def test_bfloat16_is_accumulated_in_float32(
     kernel: tuple[int, ...], groups: int, stride: int, padding: Padding
 ) -> None:
-    """Values and gradients, against float64 of the same rounded numbers."""
+    """Compare values and gradients with float64 of the same rounded inputs."""
     rng = np.random.default_rng(0)
 
     def random(shape: tuple[int, ...]) -> jax.Array:
@@ -195,9 +195,9 @@ def test_bfloat16_is_summed_in_float32(
     with jax.enable_x64(True):
         half = x, weights, random(shape)
         exact = [array.astype("float64") for array in half]
-        ours = jax.jit(partial(run, conv2d))(*half)
-        theirs = jax.jit(partial(run, plain_conv2d))(*exact)
-    for left, right in zip(ours, theirs, strict=True):
+        actual = jax.jit(partial(run, conv2d))(*half)
+        expected = jax.jit(partial(run, plain_conv2d))(*exact)
+    for left, right in zip(actual, expected, strict=True):
         assert left.dtype == jnp.bfloat16
         assert difference(left.astype("float32"), right) <= 2**-8
 
@@ -218,7 +218,7 @@ def test_conv2d_at_any_size(
 
 
 def test_conv2d_same_padding_is_not_symmetric_padding() -> None:
-    """The trap: at an even size and stride 2 the shapes agree and the values do not."""
+    """At an even size and stride 2 the shapes are equal and the values are not."""
     rng = np.random.default_rng(0)
     x, kernel = rng.standard_normal((1, 8, 8, 3)), rng.standard_normal((3, 3, 3, 2))
     same = conv2d(jnp.asarray(x), jnp.asarray(kernel), stride=2, padding="SAME")
@@ -234,39 +234,39 @@ def test_conv2d_same_padding_is_not_symmetric_padding() -> None:
     stride=st.integers(1, 3),
     padding=st.integers(0, 1),
 )
-def test_max_pool_is_torchs(size: tuple[int, int], k: int, stride: int, padding: int) -> None:
+def test_max_pool_equals_torch(size: tuple[int, int], k: int, stride: int, padding: int) -> None:
     hypothesis.assume(min(size) + 2 * padding >= k)
-    """Among them windows in which two values are the largest: the first wins the gradient."""
+    """Some windows contain two equal maxima: the first one receives the gradient."""
     rng = np.random.default_rng(0)
     x = rng.integers(-9, -5, (2, *size, 3)).astype(np.float32)
     pixels = to_torch(x).requires_grad_()
-    theirs = functional.max_pool2d(pixels, k, stride, padding)
-    weights = rng.integers(-9, 9, from_torch(theirs.detach()).shape).astype(np.float32)
-    theirs.backward(to_torch(weights))
-    ours, pullback = jax.vjp(
+    expected = functional.max_pool2d(pixels, k, stride, padding)
+    weights = rng.integers(-9, 9, from_torch(expected.detach()).shape).astype(np.float32)
+    expected.backward(to_torch(weights))
+    actual, pullback = jax.vjp(
         jax.jit(partial(max_pool, k=k, stride=stride, padding=padding)), jnp.asarray(x)
     )
-    np.testing.assert_array_equal(ours, from_torch(theirs.detach()))
+    np.testing.assert_array_equal(actual, from_torch(expected.detach()))
     assert pixels.grad is not None
     np.testing.assert_array_equal(pullback(weights)[0], from_torch(pixels.grad))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("padding", [1, "SAME", ((0, 2), (1, 0))])
-def test_max_pool_is_the_plain_maximum(padding: Padding, dtype: str) -> None:
-    """Values and gradients, in both directions."""
+def test_max_pool_equals_the_xla_pool(padding: Padding, dtype: str) -> None:
+    """Compare values and forward and reverse gradients."""
     with jax.enable_x64(dtype == "float64"):
         x = np.random.default_rng(0).standard_normal((2, 9, 10, 3)).astype(dtype)
-        ours, plain = (
+        actual, plain = (
             partial(f, k=3, stride=2, padding=padding) for f in (max_pool, plain_max_pool)
         )
-        assert_close(value_and_gradients(ours, x), value_and_gradients(plain, x), dtype)
-        matrices = [jax.jit(f(ours))(x) for f in (jax.jacfwd, jax.jacrev)]
+        assert_close(value_and_gradients(actual, x), value_and_gradients(plain, x), dtype)
+        matrices = [jax.jit(f(actual))(x) for f in (jax.jacfwd, jax.jacrev)]
         np.testing.assert_array_equal(*matrices)
 
 
-def test_max_pool_same_is_tensorflows() -> None:
-    x = -jnp.arange(1.0, 17).reshape(1, 4, 4, 1)  # the largest of each window comes first
+def test_max_pool_with_same_padding_equals_tensorflow() -> None:
+    x = -jnp.arange(1.0, 17).reshape(1, 4, 4, 1)  # the first value of each window is the largest
     pooled = max_pool(x, 3, stride=2, padding="SAME")
     np.testing.assert_array_equal(pooled[0, ..., 0], [[-1, -3], [-9, -11]])
 
@@ -296,8 +296,8 @@ def random_norm(module: ConvNorm, inputs: int, dtype: Any = np.float32) -> dict[
     ],
 )
 @pytest.mark.parametrize("dtype", TOLERANCES)
-def test_conv_norm_folds_exactly(module: ConvNorm, dtype: str) -> None:
-    """On running statistics: convolve, then normalise; with the same gradients."""
+def test_folding_the_norm_into_the_kernel_is_exact(module: ConvNorm, dtype: str) -> None:
+    """Compare with a convolution followed by the norm with running statistics, and gradients."""
 
     def explicit(variables: dict[str, Any], x: jax.Array) -> jax.Array:
         params, stats = variables["params"], variables["batch_stats"]
@@ -308,17 +308,17 @@ def test_conv_norm_folds_exactly(module: ConvNorm, dtype: str) -> None:
     with jax.enable_x64(dtype == "float64"):
         variables = random_norm(module, 6, dtype)
         x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 9, 8, 6)), dtype)
-        ours = value_and_gradients(lambda v, x: module.apply(v, x, INFERENCE), variables, x)
-        assert_close(ours, value_and_gradients(explicit, variables, x), dtype)
+        actual = value_and_gradients(lambda v, x: module.apply(v, x, INFERENCE), variables, x)
+        assert_close(actual, value_and_gradients(explicit, variables, x), dtype)
 
 
 @pytest.mark.parametrize("momentum", [0.9, 0.99])
-def test_conv_norm_trains_as_torch_does(momentum: float) -> None:
-    """Values, gradients and the running statistics: the variance with Bessel's correction."""
+def test_conv_norm_in_training_mode_equals_torch(momentum: float) -> None:
+    """Compare values, gradients and running statistics, whose variance is unbiased."""
     module = ConvNorm(5, 3, stride=2, padding=1, epsilon=1e-3, momentum=momentum)
     variables = random_norm(module, 6)
     x = np.random.default_rng(0).standard_normal((2, 5, 4, 6)).astype(np.float32)
-    (ours, state), pullback = jax.vjp(
+    (actual, state), pullback = jax.vjp(
         lambda params, x: module.apply(
             {**variables, "params": params}, x, Mode(True), mutable=True
         ),
@@ -338,27 +338,27 @@ def test_conv_norm_trains_as_torch_does(momentum: float) -> None:
     )
     kernel = torch.from_numpy(variables["params"]["kernel"]).permute(3, 2, 0, 1).requires_grad_()
     images = to_torch(x).requires_grad_()
-    theirs = norm(functional.conv2d(images, kernel, stride=2, padding=1))
-    assert difference(ours, from_torch(theirs)) <= 1e-5
+    expected = norm(functional.conv2d(images, kernel, stride=2, padding=1))
+    assert difference(actual, from_torch(expected)) <= 1e-5
     assert difference(state["batch_stats"]["mean"], norm.running_mean) <= 1e-6
     assert difference(state["batch_stats"]["var"], norm.running_var) <= 1e-6
 
-    cotangent = np.random.default_rng(2).standard_normal(ours.shape).astype(np.float32)
-    theirs.backward(to_torch(cotangent))
+    cotangent = np.random.default_rng(2).standard_normal(actual.shape).astype(np.float32)
+    expected.backward(to_torch(cotangent))
     zero = jax.tree.map(jnp.zeros_like, state)
-    gradients, to_x = pullback((jnp.asarray(cotangent), zero))
+    gradients, grad_x = pullback((jnp.asarray(cotangent), zero))
     grads = [t.grad for t in (kernel, norm.weight, norm.bias, images)]
     assert all(grad is not None for grad in grads)
     by_kernel, by_scale, by_bias, by_x = (grad.numpy() for grad in grads if grad is not None)
     assert difference(gradients["kernel"], by_kernel.transpose(2, 3, 1, 0)) <= 1e-5
     assert difference(gradients["scale"], by_scale) <= 1e-5
     assert difference(gradients["bias"], by_bias) <= 1e-5
-    assert difference(to_x, by_x.transpose(0, 2, 3, 1)) <= 1e-5
+    assert difference(grad_x, by_x.transpose(0, 2, 3, 1)) <= 1e-5
 
 
 @pytest.mark.parametrize("rows", [[0, 1, 2], [3, 1], [2]])
-def test_rows_that_do_not_count_move_nothing(rows: list[int]) -> None:
-    """Training with a mask is training on the other rows alone, whatever the masked ones hold."""
+def test_masked_examples_do_not_affect_training(rows: list[int]) -> None:
+    """Training with a mask equals training on the unmasked examples alone."""
     module = ConvNorm(5, 3, stride=2, padding=1)
     variables = random_norm(module, 6)
     x = np.random.default_rng(0).standard_normal((4, 6, 7, 6)).astype(np.float32)
@@ -373,17 +373,17 @@ def test_rows_that_do_not_count_move_nothing(rows: list[int]) -> None:
             )
 
         (y, state), pullback = jax.vjp(function, variables["params"], x)
-        params, to_x = pullback((jnp.asarray(cotangent), jax.tree.map(jnp.zeros_like, state)))
-        return y, state["batch_stats"], params, to_x
+        params, grad_x = pullback((jnp.asarray(cotangent), jax.tree.map(jnp.zeros_like, state)))
+        return y, state["batch_stats"], params, grad_x
 
-    y, stats, params, to_x = run(x, jnp.asarray(mask), cotangent * mask[:, None, None, None])
+    y, stats, params, grad_x = run(x, jnp.asarray(mask), cotangent * mask[:, None, None, None])
     alone = run(x[mask], True, cotangent[mask])
-    assert_close((y[mask], stats, params, to_x[mask]), alone, "float32")
-    assert not np.any(to_x[~mask])
+    assert_close((y[mask], stats, params, grad_x[mask]), alone, "float32")
+    assert not np.any(grad_x[~mask])
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_compute_follows_the_input_and_statistics_stay_float32(
+def test_outputs_have_the_dtype_of_the_input_and_statistics_are_float32(
     dtype: Literal["bfloat16", "float32"],
 ) -> None:
     module = ConvNorm(4, 3)
@@ -395,7 +395,7 @@ def test_compute_follows_the_input_and_statistics_stay_float32(
     assert {leaf.dtype for leaf in jax.tree.leaves(state)} == {jnp.dtype("float32")}
 
 
-def test_the_end_of_the_network_is_float32() -> None:
+def test_pooled_features_and_logits_are_float32() -> None:
     x = jnp.full((1, 64, 64, 2), 1.0, "bfloat16").at[0, 0, 0].set(2)
     pooled = GlobalAveragePool().apply({}, x, INFERENCE)
     np.testing.assert_array_equal(pooled, np.full((1, 2), 1 + 1 / 4096, np.float32))
@@ -405,54 +405,60 @@ def test_the_end_of_the_network_is_float32() -> None:
     np.testing.assert_allclose(logits, [[0.2, 1.2, 2.2]], rtol=1e-6)
 
 
-def test_rectangular_kernels_and_uneven_padding_are_torchs() -> None:
+def test_rectangular_kernels_and_uneven_padding_equal_torch() -> None:
     rng = np.random.default_rng(0)
     x = rng.standard_normal((2, 9, 12, CHANNELS), np.float32)
     for groups in (1, CHANNELS):
         kernel = rng.standard_normal((1, 7, CHANNELS // groups, CHANNELS), np.float32)
-        ours = conv2d(jnp.asarray(x), jnp.asarray(kernel), padding=((0, 0), (2, 3)), groups=groups)
+        actual = conv2d(
+            jnp.asarray(x), jnp.asarray(kernel), padding=((0, 0), (2, 3)), groups=groups
+        )
         padded = functional.pad(to_torch(x), (2, 3, 0, 0))
         weight = torch.from_numpy(kernel).permute(3, 2, 0, 1)
-        theirs = functional.conv2d(padded, weight, groups=groups)
-        assert difference(ours, from_torch(theirs)) <= 1e-5
+        expected = functional.conv2d(padded, weight, groups=groups)
+        assert difference(actual, from_torch(expected)) <= 1e-5
 
 
 @pytest.mark.parametrize("count_padding", [True, False])
 @pytest.mark.parametrize(("k", "stride", "padding"), [(3, 1, 1), (3, 2, 1), (2, 2, 0)])
-def test_avg_pool_is_torchs(count_padding: bool, k: int, stride: int, padding: int) -> None:
+def test_avg_pool_equals_torch(count_padding: bool, k: int, stride: int, padding: int) -> None:
     x = np.random.default_rng(0).standard_normal((2, 9, 12, 3), np.float32)
-    ours = avg_pool(jnp.asarray(x), k, stride=stride, padding=padding, count_padding=count_padding)
-    theirs = functional.avg_pool2d(to_torch(x), k, stride, padding, count_include_pad=count_padding)
-    assert difference(ours, from_torch(theirs)) <= 1e-6
+    actual = avg_pool(
+        jnp.asarray(x), k, stride=stride, padding=padding, count_padding=count_padding
+    )
+    expected = functional.avg_pool2d(
+        to_torch(x), k, stride, padding, count_include_pad=count_padding
+    )
+    assert difference(actual, from_torch(expected)) <= 1e-6
 
 
 @pytest.mark.parametrize("size", [(7, 7), (9, 8), (4, 3), (1, 15)])
-def test_adaptive_avg_pool_is_torchs(size: tuple[int, int]) -> None:
+def test_adaptive_avg_pool_equals_torch(size: tuple[int, int]) -> None:
     x = np.random.default_rng(0).standard_normal((2, *size, 3)).astype(np.float32)
-    ours = adaptive_avg_pool(jnp.asarray(x), 7)
-    assert difference(ours, from_torch(functional.adaptive_avg_pool2d(to_torch(x), 7))) <= 1e-6
+    actual = adaptive_avg_pool(jnp.asarray(x), 7)
+    assert difference(actual, from_torch(functional.adaptive_avg_pool2d(to_torch(x), 7))) <= 1e-6
     if size == (7, 7):
-        np.testing.assert_array_equal(ours, x)
+        np.testing.assert_array_equal(actual, x)
 
 
-def test_layers_without_norm_are_torchs() -> None:
+def test_layers_without_norm_equal_torch() -> None:
     x = np.random.default_rng(0).standard_normal((2, 9, 12, CHANNELS), np.float32)
     conv = Conv(4, 3, stride=2, padding=1, groups=2)
     variables = random_like(conv.init(jax.random.key(0), jnp.asarray(x)))
     kernel, bias = (torch.from_numpy(variables["params"][name]) for name in ("kernel", "bias"))
-    theirs = functional.conv2d(to_torch(x), kernel.permute(3, 2, 0, 1), bias, 2, 1, groups=2)
-    assert difference(conv.apply(variables, jnp.asarray(x)), from_torch(theirs)) <= 1e-5
+    expected = functional.conv2d(to_torch(x), kernel.permute(3, 2, 0, 1), bias, 2, 1, groups=2)
+    assert difference(conv.apply(variables, jnp.asarray(x)), from_torch(expected)) <= 1e-5
 
     rows = x[:, 0, 0]
     dense = Dense(4)
     variables = random_like(dense.init(jax.random.key(0), jnp.asarray(rows)))
     kernel, bias = (torch.from_numpy(variables["params"][name]) for name in ("kernel", "bias"))
-    theirs = functional.linear(torch.from_numpy(rows), kernel.T, bias)
-    assert difference(dense.apply(variables, jnp.asarray(rows)), theirs) <= 1e-5
+    expected = functional.linear(torch.from_numpy(rows), kernel.T, bias)
+    assert difference(dense.apply(variables, jnp.asarray(rows)), expected) <= 1e-5
 
 
 @pytest.mark.parametrize("train", [False, True])
-def test_a_norm_by_itself_is_torchs(train: bool) -> None:
+def test_a_separate_batch_norm_equals_torch(train: bool) -> None:
     x = np.random.default_rng(0).standard_normal((2, 9, 12, CHANNELS), np.float32)
     norm = BatchNorm(epsilon=1e-3)
     variables = random_like(norm.init(jax.random.key(0), jnp.asarray(x), INFERENCE))
@@ -460,8 +466,8 @@ def test_a_norm_by_itself_is_torchs(train: bool) -> None:
     state = {"weight": variables["params"]["scale"], "bias": variables["params"]["bias"]}
     state |= {f"running_{k}": v for k, v in variables["batch_stats"].items()}
     reference.load_state_dict({k: torch.from_numpy(v) for k, v in state.items()}, strict=False)
-    ours, moved = norm.apply(variables, jnp.asarray(x), Mode(train), mutable=["batch_stats"])
-    assert difference(ours, from_torch(reference(to_torch(x)))) <= 1e-5
+    actual, moved = norm.apply(variables, jnp.asarray(x), Mode(train), mutable=["batch_stats"])
+    assert difference(actual, from_torch(reference(to_torch(x)))) <= 1e-5
     for name, value in moved["batch_stats"].items():
         assert difference(value, getattr(reference, f"running_{name}")) <= 1e-6
 
@@ -483,11 +489,11 @@ def test_a_bias_before_the_norm_is_added(train: bool, use_scale: bool) -> None:
         Mode(train),
         mutable=["batch_stats"],
     )
-    ours, _ = module.apply(variables, x, Mode(train), mutable=["batch_stats"])
-    assert difference(ours, expected) <= 1e-5
+    actual, _ = module.apply(variables, x, Mode(train), mutable=["batch_stats"])
+    assert difference(actual, expected) <= 1e-5
 
 
 def random_like(variables: Any) -> Any:
-    """Values of the same shapes, none of them special."""
+    """Return random values of the same shapes."""
     rng = np.random.default_rng(1)
     return jax.tree.map(lambda leaf: rng.uniform(0.5, 1.5, leaf.shape).astype("f"), variables)

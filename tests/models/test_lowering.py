@@ -1,4 +1,4 @@
-"""What a GPU or a TPU is given to compile: nothing of a CPU's paths, no work twice."""
+"""Programs lowered for GPUs and TPUs: no code for CPUs, and no duplicate work."""
 
 import re
 from collections import Counter
@@ -34,24 +34,24 @@ FOREIGN = {"custom_call", "while", "case", "optimization_barrier"}
 
 
 def operations(text: str) -> Counter[str]:
-    """How often each operation of StableHLO stands there."""
+    """Count the operations of StableHLO by name."""
     return Counter(re.findall(r'"?stablehlo\.(\w+)', text))
 
 
 def work(text: str) -> int:
-    """How many convolutions and products there are."""
+    """Count the convolutions and matrix products."""
     return operations(text)["convolution"] + operations(text)["dot_general"]
 
 
 def strided_products(text: str) -> int:
-    """How many products have an operand that a stride was cut out of."""
-    found = 0
+    """Count the matrix products with an operand that is a strided slice."""
+    count = 0
     for function in text.split("func.func")[1:]:
         lines = dict(re.findall(r"(%\w+) = (.*)", function))
         for line in lines.values():
             if "stablehlo.dot_general" in line:
-                found += any(_is_cut(lines, name) for name in re.findall(r"%\w+", line))
-    return found
+                count += any(_is_cut(lines, name) for name in re.findall(r"%\w+", line))
+    return count
 
 
 def _is_cut(lines: dict[str, str], name: str) -> bool:
@@ -69,8 +69,8 @@ def lowered(name: str, mode: str, platform: str, *, stats: bool = False) -> str:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", NAMES)
-def test_a_program_holds_its_layers_and_their_transposes(name: str, mode: str) -> None:
-    """And no more than JAX itself makes of plain convolutions."""
+def test_a_program_contains_its_layers_and_their_transposes_once(name: str, mode: str) -> None:
+    """Compare the numbers with those of XLA's convolutions."""
     with backend("xla"):
         plain = work(lowered(name, mode, "cuda"))
     if expected := layers(name).get(mode):
@@ -78,20 +78,16 @@ def test_a_program_holds_its_layers_and_their_transposes(name: str, mode: str) -
     for platform in PLATFORMS:
         text = lowered(name, mode, platform)
         assert work(text) == plain, platform
-        assert not operations(text).keys() & {
-            "custom_call",
-            "while",
-            "case",
-            "optimization_barrier",
-        }
+        assert not operations(text).keys() & FOREIGN
         if platform == "cuda":
             assert strided_products(text) == 0
 
 
 def layers(name: str) -> dict[str, int]:
-    """Forward, kernels' gradients, and the gradient of what enters each layer but the first.
+    """Return the number of convolutions and products by mode.
 
-    Of a suffix, as many layers need no gradient of what enters them as branches begin there.
+    A full step computes each layer, the gradient of its kernel and, except for the first layer,
+    the gradient of its input. For a suffix the number depends on the branches at its start.
     """
     params = abstract_variables(build_model(name, 10))["params"]
     count = sum(leaf.ndim >= 2 for leaf in jax.tree.leaves(params))
@@ -99,20 +95,20 @@ def layers(name: str) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("mode", ["inference", "full step"])
-def test_on_a_tpu_a_strided_1x1_is_a_product(mode: str) -> None:
+def test_on_a_tpu_a_strided_1x1_convolution_is_a_product(mode: str) -> None:
     text = lowered("resnet18", mode, "tpu")
-    assert strided_products(text) >= 3  # and the test above can see one
+    assert strided_products(text) >= 3  # so the test above can detect one
     assert operations(text)["convolution"] == (17 if mode == "inference" else 50)
 
 
-def test_batch_statistics_add_no_product() -> None:
+def test_batch_statistics_add_no_products() -> None:
     running, batch = (lowered("resnet18", "full step", "cuda", stats=s) for s in (False, True))
     for kind in ("convolution", "dot_general", "custom_call"):
         assert operations(batch)[kind] == operations(running)[kind]
 
 
-def test_on_a_cpu_the_fast_paths_are_there() -> None:
-    """The tests above look for what a CPU's program has."""
-    found = operations(lowered("mobilenetv2_050", "full step", "cpu"))
-    assert found["while"] > 0  # kernels' gradients
-    assert found["convolution"] < 5 < found["slice"]
+def test_programs_for_cpus_contain_the_fast_paths() -> None:
+    """Otherwise the tests above could not fail."""
+    counts = operations(lowered("mobilenetv2_050", "full step", "cpu"))
+    assert counts["while"] > 0  # gradients of kernels
+    assert counts["convolution"] < 5 < counts["slice"]

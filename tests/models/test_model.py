@@ -1,4 +1,4 @@
-"""Networks as lists of stages: any part of one, training some of it, a new head."""
+"""Running, training and changing parts of a model."""
 
 from dataclasses import replace
 from functools import partial
@@ -61,8 +61,10 @@ def resnet18() -> tuple[Model, Variables]:
 
 
 @pytest.mark.parametrize("size", [(97, 128), (64, 64)])
-def test_bfloat16_is_near_float32(resnet18: tuple[Model, Variables], size: tuple[int, int]) -> None:
-    """At the first size jaxlib 0.12 makes plain sums behind convolutions of bfloat16 infinite."""
+def test_bfloat16_is_close_to_float32(
+    resnet18: tuple[Model, Variables], size: tuple[int, int]
+) -> None:
+    """At the first size, jaxlib 0.12 computes infinite sums after convolutions in bfloat16."""
     model, variables = resnet18
     images = random_images(2, *size)
     half, exact = (
@@ -157,25 +159,25 @@ QUICK = ("resnet18", "resnetv2_50x1_bit", "inception_v3", "xception", "vgg11", "
         for name, millions in MILLIONS.items()
     ],
 )
-def test_number_of_parameters_is_the_published_one(name: str, millions: float) -> None:
-    """As torchvision and Keras print it, exactly, or timm, to two decimals."""
+def test_the_number_of_parameters_is_as_published(name: str, millions: float) -> None:
+    """Torchvision and Keras publish exact numbers, timm two decimals."""
     leaves = jax.tree.leaves(abstract_variables(build_model(name))["params"])
     tolerance = 0.005 if millions == round(millions, 2) else 0
     assert abs(sum(leaf.size for leaf in leaves) / 1e6 - millions) <= tolerance
 
 
-def test_every_model_is_in_that_test() -> None:
+def test_the_number_of_parameters_of_every_model_is_tested() -> None:
     assert MILLIONS.keys() == MODELS.keys()
 
 
-def test_misspelt_model_suggests_the_nearest() -> None:
+def test_the_nearest_name_is_suggested_for_a_misspelled_model() -> None:
     with pytest.raises(RequestError, match=r"no model is called 'resnet5O'; did you mean resnet50"):
         build_model("resnet5O")
     with pytest.raises(RequestError, match=r"known: resnet18, resnet34, "):
         build_model("alexnet")
 
 
-def test_a_part_needs_only_its_own_variables(resnet18: tuple[Model, Variables]) -> None:
+def test_a_part_of_a_model_needs_only_its_own_variables(resnet18: tuple[Model, Variables]) -> None:
     model, variables = resnet18
     x = apply(model, variables, IMAGES, stop="layer4").value
     part = {
@@ -187,7 +189,7 @@ def test_a_part_needs_only_its_own_variables(resnet18: tuple[Model, Variables]) 
 
 
 @pytest.mark.parametrize("argument", ["start", "stop", "batch_statistics", "noise", "capture"])
-def test_unknown_stage_is_refused(resnet18: tuple[Model, Variables], argument: str) -> None:
+def test_an_unknown_stage_is_refused(resnet18: tuple[Model, Variables], argument: str) -> None:
     model, variables = resnet18
     stage: Any = "layer5" if argument in ("start", "stop") else {"layer5"}
     expected = (
@@ -198,7 +200,7 @@ def test_unknown_stage_is_refused(resnet18: tuple[Model, Variables], argument: s
         apply(model, variables, IMAGES, **{argument: stage})
 
 
-def test_layer_outputs_name_every_layer(network: tuple[Model, Variables]) -> None:
+def test_layer_outputs_contain_every_layer(network: tuple[Model, Variables]) -> None:
     model, variables = network
     layers = {path.rpartition("/")[0] for path in flatten(variables["params"])}
     outputs = layer_outputs(model, variables, IMAGES)
@@ -232,7 +234,7 @@ def variables_of(network: torch.nn.Module) -> Variables:
     )
 
 
-def test_only_the_stages_in_batch_statistics_move_theirs() -> None:
+def test_only_the_stages_in_batch_statistics_update_their_statistics() -> None:
     network, model, variables = reference({"layer3"})
     output = apply(model, variables, IMAGES, batch_statistics={"layer3"})
     with torch.no_grad():
@@ -246,13 +248,13 @@ def test_only_the_stages_in_batch_statistics_move_theirs() -> None:
         assert difference(old[path], value) > 1e-3, path
     for stage in ("stem", "layer1", "layer2", "layer4"):
         assert output.batch_stats[stage] is variables["batch_stats"][stage]
-    # What was passed in is not changed, nor is anything when no stage trains.
+    # The arguments are not modified, and nothing changes if no stage uses batch statistics.
     assert flatten(variables["batch_stats"]["layer3"]) == old
     frozen = apply(model, variables, IMAGES).batch_stats
     assert all(frozen[stage] is tree for stage, tree in variables["batch_stats"].items())
 
 
-def test_gradients_in_training_mode_are_torchs() -> None:
+def test_gradients_in_training_mode_equal_torch() -> None:
     network, model, variables = reference(set(STAGES))
     weights = np.random.default_rng(1).standard_normal((4, 7)).astype(np.float32)
 
@@ -266,28 +268,28 @@ def test_gradients_in_training_mode_are_torchs() -> None:
         network(to_torch(normalize(IMAGES, model.preprocess))).logits * torch.tensor(weights)
     ).sum().backward()
     parameters = dict(network.named_parameters())
-    ours = flatten({"params": gradients(variables["params"])})
-    rules = [rule for rule in layout_rules("resnet18", "huggingface") if rule.path in ours]
-    assert len(rules) == len(ours) == len(parameters)
+    actual = flatten({"params": gradients(variables["params"])})
+    rules = [rule for rule in layout_rules("resnet18", "huggingface") if rule.path in actual]
+    assert len(rules) == len(actual) == len(parameters)
     for key, path, axes, *_ in rules:
         grad = parameters[key].grad
         assert grad is not None
-        theirs = grad.numpy().transpose(axes) if axes else grad.numpy()
-        assert np.isfinite(ours[path]).all()
-        assert difference(ours[path], theirs) <= 1e-3, path
+        expected = grad.numpy().transpose(axes) if axes else grad.numpy()
+        assert np.isfinite(actual[path]).all()
+        assert difference(actual[path], expected) <= 1e-3, path
 
 
 @pytest.mark.slow
-def test_gradients_of_a_frozen_network_are_torchs() -> None:
-    """With respect to the image, on running statistics: what an attack follows."""
+def test_gradients_of_the_image_equal_torch() -> None:
+    """Running statistics are used, as in an attack."""
     network, model, variables = reference(set())
     images = IMAGES.astype(np.float32) / 255
-    ours = jax.jit(jax.grad(lambda x: apply(model, variables, x).logits[:, 3].sum()))(images)
+    actual = jax.jit(jax.grad(lambda x: apply(model, variables, x).logits[:, 3].sum()))(images)
     pixels = to_torch(normalize(images, model.preprocess)).requires_grad_()
     network(pixels).logits[:, 3].sum().backward()
     assert pixels.grad is not None
     assert (
-        difference(ours * np.array(model.preprocess.std, np.float32), from_torch(pixels.grad))
+        difference(actual * np.array(model.preprocess.std, np.float32), from_torch(pixels.grad))
         <= 1e-4
     )
 
@@ -295,17 +297,17 @@ def test_gradients_of_a_frozen_network_are_torchs() -> None:
 # --- pixels and dtypes --------------------------------------------------------------------------
 
 
-def test_uint8_and_floats_are_the_same_images(resnet18: tuple[Model, Variables]) -> None:
-    """XLA multiplies by 1/255 where NumPy divides: one rounding, which the network amplifies."""
+def test_uint8_and_float_images_give_the_same_logits(resnet18: tuple[Model, Variables]) -> None:
+    """XLA multiplies by 1/255 and NumPy divides: the network amplifies the difference."""
     model, variables = resnet18
     floats = IMAGES.astype(np.float32) / 255
     pixels = [normalize(images, model.preprocess) for images in (IMAGES, floats)]
     np.testing.assert_allclose(*pixels, rtol=0, atol=1e-6)
-    ours = run(model, variables, floats).logits
-    assert difference(ours, run(model, variables, IMAGES).logits) <= 1e-5
+    actual = run(model, variables, floats).logits
+    assert difference(actual, run(model, variables, IMAGES).logits) <= 1e-5
 
 
-def test_normalize_is_what_each_family_does() -> None:
+def test_normalize_implements_the_common_normalizations() -> None:
     x = IMAGES.astype(np.float64)
     mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
     np.testing.assert_allclose(normalize(IMAGES, Preprocess()), (x / 255 - mean) / std, atol=1e-6)
@@ -318,7 +320,7 @@ def test_normalize_is_what_each_family_does() -> None:
     np.testing.assert_allclose(normalize(IMAGES, caffe), expected, atol=1e-4)
 
 
-def test_bfloat16_is_close_and_its_logits_are_float32(resnet18: tuple[Model, Variables]) -> None:
+def test_bfloat16_activations_give_close_float32_logits(resnet18: tuple[Model, Variables]) -> None:
     model, variables = resnet18
     half = replace(model, dtype="bfloat16")
     output = run(half, variables, IMAGES, capture=("stem",))
@@ -326,7 +328,7 @@ def test_bfloat16_is_close_and_its_logits_are_float32(resnet18: tuple[Model, Var
     assert difference(output.logits, run(model, variables, IMAGES).logits) <= 0.03
 
 
-def test_a_model_is_a_static_argument() -> None:
+def test_a_model_can_be_a_static_argument() -> None:
     model, traces = build_model("resnet18", 7), []
 
     @partial(jax.jit, static_argnums=0)
@@ -345,7 +347,7 @@ def test_a_model_is_a_static_argument() -> None:
 
 
 @pytest.mark.slow
-def test_init_matches_the_skeleton() -> None:
+def test_init_returns_the_shapes_of_abstract_variables() -> None:
     model = build_model("resnet18", 7)
     skeleton = flatten(abstract_variables(model))
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in skeleton.values())
@@ -364,7 +366,9 @@ def test_init_matches_the_skeleton() -> None:
             np.testing.assert_array_equal(leaf, np.full(leaf.shape, value), err_msg=path)
 
 
-def test_a_new_head_is_zero_and_nothing_else_changes(resnet18: tuple[Model, Variables]) -> None:
+def test_replace_head_initializes_to_zero_and_changes_nothing_else(
+    resnet18: tuple[Model, Variables],
+) -> None:
     model, variables = resnet18
     new, replaced = replace_head(model, variables, 3)
     assert (new.num_classes, new.name, new.stages[:-1]) == (3, model.name, model.stages[:-1])
@@ -376,28 +380,30 @@ def test_a_new_head_is_zero_and_nothing_else_changes(resnet18: tuple[Model, Vari
 
 
 @pytest.mark.parametrize(("after", "features"), [("layer2", 128), ("layer4", 512), ("pool", 512)])
-def test_a_new_head_drops_the_stages_behind_its_own(
+def test_replace_head_removes_the_stages_after_the_chosen_one(
     resnet18: tuple[Model, Variables], after: str, features: int
 ) -> None:
     model, variables = resnet18
     new, replaced = replace_head(model, variables, 3, after=after)
-    kept = model.stage_names[: model.position(after) + 1]
-    assert new.stage_names == (*kept, *(["pool"] if after != "pool" else []), "head")
-    assert set(replaced["params"]) == {*kept, "head"} - {"pool"}
+    retained = model.stage_names[: model.position(after) + 1]
+    assert new.stage_names == (*retained, *(["pool"] if after != "pool" else []), "head")
+    assert set(replaced["params"]) == {*retained, "head"} - {"pool"}
     assert replaced["params"]["head"]["kernel"].shape == (features, 3)
-    read = run(new, replaced, IMAGES, stop="head").value
+    actual = run(new, replaced, IMAGES, stop="head").value
     expected = run(model, variables, IMAGES, capture=(after,)).captured[after]
     expected = expected.mean((1, 2)) if expected.ndim == 4 else expected
-    assert difference(read, expected) <= 1e-6
+    assert difference(actual, expected) <= 1e-6
 
 
 @pytest.mark.parametrize("after", ["head", "layer9"])
-def test_a_new_head_cannot_stand_there(resnet18: tuple[Model, Variables], after: str) -> None:
+def test_replace_head_refuses_the_head_and_unknown_stages(
+    resnet18: tuple[Model, Variables], after: str
+) -> None:
     with pytest.raises(RequestError, match=after):
         replace_head(*resnet18, 3, after=after)
 
 
-def test_dropout_is_of_a_training_head(resnet18: tuple[Model, Variables]) -> None:
+def test_dropout_is_active_only_with_noise(resnet18: tuple[Model, Variables]) -> None:
     model, variables = resnet18
     new, replaced = replace_head(model, variables, 3, dropout=0.5)
     replaced["params"]["head"]["kernel"] = jnp.eye(512, 3)

@@ -1,4 +1,4 @@
-"""Ours and the reference implementation, on the same weights: every stage to 1e-4 of its scale."""
+"""Outputs of every stage, compared with the reference implementation on the same weights."""
 
 from pathlib import Path
 
@@ -41,7 +41,7 @@ slow = pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "layers"),
     [
-        pytest.param("resnet18", 21, marks=slow),  # test_zoo.py has it, stage by stage
+        pytest.param("resnet18", 21, marks=slow),  # test_zoo.py compares its stages
         pytest.param("resnet34", 37, marks=slow),
         pytest.param("resnet50", 54, marks=slow),
         pytest.param("resnet101", 105, marks=slow),
@@ -71,10 +71,10 @@ def test_resnet_agrees_with_transformers(name: str, layers: int, tmp_path: Path)
             output = network(pixels, output_hidden_states=True)
             pooled = network.resnet(pixels).pooler_output.flatten(1)
         stages = ("stem", "layer1", "layer2", "layer3", "layer4")
-        theirs = dict(zip(stages, output.hidden_states, strict=True))
-        theirs |= {"pool": pooled, "head": output.logits}
+        expected = dict(zip(stages, output.hidden_states, strict=True))
+        expected |= {"pool": pooled, "head": output.logits}
         stage_differences = {
-            stage: difference(captured[stage], from_torch(theirs[stage]))
+            stage: difference(captured[stage], from_torch(expected[stage]))
             for stage in model.stage_names
         }
         assert max(stage_differences.values()) <= TOLERANCE, stage_differences
@@ -83,16 +83,16 @@ def test_resnet_agrees_with_transformers(name: str, layers: int, tmp_path: Path)
 @pytest.mark.parametrize(
     "name", [*list(LITE)[:1], *(pytest.param(name, marks=slow) for name in list(LITE)[1:])]
 )
-def test_efficientnet_lite_is_the_same_in_every_file(name: str, tmp_path: Path) -> None:
+def test_efficientnet_lite_is_equal_from_every_file_format(name: str, tmp_path: Path) -> None:
     network = TorchLite(name)
     torch.save(network.state_dict(), tmp_path / "zip.pth")
     torch.save(network.state_dict(), tmp_path / "legacy.pth", _use_new_zipfile_serialization=False)
     safetensors.torch.save_file(dict(timm_state(network)), tmp_path / "timm.safetensors")
     expected = load_pretrained(tmp_path / "zip.pth")
     for file, layout in [("legacy.pth", "efficientnet_pytorch"), ("timm.safetensors", "timm")]:
-        found = load_pretrained(tmp_path / file)
-        assert (found.model, found.card.layout) == (expected.model, layout)
-        assert_same_variables(found.variables, expected.variables)
+        loaded = load_pretrained(tmp_path / file)
+        assert (loaded.model, loaded.card.layout) == (expected.model, layout)
+        assert_same_variables(loaded.variables, expected.variables)
 
 
 def test_efficientnet_lite_agrees_with_timm(tmp_path: Path) -> None:
@@ -105,12 +105,12 @@ def test_efficientnet_lite_agrees_with_timm(tmp_path: Path) -> None:
     for size in SIZES:
         images = random_images(2, *size)
         with torch.no_grad():
-            theirs = network(to_torch(normalize(images, model.preprocess)))
-        assert difference(run(model, variables, images).logits, theirs) <= TOLERANCE
+            expected = network(to_torch(normalize(images, model.preprocess)))
+        assert difference(run(model, variables, images).logits, expected) <= TOLERANCE
 
 
 @slow
-def test_real_resnet18_is_as_accurate_as_torch(
+def test_a_real_resnet18_is_as_accurate_as_in_torch(
     shared_weights: Path, shared_data: Path, tmp_path: Path
 ) -> None:
     pretrained = load_pretrained(shared_weights / "resnet18.ktb_in1k.safetensors")
@@ -127,10 +127,10 @@ def test_real_resnet18_is_as_accurate_as_torch(
 
     export(tmp_path, pretrained, "huggingface")
     network = ResNetForImageClassification.from_pretrained(tmp_path).eval()
-    theirs = compute_torch_logits(network, source, model.preprocess)[logits.indices]
-    same = int((theirs.argmax(1) == logits.values.argmax(1)).sum())
+    expected = compute_torch_logits(network, source, model.preprocess)[logits.indices]
+    same = int((expected.argmax(1) == logits.values.argmax(1)).sum())
     assert same >= 998
-    assert difference(logits.values, theirs) <= TOLERANCE
+    assert difference(logits.values, expected) <= TOLERANCE
 
 
 def compute_torch_logits(

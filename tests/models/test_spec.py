@@ -1,4 +1,4 @@
-"""A model can be written down and read back, and what was written can be anything."""
+"""Serialization of models to JSON and back, including damaged and malicious JSON."""
 
 import json
 from collections.abc import Callable
@@ -39,7 +39,7 @@ NAMES = [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in 
 
 
 class MLP(nn.Module):
-    """A head with every kind of setting."""
+    """Head with every kind of setting."""
 
     widths: tuple[int, ...]
     num_classes: int
@@ -61,7 +61,7 @@ class MLP(nn.Module):
 
 
 class Tokens(nn.Module):
-    """Rows of the map as tokens, after two of its own."""
+    """Stage that returns two prefix tokens and the pixels of the map as tokens."""
 
     @nn.compact
     def __call__(self, x: jax.Array, mode: Mode) -> jax.Array:
@@ -81,11 +81,11 @@ def custom_head(model: Model, **settings: Any) -> Model:
     return replace(model, stages=(*model.stages[:-1], head))
 
 
-# --- there and back ------------------------------------------------------------------------------
+# --- round trips ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_network_comes_back(name: str) -> None:
+def test_every_network_survives_the_round_trip(name: str) -> None:
     model = build_model(name, 7)
     assert through_json(model) == model
     last = to_json(model)["stages"][-1]
@@ -122,14 +122,14 @@ RESNET = build_model("resnet18")
     ],
     ids=lambda model: model.name,
 )
-def test_any_stages_come_back(model: Model) -> None:
+def test_any_stages_survive_the_round_trip(model: Model) -> None:
     again = through_json(model, OWN)
     assert (again, hash(again)) == (model, hash(model))
     shapes = [jax.tree.map(jnp.shape, abstract_variables(each)) for each in (model, again)]
     assert shapes[0] == shapes[1]
 
 
-def test_what_a_network_does_comes_back() -> None:
+def test_the_outputs_survive_the_round_trip() -> None:
     model = custom_head(tiny.MODEL, first=Dense(6))
     rng = np.random.default_rng(0)
     variables = jax.tree.map(
@@ -137,8 +137,8 @@ def test_what_a_network_does_comes_back() -> None:
     )
     images = rng.integers(0, 256, (2, 16, 16, 3)).astype(np.uint8)
     expected = apply(model, variables, images).logits
-    found = apply(through_json(model, OWN), variables, images).logits
-    np.testing.assert_array_equal(found, expected)
+    actual = apply(through_json(model, OWN), variables, images).logits
+    np.testing.assert_array_equal(actual, expected)
     assert expected.shape == (2, model.num_classes)
 
 
@@ -157,19 +157,19 @@ def test_what_a_network_does_comes_back() -> None:
         ([1, {"a": nn.relu}], "custom_jvp"),
     ],
 )
-def test_a_setting_that_is_no_plain_value_is_named(setting: object, kind: str) -> None:
-    expected = rf"^activation of stage classifier of tiny is a {kind}, which cannot be written down"
+def test_a_setting_that_is_not_a_plain_value_is_refused(setting: object, kind: str) -> None:
+    expected = rf"^activation of stage classifier of tiny is a {kind}, which cannot be saved"
     with pytest.raises(RequestError, match=expected) as caught:
         to_json(custom_head(tiny.MODEL, activation=setting))
     assert "\n" not in str(caught.value)
 
 
-def test_a_class_that_is_called_like_one_of_ours_is_refused() -> None:
+def test_a_class_with_the_name_of_a_tljax_module_is_refused() -> None:
     with pytest.raises(RequestError, match="first of stage classifier of tiny is a Dense that is"):
         to_json(custom_head(tiny.MODEL, first=nn.Dense(3)))
 
 
-def test_an_unknown_module_is_named_and_never_imported() -> None:
+def test_an_unknown_module_is_refused_and_never_imported() -> None:
     spec = to_json(custom_head(tiny.MODEL)) | {"name": "x"}
     with pytest.raises(RequestError, match=r"the module 'Unit'.*--extension FILE.py.*modules"):
         from_json(spec)
@@ -178,7 +178,7 @@ def test_an_unknown_module_is_named_and_never_imported() -> None:
         from_json(spec, OWN)
 
 
-def test_what_a_later_version_wrote_is_not_guessed_at() -> None:
+def test_a_later_version_is_refused() -> None:
     spec = to_json(RESNET)
     with pytest.raises(RequestError, match=r"in version 2, and this tljax reads version 1"):
         from_json(spec | {"version": 2})
@@ -224,7 +224,7 @@ def changed(change: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
         lambda spec: spec["stages"][-1]["settings"].update(widths={"module": "MLP"}),
     ],
 )
-def test_a_damaged_description_is_one_line(change: Callable[[dict[str, Any]], object]) -> None:
+def test_damaged_json_is_refused_in_one_line(change: Callable[[dict[str, Any]], object]) -> None:
     with pytest.raises(RequestError) as caught:
         from_json(changed(change), OWN)
     assert "\n" not in str(caught.value)
@@ -243,8 +243,8 @@ JSON = st.recursive(
 
 @hypothesis.given(st.data())
 @hypothesis.settings(max_examples=60, deadline=None)
-def test_a_description_is_read_or_refused(data: st.DataObject) -> None:
-    """With any value in any place: `RequestError` is all that may be raised."""
+def test_any_json_is_read_or_refused(data: st.DataObject) -> None:
+    """Any value in any place raises nothing but `RequestError`."""
     root = changed(lambda _: None)
     parent: Any = root
     key: Any = data.draw(st.sampled_from(sorted(root)))
@@ -265,16 +265,16 @@ def refusal(spec: object) -> str:
 
 
 @pytest.mark.parametrize("spec", [None, 3, [], "{}", {"version": 1}, {"version": "1"}])
-def test_what_is_no_description_is_refused(spec: object) -> None:
+def test_other_values_are_refused(spec: object) -> None:
     with pytest.raises(RequestError):
         from_json(spec)
 
 
-# --- what a stage hands on -----------------------------------------------------------------------
+# --- outputs of stages ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_stage_hands_on_what_it_declares(name: str) -> None:
+def test_every_stage_has_the_output_that_it_declares(name: str) -> None:
     model = build_model(name, 7)
     size = model.preprocess.size
     outputs = jax.eval_shape(
@@ -289,7 +289,7 @@ def test_every_stage_hands_on_what_it_declares(name: str) -> None:
     assert outputs[model.stage_names[-1]].shape == (1, model.num_classes)
 
 
-def test_the_classes_of_a_head_are_what_it_returns() -> None:
+def test_num_classes_is_the_number_of_outputs_of_the_head() -> None:
     model = custom_head(tiny.MODEL)
     assert (model.num_classes, model.has_linear_head) == (3, False)
     assert (tiny.MODEL.num_classes, tiny.MODEL.has_linear_head) == (3, True)
@@ -303,7 +303,7 @@ def test_the_classes_of_a_head_are_what_it_returns() -> None:
     assert inside(jnp.ones(())) == 3
 
 
-def test_a_head_reads_the_mean_of_the_tokens_of_the_image() -> None:
+def test_a_new_head_averages_the_tokens_without_the_prefix() -> None:
     stages = (*tiny.MODEL.stages[:2], Stage("tokens", Tokens(), "tokens", prefix_tokens=2))
     model = Model("tokens", (*stages, Stage("head", LinearHead(3), "vector")), Preprocess(16, 16))
     variables = tiny.random_variables()
@@ -312,17 +312,17 @@ def test_a_head_reads_the_mean_of_the_tokens_of_the_image() -> None:
         new, replaced = replace_head(model, variables, 2, after=after)
         assert new.stages[-2] == Stage("pool", GlobalAveragePool(2), "vector")
         pooled = apply(tiny.MODEL, variables, images, stop=-1).value
-        found = apply(new, replaced, images, stop=-1).value
-        np.testing.assert_allclose(found, pooled, rtol=1e-5)
+        features = apply(new, replaced, images, stop=-1).value
+        np.testing.assert_allclose(features, pooled, rtol=1e-5)
 
 
-def test_a_stage_can_be_named_by_its_position() -> None:
+def test_a_stage_can_be_given_by_its_position() -> None:
     assert [tiny.MODEL.position(stage) for stage in (0, -1, "pool")] == [0, 3, 2]
     with pytest.raises(RequestError, match="tiny has no stage '4'"):
         tiny.MODEL.position(4)
 
 
-def test_convolutions_of_ours_need_no_help() -> None:
+def test_a_custom_module_may_contain_tljax_modules() -> None:
     class Wrap(nn.Module):
         inner: nn.Module
 

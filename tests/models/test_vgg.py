@@ -1,4 +1,4 @@
-"""VGG's hidden layers: kept or dropped by a transfer, with dropout in training mode."""
+"""Hidden layers of VGG: kept or removed with a new head, and dropout."""
 
 import jax
 import numpy as np
@@ -21,7 +21,7 @@ def vgg11() -> tuple[Model, Variables]:
     ("after", "hidden", "features"),
     [("pool", (), 25088), ("fc1", ("fc1",), 4096), ("fc2", ("fc1", "fc2"), 4096)],
 )
-def test_a_transfer_keeps_none_one_or_both(
+def test_a_new_head_keeps_none_one_or_both_hidden_layers(
     vgg11: tuple[Model, Variables], after: str, hidden: tuple[str, ...], features: int
 ) -> None:
     model, variables = vgg11
@@ -30,12 +30,12 @@ def test_a_transfer_keeps_none_one_or_both(
     assert new.stage_names == (*blocks, "pool", *hidden, "head")
     assert set(replaced["params"]) == {*blocks, *hidden, "head"}
     assert replaced["params"]["head"]["kernel"].shape == (features, 3)
-    read = run(new, replaced, IMAGES, stop="head").value
+    actual = run(new, replaced, IMAGES, stop="head").value
     expected = run(model, variables, IMAGES, capture=(after,)).captured[after]
-    np.testing.assert_array_equal(read, expected)
+    np.testing.assert_array_equal(actual, expected)
 
 
-def test_hidden_layers_drop_half_in_training_mode(vgg11: tuple[Model, Variables]) -> None:
+def test_dropout_in_hidden_layers_drops_half(vgg11: tuple[Model, Variables]) -> None:
     model, variables = vgg11
     pooled = np.random.default_rng(0).standard_normal((2, 25088)).astype(np.float32)
 
@@ -45,7 +45,7 @@ def test_hidden_layers_drop_half_in_training_mode(vgg11: tuple[Model, Variables]
         return np.asarray(output.value)
 
     whole, dropped = hidden(set()), hidden({"fc1"})
-    alive, kept = whole > 0, dropped > 0
-    np.testing.assert_allclose(dropped[kept], 2 * whole[kept], rtol=1e-6)
-    assert abs(kept[alive].mean() - 0.5) < 0.04  # five standard errors
+    positive, remaining = whole > 0, dropped > 0
+    np.testing.assert_allclose(dropped[remaining], 2 * whole[remaining], rtol=1e-6)
+    assert abs(remaining[positive].mean() - 0.5) < 0.04  # five standard errors
     np.testing.assert_array_equal(hidden({"fc2"}), whole)

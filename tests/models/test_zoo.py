@@ -1,4 +1,4 @@
-"""Every network, from every format that it has, against its reference implementation."""
+"""Every network, loaded from each of its formats, compared with its reference implementation."""
 
 import json
 from functools import partial
@@ -17,7 +17,7 @@ from tljax.pretrained.tables.layouts import LAYOUTS
 from tljax.runtime.types import Variables
 
 TOLERANCE = 1e-4
-# The quick ones at the odd size alone, which is the one that shows a wrong padding.
+# Fast tests use only the odd size, which shows a wrong padding.
 PAIRS = [
     *(
         pytest.param(*pair, slice(-1, None), id="-".join(pair))
@@ -32,7 +32,7 @@ PAIRS = [
 NAMES = [
     pytest.param(name, marks=[] if name == "resnet18" else pytest.mark.slow) for name in MODELS
 ]
-IMAGES = random_images(2, 97, 80)  # Inception needs 75
+IMAGES = random_images(2, 97, 80)  # Inception needs at least 75 pixels
 
 
 def test_every_model_and_layout_has_a_reference() -> None:
@@ -42,7 +42,7 @@ def test_every_model_and_layout_has_a_reference() -> None:
     }
 
 
-def test_the_committed_table_has_them_all() -> None:
+def test_the_committed_table_is_complete() -> None:
     path = Path(__file__).parents[2] / "benchmarks" / "results" / "parity.json"
     pairs = json.loads(path.read_text("utf-8"))["pairs"]
     assert {(pair["model"], pair["layout"]) for pair in pairs} == set(REFERENCES)
@@ -52,14 +52,16 @@ def test_the_committed_table_has_them_all() -> None:
 
 
 def _is_alias(name: str, layout: str) -> bool:
-    """Whether an earlier layout of the model has the same table."""
-    first = next(key for key, found in LAYOUTS[name].items() if found is LAYOUTS[name][layout])
+    """Return True if an earlier layout of the model has the same table."""
+    first = next(key for key, table in LAYOUTS[name].items() if table is LAYOUTS[name][layout])
     return first != layout
 
 
 @pytest.mark.parametrize(("name", "layout", "sizes"), PAIRS)
-def test_every_stage_agrees(name: str, layout: str, sizes: slice, tmp_path: Path) -> None:
-    reference = REFERENCES[name, layout](tmp_path / "theirs")
+def test_every_stage_equals_the_reference(
+    name: str, layout: str, sizes: slice, tmp_path: Path
+) -> None:
+    reference = REFERENCES[name, layout](tmp_path / "reference")
     reference = reference._replace(sizes=reference.sizes[sizes])
     pretrained = load_pretrained(reference.weights, model=name)
     assert (pretrained.model.name, pretrained.card.layout) == (name, layout)
@@ -73,7 +75,7 @@ def network(request: pytest.FixtureRequest) -> tuple[Model, Variables]:
     return model, random_variables(model)
 
 
-def test_any_cut_gives_the_whole(network: tuple[Model, Variables]) -> None:
+def test_two_parts_of_a_network_equal_the_whole(network: tuple[Model, Variables]) -> None:
     model, variables = network
     run = jax.jit(partial(apply, model), static_argnames=("start", "stop", "capture"))
     whole = run(variables, IMAGES, capture=model.stage_names)
@@ -87,7 +89,7 @@ def test_any_cut_gives_the_whole(network: tuple[Model, Variables]) -> None:
 
 @pytest.mark.slow
 def test_gradients_are_finite(network: tuple[Model, Variables]) -> None:
-    """In training mode, of every parameter; every stage that has parameters gets some."""
+    """Training mode; every stage with parameters has gradients that are not zero."""
     model, variables = network
     weights = np.random.default_rng(0).standard_normal((2, 7)).astype(np.float32)
 
@@ -99,8 +101,8 @@ def test_gradients_are_finite(network: tuple[Model, Variables]) -> None:
         switches = {"batch_statistics": everything, "noise": everything}
         return (apply(model, mixed, IMAGES, **switches, key=key).logits * weights).sum()
 
-    found = gradients(variables["params"], variables["batch_stats"])
-    for stage, tree in found.items():
+    by_stage = gradients(variables["params"], variables["batch_stats"])
+    for stage, tree in by_stage.items():
         leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
         assert all(np.isfinite(leaf).all() for leaf in leaves), stage
         assert any(leaf.any() for leaf in leaves), stage

@@ -1,4 +1,4 @@
-"""Networks as lists of named stages. The only room that knows Flax."""
+"""Networks as lists of named stages. Only this package imports Flax."""
 
 from collections.abc import Callable
 from difflib import get_close_matches
@@ -29,17 +29,21 @@ MODELS: dict[str, Callable[..., Model]] = {
     **{name: partial(mobilenet.mobilenet_v2, name) for name in mobilenet.V2_VARIANTS},
     **{name: partial(mobilenet.mobilenet_v3, name) for name in mobilenet.V3_VARIANTS},
 }
-"""Every architecture by name: ``MODELS["resnet50"](num_classes=1000) -> Model``."""
+"""Builders of all architectures by name: ``MODELS["resnet50"](num_classes=1000) -> Model``."""
 
 
 def build_model(name: str, num_classes: int = 1000) -> Model:
-    """The architecture of that name.
+    """Build an architecture by its name in `MODELS`, without weights.
+
+    Args:
+        name: e.g. ``resnet50``.
+        num_classes: number of classes of the head; 0 builds a backbone.
 
     Raises:
-        RequestError: there is none; the message names the nearest.
+        RequestError: there is no such architecture; the message suggests the nearest name.
     """
     if name not in MODELS:
-        near = get_close_matches(name, MODELS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(MODELS)}"
+        matches = get_close_matches(name, MODELS, n=1)
+        hint = f"did you mean {matches[0]}?" if matches else f"known: {', '.join(MODELS)}"
         raise RequestError(f"no model is called '{name}'; {hint}")
     return MODELS[name](num_classes=num_classes)

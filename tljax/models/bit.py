@@ -1,9 +1,8 @@
-"""BiT (Kolesnikov et al. 2020, Big Transfer): ResNet version 2 without batch norm.
+"""BiT (Kolesnikov et al. 2020, Big Transfer, arXiv 1912.11370): ResNetV2 without batch norm.
 
-Group norm and weight standardisation instead, so nothing depends on the batch and there are no
-running statistics. Activations come before the convolutions (He et al. 2016, Identity Mappings), so
-the last layer is followed by a norm of its own. Geometry of timm's reference implementation:
-symmetric padding everywhere.
+Group norm and weight standardization replace batch norm, so that there are no running statistics.
+Norm and activation precede each convolution (He et al. 2016, Identity Mappings, arXiv 1603.05027),
+so another norm follows the last layer. Padding is symmetric, as in timm.
 """
 
 from dataclasses import replace
@@ -15,30 +14,30 @@ from flax import linen as nn
 from jax import Array
 
 from tljax.models.convolution import max_pool
-from tljax.models.layers import Conv, GlobalAveragePool, GroupNorm, LinearHead, Mode
-from tljax.models.model import Model, Stage
+from tljax.models.layers import Conv, GroupNorm, Mode
+from tljax.models.model import Model, Stage, pooled_classifier
 from tljax.runtime.types import HALF
 
 _conv = partial(Conv, use_bias=False, standardize=True)
 
 
 class Stem(nn.Module):
-    """7x7 convolution and max pooling, without norm: the first block begins with one."""
+    """7x7 convolution and max pooling; the first block begins with a norm."""
 
     features: int
 
     @nn.compact
     def __call__(self, x: Array, mode: Mode) -> Array:  # noqa: ARG002 - a stage's signature
-        """``[b, h, w, 3] -> [b, h/4, w/4, features]``."""
+        """Map ``[b, h, w, 3]`` to ``[b, h/4, w/4, features]``."""
         x = _conv(self.features, 7, stride=2, padding=3, name="conv")(x)
-        # Zeros, which win over negative values: as there is no ReLU, this is not torch's padding.
+        # Padded with zeros, unlike torch, which pads with -inf: values may be negative here.
         return max_pool(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), 3, stride=2)
 
 
 class Bottleneck(nn.Module):
-    """Norm, ReLU and convolution three times, 1x1, 3x3 and 1x1, around a shortcut.
+    """Residual block of 1x1, 3x3 and 1x1 convolutions, each after a norm and ReLU.
 
-    Where the shape changes, the shortcut starts behind the first ReLU.
+    If the shape changes, the input of the shortcut's convolution is the output of the first ReLU.
     """
 
     features: int
@@ -47,7 +46,7 @@ class Bottleneck(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """``[b, h, w, c] -> [b, h/stride, w/stride, features]``."""
+        """Map ``[b, h, w, c]`` to ``[b, h/stride, w/stride, features]``."""
         width = self.features // 4
         y = nn.relu(GroupNorm(name="norm1")(x))
         if self.has_shortcut:
@@ -58,7 +57,7 @@ class Bottleneck(nn.Module):
 
 
 class Layer(nn.Module):
-    """A run of blocks at one resolution; the first one carries the stride."""
+    """Sequence of blocks; the first one has the stride."""
 
     depth: int
     features: int
@@ -66,7 +65,7 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, mode: Mode) -> Array:  # noqa: ARG002 - a stage's signature
-        """``[b, h, w, c] -> [b, h/stride, w/stride, features]``."""
+        """Map ``[b, h, w, c]`` to ``[b, h/stride, w/stride, features]``."""
         for i in range(self.depth):
             stride = self.stride if i == 0 else 1
             x = Bottleneck(self.features, stride, has_shortcut=i == 0, name=f"block{i}")(x)
@@ -74,16 +73,22 @@ class Layer(nn.Module):
 
 
 class Norm(nn.Module):
-    """What the last layer lacks: a norm and ReLU."""
+    """Norm and ReLU after the last layer."""
 
     @nn.compact
     def __call__(self, x: Array, mode: Mode) -> Array:  # noqa: ARG002 - a stage's signature
-        """``[b, h, w, c] -> [b, h, w, c]``."""
+        """Map ``[b, h, w, c]`` to ``[b, h, w, c]``."""
         return nn.relu(GroupNorm(name="norm")(x))
 
 
 class Variant(NamedTuple):
-    """Blocks in each of the four layers; a multiplier of all widths; side of the usual images."""
+    """Configuration of a network.
+
+    Attributes:
+        depths: number of blocks in each of the four layers.
+        width: multiplier of all widths.
+        size: side of the input images, in pixels.
+    """
 
     depths: tuple[int, int, int, int]
     width: int
@@ -98,24 +103,15 @@ VARIANTS = {
     "resnetv2_152x2_bit": Variant((3, 8, 36, 3), 2),
     "resnetv2_152x4_bit": Variant((3, 8, 36, 3), 4, size=480),
 }
-"""By timm's names."""
+"""Networks by their names in timm."""
 
 
 def bit(name: str, num_classes: int = 1000) -> Model:
-    """One of `VARIANTS`, with stages ``stem, layer1 ... layer4, norm, pool, head``."""
+    """Build one of `VARIANTS`, with stages ``stem, layer1 ... layer4, norm, pool, head``."""
     depths, width, size = VARIANTS[name]
     layers = (
         Stage(f"layer{i + 1}", Layer(depth, 256 * width * 2**i, stride=min(i, 1) + 1))
         for i, depth in enumerate(depths)
     )
-    return Model(
-        name,
-        (
-            Stage("stem", Stem(64 * width)),
-            *layers,
-            Stage("norm", Norm()),
-            Stage("pool", GlobalAveragePool(), "vector"),
-            Stage("head", LinearHead(num_classes), "vector"),
-        ),
-        replace(HALF, size=size, resize=size),
-    )
+    stages = Stage("stem", Stem(64 * width)), *layers, Stage("norm", Norm())
+    return pooled_classifier(name, stages, num_classes, replace(HALF, size=size, resize=size))

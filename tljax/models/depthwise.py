@@ -1,4 +1,4 @@
-"""The depthwise blocks that MobileNets and EfficientNets are made of."""
+"""Blocks of depthwise convolutions, which MobileNet and EfficientNet share."""
 
 from collections.abc import Callable, Iterable
 from typing import Literal, NamedTuple
@@ -14,13 +14,14 @@ Activation = Callable[[Array], Array]
 
 
 class Convention(NamedTuple):
-    """What all convolutions of a network have in common, and two ports of it need not.
+    """Settings of all convolutions of a network, which differ between published versions of it.
 
     Attributes:
-        padding: symmetric, as torch pads; TensorFlow's SAME; or Keras' in MobileNet v1: SAME, but
-            what is depthwise and strides is padded by one row below and one column on the right.
-        epsilon: of batch norm.
-        momentum: of batch norm: the share of the old value.
+        padding: ``torch`` for symmetric padding, ``SAME`` for TensorFlow's, or ``keras`` for SAME
+            with one row below and one column to the right of strided depthwise convolutions
+            (MobileNet v1 in Keras).
+        epsilon: epsilon of the batch norms.
+        momentum: weight of the old running statistics of the batch norms.
     """
 
     padding: Literal["torch", "SAME", "keras"]
@@ -30,26 +31,20 @@ class Convention(NamedTuple):
     def conv_norm(
         self, features: int, kernel_size: int, stride: int = 1, *, groups: int = 1, name: str
     ) -> ConvNorm:
-        """A convolution and its norm, inside of a module."""
+        """Create a convolution with batch norm; call it in a compact method of a module."""
+        kind, epsilon, momentum = self
         padding: Padding = "SAME"
-        if self.padding == "torch":
+        if kind == "torch":
             padding = kernel_size // 2
-        elif self.padding == "keras" and groups > 1 < stride:
+        elif kind == "keras" and groups > 1 < stride:
             padding = ((0, 1), (0, 1))
         return ConvNorm(
-            features,
-            kernel_size,
-            stride,
-            padding=padding,
-            groups=groups,
-            epsilon=self.epsilon,
-            momentum=self.momentum,
-            name=name,
+            features, kernel_size, stride, padding, groups, epsilon, momentum, name=name
         )
 
 
 class ConvAct(nn.Module):
-    """A convolution, its norm and an activation: the stem, and the last map before the pooling."""
+    """Convolution, batch norm and activation: the stem and the last layer before the pooling."""
 
     features: int
     kernel_size: int
@@ -59,59 +54,57 @@ class ConvAct(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, mode: Mode) -> Array:
-        """``[b, h, w, c] -> [b, h/stride, w/stride, features]``."""
+        """Map ``[b, h, w, c]`` to ``[b, h/stride, w/stride, features]``."""
         conv = self.convention.conv_norm(self.features, self.kernel_size, self.stride, name="conv")
         return self.activation(conv(x, mode))
 
 
 class SqueezeExcite(nn.Module):
-    """Weighs the channels by what their means say (Hu et al. 2017, with V3's hard sigmoid)."""
+    """Squeeze-and-excitation (Hu et al. 2017, arXiv 1709.01507) with a hard sigmoid."""
 
     features: int
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """``[b, h, w, c] -> [b, h, w, c]``."""
+        """Map ``[b, h, w, c]`` to ``[b, h, w, c]``."""
         y = nn.relu(Conv(self.features, 1, name="reduce")(x.mean((1, 2), keepdims=True)))
         return x * nn.hard_sigmoid(Conv(x.shape[-1], 1, name="expand")(y))
 
 
 class InvertedResidual(nn.Module):
-    """1x1 expansion, depthwise convolution, 1x1 projection (Sandler et al. 2018, MobileNetV2)."""
+    """1x1 expansion, depthwise convolution, 1x1 projection (MobileNetV2: Sandler et al. 2018)."""
 
-    features: int
-    kernel_size: int
+    run: "Run"
     stride: int
     expansion: float
-    squeeze: bool
     convention: Convention
-    activation: Activation
 
     @nn.compact
     def __call__(self, x: Array, mode: Mode) -> Array:
-        """``[b, h, w, c] -> [b, h/stride, w/stride, features]``."""
+        """Map ``[b, h, w, c]`` to ``[b, h/stride, w/stride, features]``."""
+        features, kernel_size, *_, squeeze, activation = self.run
         y, width = x, round_width(x.shape[-1] * self.expansion)
         conv_norm = self.convention.conv_norm
         if self.expansion > 1:
-            y = self.activation(conv_norm(width, 1, name="expand")(y, mode))
-        depthwise = conv_norm(width, self.kernel_size, self.stride, groups=width, name="depthwise")
-        y = self.activation(depthwise(y, mode))
-        if self.squeeze:
+            y = activation(conv_norm(width, 1, name="expand")(y, mode))
+        depthwise = conv_norm(width, kernel_size, self.stride, groups=width, name="depthwise")
+        y = activation(depthwise(y, mode))
+        if squeeze:
             y = SqueezeExcite(round_width(width / 4), name="squeeze_excite")(y)
-        y = conv_norm(self.features, 1, name="project")(y, mode)
-        return x + y if self.stride == 1 and x.shape[-1] == self.features else y
+        y = conv_norm(features, 1, name="project")(y, mode)
+        return x + y if self.stride == 1 and x.shape[-1] == features else y
 
 
 class Run(NamedTuple):
-    """Inverted residuals of one width, in a row; the first one carries the stride.
+    """Configuration of consecutive inverted residuals of one width; the first has the stride.
 
     Attributes:
-        features: width behind each of them.
-        kernel_size: of the depthwise convolutions.
-        stride: of the first one.
-        expansions: of each: how much wider it is inside; 1 for no expansion.
-        squeeze: with squeeze and excitation.
-        activation: inside.
+        features: output channels of every block.
+        kernel_size: kernel size of the depthwise convolutions.
+        stride: stride of the first block.
+        expansions: ratio of inner to input channels of each block; 1 for no expansion.
+        squeeze: whether the blocks contain squeeze-and-excitation.
+        activation: activation inside the blocks.
     """
 
     features: int
@@ -122,41 +115,32 @@ class Run(NamedTuple):
     activation: Activation = nn.relu6
 
     def scaled(self, width: float) -> "Run":
-        """The same with so many times the features."""
+        """Return a copy whose number of features is multiplied by ``width``."""
         return self._replace(features=round_width(self.features * width))
 
 
 class Blocks(nn.Module):
-    """A `Run`."""
+    """Stage of the inverted residuals of a `Run`."""
 
     run: Run
     convention: Convention
 
     @nn.compact
     def __call__(self, x: Array, mode: Mode) -> Array:
-        """``[b, h, w, c] -> [b, h/stride, w/stride, features]``."""
-        run = self.run
-        for i, expansion in enumerate(run.expansions):
-            block = InvertedResidual(
-                run.features,
-                run.kernel_size,
-                run.stride if i == 0 else 1,
-                expansion,
-                run.squeeze,
-                self.convention,
-                run.activation,
-                name=f"block{i}",
-            )
+        """Map ``[b, h, w, c]`` to ``[b, h/stride, w/stride, features]``."""
+        for i, expansion in enumerate(self.run.expansions):
+            stride = self.run.stride if i == 0 else 1
+            block = InvertedResidual(self.run, stride, expansion, self.convention, name=f"block{i}")
             x = block(x, mode)
         return x
 
 
 def stages(runs: Iterable[Run], convention: Convention) -> tuple[Stage, ...]:
-    """``stage1, stage2, ...``: one for each run."""
+    """Create the stages ``stage1, stage2, ...``, one for each run."""
     return tuple(Stage(f"stage{i}", Blocks(run, convention)) for i, run in enumerate(runs, start=1))
 
 
 def round_width(features: float) -> int:
-    """To a multiple of 8, never losing more than a tenth (``make_divisible`` of the references)."""
+    """Round to a multiple of 8, reducing by at most 10% (``make_divisible`` in the references)."""
     rounded = max(8, int(features + 4) // 8 * 8)
     return rounded + 8 if rounded < 0.9 * features else rounded

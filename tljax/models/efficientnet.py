@@ -1,7 +1,7 @@
-"""EfficientNet-Lite0 to 4: EfficientNet (Tan and Le 2019) without squeeze-excitation, with ReLU6.
+"""EfficientNet-Lite0 to 4: EfficientNet with ReLU6 and without squeeze-and-excitation.
 
-Geometry of the TensorFlow reference implementation (tensorflow/tpu, efficientnet/lite): SAME
-padding, batch-norm epsilon 1e-3.
+Tan and Le 2019, arXiv 1905.11946. Padding (SAME) and batch norm (epsilon 1e-3) are those of the
+TensorFlow reference implementation (tensorflow/tpu, efficientnet/lite).
 """
 
 import math
@@ -11,15 +11,14 @@ from typing import Literal, NamedTuple
 from flax import linen as nn
 
 from tljax.models.depthwise import ConvAct, Convention, Run, stages
-from tljax.models.layers import GlobalAveragePool, LinearHead
-from tljax.models.model import Model, Stage
+from tljax.models.model import Model, Stage, pooled_classifier
 from tljax.runtime.types import HALF, Preprocess
 
 _CONVENTION = Convention("SAME", epsilon=1e-3, momentum=0.99)
 
 
 class Variant(NamedTuple):
-    """Multipliers of width and depth, and the preprocessing of the published weights."""
+    """Multipliers of width and depth, and preprocessing of the published weights."""
 
     width: float
     depth: float
@@ -53,28 +52,25 @@ _RUNS = (
 
 
 def runs(name: str) -> tuple[Run, ...]:
-    """The seven stages; the first and the last never grow in depth, stem and last map never."""
-    variant = VARIANTS[name]
+    """Return the configurations of the seven stages.
 
-    def deeper(run: Run) -> Run:
-        return run._replace(
-            expansions=run.expansions[:1] * math.ceil(len(run.expansions) * variant.depth)
-        )
-
-    first, *between, last = _RUNS
-    return tuple(run.scaled(variant.width) for run in (first, *map(deeper, between), last))
+    The depth multiplier applies to all but the first and last of them, the width multiplier to all.
+    """
+    width, depth, _ = VARIANTS[name]
+    first, *middle, last = _RUNS
+    deeper = [
+        run._replace(expansions=run.expansions[:1] * math.ceil(len(run.expansions) * depth))
+        for run in middle
+    ]
+    return tuple(run.scaled(width) for run in (first, *deeper, last))
 
 
 def efficientnet(name: str, num_classes: int = 1000) -> Model:
-    """One of `VARIANTS`, with stages ``stem, stage1 ... stage7, conv_head, pool, head``."""
-    return Model(
-        name,
-        (
-            Stage("stem", ConvAct(32, 3, 2, _CONVENTION, nn.relu6)),
-            *stages(runs(name), _CONVENTION),
-            Stage("conv_head", ConvAct(1280, 1, 1, _CONVENTION, nn.relu6)),
-            Stage("pool", GlobalAveragePool(), "vector"),
-            Stage("head", LinearHead(num_classes), "vector"),
-        ),
-        VARIANTS[name].preprocess,
-    )
+    """Build one of `VARIANTS`, with stages ``stem, stage1 ... stage7, conv_head, pool, head``.
+
+    Stem and ``conv_head`` have the same width in all variants.
+    """
+    stem = Stage("stem", ConvAct(32, 3, 2, _CONVENTION, nn.relu6))
+    conv_head = Stage("conv_head", ConvAct(1280, 1, 1, _CONVENTION, nn.relu6))
+    body = stem, *stages(runs(name), _CONVENTION), conv_head
+    return pooled_classifier(name, body, num_classes, VARIANTS[name].preprocess)

@@ -1,9 +1,8 @@
-"""Inception v3 (Szegedy et al. 2015, Rethinking the Inception Architecture).
+"""Inception v3 (Szegedy et al. 2015, Rethinking the Inception Architecture, arXiv 1512.00567).
 
-Geometry of torchvision's reference implementation, and of Keras', whose batch norms have no scale
-and whose average pools do not count what they pad: what strides is not padded, everything else
-keeps its size; batch-norm epsilon 1e-3. The auxiliary head, which only training from scratch needs,
-is left out.
+Versions of torchvision and of Keras, whose batch norms have no scale and whose average pools do not
+count padding. Strided layers are not padded, all other layers except the first ones keep the size.
+The auxiliary head, which is only used in training from scratch, is omitted.
 """
 
 from collections.abc import Callable
@@ -16,17 +15,17 @@ from flax import linen as nn
 from jax import Array
 
 from tljax.models.convolution import Kernel, avg_pool, max_pool
-from tljax.models.layers import ConvNorm, GlobalAveragePool, LinearHead, Mode
-from tljax.models.model import Model, Stage
+from tljax.models.layers import ConvNorm, Mode
+from tljax.models.model import Model, Stage, pooled_classifier
 from tljax.runtime.types import HALF
 
 
 class Variant(NamedTuple):
-    """What tells the sources apart.
+    """Differences between the versions.
 
     Attributes:
-        conv_norm: builds every convolution.
-        count_padding: of the average pools, see `avg_pool`.
+        conv_norm: creates every convolution.
+        count_padding: whether average pools count padding; see `avg_pool`.
     """
 
     conv_norm: Callable[..., ConvNorm]
@@ -34,7 +33,7 @@ class Variant(NamedTuple):
 
 
 class Unit(NamedTuple):
-    """A convolution with its norm and ReLU, by torchvision's name."""
+    """Convolution with batch norm and ReLU, named as in torchvision."""
 
     name: str
     features: int
@@ -42,16 +41,17 @@ class Unit(NamedTuple):
 
 
 Branch = tuple[tuple[Unit, ...], ...]
-"""Steps in a row; the units of one step read the same input and are concatenated."""
+"""Consecutive steps; the outputs of the units of a step are concatenated."""
 
 
 class Block(NamedTuple):
-    """Branches side by side, concatenated; the last one pools.
+    """Parallel branches, whose outputs are concatenated; the last one begins with a pool.
 
     Attributes:
-        branches: those that begin with a convolution.
-        pool: the 1x1 convolution behind the average pool. Without one the block halves the
-            resolution: its pool is a maximum, and each branch ends in an unpadded stride.
+        branches: branches that begin with a convolution.
+        pool: 1x1 convolution after the average pool. If it is empty, the block halves the
+            resolution: the last convolution of every branch and a max pool have stride 2 and no
+            padding.
     """
 
     branches: tuple[Branch, ...]
@@ -59,22 +59,22 @@ class Block(NamedTuple):
 
     @property
     def units(self) -> tuple[Unit, ...]:
-        """Every convolution, in order."""
+        """Return all convolutions, in order."""
         steps = (unit for branch in self.branches for step in branch for unit in step)
         return (*steps, *self.pool)
 
 
-def _row(*units: Unit) -> Branch:
+def _sequence(*units: Unit) -> Branch:
     return tuple((unit,) for unit in units)
 
 
 def _grid35(pool: int) -> Block:
-    """A block at stride 8, of the paper's figure 5."""
+    """Return a block at stride 8, figure 5 of the paper."""
     return Block(
         (
-            _row(Unit("branch1x1", 64)),
-            _row(Unit("branch5x5_1", 48), Unit("branch5x5_2", 64, 5)),
-            _row(
+            _sequence(Unit("branch1x1", 64)),
+            _sequence(Unit("branch5x5_1", 48), Unit("branch5x5_2", 64, 5)),
+            _sequence(
                 Unit("branch3x3dbl_1", 64),
                 Unit("branch3x3dbl_2", 96, 3),
                 Unit("branch3x3dbl_3", 96, 3),
@@ -85,16 +85,16 @@ def _grid35(pool: int) -> Block:
 
 
 def _grid17(width: int) -> Block:
-    """A block at stride 16, figure 6: 7x7 convolutions as 1x7 and 7x1."""
+    """Return a block at stride 16, figure 6: 1x7 and 7x1 instead of 7x7 convolutions."""
     return Block(
         (
-            _row(Unit("branch1x1", 192)),
-            _row(
+            _sequence(Unit("branch1x1", 192)),
+            _sequence(
                 Unit("branch7x7_1", width),
                 Unit("branch7x7_2", width, (1, 7)),
                 Unit("branch7x7_3", 192, (7, 1)),
             ),
-            _row(
+            _sequence(
                 Unit("branch7x7dbl_1", width),
                 Unit("branch7x7dbl_2", width, (7, 1)),
                 Unit("branch7x7dbl_3", width, (1, 7)),
@@ -106,15 +106,15 @@ def _grid17(width: int) -> Block:
     )
 
 
-_GRID8 = Block(  # at stride 32, figure 7: ends that spread out
+_GRID8 = Block(  # at stride 32, figure 7: branches that end in two parallel convolutions
     (
-        _row(Unit("branch1x1", 320)),
+        _sequence(Unit("branch1x1", 320)),
         (
-            *_row(Unit("branch3x3_1", 384)),
+            *_sequence(Unit("branch3x3_1", 384)),
             (Unit("branch3x3_2a", 384, (1, 3)), Unit("branch3x3_2b", 384, (3, 1))),
         ),
         (
-            *_row(Unit("branch3x3dbl_1", 448), Unit("branch3x3dbl_2", 384, 3)),
+            *_sequence(Unit("branch3x3dbl_1", 448), Unit("branch3x3dbl_2", 384, 3)),
             (Unit("branch3x3dbl_3a", 384, (1, 3)), Unit("branch3x3dbl_3b", 384, (3, 1))),
         ),
     ),
@@ -127,8 +127,8 @@ BLOCKS = {
     "mixed5d": _grid35(pool=64),
     "mixed6a": Block(
         (
-            _row(Unit("branch3x3", 384, 3)),
-            _row(
+            _sequence(Unit("branch3x3", 384, 3)),
+            _sequence(
                 Unit("branch3x3dbl_1", 64),
                 Unit("branch3x3dbl_2", 96, 3),
                 Unit("branch3x3dbl_3", 96, 3),
@@ -141,8 +141,8 @@ BLOCKS = {
     "mixed6e": _grid17(192),
     "mixed7a": Block(
         (
-            _row(Unit("branch3x3_1", 192), Unit("branch3x3_2", 320, 3)),
-            _row(
+            _sequence(Unit("branch3x3_1", 192), Unit("branch3x3_2", 320, 3)),
+            _sequence(
                 Unit("branch7x7x3_1", 192),
                 Unit("branch7x7x3_2", 192, (1, 7)),
                 Unit("branch7x7x3_3", 192, (7, 1)),
@@ -153,7 +153,7 @@ BLOCKS = {
     "mixed7b": _GRID8,
     "mixed7c": _GRID8,
 }
-"""The mixed blocks by stage."""
+"""Inception blocks by stage."""
 
 
 class Stem(nn.Module):
@@ -163,7 +163,7 @@ class Stem(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, mode: Mode) -> Array:
-        """``[b, h, w, 3] -> [b, h/8, w/8, 192]``."""
+        """Map ``[b, h, w, 3]`` to ``[b, h/8, w/8, 192]``."""
         conv_norm = self.variant.conv_norm
         x = nn.relu(conv_norm(32, 3, stride=2, name="conv1a")(x, mode))
         x = nn.relu(conv_norm(32, 3, name="conv2a")(x, mode))
@@ -175,14 +175,14 @@ class Stem(nn.Module):
 
 
 class Mixed(nn.Module):
-    """One of `BLOCKS`."""
+    """Stage of one of `BLOCKS`."""
 
     variant: Variant
     block: Block
 
     @nn.compact
     def __call__(self, x: Array, mode: Mode) -> Array:
-        """``[b, h, w, c] -> [b, h, w, c']``, or half the resolution; see `Block`."""
+        """Map ``[b, h, w, c]`` to ``[b, h, w, c']`` or half the resolution; see `Block`."""
         branches, pool = self.block
         outputs = []
         for *steps, last in branches:
@@ -212,31 +212,20 @@ class Mixed(nn.Module):
 
 
 VARIANTS = {
-    "inception_v3": Variant(
-        partial(ConvNorm, epsilon=1e-3),
-        count_padding=True,
-    ),
+    "inception_v3": Variant(partial(ConvNorm, epsilon=1e-3), count_padding=True),
     "keras_inception_v3": Variant(
         partial(ConvNorm, epsilon=1e-3, momentum=0.99, use_scale=False),
         count_padding=False,
     ),
 }
 
-
 PREPROCESS = replace(HALF, size=299, resize=342)
-"""That of the published weights."""
+"""Preprocessing of the published weights."""
 
 
 def inception(name: str, num_classes: int = 1000) -> Model:
-    """One of `VARIANTS`, with stages ``stem``, those of `BLOCKS`, ``pool`` and ``head``."""
+    """Build one of `VARIANTS`, with stages ``stem``, those of `BLOCKS`, ``pool`` and ``head``."""
     variant = VARIANTS[name]
-    return Model(
-        name,
-        (
-            Stage("stem", Stem(variant)),
-            *(Stage(stage, Mixed(variant, block)) for stage, block in BLOCKS.items()),
-            Stage("pool", GlobalAveragePool(), "vector"),
-            Stage("head", LinearHead(num_classes), "vector"),
-        ),
-        PREPROCESS,
-    )
+    blocks = (Stage(stage, Mixed(variant, block)) for stage, block in BLOCKS.items())
+    stages = Stage("stem", Stem(variant)), *blocks
+    return pooled_classifier(name, stages, num_classes, PREPROCESS)

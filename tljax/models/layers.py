@@ -1,7 +1,7 @@
-"""The layers of every backbone: convolutions and their norms, pooling to a vector, heads.
+"""Layers of all backbones: convolutions, norms, pooling and heads.
 
-Compute follows the input: kernels are cast to the dtype of the images that reach them, parameters
-and statistics stay in float32, and the head returns at least float32 logits.
+Layers compute in the dtype of their input and cast their kernels to it. Parameters and statistics
+are float32; pooled features and logits are at least float32.
 """
 
 from typing import NamedTuple
@@ -10,31 +10,37 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
+from jaxtyping import Bool, Float
 
 from tljax.models.convolution import Kernel, Padding, conv2d
+from tljax.runtime.types import FeatureMap
 
 
 class Mode(NamedTuple):
-    """How a stage runs: two switches, which do not depend on each other.
+    """Mode in which a stage runs: two independent switches.
 
     Attributes:
-        batch_statistics: False lets batch norms use their running statistics; True those of the
-            batch, which move the running ones; ``[batch]`` bool those of the rows that count.
-        noise: whether dropout and stochastic depth draw.
+        batch_statistics: False normalizes with the running statistics. True normalizes with the
+            statistics of the batch and updates the running ones. ``[batch]`` bool does the same
+            with the statistics of the selected examples.
+        noise: True enables dropout and stochastic depth.
     """
 
-    batch_statistics: bool | jax.Array = False
+    batch_statistics: bool | Bool[jax.Array, " batch"] = False
     noise: bool = False
 
 
 INFERENCE = Mode()
+"""Running statistics, no noise."""
+
+Vectors = Float[jax.Array, "batch channels"]
 
 
 class Conv(nn.Module):
-    """A convolution with a bias, or without.
+    """Convolution with an optional bias.
 
-    ``standardize`` gives the kernel of every output channel mean 0 and variance 1 first (Qiao et
-    al. 2019, Weight Standardization).
+    ``standardize`` first scales the kernel of every output channel to mean 0 and variance 1 (weight
+    standardization: Qiao et al. 2019, https://arxiv.org/abs/1903.10520).
     """
 
     features: int
@@ -46,8 +52,8 @@ class Conv(nn.Module):
     standardize: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """``[b, h, w, c] -> [b, h', w', features]``, without activation."""
+    def __call__(self, x: FeatureMap) -> FeatureMap:
+        """Map ``[b, h, w, c]`` to ``[b, h', w', features]``, without activation."""
         kernel = _kernel(self, self.kernel_size, x.shape[-1] // self.groups, self.features)
         if self.standardize:
             kernel -= kernel.mean((0, 1, 2))
@@ -70,7 +76,7 @@ def _convolve(module: "Conv | ConvNorm", x: jax.Array, kernel: jax.Array) -> jax
 
 
 class _Norm(NamedTuple):
-    """The parameters and statistics of one batch norm, each ``[channels]``."""
+    """Parameters and running statistics of a batch norm, each ``[channels]``."""
 
     scale: jax.Array
     bias: jax.Array
@@ -78,56 +84,57 @@ class _Norm(NamedTuple):
     var: nn.Variable
 
     def affine(self, epsilon: float) -> tuple[jax.Array, jax.Array]:
-        """The map that it is on running statistics: a factor and a shift."""
+        """Return the factor and shift that normalize with the running statistics."""
         factor = self.scale * lax.rsqrt(self.var.value + epsilon)
         return factor, self.bias - self.mean.value * factor
 
 
 def _norm(module: nn.Module, channels: int, *, use_scale: bool = True) -> _Norm:
-    one, zero, shape = nn.initializers.ones, nn.initializers.zeros, (channels,)
+    shape = (channels,)
     return _Norm(
-        module.param("scale", one, shape) if use_scale else jnp.ones(shape),
-        module.param("bias", zero, shape),
+        module.param("scale", nn.initializers.ones, shape) if use_scale else jnp.ones(shape),
+        module.param("bias", nn.initializers.zeros, shape),
         module.variable("batch_stats", "mean", jnp.zeros, shape),
         module.variable("batch_stats", "var", jnp.ones, shape),
     )
 
 
 def _batch_normalize(
-    y: jax.Array, norm: _Norm, mode: Mode, *, epsilon: float, momentum: float, move: bool
-) -> jax.Array:
-    """In training mode: by the statistics of the rows that count, which move the running ones.
+    module: "ConvNorm | BatchNorm", x: FeatureMap, norm: _Norm, mode: Mode
+) -> FeatureMap:
+    """Normalize with the statistics of the selected examples and update the running ones.
 
-    A row that does not count leaves as ``bias``, whatever it held: by selection, as a product with
-    0 would let infinities through, and no variance of others scales it up from layer to layer.
-    Where no row counts the running statistics stay. The running variance gets Bessel's correction,
-    as in torch; ``momentum`` is the share of the old value.
+    The output of an example that is not selected is ``bias``. It is masked by `jnp.where`, because
+    a product with 0 would keep infinities, and because its values, scaled by the variance of other
+    examples, could grow from layer to layer. If no example is selected, the running statistics do
+    not change. The running variance is unbiased (Bessel's correction), as in torch; ``momentum`` is
+    the weight of the old value.
     """
-    y32 = y.astype(jnp.promote_types(y.dtype, jnp.float32))
-    counted = mode.batch_statistics
-    rows = jnp.ones(len(y), bool) if counted is True else jnp.asarray(counted)
-    counts = rows[:, None, None, None]
-    count = jnp.maximum(rows.sum(), 1) * (y.shape[1] * y.shape[2])
-    mean = y32.sum((0, 1, 2), where=counts) / count
-    centered = jnp.where(counts, y32 - mean, 0)
+    x32 = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    selected = jnp.broadcast_to(jnp.asarray(mode.batch_statistics), (len(x),))
+    mask = selected[:, None, None, None]
+    count = jnp.maximum(selected.sum(), 1) * (x.shape[1] * x.shape[2])
+    mean = x32.sum((0, 1, 2), where=mask) / count
+    centered = jnp.where(mask, x32 - mean, 0)
     var = jnp.square(centered).sum((0, 1, 2)) / count
-    if move:
-        kept = jnp.where(rows.any(), momentum, 1)
+    if not module.is_initializing():
+        momentum = jnp.where(selected.any(), module.momentum, 1)
         unbiased = var * (count / jnp.maximum(count - 1, 1))
-        norm.mean.value = kept * norm.mean.value + (1 - kept) * mean
-        norm.var.value = kept * norm.var.value + (1 - kept) * unbiased
-    factor = norm.scale * lax.rsqrt(var + epsilon)
-    return (centered * factor + norm.bias).astype(y.dtype)
+        norm.mean.value = momentum * norm.mean.value + (1 - momentum) * mean
+        norm.var.value = momentum * norm.var.value + (1 - momentum) * unbiased
+    factor = norm.scale * lax.rsqrt(var + module.epsilon)
+    return (centered * factor + norm.bias).astype(x.dtype)
 
 
 class ConvNorm(nn.Module):
-    """A convolution and the batch norm behind it: the brick that convnets are built of.
+    """Convolution followed by a batch norm.
 
-    On running statistics the norm is an affine map per output channel, so it is folded into the
-    kernel: the same function and the same gradients in one pass over the activations.
+    With running statistics the norm is an affine function per output channel, which is folded into
+    the kernel: the outputs and gradients are the same, with one pass over the activations.
 
-    Some networks carry what changes nothing or little and has to be ported all the same: a bias of
-    the convolution (``use_bias``: Keras' ResNets), or no scale (Keras' Inception).
+    ``momentum`` is the weight of the old running statistics. Two options exist for ports:
+    ``use_bias`` adds a bias before the norm (ResNets in Keras), and ``use_scale=False`` omits the
+    scale of the norm (Inception in Keras).
     """
 
     features: int
@@ -141,59 +148,53 @@ class ConvNorm(nn.Module):
     use_scale: bool = True
 
     @nn.compact
-    def __call__(self, x: jax.Array, mode: Mode) -> jax.Array:
-        """``[b, h, w, c] -> [b, h', w', features]``, without activation."""
+    def __call__(self, x: FeatureMap, mode: Mode) -> FeatureMap:
+        """Map ``[b, h, w, c]`` to ``[b, h', w', features]``, without activation."""
         kernel = _kernel(self, self.kernel_size, x.shape[-1] // self.groups, self.features)
         norm = _norm(self, self.features, use_scale=self.use_scale)
-        zero = nn.initializers.zeros
-        before = self.param("conv_bias", zero, (self.features,)) if self.use_bias else None
+        zeros = nn.initializers.zeros
+        conv_bias = self.param("conv_bias", zeros, (self.features,)) if self.use_bias else None
 
         if mode.batch_statistics is False:
             factor, shift = norm.affine(self.epsilon)
-            if before is not None:
-                shift += before * factor
+            if conv_bias is not None:
+                shift += conv_bias * factor
             return _convolve(self, x, kernel * factor) + shift.astype(x.dtype)
 
         y = _convolve(self, x, kernel)
-        if before is not None:
-            y += before.astype(y.dtype)
-        move = not self.is_initializing()
-        return _batch_normalize(
-            y, norm, mode, epsilon=self.epsilon, momentum=self.momentum, move=move
-        )
+        if conv_bias is not None:
+            y += conv_bias.astype(y.dtype)
+        return _batch_normalize(self, y, norm, mode)
 
 
 class BatchNorm(nn.Module):
-    """A batch norm by itself, where no convolution stands right before it."""
+    """Batch norm that does not directly follow a convolution; see `ConvNorm`."""
 
     epsilon: float = 1e-5
     momentum: float = 0.9
 
     @nn.compact
-    def __call__(self, x: jax.Array, mode: Mode) -> jax.Array:
-        """``[b, h, w, c] -> [b, h, w, c]``; see `ConvNorm`."""
+    def __call__(self, x: FeatureMap, mode: Mode) -> FeatureMap:
+        """Map ``[b, h, w, c]`` to ``[b, h, w, c]``."""
         norm = _norm(self, x.shape[-1])
         if mode.batch_statistics is False:
             factor, shift = norm.affine(self.epsilon)
             return x * factor.astype(x.dtype) + shift.astype(x.dtype)
-        move = not self.is_initializing()
-        return _batch_normalize(
-            x, norm, mode, epsilon=self.epsilon, momentum=self.momentum, move=move
-        )
+        return _batch_normalize(self, x, norm, mode)
 
 
 class GroupNorm(nn.Module):
-    """Group norm (Wu and He 2018): by the statistics of one image, over groups of channels.
+    """Group norm over groups of channels of one image (Wu and He 2018, arXiv 1803.08494).
 
-    The same in training mode; there are no running statistics.
+    There are no running statistics; training and inference are the same.
     """
 
     groups: int = 32
     epsilon: float = 1e-5
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """``[b, h, w, c] -> [b, h, w, c]``; statistics in at least float32."""
+    def __call__(self, x: FeatureMap) -> FeatureMap:
+        """Map ``[b, h, w, c]`` to ``[b, h, w, c]``; statistics in at least float32."""
         channels = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
@@ -206,13 +207,13 @@ class GroupNorm(nn.Module):
 
 
 class Dense(nn.Module):
-    """A fully connected layer between features, not the head."""
+    """Fully connected hidden layer; the head is a `LinearHead`."""
 
     features: int
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """``[b, c] -> [b, features]``, without activation."""
+    def __call__(self, x: Vectors) -> Vectors:
+        """Map ``[b, c]`` to ``[b, features]``, without activation."""
         shape = (x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.he_normal(), shape)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
@@ -220,38 +221,35 @@ class Dense(nn.Module):
 
 
 LAYERS = (Conv, ConvNorm, BatchNorm, GroupNorm, Dense)
-"""What `layer_outputs` reports, besides the head."""
+"""Layers that `layer_outputs` reports, in addition to the head."""
 
 
 class GlobalAveragePool(nn.Module):
-    """``[b, h, w, c]`` or ``[b, tokens, c]`` to ``[b, c]``: the features that a probe reads.
-
-    The first ``prefix_tokens`` of the tokens do not count.
-    """
+    """Mean over all positions of a map, or over all tokens except the first ``prefix_tokens``."""
 
     prefix_tokens: int = 0
 
     @nn.compact
-    def __call__(self, x: jax.Array, mode: Mode) -> jax.Array:  # noqa: ARG002 - a stage's signature
-        """The mean over all positions, in at least float32."""
+    def __call__(self, x: Float[jax.Array, "batch *positions channels"], mode: Mode) -> Vectors:  # noqa: ARG002 - a stage's signature
+        """Map ``[b, h, w, c]`` or ``[b, tokens, c]`` to ``[b, c]``, in at least float32."""
         positions = tuple(range(1, x.ndim - 1))
         x = x[:, self.prefix_tokens :] if self.prefix_tokens else x
         return x.mean(positions, dtype=jnp.promote_types(x.dtype, jnp.float32))
 
 
 class LinearHead(nn.Module):
-    """``[b, c] -> [b, num_classes]`` logits in at least float32, with dropout before them.
+    """Linear classification head with optional dropout before it.
 
-    A new head starts at zero (Kolesnikov et al. 2020, BiT): every class equally likely. For 0
-    classes there is none: the features are handed on, and there are no parameters.
+    Kernel and bias are initialized to zero, so that all classes are equally likely (Kolesnikov et
+    al. 2020, BiT). With ``num_classes=0`` the head has no parameters and returns its input.
     """
 
     num_classes: int
     dropout: float = 0.0
 
     @nn.compact
-    def __call__(self, x: jax.Array, mode: Mode) -> jax.Array:
-        """The logits."""
+    def __call__(self, x: Vectors, mode: Mode) -> Vectors:
+        """Map ``[b, c]`` to logits ``[b, num_classes]``, in at least float32."""
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         if not self.num_classes:
             return x

@@ -1,8 +1,9 @@
 """MobileNet v1 (Howard et al. 2017), v2 (Sandler et al. 2018) and v3 (Howard et al. 2019).
 
-The same network is published with several geometries and constants, so each is a model of its own:
-``tf_`` pads as the TensorFlow reference does (tensorflow/models, slim), ``tv_`` has torchvision's
-batch norm where that differs, and a bare name is timm's, with torch's padding.
+arXiv 1704.04861, 1801.04381 and 1905.02244. Published versions of a network differ in padding and
+batch norm, so each is a separate model: names with ``tf_`` are those of TensorFlow
+(tensorflow/models, slim), ``keras_`` of Keras, ``tv_`` of torchvision (if its batch norm differs),
+and names without prefix are those of timm, with torch's padding.
 """
 
 from dataclasses import replace
@@ -13,12 +14,12 @@ from jax import Array
 
 from tljax.models.depthwise import ConvAct, Convention, Run, round_width, stages
 from tljax.models.layers import Dense, GlobalAveragePool, LinearHead, Mode
-from tljax.models.model import Model, Stage
+from tljax.models.model import Model, Stage, pooled_classifier
 from tljax.runtime.types import HALF, Preprocess
 
 
 class Separable(nn.Module):
-    """Depthwise and 1x1 convolutions of one width in turn; the first one carries the stride."""
+    """Sequence of separable blocks of one width; the first one has the stride."""
 
     depth: int
     features: int
@@ -27,39 +28,38 @@ class Separable(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, mode: Mode) -> Array:
-        """``[b, h, w, c] -> [b, h/stride, w/stride, features]``."""
+        """Map ``[b, h, w, c]`` to ``[b, h/stride, w/stride, features]``."""
         for i in range(self.depth):
-            inputs, stride = x.shape[-1], self.stride if i == 0 else 1
-            block = SeparableBlock(inputs, self.features, stride, self.convention, name=f"block{i}")
+            stride = self.stride if i == 0 else 1
+            block = SeparableBlock(self.features, stride, self.convention, name=f"block{i}")
             x = block(x, mode)
         return x
 
 
 class SeparableBlock(nn.Module):
-    """A depthwise and a 1x1 convolution, each with norm and activation."""
+    """Depthwise 3x3 and 1x1 convolution, each with batch norm and ReLU6."""
 
-    inputs: int
     features: int
     stride: int
     convention: Convention
 
     @nn.compact
     def __call__(self, x: Array, mode: Mode) -> Array:
-        """``[b, h, w, inputs] -> [b, h/stride, w/stride, features]``."""
-        conv_norm = self.convention.conv_norm
-        depthwise = conv_norm(self.inputs, 3, self.stride, groups=self.inputs, name="depthwise")
+        """Map ``[b, h, w, c]`` to ``[b, h/stride, w/stride, features]``."""
+        conv_norm, width = self.convention.conv_norm, x.shape[-1]
+        depthwise = conv_norm(width, 3, self.stride, groups=width, name="depthwise")
         x = nn.relu6(depthwise(x, mode))
         return nn.relu6(conv_norm(self.features, 1, name="pointwise")(x, mode))
 
 
 class Hidden(nn.Module):
-    """The fully connected layer behind the pooling of version 3."""
+    """Fully connected layer after the pooling of version 3."""
 
     features: int
 
     @nn.compact
     def __call__(self, x: Array, mode: Mode) -> Array:  # noqa: ARG002 - a stage's signature
-        """``[b, c] -> [b, features]``."""
+        """Map ``[b, c]`` to ``[b, features]``."""
         return nn.hard_swish(Dense(self.features, name="dense")(x))
 
 
@@ -95,7 +95,7 @@ V3_SMALL = (
 
 
 class Variant(NamedTuple):
-    """Multiplier of the widths, what a port adds, and the preprocessing of its weights."""
+    """Multiplier of the widths, convention of the version, and preprocessing of its weights."""
 
     width: float
     convention: Convention
@@ -103,49 +103,34 @@ class Variant(NamedTuple):
 
 
 def mobilenet_v1(name: str, num_classes: int = 1000) -> Model:
-    """One of `V1_VARIANTS`, with stages ``stem, stage1 ... stage5, pool, head``."""
+    """Build one of `V1_VARIANTS`, with stages ``stem, stage1 ... stage5, pool, head``."""
     width, convention, preprocess = V1_VARIANTS[name]
     body = (
         Stage(f"stage{i}", Separable(depth, round_width(features * width), stride, convention))
         for i, (depth, features, stride) in enumerate(V1, start=1)
     )
-    stem = ConvAct(round_width(32 * width), 3, 2, convention, nn.relu6)
-    return Model(
-        name,
-        (
-            Stage("stem", stem),
-            *body,
-            Stage("pool", GlobalAveragePool(), "vector"),
-            Stage("head", LinearHead(num_classes), "vector"),
-        ),
-        preprocess,
-    )
+    stem = Stage("stem", ConvAct(round_width(32 * width), 3, 2, convention, nn.relu6))
+    return pooled_classifier(name, (stem, *body), num_classes, preprocess)
 
 
 def mobilenet_v2(name: str, num_classes: int = 1000) -> Model:
-    """One of `V2_VARIANTS`, with stages ``stem, stage1 ... stage7, conv_head, pool, head``.
+    """Build one of `V2_VARIANTS`, with stages ``stem, stage1 ... stage7, conv_head, pool, head``.
 
-    The last map has the features of width 1 in the narrow networks too.
+    ``conv_head`` has at least 1280 features, also in networks narrower than the original.
     """
     width, convention, preprocess = V2_VARIANTS[name]
     last = round_width(1280 * max(1, width))
-    return Model(
-        name,
-        (
-            Stage("stem", ConvAct(round_width(32 * width), 3, 2, convention, nn.relu6)),
-            *stages((run.scaled(width) for run in V2), convention),
-            Stage("conv_head", ConvAct(last, 1, 1, convention, nn.relu6)),
-            Stage("pool", GlobalAveragePool(), "vector"),
-            Stage("head", LinearHead(num_classes), "vector"),
-        ),
-        preprocess,
-    )
+    stem = Stage("stem", ConvAct(round_width(32 * width), 3, 2, convention, nn.relu6))
+    conv_head = Stage("conv_head", ConvAct(last, 1, 1, convention, nn.relu6))
+    body = stem, *stages((run.scaled(width) for run in V2), convention), conv_head
+    return pooled_classifier(name, body, num_classes, preprocess)
 
 
 def mobilenet_v3(name: str, num_classes: int = 1000) -> Model:
-    """One of `V3_VARIANTS`, with stages ``stem, stage1 ..., conv_head, pool, hidden, head``.
+    """Build one of `V3_VARIANTS`, with stages ``stem, stage1 ..., conv_head, pool, hidden, head``.
 
-    The large one has six stages, the small one five; stem and hidden layer never get narrower.
+    The large network has stages to ``stage6``, the small one to ``stage5``. Stem and hidden layer
+    have the same width in all variants.
     """
     width, convention, preprocess = V3_VARIANTS[name]
     runs, hidden = (V3_LARGE, 1280) if "large" in name else (V3_SMALL, 1024)
@@ -177,7 +162,7 @@ _TIMM_V1 = replace(HALF, interpolation="bicubic")
 def _variants(
     prefix: str, widths: tuple[int, ...], convention: Convention, preprocess: Preprocess
 ) -> dict[str, Variant]:
-    """``prefix_075`` and so on: the widths are per cent."""
+    """Return variants named ``prefix_075`` etc., from widths in percent."""
     return {
         f"{prefix}_{width:03}": Variant(width / 100, convention, preprocess) for width in widths
     }

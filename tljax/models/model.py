@@ -1,7 +1,7 @@
-"""A network is a short list of named stages; `apply` runs any contiguous part of it."""
+"""Models as lists of named stages, and `apply`, which runs any contiguous part of one."""
 
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any, Literal, NamedTuple
@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jaxtyping import Bool, Float, Num, PRNGKeyArray
 
 from tljax.models.layers import INFERENCE, LAYERS, GlobalAveragePool, LinearHead, Mode
 from tljax.runtime.errors import RequestError
@@ -17,14 +18,14 @@ from tljax.runtime.types import Array, Preprocess, Variables
 
 
 class Stage(NamedTuple):
-    """One named step of a network.
+    """Named stage of a model.
 
     Attributes:
-        name: unique in its network.
-        module: a Flax module called as ``module(x, mode)``; see `Mode`.
-        output: the shape of what it hands on: ``map`` ``[batch, height, width, channels]``,
-            ``tokens`` ``[batch, tokens, channels]`` or ``vector`` ``[batch, channels]``.
-        prefix_tokens: how many tokens come before those of the image's patches.
+        name: unique name in the model.
+        module: Flax module called as ``module(x, mode)``; see `Mode`.
+        output: kind of output: ``map`` ``[batch, height, width, channels]``, ``tokens``
+            ``[batch, tokens, channels]`` or ``vector`` ``[batch, channels]``.
+        prefix_tokens: number of output tokens before those of the image patches.
     """
 
     name: str
@@ -35,16 +36,16 @@ class Stage(NamedTuple):
 
 @dataclass(frozen=True)
 class Model:
-    """An ordered list of stages and the preprocessing that its weights expect. Holds no arrays.
+    """Architecture: an ordered list of stages, and preprocessing. Contains no arrays.
 
-    Hashable, so that it can be a static argument of `jax.jit`.
+    A model is hashable, so it can be a static argument of `jax.jit`.
 
     Attributes:
-        name: what `MODELS` calls the architecture, e.g. ``resnet50``.
-        stages: from the pixels to the logits; the last one is the head, whatever its name, which
-            hands on the features where ``num_classes`` is 0: a backbone.
-        preprocess: see `Preprocess`.
-        dtype: compute dtype of the activations. Parameters, statistics and logits stay float32.
+        name: name of the architecture in `MODELS`, e.g. ``resnet50``.
+        stages: stages from pixels to logits. The last one is the head, whatever its name; the head
+            of a backbone has ``num_classes=0`` and returns the features.
+        preprocess: preprocessing that the weights expect; see `Preprocess`.
+        dtype: dtype of the activations. Parameters, statistics and logits are float32.
     """
 
     name: str
@@ -54,30 +55,33 @@ class Model:
 
     @property
     def stage_names(self) -> tuple[str, ...]:
-        """The names of the stages, in order."""
+        """Return the names of the stages, in order."""
         return tuple(stage.name for stage in self.stages)
 
     @property
     def num_classes(self) -> int:
-        """How many numbers the head returns; 0 of a backbone, which has no head."""
+        """Return the number of outputs of the head, or 0 for a backbone without a head."""
         head = self.stages[-1].module
         if isinstance(head, LinearHead):
             return head.num_classes
-        return _outline(self, self.stages)[1].shape[-1]
+        return _trace(self, self.stages)[1].shape[-1]
 
     @property
     def has_linear_head(self) -> bool:
-        """Whether the last stage is a linear map, with parameters ``kernel`` and ``bias``."""
+        """Return True if the last stage is a linear layer with ``kernel`` and ``bias``."""
         head = self.stages[-1].module
         return isinstance(head, LinearHead) and head.num_classes > 0
 
     @property
     def map_stages(self) -> tuple[str, ...]:
-        """The names of the stages that hand on a feature map, in order."""
+        """Return the names of the stages whose output is a feature map, in order."""
         return tuple(stage.name for stage in self.stages if stage.output == "map")
 
     def position(self, stage: str | int) -> int:
-        """Where a stage stands, by its name or a position, -1 for the last.
+        """Return the index of a stage.
+
+        Args:
+            stage: name or index; negative indices count from the end.
 
         Raises:
             RequestError: there is no such stage.
@@ -91,32 +95,33 @@ class Model:
 
 
 class Output(NamedTuple):
-    """What `apply` returns.
+    """Result of `apply`.
 
     Attributes:
         value: output of the last stage that ran: logits, pooled features or a feature map.
-        captured: outputs of the stages named in ``capture``.
-        batch_stats: the running statistics afterwards; new ones for the stages in
-            ``batch_statistics``.
+        captured: outputs of the stages in ``capture``, by name.
+        batch_stats: running statistics, updated for the stages in ``batch_statistics``.
     """
 
-    value: jax.Array
-    captured: dict[str, jax.Array]
+    value: Float[jax.Array, "batch ..."]
+    captured: dict[str, Float[jax.Array, "batch ..."]]
     batch_stats: Variables
 
     @property
-    def logits(self) -> jax.Array:
-        """`value`, by the name it has when the head was the last stage to run."""
+    def logits(self) -> Float[jax.Array, "batch classes"]:
+        """Return `value`, which is the logits if the head was the last stage to run."""
         return self.value
 
 
-def normalize(images: Array, preprocess: Preprocess, dtype: str = "float32") -> jax.Array:
-    """The model's own normalisation of RGB images.
+def normalize(
+    images: Num[Array, "batch height width 3"], preprocess: Preprocess, dtype: str = "float32"
+) -> Float[jax.Array, "batch height width 3"]:
+    """Normalize RGB images to the model's input.
 
     Args:
-        images: ``[batch, height, width, 3]``; uint8, or floating point in [0, 1].
+        images: ``[batch, height, width, 3]``; uint8 in [0, 255] or floating point in [0, 1].
         preprocess: mean, standard deviation and channel order.
-        dtype: of the result.
+        dtype: dtype of the result.
     """
     images = jnp.asarray(images)
     if jnp.issubdtype(images.dtype, jnp.integer):
@@ -130,40 +135,40 @@ def normalize(images: Array, preprocess: Preprocess, dtype: str = "float32") -> 
 def apply(
     model: Model,
     variables: Variables,
-    images: Array,
+    images: Num[Array, "batch ..."],
     *,
     start: str | int | None = None,
     stop: str | int | None = None,
     batch_statistics: Collection[str] = (),
     noise: Collection[str] = (),
     capture: Collection[str] = (),
-    key: jax.Array | None = None,
-    mask: Array | None = None,
+    key: PRNGKeyArray | None = None,
+    mask: Bool[Array, " batch"] | None = None,
 ) -> Output:
-    """Runs the stages from ``start`` up to, not including, ``stop``. A pure function.
+    """Run the stages from ``start`` up to, but not including, ``stop``. A pure function.
 
-    ``apply(stop=k)`` and then ``apply(start=k)`` on its value is the whole network; ``stop=-1``,
-    before the head, gives the pooled features.
+    ``apply(stop=k)`` followed by ``apply(start=k)`` on its value is the whole network; ``stop=-1``,
+    before the head, returns the pooled features.
 
     Args:
-        model: the list of stages.
-        variables: ``{"params": {stage: ...}, "batch_stats": {stage: ...}}``; only the stages that
-            run need be there.
-        images: ``[batch, height, width, 3]`` RGB, uint8 or floating point in [0, 1]; with ``start``
-            the output of the stage before it.
-        start: first stage to run, by name or position; by default the first, which the
-            normalisation precedes.
-        stop: stage to stop before, by name or position; by default none.
-        batch_statistics: stages whose batch norms use the statistics of the batch and move the
+        model: stages and preprocessing.
+        variables: ``{"params": {stage: ...}, "batch_stats": {stage: ...}}``; must contain the
+            stages that run.
+        images: ``[batch, height, width, 3]`` RGB, uint8 in [0, 255] or floating point in [0, 1];
+            with ``start``, the output of the previous stage.
+        start: first stage to run, by name or index. By default the images are normalized and all
+            stages run.
+        stop: stage to stop before, by name or index; by default all remaining stages run.
+        batch_statistics: stages whose batch norms use the statistics of the batch and update the
             running ones; by default none.
-        noise: stages whose dropout and stochastic depth draw; by default none.
-        capture: stages whose outputs are returned as well.
-        key: random key; ``noise`` needs it.
-        mask: ``[batch]`` bool, the rows that count in batch statistics; by default all. The others
-            enter as zeros, whatever they hold.
+        noise: stages with dropout and stochastic depth enabled; by default none.
+        capture: stages whose outputs are returned in ``Output.captured``; by default none.
+        key: random key, required by ``noise``.
+        mask: ``[batch]`` bool, the examples that contribute to batch statistics; by default all.
+            The inputs of the other examples are replaced by zeros.
 
     Raises:
-        RequestError: a stage that the model does not have.
+        RequestError: the model has no stage of a given name or index.
     """
     first = 0 if start is None else model.position(start)
     last = len(model.stages) if stop is None else model.position(stop)
@@ -177,38 +182,39 @@ def apply(
     captured: dict[str, jax.Array] = {}
     batch_stats = dict(variables.get("batch_stats", {}))
     for position, (name, module, *_) in enumerate(model.stages[first:last], start=first):
-        of_stage = _of_stage(variables, name)
-        rows = name in batch_statistics and (True if mask is None else jnp.asarray(mask))
-        mode = Mode(rows, name in noise)
+        stage_variables = _select(variables, name)
+        examples = name in batch_statistics and (True if mask is None else jnp.asarray(mask))
+        mode = Mode(examples, name in noise)
         rngs = (
             {"dropout": jax.random.fold_in(key, position)} if mode.noise and key is not None else {}
         )
-        if rows is False:
-            x = module.apply(of_stage, x, mode, rngs=rngs)
+        if examples is False:
+            x = module.apply(stage_variables, x, mode, rngs=rngs)
         else:
-            x, moved = module.apply(of_stage, x, mode, mutable=["batch_stats"], rngs=rngs)
-            if moved:
-                batch_stats[name] = moved["batch_stats"]
+            x, updated = module.apply(stage_variables, x, mode, mutable=["batch_stats"], rngs=rngs)
+            if updated:
+                batch_stats[name] = updated["batch_stats"]
         if name in capture:
             captured[name] = x
     return Output(x, captured, batch_stats)
 
 
-def _of_stage(variables: Variables, name: str) -> Variables:
+def _select(variables: Variables, name: str) -> Variables:
     return {kind: tree[name] for kind, tree in variables.items() if name in tree}
 
 
-def init(model: Model, key: jax.Array) -> Variables:
-    """Random variables for every stage, float32.
+def init(model: Model, key: PRNGKeyArray) -> Variables:
+    """Initialize the variables of every stage at random, in float32.
 
-    A convolution's kernel is drawn from He's normal distribution; the head is zero.
+    Kernels are drawn from He's normal distribution (He et al. 2015, arXiv 1502.01852); the head is
+    zero.
     """
-    # jitted, so that the activations, which nothing returned depends on, are never computed
+    # Under jit the activations are not computed, because the result does not depend on them.
     return jax.jit(lambda key: _build(model, key)[0])(key)
 
 
 def _build(model: Model, key: jax.Array) -> tuple[Variables, jax.Array]:
-    """Random variables, and the output for an image of zeros."""
+    """Return random variables and the output for an image of zeros."""
     x = jnp.zeros((1, model.preprocess.size, model.preprocess.size, 3))
     variables: Variables = {"params": {}, "batch_stats": {}}
     for position, (name, module, *_) in enumerate(model.stages):
@@ -219,32 +225,43 @@ def _build(model: Model, key: jax.Array) -> tuple[Variables, jax.Array]:
 
 
 def abstract_variables(model: Model) -> Variables:
-    """The skeleton that weights are filled into: shapes and dtypes, no memory, no random draw."""
+    """Return the shapes and dtypes of all variables, as a tree of `jax.ShapeDtypeStruct`."""
     *body, (name, head, *_) = model.stages
-    skeleton, features = _outline(model, body)
+    shapes, features = _trace(model, body)
     trees = jax.eval_shape(lambda x: head.init(jax.random.key(0), x, INFERENCE), features)
-    return {**skeleton, **{kind: {**skeleton[kind], name: tree} for kind, tree in trees.items()}}
+    return {**shapes, **{kind: {**shapes[kind], name: tree} for kind, tree in trees.items()}}
 
 
-def _outline(model: Model, stages: Sequence[Stage]) -> tuple[Variables, jax.ShapeDtypeStruct]:
-    """The variables of the first stages of a model, and their output, as shapes and dtypes."""
-    size = model.preprocess.size
-    outline = _traced(Model("", tuple(stages), Preprocess(size=size)))
-    return jax.tree.map(lambda leaf: leaf, outline)  # the caller's own
+def _trace(model: Model, stages: Sequence[Stage]) -> tuple[Variables, jax.ShapeDtypeStruct]:
+    """Return the shapes and dtypes of the variables of some first stages, and of their output."""
+    traced = _trace_cached(Model("", tuple(stages), Preprocess(size=model.preprocess.size)))
+    return jax.tree.map(lambda leaf: leaf, traced)  # a copy, which the caller may change
 
 
 @lru_cache(maxsize=128)
-def _traced(model: Model) -> tuple[Variables, jax.ShapeDtypeStruct]:
-    """Kept, because it takes a second; the heads of one backbone share it."""
+def _trace_cached(model: Model) -> tuple[Variables, jax.ShapeDtypeStruct]:
+    """Cache the shapes, because tracing takes a second; all heads of a backbone share them."""
     return jax.eval_shape(partial(_build, model), jax.random.key(0))
+
+
+def pooled_classifier(
+    name: str, stages: Iterable[Stage], num_classes: int, preprocess: Preprocess
+) -> Model:
+    """Create a model from ``stages`` followed by global average pooling and a linear head."""
+    pool = Stage("pool", GlobalAveragePool(), "vector")
+    head = Stage("head", LinearHead(num_classes), "vector")
+    return Model(name, (*stages, pool, head), preprocess)
 
 
 def with_head(
     model: Model, num_classes: int, *, after: str | None = None, dropout: float = 0.0
 ) -> Model:
-    """Return the same stages with another linear head, or with 0 classes none; see `replace_head`.
+    """Return a model with a new linear head; see `replace_head` for the arguments.
 
-    What is not a vector is averaged before it.
+    Global average pooling is inserted if the output of the stage before the head is not a vector.
+
+    Raises:
+        RequestError: there is no stage ``after``, or it is the head.
     """
     *body, old = model.stages
     if after is not None:
@@ -265,15 +282,18 @@ def replace_head(
     after: str | None = None,
     dropout: float = 0.0,
 ) -> tuple[Model, Variables]:
-    """The same network with a new linear head, zero: every class equally likely.
+    """Replace the head by a new linear head, initialized to zero.
 
     Args:
-        model: any network; its last stage is replaced.
-        variables: of ``model``; not changed.
-        num_classes: number of logits of the new head; 0 for none: the features are handed on.
-        after: the stage whose output the new head reads (maps and tokens are averaged first); the
-            stages behind it are dropped. By default the one before the old head.
-        dropout: rate before the new head, active where the head has ``noise``.
+        model: model whose last stage is replaced.
+        variables: variables of ``model``; not modified.
+        num_classes: number of classes of the new head; 0 returns the features (a backbone).
+        after: name of the stage that the new head follows; later stages are removed, and maps and
+            tokens are averaged. By default the stage before the old head.
+        dropout: dropout rate before the new head, in [0, 1).
+
+    Returns:
+        The new model and its variables.
 
     Raises:
         RequestError: there is no stage ``after``, or it is the head.
@@ -291,18 +311,26 @@ def replace_head(
 
 
 @partial(jax.jit, static_argnames="model")
-def layer_outputs(model: Model, variables: Variables, images: Array) -> OrderedDict[str, jax.Array]:
-    """The output of every convolution (with its norm), norm, dense layer and head, by its path.
+def layer_outputs(
+    model: Model, variables: Variables, images: Num[Array, "batch height width 3"]
+) -> OrderedDict[str, Float[jax.Array, "batch ..."]]:
+    """Return the outputs of all layers, to compare a port with its source layer by layer.
 
-    For comparing a port with its source layer by layer; an activation is not part of its layer.
-    In the order of the network.
+    Args:
+        model: stages and preprocessing.
+        variables: variables of all stages.
+        images: ``[batch, height, width, 3]``; uint8 in [0, 255] or floating point in [0, 1].
+
+    Returns:
+        The output of each convolution (after its norm), norm, dense layer and head, before the
+        activation, by path and in the order of the network.
     """
     layers = (*LAYERS, LinearHead) if model.num_classes else LAYERS
     x: Any = normalize(images, model.preprocess, model.dtype)
-    outputs = OrderedDict[str, jax.Array]()  # jit would sort the keys of a dictionary
+    outputs = OrderedDict[str, jax.Array]()  # jit sorts the keys of a plain dict
     for name, module, *_ in model.stages:
         x, state = module.apply(
-            _of_stage(variables, name),
+            _select(variables, name),
             x,
             INFERENCE,
             capture_intermediates=lambda m, _: isinstance(m, layers),

@@ -1,9 +1,10 @@
-"""ResNet (He et al. 2015) and its relatives, which differ by a line of `VARIANTS` each.
+"""ResNet (He et al. 2015, arXiv 1512.03385) and its variants, each a line of `VARIANTS`.
 
-The plain ones are version 1.5: the 3x3 convolution of a bottleneck carries the stride. ResNeXt (Xie
-et al. 2017) groups that convolution, Wide ResNet (Zagoruyko and Komodakis 2016) widens it, ResNet-D
-(He et al. 2018, Bag of Tricks) loses no pixel where it strides. Geometry of torchvision's reference
-implementation, of timm's for ResNet-D: symmetric padding everywhere.
+ResNets are version 1.5: the 3x3 convolution of a bottleneck has the stride. ResNeXt (Xie et al.
+2017, arXiv 1611.05431) groups that convolution, Wide ResNet (Zagoruyko and Komodakis 2016, arXiv
+1605.07146) widens it, and ResNet-D (He et al. 2018, Bag of Tricks, arXiv 1812.01187) averages
+pixels instead of skipping them in shortcuts. Padding is symmetric, as in torchvision and, for
+ResNet-D, in timm.
 """
 
 from collections.abc import Callable
@@ -14,24 +15,24 @@ from flax import linen as nn
 from jax import Array
 
 from tljax.models.convolution import avg_pool, max_pool
-from tljax.models.layers import ConvNorm, GlobalAveragePool, LinearHead, Mode
-from tljax.models.model import Model, Stage
+from tljax.models.layers import ConvNorm, Mode
+from tljax.models.model import Model, Stage, pooled_classifier
 from tljax.runtime.types import CAFFE, Preprocess
 
 
 class Variant(NamedTuple):
-    """What tells one ResNet from another.
+    """Configuration of a ResNet.
 
     Attributes:
         block: `BasicBlock` or `Bottleneck`.
         depths: number of blocks in each of the four layers.
-        groups: of a bottleneck's 3x3 convolution.
-        group_width: channels of each group in layer1; doubled from layer to layer.
-        deep_stem: three 3x3 convolutions instead of one 7x7 (ResNet-D).
-        pooled_shortcut: a shortcut averages 2x2 pixels instead of taking one of them (ResNet-D).
-        stride_first: a bottleneck's first 1x1 convolution carries the stride (version 1).
-        conv_norm: builds every convolution: with another epsilon, or a bias, for other sources.
-        preprocess: that of the usual published weights.
+        groups: number of groups of a bottleneck's 3x3 convolution.
+        group_width: channels of each group in layer1; doubled in each further layer.
+        deep_stem: whether the stem has three 3x3 convolutions instead of one 7x7 (ResNet-D).
+        pooled_shortcut: whether strided shortcuts average 2x2 pixels first (ResNet-D).
+        stride_first: whether the first 1x1 convolution of a bottleneck has the stride (version 1).
+        conv_norm: creates every convolution.
+        preprocess: preprocessing of most published weights.
     """
 
     block: "type[BasicBlock] | type[Bottleneck]"
@@ -46,13 +47,13 @@ class Variant(NamedTuple):
 
 
 class Stem(nn.Module):
-    """A 7x7 convolution, or three 3x3 ones, and max pooling: a quarter of the resolution."""
+    """7x7 convolution, or three 3x3 convolutions, and max pooling."""
 
     variant: Variant
 
     @nn.compact
     def __call__(self, x: Array, mode: Mode) -> Array:
-        """``[b, h, w, 3] -> [b, h/4, w/4, 64]``."""
+        """Map ``[b, h, w, 3]`` to ``[b, h/4, w/4, 64]``."""
         conv_norm = self.variant.conv_norm
         if self.variant.deep_stem:
             x = nn.relu(conv_norm(32, 3, stride=2, padding=1, name="conv1")(x, mode))
@@ -64,7 +65,7 @@ class Stem(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions around a shortcut: ResNet-18 and 34."""
+    """Residual block of two 3x3 convolutions: ResNet-18 and 34."""
 
     variant: Variant
     features: int
@@ -74,7 +75,7 @@ class BasicBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, mode: Mode) -> Array:
-        """``[b, h, w, c] -> [b, h/stride, w/stride, features]``."""
+        """Map ``[b, h, w, c]`` to ``[b, h/stride, w/stride, features]``."""
         conv_norm = self.variant.conv_norm
         y = nn.relu(conv_norm(self.features, 3, self.stride, padding=1, name="conv1")(x, mode))
         y = conv_norm(self.features, 3, padding=1, name="conv2")(y, mode)
@@ -82,7 +83,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 and 1x1 convolution around a shortcut: ResNet-50, 101 and 152."""
+    """Residual block of 1x1, 3x3 and 1x1 convolutions: ResNet-50, 101 and 152."""
 
     variant: Variant
     features: int
@@ -92,7 +93,7 @@ class Bottleneck(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, mode: Mode) -> Array:
-        """``[b, h, w, c] -> [b, h/stride, w/stride, 4 * features]``."""
+        """Map ``[b, h, w, c]`` to ``[b, h/stride, w/stride, 4 * features]``."""
         _, _, groups, group_width, *_ = self.variant
         conv_norm = self.variant.conv_norm
         width, out = self.features * group_width // 64 * groups, self.features * self.expansion
@@ -104,17 +105,17 @@ class Bottleneck(nn.Module):
 
 
 def _shortcut(variant: Variant, x: Array, features: int, stride: int, mode: Mode) -> Array:
-    """A block's input in the shape of its output."""
+    """Return the input of a block in the shape of its output."""
     if stride == 1 and x.shape[-1] == features:
         return x
     if stride > 1 and variant.pooled_shortcut:
-        # The last row and column of an odd map are averaged over what is there.
+        # In a map of odd size, the windows of the last row and column are smaller.
         x, stride = avg_pool(x, 2, stride=stride, padding="SAME", count_padding=False), 1
     return variant.conv_norm(features, 1, stride, name="shortcut")(x, mode)
 
 
 class Layer(nn.Module):
-    """A run of blocks at one resolution; the first one carries the stride."""
+    """Sequence of blocks; the first one has the stride."""
 
     variant: Variant
     depth: int
@@ -123,7 +124,7 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, mode: Mode) -> Array:
-        """``[b, h, w, c] -> [b, h/stride, w/stride, features * expansion]``."""
+        """Map ``[b, h, w, c]`` to ``[b, h/stride, w/stride, features * expansion]``."""
         for i in range(self.depth):
             stride = self.stride if i == 0 else 1
             x = self.variant.block(self.variant, self.features, stride, name=f"block{i}")(x, mode)
@@ -144,48 +145,32 @@ VARIANTS = {
 }
 
 
-def _d(plain: str, preprocess: Preprocess) -> Variant:
-    """ResNet-D, as timm trained it."""
-    return VARIANTS[plain]._replace(deep_stem=True, pooled_shortcut=True, preprocess=preprocess)
-
-
-VARIANTS |= {
-    "resnet18d": _d("resnet18", Preprocess(224, 256, "bicubic")),
-    "resnet34d": _d("resnet34", Preprocess(224, 256, "bicubic")),
-    "resnet50d": _d("resnet50", Preprocess(224, 256, "bicubic")),
-    "resnet101d": _d("resnet101", Preprocess(256, 269, "bicubic")),
-    "resnet152d": _d("resnet152", Preprocess(256, 269, "bicubic")),
+VARIANTS |= {  # ResNet-D of timm
+    f"{name}d": VARIANTS[name]._replace(
+        deep_stem=True, pooled_shortcut=True, preprocess=Preprocess(*sizes, "bicubic")
+    )
+    for sizes, names in (
+        ((224, 256), ("resnet18", "resnet34", "resnet50")),
+        ((256, 269), ("resnet101", "resnet152")),
+    )
+    for name in names
 }
 
 _keras_conv_norm = partial(ConvNorm, use_bias=True, epsilon=1.001e-5, momentum=0.99)
-
-
-def _keras(plain: str) -> Variant:
-    """Version 1, as Keras has it."""
-    return VARIANTS[plain]._replace(stride_first=True, conv_norm=_keras_conv_norm, preprocess=CAFFE)
-
-
-VARIANTS |= {
-    "keras_resnet50": _keras("resnet50"),
-    "keras_resnet101": _keras("resnet101"),
-    "keras_resnet152": _keras("resnet152"),
+VARIANTS |= {  # version 1 of Keras
+    f"keras_{name}": VARIANTS[name]._replace(
+        stride_first=True, conv_norm=_keras_conv_norm, preprocess=CAFFE
+    )
+    for name in ("resnet50", "resnet101", "resnet152")
 }
 
 
 def resnet(name: str, num_classes: int = 1000) -> Model:
-    """One of `VARIANTS`, with stages ``stem, layer1 ... layer4, pool, head``."""
+    """Build one of `VARIANTS`, with stages ``stem, layer1 ... layer4, pool, head``."""
     variant = VARIANTS[name]
     layers = (
         Stage(f"layer{i + 1}", Layer(variant, depth, features=64 * 2**i, stride=min(i, 1) + 1))
         for i, depth in enumerate(variant.depths)
     )
-    return Model(
-        name,
-        (
-            Stage("stem", Stem(variant)),
-            *layers,
-            Stage("pool", GlobalAveragePool(), "vector"),
-            Stage("head", LinearHead(num_classes), "vector"),
-        ),
-        variant.preprocess,
-    )
+    stages = Stage("stem", Stem(variant)), *layers
+    return pooled_classifier(name, stages, num_classes, variant.preprocess)

@@ -1,6 +1,6 @@
-"""ResNetV2 (He et al. 2016, Identity Mappings): the norm and activation of a block come first.
+"""ResNetV2 (He et al. 2016, Identity Mappings, arXiv 1603.05027): norm and activation come first.
 
-Geometry of Keras' implementation: the last block of a layer carries the stride, and not its first.
+As in Keras, the last block of a layer has the stride, not the first.
 """
 
 from functools import partial
@@ -10,8 +10,8 @@ from flax import linen as nn
 from jax import Array
 
 from tljax.models.convolution import max_pool
-from tljax.models.layers import BatchNorm, Conv, ConvNorm, GlobalAveragePool, LinearHead, Mode
-from tljax.models.model import Model, Stage
+from tljax.models.layers import BatchNorm, Conv, ConvNorm, Mode
+from tljax.models.model import Model, Stage, pooled_classifier
 from tljax.runtime.types import HALF
 
 _KERAS = {"epsilon": 1.001e-5, "momentum": 0.99}
@@ -20,19 +20,19 @@ _norm = partial(BatchNorm, **_KERAS)
 
 
 class Stem(nn.Module):
-    """7x7 convolution and max pooling: a quarter of the resolution."""
+    """7x7 convolution and max pooling."""
 
     @nn.compact
     def __call__(self, x: Array, mode: Mode) -> Array:  # noqa: ARG002 - a stage's signature
-        """``[b, h, w, 3] -> [b, h/4, w/4, 64]``."""
+        """Map ``[b, h, w, 3]`` to ``[b, h/4, w/4, 64]``."""
         x = Conv(64, 7, stride=2, padding=3, name="conv1")(x)
-        # These zeros are values, and win over what is negative: no activation stands before.
+        # Padded with zeros, unlike torch, which pads with -inf: values may be negative here.
         x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
         return max_pool(x, 3, stride=2)
 
 
 class Block(nn.Module):
-    """1x1, 3x3 and 1x1 convolution around a shortcut that nothing stands behind."""
+    """Residual block of 1x1, 3x3 and 1x1 convolutions, without activation after the sum."""
 
     features: int
     stride: int
@@ -40,7 +40,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, mode: Mode) -> Array:
-        """``[b, h, w, c] -> [b, h/stride, w/stride, 4 * features]``."""
+        """Map ``[b, h, w, c]`` to ``[b, h/stride, w/stride, 4 * features]``."""
         y = nn.relu(_norm(name="preact")(x, mode))
         if self.project:
             x = Conv(4 * self.features, 1, self.stride, name="shortcut")(y)
@@ -52,7 +52,7 @@ class Block(nn.Module):
 
 
 class Layer(nn.Module):
-    """A run of blocks of one width; the first one projects, the last one carries the stride."""
+    """Sequence of blocks; the first has a convolution in its shortcut, the last has the stride."""
 
     depth: int
     features: int
@@ -60,7 +60,7 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, mode: Mode) -> Array:
-        """``[b, h, w, c] -> [b, h/stride, w/stride, 4 * features]``."""
+        """Map ``[b, h, w, c]`` to ``[b, h/stride, w/stride, 4 * features]``."""
         for i in range(self.depth):
             stride = self.stride if i == self.depth - 1 else 1
             x = Block(self.features, stride, project=i == 0, name=f"block{i}")(x, mode)
@@ -68,11 +68,11 @@ class Layer(nn.Module):
 
 
 class Norm(nn.Module):
-    """The norm and activation that the last block lacks."""
+    """Norm and ReLU after the last layer."""
 
     @nn.compact
     def __call__(self, x: Array, mode: Mode) -> Array:
-        """``[b, h, w, c] -> [b, h, w, c]``."""
+        """Map ``[b, h, w, c]`` to ``[b, h, w, c]``."""
         return nn.relu(_norm(name="norm")(x, mode))
 
 
@@ -85,19 +85,10 @@ DEPTHS = {
 
 
 def resnetv2(name: str, num_classes: int = 1000) -> Model:
-    """One of `DEPTHS`, with stages ``stem, layer1 ... layer4, norm, pool, head``."""
+    """Build one of `DEPTHS`, with stages ``stem, layer1 ... layer4, norm, pool, head``."""
     layers = (
         Stage(f"layer{i + 1}", Layer(depth, features=64 * 2**i, stride=2 if i < 3 else 1))
         for i, depth in enumerate(DEPTHS[name])
     )
-    return Model(
-        name,
-        (
-            Stage("stem", Stem()),
-            *layers,
-            Stage("norm", Norm()),
-            Stage("pool", GlobalAveragePool(), "vector"),
-            Stage("head", LinearHead(num_classes), "vector"),
-        ),
-        HALF,
-    )
+    stages = Stage("stem", Stem()), *layers, Stage("norm", Norm())
+    return pooled_classifier(name, stages, num_classes, HALF)

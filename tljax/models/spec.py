@@ -1,8 +1,8 @@
-"""A model as JSON and back: the names of its stages' modules and their settings, never code.
+"""Serialization of models to JSON and back: names of modules and their settings, never code.
 
 A stage of a registered architecture is a reference: ``{"name": "layer1", "of": "resnet50"}``. Any
-other one names its Flax class, which is one of `MODULES` or supplied by whoever reads: reading
-imports nothing.
+other stage names its Flax class, which must be in `MODULES` or be supplied by the caller: reading
+a model imports nothing.
 """
 
 import math
@@ -21,26 +21,26 @@ from tljax.runtime.types import Preprocess
 VERSION = 1
 
 Modules = Mapping[str, Callable[..., nn.Module]]
-"""Flax classes by the names that a description calls them."""
+"""Flax classes by name."""
 
 MODULES: Modules = {
     module.__name__: module
     for module in (*layers.LAYERS, layers.GlobalAveragePool, layers.LinearHead)
 }
-"""What a description may name without the reader's help."""
+"""Classes that a model in JSON may name without being supplied."""
 
 
 def to_json(model: Model) -> dict[str, Any]:
-    """Describe a model: plain values for `json.dumps`, from which `from_json` builds an equal one.
+    """Convert a model to plain values for `json.dumps`; `from_json` builds an equal model.
 
-    Settings are None, booleans, finite numbers, strings, lists, dicts and other modules; lists come
-    back as tuples, dicts as Flax's frozen ones.
+    Settings of modules may be None, booleans, finite numbers, strings, lists, dicts and other
+    modules. Lists are read back as tuples, dicts as `flax.core.FrozenDict`.
 
     Raises:
-        RequestError: a setting of a stage is anything else.
+        RequestError: a setting of a stage has another type.
     """
-    own = build_model(model.name).stages if model.name in MODELS else ()
-    known = {stage.name: stage for stage in own}
+    registered = build_model(model.name).stages if model.name in MODELS else ()
+    known = {stage.name: stage for stage in registered}
     return {
         "version": VERSION,
         "name": model.name,
@@ -59,12 +59,10 @@ def _plain(value: object, where: str) -> Any:
     if isinstance(value, nn.Module):
         name = type(value).__name__
         if MODULES.get(name, type(value)) is not type(value):
-            raise RequestError(
-                f"{where} is a {name} that is not tljax's; give its class a new name"
-            )
+            raise RequestError(f"{where} is a {name} that is not tljax's: rename its class")
         names = [f.name for f in fields(value) if f.init and f.name != "parent"]
-        given = {each: getattr(value, each) for each in names if each != "name" or value.name}
-        settings = {each: _plain(setting, f"{each} of {where}") for each, setting in given.items()}
+        values = {key: getattr(value, key) for key in names if key != "name" or value.name}
+        settings = {key: _plain(setting, f"{key} of {where}") for key, setting in values.items()}
         return {"module": name, "settings": settings}
     if value is None or isinstance(value, bool | int | str):
         return value
@@ -75,28 +73,28 @@ def _plain(value: object, where: str) -> Any:
     if isinstance(value, Mapping) and {*map(type, value)} <= {str} and "module" not in value:
         return {key: _plain(item, where) for key, item in value.items()}
     raise RequestError(
-        f"{where} is a {type(value).__name__}, which cannot be written down; "
+        f"{where} is a {type(value).__name__}, which cannot be saved: "
         "make it a number, a string, a list, a dict or a module"
     )
 
 
 def from_json(spec: object, modules: Modules | None = None) -> Model:
-    """Build the model that `to_json` described.
+    """Build the model that `to_json` converted.
 
     Args:
-        spec: what was described; anything else is refused.
-        modules: Flax classes by name, for those that `MODULES` lacks.
+        spec: the values that `to_json` returned.
+        modules: Flax classes by name, in addition to `MODULES`.
 
     Raises:
-        RequestError: a module is not known, a later version of tljax wrote the description, or it
-            is damaged.
+        RequestError: a module is unknown, the values are of a later version of tljax, or they are
+            damaged.
     """
     try:
         model = _model(spec, {**(modules or {}), **MODULES})
-        abstract_variables(model)  # settings of a wrong kind show when the modules are called
+        abstract_variables(model)  # modules check some settings only when they are called
     except RequestError:
         raise
-    except Exception as error:  # whatever a module says of damaged settings
+    except Exception as error:  # a module may raise anything if its settings are damaged
         reason = " ".join(repr(error).split())
         raise RequestError(f"its description of a model is damaged ({reason:.200})") from error
     return model
@@ -113,9 +111,9 @@ def _model(spec: Any, modules: Modules) -> Model:
     model = Model(spec["name"], stages, preprocess, spec["dtype"])
     for name in (model.name, *model.stage_names):
         if not (isinstance(name, str) and name and name.isprintable()):
-            raise ValueError(f"{name!r:.80} is no name")
+            raise ValueError(f"{name!r:.80} is not a valid name")
     if len({*model.stage_names}) < len(stages) or "/" in "".join(model.stage_names):
-        raise ValueError("two stages of one name, or a name with a slash")
+        raise ValueError("duplicate stage names, or a name with a slash")
     if not is_sound(preprocess) or model.dtype not in get_args(Dtype):
         raise ValueError((preprocess, model.dtype))
     return model
@@ -148,11 +146,11 @@ def _value(value: Any, modules: Modules) -> Any:
     return modules[name](**_value(value["settings"], modules))
 
 
-# --- what a file may say of a number --------------------------------------------------------------
+# --- checks of values that a file contains --------------------------------------------------------
 
 
 def is_sound(preprocess: Preprocess) -> bool:
-    """Return whether the values, which a file may give, make sense."""
+    """Return True if all values have the right type and range; a file may contain any values."""
     size, resize, interpolation, mean, std, channel_order = astuple(preprocess)
     return (
         (is_side(size) and is_side(resize) and size <= resize)
@@ -162,10 +160,10 @@ def is_sound(preprocess: Preprocess) -> bool:
 
 
 def is_number(value: object) -> bool:
-    """Return whether a value is a number, and not a huge one."""
+    """Return True if a value is a number of magnitude below a million."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e6
 
 
 def is_side(value: object) -> bool:
-    """Return whether a value can be a side of an image, in pixels."""
+    """Return True if a value can be the side of an image, in pixels: 1 to 10,000."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= 10_000

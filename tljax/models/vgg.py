@@ -1,6 +1,6 @@
-"""VGG (Simonyan and Zisserman 2014), with batch norm or without.
+"""VGG (Simonyan and Zisserman 2014, arXiv 1409.1556), with or without batch norm.
 
-Geometry of torchvision's reference implementation, whose adaptive pooling takes images of any size.
+As in torchvision, adaptive pooling makes any image size possible.
 """
 
 from flax import linen as nn
@@ -13,7 +13,7 @@ from tljax.runtime.types import Preprocess
 
 
 class Block(nn.Module):
-    """3x3 convolutions of one width, then max pooling: half of the resolution."""
+    """3x3 convolutions of one width and max pooling."""
 
     depth: int
     features: int
@@ -21,7 +21,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, mode: Mode) -> Array:
-        """``[b, h, w, c] -> [b, h/2, w/2, features]``."""
+        """Map ``[b, h, w, c]`` to ``[b, h/2, w/2, features]``."""
         for i in range(1, self.depth + 1):
             if self.norm:
                 conv = ConvNorm(self.features, 3, padding=1, use_bias=True, name=f"conv{i}")
@@ -32,20 +32,20 @@ class Block(nn.Module):
 
 
 class FlattenedPool(nn.Module):
-    """Average pooling to 7x7; the features that are read where the hidden layers are dropped."""
+    """Adaptive average pooling to 7x7 positions, flattened to a vector."""
 
     @nn.compact
     def __call__(self, x: Array, mode: Mode) -> Array:  # noqa: ARG002 - a stage's signature
-        """``[b, h, w, c] -> [b, 49 * c]`` in the order height, width, channel."""
+        """Map ``[b, h, w, c]`` to ``[b, 49 * c]`` in the order height, width, channel."""
         return adaptive_avg_pool(x, 7).reshape(len(x), -1)
 
 
 class Hidden(nn.Module):
-    """A fully connected layer, with dropout of one half in training mode."""
+    """Fully connected layer with ReLU and dropout of rate 0.5."""
 
     @nn.compact
     def __call__(self, x: Array, mode: Mode) -> Array:
-        """``[b, c] -> [b, 4096]``."""
+        """Map ``[b, c]`` to ``[b, 4096]``."""
         x = nn.relu(Dense(4096, name="dense")(x))
         return nn.Dropout(0.5, deterministic=not mode.noise)(x)
 
@@ -62,9 +62,9 @@ DEPTHS = _DEPTHS | {f"{name}_bn": depths for name, depths in _DEPTHS.items()}
 
 
 def vgg(name: str, num_classes: int = 1000) -> Model:
-    """One of `DEPTHS`, with stages ``block1 ... block5, pool, fc1, fc2, head``.
+    """Build one of `DEPTHS`, with stages ``block1 ... block5, pool, fc1, fc2, head``.
 
-    `replace_head` behind ``pool``, ``fc1`` or ``fc2`` keeps none, one or both hidden layers.
+    `replace_head` after ``pool``, ``fc1`` or ``fc2`` keeps none, one or both hidden layers.
     """
     norm = name.endswith("_bn")
     widths = (64, 128, 256, 512, 512)

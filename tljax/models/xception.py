@@ -1,7 +1,8 @@
-"""Xception (Chollet 2016): depthwise separable convolutions around shortcuts.
+"""Xception (Chollet 2016, arXiv 1610.02357): residual blocks of depthwise separable convolutions.
 
-Geometry of timm's `legacy_xception`: symmetric padding, batch-norm epsilon 1e-5. Keras, which its
-weights come from, pads the max pools like TensorFlow and has epsilon 1e-3: `keras_xception`.
+``xception`` is `legacy_xception` of timm: max pools are padded symmetrically, and the epsilon of
+batch norm is 1e-5. ``keras_xception``, the source of its weights, pads max pools as TensorFlow does
+and has epsilon 1e-3.
 """
 
 from collections.abc import Callable
@@ -13,48 +14,48 @@ from flax import linen as nn
 from jax import Array
 
 from tljax.models.convolution import Padding, max_pool
-from tljax.models.layers import Conv, ConvNorm, GlobalAveragePool, LinearHead, Mode
-from tljax.models.model import Model, Stage
+from tljax.models.layers import Conv, ConvNorm, Mode
+from tljax.models.model import Model, Stage, pooled_classifier
 from tljax.runtime.types import HALF
 
 
 class Variant(NamedTuple):
-    """What tells the sources apart: the convolutions, and the padding of the max pools."""
+    """Differences between the versions: convolutions, and padding of the max pools."""
 
     conv_norm: Callable[..., ConvNorm]
     pool_padding: Padding
 
 
 class Stem(nn.Module):
-    """Two 3x3 convolutions without padding; the first one strides."""
+    """Two 3x3 convolutions without padding; the first one has stride 2."""
 
     variant: Variant
 
     @nn.compact
     def __call__(self, x: Array, mode: Mode) -> Array:
-        """``[b, h, w, 3] -> [b, h/2, w/2, 64]``."""
+        """Map ``[b, h, w, 3]`` to ``[b, h/2, w/2, 64]``."""
         x = nn.relu(self.variant.conv_norm(32, 3, stride=2, name="conv1")(x, mode))
         return nn.relu(self.variant.conv_norm(64, 3, name="conv2")(x, mode))
 
 
 class SeparableConv(nn.Module):
-    """A depthwise 3x3 convolution, a 1x1 convolution and a norm; nothing between the first two."""
+    """Depthwise 3x3 convolution directly followed by a 1x1 convolution with batch norm."""
 
     variant: Variant
     features: int
 
     @nn.compact
     def __call__(self, x: Array, mode: Mode) -> Array:
-        """``[b, h, w, c] -> [b, h, w, features]``, without activation."""
+        """Map ``[b, h, w, c]`` to ``[b, h, w, features]``, without activation."""
         width = x.shape[-1]
         x = Conv(width, 3, padding=1, groups=width, use_bias=False, name="depthwise")(x)
         return self.variant.conv_norm(self.features, 1, name="pointwise")(x, mode)
 
 
 class Block(nn.Module):
-    """Separable convolutions, each behind a ReLU, around a shortcut.
+    """Residual block of separable convolutions, each after a ReLU.
 
-    A block that strides does so with a max pool, and its shortcut has a convolution.
+    A block with a stride has a max pool at its end and a convolution in its shortcut.
     """
 
     variant: Variant
@@ -64,7 +65,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, mode: Mode) -> Array:
-        """``[b, h, w, c] -> [b, h/stride, w/stride, features[-1]]``."""
+        """Map ``[b, h, w, c]`` to ``[b, h/stride, w/stride, features[-1]]``."""
         y = x
         for i, features in enumerate(self.features, start=1):
             y = nn.relu(y) if i > 1 or self.relu_first else y
@@ -77,13 +78,13 @@ class Block(nn.Module):
 
 
 class ConvHead(nn.Module):
-    """Two separable convolutions to the features that are pooled."""
+    """Two separable convolutions before the pooling."""
 
     variant: Variant
 
     @nn.compact
     def __call__(self, x: Array, mode: Mode) -> Array:
-        """``[b, h, w, c] -> [b, h, w, 2048]``."""
+        """Map ``[b, h, w, c]`` to ``[b, h, w, 2048]``."""
         x = nn.relu(SeparableConv(self.variant, 1536, name="conv1")(x, mode))
         return nn.relu(SeparableConv(self.variant, 2048, name="conv2")(x, mode))
 
@@ -95,7 +96,7 @@ BLOCKS = {
     **{f"block{i}": ((728, 728, 728), 1) for i in range(4, 12)},
     "block12": ((728, 1024), 2),
 }
-"""Features of the convolutions and stride of each block."""
+"""Features of the convolutions, and stride, of each block."""
 
 VARIANTS = {
     "xception": Variant(ConvNorm, pool_padding=1),
@@ -103,24 +104,15 @@ VARIANTS = {
 }
 
 PREPROCESS = replace(HALF, size=299, resize=333, interpolation="bicubic")
-"""That of the published weights."""
+"""Preprocessing of the published weights."""
 
 
 def xception(name: str, num_classes: int = 1000) -> Model:
-    """One of `VARIANTS`, with stages ``stem, block1 ... block12, conv_head, pool, head``."""
+    """Build one of `VARIANTS`, with stages ``stem, block1 ... block12, conv_head, pool, head``."""
     variant = VARIANTS[name]
     blocks = (
         Stage(stage, Block(variant, features, stride, relu_first=stage != "block1"))
         for stage, (features, stride) in BLOCKS.items()
     )
-    return Model(
-        name,
-        (
-            Stage("stem", Stem(variant)),
-            *blocks,
-            Stage("conv_head", ConvHead(variant)),
-            Stage("pool", GlobalAveragePool(), "vector"),
-            Stage("head", LinearHead(num_classes), "vector"),
-        ),
-        PREPROCESS,
-    )
+    stages = Stage("stem", Stem(variant)), *blocks, Stage("conv_head", ConvHead(variant))
+    return pooled_classifier(name, stages, num_classes, PREPROCESS)

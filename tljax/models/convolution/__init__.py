@@ -1,73 +1,82 @@
-"""Convolution and pooling of every backbone: one geometry, and what is fast where it runs.
+"""Convolution and pooling of all backbones.
 
-Which way is taken is decided by platform when a program is lowered: no backbone, step or attack
-knows. `backend` says otherwise.
+The implementation depends on the platform and is chosen when a program is lowered, so callers are
+the same on all platforms. `backend` overrides the choice.
 """
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Float
 
 from tljax.models.convolution import xla
-from tljax.models.convolution.geometry import Geometry, Kernel, Padding, Window, resolve
+from tljax.models.convolution.geometry import Geometry, Kernel, Padding, Window, resolve_padding
 from tljax.models.convolution.primitives import convolution, maximum
+from tljax.runtime.types import FeatureMap
 
 __all__ = ["Kernel", "Padding", "adaptive_avg_pool", "avg_pool", "backend", "conv2d", "max_pool"]
 
 backend = jax.make_user_context(default_value="platform")
-"""What programs are made of: ``with backend("xla"):`` around the tracing makes them of XLA's own
-operations alone, as exporters and other interpreters of jaxprs need them; ``"platform"`` leaves the
-choice to where a program is lowered."""
+"""Implementation of convolutions and max pools in programs traced in ``with backend(...):``.
+
+``"platform"``, the default, chooses the fastest one for the platform when a program is lowered.
+``"xla"`` uses only operations of XLA, as exporters and other interpreters of jaxprs require.
+"""
 
 
 def conv2d(
-    x: jax.Array, kernel: jax.Array, *, stride: int = 1, padding: Padding = 0, groups: int = 1
-) -> jax.Array:
+    x: FeatureMap,
+    kernel: Float[jax.Array, "rows columns inputs outputs"],
+    *,
+    stride: int = 1,
+    padding: Padding = 0,
+    groups: int = 1,
+) -> FeatureMap:
     """Convolve (cross-correlate) in two dimensions.
 
     Args:
-        x: ``[batch, height, width, in]``.
-        kernel: ``[height, width, in // groups, out]``, of the same dtype.
-        stride: the same in both directions.
-        padding: see `Padding`.
-        groups: 1, the number of channels (depthwise), or anything between.
+        x: ``[batch, height, width, channels]``.
+        kernel: ``[rows, columns, channels // groups, outputs]``, of the dtype of ``x``.
+        stride: stride in both directions.
+        padding: see `Padding`; by default none.
+        groups: number of groups of channels; equal to ``channels`` for a depthwise convolution.
 
     Returns:
-        ``[batch, height', width', out]``.
+        ``[batch, height', width', outputs]``.
     """
-    pads = resolve(padding, x.shape[1:3], kernel.shape[:2], stride)
+    pads = resolve_padding(padding, x.shape[1:3], kernel.shape[:2], stride)
     convolve = xla.convolve if backend.value == "xla" else convolution
     return convolve(x, kernel, Geometry(stride, pads, groups))
 
 
-def max_pool(x: jax.Array, k: int, *, stride: int, padding: Padding = 0) -> jax.Array:
-    """Return the maxima of ``k`` x ``k`` windows; padding never wins.
+def max_pool(x: FeatureMap, k: int, *, stride: int, padding: Padding = 0) -> FeatureMap:
+    """Compute the maxima of ``k`` x ``k`` windows; the padding value is -inf.
 
     Args:
         x: ``[batch, height, width, channels]``.
         k: side of the window.
-        stride: the same in both directions.
-        padding: see `Padding`.
+        stride: stride in both directions.
+        padding: see `Padding`; by default none.
     """
-    window = Window(k, stride, resolve(padding, x.shape[1:3], (k, k), stride))
+    window = Window(k, stride, resolve_padding(padding, x.shape[1:3], (k, k), stride))
     pool = xla.max_pool if backend.value == "xla" else maximum
     return pool(x, window)
 
 
 def avg_pool(
-    x: jax.Array, k: int, *, stride: int, padding: Padding = 0, count_padding: bool = True
-) -> jax.Array:
-    """Return the means of ``k`` x ``k`` windows.
+    x: FeatureMap, k: int, *, stride: int, padding: Padding = 0, count_padding: bool = True
+) -> FeatureMap:
+    """Compute the means of ``k`` x ``k`` windows.
 
     Args:
         x: ``[batch, height, width, channels]``.
         k: side of the window.
-        stride: the same in both directions.
-        padding: see `Padding`.
-        count_padding: whether padded zeros count as values, as they do in torch's default;
-            TensorFlow's windows are smaller at the border instead.
+        stride: stride in both directions.
+        padding: see `Padding`; by default none.
+        count_padding: True includes the padded zeros in the means (default of torch), False
+            excludes them (TensorFlow).
     """
-    pads = ((0, 0), *resolve(padding, x.shape[1:3], (k, k), stride), (0, 0))
+    pads = ((0, 0), *resolve_padding(padding, x.shape[1:3], (k, k), stride), (0, 0))
     sizes, strides = (1, k, k, 1), (1, stride, stride, 1)
     total = lax.reduce_window(x, 0.0, lax.add, sizes, strides, pads)
     if count_padding:
@@ -76,8 +85,8 @@ def avg_pool(
     return total / lax.reduce_window(ones, 0.0, lax.add, sizes, strides, pads)
 
 
-def adaptive_avg_pool(x: jax.Array, k: int) -> jax.Array:
-    """Pool to ``k`` x ``k`` means, whatever the size, as torch does: windows may overlap.
+def adaptive_avg_pool(x: FeatureMap, k: int) -> FeatureMap:
+    """Compute ``k`` x ``k`` means from a map of any size, as torch does; windows may overlap.
 
     Args:
         x: ``[batch, height, width, channels]``.

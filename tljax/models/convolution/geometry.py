@@ -1,4 +1,4 @@
-"""Where the windows of a convolution or a pool stand."""
+"""Kernel sizes, strides and padding of convolutions and pools."""
 
 from typing import Literal, NamedTuple
 
@@ -7,37 +7,46 @@ from jax import lax
 Pads = tuple[tuple[int, int], tuple[int, int]]
 
 Padding = int | Literal["SAME"] | Pads
-"""Zeros on each side, as torch pads; TensorFlow's SAME, which depends on the size and is not
-symmetric; or ``((top, bottom), (left, right))``."""
+"""Padding of a map: pixels on every side, as in torch; ``"SAME"``, as in TensorFlow, which depends
+on the size and is not always symmetric; or ``((top, bottom), (left, right))``."""
 
 Kernel = int | tuple[int, int]
-"""The side of a square kernel, or its height and width."""
+"""Side of a square kernel, or its height and width."""
 
 NO_PADS: Pads = ((0, 0), (0, 0))
 
 
 class Geometry(NamedTuple):
-    """What a convolution is besides its two arrays. Hashable: static in every program."""
+    """Static (hashable) parameters of a convolution."""
 
     stride: int = 1
     pads: Pads = NO_PADS
     groups: int = 1
 
     def pointwise(self, window: tuple[int, ...]) -> bool:
-        """Whether it is a matrix product of the pixels that the stride leaves."""
+        """Return True if a kernel of this size is a matrix product at (strided) pixels."""
         return tuple(window) == (1, 1) and self.groups == 1 and self.pads == NO_PADS
 
 
 class Window(NamedTuple):
-    """What a pool looks at: the side of its square, stride and padding. Hashable."""
+    """Static (hashable) parameters of a pool: side of the square window, stride and padding."""
 
     k: int
     stride: int
     pads: Pads
 
 
-def resolve(padding: Padding, size: tuple[int, ...], window: tuple[int, ...], stride: int) -> Pads:
-    """Return the zeros on each side of an image of ``size`` (height and width, as ``window``)."""
+def resolve_padding(
+    padding: Padding, size: tuple[int, ...], window: tuple[int, ...], stride: int
+) -> Pads:
+    """Convert padding to ``((top, bottom), (left, right))``.
+
+    Args:
+        padding: any kind of padding.
+        size: height and width of the map.
+        window: height and width of the kernel or window.
+        stride: stride in both directions.
+    """
     if padding == "SAME":
         height, width = lax.padtype_to_pads(size, window, (stride, stride), "SAME")
         return tuple(height), tuple(width)  # pyright: ignore[reportReturnType]

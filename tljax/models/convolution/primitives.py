@@ -1,10 +1,10 @@
-"""Convolution and maximum pooling as JAX primitives, whose derivatives are primitives again.
+"""Convolution and max pooling as JAX primitives, whose derivatives are primitives too.
 
-How each of them is computed is decided when a program is lowered for a platform, after it has been
-differentiated: what a CPU needs never reaches another platform, and every derivative, forward or
-reverse, first or higher, is as fast as the function itself. A convolution and its two gradients are
-bilinear and each other's transposes; the tangent of a maximum, and its transpose, are linear in
-their second argument and constant in the first::
+The implementation is chosen when a program is lowered for a platform, after differentiation. So
+programs for other platforms contain no code for CPUs, and all derivatives (forward and reverse, of
+any order) use fast implementations. A convolution and its two gradients are bilinear and transposes
+of each other. The tangent and the gradient of a max pool are linear in their second argument,
+constant in their first, and transposes of each other::
 
     convolution(x, kernel) -> y    input_gradient(dy, kernel) -> dx    kernel_gradient(x, dy) -> dk
     maximum(x) -> y                maximum_tangent(x, dx) -> dy        maximum_gradient(x, dy) -> dx
@@ -23,30 +23,33 @@ from jax.interpreters import ad, batching, mlir
 
 from tljax.models.convolution import cpu, xla
 from tljax.models.convolution.geometry import Geometry, Window
+from tljax.runtime.types import FeatureMap
 
-Way = Callable[..., jax.Array]
+Implementation = Callable[..., jax.Array]
 
 
-def convolution(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
-    """Convolve ``[b, h, w, in]`` with ``[h, w, in // groups, out]``."""
+def convolution(x: FeatureMap, kernel: jax.Array, geometry: Geometry) -> FeatureMap:
+    """Convolve ``[batch, height, width, in]`` with ``[rows, columns, in // groups, out]``."""
     return _CONVOLUTION.bind(x, kernel, static=(geometry,))
 
 
-def maximum(x: jax.Array, window: Window) -> jax.Array:
-    """Return the maxima of the windows of ``[b, h, w, c]``."""
+def maximum(x: FeatureMap, window: Window) -> FeatureMap:
+    """Compute the maxima of the windows of ``[batch, height, width, channels]``."""
     return _MAXIMUM.bind(x, static=(window,))
 
 
-def _primitive(name: str, images: tuple[bool, ...], *, default: Way, **ways: Way) -> Primitive:
-    """Make a primitive that calls ``way(*arrays, *static)``, whichever way is its platform's.
+def _primitive(
+    name: str, batched: tuple[bool, ...], *, default: Implementation, **platforms: Implementation
+) -> Primitive:
+    """Create a primitive that is lowered to ``implementation(*arrays, *static)``.
 
     Args:
-        name: in jaxprs.
-        images: which arrays begin with a batch of images, as the result then does: under
-            `jax.vmap` a batch of batches is a larger batch. With a kernel for each batch every way
-            is mapped by JAX instead.
-        default: where no other way is given; it also says what the result looks like.
-        ways: by platform.
+        name: name in jaxprs.
+        batched: for each array, whether its first axis is a batch of images. If `jax.vmap` maps
+            only such arrays, the mapped axis is merged into the batch; otherwise the
+            implementation itself is mapped.
+        default: implementation on other platforms; it also determines the shape of the result.
+        **platforms: implementations by platform.
     """
     primitive = Primitive(f"tljax_{name}")
 
@@ -56,30 +59,30 @@ def _primitive(name: str, images: tuple[bool, ...], *, default: Way, **ways: Way
         return ShapedArray(result.shape, result.dtype)
 
     @partial(jax.jit, static_argnames="static")
-    def outside_of_jit(*arrays: jax.Array, static: tuple[Any, ...]) -> jax.Array:
+    def call(*arrays: jax.Array, static: tuple[Any, ...]) -> jax.Array:
         return primitive.bind(*arrays, static=static)
 
     def batch(arrays: Any, axes: Any, *, static: tuple[Any, ...]) -> tuple[jax.Array, int]:
-        if any(axis is not None and not image for axis, image in zip(axes, images, strict=True)):
+        if any(axis is not None and not has for axis, has in zip(axes, batched, strict=True)):
             mapped = {
-                platform: jax.vmap(lambda *arrays, way=way: way(*arrays, *static), axes)
-                for platform, way in {"default": default, **ways}.items()
+                platform: jax.vmap(lambda *arrays, run=run: run(*arrays, *static), axes)
+                for platform, run in {"default": default, **platforms}.items()
             }
             return jax.lax.platform_dependent(*arrays, **mapped), 0
         count = next(a.shape[i] for a, i in zip(arrays, axes, strict=True) if i is not None)
         merged = [
-            jax.lax.collapse(batching.bdim_at_front(array, axis, count), 0, 2) if image else array
-            for array, axis, image in zip(arrays, axes, images, strict=True)
+            jax.lax.collapse(batching.bdim_at_front(array, axis, count), 0, 2) if has else array
+            for array, axis, has in zip(arrays, axes, batched, strict=True)
         ]
         y = primitive.bind(*merged, static=static)
         return y.reshape(count, y.shape[0] // count, *y.shape[1:]), 0
 
     primitive.def_abstract_eval(abstract)
-    primitive.def_impl(outside_of_jit)
+    primitive.def_impl(call)  # outside of jit
     batching.primitive_batchers[primitive] = batch
-    for platform, way in {None: default, **ways}.items():
+    for platform, run in {None: default, **platforms}.items():
         rule = mlir.lower_fun(
-            lambda *arrays, static, way=way: way(*arrays, *static), multiple_results=False
+            lambda *arrays, static, run=run: run(*arrays, *static), multiple_results=False
         )
         mlir.register_lowering(primitive, rule, platform)
     return primitive
@@ -123,7 +126,7 @@ def _kernel_gradient(x: jax.Array, dy: jax.Array, geometry: Geometry, kernel: An
     return _KERNEL_GRADIENT.bind(x, dy, static=(geometry, kernel.aval.shape[:2]))
 
 
-# The transposes of f(a, b) with respect to a and to b; ct is the cotangent of its result.
+# Transposes of f(a, b) with respect to a and to b; ct is the cotangent of the result.
 ad.defbilinear(
     _CONVOLUTION,
     lambda ct, x, kernel, static: _input_gradient(ct, kernel, static[0], x),
@@ -141,27 +144,27 @@ ad.defbilinear(
 )
 
 
-def _tangent(of_x: jax.Array, x: jax.Array, static: tuple[Window]) -> jax.Array:
-    return _MAXIMUM_TANGENT.bind(x, of_x, static=static)
+def _tangent(dx: jax.Array, x: jax.Array, static: tuple[Window]) -> jax.Array:
+    return _MAXIMUM_TANGENT.bind(x, dx, static=static)
 
 
-def _either(transposed: Primitive) -> Callable[..., Any]:
-    """Transpose a map that is linear in its second argument and constant in its first."""
+def _transpose_by(primitive: Primitive) -> Callable[..., Any]:
+    """Return the transpose rule of a function that is linear in its second argument only."""
 
-    def transpose(ct: Any, x: jax.Array, moved: Any, static: tuple[Window]) -> tuple[None, Any]:
+    def transpose(ct: Any, x: jax.Array, linear: Any, static: tuple[Window]) -> tuple[None, Any]:
         if type(ct) is ad.Zero:
-            return None, ad.Zero(moved.aval)
-        return None, transposed.bind(x, ct, static=static)
+            return None, ad.Zero(linear.aval)
+        return None, primitive.bind(x, ct, static=static)
 
     return transpose
 
 
 ad.defjvp(_MAXIMUM, _tangent)
-ad.defjvp(_MAXIMUM_TANGENT, None, lambda of_dx, x, _, static: _tangent(of_dx, x, static))
+ad.defjvp(_MAXIMUM_TANGENT, None, lambda dx, x, _, static: _tangent(dx, x, static))
 ad.defjvp(
     _MAXIMUM_GRADIENT,
     None,
-    lambda of_dy, x, _, static: _MAXIMUM_GRADIENT.bind(x, of_dy, static=static),
+    lambda dy, x, _, static: _MAXIMUM_GRADIENT.bind(x, dy, static=static),
 )
-ad.primitive_transposes[_MAXIMUM_TANGENT] = _either(_MAXIMUM_GRADIENT)
-ad.primitive_transposes[_MAXIMUM_GRADIENT] = _either(_MAXIMUM_TANGENT)
+ad.primitive_transposes[_MAXIMUM_TANGENT] = _transpose_by(_MAXIMUM_GRADIENT)
+ad.primitive_transposes[_MAXIMUM_GRADIENT] = _transpose_by(_MAXIMUM_TANGENT)

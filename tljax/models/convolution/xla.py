@@ -1,4 +1,4 @@
-"""Convolution and pooling by XLA's own operations: what GPUs and TPUs run, and exporters read."""
+"""Convolution and pooling with operations of XLA, for GPUs, TPUs and exporters."""
 
 from collections.abc import Callable
 
@@ -12,7 +12,7 @@ Convolve = Callable[[jax.Array, jax.Array, Geometry], jax.Array]
 
 
 def convolve(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
-    """Convolve; the one operation that every platform and every tool knows."""
+    """Convolve with XLA's general convolution, which all platforms and exporters support."""
     return lax.conv_general_dilated(
         x,
         kernel,
@@ -24,17 +24,17 @@ def convolve(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
 
 
 def convolve_on_tpu(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
-    """Convolve; 1x1 kernels by a matrix product, also of every other pixel."""
+    """Convolve; 1x1 kernels by a matrix product, also with a stride."""
     if not geometry.pointwise(kernel.shape[:2]):
         return convolve(x, kernel, geometry)
     return x[:, :: geometry.stride, :: geometry.stride] @ kernel[0, 0]
 
 
 def convolve_on_gpu(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
-    """Convolve; 1x1 kernels by a matrix product, but not of every other pixel.
+    """Convolve; 1x1 kernels by a matrix product, but not with a stride.
 
-    XLA fuses the slice into the product, and its compiler for GPUs (jax 0.10.2) then finds no tiles
-    for it or ends the process.
+    XLA fuses the strided slice into the product, for which its GPU compiler (jax 0.10.2) finds no
+    tiling or aborts the process.
     """
     return (convolve if geometry.stride > 1 else convolve_on_tpu)(x, kernel, geometry)
 
@@ -62,7 +62,7 @@ def kernel_gradient(
 
 
 def max_pool(x: jax.Array, window: Window) -> jax.Array:
-    """Return the maximum of each window."""
+    """Compute the maximum of each window."""
     k, stride, pads = window
     return lax.reduce_window(
         x, -jnp.inf, lax.max, (1, k, k, 1), (1, stride, stride, 1), ((0, 0), *pads, (0, 0))
@@ -70,10 +70,10 @@ def max_pool(x: jax.Array, window: Window) -> jax.Array:
 
 
 def max_pool_tangent(x: jax.Array, dx: jax.Array, window: Window) -> jax.Array:
-    """Return what the winner of each window in ``x`` has in ``dx``."""
+    """Gather ``dx`` at the maximum of each window of ``x``."""
     return jax.jvp(lambda x: max_pool(x, window), (x,), (dx,))[1]
 
 
 def max_pool_gradient(x: jax.Array, dy: jax.Array, window: Window) -> jax.Array:
-    """Add ``dy`` where the winner of each window in ``x`` stands."""
+    """Scatter-add ``dy`` to the maximum of each window of ``x``."""
     return jax.vjp(lambda x: max_pool(x, window), x)[1](dy)[0]
