@@ -1,4 +1,4 @@
-"""Fixtures that every room's tests share."""
+"""Fixtures that all tests share."""
 
 import lzma
 import os
@@ -9,9 +9,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 
-os.environ["KERAS_BACKEND"] = "jax"  # it is read when keras is imported
+os.environ["KERAS_BACKEND"] = "jax"  # read when keras is imported
 
-# What one test or script has compiled no other compiles again. It is read when JAX is imported.
+# Tests and scripts share one compilation cache. The variables are read when JAX is imported.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "compiled"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
@@ -25,7 +25,7 @@ import tiny as tiny_network  # noqa: E402
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder of real photographs beside the checkout."""
+    """Return the folder of real photographs next to the checkout."""
     if not (SHARED / "data").is_dir():
         pytest.skip("needs the photographs of ../shared/data, which are not part of the repository")
     return SHARED / "data"
@@ -33,7 +33,7 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def shared_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the real ImageNet ResNets, unpacked."""
+    """Unpack the real ImageNet ResNets into a folder."""
     packed = sorted((SHARED / "weights").glob("*.safetensors.xz"))
     if not packed:
         pytest.skip("needs the networks of ../shared/weights, which are not part of the repository")
@@ -45,7 +45,7 @@ def shared_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def quick_to_compile():
-    """For tiny networks, which take longer to compile than to run."""
+    """Disable most optimizations, for tiny networks that compile longer than they run."""
     name = "jax_disable_most_optimizations"
     before = jax.config.values[name]
     jax.config.update(name, True)
@@ -55,13 +55,13 @@ def quick_to_compile():
 
 @pytest.fixture
 def tiny():
-    """(model, variables), fresh for every test."""
+    """Return a model and new variables for every test."""
     return tiny_network.MODEL, tiny_network.random_variables()
 
 
 @pytest.fixture(scope="session")
 def compilation_cache(tmp_path_factory):
-    """Compiles the same program once in a session: every run of `fit` jits its own step."""
+    """Compile equal programs once per session: every call of `fit` jits a new step."""
     options = {
         "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
         "jax_persistent_cache_min_compile_time_secs": 0,

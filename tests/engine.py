@@ -1,4 +1,4 @@
-"""Small runs of the training engine: data, and everything that must be the same byte for byte."""
+"""Small training runs: data, and everything that must be equal bit for bit."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ LOADING = Loading(batch_size=4)
 
 
 def source(count, seed=0, broken=(), classes=3):
-    """Squares of noise, the brighter the higher the class."""
+    """Return images of noise whose brightness increases with the class."""
     rng = np.random.default_rng(seed)
     labels = np.arange(count, dtype=np.int32) % classes
     images = rng.integers(0, 120, (count, 16, 16, 3)) + 60 * labels[:, None, None, None]
@@ -27,22 +27,22 @@ def source(count, seed=0, broken=(), classes=3):
 
 
 def splits(count=11, broken=(4,), val_broken=(2,)):
-    """With unreadable images in both, and a ragged tail in batches of 4."""
+    """Return splits with unreadable images in both parts and an incomplete batch of 4."""
     return Splits(source(count, broken=broken), source(7, 1, val_broken), ())
 
 
 def config(recipe="finetune", *, optimizer="adamw", rate=1e-2, clip_norm=1.0, **others):
-    how = OptimizerConfig(optimizer, rate, clip_norm=clip_norm)
-    return FitConfig(recipe, optimizer=how, **{"epochs": 2, **others})
+    optimizer_config = OptimizerConfig(optimizer, rate, clip_norm=clip_norm)
+    return FitConfig(recipe, optimizer=optimizer_config, **{"epochs": 2, **others})
 
 
 def train(
-    what, data=None, *, folder=None, on_epoch=lambda _: None, loading=LOADING, **how
+    fit_config, data=None, *, folder=None, on_epoch=lambda _: None, loading=LOADING, **options
 ) -> FitResult:
-    """Trains the tiny network; with ``folder``, checkpoints at every step and metrics.jsonl."""
-    arguments = tiny.MODEL, tiny.random_variables(), data or splits(), what
+    """Train the tiny network; with ``folder``, write metrics.jsonl and a checkpoint per step."""
+    arguments = tiny.MODEL, tiny.random_variables(), data or splits(), fit_config
     if folder is None:
-        return fit(*arguments, loading=loading, on_epoch=on_epoch, **how)
+        return fit(*arguments, loading=loading, on_epoch=on_epoch, **options)
 
     metrics = MetricsFile(folder)
 
@@ -50,16 +50,16 @@ def train(
         metrics.on_epoch(history)
         on_epoch(history)
 
-    checkpoints = Checkpoints(folder / "checkpoints", repr(what))
-    how |= {"checkpoints": checkpoints, "checkpoint_seconds": 0}
+    checkpoints = Checkpoints(folder / "checkpoints", repr(fit_config))
+    options |= {"checkpoints": checkpoints, "checkpoint_seconds": 0}
     try:
-        return fit(*arguments, loading=loading, on_epoch=write_and_log, **how)
+        return fit(*arguments, loading=loading, on_epoch=write_and_log, **options)
     finally:
-        checkpoints.close()  # also after an error: what is being written belongs to this process
+        checkpoints.close()  # after an error, too, so that this process finishes writing
 
 
 def everything(result: FitResult, folder: Path | None = None):
-    """What two runs must agree in."""
+    """Return everything in which two equal runs must agree."""
     return {
         "history": result.history,
         "variables": {k: np.asarray(v).tobytes() for k, v in flatten(result.variables).items()},

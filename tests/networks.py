@@ -1,6 +1,6 @@
-"""Random networks: ours, and the reference implementations that ours are held against.
+"""Networks with random weights: ours and the reference implementations to compare them with.
 
-Batch norm is random throughout: with mean 0 and variance 1 a wrong norm would go unseen.
+All batch norms are random: with mean 0 and variance 1 an error in the norm would not show.
 """
 
 import re
@@ -25,7 +25,7 @@ from tljax.runtime.types import Variables
 run = jax.jit(
     apply, static_argnames=("model", "start", "stop", "batch_statistics", "noise", "capture")
 )
-"""`apply`, compiled as a whole: one by one its operations take several times as long."""
+"""Compiled `apply`; uncompiled it takes several times as long."""
 
 
 def random_variables(model: Model, seed: int = 0) -> Variables:
@@ -55,17 +55,17 @@ def random_pretrained(name: str, num_classes: int = 7, seed: int = 0) -> Pretrai
     return Pretrained(model, random_variables(model, seed), card)
 
 
-def assert_same_variables(ours: Variables, expected: Variables) -> None:
-    """Bit for bit."""
-    left, right = flatten(ours), flatten(expected)
+def assert_same_variables(actual: Variables, expected: Variables) -> None:
+    """Check that all variables are equal bit for bit."""
+    left, right = flatten(actual), flatten(expected)
     assert left.keys() == right.keys()
     for path, leaf in right.items():
         np.testing.assert_array_equal(left[path], leaf, strict=True, err_msg=path)
 
 
-def difference(ours: object, theirs: object) -> float:
-    """Largest absolute difference over the largest absolute value of theirs, unless that is 0."""
-    left, right = np.asarray(ours), np.asarray(theirs)
+def difference(actual: object, expected: object) -> float:
+    """Return the largest absolute difference, relative to the largest expected value unless 0."""
+    left, right = np.asarray(actual), np.asarray(expected)
     assert left.shape == right.shape
     return float(np.abs(left - right).max() / (np.abs(right).max() or 1))
 
@@ -75,12 +75,12 @@ def random_images(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 def to_torch(pixels: object) -> torch.Tensor:
-    """NHWC to NCHW."""
+    """Convert NHWC to NCHW."""
     return torch.from_numpy(np.array(pixels)).permute(0, 3, 1, 2).contiguous()
 
 
 def from_torch(value: torch.Tensor) -> np.ndarray:
-    """NCHW to NHWC; vectors as they are."""
+    """Convert NCHW to NHWC, and leave vectors unchanged."""
     return (value.permute(0, 2, 3, 1) if value.ndim == 4 else value).detach().numpy()
 
 
@@ -96,7 +96,7 @@ def randomize_norms(network: nn.Module, generator: torch.Generator) -> None:
 
 
 def torch_resnet(name: str, num_classes: int = 7, **config: bool) -> ResNetForImageClassification:
-    """The network of transformers. The residual branches are weak, so that depth 152 stays sane."""
+    """Build a ResNet of transformers, with weak residual branches, so that depth 152 is stable."""
     basic = name in ("resnet18", "resnet34")
     torch.manual_seed(0)
     network = ResNetForImageClassification(
@@ -118,25 +118,25 @@ def torch_resnet(name: str, num_classes: int = 7, **config: bool) -> ResNetForIm
 
 
 def save_resnet(folder: Path, name: str, num_classes: int = 7, **config: bool) -> Path:
-    """A folder as transformers writes it, with random weights."""
+    """Save a network with random weights as transformers does."""
     torch_resnet(name, num_classes, **config).save_pretrained(folder)
     return folder
 
 
 def torchvision_key(key: str) -> str:
-    """What torchvision calls a tensor of transformers' ResNet."""
+    """Return torchvision's name of a tensor of a ResNet of transformers."""
     key = key.replace("classifier.1.", "fc.")
     key = key.replace("resnet.embedder.embedder.convolution", "conv1")
     key = key.replace("resnet.embedder.embedder.normalization", "bn1")
     key = re.sub(
         r"resnet\.encoder\.stages\.(\d)\.layers\.",
-        lambda found: f"layer{int(found[1]) + 1}.",
+        lambda match: f"layer{int(match[1]) + 1}.",
         key,
     )
     key = re.sub(r"shortcut\.convolution", "downsample.0", key)
     key = re.sub(r"shortcut\.normalization", "downsample.1", key)
-    key = re.sub(r"layer\.(\d)\.convolution", lambda found: f"conv{int(found[1]) + 1}", key)
-    return re.sub(r"layer\.(\d)\.normalization", lambda found: f"bn{int(found[1]) + 1}", key)
+    key = re.sub(r"layer\.(\d)\.convolution", lambda match: f"conv{int(match[1]) + 1}", key)
+    return re.sub(r"layer\.(\d)\.normalization", lambda match: f"bn{int(match[1]) + 1}", key)
 
 
 LITE = {
@@ -150,7 +150,7 @@ LITE = {
 
 
 class SameConv(nn.Conv2d):
-    """A convolution padded as TensorFlow pads: the odd zero comes last."""
+    """Convolution with TensorFlow's SAME padding: an odd zero comes last."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - torch's own name
         pads: list[int] = []
@@ -159,7 +159,7 @@ class SameConv(nn.Conv2d):
             total = max(total - size, 0)
             pads += [total // 2, total - total // 2]
         left, right, top, bottom = pads
-        if left == right and top == bottom:  # a copy less
+        if left == right and top == bottom:  # saves a copy
             sides = (top, left)
             rest = (self.stride, sides, self.dilation, self.groups)
             return functional.conv2d(input, self.weight, self.bias, *rest)
@@ -193,7 +193,7 @@ class TorchLiteBlock(nn.Module):
 
 
 class TorchLite(nn.Module):
-    """EfficientNet-Lite in plain torch, under the names of ``efficientnet_pytorch``."""
+    """EfficientNet-Lite in torch, with the names of ``efficientnet_pytorch``."""
 
     def __init__(self, name: str, num_classes: int = 7) -> None:
         super().__init__()
@@ -225,7 +225,7 @@ class TorchLite(nn.Module):
 
     @torch.no_grad()
     def stages(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The output of every stage of ours."""
+        """Return the outputs that correspond to the stages of our model."""
         return self.outputs(x)
 
     def outputs(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -241,7 +241,7 @@ class TorchLite(nn.Module):
 
 
 def timm_state(network: TorchLite) -> Mapping[str, torch.Tensor]:
-    """The same network under timm's names."""
+    """Return the state with timm's names."""
     position = [
         (stage, block) for stage, depth in enumerate(network.depths) for block in range(depth)
     ]
@@ -252,10 +252,10 @@ def timm_state(network: TorchLite) -> Mapping[str, torch.Tensor]:
     other |= {"_bn0": "bn1", "_bn1": "bn2", "_bn2": "bn3"}
     state = {}
     for key, value in network.state_dict().items():
-        if found := re.fullmatch(r"_blocks\.(\d+)\.(\w+)\.(\w+)", key):
-            stage, block = position[int(found[1])]
-            unit = (first if stage == 0 else other)[found[2]]
-            state[f"blocks.{stage}.{block}.{unit}.{found[3]}"] = value
+        if match := re.fullmatch(r"_blocks\.(\d+)\.(\w+)\.(\w+)", key):
+            stage, block = position[int(match[1])]
+            unit = (first if stage == 0 else other)[match[2]]
+            state[f"blocks.{stage}.{block}.{unit}.{match[3]}"] = value
         else:
             unit, _, tensor = key.partition(".")
             state[f"{top[unit]}.{tensor}"] = value

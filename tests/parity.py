@@ -2,7 +2,7 @@
 
 python tests/parity.py benchmarks/results/parity.json [NAME ...]
 
-The file is written after every pair, and what it holds already is not compared again.
+The file is written after every pair; pairs that it already contains are skipped.
 """
 
 import json
@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-os.environ["KERAS_BACKEND"] = "jax"  # it is read when keras is imported
+os.environ["KERAS_BACKEND"] = "jax"  # read when keras is imported
 
 import jax
 import numpy as np
@@ -34,21 +34,21 @@ def _captured(model: Model, variables: Variables, images: np.ndarray) -> dict[st
 
 
 def stage_differences(pretrained: Pretrained, reference: Reference) -> dict[str, float]:
-    """The largest difference of every stage's output, over its scale, at all sizes."""
+    """Return the largest relative difference of each stage's output over all sizes."""
     model, variables, _ = pretrained
     worst = dict.fromkeys(model.stage_names, 0.0)
     for size in reference.sizes:
         images = random_images(2, *size)
         captured = _captured(model, variables, images)
-        theirs = reference.stages(np.asarray(normalize(images, model.preprocess)))
-        assert tuple(theirs) == model.stage_names
-        for stage, value in theirs.items():
+        expected = reference.stages(np.asarray(normalize(images, model.preprocess)))
+        assert tuple(expected) == model.stage_names
+        for stage, value in expected.items():
             worst[stage] = max(worst[stage], difference(captured[stage], value))
     return worst
 
 
 def main(path: Path, names: list[str]) -> None:
-    """Writes one JSON object, and a line for each pair on stderr."""
+    """Write one JSON object, and a line per pair to stderr."""
     rows: list[dict[str, Any]] = json.loads(path.read_text())["pairs"] if path.exists() else []
     known = {(row["model"], row["layout"]) for row in rows}
     for (name, layout), build in REFERENCES.items():
@@ -56,7 +56,7 @@ def main(path: Path, names: list[str]) -> None:
             continue
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            reference = build(Path(folder) / "theirs")
+            reference = build(Path(folder) / "reference")
             pretrained = load_pretrained(reference.weights, model=name)
             stages = stage_differences(pretrained, reference)
         worst = max(stages.values())

@@ -1,4 +1,4 @@
-"""The programs that a run is made of, abstract: to be lowered and compiled without a device."""
+"""Programs of inference and training with abstract arguments, to compile without a device."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,12 +20,12 @@ MODES = ("inference", "input gradient", "full step", "suffix", "cached suffix")
 
 
 class Program(NamedTuple):
-    """A function and the shapes of its arguments.
+    """Function and the shapes of its arguments.
 
     Attributes:
-        function: jitted, or not yet.
+        function: function, jitted or not.
         args: trees of `jax.ShapeDtypeStruct`.
-        batched: which of ``args`` are split over the devices.
+        batched: for each argument, whether it is sharded over the devices.
     """
 
     function: Any
@@ -34,7 +34,7 @@ class Program(NamedTuple):
 
 
 def last_stages(model: Model, count: int = 2) -> list[str]:
-    """The last stages that have parameters."""
+    """Return the last stages that have parameters."""
     params = abstract_variables(model)["params"]
     return [name for name in model.stage_names if name in params][-count:]
 
@@ -42,7 +42,7 @@ def last_stages(model: Model, count: int = 2) -> list[str]:
 def program(
     name: str, mode: str, batch: int, *, size: int = 0, dtype: str = "float32", stats: bool = False
 ) -> Program:
-    """Build one of `MODES`, with batch statistics in what trains if ``stats``."""
+    """Build one of `MODES`; ``stats`` enables batch statistics in the trained stages."""
     model = replace(build_model(name, 10), dtype=dtype)
     size = size or model.preprocess.size
     variables = abstract_variables(model)
@@ -75,15 +75,15 @@ def program(
 
 
 def compiled(name: str, mode: str, target: str, batch: int, *, stats: bool, **options: Any) -> Any:
-    """Compile a program for devices that are not there; see compile_without_device.py.
+    """Compile a program for a device that this machine lacks; see compile_without_device.py.
 
     Args:
-        name: of the network, in bfloat16.
-        mode: of `MODES`.
+        name: name of the network, which runs in bfloat16.
+        mode: one of `MODES`.
         target: ``h100``, or a topology of TPUs such as ``v5e:2x4``.
-        batch: images a device.
-        stats: batch statistics in what trains.
-        options: of the compiler.
+        batch: images per device.
+        stats: whether the trained stages use batch statistics.
+        options: options of the compiler.
     """
     tool: Any = import_module("compile_without_device")
     devices = (tool.tpu_devices if ":" in target else tool.gpu_devices)(target)

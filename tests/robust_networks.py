@@ -1,4 +1,4 @@
-"""Networks whose robustness is proven or published, as plain functions, and their images."""
+"""Networks with proven or published robustness, as functions, and their images."""
 
 from functools import cache
 from pathlib import Path
@@ -16,14 +16,14 @@ CIFAR_STD = np.array([63.0, 62.1, 66.7], np.float32) / 255
 
 
 class Robust(NamedTuple):
-    """What is known of a network on 200 images, under Linf.
+    """Robustness of a network on 200 images, in the L-infinity norm.
 
     Attributes:
-        data: the images.
-        epsilon: the radius.
-        clean: how many images it classifies correctly.
-        proven: no attack leaves fewer than this.
-        known: the best known attack leaves this many.
+        data: name of the images.
+        epsilon: radius of the attacks.
+        clean: number of correctly classified images.
+        proven: proven lower bound of the number of images that stay correct under any attack.
+        known: number of images that stay correct under the best known attack.
     """
 
     data: str
@@ -43,7 +43,7 @@ TRADES = "trades_mnist_smallcnn"
 
 
 def load_examples(name: str, count: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Images ``[n, height, width, channels]`` in [0, 1] and labels ``[n]``."""
+    """Load images ``[n, height, width, channels]`` in [0, 1] and labels ``[n]``."""
     with np.load(_path(f"{name}.npz")) as file:
         images, labels = file["images"][:count], file["labels"][:count]
     if images.dtype == np.uint8:
@@ -52,7 +52,7 @@ def load_examples(name: str, count: int | None = None) -> tuple[np.ndarray, np.n
 
 
 def load_weights(name: str) -> dict[str, np.ndarray]:
-    """Weights by their torch names, in torch's layouts."""
+    """Load weights by their torch names, in torch's layouts."""
     return load_file(_path(f"{name}.safetensors"))
 
 
@@ -65,7 +65,7 @@ def _path(file: str) -> Path:
 
 @cache
 def load_network(name: str) -> Partial:
-    """Images ``[n, height, width, channels]`` in [0, 1] to logits ``[n, 10]``."""
+    """Return a function from images ``[n, height, width, channels]`` to logits ``[n, 10]``."""
     return Partial(_trades if name == TRADES else _cnn_a, load_weights(name))
 
 
@@ -94,7 +94,7 @@ def _trades(weights: dict[str, jax.Array], images: jax.Array) -> jax.Array:
 
 
 def _convolution(weights, name: str, x: jax.Array, stride: int = 1) -> jax.Array:
-    """A convolution as a product of matrices: within loops, on a CPU, XLA has no fast one."""
+    """Convolve by a matrix product, because XLA is slow at convolutions in loops on CPUs."""
     kernel = weights[f"{name}.weight"]
     size = kernel.shape[-1]
     height, width = (side - size + 1 for side in x.shape[1:3])
@@ -108,7 +108,7 @@ def _convolution(weights, name: str, x: jax.Array, stride: int = 1) -> jax.Array
 
 
 def _flatten(x: jax.Array) -> jax.Array:
-    """Pixels within channels, as torch has them."""
+    """Flatten in the order of torch: channels, then pixels."""
     return jnp.moveaxis(x, -1, 1).reshape(len(x), -1)
 
 

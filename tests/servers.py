@@ -1,4 +1,4 @@
-"""A server of one file, which answers as it is told to."""
+"""HTTP server of one file with configurable answers."""
 
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -6,7 +6,7 @@ TAGS = {"ETag": '"1"', "Last-Modified": "Fri, 27 Nov 2026 02:00:00 GMT"}
 
 
 class Server(ThreadingHTTPServer):
-    """Answers with ``status``, ``headers`` and ``body``; with 304 if it is asked by ``TAGS``."""
+    """Answer with ``status``, ``headers`` and ``body``, or with 304 to matching `TAGS`."""
 
     daemon_threads = True
 

@@ -1,4 +1,4 @@
-"""Who may import whom: the rooms of the house, held by reading the source."""
+"""Dependencies between the packages, checked by parsing the source."""
 
 import ast
 import subprocess
@@ -9,10 +9,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "tljax").rglob("*.py"))
-# From the bottom to the top: a room may import those of the lines before its own.
+# From bottom to top: a package may import itself and the packages of earlier lines.
 ORDER = (
     {"runtime"},
-    {"metrics", "attack", "explain"},
+    {"metrics"},
+    {"attack", "explain"},
     {"models"},
     {"pretrained", "data"},
     {"features"},
@@ -34,26 +35,26 @@ def imported(path: Path) -> set[str]:
     return names
 
 
-def room(path: Path) -> str:
+def package(path: Path) -> str:
     parts = path.relative_to(ROOT / "tljax").parts
     return parts[0] if len(parts) > 1 else ""
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_file_imports_only_the_rooms_below_it(path: Path):
-    if not room(path):
+def test_a_file_imports_only_packages_below_its_own(path: Path):
+    if not package(path):
         return
     names = {name.split(".")[1] for name in imported(path) if name.startswith("tljax.")}
-    rooms = {name for name in names if (ROOT / "tljax" / name).is_dir()}
-    level = next(i for i, rooms_of_line in enumerate(ORDER) if room(path) in rooms_of_line)
-    assert rooms <= {room(path)}.union(*ORDER[:level])
+    packages = {name for name in names if (ROOT / "tljax" / name).is_dir()}
+    level = next(i for i, line in enumerate(ORDER) if package(path) in line)
+    assert packages <= {package(path)}.union(*ORDER[:level])
     assert not any(name.split(".")[0] == "scripts" for name in imported(path))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_only_models_know_flax(path: Path):
-    knows = any(name.split(".")[0] == "flax" for name in imported(path))
-    assert not knows or room(path) == "models"
+def test_only_models_import_flax(path: Path):
+    imports_flax = any(name.split(".")[0] == "flax" for name in imported(path))
+    assert not imports_flax or package(path) == "models"
 
 
 def test_the_rules_can_fail(tmp_path: Path):
@@ -62,7 +63,7 @@ def test_the_rules_can_fail(tmp_path: Path):
     assert {"flax", "tljax.train.fit"} <= imported(file)
 
 
-def test_every_room_imports_without_torch_or_tensorflow():
+def test_no_module_imports_torch_or_tensorflow():
     modules = [
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
         for path in FILES
@@ -77,7 +78,7 @@ def test_every_room_imports_without_torch_or_tensorflow():
     assert run.stdout.strip() == "[]"
 
 
-def test_the_package_itself_brings_in_nothing_heavy():
+def test_importing_tljax_imports_neither_jax_nor_flax():
     code = (
         "import sys, tljax, tljax.commands.cli;"
         "print([m for m in ('jax', 'flax') if m in sys.modules])"
@@ -88,7 +89,7 @@ def test_the_package_itself_brings_in_nothing_heavy():
     assert run.stdout.strip() == "[]"
 
 
-def test_every_public_name_is_there():
+def test_every_public_name_can_be_imported():
     import tljax
 
     assert all(getattr(tljax, name) is not None for name in tljax.__all__)

@@ -1,4 +1,4 @@
-"""A network with everything that matters, small enough to train in a test."""
+"""Network with every kind of layer, small enough to train in a test."""
 
 import jax
 import numpy as np
@@ -31,7 +31,7 @@ MODEL = Model(
 
 
 def random_variables() -> Variables:
-    """With batch norms that do something."""
+    """Return random variables, including those of batch norms."""
     rng = np.random.default_rng(0)
     variables = jax.tree.map(
         lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(np.float32), abstract_variables(MODEL)

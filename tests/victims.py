@@ -1,4 +1,4 @@
-"""Small networks to be attacked, in torch and ported to JAX, and the reference attackers."""
+"""Small networks to attack, in torch and in JAX, and the reference attacks."""
 
 import warnings
 from functools import cache, partial
@@ -10,7 +10,7 @@ import torch
 from jax import lax
 from torch import nn
 
-with warnings.catch_warnings():  # it asks for a name that SciPy has moved
+with warnings.catch_warnings():  # foolbox imports a deprecated name of SciPy
     warnings.simplefilter("ignore", DeprecationWarning)
     import foolbox
 
@@ -18,7 +18,7 @@ SIZE, CLASSES = 10, 10
 
 
 def images(count: int, seed: int = 0) -> np.ndarray:
-    """On the 1/255 grid, and smooth enough that not all look alike."""
+    """Return images of multiples of 1/255, smooth enough to differ from each other."""
     rng = np.random.default_rng(seed)
     coarse = rng.uniform(0, 1, (count, 3, 3, 3)).astype(np.float32)
     smooth = np.asarray(jax.image.resize(coarse, (count, SIZE, SIZE, 3), "linear"))
@@ -28,7 +28,7 @@ def images(count: int, seed: int = 0) -> np.ndarray:
 
 @cache
 def torch_victim(seed: int = 0) -> nn.Module:
-    """Two convolutions and a linear layer; the batch norm's statistics are random, too."""
+    """Build two convolutions and a linear layer, with random batch-norm statistics."""
     generator = torch.Generator().manual_seed(seed)
     net = nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1),
@@ -51,7 +51,7 @@ def torch_victim(seed: int = 0) -> nn.Module:
                 value.data.uniform_(low, low + 0.4, generator=generator)
     net.requires_grad_(False)
     head, logits = net[-1], net(to_torch(images(256, seed=1)))
-    head.weight /= logits.std(0)[:, None]  # so that every class is somebody's best
+    head.weight /= logits.std(0)[:, None]  # so that every class is predicted for some image
     head.bias.copy_((head.bias - logits.mean(0)) / logits.std(0))
     return net
 
@@ -66,11 +66,11 @@ def to_numpy(images: torch.Tensor) -> np.ndarray:
 
 @cache
 def victim(seed: int = 0):
-    """The same network for JAX: images ``[n, 10, 10, 3]`` to logits ``[n, 10]``."""
+    """Return the network in JAX, from images ``[n, 10, 10, 3]`` to logits ``[n, 10]``."""
     weights = {k: jnp.asarray(v.numpy()) for k, v in torch_victim(seed).state_dict().items()}
     head = weights["6.weight"].reshape(CLASSES, 16, 4, 4).transpose(2, 3, 1, 0)
 
-    def conv(x, name, stride):  # as a matrix product: soon compiled, and quick without optimisation
+    def conv(x, name, stride):  # a matrix product compiles quickly
         rows, columns = (range(0, x.shape[axis] - 2, stride) for axis in (1, 2))
         kernel = weights[f"{name}.weight"].transpose(2, 3, 1, 0)
         patches = [
@@ -81,7 +81,7 @@ def victim(seed: int = 0):
         kernel = kernel.reshape(-1, kernel.shape[-1])
         return jnp.concatenate(patches, axis=-1) @ kernel + weights[f"{name}.bias"]
 
-    @jax.jit  # outside an attack, too, it is one program and not one for each operation
+    @jax.jit  # one program, also outside of an attack
     def logits_fn(images):
         x = conv(jnp.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0))), "0", 1)
         x = (x - weights["1.running_mean"]) / jnp.sqrt(weights["1.running_var"] + 1e-5)
@@ -94,16 +94,16 @@ def victim(seed: int = 0):
 
 @cache
 def one_by_one(seed: int = 0):
-    """`victim` run on one image at a time: its rounding does not depend on the batch's size."""
+    """Return `victim`, run image by image, so that rounding does not depend on the batch size."""
     logits_fn = victim(seed)
     return lambda images: lax.map(lambda image: logits_fn(image[None])[0], images)
 
 
 @cache
 def examples(count: int = 48) -> tuple[np.ndarray, np.ndarray]:
-    """Images, and what the victim says."""
-    found = images(count)
-    return found, np.asarray(victim()(found).argmax(-1), np.int32)
+    """Return images and the classes that the victim predicts."""
+    inputs = images(count)
+    return inputs, np.asarray(victim()(inputs).argmax(-1), np.int32)
 
 
 def torch_examples(count: int = 48) -> tuple[torch.Tensor, torch.Tensor]:
@@ -121,7 +121,7 @@ def accuracy(images, labels, logits_fn=None) -> float:
 
 
 def linear_victim(weights, bias):
-    """Two classes: ``f = x . w + b`` against 0."""
+    """Return a classifier of two classes with logits 0 and ``f = x . w + b``."""
     return partial(_linear, np.asarray(weights, np.float32), np.float32(bias))
 
 

@@ -1,4 +1,4 @@
-"""One device, eight, or two processes of two: the same training."""
+"""Training is the same on one device, on eight, and in two processes with two devices each."""
 
 import json
 import os
@@ -14,7 +14,7 @@ import pytest
 
 TESTS = Path(__file__).parent
 
-# 25 images in batches of 10: neither the batch nor the ragged tail divides by the devices.
+# With 25 images in batches of 10, no batch is divisible by the number of devices.
 TRAIN = """
 import json, sys
 from pathlib import Path
@@ -32,17 +32,17 @@ from tljax.runtime.parallel import is_writer
 from tljax.train.fit import fit
 
 data = engine.splits(25, broken=(4, 17), val_broken=(2,))
-# Not Adam: of a gradient that is 0 but for rounding it makes a whole step.
-what = engine.config(
+# Not Adam, which turns rounding errors of a zero gradient into full steps.
+config = engine.config(
     freeze_to="stem", cache="none", batch_norm="batch", epochs=7, accumulate=2, augment=True,
     optimizer="sgd", rate=0.1,
 )
-what = replace(what, augmentation=AugmentConfig(crop=False, mixup=0.2))
+config = replace(config, augmentation=AugmentConfig(crop=False, mixup=0.2))
 for size in map(int, sizes):
-    at = Path(folder) / f"{size}"
-    result = engine.train(what, data, folder=at, loading=Loading(10, devices=size))
+    run = Path(folder) / f"{size}"
+    result = engine.train(config, data, folder=run, loading=Loading(10, devices=size))
     scores = result.evaluation
-    found = {
+    record = {
         "history": result.history,
         "confusion": scores.confusion.tolist(),
         "scores": [scores.top1, scores.top5, scores.examples],
@@ -51,11 +51,11 @@ for size in map(int, sizes):
         "writer": is_writer(),
         "devices": jax.device_count(),
     }
-    print(json.dumps(found))
+    print(json.dumps(record))
 """
 
 
-# As train.py does it: process 0 cannot write its checkpoints from some epoch on, or does not end.
+# A command in which, from epoch 3 on, process 0 cannot write files or process 1 raises an error.
 RUN = """
 import resource, signal, sys
 from dataclasses import dataclass
@@ -82,11 +82,11 @@ def run(config):
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
         if not is_writer() and fails == "other" and len(history) == 3:
-            raise RequestError("this one is unwell")
+            raise RequestError("simulated failure")
 
-    what = engine.config(epochs=4000, rate=1e-6)
+    options = engine.config(epochs=4000, rate=1e-6)
     with Preemption() as preemption:
-        engine.train(what, engine.splits(8), folder=folder, on_epoch=log, preemption=preemption)
+        engine.train(options, engine.splits(8), folder=folder, on_epoch=log, preemption=preemption)
 
 cli.main(Config, run)
 """
@@ -123,21 +123,21 @@ def finish(process):
     return [json.loads(line) for line in out.splitlines() if line.startswith("{")]
 
 
-def assert_same(found, expected):
-    steps = [[entry.get("train_loss", 0) for entry in run["history"]] for run in (found, expected)]
-    assert len(steps[0]) == 8
-    np.testing.assert_allclose(*steps, rtol=0, atol=1e-5)
-    assert found["scores"] == expected["scores"]
-    assert found["confusion"] == expected["confusion"]
-    assert found["loss"] == pytest.approx(expected["loss"], abs=1e-6)
-    assert found["skipped"] == expected["skipped"] == [[4, 17], [2]]
+def assert_same(actual, expected):
+    losses = [[row.get("train_loss", 0) for row in run["history"]] for run in (actual, expected)]
+    assert len(losses[0]) == 8
+    np.testing.assert_allclose(*losses, rtol=0, atol=1e-5)
+    assert actual["scores"] == expected["scores"]
+    assert actual["confusion"] == expected["confusion"]
+    assert actual["loss"] == pytest.approx(expected["loss"], abs=1e-6)
+    assert actual["skipped"] == expected["skipped"] == [[4, 17], [2]]
 
 
-def test_eight_devices_train_as_one_does(tmp_path):
+def test_training_on_eight_devices_equals_training_on_one(tmp_path):
     one, eight = finish(start(tmp_path, (1, 8), devices=8))
     assert eight["devices"] == 8
     assert_same(eight, one)
-    # It is not for want of learning that they agree.
+    # The loss decreases, so the runs are not equal for lack of training.
     losses = [entry["train_loss"] for entry in one["history"][1:]]
     assert losses[-1] < 0.9 * losses[0]
 
@@ -150,37 +150,38 @@ from tljax.data.options import Loading
 from tljax.runtime.errors import StoppedError
 from tljax.runtime.parallel import Preemption
 
-folder, what = Path(sys.argv[1]), config(optimizer="sgd", ema_decay=0.9, cache="none", epochs=3)
+folder = Path(sys.argv[1])
+fit_config = config(optimizer="sgd", ema_decay=0.9, cache="none", epochs=3)
 preemption = Preemption()
 
 def stop(step, metrics):
     preemption.asked = step == 2
 
 try:
-    train(what, folder=folder / "first", loading=Loading(8, devices=1), on_step=stop,
+    train(fit_config, folder=folder / "first", loading=Loading(8, devices=1), on_step=stop,
           preemption=preemption)
 except StoppedError:
     pass
 for devices in (1, 4, 8):
-    here, losses = folder / str(devices), {}
-    shutil.copytree(folder / "first", here)
+    run, losses = folder / str(devices), {}
+    shutil.copytree(folder / "first", run)
 
-    def keep(step, metrics):
+    def record(step, metrics):
         losses[step] = metrics["loss"]
 
-    train(what, folder=here, loading=Loading(8, devices=devices), on_step=keep)
+    train(fit_config, folder=run, loading=Loading(8, devices=devices), on_step=record)
     print(json.dumps(losses))
 """
 
 
 @pytest.mark.slow
-def test_a_checkpoint_goes_on_alike_on_any_number_of_devices(tmp_path):
+def test_a_checkpoint_is_resumed_equally_on_any_number_of_devices(tmp_path):
     one, *others = finish(start(tmp_path, (), program=RESTORE, devices=8))
     steps = sorted(map(int, one))
-    assert 1 < steps[0] <= 4, "it goes on from within the run"
-    for found in others:
+    assert 1 < steps[0] <= 4, "training resumes in the middle of the run"
+    for losses in others:
         for step in steps[:3]:
-            assert found[str(step)] == pytest.approx(one[str(step)], abs=1e-5), step
+            assert losses[str(step)] == pytest.approx(one[str(step)], abs=1e-5), step
 
 
 def free_port():
@@ -190,7 +191,7 @@ def free_port():
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_does(tmp_path):
+def test_training_in_two_processes_equals_training_in_one(tmp_path):
     port = free_port()
     both = [start(tmp_path, (4,), devices=2, number=i, port=port) for i in (0, 1)]
     (one,) = finish(start(tmp_path, (1,), devices=1))
@@ -204,23 +205,23 @@ def test_two_processes_train_as_one_does(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fails", ["disk", "other"])
-def test_where_one_process_fails_the_other_ends_too(tmp_path, fails):
+def test_if_one_process_fails_the_other_exits_too(tmp_path, fails):
     port = free_port()
     both = [start(tmp_path, (fails,), devices=1, number=i, port=port, program=RUN) for i in (0, 1)]
-    said = [process.communicate(timeout=120)[1].splitlines() for process in both]
+    stderr = [process.communicate(timeout=120)[1].splitlines() for process in both]
     assert [process.returncode for process in both] == [2, 2]
-    errors = [[line for line in lines if line.startswith("error")] for lines in said]
-    assert [len(lines) for lines in errors] == [1, 1], said
+    errors = [[line for line in lines if line.startswith("error")] for lines in stderr]
+    assert [len(lines) for lines in errors] == [1, 1], stderr
     failed = 1 if fails == "other" else 0
-    reason = {"disk": "cannot be written (File too large)", "other": "this one is unwell"}[fails]
+    reason = {"disk": "cannot be written (File too large)", "other": "simulated failure"}[fails]
     assert reason in errors[failed][0]
     assert errors[1 - failed][0].startswith(f"error: process {failed}: ")
     assert reason in errors[1 - failed][0]
-    assert not any("Traceback" in line for lines in said for line in lines)
+    assert not any("Traceback" in line for lines in stderr for line in lines)
 
 
 @pytest.mark.slow
-def test_sigterm_to_one_of_two_processes_stops_both_at_one_step(tmp_path):
+def test_sigterm_to_one_of_two_processes_stops_both_at_the_same_step(tmp_path):
     port = free_port()
     both = [
         start(tmp_path, ("nothing",), devices=1, number=i, port=port, program=RUN) for i in (0, 1)
@@ -228,10 +229,10 @@ def test_sigterm_to_one_of_two_processes_stops_both_at_one_step(tmp_path):
     for _ in range(3):
         both[1].stdout.readline()
     both[1].send_signal(signal.SIGTERM)
-    began = time.monotonic()
-    said = [process.communicate(timeout=120)[1].splitlines() for process in both]
-    assert time.monotonic() - began < 60
+    start_time = time.monotonic()
+    stderr = [process.communicate(timeout=120)[1].splitlines() for process in both]
+    assert time.monotonic() - start_time < 60
     assert [process.returncode for process in both] == [75, 75]
-    for lines in said:
+    for lines in stderr:
         assert lines[-1] == "error: stopped by SIGTERM"
     assert any((tmp_path / "checkpoints").iterdir())
