@@ -4,10 +4,11 @@ python benchmarks/tables.py
 """
 
 import json
-import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from tljax.metrics.classification import standard_error
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -114,7 +115,7 @@ def percent(share: float | None, count: int) -> str:
     """With its standard error; nothing where nothing was measured."""
     if share is None:
         return ""
-    error = math.sqrt(share * (1 - share) / count)
+    error = standard_error(share, count)
     return f"{100 * share:.1f} ± {100 * error:.1f}"
 
 

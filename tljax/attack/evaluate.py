@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from tljax.attack.contract import Attack, LogitsFn, as_float, as_tree, check_images
 from tljax.attack.flags import check_network, check_outcome
 from tljax.attack.losses import mean_logits
+from tljax.metrics.classification import standard_error
 from tljax.runtime.errors import RequestError
 from tljax.runtime.parallel import data_mesh, divisible, local_rows, replicate, shard
 from tljax.runtime.progress import track
@@ -35,7 +36,7 @@ class Share(NamedTuple):
 def share(which: np.ndarray) -> Share:
     """The share of True among ``[n]`` bool."""
     value = float(np.mean(which))
-    return Share(value, float(np.sqrt(value * (1 - value) / len(which))))
+    return Share(value, standard_error(value, len(which)))
 
 
 class Outcome(NamedTuple):

@@ -1,6 +1,5 @@
 """Load an extension: a Python file that hands functions of one's own to training and loading."""
 
-import hashlib
 import sys
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
@@ -11,6 +10,7 @@ from types import ModuleType
 from typing import Any, TypedDict
 
 from tljax.runtime.errors import RequestError
+from tljax.runtime.files import sha256
 
 
 class Extension(TypedDict, total=False):
@@ -60,7 +60,7 @@ def load_extension(spec: str) -> tuple[Extension, str]:
         raise RequestError(f"--extension: {file} does not exist{suggestion(path)}") from error
     except OSError as error:
         raise RequestError(f"--extension: {file} cannot be read: {error.strerror}") from error
-    digest = hashlib.sha256(code).hexdigest()
+    digest = sha256(code)
     module = _run(path.resolve(), code, digest)
     found = getattr(module, name, None)
     if not isinstance(found, Mapping):

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from tljax.runtime.errors import RequestError, UnreadableImageError
+from tljax.runtime.files import sha256
 from tljax.runtime.types import Array, Batch
 
 
@@ -96,7 +97,7 @@ class Source:
             contents = examples.fingerprint.encode() + indices.tobytes()
         else:
             contents = b"".join(_hashes(self))
-        return hashlib.sha256(header + contents).hexdigest()
+        return sha256(header + contents)
 
 
 class Splits(NamedTuple):

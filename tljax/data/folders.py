@@ -1,7 +1,6 @@
 """Folders of images, files and URLs as sources: what counts as an example, in which order."""
 
 import difflib
-import hashlib
 import os
 import re
 import stat
@@ -24,7 +23,7 @@ from tljax.data.examples import (
 )
 from tljax.runtime.download import download
 from tljax.runtime.errors import RequestError, UnreadableImageError
-from tljax.runtime.files import MARKER, cache_dir
+from tljax.runtime.files import MARKER, cache_dir, sha256
 
 TRAIN = ("train", "training")
 VAL = ("val", "valid", "validation", "test")
@@ -144,7 +143,7 @@ def _fetch(url: str) -> Path:
     """The local copy of what a URL leads to now, or did when it could be reached."""
     from tljax.data.decode import open_image  # noqa: PLC0415 - which needs this module
 
-    path = cache_dir() / "images" / hashlib.sha256(url.encode()).hexdigest()
+    path = cache_dir() / "images" / sha256(url.encode())
     download(url, path, lambda file: open_image(file.read_bytes()), limit=MAX_BYTES, ask="always")
     return path
 

@@ -4,7 +4,6 @@ Neither package is imported before a data set of its kind is asked for; TensorFl
 to read one.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from tljax.data.examples import (
 )
 from tljax.data.folders import TRAIN, VAL, suggestion
 from tljax.runtime.errors import RequestError, UnreadableImageError
+from tljax.runtime.files import sha256
 
 _Parts = Mapping[str, Callable[[], Source]]  # opened late: reading the labels may take a while
 
@@ -198,7 +198,7 @@ def _tfds_parts(spec: str, name: str) -> _Parts:
         # the files were written says nothing: they are copied.
         shards = list(map(_ends, builder.info.splits[split].filepaths))
         identity = repr((builder.info.full_name, split, image, shards))
-        fingerprint = hashlib.sha256(identity.encode()).hexdigest()
+        fingerprint = sha256(identity.encode())
         examples = _Records(records, parse_image, image, fingerprint)
         return _source(spec, split, examples, labels, features[label])
 
@@ -211,7 +211,7 @@ def _ends(shard: Any) -> tuple[str, int, str]:
     with shard.open("rb") as file:
         begin = file.read(part)
         file.seek(max(0, length - part))
-        return shard.name, length, hashlib.sha256(begin + file.read()).hexdigest()
+        return shard.name, length, sha256(begin + file.read())
 
 
 @dataclass(frozen=True, eq=False)

@@ -30,7 +30,7 @@ import numpy as np
 import tljax
 from tljax.models import Model
 from tljax.runtime.errors import RequestError, WriteError
-from tljax.runtime.files import cache_dir, remove_abandoned, written_whole
+from tljax.runtime.files import cache_dir, remove_abandoned, sha256, written_whole
 from tljax.runtime.trees import array_bytes, tree_digest
 from tljax.runtime.types import Variables
 
@@ -54,8 +54,8 @@ def folder(
     }
     how = jax.default_backend(), jax.config.values["jax_default_matmul_precision"]
     what = _described((prefix, model.preprocess, model.dtype, how, others))
-    key = hashlib.sha256("\n".join((what, _code(), tree_digest(of_prefix))).encode())
-    return cache_dir() / "features" / key.hexdigest()
+    key = sha256("\n".join((what, _code(), tree_digest(of_prefix))).encode())
+    return cache_dir() / "features" / key
 
 
 def limit() -> int:
@@ -85,7 +85,7 @@ def _code() -> str:
 
 @cache
 def _file_digest(path: str | Path) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return sha256(Path(path))
 
 
 def _described(value: Any) -> str:

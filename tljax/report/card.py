@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Integer
 
 from tljax.metrics.calibration import Calibration
+from tljax.metrics.classification import standard_error
 from tljax.pretrained import Card
 from tljax.report.page import per_class
 from tljax.runtime.types import Preprocess
@@ -185,7 +186,7 @@ def _data(run: RunFacts, examples: int) -> str:
 def _results(run: RunFacts, examples: int, top1: float) -> str:
     if not examples:
         return "There were no validation images, so nothing is known of its accuracy."
-    error = _standard_error(top1, examples)
+    error = standard_error(top1, examples)
     rows = [("top-1 accuracy", f"{top1:.1%}, standard error {error:.1%}")]
     if run.top5 is not None and len(run.weights.classes) > 5:
         rows.append(("top-5 accuracy", f"{run.top5:.1%}"))
@@ -203,10 +204,6 @@ def _results(run: RunFacts, examples: int, top1: float) -> str:
     )
     of_images = f"On the {examples} {run.measured}:"
     return "\n\n".join([of_images, _table(("metric", "value"), rows), title, by_class])
-
-
-def _standard_error(share: float, examples: int) -> float:
-    return float(np.sqrt(share * (1 - share) / examples))
 
 
 def _calibration(run: RunFacts) -> str:

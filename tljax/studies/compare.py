@@ -9,6 +9,7 @@ from tljax.data.options import Loading
 from tljax.data.sources import Splits
 from tljax.features.extract import images_per_second, split_features
 from tljax.features.probe import fit_probe, predict_logits
+from tljax.metrics.classification import standard_error
 from tljax.pretrained import Pretrained
 from tljax.train.run_directory import skipped_rows
 
@@ -73,7 +74,7 @@ def measure(
         name,
         model.name,
         top1,
-        float(np.sqrt(top1 * (1 - top1) / len(right))),
+        standard_error(top1, len(right)),
         images_per_second(model, variables, loading),
         sum(leaf.size for leaf in jax.tree.leaves(body)),
         train.values.shape[1],

@@ -15,7 +15,6 @@ random, half of them mirrored, resized and saved again as JPEG, all are found if
 least 90% of each side, 99% at 80% and 77% at 70%, and none with another image than its own.
 """
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, NamedTuple
@@ -26,6 +25,7 @@ from PIL import Image
 from tljax.data.decode import open_image
 from tljax.data.sources import Examples
 from tljax.runtime.errors import UnreadableImageError
+from tljax.runtime.files import sha256
 
 THRESHOLD = 0.9
 """Similarity from which two images are the same photograph; see the module for what it parts."""
@@ -142,7 +142,7 @@ def _summarise(examples: Examples) -> _Summary:
             return ""
         grey = image.convert("L").resize((_THUMBNAIL, _THUMBNAIL), Image.Resampling.BILINEAR)
         thumbnails[index], sizes[index] = np.asarray(grey), image.size
-        return hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()
+        return sha256(repr(image.size).encode() + image.tobytes())
 
     with ThreadPoolExecutor() as pool:
         digests = list(pool.map(summarise, range(len(examples))))

@@ -7,7 +7,6 @@ checkpoints/  best/model.safetensors  report.html  README.md  eval/
 """
 
 import csv
-import hashlib
 import io
 import json
 import os
@@ -25,7 +24,7 @@ import jax
 from tljax.data.examples import printable, shortened
 from tljax.data.sources import Source, Splits, open_splits
 from tljax.runtime.errors import DivergenceError, RequestError, StoppedError, WriteError
-from tljax.runtime.files import MARKER, mark_output, read_config, to_json, written_whole
+from tljax.runtime.files import MARKER, mark_output, read_config, sha256, to_json, written_whole
 from tljax.runtime.parallel import is_writer
 
 BEST = Path("best") / "model.safetensors"
@@ -112,7 +111,7 @@ def open_run(
     found = {
         "weights": weights,
         "images": [splits.train.digest, splits.val.digest],
-        "split.csv": hashlib.sha256(split).hexdigest(),
+        "split.csv": sha256(split),
     }
     if extension:
         found["extension"] = extension
@@ -182,7 +181,7 @@ def _compare_split(workdir: Path, known: dict[str, Any], spec: str, split: bytes
     if not path.exists():  # the run was stopped before that
         return
     kept = path.read_bytes()
-    digest = hashlib.sha256(kept).hexdigest()
+    digest = sha256(kept)
     try:
         if known.get("fingerprint", {}).get("split.csv", digest) != digest:
             raise ValueError("not what was written")  # noqa: TRY301
