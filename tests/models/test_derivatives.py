@@ -126,7 +126,7 @@ def test_an_average_pool_has_derivatives() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("which", ["platform", "xla"])
+@pytest.mark.parametrize("backend_name", ["platform", "xla"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_derivatives_of_a_network_equal_finite_differences(name: str, backend_name: str) -> None:
     """Check derivatives by images and parameters in float64, with running statistics."""

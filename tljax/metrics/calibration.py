@@ -135,7 +135,7 @@ def fit_temperature(
         return TEMPERATURES[0]
     if slope(low) >= 0:
         return TEMPERATURES[1]
-    return 1 / float(brentq(slope, low, high, xtol=1e-14, rtol=1e-13))
+    return 1 / float(brentq(slope, low, high, xtol=1e-14, rtol=1e-13))  # pyright: ignore[reportArgumentType]
 
 
 def calibrate(

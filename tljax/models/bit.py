@@ -30,7 +30,7 @@ class Stem(nn.Module):
     def __call__(self, x: Array, mode: Mode) -> Array:  # noqa: ARG002 - a stage's signature
         """Map ``[b, h, w, 3]`` to ``[b, h/4, w/4, features]``."""
         x = _conv(self.features, 7, stride=2, padding=3, name="conv")(x)
-        # Padded with zeros, unlike torch, which pads with -inf: values may be negative here.
+        # Padded with zeros, which differs from -inf because there is no ReLU before the pool.
         return max_pool(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), 3, stride=2)
 
 

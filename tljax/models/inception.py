@@ -1,8 +1,8 @@
 """Inception v3 (Szegedy et al. 2015, Rethinking the Inception Architecture, arXiv 1512.00567).
 
 Versions of torchvision and of Keras, whose batch norms have no scale and whose average pools do not
-count padding. Strided layers are not padded, all other layers except the first ones keep the size.
-The auxiliary head, which is only used in training from scratch, is omitted.
+count padding. In the blocks, strided layers are not padded and all other layers keep the size. The
+auxiliary head, which is only used in training from scratch, is omitted.
 """
 
 from collections.abc import Callable

@@ -214,8 +214,7 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x: Vectors) -> Vectors:
         """Map ``[b, c]`` to ``[b, features]``, without activation."""
-        shape = (x.shape[-1], self.features)
-        kernel = self.param("kernel", nn.initializers.he_normal(), shape)
+        kernel = self.param("kernel", nn.initializers.he_normal(), (x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         return x @ kernel.astype(x.dtype) + bias.astype(x.dtype)
 

@@ -26,7 +26,7 @@ class Stem(nn.Module):
     def __call__(self, x: Array, mode: Mode) -> Array:  # noqa: ARG002 - a stage's signature
         """Map ``[b, h, w, 3]`` to ``[b, h/4, w/4, 64]``."""
         x = Conv(64, 7, stride=2, padding=3, name="conv1")(x)
-        # Padded with zeros, unlike torch, which pads with -inf: values may be negative here.
+        # Padded with zeros, which differs from -inf because there is no ReLU before the pool.
         x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
         return max_pool(x, 3, stride=2)
 

@@ -112,7 +112,7 @@ def data_mesh(devices: int | None = None) -> Mesh:
     if devices is not None and not 1 <= devices <= len(available):
         raise RequestError(f"--devices {devices}: this machine has {len(available)}")
     if devices not in (None, len(available)) and jax.process_count() > 1:
-        raise RequestError(f"--devices {devices}: several processes use all {len(available)}")
+        raise RequestError(f"--devices {devices}: several processes must use all {len(available)}")
     selected = available[:devices]
     return jax.make_mesh((len(selected),), ("data",), axis_types=(AxisType.Auto,), devices=selected)
 
