@@ -7,7 +7,7 @@ https://arxiv.org/abs/1706.04599. All functions compute in float64 with NumPy, o
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Integer, Num
+from jaxtyping import Float, Integer, Shaped
 from scipy.optimize import brentq
 from scipy.special import logsumexp, softmax
 
@@ -68,7 +68,7 @@ class Calibration(NamedTuple):
 
 def calibration_bins(
     confidence: Float[np.ndarray, " examples"],
-    correct: Num[np.ndarray, " examples"],
+    correct: Shaped[np.ndarray, " examples"],
     bins: int = 15,
 ) -> CalibrationBins:
     """Group examples into bins by the confidence of their predictions.
