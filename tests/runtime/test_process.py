@@ -1,4 +1,4 @@
-"""Configuration of JAX's compiler before JAX is imported."""
+"""What is settled before JAX is imported."""
 
 import os
 import pwd
@@ -18,9 +18,9 @@ NAMES = ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")
 
 @pytest.fixture
 def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Unset the variables and pretend that JAX is not imported."""
+    """As if neither variable were set, nor JAX imported."""
     for name in NAMES:
-        monkeypatch.setenv(name, "")  # so that it is restored
+        monkeypatch.setenv(name, "")  # so that it is put back
         monkeypatch.delenv(name)
     monkeypatch.delitem(sys.modules, "jax")
     monkeypatch.setenv("TLJAX_CACHE", str(tmp_path))
@@ -52,7 +52,7 @@ def test_another_choice_wins(chosen: str, fresh: Path, monkeypatch: pytest.Monke
 def test_a_flag_that_this_jaxlib_does_not_know_is_not_set(
     fresh: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """XLA aborts the process at an unknown flag."""
+    """An unknown one ends the process."""
     monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_use_onednn=false")
     monkeypatch.setattr(process, "_FLAG", "xla_cpu_no_such_flag")
     tljax.configure()
@@ -69,7 +69,7 @@ def test_a_flag_that_this_jaxlib_does_not_know_is_not_set(
 def test_this_jaxlib_knows_the_flag_and_its_values(
     precision: str, printed: str, tmp_path: Path
 ) -> None:
-    """If it fails with a new jaxlib, measure with benchmarks/speed.py and choose other values."""
+    """One that does not fails here: measure it with benchmarks/speed.py, and choose anew."""
     assert process._is_known(process._FLAG)
     configured = f"import tljax; tljax.configure('{precision}'); import jax"
     code = f"{configured}; print(jax.numpy.ones(3, '{precision}').sum())"
@@ -85,7 +85,7 @@ def test_this_jaxlib_knows_the_flag_and_its_values(
 
 
 def test_without_a_home_nothing_is_kept(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A container may run as a user without a passwd entry."""
+    """As in a container that runs as a user without a name."""
     for name in ("HOME", "TLJAX_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
