@@ -186,9 +186,9 @@ def test_a_configuration_with_classes_contradicts_weights_without_a_head(
 
 
 def test_what_names_classes_says_that_there_are_none(resnet18: Pretrained) -> None:
-    with pytest.raises(RequestError, match="has no head, so it names no classes"):
+    with pytest.raises(RequestError, match="is a backbone without a head, so it has no classes"):
         resnet18.with_classes()
-    with pytest.raises(RequestError, match="has no head, so it names no classes"):
+    with pytest.raises(RequestError, match="is a backbone without a head, so it has no classes"):
         ideal_pictures(resnet18, ["zebra"])
 
 
@@ -253,7 +253,7 @@ def test_a_base_model_that_is_a_layer_is_read(
     save(tmp_path / "again.safetensors", found)
     again = load_pretrained(tmp_path / "again.safetensors")
     assert again.model == found.model
-    with pytest.raises(RequestError, match=r"is a model within it: verify|keras cannot load"):
+    with pytest.raises(RequestError, match=r"contains the model .*: verify|keras cannot load"):
         verify(found)
 
 
@@ -261,9 +261,9 @@ def test_a_base_model_that_is_a_layer_is_read(
 @pytest.mark.parametrize(
     ("head", "message"),
     [
-        (averaged(layers.Dense(16, "relu"), layers.Dense(5)), "is relu, where .* has its end"),
-        (averaged(layers.BatchNormalization(), layers.Dense(5)), "is BatchNormalization.*, where"),
-        (keras.Sequential([layers.Flatten(), layers.Dense(5)]), "is Dense, where"),
+        (averaged(layers.Dense(16, "relu"), layers.Dense(5)), "is relu, but .* ends before it"),
+        (averaged(layers.BatchNormalization(), layers.Dense(5)), "is BatchNormalization.*, but"),
+        (keras.Sequential([layers.Flatten(), layers.Dense(5)]), "is Dense, but"),
     ],
     ids=["two layers", "a norm", "flat"],
 )

@@ -154,9 +154,9 @@ def test_squashing_is_refused_since_transformers_does_squash(
     np.testing.assert_allclose(pixels, squashed, rtol=0, atol=1e-5)
     folder = write(tmp_path / "preprocessor_config.json", **values)
     assert refusal(folder, resnet18) == (
-        "preprocessor_config.json: from 384 px on this image processor squashes photographs into "
-        "a square, which tljax does not do; choose a smaller size, or give the weight file by "
-        "itself: it gets the usual preprocessing of its architecture"
+        "preprocessor_config.json: from 384 px on this image processor ignores the aspect ratio, "
+        "which tljax does not support; choose a smaller size, or load the weight file alone, with "
+        "the default preprocessing of its architecture"
     )
 
 
@@ -226,16 +226,15 @@ def test_timm_says_which_of_two_networks_with_the_same_tensors_it_is(tmp_path: P
     with pytest.raises(RequestError) as caught:
         load_pretrained(path)
     assert str(caught.value) == (
-        f"{path} has the tensors of mobilenetv3_small_075 and of {name}, which compute different "
-        f"things; say which it is: --model mobilenetv3_small_075 or --model {name} (model= in "
-        "Python)"
+        f"{path} fits mobilenetv3_small_075 and {name}, which have the same tensors; choose one: "
+        f"--model mobilenetv3_small_075 or --model {name} (model= in Python)"
     )
     for either in ("mobilenetv3_small_075", name):
         found = load_pretrained(path, model=either)
         assert (found.model.name, found.card.notes) == (either, ())
     write(tmp_path / "config.json", architecture=name)
     assert load_pretrained(tmp_path).model.name == name
-    with pytest.raises(RequestError, match=f"architecture is '{name}'; tljax builds only"):
+    with pytest.raises(RequestError, match=f"architecture is '{name}'; tljax supports only"):
         load_pretrained(tmp_path, model="mobilenetv3_small_075")
 
 
@@ -267,7 +266,7 @@ def test_names_of_classes(resnet18: Pretrained, exported: Path, tmp_path: Path) 
     for said, count in (({}, 0), ({"id2label": {"0": "one"}}, 1), ({"label_names": names[:2]}, 2)):
         found = described(write(tmp_path / "config.json", **said), resnet18)
         assert found.classes == tuple(f"class {i}" for i in range(7))
-        note = f"its names are of {count} classes, and the head has 7 outputs"
+        note = f"it names {count} classes, but the head has 7 outputs"
         assert found.notes == ((f"{tmp_path / 'config.json'}: {note}",) if count else ())
 
 
@@ -280,7 +279,7 @@ def test_names_that_are_not_used_are_a_note(
     card = load_pretrained(write(tmp_path / "config.json", **config)).card
     assert card.classes[3] == "class 3"
     assert [note.partition(": ")[2] for note in card.notes] == [
-        "its names are of 6 classes, and the head has 7 outputs"
+        "it names 6 classes, but the head has 7 outputs"
     ]
 
 
@@ -361,27 +360,27 @@ def test_preprocessor_configs_that_cannot_be_followed(
     folder = write(tmp_path / "preprocessor_config.json", **values)
     found = refusal(folder, resnet18)
     assert found.startswith(f"preprocessor_config.json: {message}")
-    assert "or give the weight file by itself" in found
+    assert "or load the weight file alone" in found
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"id2label": ["a"] * 7}, "id2label is ['a', 'a', 'a', 'a', 'a', 'a', ...] and should be"),
-        ({"id2label": dict.fromkeys("abcdefg", "x")}, "class 0 of 7 has no name but None"),
-        ({"id2label": {str(i): i for i in range(7)}}, "class 0 of 7 has no name but 0"),
-        ({"id2label": {str(i): ["x"] for i in range(7)}}, "class 0 of 7 has no name but ['x']"),
+        ({"id2label": dict.fromkeys("abcdefg", "x")}, "the name of class 0 is None"),
+        ({"id2label": {str(i): i for i in range(7)}}, "the name of class 0 is 0"),
+        ({"id2label": {str(i): ["x"] for i in range(7)}}, "the name of class 0 is ['x']"),
         ({"label_names": "abcdefg"}, "label_names is 'abcdefg' and should be a list"),
-        ({"label_names": [None] * 7}, "class 0 of 7 has no name but None"),
+        ({"label_names": [None] * 7}, "the name of class 0 is None"),
         ({"num_classes": 5}, "num_classes is 5, but the head has 7 outputs"),
         ({"num_labels": 1}, "num_labels is 1, but the head has 7 outputs"),
         ({"model_args": {"num_classes": 5}}, "model_args: num_classes is 5, but the head has"),
         (
             {"problem_type": "multi_label_classification"},
-            "problem_type is 'multi_label_classification' with 7 outputs; tljax takes them for",
+            "problem_type is 'multi_label_classification' with 7 outputs; tljax expects single",
         ),
         ({"problem_type": "regression"}, "problem_type is 'regression' with 7 outputs"),
-        ({"license": ["mit"]}, "license is ['mit'] and should be a text"),
+        ({"license": ["mit"]}, "license is ['mit'] and should be a string"),
         ({"pretrained_cfg": "x"}, "pretrained_cfg is 'x' and should be an object"),
         *(
             ({"pretrained_cfg": TIMM | changes}, f"pretrained_cfg: {message}")
@@ -398,7 +397,7 @@ def test_preprocessor_configs_that_cannot_be_followed(
                 ({"interpolation": ["bicubic"]}, "interpolation is ['bicubic'] and"),
                 ({"mean": [0.5]}, "mean is [0.5] and should be 3 numbers"),
                 ({"std": [1, 1, -1]}, "std is [1, 1, -1] and should be 3 numbers above 0"),
-                ({"license": 7}, "license is 7 and should be a text"),
+                ({"license": 7}, "license is 7 and should be a string"),
             ]
         ),
     ],
@@ -408,7 +407,7 @@ def test_configs_that_cannot_be_followed(
 ) -> None:
     found = refusal(write(tmp_path / "config.json", **values), resnet18)
     assert found.startswith(f"config.json: {message}")
-    assert "or give the weight file by itself" in found
+    assert "or load the weight file alone" in found
 
 
 @pytest.mark.parametrize(
@@ -442,20 +441,20 @@ def test_the_same_tensors_in_another_network_are_refused(
     found = refusal(write(tmp_path / "config.json", **{key: other}), pretrained)
     assert found == (
         f"config.json: the tensors are those of {name}, but {key} is {other!r}; "
-        f"tljax builds only the network where it is {own!r}"
+        f"tljax supports only {own!r}"
     )
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"model_args": {"act_layer": "silu"}}, "model_args: act_layer is 'silu'; tljax builds"),
-        ({"model_args": {"act_layer": None}}, "model_args: act_layer is None; tljax builds"),
-        ({"model_args": {"output_stride": 16}}, "output_stride is 16; tljax builds only the"),
-        ({"model_args": {"in_chans": 1}}, "in_chans is 1; tljax builds only the network where"),
+        ({"model_args": {"act_layer": "silu"}}, "model_args: act_layer is 'silu'; tljax supports"),
+        ({"model_args": {"act_layer": None}}, "model_args: act_layer is None; tljax supports"),
+        ({"model_args": {"output_stride": 16}}, "output_stride is 16; tljax supports only 32; "),
+        ({"model_args": {"in_chans": 1}}, "in_chans is 1; tljax supports only 3; remove it if"),
         ({"model_args": {"aa_layer": "blur"}}, "aa_layer is 'blur'; "),
         ({"model_args": {"norm_layer": "groupnorm"}}, "norm_layer is 'groupnorm'; "),
-        ({"model_args": {"stem_type": "deep"}}, "only the network that timm builds without it"),
+        ({"model_args": {"stem_type": "deep"}}, "tljax supports only networks built without it"),
         ({"model_args": {"block_args": {"attn_layer": "se"}}}, "block_args is {'attn_layer': "),
         ({"model_args": {"global_pool": "catavgmax"}}, "model_args: global_pool is 'catavgmax'; "),
         ({"global_pool": "max"}, "config.json: global_pool is 'max'; "),
@@ -519,7 +518,7 @@ def test_one_output_is_two_classes_unless_it_is_a_regression(tmp_path: Path) -> 
     )
     assert card.classes == ("not cat", "cat")
     assert card.notes == (
-        f"{tmp_path}: its one output is taken for the logit of 'cat', by a sigmoid",
+        f"{tmp_path}: its single output is read as the sigmoid logit of 'cat'",
     )
     for problem in (None, "regression", "single_label_classification"):
         network.config.problem_type = problem

@@ -152,7 +152,7 @@ def test_the_description_is_complete(tmp_path: Path):
 def test_the_rewritten_network_is_the_same_function(name: str):
     network = random_pretrained(name).with_size(64)
     function = deploy_module._logits(network)
-    rewritten = jax.jit(deploy_module._in_plain_operations(function))
+    rewritten = jax.jit(deploy_module._with_plain_operations(function))
     pixels = images(2, 64)
     used = str(jax.make_jaxpr(rewritten)(pixels))
     assert "reduce_window_max" not in used
@@ -167,7 +167,7 @@ def test_the_rewritten_pooling_is_exact(k: int, stride: int, padding: Any):
     def pool(x):
         return max_pool(x, k, stride=stride, padding=padding)
 
-    rewritten = deploy_module._in_plain_operations(pool)
+    rewritten = deploy_module._with_plain_operations(pool)
     np.testing.assert_array_equal(rewritten(x), pool(x), strict=True)
 
 
@@ -201,7 +201,7 @@ def test_onnx_runtime_returns_the_same_logits(tmp_path: Path, name: str):
 def test_a_wrong_onnx_file_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("jax2onnx", reason="needs tljax[onnx]")
     monkeypatch.setattr(
-        deploy_module, "_in_plain_operations", lambda f: lambda x: f(x) + np.float32(0.01)
+        deploy_module, "_with_plain_operations", lambda f: lambda x: f(x) + np.float32(0.01)
     )
     with pytest.raises(VerificationError, match=r"differ from JAX's by 0\.01"):
         export_onnx(tmp_path / "model.onnx", pretrained())

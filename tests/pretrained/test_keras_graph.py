@@ -80,7 +80,7 @@ def test_probabilities_are_those_of_keras(
     if expected.shape[1] == 1:
         expected, logits = np.concatenate([1 - expected, expected], 1), jax.nn.softmax(logits)
         assert found.card.classes == ("class 0", "class 1")
-        assert "'class 1', by a sigmoid" in found.card.notes[0]
+        assert "sigmoid logit of 'class 1'" in found.card.notes[0]
     elif model.layers[-1].name.startswith("softmax"):
         logits = jax.nn.softmax(logits)
     assert difference(logits, expected) <= 1e-4
@@ -111,7 +111,7 @@ def refusal(config: object, classes: int = 5) -> str:
         read_graph(text, "x.keras", build_model(NAME, classes))
     message = str(caught.value)
     assert message.startswith("x.keras: ")
-    assert "; tljax does not build that; weights alone (Keras' save_weights)" in message
+    assert "; tljax does not support that; a file of weights alone (Keras' save_weights)" in message
     assert "\n" not in message
     assert len(message) < 400
     return message
@@ -120,21 +120,21 @@ def refusal(config: object, classes: int = 5) -> str:
 @pytest.mark.parametrize(
     ("layer", "changes", "message"),
     [
-        ("Conv1_relu", {"max_value": 8.0}, "is ReLU(max_value=8), where NAME has relu6"),
-        ("Conv1_relu", {"max_value": None}, "is relu, where"),
+        ("Conv1_relu", {"max_value": 8.0}, "is ReLU(max_value=8), but NAME has relu6"),
+        ("Conv1_relu", {"max_value": None}, "is relu, but"),
         ("block_3_expand_relu", {"negative_slope": 0.1}, "ReLU(max_value=6, negative_slope=0.1)"),
-        ("bn_Conv1", {"epsilon": 0.01}, "is BatchNormalization(epsilon=0.01), where"),
+        ("bn_Conv1", {"epsilon": 0.01}, "is BatchNormalization(epsilon=0.01), but"),
         ("bn_Conv1", {"axis": 1}, "BatchNormalization(axis=1, epsilon=0.001)"),
         ("bn_Conv1", {"center": False}, "BatchNormalization(center=False, epsilon=0.001)"),
-        ("block_2_depthwise", {"padding": "valid"}, "is DepthwiseConv2D, where"),
+        ("block_2_depthwise", {"padding": "valid"}, "is DepthwiseConv2D, but"),
         ("block_2_depthwise", {"dilation_rate": [2, 2]}, "dilation_rate=2"),
-        ("block_1_pad", {"padding": [[1, 1], [1, 1]]}, "is ZeroPadding2D(padding=1), where"),
-        ("block_1_depthwise", {"strides": [1, 1]}, "is ZeroPadding2D(padding=(0, 1)), where"),
-        ("Conv1", {"strides": [1, 1]}, "is Conv2D(padding='same'), where"),
+        ("block_1_pad", {"padding": [[1, 1], [1, 1]]}, "is ZeroPadding2D(padding=1), but"),
+        ("block_1_depthwise", {"strides": [1, 1]}, "is ZeroPadding2D(padding=(0, 1)), but"),
+        ("Conv1", {"strides": [1, 1]}, "is Conv2D(padding='same'), but"),
         ("Conv1", {"data_format": "channels_first"}, "data_format='channels_first'"),
-        ("Conv_1", {"activation": "gelu"}, "is gelu, where NAME has BatchNormalization"),
+        ("Conv_1", {"activation": "gelu"}, "is gelu, but NAME has BatchNormalization"),
         ("predictions", {"activation": "sigmoid"}, "its 5 outputs end in a sigmoid"),
-        ("predictions", {"activation": "relu"}, "is relu, where NAME has its end"),
+        ("predictions", {"activation": "relu"}, "is relu, but NAME ends before it"),
         ("Conv1", {"something": "new"}, "something='new'"),
     ],
 )
@@ -153,8 +153,8 @@ def test_a_layer_that_computes_something_else_is_named(
 @pytest.mark.parametrize(
     ("model", "classes", "message"),
     [
-        (lambda: build(layers.Dense(5), pooling="max"), 5, "is GlobalMaxPooling2D, where"),
-        (lambda: build(lambda x: layers.Dense(5)(layers.Flatten()(x))), 5, "is Dense, where"),
+        (lambda: build(layers.Dense(5), pooling="max"), 5, "is GlobalMaxPooling2D, but"),
+        (lambda: build(lambda x: layers.Dense(5)(layers.Flatten()(x))), 5, "is Dense, but"),
         (lambda: build(pooled(layers.Dense(1, "softmax"))), 1, "a softmax, which is always 1"),
         (lambda: build(pooled(layers.Dense(5)), layers.Resizing(32, 32)), 5, "is Resizing("),
         (
@@ -162,7 +162,7 @@ def test_a_layer_that_computes_something_else_is_named(
             5,
             "is Norm",
         ),
-        (lambda: build(lambda x: pooled(layers.Dense(5))(layers.ReLU()(x))), 5, "is relu, where"),
+        (lambda: build(lambda x: pooled(layers.Dense(5))(layers.ReLU()(x))), 5, "is relu, but"),
     ],
     ids=["max pooling", "flatten", "softmax of one", "resizing", "normalization", "one more ReLU"],
 )
@@ -174,14 +174,14 @@ def test_activations_and_connections_are_looked_at(config: dict[str, Any]) -> No
     leaky, rewired = copy.deepcopy(config), copy.deepcopy(config)
     [found] = [one for one in leaky["config"]["layers"] if one["name"] == "Conv1_relu"]
     found |= {"class_name": "LeakyReLU", "config": {"name": "Conv1_relu", "negative_slope": 0.3}}
-    assert "'Conv1_relu' is LeakyReLU(negative_slope=0.3), where" in refusal(leaky)
+    assert "'Conv1_relu' is LeakyReLU(negative_slope=0.3), but" in refusal(leaky)
     text = json.dumps(rewired)
     # The first addition takes the same map twice: no shortcut.
     assert text.count('"block_2_add"') > 1
     [found] = [one for one in rewired["config"]["layers"] if one["name"] == "block_2_add"]
     tensors = found["inbound_nodes"][0]["args"][0]
     tensors[0] = tensors[1]
-    assert "'block_2_add' reads other layers than in" in refusal(rewired)
+    assert "'block_2_add' has other inputs than in" in refusal(rewired)
 
 
 def test_configurations_that_cannot_be_followed(config: dict[str, Any]) -> None:
@@ -191,7 +191,7 @@ def test_configurations_that_cannot_be_followed(config: dict[str, Any]) -> None:
     twice = copy.deepcopy(config)
     twice["config"]["output_layers"] = [["Conv1", 0, 0], ["bn_Conv1", 0, 0]]
     for wrong in ("", "{", "[]", "[" * 100_000, {}, {"class_name": "Functional"}, circle, twice):
-        assert "its graph cannot be followed (" in refusal(wrong)
+        assert "its graph cannot be parsed (" in refusal(wrong)
 
 
 # --- the table -----------------------------------------------------------------------------------
@@ -207,9 +207,9 @@ def test_the_table_holds_the_graphs_of_keras_applications(name: str) -> None:
     """At an odd size, too, where that may be: some layers pad by it."""
     size = (224, 224) if name.startswith("vgg") else (128, 97)
     graph = Graph(json.loads(network(name, size).to_json()), same=name.startswith("tf_"))
-    found = [(step.what, step.inputs) for step in graph.steps]
+    found = [(step.operation, step.inputs) for step in graph.steps]
     table = _graphs()[re.sub(r"_\d{3}$", "", name)]
-    assert found == [(step.what, step.inputs) for step in table]
+    assert found == [(step.operation, step.inputs) for step in table]
     assert graph.size == size
 
 

@@ -129,12 +129,12 @@ def test_exported_torch_file_is_the_original(scratch: Path) -> None:
 
 
 def test_export_needs_a_known_suffix_and_layout(resnet18: Pretrained, tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match=r"format of .*net.h5; end it in .safetensors or .pth"):
+    with pytest.raises(RequestError, match=r"unknown format: .*net.h5; use the suffix .safetensors or"):
         export(tmp_path / "net.h5", resnet18, "torchvision")
     with pytest.raises(RequestError, match=r"no layout 'keras' for resnet18; known: torchvision"):
         export(tmp_path / "net.pth", resnet18, "keras")
     mobilenet = random_pretrained("keras_mobilenetv1_025")
-    with pytest.raises(RequestError, match=r"Keras reads no net.keras; end it in .weights.h5"):
+    with pytest.raises(RequestError, match=r"Keras cannot read net.keras; use the suffix .weights.h5"):
         export(tmp_path / "net.keras", mobilenet, "keras")
     assert list(tmp_path.iterdir()) == []
 
@@ -159,7 +159,7 @@ def test_weights_that_say_how_images_are_prepared_are_believed(
     for path in (tmp_path / "own.safetensors", tmp_path / "hub"):
         found = load_pretrained(path, normalization="torch")
         assert found.model.preprocess == resnet18.model.preprocess
-        with pytest.raises(RequestError, match=r"RGB less 0\.485 .*not the normalization 'caffe'"):
+        with pytest.raises(RequestError, match=r"RGB with mean 0.485 .*not the normalization 'caffe'"):
             load_pretrained(path, normalization="caffe")
 
 
@@ -223,7 +223,7 @@ def rewritten(path: Path, header: str, source: Path = FIRST) -> Path:
 
 def test_a_file_of_a_later_version_is_refused(tmp_path: Path) -> None:
     path = rewritten(tmp_path / "x.safetensors", json.dumps(header_of(FIRST) | {"version": 3}))
-    with pytest.raises(RequestError, match=r"x.safetensors is of version 3 .* reads up to 2: upgr"):
+    with pytest.raises(RequestError, match=r"x.safetensors is version 3 .* reads up to version 2: upgr"):
         load_pretrained(path)
 
 
@@ -261,7 +261,7 @@ def test_a_head_of_ones_own_is_kept(own_head: Pretrained, tmp_path: Path) -> Non
 
 def test_no_class_is_named_where_a_head_has_other_outputs(own_head: Pretrained) -> None:
     card = replace(own_head.card, classes=("ant", "bee"))
-    with pytest.raises(RequestError, match="returns 3 numbers of an image and has 2 names of cl"):
+    with pytest.raises(RequestError, match="has 3 outputs but 2 class names: it is not a classifier"):
         own_head._replace(card=card).with_classes()
 
 
@@ -278,8 +278,8 @@ def test_a_foreign_layout_holds_only_its_own_stages(own_head: Pretrained, tmp_pa
     cut = load_pretrained(FIRST)
     mine = own_head._replace(model=replace(own_head.model, name="mine"))
     for odd, message in (
-        (own_head, "holds a tf_mobilenetv1_025 with all its stages and a linear head, which this"),
-        (cut, "holds a tf_mobilenetv1_025 with all its stages and a linear head, which this"),
+        (own_head, "requires a tf_mobilenetv1_025 with all its stages and a linear head; exp"),
+        (cut, "requires a tf_mobilenetv1_025 with all its stages and a linear head; exp"),
         (mine, "there is no layout 'huggingface' for mine; known: tljax"),
     ):
         with pytest.raises(RequestError, match=message):
@@ -405,7 +405,7 @@ def test_one_output_is_read_as_a_sigmoid(tmp_path: Path, layout: str) -> None:
     names = {"tljax": ("not kind 0", "kind 0"), "torchvision": ("class 0", "class 1")}[layout]
     assert found.card.classes == names
     [note] = found.card.notes
-    assert f"its one output is taken for the logit of '{names[1]}'" in note
+    assert f"its single output is read as the sigmoid logit of '{names[1]}'" in note
     save(tmp_path / "two.safetensors", found)  # from then on it has two
     assert load_pretrained(tmp_path / "two.safetensors").card.notes == ()
 
@@ -453,7 +453,7 @@ def test_a_class_is_found_by_its_name_or_index(resnet18: Pretrained) -> None:
     numbered = replace(card, classes=("1", "2", "3", "cat", "Cat"))
     assert [numbered.index_of(name) for name in ("1", "2", "3", "0", "4")] == [0, 1, 2, 0, 4]
     assert [numbered.index_of(name) for name in ("cat", "Cat")] == [3, 4]
-    with pytest.raises(RequestError, match="2 classes are called 'CAT'; say which: 3 and 4"):
+    with pytest.raises(RequestError, match="2 classes are called 'CAT'; use 3 or 4"):
         numbered.index_of("CAT")
     assert card.index_of("siamese CAT") == 1
     assert card.index_of("2") == 2
@@ -464,7 +464,7 @@ def test_a_class_is_found_by_its_name_or_index(resnet18: Pretrained) -> None:
     assert card.index_of("7") == 4
     herons = replace(card, classes=("lynx", "h\u00e9ron"))  # in either form of Unicode
     assert herons.index_of("he\u0301ron") == herons.index_of("H\u00e9ron") == 1
-    with pytest.raises(RequestError, match="2 classes are called 'crane'; say which: 0 and 3"):
+    with pytest.raises(RequestError, match="2 classes are called 'crane'; use 0 or 3"):
         card.index_of("crane")
     with pytest.raises(RequestError, match="'zebre' among 5; did you mean zebra"):
         card.index_of("zebre")

@@ -28,7 +28,7 @@ def shapes_of(name: str, layout: str, num_classes: int = 7) -> Arrays:
     """A file without content: its arrays take no memory."""
     leaves = flatten(abstract_variables(build_model(name, num_classes)))
     return {
-        rule.key: np.broadcast_to(np.float32(1), rule.expected(leaves[rule.path].shape))
+        rule.key: np.broadcast_to(np.float32(1), rule.source_shape(leaves[rule.path].shape))
         for rule in layout_rules(name, layout)
     }
 
@@ -87,17 +87,17 @@ def test_every_table_is_a_bijection_and_known_by_its_keys(name: str, layout: str
 )
 def test_a_rule_is_invertible(rule: Rule, theirs: tuple[int, ...], ours: tuple[int, ...]) -> None:
     array = np.arange(np.prod(theirs), dtype=np.float32).reshape(theirs)
-    assert rule.expected(ours) == theirs
-    ported = rule.to_ours(array, ours)
+    assert rule.source_shape(ours) == theirs
+    ported = rule.from_source(array, ours)
     assert ported.shape == ours
-    np.testing.assert_array_equal(rule.to_theirs(ported), array, strict=True)
+    np.testing.assert_array_equal(rule.to_source(ported), array, strict=True)
 
 
 def test_a_flattened_map_keeps_its_meaning() -> None:
     rule = Rule("", "", CONV, (4, 30), (4, 3, 5, 2))
     rng = np.random.default_rng(0)
     weight, image = rng.standard_normal((4, 30)), rng.standard_normal((3, 5, 2))
-    ours = image.transpose(1, 2, 0).ravel() @ rule.to_ours(weight, (30, 4))
+    ours = image.transpose(1, 2, 0).ravel() @ rule.from_source(weight, (30, 4))
     np.testing.assert_allclose(ours, weight @ image.ravel())
 
 

@@ -84,7 +84,7 @@ def test_a_stride_on_the_other_convolution_is_found(tmp_path: Path) -> None:
     first = wrong_layers(load_pretrained(tmp_path / "bare.safetensors"), tmp_path / "v1")[0]
     assert (first.layer, first.difference) == ("layer2/block0/conv1", np.inf)
     ours, theirs = [2, 56, 56, 128], [2, 28, 28, 128]
-    assert first.reason == f"output is {ours}, the reference's {theirs}: its stride?"
+    assert first.reason == f"output is {ours}, the reference's {theirs}: another stride?"
 
 
 def test_another_network_is_no_reference(folder: Path, tmp_path: Path) -> None:
@@ -96,12 +96,12 @@ def test_another_network_is_no_reference(folder: Path, tmp_path: Path) -> None:
 
 
 def test_without_a_reference_one_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = r"there is no reference for somewhere .*: name one with --reference"
+    expected = r"there is no reference for somewhere .*: pass --reference"
     pretrained = random_pretrained("efficientnet_lite0")
     with pytest.raises(RequestError, match=expected):
         verify(pretrained)
     monkeypatch.setitem(sys.modules, "torchvision", None)
-    with pytest.raises(RequestError, match=r"torchvision does not import here; name another"):
+    with pytest.raises(RequestError, match=r"torchvision cannot be imported; pass another"):
         verify(random_pretrained("resnet18"))
 
 
