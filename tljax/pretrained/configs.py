@@ -343,10 +343,8 @@ def _side(processor: _Section, key: str, *names: str) -> int:
     """Return a length in pixels, given as a number or as a dict with these names."""
 
     def is_valid(value: object) -> bool:
-        if isinstance(value, dict):
-            sides = [value.get(name) for name in names]
-            return all(map(is_side, sides)) and len(set(sides)) == 1
-        return is_side(value)
+        sides = [value.get(name) for name in names] if isinstance(value, dict) else [value]
+        return all(map(is_side, sides)) and len(set(sides)) == 1
 
     expected = "n or {" + ", ".join(f"'{name}': n" for name in names) + "} with n in pixels"
     value = processor.get(key, is_valid, expected)

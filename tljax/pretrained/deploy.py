@@ -55,8 +55,7 @@ def export_stablehlo(
     Raises:
         RequestError: A platform is unknown, or the folder cannot be written.
     """
-    unknown = sorted({*platforms} - {*PLATFORMS})
-    if unknown:
+    if unknown := sorted({*platforms} - {*PLATFORMS}):
         known = ", ".join(PLATFORMS)
         raise RequestError(f"cannot export for {', '.join(unknown)}; the platforms are {known}")
     size = pretrained.model.preprocess.size
@@ -187,9 +186,7 @@ def _evaluate(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[
     return list(map(read, jaxpr.outvars))
 
 
-def _max_pool(
-    x: Float[Array, "batch height width channels"], params: dict[str, Any]
-) -> Float[Array, "batch rows columns channels"]:
+def _max_pool(x: jax.Array, params: dict[str, Any]) -> jax.Array:
     """Compute max pooling as the maximum of shifted slices, one dimension after the other."""
     windows, strides = params["window_dimensions"], params["window_strides"]
     for axis, (window, stride) in enumerate(zip(windows, strides, strict=True)):

@@ -55,25 +55,23 @@ def fetch_url(url: str) -> Path:
     return _download(url, path, expected, "the hash in its name")
 
 
-def _download(url: str, path: Path, expected: str, description: str) -> Path:
+def _download(url: str, path: Path, expected: str, origin: str) -> Path:
     def check(file: Path) -> None:
         with file.open("rb") as opened:
             if is_html(opened.read(1024)):
                 raise RequestError(f"{url} leads to a web page, not to weights")
-        _check_digest(file, url, expected, description)
+        _check_digest(file, url, expected, origin)
 
     download(url, path, check, limit=_MAX_BYTES, ask="never" if expected else "by tag")
     return path
 
 
-def _check_digest(
-    path: Path, where: str, expected: str, description: str, advice: str = ""
-) -> None:
+def _check_digest(path: Path, where: str, expected: str, origin: str, advice: str = "") -> None:
     """Compare the hash of a file with ``ALGORITHM:FIRST_DIGITS``; an empty string matches any."""
     algorithm, _, digits = expected.partition(":")
     if expected and not (actual := digest(path, algorithm)).startswith(digits):
         raise RequestError(
-            f"{where} does not match {description}: its {algorithm} begins "
+            f"{where} does not match {origin}: its {algorithm} begins "
             f"{actual[: len(digits)]}, not {digits}{advice}"
         )
 

@@ -149,14 +149,9 @@ class Graph:
         if kind in ("Conv2D", "DepthwiseConv2D"):
             if _simplify(config["kernel_size"]) == 1:  # nothing to pad
                 config = config | {"padding": "valid"}
-            elif self._same and padding and _same_padding(size, config) == _padding(padding):
+            elif self._same and padding and _pads_like_same(padding, size, config):
                 config, inputs = config | {"padding": "same"}, [_Value(inputs[0].step, size)]
-        inputs = [
-            self._step(_describe(*value.padding[1:3], []), [value], value.padding.name)
-            if value.padding
-            else value
-            for value in inputs
-        ]
+        inputs = list(map(self._padded, inputs))
         size = tuple(n and -(-n // _simplify(config.get("strides", 1))) for n in size)
         value = inputs[0]
         if not _IDENTITIES.fullmatch(kind) or (config.get("training") and "Random" not in kind):
@@ -164,6 +159,11 @@ class Graph:
         if (activation := _activation_name(config.get("activation"))) != "linear":
             value = self._step(activation, [value], name)
         return value._replace(size=size)
+
+    def _padded(self, value: _Value) -> _Value:
+        if not (padding := value.padding):
+            return value
+        return self._step(_describe(padding.kind, padding.config, []), [value], padding.name)
 
     def _step(self, operation: str, inputs: list[_Value], layer: str) -> _Value:
         index = len(self.steps)
@@ -260,18 +260,14 @@ def _simplify(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _same_padding(size: tuple[int | None, ...], config: dict[str, Any]) -> Any:
-    """Return the SAME padding before and after height and width; unknown sizes count as even."""
+def _pads_like_same(padding: _Layer, size: tuple[int | None, ...], config: dict[str, Any]) -> bool:
+    """Return whether a layer pads like a SAME convolution; unknown sizes count as even."""
     kernel, stride = _simplify(config["kernel_size"]), _simplify(config["strides"])
     sides = []
     for n in (side or 2 * stride * kernel for side in size):
         total = max((-(-n // stride) - 1) * stride + kernel - n, 0)
         sides.append((total // 2, total - total // 2))
-    return _simplify(sides)
-
-
-def _padding(layer: _Layer) -> Any:
-    return _simplify(layer.config["padding"])
+    return _simplify(sides) == _simplify(padding.config["padding"])
 
 
 def _scaled(scaling: tuple[Any, Any], layer: _Layer) -> tuple[Any, Any] | None:

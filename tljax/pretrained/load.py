@@ -202,9 +202,7 @@ def _find(
     hint = "`tljax weights list` prints the known names"
     if name.lower().startswith("keras:"):  # few and similar names: list them all
         hint = f"known names: {', '.join(key for key in CATALOG if key.startswith('keras:'))}"
-    elif near := get_close_matches(
-        name, [*CATALOG, *(f"{m}.tv_in1k" for m in MODELS)], n=1, cutoff=0.5
-    ):
+    elif near := get_close_matches(name, CATALOG, n=1, cutoff=0.5):
         hint = f"did you mean {near[0]}?"
     raise RequestError(f"no weights are called '{name}' and no such file exists; {hint}")
 
@@ -219,11 +217,8 @@ def _with_two_classes(found: Pretrained) -> Pretrained:
     [only] = card.classes
     classes = default_classes(2) if card.classes == default_classes(1) else (f"not {only}", only)
     note = f"{card.source}: its single output is read as the sigmoid logit of '{classes[1]}'"
-    return Pretrained(
-        model,
-        {**variables, "params": {**variables["params"], name: head}},
-        replace(card, classes=classes, notes=(*card.notes, note)),
-    )
+    variables = {**variables, "params": {**variables["params"], name: head}}
+    return Pretrained(model, variables, replace(card, classes=classes, notes=(*card.notes, note)))
 
 
 def _load_catalog(name: str, entry: Entry, model: str | None) -> Pretrained:
@@ -257,13 +252,9 @@ def _load_folder(
     if has_preprocess:
         return loaded, True
     classes, preprocess, licence, notes = read_configs(folder, loaded.model)
-    notes = loaded.card.notes + notes
-    found = Pretrained(
-        replace(loaded.model, preprocess=preprocess or loaded.model.preprocess),
-        loaded.variables,
-        replace(loaded.card, classes=classes, licence=licence, notes=notes),
-    )
-    return found, preprocess is not None
+    built = replace(loaded.model, preprocess=preprocess or loaded.model.preprocess)
+    card = replace(loaded.card, classes=classes, licence=licence, notes=loaded.card.notes + notes)
+    return Pretrained(built, loaded.variables, card), preprocess is not None
 
 
 _WEIGHT_FILES = (

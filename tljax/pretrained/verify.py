@@ -80,20 +80,9 @@ def verify(pretrained: Pretrained, reference: str | None = None) -> list[LayerDi
     return list(largest.values())
 
 
-class _Run(NamedTuple):
-    """One pass through the reference.
-
-    Attributes:
-        rules: Key table of the reference.
-        tensors: Tensors of the reference by key.
-        images: Its input before preprocessing.
-        expected: Its layers by their paths in tljax.
-    """
-
-    rules: Rules
-    tensors: Mapping[str, np.ndarray]
-    images: UInt8[np.ndarray, "batch height width 3"]
-    expected: Mapping[str, Layer]
+_Run = tuple[Rules, Mapping[str, np.ndarray], np.ndarray, Mapping[str, Layer]]
+"""One pass through the reference: its key table, its tensors by key, the images before
+preprocessing, and its layers by their paths in tljax."""
 
 
 def _images(shape: tuple[int, ...]) -> UInt8[np.ndarray, "batch height width 3"]:
@@ -106,7 +95,7 @@ def _torch_runs(pretrained: Pretrained, reference: str | None) -> Iterator[_Run]
     tensors = {key: value.numpy() for key, value in network.state_dict().items()}
     for images in map(_images, INPUTS):
         outputs = _torch_outputs(network, rules, _pixels(pretrained.model, images))
-        yield _Run(rules, tensors, images, outputs)
+        yield rules, tensors, images, outputs
 
 
 def _keras_runs(pretrained: Pretrained, reference: str | None) -> Iterator[_Run]:
@@ -115,8 +104,8 @@ def _keras_runs(pretrained: Pretrained, reference: str | None) -> Iterator[_Run]
         raise RequestError(f"keras.applications has no {model.name}; leave --reference out")
     rules = table(model, "keras")
     for network, pixels, images in _keras_networks(model, _file(reference or card.source)):
-        outputs = verify_keras.outputs(rules, network, pixels)
-        yield _Run(rules, verify_keras.tensors(rules, network), images, outputs)
+        tensors = verify_keras.tensors(rules, network)
+        yield rules, tensors, images, verify_keras.outputs(rules, network, pixels)
 
 
 def _keras_networks(model: Model, weights: Path) -> Iterator[tuple[Any, np.ndarray, np.ndarray]]:

@@ -5,7 +5,7 @@ import json
 import string
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +16,9 @@ from urllib.request import Request, urlopen
 from tljax.runtime.errors import RequestError
 from tljax.runtime.files import written_whole
 from tljax.runtime.progress import track
+
+_RESUME_DELAYS = (1, 5, None)
+"""Seconds before each attempt to resume a transfer; None gives up."""
 
 _VALIDATORS = {"If-None-Match": "ETag", "If-Modified-Since": "Last-Modified"}
 """Request headers that revalidate a cached copy, and the response headers they repeat."""
@@ -35,7 +38,7 @@ def download(
     in ``path``.json. If the server cannot be reached or fails, the copy is used and a note on
     stderr gives its date. An empty, incomplete or too large file, or one that fails the check, is
     never kept. The file appears whole: processes that download it at once do not disturb each
-    other.
+    other. A transfer that breaks off is resumed where the server supports it.
 
     Args:
         url: Address, http or https.
@@ -62,7 +65,7 @@ def download(
         headers = {"User-Agent": "tljax", **(copy[1] if copy else {})}
         request = Request(quote(url, string.punctuation), headers=headers)  # noqa: S310 - see above
         with urlopen(request, timeout=30) as response, written_whole(path) as temporary:  # noqa: S310
-            _receive(response, temporary, Path(parts.path).name, limit)
+            _receive(response, request, temporary, Path(parts.path).name, limit)
             check(temporary)
             written = temporary.stat().st_mtime_ns
         if ask != "never":
@@ -96,10 +99,10 @@ def is_html(data: bytes) -> bool:
     return head.startswith((b"<!doctype html", b"<html"))
 
 
-def _receive(response: Any, file: Path, name: str, limit: int) -> None:
+def _receive(response: Any, request: Request, file: Path, name: str, limit: int) -> None:
     total: int | None = getattr(response, "length", None)
     quiet = total is not None and total < 2**24
-    chunks = iter(lambda: response.read(1 << 20), b"")
+    chunks = _chunks(response, request, total)
     chunks = track(chunks, description=name, total=total, unit="bytes", size=len, quiet=quiet)
     received = 0
     with file.open("wb") as out:
@@ -108,10 +111,34 @@ def _receive(response: Any, file: Path, name: str, limit: int) -> None:
             if max(received, total or 0) > limit:
                 raise ValueError(f"it is larger than {limit >> 20:,} MiB")
             out.write(chunk)
-    if total is not None and received < total:
-        raise OSError("the connection closed before the end")
     if not received:
         raise ValueError("it is empty")
+
+
+def _chunks(response: Any, request: Request, total: int | None) -> Iterator[bytes]:
+    """Yield the body of a response, and resume a transfer that breaks off, if that is safe."""
+    tag = response.headers["ETag"] or response.headers["Last-Modified"]
+    received = 0
+    for delay in _RESUME_DELAYS:
+        error: Exception = OSError("the connection closed before the end")
+        try:
+            with response:
+                while chunk := response.read(1 << 20):
+                    received += len(chunk)
+                    yield chunk
+            if received == (total or received):
+                return
+        except (OSError, HTTPException) as failure:
+            error = failure
+        if delay is None or not (received and total and tag):
+            raise error
+        time.sleep(delay)
+        request.add_header("Range", f"bytes={received}-")
+        request.add_header("If-Range", tag)  # of another version, the server sends the whole file
+        response = urlopen(request, timeout=30)  # noqa: S310 - the same address
+        if response.headers["Content-Range"] != f"bytes {received}-{total - 1}/{total}":
+            response.close()
+            raise error
 
 
 _Copy = tuple[int, dict[str, str]]
