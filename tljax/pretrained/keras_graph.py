@@ -130,7 +130,7 @@ class Graph:
             if missing := [name for name in layer.inputs if name not in values]:
                 waiting.append(missing[0])
                 if len(waiting) > len(layers):
-                    raise ValueError("a layer reads itself")
+                    raise ValueError("a layer takes its own output")
             else:
                 values[waiting.pop()] = self._compute(layer, [values[x] for x in layer.inputs])
 
@@ -275,16 +275,16 @@ def _scaled(scaling: tuple[Any, Any], layer: _Layer) -> tuple[Any, Any] | None:
     factor, offset = scaling
     match layer.kind, layer.numbers:
         case "Rescaling", []:
-            by, plus = np.float64(layer.config["scale"]), np.float64(layer.config["offset"])
-            return factor * by, offset * by + plus
-        case "TrueDivide" | "Divide", [by]:
-            return factor / by, offset / by
-        case "Multiply", [by]:
-            return factor * by, offset * by
-        case "Subtract", [less]:
-            return factor, offset - less
-        case "Add", [plus]:
-            return factor, offset + plus
+            scale, shift = np.float64(layer.config["scale"]), np.float64(layer.config["offset"])
+            return factor * scale, offset * scale + shift
+        case "TrueDivide" | "Divide", [number]:
+            return factor / number, offset / number
+        case "Multiply", [number]:
+            return factor * number, offset * number
+        case "Subtract", [number]:
+            return factor, offset - number
+        case "Add", [number]:
+            return factor, offset + number
     return None
 
 

@@ -60,8 +60,8 @@ class Card:
         """Return the index of a class's logit.
 
         Args:
-            name: Name of the class in any case, preferably the exact one; or, if no class has that
-                name, the index itself, unless all names are numbers.
+            name: Name of the class. An exact match is preferred to one in another case. If no class
+                has this name, the index itself is accepted, unless all class names are numbers.
 
         Raises:
             RequestError: No class has this name, or several do; the message gives the nearest name,
@@ -158,22 +158,22 @@ def load_pretrained(
             required one, or fit several; or their metadata describes an unsupported network or
             another normalization.
     """
-    found, has_preprocess = _find(weights, model, modules)
-    found = _with_two_classes(found)
+    pretrained, has_preprocess = _find(weights, model, modules)
+    pretrained = _with_two_classes(pretrained)
     if normalization is None:
-        return found
+        return pretrained
     if normalization not in NORMALIZATIONS:
         names = ", ".join(NORMALIZATIONS)
         raise RequestError(f"there is no normalization '{normalization}'; choose from {names}")
-    own = found.model.preprocess
+    own = pretrained.model.preprocess
     requested = own.with_normalization(normalization)
     if has_preprocess and requested != own:
         mean, std = (" ".join(f"{value:.4g}" for value in x) for x in (own.mean, own.std))
         raise RequestError(
-            f"{found.card.source} expects {own.channel_order.upper()} with mean {mean} and std "
-            f"{std}, not the normalization '{normalization}'; leave out the normalization"
+            f"{pretrained.card.source} expects {own.channel_order.upper()} with mean {mean} and "
+            f"std {std}, not the normalization '{normalization}'; leave out the normalization"
         )
-    return found._replace(model=replace(found.model, preprocess=requested))
+    return pretrained._replace(model=replace(pretrained.model, preprocess=requested))
 
 
 def _find(
@@ -192,8 +192,8 @@ def _find(
         return _load_folder(path, name, model, modules)
     if path.exists():
         return _load_file(path, name, model, modules)
-    beside = path.parent.name and path.parent.is_dir()
-    if beside or name[:1] in (".", "~") or path.parent.name == "runs":  # not a hub id
+    in_folder = path.parent.name and path.parent.is_dir()
+    if in_folder or name[:1] in (".", "~") or path.parent.name == "runs":  # not a hub id
         near = get_close_matches(path.name, [x.name for x in path.parent.glob("*")], n=1)
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
         raise RequestError(f"{name} does not exist{hint}")
@@ -207,11 +207,11 @@ def _find(
     raise RequestError(f"no weights are called '{name}' and no such file exists; {hint}")
 
 
-def _with_two_classes(found: Pretrained) -> Pretrained:
+def _with_two_classes(pretrained: Pretrained) -> Pretrained:
     """Turn a single logit into two: the sigmoid of x is the softmax of (0, x)."""
-    model, variables, card = found
+    model, variables, card = pretrained
     if not model.has_linear_head or model.num_classes != 1:
-        return found
+        return pretrained
     model, name = with_head(model, 2), model.stage_names[-1]
     head = {k: np.insert(leaf, 0, 0, axis=-1) for k, leaf in variables["params"][name].items()}
     [only] = card.classes
