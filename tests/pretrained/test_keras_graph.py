@@ -97,7 +97,9 @@ def test_pixel_scaling_in_the_graph_becomes_the_preprocessing(tmp_path: Path) ->
     build(pooled(layers.Dense(5)), layers.Rescaling(1 / 255)).save(tmp_path / "x.keras")
     preprocess = load_pretrained(tmp_path / "x.keras").model.preprocess
     np.testing.assert_allclose((preprocess.mean, preprocess.std), ((0, 0, 0), (1, 1, 1)))
-    with pytest.raises(RequestError, match="which is not the normalization 'tf'"):
+    with pytest.raises(
+        RequestError, match="with mean 0 0 0 and std 1 1 1, not the normalization 'tf'"
+    ):
         load_pretrained(tmp_path / "x.keras", normalization="tf")
 
 

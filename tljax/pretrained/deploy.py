@@ -22,7 +22,7 @@ from tljax.runtime.errors import RequestError, VerificationError
 from tljax.runtime.files import written_whole
 from tljax.runtime.types import Array
 
-_Network = Callable[[UInt8[Array, "batch size size 3"]], Float[Array, "batch outputs"]]
+_Network = Callable[[UInt8[Array, "batch size size 3"]], Float[jax.Array, "batch outputs"]]
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 """Platforms that a StableHLO file can be exported for."""

@@ -168,7 +168,7 @@ def load_pretrained(
     own = pretrained.model.preprocess
     requested = own.with_normalization(normalization)
     if has_preprocess and requested != own:
-        mean, std = (" ".join(f"{value:.4g}" for value in x) for x in (own.mean, own.std))
+        mean, std = (" ".join(f"{value:z.4g}" for value in x) for x in (own.mean, own.std))
         raise RequestError(
             f"{pretrained.card.source} expects {own.channel_order.upper()} with mean {mean} and "
             f"std {std}, not the normalization '{normalization}'; leave out the normalization"
