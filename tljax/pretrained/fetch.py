@@ -86,12 +86,9 @@ def fetch_hub(repository: str) -> Path:
     """
     from huggingface_hub import snapshot_download  # noqa: PLC0415 - slow to import
 
+    patterns = ["*.json", "*.safetensors", "pytorch_model*.bin"]
     try:
-        return Path(
-            snapshot_download(
-                repository, allow_patterns=["*.json", "*.safetensors", "pytorch_model*.bin"]
-            )
-        )
+        return Path(snapshot_download(repository, allow_patterns=patterns))
     except Exception as error:  # noqa: BLE001 - the hub's errors have no common base
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise RequestError(

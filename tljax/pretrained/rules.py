@@ -189,8 +189,7 @@ def compare(
         ignore: Prefixes of keys that the network does not need.
     """
     expected = flatten(skeleton)
-    if expected.keys() != {rule.path for rule in rules}:
-        wrong = sorted(expected.keys() ^ {rule.path for rule in rules})
+    if wrong := sorted(expected.keys() ^ {rule.path for rule in rules}):
         raise AssertionError(f"the table does not cover the network: {wrong}")
     keys = {rule.key for rule in rules}
     shapes = []
