@@ -245,4 +245,4 @@ def test_an_unfinished_run_cannot_predict(old: Path):
     )
     assert code == 2
     assert err[-1].startswith("error: ")
-    assert "is a run that is not finished" in err[-1]
+    assert "is an unfinished run" in err[-1]

@@ -192,8 +192,7 @@ def test_the_same_command_again_goes_on_and_another_one_is_refused(
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     done = call_script(cache, "predict", photographs, "--weights", copy)
     assert done.stderr == (
-        f"error: {copy} is a run that is not finished; first go on with it: "
-        f"tljax train --resume {copy}\n"
+        f"error: {copy} is an unfinished run; finish it first: tljax train --resume {copy}\n"
     )
     command = (
         "train", "--data", os.path.relpath(photographs, cache), "--workdir", copy,

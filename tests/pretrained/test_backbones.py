@@ -1,4 +1,4 @@
-"""Networks without a head: what transfer learning starts from."""
+"""Networks without a head."""
 
 import json
 from collections.abc import Callable
@@ -28,7 +28,7 @@ layers = keras.layers
 
 
 def without(path: Path, name: str, layout: str, stages: tuple[str, ...], target: Path) -> Path:
-    """The file without the tensors of some stages."""
+    """Copy a file without the tensors of some stages."""
     dropped = {r.key for r in layout_rules(name, layout) if r.path.split("/")[1] in stages}
     arrays = read_tensors(path).arrays
     assert dropped <= arrays.keys()
@@ -62,34 +62,34 @@ SLOW = [
     ("name", "layout", "dropped", "last"),
     [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)],
 )
-def test_a_file_without_its_head_gives_the_features_of_the_reference(
+def test_a_file_without_a_head_gives_the_features_of_the_reference(
     tmp_path: Path, name: str, layout: str, dropped: tuple[str, ...], last: str
 ) -> None:
     reference = REFERENCES[name, layout](tmp_path / "whole")
     weights = reference.weights
     whole = weights / "model.safetensors" if weights.is_dir() else weights
     file = without(whole, name, layout, dropped, tmp_path / "x.safetensors")
-    found = load_pretrained(file, model=name)
-    assert (found.model.name, found.model.num_classes, found.card.classes) == (name, 0, ())
+    loaded = load_pretrained(file, model=name)
+    assert (loaded.model.name, loaded.model.num_classes, loaded.card.classes) == (name, 0, ())
     for size in reference.sizes:
         images = random_images(2, *size)
-        outputs = reference.stages(np.asarray(normalize(images, found.model.preprocess)))
+        outputs = reference.stages(np.asarray(normalize(images, loaded.model.preprocess)))
         expected = outputs[last] if last != "block5" else outputs[last].mean((1, 2))
-        features = run(found.model, found.variables, images, stop="head").value
+        features = run(loaded.model, loaded.variables, images, stop="head").value
         assert difference(features, expected) <= TOLERANCE
-        assert difference(run(found.model, found.variables, images).value, features) == 0
+        assert difference(run(loaded.model, loaded.variables, images).value, features) == 0
 
 
-def test_the_backbones_of_transformers_have_no_name_before_their_keys(tmp_path: Path) -> None:
+def test_backbones_of_transformers_without_a_key_prefix_are_loaded(tmp_path: Path) -> None:
     reference = REFERENCES["resnet18", "huggingface"](tmp_path / "whole")
     network = ResNetModel.from_pretrained(reference.weights)
     network.save_pretrained(tmp_path / "backbone")
     keys = read_tensors(tmp_path / "backbone" / "model.safetensors").arrays
     assert not any(key.startswith("resnet.") for key in keys)
-    found = load_pretrained(tmp_path / "backbone")
+    loaded = load_pretrained(tmp_path / "backbone")
     images = random_images(2, 97, 65)
-    expected = reference.stages(np.asarray(normalize(images, found.model.preprocess)))["pool"]
-    assert difference(run(found.model, found.variables, images).value, expected) <= TOLERANCE
+    expected = reference.stages(np.asarray(normalize(images, loaded.model.preprocess)))["pool"]
+    assert difference(run(loaded.model, loaded.variables, images).value, expected) <= TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_the_backbones_of_transformers_have_no_name_before_their_keys(tmp_path: 
     ],
 )
 @pytest.mark.parametrize("form", ["keras", "weights.h5"])
-def test_keras_without_top_gives_its_last_map_averaged(
+def test_a_keras_network_without_top_gives_its_averaged_feature_map(
     tmp_path: Path, name: str, pooling: str | None, size: tuple[int, int], form: str
 ) -> None:
     build, *_, weak, _, options = APPLICATIONS[name]
@@ -116,17 +116,17 @@ def test_keras_without_top_gives_its_last_map_averaged(
     randomize(network, weak)
     path = tmp_path / f"x.{form}"
     network.save(path) if form == "keras" else network.save_weights(path)
-    found = load_pretrained(path)
-    assert (found.model.name, found.model.num_classes) == (name, 0)
+    loaded = load_pretrained(path)
+    assert (loaded.model.name, loaded.model.num_classes) == (name, 0)
     images = random_images(2, *size)
-    output = network.predict(np.asarray(normalize(images, found.model.preprocess)), verbose=0)
+    output = network.predict(np.asarray(normalize(images, loaded.model.preprocess)), verbose=0)
     expected = output if pooling else output.mean((1, 2))
-    assert difference(run(found.model, found.variables, images).value, expected) <= TOLERANCE
+    assert difference(run(loaded.model, loaded.variables, images).value, expected) <= TOLERANCE
     if form == "keras":
-        assert max(layer.difference for layer in verify(found)) <= TOLERANCE
+        assert max(layer.difference for layer in verify(loaded)) <= TOLERANCE
 
 
-# --- what else there is to a backbone -----------------------------------------------------------
+# --- export, verification and errors ------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -137,23 +137,23 @@ def resnet18() -> Pretrained:
 
 
 @pytest.mark.parametrize("layout", ["torchvision", "huggingface", "tljax"])
-def test_a_backbone_comes_back_as_it_was_written(
+def test_an_exported_backbone_is_loaded_unchanged(
     resnet18: Pretrained, tmp_path: Path, layout: str
 ) -> None:
     path = tmp_path / ("folder" if layout == "huggingface" else "x.safetensors")
     export(path, resnet18, layout)
-    found = load_pretrained(path)
-    assert found.model == resnet18.model
-    assert found.card.classes == ()
-    assert_same_variables(found.variables, resnet18.variables)
+    loaded = load_pretrained(path)
+    assert loaded.model == resnet18.model
+    assert loaded.card.classes == ()
+    assert_same_variables(loaded.variables, resnet18.variables)
     if layout == "huggingface":
         assert type(AutoModel.from_pretrained(path)).__name__ == "ResNetModel"
-        assert max(layer.difference for layer in verify(found)) <= TOLERANCE
+        assert max(layer.difference for layer in verify(loaded)) <= TOLERANCE
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("after", ["block5", "fc1"])
-def test_a_network_cut_behind_a_stage_comes_back(tmp_path: Path, after: str) -> None:
+def test_a_network_cut_after_a_stage_is_loaded_unchanged(tmp_path: Path, after: str) -> None:
     whole = random_pretrained("vgg11")
     model, variables = replace_head(whole.model, whole.variables, 0, after=after)
     cut = Pretrained(model, variables, replace(whole.card, classes=()))
@@ -162,7 +162,7 @@ def test_a_network_cut_behind_a_stage_comes_back(tmp_path: Path, after: str) -> 
         assert load_pretrained(tmp_path / "x.safetensors").model == model
 
 
-def test_a_head_with_half_of_its_tensors_is_damage(tmp_path: Path) -> None:
+def test_a_head_with_a_missing_tensor_is_refused(tmp_path: Path) -> None:
     export(tmp_path / "x.safetensors", random_pretrained("resnet18"), "torchvision")
     arrays = dict(read_tensors(tmp_path / "x.safetensors").arrays)
     for lost in ("fc.bias", "fc.weight"):
@@ -173,7 +173,7 @@ def test_a_head_with_half_of_its_tensors_is_damage(tmp_path: Path) -> None:
             load_pretrained(tmp_path / "y.safetensors")
 
 
-def test_a_configuration_with_classes_contradicts_weights_without_a_head(
+def test_a_configuration_with_classes_for_a_backbone_is_refused(
     resnet18: Pretrained, tmp_path: Path
 ) -> None:
     export(tmp_path / "model.safetensors", resnet18, "timm")
@@ -185,10 +185,10 @@ def test_a_configuration_with_classes_contradicts_weights_without_a_head(
     assert load_pretrained(tmp_path).model.num_classes == 0
 
 
-def test_what_names_classes_says_that_there_are_none(resnet18: Pretrained) -> None:
-    with pytest.raises(RequestError, match="has no head, so it names no classes"):
+def test_functions_that_need_classes_refuse_a_backbone(resnet18: Pretrained) -> None:
+    with pytest.raises(RequestError, match="is a backbone without a head, so it has no classes"):
         resnet18.with_classes()
-    with pytest.raises(RequestError, match="has no head, so it names no classes"):
+    with pytest.raises(RequestError, match="is a backbone without a head, so it has no classes"):
         ideal_pictures(resnet18, ["zebra"])
 
 
@@ -204,13 +204,13 @@ def test_a_stablehlo_folder_of_a_backbone_returns_features(
     assert difference(loaded.call(images), expected) <= 1e-5
 
 
-# --- models of Keras whose backbone is a layer ----------------------------------------------------
+# --- Keras models that contain their backbone as a layer ------------------------------------------
 
 
-def transferred(
+def with_new_head(
     head: Callable[[Any], Any], name: str = "tf_mobilenetv2_035", **base_options: Any
 ) -> Any:
-    """A base model between augmentation and a head; the first half of it is frozen."""
+    """Build a half-frozen base model between augmentation and a head."""
     build, *_, weak, _, options = APPLICATIONS[name]
     base = build(
         input_shape=(64, 64, 3), weights=None, include_top=False, **options, **base_options
@@ -240,37 +240,37 @@ def averaged(*head: Any) -> Callable[[Any], Any]:
         pytest.param("keras_mobilenetv1_025", True, marks=pytest.mark.slow),
     ],
 )
-def test_a_base_model_that_is_a_layer_is_read(
+def test_a_base_model_inside_a_model_is_loaded(
     tmp_path: Path, name: str, bias: bool, form: str
 ) -> None:
-    network = transferred(averaged(layers.Dense(5, use_bias=bias)), name)
+    network = with_new_head(averaged(layers.Dense(5, use_bias=bias)), name)
     network.save(tmp_path / f"x.{form}")
-    found = load_pretrained(tmp_path / f"x.{form}")
-    assert (found.model.name, found.model.preprocess.size) == (name, 64)
+    loaded = load_pretrained(tmp_path / f"x.{form}")
+    assert (loaded.model.name, loaded.model.preprocess.size) == (name, 64)
     images = random_images(2, 64, 64)
     expected = network.predict(images.astype(np.float32), verbose=0)
-    assert difference(run(found.model, found.variables, images).logits, expected) <= TOLERANCE
-    save(tmp_path / "again.safetensors", found)
+    assert difference(run(loaded.model, loaded.variables, images).logits, expected) <= TOLERANCE
+    save(tmp_path / "again.safetensors", loaded)
     again = load_pretrained(tmp_path / "again.safetensors")
-    assert again.model == found.model
-    with pytest.raises(RequestError, match=r"is a model within it: verify|keras cannot load"):
-        verify(found)
+    assert again.model == loaded.model
+    with pytest.raises(RequestError, match=r"contains the model .*: verify|keras cannot load"):
+        verify(loaded)
 
 
 @pytest.mark.parametrize("form", ["keras", pytest.param("h5", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("head", "message"),
     [
-        (averaged(layers.Dense(16, "relu"), layers.Dense(5)), "is relu, where .* has its end"),
-        (averaged(layers.BatchNormalization(), layers.Dense(5)), "is BatchNormalization.*, where"),
-        (keras.Sequential([layers.Flatten(), layers.Dense(5)]), "is Dense, where"),
+        (averaged(layers.Dense(16, "relu"), layers.Dense(5)), "is relu, but .* ends before it"),
+        (averaged(layers.BatchNormalization(), layers.Dense(5)), "is BatchNormalization.*, but"),
+        (keras.Sequential([layers.Flatten(), layers.Dense(5)]), "is Dense, but"),
     ],
     ids=["two layers", "a norm", "flat"],
 )
-def test_a_head_that_is_not_linear_is_named(
+def test_a_head_that_is_not_linear_is_refused(
     tmp_path: Path, head: Callable[[Any], Any], message: str, form: str
 ) -> None:
-    transferred(head).save(tmp_path / f"x.{form}")
+    with_new_head(head).save(tmp_path / f"x.{form}")
     with pytest.raises(RequestError, match=message) as caught:
         load_pretrained(tmp_path / f"x.{form}")
     assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""The table of published weights: every row is one that the code can use."""
+"""Every row of the catalog is valid."""
 
 import csv
 import re
@@ -14,7 +14,7 @@ def rows() -> list[dict[str, str]]:
     return list(csv.DictReader(text.splitlines()))
 
 
-def test_every_row_names_what_exists():
+def test_every_row_has_valid_values():
     for row in rows():
         assert row["model"] in MODELS
         assert row["interpolation"] in ("bilinear", "bicubic")
@@ -25,25 +25,25 @@ def test_every_row_names_what_exists():
         assert 40 < float(row["top1"]) < 90
 
 
-def test_no_two_rows_have_one_name_in_any_case():
+def test_names_are_unique_regardless_of_case():
     names = [row["name"].lower() for row in rows()]
     assert len(set(names)) == len(names) == len(CATALOG)
 
 
-def test_a_hash_in_the_name_of_a_file_is_the_published_one():
+def test_digests_agree_with_the_hashes_in_file_names():
     for entry in CATALOG.values():
-        named = re.search(r"-([0-9a-f]{8,9})\.pth$", entry.source)
-        if named:
-            assert entry.digest.startswith(f"sha256:{named[1]}"), entry.source
+        match = re.search(r"-([0-9a-f]{8,9})\.pth$", entry.source)
+        if match:
+            assert entry.digest.startswith(f"sha256:{match[1]}"), entry.source
 
 
-def test_weights_of_timm_expect_what_their_network_expects_by_default():
-    """But for its ResNets, which it tests at sizes of their own."""
-    found = [
+def test_weights_of_timm_use_the_default_preprocessing_of_their_network():
+    """Except for the ResNets, which timm tests at other sizes."""
+    entries = [
         entry
         for entry in CATALOG.values()
         if "/v0.1-weights/" in entry.source and not entry.model.startswith("resnet")
     ]
-    assert len(found) == 15
-    for entry in found:
+    assert len(entries) == 15
+    for entry in entries:
         assert entry.preprocess == build_model(entry.model).preprocess

@@ -1,4 +1,4 @@
-"""What files beside the weights say: followed, or refused in one line."""
+"""Configuration files beside the weights: read, written, or refused in one line."""
 
 import json
 import re
@@ -44,11 +44,11 @@ def exported(resnet18: Pretrained, tmp_path_factory: pytest.TempPathFactory) -> 
     return folder
 
 
-def described(folder: Path, pretrained: Pretrained) -> Any:
+def read_description(folder: Path, pretrained: Pretrained) -> Any:
     return read_configs(folder, pretrained.model)
 
 
-def refusal(folder: Path, pretrained: Pretrained) -> str:
+def error_of(folder: Path, pretrained: Pretrained) -> str:
     with pytest.raises(RequestError) as caught:
         read_configs(folder, pretrained.model)
     message = str(caught.value)
@@ -102,13 +102,13 @@ TIMM = {
         (BIT | {"image_processor_type": "CLIPImageProcessorFast"}, (200, 224, "bicubic")),
     ],
 )
-def test_preprocessor_config(
+def test_preprocessing_is_read(
     resnet18: Pretrained, tmp_path: Path, processor: dict[str, Any], expected: tuple[Any, ...]
 ) -> None:
-    assert described(tmp_path, resnet18).preprocess is None
+    assert read_description(tmp_path, resnet18).preprocess is None
     write(tmp_path / "preprocessor_config.json", **processor)
     preprocess = Preprocess(*expected, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
-    assert described(tmp_path, resnet18).preprocess == preprocess
+    assert read_description(tmp_path, resnet18).preprocess == preprocess
 
 
 @pytest.mark.parametrize("shape", [(300, 375), (375, 300), (100, 150), (224, 224)])
@@ -129,17 +129,19 @@ def test_pixels_are_those_of_transformers(
     resample: int,
     shape: tuple[int, int],
 ) -> None:
-    """For crops that leave out an even number of pixels; odd ones are rounded another way."""
+    """For crops that remove an even number of pixels; odd numbers are rounded differently."""
     values = values | {"resample": resample}
-    preprocess = described(write(tmp_path / "preprocessor_config.json", **values), resnet18)[1]
+    preprocess = read_description(write(tmp_path / "preprocessor_config.json", **values), resnet18)[
+        1
+    ]
     image = random_images(*shape)
-    theirs = processor.from_dict(values)(Image.fromarray(image), return_tensors="np")
-    ours = normalize(decode(image, preprocess)[None], preprocess)
-    expected = theirs["pixel_values"].transpose(0, 2, 3, 1)
-    np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5)
+    outputs = processor.from_dict(values)(Image.fromarray(image), return_tensors="np")
+    pixels = normalize(decode(image, preprocess)[None], preprocess)
+    expected = outputs["pixel_values"].transpose(0, 2, 3, 1)
+    np.testing.assert_allclose(pixels, expected, rtol=0, atol=1e-5)
 
 
-def test_squashing_is_refused_since_transformers_does_squash(
+def test_sizes_at_which_transformers_changes_the_aspect_ratio_are_refused(
     resnet18: Pretrained, tmp_path: Path
 ) -> None:
     values = CONVNEXT | {
@@ -148,15 +150,15 @@ def test_squashing_is_refused_since_transformers_does_squash(
         "image_std": [1] * 3,
     }
     image = Image.fromarray(random_images(300, 500))
-    theirs = ConvNextImageProcessorPil.from_dict(values)(image, return_tensors="np")
+    outputs = ConvNextImageProcessorPil.from_dict(values)(image, return_tensors="np")
     squashed = np.asarray(image.resize((384, 384), Image.Resampling.BICUBIC)) / 255
-    pixels = theirs["pixel_values"][0].transpose(1, 2, 0)
+    pixels = outputs["pixel_values"][0].transpose(1, 2, 0)
     np.testing.assert_allclose(pixels, squashed, rtol=0, atol=1e-5)
     folder = write(tmp_path / "preprocessor_config.json", **values)
-    assert refusal(folder, resnet18) == (
-        "preprocessor_config.json: from 384 px on this image processor squashes photographs into "
-        "a square, which tljax does not do; choose a smaller size, or give the weight file by "
-        "itself: it gets the usual preprocessing of its architecture"
+    assert error_of(folder, resnet18) == (
+        "preprocessor_config.json: from 384 px on this image processor ignores the aspect ratio, "
+        "which tljax does not support; choose a smaller size, or load the weight file alone, with "
+        "the default preprocessing of its architecture"
     )
 
 
@@ -176,18 +178,18 @@ def test_exported_preprocessing_is_read_back(
 
 
 @pytest.mark.parametrize("preprocess", [Preprocess(), Preprocess(400, 448, "bicubic")])
-def test_transformers_follows_exported_preprocessing(
+def test_transformers_applies_exported_preprocessing(
     resnet18: Pretrained, tmp_path: Path, preprocess: Preprocess
 ) -> None:
     write_configs(tmp_path, replace(resnet18.model, preprocess=preprocess), resnet18.card.classes)
     image = random_images(300, 375)
     processor = BitImageProcessorPil.from_pretrained(tmp_path)
-    theirs = processor(Image.fromarray(image), return_tensors="np")["pixel_values"]
-    ours = normalize(decode(image, preprocess)[None], preprocess)
-    np.testing.assert_allclose(ours, theirs.transpose(0, 2, 3, 1), rtol=0, atol=1e-5)
+    expected = processor(Image.fromarray(image), return_tensors="np")["pixel_values"]
+    pixels = normalize(decode(image, preprocess)[None], preprocess)
+    np.testing.assert_allclose(pixels, expected.transpose(0, 2, 3, 1), rtol=0, atol=1e-5)
 
 
-def test_timm_folder(resnet18: Pretrained, tmp_path: Path) -> None:
+def test_a_folder_of_timm_is_loaded(resnet18: Pretrained, tmp_path: Path) -> None:
     export(tmp_path / "model.safetensors", resnet18, "timm")
     names = [f"kind {i}" for i in range(7)]
     write(tmp_path / "config.json", architecture="resnet18", pretrained_cfg=TIMM, label_names=names)
@@ -198,8 +200,8 @@ def test_timm_folder(resnet18: Pretrained, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("version", ["v1", "v2"])
-def test_mobilenet_folder_as_google_publishes_it(version: str, tmp_path: Path) -> None:
-    """With 1,001 classes, of which the first is the background, and transformers' older names."""
+def test_a_folder_of_googles_mobilenet_is_loaded(version: str, tmp_path: Path) -> None:
+    """It has 1,001 classes, the first for the background, and transformers' former names."""
     name = {"v1": "tf_mobilenetv1_025", "v2": "tf_mobilenetv2_035"}[version]
     pretrained = random_pretrained(name, 1001)
     export(tmp_path, pretrained, "huggingface")
@@ -210,15 +212,15 @@ def test_mobilenet_folder_as_google_publishes_it(version: str, tmp_path: Path) -
     half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     crop = {"crop_size": {"height": 192, "width": 192}, "size": {"shortest_edge": 220}}
     kind = f"MobileNet{version.upper()}FeatureExtractor"
-    for said in ({"feature_extractor_type": kind, "resample": 2}, {}):
-        write(tmp_path / "preprocessor_config.json", **half, **crop, **said)
-        found = load_pretrained(tmp_path)
+    for processor in ({"feature_extractor_type": kind, "resample": 2}, {}):
+        write(tmp_path / "preprocessor_config.json", **half, **crop, **processor)
+        loaded = load_pretrained(tmp_path)
         expected = Preprocess(192, 220, "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-        assert (found.model.name, found.model.preprocess) == (name, expected)
-        assert found.card.classes == ("background", *imagenet_classes())
+        assert (loaded.model.name, loaded.model.preprocess) == (name, expected)
+        assert loaded.card.classes == ("background", *imagenet_classes())
 
 
-def test_timm_says_which_of_two_networks_with_the_same_tensors_it_is(tmp_path: Path) -> None:
+def test_timm_configs_distinguish_networks_with_the_same_tensors(tmp_path: Path) -> None:
     name = "tf_mobilenetv3_small_075"
     pretrained = random_pretrained(name)
     path = tmp_path / "model.safetensors"
@@ -226,52 +228,57 @@ def test_timm_says_which_of_two_networks_with_the_same_tensors_it_is(tmp_path: P
     with pytest.raises(RequestError) as caught:
         load_pretrained(path)
     assert str(caught.value) == (
-        f"{path} has the tensors of mobilenetv3_small_075 and of {name}, which compute different "
-        f"things; say which it is: --model mobilenetv3_small_075 or --model {name} (model= in "
-        "Python)"
+        f"{path} fits mobilenetv3_small_075 and {name}, which have the same tensors; choose one: "
+        f"--model mobilenetv3_small_075 or --model {name} (model= in Python)"
     )
     for either in ("mobilenetv3_small_075", name):
-        found = load_pretrained(path, model=either)
-        assert (found.model.name, found.card.notes) == (either, ())
+        loaded = load_pretrained(path, model=either)
+        assert (loaded.model.name, loaded.card.notes) == (either, ())
     write(tmp_path / "config.json", architecture=name)
     assert load_pretrained(tmp_path).model.name == name
-    with pytest.raises(RequestError, match=f"architecture is '{name}'; tljax builds only"):
+    with pytest.raises(RequestError, match=f"architecture is '{name}'; tljax supports only"):
         load_pretrained(tmp_path, model="mobilenetv3_small_075")
 
 
-def test_timm_says_that_it_is_ours_under_another_name(tmp_path: Path) -> None:
-    """No note then: a bare file may be the network that pads as torch does."""
+def test_timm_configs_avoid_the_note_on_networks_with_the_same_tensors(tmp_path: Path) -> None:
+    """A file alone may hold the network that pads like torch."""
     export(tmp_path / "model.safetensors", random_pretrained("efficientnet_lite0"), "timm")
     assert "fit timm's efficientnet_lite0" in load_pretrained(tmp_path).card.notes[0]
     write(tmp_path / "config.json", architecture="tf_efficientnet_lite0")
     assert load_pretrained(tmp_path).card.notes == ()
 
 
-def test_timm_s_first_configs_have_everything_at_the_top(
-    resnet18: Pretrained, tmp_path: Path
-) -> None:
-    found = described(write(tmp_path / "config.json", architecture="resnet18", **TIMM), resnet18)
-    assert found.preprocess == Preprocess(288, 303, "bicubic", (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
-    assert found.licence == "apache-2.0"
+def test_early_configs_of_timm_are_read(resnet18: Pretrained, tmp_path: Path) -> None:
+    folder = write(tmp_path / "config.json", architecture="resnet18", **TIMM)
+    description = read_description(folder, resnet18)
+    assert description.preprocess == Preprocess(
+        288, 303, "bicubic", (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+    )
+    assert description.licence == "apache-2.0"
 
 
 # --- classes -------------------------------------------------------------------------------------
 
 
-def test_names_of_classes(resnet18: Pretrained, exported: Path, tmp_path: Path) -> None:
+def test_class_names_are_read(resnet18: Pretrained, exported: Path, tmp_path: Path) -> None:
     assert load_pretrained(exported).card.classes == resnet18.card.classes
     names = [f"species {i}" for i in range(7)]
     by_index = {str(i): name for i, name in enumerate(names)}
-    for said in ({"id2label": by_index}, {"label_names": names}):
-        assert described(write(tmp_path / "config.json", **said), resnet18).classes == tuple(names)
-    for said, count in (({}, 0), ({"id2label": {"0": "one"}}, 1), ({"label_names": names[:2]}, 2)):
-        found = described(write(tmp_path / "config.json", **said), resnet18)
-        assert found.classes == tuple(f"class {i}" for i in range(7))
-        note = f"its names are of {count} classes, and the head has 7 outputs"
-        assert found.notes == ((f"{tmp_path / 'config.json'}: {note}",) if count else ())
+    for config in ({"id2label": by_index}, {"label_names": names}):
+        folder = write(tmp_path / "config.json", **config)
+        assert read_description(folder, resnet18).classes == tuple(names)
+    for config, count in (
+        ({}, 0),
+        ({"id2label": {"0": "one"}}, 1),
+        ({"label_names": names[:2]}, 2),
+    ):
+        description = read_description(write(tmp_path / "config.json", **config), resnet18)
+        assert description.classes == tuple(f"class {i}" for i in range(7))
+        note = f"it names {count} classes, but the head has 7 outputs"
+        assert description.notes == ((f"{tmp_path / 'config.json'}: {note}",) if count else ())
 
 
-def test_names_that_are_not_used_are_a_note(
+def test_a_note_mentions_class_names_that_do_not_match_the_head(
     resnet18: Pretrained, exported: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(exported, tmp_path, dirs_exist_ok=True)
@@ -280,11 +287,11 @@ def test_names_that_are_not_used_are_a_note(
     card = load_pretrained(write(tmp_path / "config.json", **config)).card
     assert card.classes[3] == "class 3"
     assert [note.partition(": ")[2] for note in card.notes] == [
-        "its names are of 6 classes, and the head has 7 outputs"
+        "it names 6 classes, but the head has 7 outputs"
     ]
 
 
-# --- what cannot be followed ---------------------------------------------------------------------
+# --- invalid and unsupported files ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json"])
@@ -301,11 +308,11 @@ def test_names_that_are_not_used_are_a_note(
         (b"null", "is JSON, but not an object"),
     ],
 )
-def test_files_that_are_no_json(
+def test_files_that_are_not_json_are_refused(
     resnet18: Pretrained, tmp_path: Path, file: str, data: bytes, message: str
 ) -> None:
     (tmp_path / file).write_bytes(data)
-    assert refusal(tmp_path, resnet18).startswith(f"{file}: {message}")
+    assert error_of(tmp_path, resnet18).startswith(f"{file}: {message}")
 
 
 def changed(values: dict[str, Any], **changes: object) -> dict[str, Any]:
@@ -355,33 +362,33 @@ def changed(values: dict[str, Any], **changes: object) -> dict[str, Any]:
         (changed(BIT, crop_size=225), "crop_size 225 is more than size 224"),
     ],
 )
-def test_preprocessor_configs_that_cannot_be_followed(
+def test_invalid_preprocessor_configs_are_refused(
     resnet18: Pretrained, tmp_path: Path, values: dict[str, Any], message: str
 ) -> None:
     folder = write(tmp_path / "preprocessor_config.json", **values)
-    found = refusal(folder, resnet18)
-    assert found.startswith(f"preprocessor_config.json: {message}")
-    assert "or give the weight file by itself" in found
+    error = error_of(folder, resnet18)
+    assert error.startswith(f"preprocessor_config.json: {message}")
+    assert "or load the weight file alone" in error
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"id2label": ["a"] * 7}, "id2label is ['a', 'a', 'a', 'a', 'a', 'a', ...] and should be"),
-        ({"id2label": dict.fromkeys("abcdefg", "x")}, "class 0 of 7 has no name but None"),
-        ({"id2label": {str(i): i for i in range(7)}}, "class 0 of 7 has no name but 0"),
-        ({"id2label": {str(i): ["x"] for i in range(7)}}, "class 0 of 7 has no name but ['x']"),
+        ({"id2label": dict.fromkeys("abcdefg", "x")}, "the name of class 0 is None"),
+        ({"id2label": {str(i): i for i in range(7)}}, "the name of class 0 is 0"),
+        ({"id2label": {str(i): ["x"] for i in range(7)}}, "the name of class 0 is ['x']"),
         ({"label_names": "abcdefg"}, "label_names is 'abcdefg' and should be a list"),
-        ({"label_names": [None] * 7}, "class 0 of 7 has no name but None"),
+        ({"label_names": [None] * 7}, "the name of class 0 is None"),
         ({"num_classes": 5}, "num_classes is 5, but the head has 7 outputs"),
         ({"num_labels": 1}, "num_labels is 1, but the head has 7 outputs"),
         ({"model_args": {"num_classes": 5}}, "model_args: num_classes is 5, but the head has"),
         (
             {"problem_type": "multi_label_classification"},
-            "problem_type is 'multi_label_classification' with 7 outputs; tljax takes them for",
+            "problem_type is 'multi_label_classification' with 7 outputs; tljax expects single",
         ),
         ({"problem_type": "regression"}, "problem_type is 'regression' with 7 outputs"),
-        ({"license": ["mit"]}, "license is ['mit'] and should be a text"),
+        ({"license": ["mit"]}, "license is ['mit'] and should be a string"),
         ({"pretrained_cfg": "x"}, "pretrained_cfg is 'x' and should be an object"),
         *(
             ({"pretrained_cfg": TIMM | changes}, f"pretrained_cfg: {message}")
@@ -398,21 +405,21 @@ def test_preprocessor_configs_that_cannot_be_followed(
                 ({"interpolation": ["bicubic"]}, "interpolation is ['bicubic'] and"),
                 ({"mean": [0.5]}, "mean is [0.5] and should be 3 numbers"),
                 ({"std": [1, 1, -1]}, "std is [1, 1, -1] and should be 3 numbers above 0"),
-                ({"license": 7}, "license is 7 and should be a text"),
+                ({"license": 7}, "license is 7 and should be a string"),
             ]
         ),
     ],
 )
-def test_configs_that_cannot_be_followed(
+def test_invalid_configs_are_refused(
     resnet18: Pretrained, tmp_path: Path, values: dict[str, Any], message: str
 ) -> None:
-    found = refusal(write(tmp_path / "config.json", **values), resnet18)
-    assert found.startswith(f"config.json: {message}")
-    assert "or give the weight file by itself" in found
+    error = error_of(write(tmp_path / "config.json", **values), resnet18)
+    assert error.startswith(f"config.json: {message}")
+    assert "or load the weight file alone" in error
 
 
 @pytest.mark.parametrize(
-    ("name", "key", "own", "other"),
+    ("name", "key", "supported", "other"),
     [
         ("resnet18", "downsample_in_bottleneck", False, True),
         ("resnet18", "downsample_in_first_stage", False, True),
@@ -431,31 +438,31 @@ def test_configs_that_cannot_be_followed(
         ("resnetv2_50x1_bit", "width_factor", 1, 2),
         ("tf_mobilenetv2_035", "hidden_act", "relu6", None),
         ("tf_mobilenetv2_035", "finegrained_output", True, False),
-        ("resnet18", "auto_map", None, "own.Network"),
+        ("resnet18", "auto_map", None, "custom.Network"),
     ],
 )
-def test_the_same_tensors_in_another_network_are_refused(
-    tmp_path: Path, name: str, key: str, own: object, other: object
+def test_other_networks_with_the_same_tensors_are_refused(
+    tmp_path: Path, name: str, key: str, supported: object, other: object
 ) -> None:
     pretrained = random_pretrained(name)
-    described(write(tmp_path / "config.json", **{key: own}), pretrained)
-    found = refusal(write(tmp_path / "config.json", **{key: other}), pretrained)
-    assert found == (
+    read_description(write(tmp_path / "config.json", **{key: supported}), pretrained)
+    error = error_of(write(tmp_path / "config.json", **{key: other}), pretrained)
+    assert error == (
         f"config.json: the tensors are those of {name}, but {key} is {other!r}; "
-        f"tljax builds only the network where it is {own!r}"
+        f"tljax supports only {supported!r}"
     )
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"model_args": {"act_layer": "silu"}}, "model_args: act_layer is 'silu'; tljax builds"),
-        ({"model_args": {"act_layer": None}}, "model_args: act_layer is None; tljax builds"),
-        ({"model_args": {"output_stride": 16}}, "output_stride is 16; tljax builds only the"),
-        ({"model_args": {"in_chans": 1}}, "in_chans is 1; tljax builds only the network where"),
+        ({"model_args": {"act_layer": "silu"}}, "model_args: act_layer is 'silu'; tljax supports"),
+        ({"model_args": {"act_layer": None}}, "model_args: act_layer is None; tljax supports"),
+        ({"model_args": {"output_stride": 16}}, "output_stride is 16; tljax supports only 32; "),
+        ({"model_args": {"in_chans": 1}}, "in_chans is 1; tljax supports only 3; remove it if"),
         ({"model_args": {"aa_layer": "blur"}}, "aa_layer is 'blur'; "),
         ({"model_args": {"norm_layer": "groupnorm"}}, "norm_layer is 'groupnorm'; "),
-        ({"model_args": {"stem_type": "deep"}}, "only the network that timm builds without it"),
+        ({"model_args": {"stem_type": "deep"}}, "tljax supports only networks built without it"),
         ({"model_args": {"block_args": {"attn_layer": "se"}}}, "block_args is {'attn_layer': "),
         ({"model_args": {"global_pool": "catavgmax"}}, "model_args: global_pool is 'catavgmax'; "),
         ({"global_pool": "max"}, "config.json: global_pool is 'max'; "),
@@ -463,17 +470,17 @@ def test_the_same_tensors_in_another_network_are_refused(
         ({"model_args": ["x"]}, "model_args is ['x'] and should be an object"),
     ],
 )  # fmt: skip
-def test_what_timm_was_asked_to_change_is_refused(
+def test_unsupported_arguments_of_timm_are_refused(
     tmp_path: Path, values: dict[str, Any], message: str
 ) -> None:
-    """Before the tensors are looked at."""
+    """The check comes before the tensors are read."""
     write(tmp_path / "config.json", **values)
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(RequestError, match=re.escape(message)):
         load_pretrained(tmp_path)
 
 
-def test_arguments_of_timm_that_change_no_answer_are_taken(
+def test_arguments_of_timm_without_effect_are_accepted(
     resnet18: Pretrained, tmp_path: Path
 ) -> None:
     export(tmp_path / "model.safetensors", resnet18, "timm")
@@ -485,7 +492,7 @@ def test_arguments_of_timm_that_change_no_answer_are_taken(
 
 
 @pytest.mark.parametrize(
-    ("architecture", "own", "other"),
+    ("architecture", "supported", "other"),
     [
         ("mobilenetv2_050", {"act_layer": "relu6", "bn_eps": 1e-5, "pad_type": ""}, "silu"),
         ("mobilenetv3_small_075", {"act_layer": "hard_swish", "fix_stem_head": False}, "relu6"),
@@ -493,19 +500,19 @@ def test_arguments_of_timm_that_change_no_answer_are_taken(
         ("resnet18", {"act_layer": "relu", "global_pool": None}, "relu6"),
     ],
 )
-def test_arguments_of_timm_that_repeat_the_default(
-    tmp_path: Path, architecture: str, own: dict[str, Any], other: str
+def test_default_arguments_of_timm_are_accepted(
+    tmp_path: Path, architecture: str, supported: dict[str, Any], other: str
 ) -> None:
-    said = {"architecture": architecture, "global_pool": None}
-    assert read_architecture(write(tmp_path / "config.json", **said, model_args=own))
+    config = {"architecture": architecture, "global_pool": None}
+    assert read_architecture(write(tmp_path / "config.json", **config, model_args=supported))
     different = {"act_layer": other, "bn_eps": 1e-2, "pad_type": "valid", "fix_stem_head": True}
     for key, value in different.items():
-        write(tmp_path / "config.json", **said, model_args={**own, key: value})
+        write(tmp_path / "config.json", **config, model_args={**supported, key: value})
         with pytest.raises(RequestError, match=f"model_args: {key} is "):
             read_architecture(tmp_path)
 
 
-def test_one_output_is_two_classes_unless_it_is_a_regression(tmp_path: Path) -> None:
+def test_one_output_becomes_two_classes_unless_it_is_a_regression(tmp_path: Path) -> None:
     network = torch_resnet("resnet18", num_classes=1).eval()
     network.config.id2label = {0: "cat"}
     network.config.problem_type = "multi_label_classification"
@@ -518,9 +525,7 @@ def test_one_output_is_two_classes_unless_it_is_a_regression(tmp_path: Path) -> 
         run(model, variables, images).logits, np.insert(logit, 0, 0, axis=1), rtol=0, atol=1e-4
     )
     assert card.classes == ("not cat", "cat")
-    assert card.notes == (
-        f"{tmp_path}: its one output is taken for the logit of 'cat', by a sigmoid",
-    )
+    assert card.notes == (f"{tmp_path}: its single output is read as the sigmoid logit of 'cat'",)
     for problem in (None, "regression", "single_label_classification"):
         network.config.problem_type = problem
         network.save_pretrained(tmp_path)
@@ -528,6 +533,8 @@ def test_one_output_is_two_classes_unless_it_is_a_regression(tmp_path: Path) -> 
             load_pretrained(tmp_path)
 
 
-def test_a_folder_of_our_own_file_needs_no_config(resnet18: Pretrained, tmp_path: Path) -> None:
+def test_a_folder_with_a_file_of_tljax_needs_no_config(
+    resnet18: Pretrained, tmp_path: Path
+) -> None:
     export(tmp_path / "model.safetensors", resnet18, "tljax")
     assert load_pretrained(tmp_path).card == replace(resnet18.card, layout="tljax")

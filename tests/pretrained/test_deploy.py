@@ -1,4 +1,4 @@
-"""Deployment: the exported network says the same, without tljax."""
+"""Exported networks return the same logits, without tljax."""
 
 import json
 import subprocess
@@ -48,9 +48,9 @@ class Hidden(nn.Module):
         return nn.Dense(3)(nn.relu(nn.Dense(5)(x)))
 
 
-def test_any_head_is_exported_as_stablehlo(tmp_path: Path):
+def test_a_user_defined_head_is_exported_as_stablehlo(tmp_path: Path):
     stages = (*tiny.MODEL.stages[:-1], Stage("answer", Hidden(), "vector"))
-    model = Model("mine", stages, Preprocess(16, 20))
+    model = Model("custom", stages, Preprocess(16, 20))
     network = pretrained()._replace(model=model, variables=random_variables(model))
     export_stablehlo(tmp_path, network, batch=2, platforms=["cpu"])
     assert (tmp_path / "predict.py").exists()
@@ -78,28 +78,28 @@ def test_stablehlo_returns_the_same_logits(tmp_path: Path, name: str, batches: t
         np.testing.assert_allclose(exported.call(pixels), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_fixed_batch_is_the_only_one(tmp_path: Path):
+def test_a_fixed_batch_size_accepts_no_other(tmp_path: Path):
     export_stablehlo(tmp_path, pretrained(), batch=2, platforms=("cpu",))
     assert call(tmp_path, images(2, 16)).shape == (2, 3)
     with pytest.raises(ValueError, match="shape"):
         call(tmp_path, images(3, 16))
 
 
-def test_a_platform_that_jax_does_not_know(tmp_path: Path):
+def test_an_unknown_platform_is_refused(tmp_path: Path):
     with pytest.raises(RequestError, match="cannot export for abacus; the platforms are cpu"):
         export_stablehlo(tmp_path, pretrained(), platforms=("abacus",))
     assert not list(tmp_path.iterdir())
 
 
-# What a place without tljax is: importing it fails.
-ALONE = (
+# Runs a script in a process where importing tljax or flax fails.
+WITHOUT_TLJAX = (
     "import runpy, sys; sys.modules['tljax'] = sys.modules['flax'] = None;"
     "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0])"
 )
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-def test_the_folder_predicts_without_tljax(tmp_path: Path, interpolation: str):
+def test_the_exported_script_predicts_without_tljax(tmp_path: Path, interpolation: str):
     network = pretrained(interpolation=interpolation, channel_order="bgr")
     export_stablehlo(tmp_path / "deployed", network)
     rng = np.random.default_rng(1)
@@ -107,7 +107,7 @@ def test_the_folder_predicts_without_tljax(tmp_path: Path, interpolation: str):
     for i, (height, width) in enumerate([(37, 61), (50, 33)]):
         image = Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))
         exif = Image.Exif()
-        exif[ExifTags.Base.Orientation] = 6 if i else 1  # the second lies on its side
+        exif[ExifTags.Base.Orientation] = 6 if i else 1  # the second is rotated
         paths.append(tmp_path / f"{i}.png")
         image.save(paths[-1], exif=exif)
         pixels = decode(paths[-1].read_bytes(), network.model.preprocess)
@@ -115,7 +115,7 @@ def test_the_folder_predicts_without_tljax(tmp_path: Path, interpolation: str):
         expected.append(np.asarray(jax.nn.softmax(logits)))
 
     done = subprocess.run(
-        [sys.executable, "-c", ALONE, tmp_path / "deployed" / "predict.py", *paths],
+        [sys.executable, "-c", WITHOUT_TLJAX, tmp_path / "deployed" / "predict.py", *paths],
         capture_output=True,
         text=True,
         cwd=tmp_path,
@@ -125,15 +125,15 @@ def test_the_folder_predicts_without_tljax(tmp_path: Path, interpolation: str):
     lines = done.stdout.splitlines()
     assert len(lines) == 2 * (1 + len(CLASSES))
     for path, probabilities in zip(paths, expected, strict=True):
-        found, *guesses = [lines.pop(0) for _ in range(1 + len(CLASSES))]
-        assert found == str(path)
+        first, *guesses = [lines.pop(0) for _ in range(1 + len(CLASSES))]
+        assert first == str(path)
         order = np.argsort(-probabilities)
         assert [guess[9:] for guess in guesses] == [CLASSES[i] for i in order]
         shown = [float(guess.split()[0]) for guess in guesses]
         np.testing.assert_allclose(shown, probabilities[order], atol=6e-4)
 
 
-def test_the_description_is_complete(tmp_path: Path):
+def test_the_exported_description_is_complete(tmp_path: Path):
     export_stablehlo(tmp_path, pretrained())
     assert json.loads((tmp_path / "model.json").read_text("utf-8")) == {
         "model": "tiny",
@@ -144,15 +144,15 @@ def test_the_description_is_complete(tmp_path: Path):
     }
 
 
-# ONNX. The graph is rewritten before jax2onnx sees it; that much can be tested without it.
+# ONNX: the rewriting of the graph can be tested without jax2onnx.
 
 
 @pytest.mark.parametrize("name", ["resnet18", "efficientnet_lite0"])
 @pytest.mark.slow
-def test_the_rewritten_network_is_the_same_function(name: str):
+def test_the_rewritten_network_returns_the_same_logits(name: str):
     network = random_pretrained(name).with_size(64)
     function = deploy_module._logits(network)
-    rewritten = jax.jit(deploy_module._in_plain_operations(function))
+    rewritten = jax.jit(deploy_module._with_plain_operations(function))
     pixels = images(2, 64)
     used = str(jax.make_jaxpr(rewritten)(pixels))
     assert "reduce_window_max" not in used
@@ -162,16 +162,17 @@ def test_the_rewritten_network_is_the_same_function(name: str):
 
 @pytest.mark.parametrize(("k", "stride", "padding"), [(3, 2, 1), (2, 2, 0), (3, 1, "SAME")])
 def test_the_rewritten_pooling_is_exact(k: int, stride: int, padding: Any):
-    x = -np.random.default_rng(0).random((2, 11, 14, 3), np.float32)  # padding must not win
+    # All values are negative, so that padding with zeros would show.
+    x = -np.random.default_rng(0).random((2, 11, 14, 3), np.float32)
 
     def pool(x):
         return max_pool(x, k, stride=stride, padding=padding)
 
-    rewritten = deploy_module._in_plain_operations(pool)
+    rewritten = deploy_module._with_plain_operations(pool)
     np.testing.assert_array_equal(rewritten(x), pool(x), strict=True)
 
 
-def test_onnx_without_its_packages_says_what_to_install(
+def test_onnx_without_its_packages_is_refused_with_an_install_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setitem(sys.modules, "jax2onnx", None)
@@ -179,7 +180,7 @@ def test_onnx_without_its_packages_says_what_to_install(
         export_onnx(tmp_path / "model.onnx", pretrained())
 
 
-@pytest.mark.filterwarnings("default")  # those of other people's packages
+@pytest.mark.filterwarnings("default")  # jax2onnx and its dependencies warn
 @pytest.mark.parametrize("name", ["tiny", "resnet18", "efficientnet_lite0"])
 def test_onnx_runtime_returns_the_same_logits(tmp_path: Path, name: str):
     pytest.importorskip("jax2onnx", reason="needs tljax[onnx]")
@@ -193,15 +194,15 @@ def test_onnx_runtime_returns_the_same_logits(tmp_path: Path, name: str):
     for batch in (1, 3):
         pixels = images(batch, network.model.preprocess.size)
         expected = np.asarray(jax.jit(deploy_module._logits(network))(pixels))
-        found = session.run(["logits"], {"images": pixels})[0]
-        np.testing.assert_allclose(found, expected, atol=1e-4 * max(1, np.abs(expected).max()))
+        logits = session.run(["logits"], {"images": pixels})[0]
+        np.testing.assert_allclose(logits, expected, atol=1e-4 * max(1, np.abs(expected).max()))
 
 
 @pytest.mark.filterwarnings("default")
 def test_a_wrong_onnx_file_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("jax2onnx", reason="needs tljax[onnx]")
     monkeypatch.setattr(
-        deploy_module, "_in_plain_operations", lambda f: lambda x: f(x) + np.float32(0.01)
+        deploy_module, "_with_plain_operations", lambda f: lambda x: f(x) + np.float32(0.01)
     )
     with pytest.raises(VerificationError, match=r"differ from JAX's by 0\.01"):
         export_onnx(tmp_path / "model.onnx", pretrained())

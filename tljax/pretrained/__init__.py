@@ -1,4 +1,4 @@
-"""Foreign weights in, foreign weights out."""
+"""Pretrained weights: load, verify, save and export them."""
 
 from tljax.pretrained.catalog import CATALOG as CATALOG
 from tljax.pretrained.catalog import imagenet_classes as imagenet_classes

@@ -1,8 +1,9 @@
-"""Networks for places without tljax: a StableHLO folder that needs only JAX, and ONNX files."""
+"""Export of networks as StableHLO, which runs with JAX alone, and as ONNX."""
 
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import reduce
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export as jax_export
 from jax.extend.core import Jaxpr, Literal
+from jaxtyping import Float, UInt8
 
 from tljax.models import apply
 from tljax.models.convolution import backend
 from tljax.pretrained.load import Pretrained
 from tljax.runtime.errors import RequestError, VerificationError
 from tljax.runtime.files import written_whole
+from tljax.runtime.types import Array
+
+_Network = Callable[[UInt8[Array, "batch size size 3"]], Float[jax.Array, "batch outputs"]]
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+"""Platforms that a StableHLO file can be exported for."""
 
 
 def export_stablehlo(
@@ -29,28 +35,27 @@ def export_stablehlo(
     batch: int | None = None,
     platforms: Sequence[str] = PLATFORMS,
 ) -> None:
-    """Writes a network, its parameters inside, so that a process with JAX alone can run it.
+    """Write a network with its parameters as StableHLO, to run with JAX alone.
 
-    The folder holds ``model.stablehlo``, serialised by `jax.export`, which takes images
-    ``[batch, size, size, 3]`` uint8 RGB and returns logits ``[batch, classes]`` float32;
-    ``model.json`` with the classes and how a photograph is cut to those images; and ``predict.py``,
-    which names what is on photographs with JAX, flatbuffers (for `jax.export`), numpy and Pillow.
-    A backbone returns its features instead, and has no ``predict.py``.
+    The folder holds ``model.stablehlo``, serialized by `jax.export`: a function from images
+    ``[batch, size, size, 3]`` uint8 RGB to logits ``[batch, classes]`` float32; ``model.json`` with
+    the class names and the preprocessing; and ``predict.py``, which classifies image files with
+    JAX, flatbuffers (for `jax.export`), NumPy and Pillow. The function of a backbone returns
+    features ``[batch, features]`` instead, and its folder has no ``predict.py``.
 
-    JAX reads such a file for at least six months of later versions
+    JAX versions of at least the following six months can read the file
     (https://docs.jax.dev/en/latest/export/export.html#compatibility-guarantees).
 
     Args:
-        folder: is made if need be; files in it of these names are replaced.
-        pretrained: what to export.
-        batch: the number of images in every call; None leaves it to the caller.
-        platforms: where the file will run; some of `PLATFORMS`.
+        folder: Output folder; created if missing. Existing files of these names are replaced.
+        pretrained: The network to export.
+        batch: Fixed batch size; None allows any.
+        platforms: Platforms to compile for, out of `PLATFORMS`.
 
     Raises:
-        RequestError: there is no such platform, or the folder cannot be written.
+        RequestError: A platform is unknown, or the folder cannot be written.
     """
-    unknown = sorted({*platforms} - {*PLATFORMS})
-    if unknown:
+    if unknown := sorted({*platforms} - {*PLATFORMS}):
         known = ", ".join(PLATFORMS)
         raise RequestError(f"cannot export for {', '.join(unknown)}; the platforms are {known}")
     size = pretrained.model.preprocess.size
@@ -70,22 +75,21 @@ def export_stablehlo(
 
 
 def export_onnx(path: Path, pretrained: Pretrained) -> None:
-    """Writes one ONNX file, its parameters inside, and checks what ONNX Runtime makes of it.
+    """Write a network with its parameters as an ONNX file, checked with ONNX Runtime.
 
-    The input ``images`` is ``[batch, size, size, 3]`` uint8 RGB with any batch, the output
-    ``logits`` is ``[batch, classes]`` float32, for a backbone ``features``. The classes and how a
-    photograph is cut are in the file's metadata, under ``tljax``, as JSON. The graph is made by
-    jax2onnx.
+    The input ``images`` is ``[batch, size, size, 3]`` uint8 RGB with any batch size. The output
+    ``logits`` is ``[batch, classes]`` float32; a backbone's is ``features``. The file's metadata
+    holds the class names and the preprocessing as JSON, under ``tljax``. jax2onnx builds the graph.
 
     Args:
-        path: of the file.
-        pretrained: what to export.
+        path: Output file; an existing one is replaced.
+        pretrained: The network to export.
 
     Raises:
-        RequestError: jax2onnx is not installed or has no translation for an operation, or the file
+        RequestError: jax2onnx is not installed or does not support an operation, or the file
             cannot be written.
-        VerificationError: ONNX Runtime's logits differ by more than 1e-4 of the largest one from
-            JAX's; nothing is written.
+        VerificationError: The logits of ONNX Runtime and JAX differ by more than 1e-4 of the
+            largest absolute logit; nothing is written.
     """
     try:
         import jax2onnx  # noqa: PLC0415 # pyright: ignore[reportMissingImports] - optional
@@ -99,7 +103,7 @@ def export_onnx(path: Path, pretrained: Pretrained) -> None:
     size = pretrained.model.preprocess.size
     try:
         proto = jax2onnx.to_onnx(
-            _in_plain_operations(function),
+            _with_plain_operations(function),
             [jax.ShapeDtypeStruct(("batch", size, size, 3), np.uint8)],
             model_name=pretrained.model.name,
             input_names=["images"],
@@ -125,33 +129,34 @@ def export_onnx(path: Path, pretrained: Pretrained) -> None:
         temporary.write_bytes(data)
 
 
-def _logits(pretrained: Pretrained) -> Callable[[jax.Array], jax.Array]:
+def _logits(pretrained: Pretrained) -> _Network:
+    """Return the function that maps images in [0, 255] to logits, or to a backbone's features."""
     model, variables, _ = pretrained
     return lambda images: apply(model, variables, images).logits.astype(jnp.float32)
 
 
 def _description(pretrained: Pretrained) -> dict[str, Any]:
     model, _, card = pretrained
-    cut = {key: asdict(model.preprocess)[key] for key in ("size", "resize", "interpolation")}
+    geometry = {key: asdict(model.preprocess)[key] for key in ("size", "resize", "interpolation")}
     return {
         "model": model.name,
         "classes": card.classes,
-        "preprocess": cut,  # the normalisation is inside the network
+        "preprocess": geometry,  # the exported function normalizes
         "source": card.source,
         "licence": card.licence,
     }
 
 
-# --- what jax2onnx has no translation for, in other words ----------------------------------------
+# --- rewriting of operations that jax2onnx does not support --------------------------------------
 
 
-def _in_plain_operations(function: Callable[[jax.Array], jax.Array]) -> Callable[..., jax.Array]:
-    """The same function of XLA's own operations, and without four-dimensional pooling.
+def _with_plain_operations(function: Callable[[Array], jax.Array]) -> Callable[[Array], jax.Array]:
+    """Rewrite a function to use XLA's plain operations and no four-dimensional pooling.
 
-    An interpreter of jaxprs, https://docs.jax.dev/en/latest/notebooks/Writing_custom_interpreters_in_Jax.html.
+    A jaxpr interpreter: https://docs.jax.dev/en/latest/notebooks/Writing_custom_interpreters_in_Jax.html.
     """
 
-    def rewritten(images: jax.Array) -> jax.Array:
+    def rewritten(images: Array) -> jax.Array:
         with backend("xla"):
             closed = jax.make_jaxpr(function)(images)
         return _evaluate(closed.jaxpr, closed.consts, [images])[0]
@@ -162,15 +167,15 @@ def _in_plain_operations(function: Callable[[jax.Array], jax.Array]) -> Callable
 def _evaluate(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
     variables: list[Any] = [*jaxpr.constvars, *jaxpr.invars]
     values = dict(zip(variables, [*consts, *args], strict=True))
+
+    def read(atom: Any) -> Any:
+        return atom.val if isinstance(atom, Literal) else values[atom]
+
     for equation in jaxpr.eqns:
         params, primitive = equation.params, equation.primitive
-        inputs: list[Any] = [
-            v.val if isinstance(v, Literal) else values.get(v) for v in equation.invars
-        ]
-        inner = None
+        inputs = list(map(read, equation.invars))
         if primitive.name in ("jit", "custom_jvp_call", "custom_vjp_call"):
             inner = params.get("jaxpr") or params["call_jaxpr"]
-        if inner is not None:
             outputs = _evaluate(inner.jaxpr, inner.consts, inputs)
         elif primitive.name == "reduce_window_max":
             outputs = [_max_pool(inputs[0], params)]
@@ -178,11 +183,11 @@ def _evaluate(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[
             outputs = primitive.bind(*inputs, **params)
             outputs = outputs if primitive.multiple_results else [outputs]
         values.update(zip(equation.outvars, outputs, strict=True))
-    return [v.val if isinstance(v, Literal) else values[v] for v in jaxpr.outvars]
+    return list(map(read, jaxpr.outvars))
 
 
 def _max_pool(x: jax.Array, params: dict[str, Any]) -> jax.Array:
-    """The maximum of shifted slices, along one dimension after the other."""
+    """Compute max pooling as the maximum of shifted slices, one dimension after the other."""
     windows, strides = params["window_dimensions"], params["window_strides"]
     for axis, (window, stride) in enumerate(zip(windows, strides, strict=True)):
         if window == 1:
@@ -192,8 +197,5 @@ def _max_pool(x: jax.Array, params: dict[str, Any]) -> jax.Array:
         x = jnp.pad(x, pads, constant_values=-jnp.inf)
         count = (x.shape[axis] - window) // stride + 1
         ends = [(start, start + stride * (count - 1) + 1) for start in range(window)]
-        slices = [jax.lax.slice_in_dim(x, *end, stride, axis) for end in ends]
-        x = slices[0]
-        for other in slices[1:]:
-            x = jnp.maximum(x, other)
+        x = reduce(jnp.maximum, [jax.lax.slice_in_dim(x, *end, stride, axis) for end in ends])
     return x

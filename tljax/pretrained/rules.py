@@ -1,7 +1,7 @@
-"""Tables between the keys of a foreign weight file and the paths of our variables, both ways.
+"""Key tables between weight files of other projects and the variables of tljax, in both directions.
 
-A table lists every tensor of a network once: its key in the file, its path here, and the
-permutation of axes between them. So a table is a bijection, and the same one imports and exports.
+A table lists every tensor of a network once: its key in the source file, its path in tljax, and the
+permutation of axes between the two. It is a bijection, so one table serves import and export.
 """
 
 import math
@@ -15,27 +15,28 @@ from tljax.runtime.trees import flatten, unflatten
 from tljax.runtime.types import Preprocess, Variables
 
 CONV = (2, 3, 1, 0)
-"""From torch's ``[out, in, k, k]`` to our ``[k, k, in, out]``; depthwise kernels likewise."""
+"""Axes from torch's ``[out, in, k, k]`` to ``[k, k, in, out]``; the same for depthwise kernels."""
 
 DENSE = (1, 0)
-"""From torch's ``[out, in]`` to our ``[in, out]``."""
+"""Axes from torch's ``[out, in]`` to ``[in, out]``."""
 
 NUM_BATCHES = "num_batches_tracked"
-"""Torch's batch norm counts its steps. We have no use for that: ignored here, zero on export."""
+"""Key of the step counter in torch's batch norm: ignored by import, zero in export."""
 
 
 class Rule(NamedTuple):
-    """One tensor: ``ours = theirs.reshape(view).transpose(axes)``, in the shape that ours has.
+    """One tensor: ``tensor = source.reshape(view).transpose(axes)``, reshaped to tljax's shape.
 
-    Most tensors differ by the order of their axes alone. ``shape`` and ``view`` are for the others:
-    a linear layer that reads a flattened map, or is kept as a 1x1 convolution.
+    Most tensors differ only in the order of their axes. ``shape`` and ``view`` serve the others: a
+    linear layer that reads a flattened feature map, or is stored as a 1x1 convolution.
 
     Attributes:
-        key: in the foreign file.
-        path: in our variables, joined by slashes: ``params/layer1/block0/conv1/kernel``.
-        axes: the permutation; empty for none.
-        shape: theirs, where it is not ours permuted; -1 for the number of classes.
-        view: the shape in which the axes of theirs are permuted, with -1 likewise.
+        key: Key in the source file.
+        path: Path in tljax's variables: ``params/layer1/block0/conv1/kernel``.
+        axes: Permutation of the source's axes; empty for none.
+        shape: Shape in the source, unless it is a permutation of tljax's; -1 stands for the number
+            of classes.
+        view: Shape of the source before the permutation, if it is another one; -1 as above.
     """
 
     key: str
@@ -44,38 +45,45 @@ class Rule(NamedTuple):
     shape: tuple[int, ...] = ()
     view: tuple[int, ...] = ()
 
-    def expected(self, ours: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of theirs, given that of ours."""
+    def source_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape in the source file, given the shape in tljax."""
         if self.shape:
-            return _filled(self.shape, math.prod(ours))
-        return tuple(ours[i] for i in np.argsort(self.axes)) if self.axes else ours
+            return _fill_in(self.shape, math.prod(shape))
+        return tuple(shape[i] for i in np.argsort(self.axes)) if self.axes else shape
 
-    def to_ours(self, theirs: np.ndarray, ours: tuple[int, ...]) -> np.ndarray:
-        """Our tensor, contiguous."""
-        seen = theirs.reshape(self.view) if self.view else theirs
-        seen = seen.transpose(self.axes) if self.axes else seen
-        return np.ascontiguousarray(seen).reshape(ours)
+    def from_source(self, source: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """Convert a tensor of the source file to the given shape in tljax, contiguous."""
+        tensor = source.reshape(self.view) if self.view else source
+        tensor = tensor.transpose(self.axes) if self.axes else tensor
+        return np.ascontiguousarray(tensor).reshape(shape)
 
-    def to_theirs(self, ours: np.ndarray) -> np.ndarray:
-        """Their tensor, contiguous: the inverse of `to_ours`."""
-        theirs = self.expected(ours.shape)
-        view = _filled(self.view, ours.size) if self.view else theirs
+    def to_source(self, tensor: np.ndarray) -> np.ndarray:
+        """Convert a tensor of tljax to the source's shape, contiguous: inverts `from_source`."""
+        shape = self.source_shape(tensor.shape)
+        view = _fill_in(self.view, tensor.size) if self.view else shape
         axes = self.axes or tuple(range(len(view)))
-        seen = ours.reshape([view[i] for i in axes]).transpose(np.argsort(axes))
-        return np.ascontiguousarray(seen).reshape(theirs)
+        source = tensor.reshape([view[i] for i in axes]).transpose(np.argsort(axes))
+        return np.ascontiguousarray(source).reshape(shape)
 
 
-def _filled(shape: tuple[int, ...], size: int) -> tuple[int, ...]:
-    """The shape with its -1 worked out, for so many elements."""
+def _fill_in(shape: tuple[int, ...], size: int) -> tuple[int, ...]:
+    """Replace the -1 of a shape so that it has ``size`` elements."""
     rest = size // math.prod(side for side in shape if side != -1)
     return tuple(rest if side == -1 else side for side in shape)
 
 
 Rules = tuple[Rule, ...]
+"""A key table."""
 
 
 def conv_norm(conv: str, norm: str, path: str) -> Rules:
-    """The five tensors of a torch convolution and the batch norm behind it."""
+    """Return the rules of a torch convolution without bias and the batch norm that follows it.
+
+    Args:
+        conv: Prefix of the convolution's keys in the source file.
+        norm: Prefix of the batch norm's keys.
+        path: Path of the layer in tljax, e.g. ``layer1/block0/conv1``.
+    """
     return (
         Rule(f"{conv}.weight", f"params/{path}/kernel", CONV),
         Rule(f"{norm}.weight", f"params/{path}/scale"),
@@ -86,41 +94,43 @@ def conv_norm(conv: str, norm: str, path: str) -> Rules:
 
 
 def conv(key: str, path: str) -> Rules:
-    """The two tensors of a torch convolution without a norm."""
-    return (
-        Rule(f"{key}.weight", f"params/{path}/kernel", CONV),
-        Rule(f"{key}.bias", f"params/{path}/bias"),
-    )
+    """Return the rules of a torch convolution with a bias and without a norm."""
+    return _with_bias(key, path, CONV)
 
 
 def dense(key: str, path: str) -> Rules:
-    """The two tensors of a torch linear layer."""
+    """Return the rules of a torch linear layer."""
+    return _with_bias(key, path, DENSE)
+
+
+def _with_bias(key: str, path: str, axes: tuple[int, ...]) -> Rules:
     return (
-        Rule(f"{key}.weight", f"params/{path}/kernel", DENSE),
+        Rule(f"{key}.weight", f"params/{path}/kernel", axes),
         Rule(f"{key}.bias", f"params/{path}/bias"),
     )
 
 
 Config = dict[str, Any]
-"""What the config.json beside the weights says of the architecture."""
+"""Settings of an architecture in the config.json beside the weights."""
 
 
 def timm_config(name: str) -> Config:
-    """Of a network that timm calls as we do."""
+    """Return the settings that timm writes for a network with the same name in tljax."""
     return {"architecture": name}
 
 
 class Layout(NamedTuple):
-    """How one project writes a network.
+    """The way one project stores a network.
 
     Attributes:
-        table: from the name of a model to its table.
-        preprocess: the usual one of weights in this layout, where it is not the model's own.
-        ignore: beginnings of keys that may be there and are dropped: an auxiliary head.
-        config: from the name of a model to what config.json has to say of it, if it says anything:
-            tensors do not tell geometry. For ``huggingface`` it is also what export writes.
-        twins: from the name of a model to the networks that have the same tensors in this layout
-            and compute something else; we need not have them.
+        table: Returns the key table of a model, by its name.
+        preprocess: Default preprocessing of weights in this layout, if it is not the model's.
+        ignore: Prefixes of optional keys that import drops, such as an auxiliary head's.
+        config: Returns the settings that config.json must hold where it holds them, by the name of
+            the model: tensors do not determine the geometry. Export writes those of
+            ``huggingface``.
+        twins: Returns the networks that have the same tensors in this layout but compute something
+            else, by the name of the model; tljax may not have them.
     """
 
     table: Callable[[str], Rules]
@@ -131,12 +141,12 @@ class Layout(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """What keeps a file from filling a skeleton; empty when it fits.
+    """Differences between a file and a network; all empty if the file fits.
 
     Attributes:
-        missing: keys that the table has and the file lacks.
-        leftover: keys that the file has and the table lacks.
-        shapes: one line for each tensor of another shape.
+        missing: Keys of the table that the file lacks.
+        leftover: Keys of the file that the table lacks.
+        shapes: One line for each tensor of another shape.
     """
 
     missing: tuple[str, ...]
@@ -145,21 +155,21 @@ class Difference(NamedTuple):
 
     def __str__(self) -> str:
         parts = (("missing", self.missing), ("left over", self.leftover), ("shape", self.shapes))
-        return "; ".join(f"{len(items)} {what}: {few(items)}" for what, items in parts if items)
+        return "; ".join(f"{len(items)} {name}: {few(items)}" for name, items in parts if items)
 
 
 def few(items: Sequence[str], count: int = 3) -> str:
-    """Return the first few of the names in a file, shortened, and how many more there are."""
+    """Return the first few of the names in a file, shortened, and the number of the others."""
     more = f", ... ({len(items) - count} more)" if len(items) > count else ""
     return ", ".join(f"{' '.join(item.split()):.60}" for item in items[:count]) + more
 
 
 def counted(keys: Iterable[str], ignore: tuple[str, ...] = ()) -> Iterator[str]:
-    """The keys that a table has to account for.
+    """Return the keys of a file that a table must contain.
 
     Args:
-        keys: of a file.
-        ignore: beginnings of keys that a network does without.
+        keys: Keys of the file.
+        ignore: Prefixes of keys that the network does not need.
     """
     return (key for key in keys if not key.endswith(NUM_BATCHES) and not key.startswith(ignore))
 
@@ -170,25 +180,24 @@ def compare(
     skeleton: Variables,
     ignore: tuple[str, ...] = (),
 ) -> Difference:
-    """What a file lacks, has too much or has in another shape, by its own keys.
+    """Compare the keys and shapes of a file with those of a network.
 
     Args:
-        rules: the table; it must cover the skeleton exactly.
-        arrays: the file.
-        skeleton: shapes of our variables.
-        ignore: beginnings of keys that the network does without.
+        rules: Key table, with exactly one rule for each variable of the skeleton.
+        arrays: Tensors of the file by key.
+        skeleton: Shapes of the network's variables.
+        ignore: Prefixes of keys that the network does not need.
     """
     expected = flatten(skeleton)
-    if expected.keys() != {rule.path for rule in rules}:
-        wrong = sorted(expected.keys() ^ {rule.path for rule in rules})
+    if wrong := sorted(expected.keys() ^ {rule.path for rule in rules}):
         raise AssertionError(f"the table does not cover the network: {wrong}")
     keys = {rule.key for rule in rules}
     shapes = []
     for rule in rules:
         if rule.key in arrays:
-            theirs, wanted = arrays[rule.key].shape, rule.expected(expected[rule.path].shape)
-            if theirs != wanted:
-                shapes.append(f"{rule.key} is {list(theirs)}, not {list(wanted)}")
+            shape, needed = arrays[rule.key].shape, rule.source_shape(expected[rule.path].shape)
+            if shape != needed:
+                shapes.append(f"{rule.key} is {list(shape)}, not {list(needed)}")
     return Difference(
         tuple(rule.key for rule in rules if rule.key not in arrays),
         tuple(key for key in counted(arrays, ignore) if key not in keys),
@@ -197,15 +206,15 @@ def compare(
 
 
 def own_rules(arrays: Mapping[str, Any], skeleton: Variables, misfit: str) -> Rules:
-    """Return the table of tljax's own keys, which are paths.
+    """Return the table of tljax's own format, whose keys are paths, after comparing the shapes.
 
     Args:
-        arrays: by path.
-        skeleton: shapes of the network's variables.
-        misfit: what the error begins with.
+        arrays: Tensors by path.
+        skeleton: Shapes of the network's variables.
+        misfit: Beginning of the error message.
 
     Raises:
-        RequestError: the arrays do not fit the skeleton.
+        RequestError: The arrays do not fit the skeleton.
     """
     rules = tuple(Rule(path, path) for path in flatten(skeleton))
     difference = compare(rules, arrays, skeleton)
@@ -214,39 +223,42 @@ def own_rules(arrays: Mapping[str, Any], skeleton: Variables, misfit: str) -> Ru
     return rules
 
 
-def apply_rules(rules: Rules, arrays: Mapping[str, np.ndarray], skeleton: Variables) -> Variables:
-    """Our variables, float32, from a file that fits (see `compare`).
+def apply_rules(
+    rules: Rules, arrays: Mapping[str, np.ndarray], skeleton: Variables, where: str = "the file"
+) -> Variables:
+    """Convert the tensors of a file to tljax's variables, float32.
 
     Args:
-        rules: the table.
-        arrays: the file.
-        skeleton: shapes of our variables.
+        rules: Key table.
+        arrays: Tensors of a file that fits (see `compare`), by key.
+        skeleton: Shapes of the network's variables.
+        where: Name of the file, for error messages.
 
     Raises:
-        RequestError: a tensor holds NaN or infinity, or a running variance is negative.
+        RequestError: A tensor holds NaN or infinity, or a running variance is negative.
     """
     flat, expected = {}, flatten(skeleton)
     for rule in rules:
         key, path = rule.key, rule.path
         array = np.asarray(arrays[key], np.float32)
         if not np.isfinite(array).all():
-            raise RequestError(f"{key} holds NaN or infinity; the file is damaged")
+            raise RequestError(f"{where}: {key} holds NaN or infinity; the file is damaged")
         if path.endswith("/var") and (array < 0).any():
             raise RequestError(
-                f"{key} is a running variance and holds negative values; "
+                f"{where}: {key} is a running variance and holds negative values; "
                 "were running_mean and running_var swapped when the file was written?"
             )
-        flat[path] = rule.to_ours(array, expected[path].shape)
+        flat[path] = rule.from_source(array, expected[path].shape)
     return {"params": {}, "batch_stats": {}, **unflatten(flat)}  # a network may have no batch norm
 
 
 def invert_rules(rules: Rules, variables: Variables) -> dict[str, np.ndarray]:
-    """The tensors of a foreign file from our variables: the inverse of `apply_rules`."""
+    """Convert tljax's variables to the tensors of a file by key: inverts `apply_rules`."""
     flat = flatten(variables)
     arrays: dict[str, np.ndarray] = {}
     for rule in rules:
         key = rule.key
-        arrays[key] = rule.to_theirs(np.asarray(flat[rule.path]))
+        arrays[key] = rule.to_source(np.asarray(flat[rule.path]))
         if key.endswith("running_var"):
             arrays[key.removesuffix("running_var") + NUM_BATCHES] = np.zeros((), np.int64)
     return arrays

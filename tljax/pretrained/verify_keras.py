@@ -1,17 +1,23 @@
-"""What `keras.applications` makes of a port's file, layer by layer. Needs keras."""
+"""Layer outputs of `keras.applications` as a reference for `tljax.pretrained.verify`."""
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 
 from tljax.models import Model
 from tljax.pretrained.rules import Rules
 from tljax.runtime.errors import RequestError
 
+Pixels = Float[np.ndarray, "batch height width 3"]
+"""Preprocessed images."""
+
+# Functions of keras.applications by the names of the models without their widths.
 _APPLICATIONS = {
     "vgg16": "VGG16",
     "vgg19": "VGG19",
@@ -27,55 +33,71 @@ _APPLICATIONS = {
 
 
 class Layer(NamedTuple):
-    """The output of a layer of Keras, and what stands behind the layer of ours to get there."""
+    """A layer of a reference.
+
+    Attributes:
+        output: Its output ``[batch, ...]``.
+        activation: The activation that is part of the output, but a separate layer in tljax.
+    """
 
     output: np.ndarray
     activation: Callable[[Any], Any]
 
 
+@contextmanager
+def load_errors(library: str, source: str | Path | None) -> Iterator[None]:
+    """Turn the errors of a library that loads a network into a `RequestError` of one line."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError, ImportError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise RequestError(f"{library} cannot load {source}: {reason}") from None
+
+
 def application(model: Model, size: tuple[int, int], weights: Path | None) -> Any:
-    """The Keras model for images of one size, up to the logits.
+    """Build the model of `keras.applications` that returns logits, with the weights of a file.
+
+    Args:
+        model: The network in tljax.
+        size: Height and width of the images in pixels.
+        weights: File for ``load_weights``; None for random weights.
 
     Raises:
         RequestError: keras is not installed, or cannot load the file.
     """
     keras = _keras()
-    name, width = model.name, {}
-    if found := re.fullmatch(r"(.*)_(\d{3})", model.name):
-        name, width = found[1], {"alpha": int(found[2]) / 100}
+    name, options = model.name, {}
+    if match := re.fullmatch(r"(.*)_(\d{3})", model.name):
+        name, options = match[1], {"alpha": int(match[2]) / 100}
     if "mobilenetv3" in name:
-        width["include_preprocessing"] = False
-    try:
+        options["include_preprocessing"] = False
+    with load_errors("keras", weights):
         return getattr(keras.applications, _APPLICATIONS[name])(
             input_shape=(*size, 3),
             weights=weights,
             include_top=model.num_classes > 0,
             classes=model.num_classes,
             classifier_activation=None,
-            **width,
+            **options,
         )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise RequestError(f"keras cannot load {weights}: {reason}") from None
 
 
 def whole(path: Path) -> Any:
-    """The Keras model that a file holds, graph and all, up to the logits.
+    """Load a whole Keras model from a file, without a final softmax or sigmoid.
 
     Raises:
         RequestError: keras is not installed, or cannot load the file.
     """
-    try:
-        network = _keras().models.load_model(path, compile=False)
-    except (OSError, ValueError, TypeError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise RequestError(f"keras cannot load {path}: {reason}") from None
-    _weighted(network)[-1].activation = _keras().activations.linear  # a softmax hides differences
+    keras = _keras()
+    with load_errors("keras", path):
+        network = keras.models.load_model(path, compile=False)
+    # A softmax would hide differences of the logits.
+    _weighted_layers(network)[-1].activation = keras.activations.linear
     return network
 
 
 def _keras() -> Any:
-    os.environ.setdefault("KERAS_BACKEND", "jax")  # it is read when keras is imported
+    os.environ.setdefault("KERAS_BACKEND", "jax")  # keras reads it when imported
     try:
         import keras  # noqa: PLC0415
     except ImportError:
@@ -85,43 +107,50 @@ def _keras() -> Any:
     return keras
 
 
-def _weighted(network: Any) -> list[Any]:
-    """The layers in the order of our table."""
+def _weighted_layers(network: Any) -> list[Any]:
+    """Return the layers that have weights, in the order of the key table."""
     return [layer for layer in network.layers if layer.weights]
 
 
 def tensors(rules: Rules, network: Any) -> dict[str, np.ndarray]:
-    """The weights in Keras' memory, by our keys.
+    """Return the weights of a Keras model by the keys of a table.
 
     Raises:
-        RequestError: they are not one for one those of the table.
+        RequestError: The model has other weights than the table.
     """
     weights = network.get_weights()
-    nested = next((layer.name for layer in _weighted(network) if hasattr(layer, "layers")), None)
+    nested = [layer.name for layer in _weighted_layers(network) if hasattr(layer, "layers")]
     if nested or len(weights) != len(rules):
-        what = f"'{nested}' is a model within it" if nested else "its head is another one"
+        reason = f"contains the model '{nested[0]}'" if nested else "has another head"
         raise RequestError(
-            f"only a network as keras.applications builds it can be verified, and {what}: verify "
+            f"only networks of keras.applications can be verified, but this one {reason}: verify "
             "the file of its base model"
         )
     return {rule.key: np.asarray(weight) for rule, weight in zip(rules, weights, strict=True)}
 
 
-def outputs(rules: Rules, network: Any, pixels: np.ndarray) -> dict[str, Layer]:
-    """The output of every layer that has weights, by our path; of a `ConvNorm`, its norm's."""
+def outputs(rules: Rules, network: Any, pixels: Pixels) -> dict[str, Layer]:
+    """Compute the outputs of all layers that have weights.
+
+    Args:
+        rules: Key table of the network.
+        network: Keras model.
+        pixels: Preprocessed images ``[batch, height, width, 3]``.
+
+    Returns:
+        The layers by their paths in tljax; the layer of a `ConvNorm` is its norm. Separable
+        convolutions are left out: Keras does not return the output between their halves.
+    """
     names = dict.fromkeys(rule.key.partition("/")[0] for rule in rules)
-    layers = dict(zip(names, _weighted(network), strict=True))
-    of_path = {
+    layers = dict(zip(names, _weighted_layers(network), strict=True))
+    by_path = {
         path.partition("/")[2].rpartition("/")[0]: layers[key.partition("/")[0]]
         for key, path, *_ in rules
     }
-    # A separable convolution gives no output between its halves.
-    of_path = {
-        path: layer for path, layer in of_path.items() if type(layer).__name__ != "SeparableConv2D"
-    }
-    intermediate = _keras().Model(network.input, [layer.output for layer in of_path.values()])
+    by_path = {k: v for k, v in by_path.items() if type(v).__name__ != "SeparableConv2D"}
+    intermediate = _keras().Model(network.input, [layer.output for layer in by_path.values()])
     values = intermediate.predict(pixels, verbose=0)
     return {
         path: Layer(np.asarray(value), getattr(layer, "activation", lambda x: x))
-        for (path, layer), value in zip(of_path.items(), values, strict=True)
+        for (path, layer), value in zip(by_path.items(), values, strict=True)
     }

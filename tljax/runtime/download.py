@@ -1,10 +1,11 @@
-"""Downloads: what an address gives becomes a file, whole and checked, or none does."""
+"""Downloads of single files over HTTP: complete, checked and cached."""
 
+import codecs
 import json
 import string
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +17,11 @@ from tljax.runtime.errors import RequestError
 from tljax.runtime.files import written_whole
 from tljax.runtime.progress import track
 
-_TAGS = {"If-None-Match": "ETag", "If-Modified-Since": "Last-Modified"}  # asked by, given as
+_RESUME_DELAYS = (1, 5, None)
+"""Seconds before each attempt to resume a transfer; None gives up."""
+
+_VALIDATORS = {"If-None-Match": "ETag", "If-Modified-Since": "Last-Modified"}
+"""Request headers that revalidate a cached copy, and the response headers they repeat."""
 
 
 def download(
@@ -27,28 +32,31 @@ def download(
     limit: int,
     ask: Literal["always", "by tag", "never"],
 ) -> None:
-    """Make ``path`` what an address gives now, or say that it is a copy of an earlier date.
+    """Download a file, or reuse the cached copy at ``path`` if it is current.
 
-    A copy that is there already is asked for again, by the ETag or the date that came with it,
-    which ``path``.json keeps. Where the server cannot be reached the copy is used, and stderr says
-    so. What is empty, incomplete, too large or fails the check is never kept.
+    A cached copy is revalidated with the ETag or Last-Modified date of its response, which is kept
+    in ``path``.json. If the server cannot be reached or fails, the copy is used and a note on
+    stderr gives its date. An empty, incomplete or too large file, or one that fails the check, is
+    never kept. The file appears whole: processes that download it at once do not disturb each
+    other. A transfer that breaks off is resumed where the server supports it.
 
     Args:
-        url: of http or https.
-        path: the file.
-        check: called with a file; raises a `ValueError` if it is not what it should be.
-        limit: in bytes.
-        ask: ``by tag`` uses a copy that came without ETag and date, and says so; ``never`` uses any
-            copy that passes the check: for what a hash identifies.
+        url: Address, http or https.
+        path: Local file.
+        check: Called with a file; raises a `ValueError` if its content is wrong.
+        limit: Largest allowed size in bytes.
+        ask: When the server is asked for a newer version of a copy that passes the check:
+            ``always``; ``by tag`` only if the copy came with an ETag or date (otherwise a note on
+            stderr says that it may be old); ``never``, for files that a hash identifies.
 
     Raises:
-        RequestError: it cannot be fetched or kept, or fails the check.
+        RequestError: The file cannot be fetched or written, or fails the check.
     """
-    about = path.with_name(f"{path.name}.json")
-    copy = _copy(path, about, check)
+    tags_path = path.with_name(f"{path.name}.json")
+    copy = _cached_copy(path, tags_path, check)
     if copy and (ask == "never" or (ask == "by tag" and not copy[1])):
         if ask == "by tag":
-            _say_copy(url, copy, f"delete {path} to fetch it again")
+            _note_copy(url, copy, f"delete {path} to fetch it again")
         return
     try:
         parts = urlsplit(url)
@@ -57,66 +65,99 @@ def download(
         headers = {"User-Agent": "tljax", **(copy[1] if copy else {})}
         request = Request(quote(url, string.punctuation), headers=headers)  # noqa: S310 - see above
         with urlopen(request, timeout=30) as response, written_whole(path) as temporary:  # noqa: S310
-            _receive(response, temporary, Path(parts.path).name, limit)
+            _receive(response, request, temporary, Path(parts.path).name, limit)
             check(temporary)
             written = temporary.stat().st_mtime_ns
         if ask != "never":
-            given = {asked: response.headers[tag] for asked, tag in _TAGS.items()}
-            tags = {asked: value for asked, value in given.items() if value}
-            with written_whole(about) as temporary:
+            tags = {k: v for k, tag in _VALIDATORS.items() if (v := response.headers[tag])}
+            with written_whole(tags_path) as temporary:
                 temporary.write_text(json.dumps({"written": written, "tags": tags}), "utf-8")
     except RequestError:
         raise
     except (OSError, HTTPException, ValueError) as error:
-        answer = None
+        status = None
         if isinstance(error, HTTPError):
             error.close()
-            answer = error.code
-        if copy and answer == 304:
+            status = error.code
+        if copy and status == 304:
             return
         reason = " ".join(str(error).split()) or type(error).__name__
-        if isinstance(error, ValueError) or not copy or (answer or 500) < 500:
+        if isinstance(error, ValueError) or not copy or (status or 500) < 500:
             raise RequestError(
                 f"could not fetch {url} ({reason}); fetch it on another machine and pass the file"
             ) from None
-        _say_copy(url, copy, reason)
+        _note_copy(url, copy, reason)
 
 
-def _receive(response: Any, file: Path, name: str, limit: int) -> None:
+def is_html(data: bytes) -> bool:
+    """Return whether a file that begins with these bytes is a web page, for example a login page.
+
+    Args:
+        data: The file, or its first kilobyte.
+    """
+    head = data[:1024].removeprefix(codecs.BOM_UTF8).lstrip().lower()
+    return head.startswith((b"<!doctype html", b"<html"))
+
+
+def _receive(response: Any, request: Request, file: Path, name: str, limit: int) -> None:
     total: int | None = getattr(response, "length", None)
     quiet = total is not None and total < 2**24
-    chunks = iter(lambda: response.read(1 << 20), b"")
+    chunks = _chunks(response, request, total)
     chunks = track(chunks, description=name, total=total, unit="bytes", size=len, quiet=quiet)
-    done = 0
+    received = 0
     with file.open("wb") as out:
         for chunk in chunks:
-            done += len(chunk)
-            if max(done, total or 0) > limit:
+            received += len(chunk)
+            if max(received, total or 0) > limit:
                 raise ValueError(f"it is larger than {limit >> 20:,} MiB")
             out.write(chunk)
-    if total is not None and done < total:
-        raise OSError("the connection closed before the end")
-    if not done:
+    if not received:
         raise ValueError("it is empty")
 
 
+def _chunks(response: Any, request: Request, total: int | None) -> Iterator[bytes]:
+    """Yield the body of a response, and resume a transfer that breaks off, if that is safe."""
+    tag = response.headers["ETag"] or response.headers["Last-Modified"]
+    received = 0
+    for delay in _RESUME_DELAYS:
+        error: Exception = OSError("the connection closed before the end")
+        try:
+            with response:
+                while chunk := response.read(1 << 20):
+                    received += len(chunk)
+                    yield chunk
+            if received == (total or received):
+                return
+        except (OSError, HTTPException) as failure:
+            error = failure
+        if delay is None or not (received and total and tag):
+            raise error
+        time.sleep(delay)
+        request.add_header("Range", f"bytes={received}-")
+        request.add_header("If-Range", tag)  # of another version, the server sends the whole file
+        response = urlopen(request, timeout=30)  # noqa: S310 - the same address
+        if response.headers["Content-Range"] != f"bytes {received}-{total - 1}/{total}":
+            response.close()
+            raise error
+
+
 _Copy = tuple[int, dict[str, str]]
+"""Time of writing in ns since the epoch, and the request headers that revalidate the copy."""
 
 
-def _copy(path: Path, about: Path, check: Callable[[Path], object]) -> _Copy | None:
-    """When a copy was written, in ns, and what to ask by; None if it does not pass the check."""
+def _cached_copy(path: Path, tags_path: Path, check: Callable[[Path], object]) -> _Copy | None:
     try:
         check(path)
         written = path.stat().st_mtime_ns
     except (OSError, ValueError):
         return None
-    try:  # of two processes either may have written either file
-        kept = json.loads(about.read_text("utf-8"))
-        return written, kept["tags"] if kept["written"] == written else {}
+    try:  # of two processes, one may have written the file and the other its tags
+        record = json.loads(tags_path.read_text("utf-8"))
+        return written, record["tags"] if record["written"] == written else {}
     except (OSError, ValueError, LookupError, TypeError):
         return written, {}
 
 
-def _say_copy(url: str, copy: _Copy, why: str) -> None:
+def _note_copy(url: str, copy: _Copy, reason: str) -> None:
     date = time.strftime("%Y-%m-%d %H:%M", time.localtime(copy[0] / 1e9))
-    print(f"note: {url}: the copy of {date} is used ({why})", file=sys.stderr)
+    print(f"note: {url}: the copy of {date} is used ({reason})", file=sys.stderr)
