@@ -27,7 +27,7 @@ KEY = jax.random.key(0)
 LOGITS = jnp.array([[3.0, 1, 2, -1]])
 
 
-def test_loss_values():
+def test_loss_values_match_hand_computed_ones():
     at = [jnp.array([i]) for i in range(4)]
     assert dlr(LOGITS, at[0]) == -0.5
     assert dlr(LOGITS, at[1]) == 1.0
@@ -41,7 +41,7 @@ def test_loss_values():
     np.testing.assert_allclose(cross_entropy(LOGITS, at[1], at[0]), -expected, rtol=1e-6)
 
 
-def test_dlr_and_its_gradient_are_those_of_torchattacks():
+def test_dlr_and_its_gradient_match_torchattacks():
     rng = np.random.default_rng(0)
     logits, labels = rng.normal(0, 3, (200, 7)).astype("f"), rng.integers(0, 7, 200)
     z = torch.tensor(logits, requires_grad=True)
@@ -59,7 +59,7 @@ def test_dlr_and_its_gradient_are_those_of_torchattacks():
         np.testing.assert_allclose(gradient, theirs, rtol=1e-5, atol=1e-6)
 
 
-def test_dlr_does_not_change_with_scale_or_shift_and_needs_its_classes():
+def test_dlr_is_invariant_to_scale_and_shift_and_needs_enough_classes():
     labels = jnp.array([1])
     np.testing.assert_allclose(dlr(LOGITS * 1e4 + 7, labels), dlr(LOGITS, labels), rtol=1e-5)
     with pytest.raises(RequestError, match="the dlr loss needs 3 classes, the network has 2"):
@@ -77,7 +77,7 @@ def test_losses_of_equal_logits_have_finite_gradients(loss):
         assert jnp.isfinite(gradient).all()
 
 
-def test_checkpoints():
+def test_checkpoints_match_the_paper():
     assert np.flatnonzero(checkpoints(100)).tolist() == [21, 40, 56, 69, 79, 86, 92, 98]
     windows = checkpoints(100)
     assert windows[windows > 0].tolist() == [22, 19, 16, 13, 10, 7, 6, 6]
@@ -100,7 +100,7 @@ def within_two_errors(ours: float, theirs: float, n: int) -> bool:
         ),
     ],
 )
-def test_robust_accuracy_is_that_of_torchattacks(norm, loss):
+def test_robust_accuracy_matches_torchattacks(norm, loss):
     (x, y), labels = torch_examples(), examples()[1]
     epsilon = {"linf": 1 / 255, "l2": 0.06}[norm]
     options = {"norm": norm.capitalize(), "eps": epsilon, "steps": 20}
@@ -118,7 +118,7 @@ def test_robust_accuracy_is_that_of_torchattacks(norm, loss):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_never_weaker_than_pgd_at_equal_steps(norm):
+def test_apgd_is_at_least_as_strong_as_pgd_with_equal_steps(norm):
     for epsilon in {"linf": (0.5 / 255, 1 / 255, 2 / 255), "l2": (0.03, 0.06, 0.12)}[norm]:
         # APGD takes one gradient more than it takes steps.
         weaker = pgd(victim(), *examples(), KEY, epsilon=epsilon, norm=norm, num_steps=21)
@@ -127,7 +127,7 @@ def test_never_weaker_than_pgd_at_equal_steps(norm):
 
 
 @pytest.mark.slow
-def test_stopping_early_fools_the_same():
+def test_stopping_early_fools_the_same_images():
     for attack, options in ((apgd, {}), (apgd_t, {"num_targets": 3})):
         options |= {"epsilon": 1.2 / 255, "num_steps": 20}
         late = victim()(attack(victim(), *examples(), KEY, **options)).argmax(-1)
@@ -137,7 +137,7 @@ def test_stopping_early_fools_the_same():
 
 
 @pytest.mark.slow
-def test_more_restarts_get_further():
+def test_more_restarts_increase_the_loss():
     labels = examples()[1]
     once, often = (
         victim()(apgd(victim(), *examples(), KEY, epsilon=1 / 255, num_steps=1, restarts=restarts))
@@ -152,13 +152,13 @@ def test_more_restarts_get_further():
 
 
 @pytest.mark.slow
-def test_towards_targets():
+def test_targeted_apgd_reaches_the_targets():
     targets = (examples()[1] + 1) % CLASSES
     ours = apgd(victim(), *examples(), KEY, epsilon=8 / 255, targets=targets, num_steps=20)
     assert accuracy(ours, targets) > 0.7
 
 
-def test_linear_closed_form():
+def test_apgd_matches_the_closed_form_of_a_linear_network():
     rng = np.random.default_rng(0)
     weights, x = rng.normal(size=300), images(20) * 0.5 + 0.25
     f = x.reshape(20, -1) @ weights - 1.0

@@ -92,13 +92,13 @@ def test_sequences_and_wider_numbers_are_converted():
     np.testing.assert_array_equal(found, right)
 
 
-def test_images_that_were_rounded_beyond_the_bounds_are_cut_off():
+def test_images_rounded_beyond_the_bounds_are_clipped():
     found = call(ATTACKS["pgd"], images=IMAGES / IMAGES.max() * np.float32(1 + 2e-7))
     assert 0 <= np.min(found) <= np.max(found) <= 1
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-def test_every_attack_says_in_one_line_what_is_wrong(name):
+def test_every_attack_rejects_invalid_arguments_with_a_one_line_error(name):
     known, said = inspect.signature(ATTACKS[name]).parameters, 0
     for change, message in WRONG:
         unlimited = known["epsilon"].default is not inspect.Parameter.empty or name == "fab_t"
@@ -111,7 +111,7 @@ def test_every_attack_says_in_one_line_what_is_wrong(name):
     assert said > 15
 
 
-def test_what_jit_traces_is_not_looked_at():
+def test_traced_values_are_not_checked():
     found = jax.jit(lambda x, y: call(attack.fgsm, images=x, labels=y))(IMAGES, LABELS)
     np.testing.assert_array_equal(found, call(attack.fgsm))
     with pytest.raises(RequestError, match="labels must be from 0 to 4"):
@@ -127,7 +127,7 @@ def test_what_jit_traces_is_not_looked_at():
         (IMAGES, LABELS[:3], "4 images have 3 labels"),
     ],
 )
-def test_an_evaluation_looks_at_its_data_before_it_begins(images, labels, message):
+def test_evaluate_checks_its_data_first(images, labels, message):
     with pytest.raises(RequestError, match=message):
         evaluate(logits_fn, (images, labels), KEY, epsilons=[0.1], attacks={"fgsm": attack.fgsm})
 
@@ -165,7 +165,7 @@ QUICK = {("fgsm", "bfloat16"), ("pgd", "bfloat16"), ("pgd-l2", "float16")}
         for case in ((name, "bfloat16"), (name, "float16"))
     ],
 )
-def test_images_of_16_bits_stay_in_the_ball(name, dtype):
+def test_adversarial_images_in_16_bits_stay_in_the_ball(name, dtype):
     norm, function = SIXTEEN_BITS[name]
     images = jnp.asarray(IMAGES, dtype)
     labels = np.asarray(logits_fn(images).argmax(1))
@@ -194,7 +194,7 @@ def test_images_of_16_bits_stay_in_the_ball(name, dtype):
         for dtype in ("float32", "float64")
     ],
 )
-def test_where_float64_is_enabled_images_keep_their_type(name, dtype):
+def test_images_keep_their_dtype_when_float64_is_enabled(name, dtype):
     norm, function = SIXTEEN_BITS[name]
     expected = call(function, epsilon=EPSILON * 20)
     with jax.enable_x64(True):
@@ -208,7 +208,7 @@ def test_where_float64_is_enabled_images_keep_their_type(name, dtype):
     assert sum(next(fooled)) == sum(next(fooled))
 
 
-def test_a_network_of_bfloat16_raises_no_flag():
+def test_a_bfloat16_network_raises_no_flag():
     rng = np.random.default_rng(2)
     hidden = rng.normal(size=(144, 400)).astype("f") / 12
 
@@ -223,7 +223,7 @@ def test_a_network_of_bfloat16_raises_no_flag():
     assert "randomised" in check_network(exact, IMAGES, LABELS)
 
 
-def test_a_network_is_looked_at_with_32_images_and_compiled():
+def test_check_network_uses_32_images_and_compiles_the_network():
     seen = []
 
     def network(x):

@@ -49,7 +49,7 @@ def found():
     )
 
 
-def test_accuracies_are_those_of_the_attacks_run_by_hand(found):
+def test_accuracies_match_attacks_run_directly(found):
     x, labels = with_errors()
     np.testing.assert_allclose(found.epsilons, sorted(EPSILONS))
     np.testing.assert_array_equal(found.clean, np.arange(48) >= 5)
@@ -68,7 +68,7 @@ def test_accuracies_are_those_of_the_attacks_run_by_hand(found):
 
 
 @pytest.mark.slow
-def test_batches_with_masks_and_bytes_are_the_same_data(found):
+def test_masked_uint8_batches_give_the_same_result_as_arrays(found):
     x, labels = with_errors()
     x = np.round(x * 255).astype(np.uint8)
     padding = np.zeros((3, *x.shape[1:]), np.uint8)
@@ -85,7 +85,7 @@ def test_batches_with_masks_and_bytes_are_the_same_data(found):
         again.transfer("pgd")
 
 
-def test_transfer_is_counted_where_it_can_happen(found):
+def test_transfer_rates_match_a_direct_computation(found):
     x, labels = with_errors()
     adversarial = ATTACKS["pgd"](victim(), x, labels, KEY, epsilon=2 / 255)
     both = found.clean & (np.asarray(cousin(x).argmax(-1)) == labels)
@@ -97,7 +97,7 @@ def test_transfer_is_counted_where_it_can_happen(found):
     assert 0.3 < expected < 1
 
 
-def test_rounding(found):
+def test_rounding_keeps_images_that_have_8_bit_levels(found):
     x, labels = with_errors()
     for k, epsilon in enumerate(found.epsilons):
         adversarial = ATTACKS["fgsm"](victim(), x, labels, KEY, epsilon=epsilon)
@@ -107,7 +107,7 @@ def test_rounding(found):
 
 
 @pytest.mark.parametrize("epsilon", [0.4 / 255, 1.7 / 255, 8 / 255])
-def test_rounded_images_are_bytes_and_stay_in_the_ball(epsilon):
+def test_rounded_images_have_8_bit_levels_and_stay_in_the_ball(epsilon):
     x, _ = examples()
     rng = np.random.default_rng(0)
     adversarial = np.clip(x + rng.uniform(-epsilon, epsilon, x.shape), 0, 1).astype("f")
@@ -122,7 +122,7 @@ def test_rounded_images_are_bytes_and_stay_in_the_ball(epsilon):
     )
 
 
-def test_worst_examples_are_those_that_the_least_fools(found):
+def test_worst_examples_are_fooled_by_the_smallest_epsilons(found):
     worst = found.worst(100)
     needed = found.right.sum(0)[worst]
     assert (np.diff(needed) >= 0).all()
@@ -135,7 +135,7 @@ ENSEMBLE = ensemble(10, num_steps=10, num_queries=60)
 
 
 @pytest.mark.slow
-def test_huge_logits_raise_the_flag_and_save_nobody():
+def test_huge_logits_raise_a_flag_and_do_not_make_a_network_robust():
     reports = [
         evaluate(
             lambda images, scale=scale: victim()(images) * scale, examples(), KEY,
@@ -161,14 +161,14 @@ def names_of_flags(logits_fn):
     return list(found)
 
 
-def test_flags_of_networks():
+def test_faulty_networks_raise_flags():
     assert names_of_flags(victim()) == []
     assert names_of_flags(lambda x: jax.nn.softmax(victim()(x))) == ["probabilities"]
     assert names_of_flags(lambda x: victim()(jnp.round(x * 4) / 4)) == ["zero_gradient"]
 
 
 @pytest.mark.slow
-def test_flags_of_randomised_networks():
+def test_randomized_networks_raise_a_flag():
     draws = iter(range(100))
     noise = lambda x: jax.random.normal(jax.random.key(next(draws)), x.shape)  # noqa: E731
     assert names_of_flags(lambda x: victim()(x + 0.01 * noise(x))) == ["randomised"]
@@ -178,7 +178,7 @@ def test_flags_of_randomised_networks():
 
 
 @pytest.mark.slow
-def test_flag_of_two_classes():
+def test_two_classes_raise_a_flag():
     x = examples()[0][:20]
     two = linear_victim(np.random.default_rng(0).normal(size=300) / 9, 0)
     found = check_network(two, x, np.asarray(two(x).argmax(-1)))
@@ -187,7 +187,7 @@ def test_flag_of_two_classes():
 
 
 @pytest.mark.slow
-def test_two_classes_are_attacked_by_their_margin():
+def test_two_classes_are_attacked_with_the_margin_loss():
     rng = np.random.default_rng(0)
     logits_fn, x = linear_victim(rng.normal(size=300), -1.0), examples()[0] * 0.5 + 0.25
     labels = np.asarray(logits_fn(x).argmax(-1))
@@ -197,7 +197,7 @@ def test_two_classes_are_attacked_by_their_margin():
     assert report.accuracy("apgd-t")[0].value == 0
 
 
-def test_square_that_improves_raises_its_flag():
+def test_square_raises_a_flag_where_it_fools_more_images():
     right = {"pgd": np.ones((2, 1000), bool), "square": np.ones((2, 1000), bool)}
     right["square"][1, :2] = False
     assert check_outcome(right) == {}
@@ -211,25 +211,28 @@ def test_square_that_improves_raises_its_flag():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"epsilons": []}, "epsilons of at least 0"),
-        ({"epsilons": [-1]}, "epsilons of at least 0"),
-        ({"attacks": {}}, "and attacks"),
-        ({"data": (np.zeros((2, 10, 10, 3), "f"), np.array([-1, -1]))}, "no labelled image"),
+        ({"epsilons": []}, "finite epsilons of at least 0"),
+        ({"epsilons": [-1]}, "finite epsilons of at least 0"),
+        ({"attacks": {}}, "needs attacks"),
+        (
+            {"data": (np.zeros((2, 10, 10, 3), "f"), np.array([-1, -1]))},
+            "at least one labeled image",
+        ),
         ({"data": (np.zeros((2, 10, 10, 3), "f"), np.array([1, 10]))}, "label 10.*10 classes"),
     ],
 )
-def test_what_cannot_be_evaluated(change, message):
+def test_invalid_evaluations_are_rejected(change, message):
     request = {"data": examples(), "epsilons": [0.1], "attacks": ATTACKS, **change}
     with pytest.raises(RequestError, match=message):
         evaluate(victim(), key=KEY, **request)
     with pytest.raises(RequestError, match="no ensemble 'custom'"):
         ensemble(10, version="custom")
     assert list(ensemble(10, version="rand")) == ["apgd-ce", "apgd-dlr"]
-    with pytest.raises(RequestError, match="AutoAttack for 'l1' lacks apgd-ce"):
+    with pytest.raises(RequestError, match="AutoAttack does not support norm 'l1'"):
         ensemble(10, norm="l1")
 
 
-def test_the_ensemble_is_autoattack_and_less_is_called_by_its_numbers():
+def test_the_ensemble_is_autoattack_and_other_numbers_appear_in_its_title():
     for norm in ("linf", "l2"):
         *by_gradients, last = ensemble(10, norm=norm).items()
         assert [name for name, _ in by_gradients] == ["apgd-ce", "apgd-t", "fab-t"]
@@ -266,7 +269,7 @@ for devices in (1, 8):
 
 
 @pytest.mark.slow
-def test_eight_devices_find_what_one_does():
+def test_eight_devices_give_the_result_of_one():
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS), *sys.path]),
@@ -288,7 +291,7 @@ def test_eight_devices_find_what_one_does():
 
 
 @pytest.mark.parametrize("survivors_only", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_nested_radii_attack_only_what_still_stands(survivors_only, capsys):
+def test_nested_epsilons_attack_only_the_remaining_images(survivors_only, capsys):
     x, labels = with_errors()
     batches = []
 

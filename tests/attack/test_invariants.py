@@ -90,7 +90,7 @@ def length(norm, delta):
     "name",
     [n if n in ("pgd", "apgd") else pytest.param(n, marks=pytest.mark.slow) for n in ATTACKS],
 )
-def test_every_attack(name):
+def test_every_attack_stays_in_the_ball_and_does_not_depend_on_the_batch(name):
     norm, attack = ATTACKS[name]
     compiled = set()
 
@@ -133,7 +133,7 @@ def test_every_attack(name):
     check()
 
 
-def test_the_id_and_the_key_make_the_start():
+def test_the_random_start_depends_on_id_and_key_alone():
     x, y = (a[:4] for a in examples())
     attack = partial(pgd, victim(), x, y, epsilon=0.1, num_steps=1, step_size=0.0)
     key = jax.random.key(0)
@@ -148,7 +148,7 @@ def test_the_id_and_the_key_make_the_start():
 
 
 @pytest.mark.slow
-def test_a_number_is_a_vector_of_it_and_jit_changes_nothing():
+def test_a_scalar_epsilon_equals_a_vector_and_jit_does_not_change_the_result():
     x, y = examples()
     for attack in (partial(pgd, num_steps=5), partial(apgd, num_steps=5)):
         key = jax.random.key(0)
@@ -164,7 +164,7 @@ def logits_fn_of_victim(images):
 
 
 @pytest.mark.slow
-def test_without_any_compilation():
+def test_attacks_run_with_jit_disabled():
     x, y = (a[:6] for a in examples())
     attack = partial(pgd, victim(), x, y, jax.random.key(0), epsilon=0.01, num_steps=2)
     compiled = attack()
@@ -173,32 +173,34 @@ def test_without_any_compilation():
 
 
 @pytest.mark.slow
-def test_a_randomised_network_is_averaged_over():
+def test_eot_averages_over_a_randomized_network():
     x = np.random.default_rng(3).uniform(0, 0.7, (5, *SHAPE)).astype("f")
-    randomised = eot(noisy, jax.random.key(1), samples=8)
-    logits = randomised(jnp.asarray(x))
+    randomized = eot(noisy, jax.random.key(1), samples=8)
+    logits = randomized(jnp.asarray(x))
     assert logits.shape == (8, 5, CLASSES)
     assert jnp.std(logits, axis=0).min() > 1e-3
-    np.testing.assert_allclose(randomised(jnp.asarray(x[3:4]))[:, 0], logits[:, 3], atol=1e-6)
+    np.testing.assert_allclose(randomized(jnp.asarray(x[3:4]))[:, 0], logits[:, 3], atol=1e-6)
     y = np.asarray(logits.mean(0).argmax(-1))
-    found = np.asarray(apgd(randomised, x, y, jax.random.key(0), epsilon=0.05, num_steps=8))
-    alone = apgd(randomised, x[3:4], y[3:4], jax.random.key(0), epsilon=0.05, num_steps=8)
+    found = np.asarray(apgd(randomized, x, y, jax.random.key(0), epsilon=0.05, num_steps=8))
+    alone = apgd(randomized, x[3:4], y[3:4], jax.random.key(0), epsilon=0.05, num_steps=8)
     np.testing.assert_allclose(alone[0], found[3], atol=1e-6)
-    assert accuracy(found, y, lambda x: randomised(x).mean(0)) < 1
+    assert accuracy(found, y, lambda x: randomized(x).mean(0)) < 1
 
 
 @pytest.mark.slow
-def test_the_gradient_of_a_randomised_network_is_the_mean():
-    from tljax.attack.losses import ascent, goal
+def test_the_gradient_of_a_randomized_network_is_the_mean_over_samples():
+    from tljax.attack.losses import loss_and_gradient, make_goal
 
     keys = jax.random.split(jax.random.key(0), 6)
     x, y = jnp.full((2, *SHAPE), 0.3), jnp.array([0, 1])
-    objective = goal("ce", y).objective
+    objective = make_goal("ce", y).objective
 
     @jax.jit
     def compare(keys):
-        each = jax.vmap(lambda k: ascent(lambda x: noisy(x, k), objective, x))(keys)
-        return each, ascent(lambda x: jnp.stack([noisy(x, k) for k in keys]), objective, x)
+        each = jax.vmap(lambda k: loss_and_gradient(lambda x: noisy(x, k), objective, x))(keys)
+        return each, loss_and_gradient(
+            lambda x: jnp.stack([noisy(x, k) for k in keys]), objective, x
+        )
 
     each, both = compare(keys)
     np.testing.assert_allclose(both.gradient, each.gradient.mean(0), atol=1e-5)
@@ -206,7 +208,7 @@ def test_the_gradient_of_a_randomised_network_is_the_mean():
 
 
 @pytest.mark.slow
-def test_the_ensemble_as_one_attack():
+def test_auto_attack_changes_only_images_that_it_fools():
     x = np.random.default_rng(3).uniform(0, 0.7, (6, *SHAPE)).astype("f")
     y = np.array(predict(x))
     y[0] = (y[0] + 1) % CLASSES  # wrong anyway: left as it is

@@ -21,7 +21,7 @@ from victims import (
 )
 
 from tljax.attack import carlini_wagner, deepfool, fab_t, square
-from tljax.attack.fab import onto_plane
+from tljax.attack.fab import project_onto_plane
 from tljax.attack.square import bump, side
 
 pytestmark = pytest.mark.slow
@@ -43,7 +43,7 @@ def linear_problem():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_linear_closed_form(norm):
+def test_distances_match_the_closed_form_of_a_linear_network(norm):
     logits_fn, x, f, weights = linear_problem()
     dual = np.abs(weights).sum() if norm == "linf" else np.linalg.norm(weights)
     expected = np.abs(f) / dual
@@ -63,11 +63,11 @@ def test_linear_closed_form(norm):
 
 
 @pytest.mark.parametrize("norm", [pytest.param("linf", marks=pytest.mark.slow), "l2"])
-def test_projection_onto_a_plane_within_bounds_is_the_solver_s(norm):
+def test_projection_onto_a_plane_matches_a_numerical_solver(norm):
     rng = np.random.default_rng(0)
     x, w = rng.uniform(0, 1, (12, 6)).astype("f"), rng.normal(size=(12, 6)).astype("f")
     value = rng.normal(0, 1.5, 12).astype("f")
-    found = np.asarray(onto_plane(x, w, value, norm, (0.0, 1.0)))
+    found = np.asarray(project_onto_plane(x, w, value, norm, (0.0, 1.0)))
     reachable = 0
     for x_, w_, value_, z in zip(x, w, value, found, strict=True):
         corner = np.where(w_ * value_ > 0, 0, 1)
@@ -97,7 +97,7 @@ def test_projection_onto_a_plane_within_bounds_is_the_solver_s(norm):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_fab_finds_what_torchattacks_finds(norm):
+def test_fab_matches_torchattacks(norm):
     (x, y), labels = torch_examples(), examples()[1]
     epsilon = {"linf": 1 / 255, "l2": 0.06}[norm]
     options = {"steps": 20, "n_classes": 10, "multi_targeted": True}
@@ -114,7 +114,7 @@ def test_fab_finds_what_torchattacks_finds(norm):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_deepfool_goes_as_far_as_foolbox_s(norm):
+def test_deepfool_distances_match_foolbox(norm):
     x, y = torch_examples()
     name = {"linf": "LinfDeepFoolAttack", "l2": "L2DeepFoolAttack"}[norm]
     theirs = getattr(foolbox.attacks, name)()(foolbox_victim(), x, y, epsilons=None)[1]
@@ -133,7 +133,7 @@ def test_deepfool_goes_as_far_as_foolbox_s(norm):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rounds", [1, 5])
-def test_carlini_wagner_goes_as_far_as_foolbox_s(rounds):
+def test_carlini_wagner_distances_match_foolbox(rounds):
     n = 12
     x, y = (t[:n] for t in torch_examples())
     attack = foolbox.attacks.L2CarliniWagnerAttack(
@@ -153,7 +153,7 @@ def test_carlini_wagner_goes_as_far_as_foolbox_s(rounds):
 
 
 @pytest.mark.slow
-def test_carlini_wagner_that_aborts_early_goes_little_farther():
+def test_aborting_early_increases_carlini_wagner_distances_only_slightly():
     found = [
         carlini_wagner(
             victim(), *(a[:12] for a in examples()), KEY, num_steps=100, search_steps=5,
@@ -183,14 +183,14 @@ def test_square_is_as_strong_as_torchattacks(norm, epsilon, rescale):
 
 
 @pytest.mark.slow
-def test_squares_shrink_as_they_do_in_torchattacks():
+def test_square_sizes_match_torchattacks():
     attack = torchattacks.Square(torch.nn.Linear(1, 1), n_queries=5000)
     for query in (0, 5, 6, 25, 26, 100, 101, 250, 251, 1000, 1001, 3000, 3001, 4001, 4999):
         p = attack.p_selection(query)
         assert side(query, 5000, 0.8, 224, 224) == max(round(np.sqrt(p * 224 * 224)), 1)
 
 
-def test_squares_of_autoattack_shrink_after_the_queries_that_the_paper_names():
+def test_square_sizes_without_rescaling_match_torchattacks():
     attack = torchattacks.Square(torch.nn.Linear(1, 1), n_queries=5000, resc_schedule=False)
     for query in (0, 10, 11, 50, 51, 200, 201, 500, 501, 1000, 1001, 2000, 2001, 4000, 4001, 4999):
         p = attack.p_selection(query)
@@ -198,7 +198,7 @@ def test_squares_of_autoattack_shrink_after_the_queries_that_the_paper_names():
 
 
 @pytest.mark.parametrize("length", [2, 3, 5, 6, 25])
-def test_bumps_are_those_of_torchattacks(length):
+def test_bumps_match_torchattacks(length):
     attack = torchattacks.Square(torch.nn.Linear(1, 1), norm="L2")
     attack.device = "cpu"
     torch.manual_seed(0)
@@ -208,7 +208,7 @@ def test_bumps_are_those_of_torchattacks(length):
     assert min(np.abs(one - theirs).max() for one in ours) < 1e-6
 
 
-def test_square_in_l2_is_on_the_sphere_where_no_bound_is_in_the_way():
+def test_square_in_l2_has_norm_epsilon_away_from_the_bounds():
     x = 0.4 + 0.2 * examples()[0]
     labels = np.asarray(victim()(x).argmax(-1))
     found = [
@@ -224,7 +224,7 @@ def test_square_in_l2_is_on_the_sphere_where_no_bound_is_in_the_way():
 
 
 @pytest.mark.slow
-def test_nothing_beyond_epsilon():
+def test_minimal_attacks_do_not_exceed_epsilon():
     for attack in (fab_t, deepfool):
         found = attack(victim(), *examples(), KEY, epsilon=0.03, norm="l2", num_steps=10)
         assert l2(found).max() <= 0.03 + 1e-6

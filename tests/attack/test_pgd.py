@@ -56,7 +56,7 @@ def same(ours, theirs, tolerance=1e-6):
 
 
 @pytest.mark.parametrize("library", ["foolbox", "torchattacks", "art", "captum"])
-def test_fgsm_is_the_one_of_other_libraries(library):
+def test_fgsm_matches_other_libraries(library):
     x, y = torch_examples()
     match library:
         case "foolbox":
@@ -76,7 +76,7 @@ def test_fgsm_is_the_one_of_other_libraries(library):
 
 
 @pytest.mark.slow
-def test_fgsm_in_l2_and_towards_targets():
+def test_fgsm_in_l2_and_with_targets_matches_other_libraries():
     x, y = torch_examples()
     attack = foolbox.attacks.L2FastGradientAttack()
     theirs = to_numpy(attack(foolbox_victim(), x, y, epsilons=0.5)[1])
@@ -87,7 +87,7 @@ def test_fgsm_in_l2_and_towards_targets():
     same(fgsm(victim(), *examples(), KEY, epsilon=EPSILON, targets=targets), theirs)
 
 
-def test_iterated_attacks_without_random_start_are_the_ones_of_torchattacks():
+def test_bim_and_pgd_without_random_start_match_torchattacks():
     x, y = torch_examples()
     options = {"eps": EPSILON, "alpha": 1 / 255, "steps": 10}
     ours = bim(victim(), *examples(), KEY, epsilon=EPSILON, step_size=1 / 255)
@@ -101,7 +101,7 @@ def test_iterated_attacks_without_random_start_are_the_ones_of_torchattacks():
 
 
 @pytest.mark.slow
-def test_pgd_in_l2_is_the_one_of_torchattacks_and_of_foolbox():
+def test_pgd_in_l2_matches_torchattacks_and_foolbox():
     x, y = torch_examples()
     theirs = torchattacks.PGDL2(torch_victim(), eps=0.5, alpha=0.1, steps=10, random_start=False)
     options = {"epsilon": 0.5, "norm": "l2", "random_start": False}
@@ -114,7 +114,7 @@ def test_pgd_in_l2_is_the_one_of_torchattacks_and_of_foolbox():
 
 
 @pytest.mark.slow
-def test_pgd_towards_targets_is_the_one_of_torchattacks():
+def test_targeted_pgd_matches_torchattacks():
     x, y = torch_examples()
     targets = (y + 3) % CLASSES
     theirs = torchattacks.PGD(torch_victim(), EPSILON, 1 / 255, 10, random_start=False)
@@ -127,7 +127,7 @@ def test_pgd_towards_targets_is_the_one_of_torchattacks():
 
 
 @pytest.mark.parametrize("library", ["torchattacks", "art"])
-def test_mi_fgsm_is_the_one_of_torchattacks_and_of_art(library):
+def test_mi_fgsm_matches_torchattacks_and_art(library):
     x, y = torch_examples()
     if library == "art":
         attack = MomentumIterativeMethod(
@@ -141,7 +141,7 @@ def test_mi_fgsm_is_the_one_of_torchattacks_and_of_art(library):
 
 
 @pytest.mark.slow
-def test_more_restarts_fool_more():
+def test_more_restarts_fool_more_images():
     # Weak on purpose, so that chance matters.
     options = {"epsilon": 1.5 / 255, "num_steps": 1, "step_size": 0.5 / 255}
     found = [
@@ -152,7 +152,7 @@ def test_more_restarts_fool_more():
 
 
 @pytest.mark.slow
-def test_a_random_start_fills_the_ball():
+def test_random_starts_are_uniform_in_the_ball():
     keys = jax.random.split(KEY, 2000)
     for name, expected in {"linf": 0.5, "l2": 0.5 ** (1 / 3), "l1": 0.5 ** (1 / 3)}.items():
         points = np.asarray(jax.jit(lambda k, n=name: NORMS[n].inside(k, (3,)))(keys))
@@ -168,14 +168,14 @@ def test_a_random_start_fills_the_ball():
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-18])
-def test_the_unit_gradient_is_one_even_of_tiny_gradients(scale):
+def test_the_normalized_gradient_has_length_one_for_tiny_gradients(scale):
     gradient = jnp.array([[3.0, 4.0], [0, 0]]) * scale
     found = NORMS["l2"].steepest(gradient)
     np.testing.assert_allclose(found, [[0.6, 0.8], [0, 0]], rtol=1e-6)
 
 
 @pytest.mark.parametrize("radius", [0.0, 0.3, 2.0])
-def test_projection_onto_the_l1_ball_is_the_nearest_point(radius):
+def test_projection_onto_the_l1_ball_returns_the_nearest_point(radius):
     delta = np.random.default_rng(0).normal(size=(6, 3, 4)).astype("f") * 0.4
     found = np.asarray(NORMS["l1"].project(delta, jnp.full(6, radius)))
     for point, start in zip(found, delta.astype("f8"), strict=True):
@@ -189,7 +189,7 @@ def test_projection_onto_the_l1_ball_is_the_nearest_point(radius):
         np.testing.assert_allclose(point, nearest, rtol=0, atol=1e-6)
 
 
-def test_linear_closed_form_in_l1():
+def test_pgd_in_l1_matches_the_closed_form_of_a_linear_network():
     rng = np.random.default_rng(0)
     weights, x = rng.normal(size=300), images(1) * 0.5 + 0.25
     f = 0.2
@@ -201,7 +201,7 @@ def test_linear_closed_form_in_l1():
 
 
 @pytest.mark.parametrize("attack", [fgsm, pgd])
-def test_linear_closed_form(attack):
+def test_attacks_match_the_closed_form_of_a_linear_network(attack):
     rng = np.random.default_rng(0)
     weights, x = rng.normal(size=300), images(20) * 0.5 + 0.25
     f = x.reshape(20, -1) @ weights - 1.0
@@ -222,15 +222,15 @@ def test_linear_closed_form(attack):
         ({"ids": np.zeros(3, int)}, "ids must be 4 integers"),
         ({"epsilon": np.zeros(3)}, "epsilon must be a number or 4 numbers"),
         ({"step_size": np.zeros(3)}, "step_size must be a number or 4"),
-        ({"norm": "l7"}, "no norm 'l7' here; choose from linf, l2, l1"),
+        ({"norm": "l7"}, "norm 'l7' is not supported by this attack: choose from linf, l2, l1"),
         ({"loss": "cw"}, "no loss 'cw'; choose from ce, dlr, margin"),
         ({"num_steps": 0}, "at least 1"),
         ({"loss": "dlr", "logits_fn": linear_victim(np.ones(192), 0)}, "needs 3 classes"),
-        ({"logits_fn": lambda x: x.mean((1, 2, 3))}, r"logits_fn must return \[n, classes\]"),
+        ({"logits_fn": lambda x: x.mean((1, 2, 3))}, r"logits_fn must return \[batch, classes\]"),
         ({"logits_fn": []}, "wrap it"),
     ],
 )
-def test_what_cannot_be_done_is_said_in_one_line(change, message):
+def test_invalid_arguments_raise_a_one_line_error(change, message):
     request = {
         "logits_fn": linear_victim(np.ones(192), 0),
         "images": np.zeros((4, 8, 8, 3), np.float32),

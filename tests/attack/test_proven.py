@@ -37,7 +37,7 @@ def count_correct(name: str, attacks) -> int:
     return int(found.right.sum())
 
 
-def test_twenty_steps_towards_three_classes_leave_no_more_than_the_best_known_attack():
+def test_targeted_apgd_is_as_strong_as_the_best_known_attack():
     name = "cifar_cnn_a_adv"
     attacks = {"apgd-t": partial(apgd_t, num_steps=20, num_targets=3, stop_early=True)}
     assert PROVEN[name].proven <= count_correct(name, attacks) <= PROVEN[name].known + 1
@@ -45,7 +45,7 @@ def test_twenty_steps_towards_three_classes_leave_no_more_than_the_best_known_at
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PROVEN)
-def test_autoattack_stays_above_the_proof_and_as_low_as_the_best_known_attack(name):
+def test_autoattack_lies_between_the_proven_bound_and_the_best_known_attack(name):
     assert PROVEN[name].proven <= count_correct(name, ensemble(10)) <= PROVEN[name].known + 1
 
 
@@ -68,7 +68,7 @@ def torch_trades() -> nn.Module:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("attack", ["apgd-ce", "apgd-t"])
-def test_apgd_fools_the_images_that_torchattacks_fools(attack):
+def test_apgd_fools_the_same_images_as_torchattacks(attack):
     images, labels = load_examples("mnist_test", 200)
     logits_fn, network = load_network(TRADES), torch_trades()
     x, y = to_torch(images), torch.from_numpy(labels.astype(np.int64))

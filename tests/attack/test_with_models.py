@@ -49,7 +49,7 @@ def network_behind(preprocess: Preprocess):
 @pytest.mark.parametrize(
     "attack", [fgsm, pytest.param(partial(pgd, num_steps=5, norm="l2"), marks=pytest.mark.slow)]
 )
-def test_preprocessing_makes_no_difference_to_the_adversarial_image(attack):
+def test_adversarial_images_do_not_depend_on_the_preprocessing(attack):
     x = images(4)
     networks = [network_behind(preprocess) for preprocess in PREPROCESSES.values()]
     labels = np.asarray(networks[0](x).argmax(-1))
@@ -72,7 +72,7 @@ def forward(variables, images):
     return apply(tiny.MODEL, variables, images).logits
 
 
-def test_weights_are_arguments_and_stay_what_they_are():
+def test_weights_are_arguments_of_the_program_and_stay_unchanged():
     variables = tiny.random_variables()
     before = jax.tree.map(np.copy, variables)
     x = np.random.default_rng(0).uniform(0, 1, (4, 16, 16, 3)).astype("f")

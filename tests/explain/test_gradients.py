@@ -43,14 +43,14 @@ def methods(logits_fn):
 METHODS = tuple(methods(constant))
 
 
-def test_the_twins_are_the_same_network(relu_twin, smooth_twin):
+def test_the_torch_and_jax_networks_agree(relu_twin, smooth_twin):
     for twin in (relu_twin, smooth_twin):
         theirs = twin.network(twin.nchw).detach().numpy()
         assert_close(twin.logits(twin.images), theirs, 1e-6)
 
 
 @pytest.mark.parametrize("kind", ["relu_twin", "smooth_twin"])
-def test_saliency_is_captums(kind, request):
+def test_saliency_matches_captum(kind, request):
     twin = request.getfixturevalue(kind)
     target = torch.from_numpy(twin.labels)
     theirs = captum.attr.Saliency(twin.network).attribute(
@@ -63,7 +63,7 @@ def test_saliency_is_captums(kind, request):
 
 @pytest.mark.parametrize("kind", ["relu_twin", "smooth_twin"])
 @pytest.mark.parametrize("baseline", [0.0, 0.4])
-def test_integrated_gradients_are_captums(kind, baseline, request):
+def test_integrated_gradients_match_captum(kind, baseline, request):
     twin = request.getfixturevalue(kind)
     theirs = captum.attr.IntegratedGradients(twin.network).attribute(
         twin.nchw, baseline, torch.from_numpy(twin.labels)
@@ -72,7 +72,7 @@ def test_integrated_gradients_are_captums(kind, baseline, request):
     assert_close(ours, of_torch(theirs))
 
 
-def test_integrated_gradients_sum_to_the_rise_of_the_logit(smooth_twin):
+def test_integrated_gradients_sum_to_the_difference_of_the_logits(smooth_twin):
     twin = smooth_twin
     baselines = np.random.default_rng(3).uniform(0, 0.4, twin.images.shape).astype(np.float32)
     score = score_of(twin.logits, twin.labels)
@@ -86,7 +86,7 @@ def test_integrated_gradients_sum_to_the_rise_of_the_logit(smooth_twin):
     assert np.abs(coarse.sum((1, 2, 3)) - rise).max() > 5e-5  # one point does not know the path
 
 
-def test_a_linear_models_shares_are_weight_times_way(linear):
+def test_integrated_gradients_match_the_closed_form_of_a_linear_model(linear):
     logits_fn, weights = linear
     rng = np.random.default_rng(1)
     images, baselines = rng.uniform(0, 1, (2, 3, 13, 18, 3)).astype(np.float32)
@@ -97,13 +97,13 @@ def test_a_linear_models_shares_are_weight_times_way(linear):
     np.testing.assert_allclose(input_gradient(logits_fn, images, labels), weight, atol=1e-6)
 
 
-def test_smooth_grad_without_noise_is_saliency(relu_twin):
+def test_smooth_grad_without_noise_equals_saliency(relu_twin):
     twin = relu_twin
     ours = smooth_grad(twin.logits, twin.images, twin.labels, KEY, noise_level=0, num_samples=3)
     assert_close(ours, saliency(twin.logits, twin.images, twin.labels), 1e-6)
 
 
-def test_smooth_grad_is_the_mean_over_noise_of_the_images_own_scale(smooth_twin):
+def test_smooth_grad_averages_over_noise_scaled_to_each_image(smooth_twin):
     """The gradient of x^2 is linear: what noise adds to it is the mean noise, times two."""
     images = jnp.concatenate([jnp.zeros((1, 8, 9, 3)).at[:, 0].set(0.5), jnp.ones((1, 8, 9, 3))])
 
@@ -130,7 +130,7 @@ def test_smooth_grad_is_the_mean_over_noise_of_the_images_own_scale(smooth_twin)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_neither_batch_nor_jit_nor_chance_changes_a_map(method, relu_twin):
+def test_maps_depend_neither_on_the_batch_nor_on_jit(method, relu_twin):
     explain = methods(relu_twin.logits)[method]
     plain = explain(relu_twin.images, relu_twin.labels)
     compiled = jax.jit(explain)
@@ -144,14 +144,14 @@ def test_neither_batch_nor_jit_nor_chance_changes_a_map(method, relu_twin):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_constant_model_depends_on_nothing(method):
+def test_maps_of_a_constant_model_are_zero(method):
     images = np.random.default_rng(0).uniform(0, 1, (2, 6, 5, 3)).astype(np.float32)
     found = methods(constant)[method](images, np.array([0, 4]))
     np.testing.assert_array_equal(found, np.zeros_like(found))
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_requests_that_make_no_sense_are_refused(method, relu_twin):
+def test_invalid_images_and_labels_are_rejected(method, relu_twin):
     explain = methods(relu_twin.logits)[method]
     with pytest.raises(RequestError, match="uint8; pass floating point"):
         explain(np.zeros((4, 13, 18, 3), np.uint8), relu_twin.labels)

@@ -15,7 +15,7 @@ RNG = np.random.default_rng(0)
 PHOTOGRAPHS = RNG.integers(0, 256, (2, 10, 12, 3)).astype(np.uint8)
 
 
-def test_pixels_are_rounded_and_uint8_is_kept():
+def test_to_pixels_rounds_floats_and_returns_uint8_unchanged():
     found = to_pixels(np.array([-0.1, 0, 0.5 / 255 - 1e-4, 0.5 / 255 + 1e-4, 1, 2], np.float32))
     np.testing.assert_array_equal(found, [0, 0, 0, 1, 255, 255])
     assert found.dtype == np.uint8
@@ -41,7 +41,7 @@ def test_each_map_is_scaled_by_its_own_percentile():
     np.testing.assert_array_equal(scale_maps(spike), spike / 5)
 
 
-def test_signs_have_colours():
+def test_heatmaps_color_signs_differently():
     red, white, blue = heatmap(np.array([[[1.0, 0.0, -1.0]]]), percentile=100)[0, 0].astype(int)
     assert red[0] > red[2] + 50
     assert blue[2] > blue[0] + 50
@@ -51,7 +51,7 @@ def test_signs_have_colours():
     assert yellow[:2].min() > 200
 
 
-def test_an_overlay_is_grey_below_and_coloured_above():
+def test_an_overlay_blends_grayscale_image_and_heatmap():
     maps = RNG.uniform(0, 1, (2, 10, 12))
     hidden = overlay(PHOTOGRAPHS, maps, opacity=0)
     np.testing.assert_array_equal(hidden[..., 0], hidden[..., 2])
@@ -62,7 +62,7 @@ def test_an_overlay_is_grey_below_and_coloured_above():
     np.testing.assert_array_equal(same, overlay(PHOTOGRAPHS, maps))
 
 
-def test_a_small_map_is_enlarged_in_place():
+def test_a_small_map_is_resized_to_the_image():
     maps = np.zeros((2, 2, 2), np.float32)
     maps[0, 0, 1] = maps[1, 1, 0] = 1
     found = overlay(PHOTOGRAPHS, maps, opacity=1).astype(int).sum(-1)
@@ -73,12 +73,12 @@ def test_a_small_map_is_enlarged_in_place():
 
 
 @pytest.mark.parametrize("shape", [(1, 10, 12), (10, 12), (2, 10, 12, 3)])
-def test_maps_that_do_not_fit_are_refused(shape):
+def test_maps_of_the_wrong_shape_are_rejected(shape):
     with pytest.raises(RequestError, match="for 2 images; pass"):
         overlay(PHOTOGRAPHS, np.zeros(shape))
 
 
-def test_the_strongest_channels_come_first_and_are_drawn_in_their_own_range():
+def test_the_strongest_channels_come_first_and_each_is_scaled_to_its_range():
     features = np.zeros((3, 4, 5), np.float32)
     features[..., 2] = -10
     features[..., 4] = np.arange(12).reshape(3, 4)

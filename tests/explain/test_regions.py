@@ -9,7 +9,7 @@ from tljax.explain import grad_cam, occlusion
 from tljax.runtime.errors import RequestError
 
 
-def test_grad_cam_is_captums(relu_twin):
+def test_grad_cam_matches_captum(relu_twin):
     twin = relu_twin
     theirs = captum.attr.LayerGradCam(twin.network, twin.network.features).attribute(
         twin.nchw, torch.from_numpy(twin.labels), relu_attributions=True
@@ -22,7 +22,7 @@ def test_grad_cam_is_captums(relu_twin):
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * theirs.max())
 
 
-def test_grad_cam_of_a_class_that_nothing_speaks_for_is_zero(relu_twin):
+def test_grad_cam_is_zero_without_positive_evidence(relu_twin):
     ours = grad_cam(
         relu_twin.features, lambda x: -x.sum((1, 2)), relu_twin.images, relu_twin.labels
     )
@@ -61,7 +61,7 @@ def occlude_plainly(logits_fn, image, label, window, stride, fill):
     ("window", "stride", "fill"),
     [(4, 4, 0.5), (5, 3, (0.1, 0.5, 0.9)), (13, 2, 0.0), (40, 7, 1.0)],
 )
-def test_occlusion_is_a_plain_loop(window, stride, fill, relu_twin):
+def test_occlusion_matches_a_plain_loop(window, stride, fill, relu_twin):
     twin, fill = relu_twin, np.asarray(fill, np.float32)
     ours = occlusion(twin.logits, twin.images, twin.labels, window=window, stride=stride, fill=fill)
     logits_fn = jax.jit(twin.logits)
@@ -71,7 +71,7 @@ def test_occlusion_is_a_plain_loop(window, stride, fill, relu_twin):
         np.testing.assert_allclose(ours[i], plain, rtol=0, atol=1e-5)
 
 
-def test_occlusion_is_captums(relu_twin):
+def test_occlusion_matches_captum(relu_twin):
     twin = relu_twin
     theirs = captum.attr.Occlusion(twin.network).attribute(
         twin.nchw, (3, 5, 5), (3, 3, 3), 0.5, torch.from_numpy(twin.labels)
@@ -88,7 +88,7 @@ def methods(twin):
 
 
 @pytest.mark.parametrize("method", ["grad_cam", "occlusion"])
-def test_neither_batch_nor_jit_changes_a_map(method, relu_twin):
+def test_maps_depend_neither_on_the_batch_nor_on_jit(method, relu_twin):
     explain = methods(relu_twin)[method]
     plain = np.asarray(explain(relu_twin.images, relu_twin.labels))
     # What falls is a difference of logits, and no more exact than they are.
@@ -101,15 +101,15 @@ def test_neither_batch_nor_jit_changes_a_map(method, relu_twin):
         np.testing.assert_allclose(alone[0], plain[i], **close)
 
 
-def test_a_constant_model_depends_on_no_region():
+def test_occlusion_of_a_constant_model_is_zero():
     images = np.full((2, 9, 9, 3), 0.3, np.float32)
     found = occlusion(lambda x: jnp.ones((len(x), 3)), images, np.array([0, 2]), window=4, stride=2)
     np.testing.assert_array_equal(found, np.zeros((2, 9, 9)))
 
 
-def test_requests_that_make_no_sense_are_refused(relu_twin):
+def test_invalid_arguments_are_rejected(relu_twin):
     twin = relu_twin
-    with pytest.raises(RequestError, match=r"not \(4, 8\); cut the network before its pooling"):
+    with pytest.raises(RequestError, match=r"not \(4, 8\): split the network before its global"):
         grad_cam(lambda x: twin.features(x).mean((1, 2)), lambda x: x, twin.images, twin.labels)
     for stride in (0, 6):
         with pytest.raises(RequestError, match=r"stride \d must lie between 1 and the window 5"):

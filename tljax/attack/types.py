@@ -1,0 +1,30 @@
+"""Array and function types of attacks."""
+
+from collections.abc import Callable
+
+import jax
+from jaxtyping import Float, Integer
+
+from tljax.runtime.types import Array
+
+Images = Float[Array, "batch ..."]
+"""Floating point images within the bounds, usually ``[batch, height, width, 3]`` in [0, 1]."""
+
+Adversarial = Float[jax.Array, "batch ..."]
+"""Adversarial images, of the shape, dtype and bounds of the original ones."""
+
+Labels = Integer[Array, " batch"]
+PerExample = Float[Array, " batch"]
+
+Bounds = tuple[float, float]
+"""Smallest and largest value of a pixel."""
+
+LogitsFn = Callable[[jax.Array], jax.Array]
+"""Maps images ``[batch, ...]`` to logits ``[batch, classes]``.
+
+A randomized network returns ``[samples, batch, classes]`` (see `tljax.attack.eot.eot`); losses and
+logits are averaged over the samples.
+
+The variables of ``jax.tree_util.Partial(function, variables)`` are arguments of the compiled
+program: they are not copied into it, and new values do not trigger compilation.
+"""
