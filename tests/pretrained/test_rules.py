@@ -183,7 +183,7 @@ def test_a_file_of_something_else(model: str | None) -> None:
             check(arrays, "net.pth", model)
         message = str(caught.value)
         assert re.match(
-            r"net.pth holds none of the networks that tljax knows; the nearest is \w+ "
+            r"net.pth holds no network that tljax supports; the nearest is \w+ "
             r"\(\w+ keys\)\. \d+ missing: .* more\); \d+ left over: ",
             message,
         )
