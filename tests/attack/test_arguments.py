@@ -1,4 +1,4 @@
-"""What attacks are given: checked where it has values, and kept in the ball whatever its type."""
+"""Checks of the arguments of attacks, and dtypes other than float32."""
 
 import inspect
 from functools import partial
@@ -80,26 +80,30 @@ WRONG = [
 
 
 def call(function, **change):
-    request = {"images": IMAGES, "labels": LABELS, "epsilon": EPSILON, **change}
-    first = (request.pop("logits_fn", logits_fn), request.pop("images"), request.pop("labels"))
-    return function(*first, request.pop("key", KEY), **request)
+    arguments = {"images": IMAGES, "labels": LABELS, "epsilon": EPSILON, **change}
+    first = (
+        arguments.pop("logits_fn", logits_fn),
+        arguments.pop("images"),
+        arguments.pop("labels"),
+    )
+    return function(*first, arguments.pop("key", KEY), **arguments)
 
 
 def test_sequences_and_wider_numbers_are_converted():
     right = call(ATTACKS["fgsm"])
     bounds, wide = [0, np.float64(1)], IMAGES.astype(np.float64)
-    found = call(ATTACKS["fgsm"], images=wide, labels=LABELS.tolist(), bounds=bounds)
-    np.testing.assert_array_equal(found, right)
+    result = call(ATTACKS["fgsm"], images=wide, labels=LABELS.tolist(), bounds=bounds)
+    np.testing.assert_array_equal(result, right)
 
 
 def test_images_rounded_beyond_the_bounds_are_clipped():
-    found = call(ATTACKS["pgd"], images=IMAGES / IMAGES.max() * np.float32(1 + 2e-7))
-    assert 0 <= np.min(found) <= np.max(found) <= 1
+    result = call(ATTACKS["pgd"], images=IMAGES / IMAGES.max() * np.float32(1 + 2e-7))
+    assert 0 <= np.min(result) <= np.max(result) <= 1
 
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_every_attack_rejects_invalid_arguments_with_a_one_line_error(name):
-    known, said = inspect.signature(ATTACKS[name]).parameters, 0
+    known, num_errors = inspect.signature(ATTACKS[name]).parameters, 0
     for change, message in WRONG:
         unlimited = known["epsilon"].default is not inspect.Parameter.empty or name == "fab_t"
         if change.keys() - known.keys() or (unlimited and message.endswith("finite")):
@@ -107,13 +111,13 @@ def test_every_attack_rejects_invalid_arguments_with_a_one_line_error(name):
         with pytest.raises(RequestError, match=message) as error:
             call(ATTACKS[name], **change)
         assert "\n" not in str(error.value)
-        said += 1
-    assert said > 15
+        num_errors += 1
+    assert num_errors > 15
 
 
 def test_traced_values_are_not_checked():
-    found = jax.jit(lambda x, y: call(attack.fgsm, images=x, labels=y))(IMAGES, LABELS)
-    np.testing.assert_array_equal(found, call(attack.fgsm))
+    result = jax.jit(lambda x, y: call(attack.fgsm, images=x, labels=y))(IMAGES, LABELS)
+    np.testing.assert_array_equal(result, call(attack.fgsm))
     with pytest.raises(RequestError, match="labels must be from 0 to 4"):
         jax.jit(lambda x: call(attack.fgsm, images=x, labels=LABELS + 5))(IMAGES)
 
@@ -170,20 +174,20 @@ def test_adversarial_images_in_16_bits_stay_in_the_ball(name, dtype):
     images = jnp.asarray(IMAGES, dtype)
     labels = np.asarray(logits_fn(images).argmax(1))
     scale = {"linf": 1, "l2": 20, "l1": 100}[norm]
-    # 1/32 is a step of the grid near 1, and the next number below it just not.
+    # 1/32 is a multiple of the bfloat16 spacing near 1; the next smaller float32 is not.
     epsilon = np.array([EPSILON, 1 / 32, np.nextafter(np.float32(1 / 32), 0), 0], "f") * scale
 
     def network(x):
         assert x.dtype == dtype
         return logits_fn(x)
 
-    found = function(network, images, labels, KEY, epsilon=epsilon)
-    assert found.dtype == dtype
-    exact = np.asarray(found, "f")
+    result = function(network, images, labels, KEY, epsilon=epsilon)
+    assert result.dtype == dtype
+    exact = np.asarray(result, "f")
     assert (length(exact - np.asarray(images, "f"), norm) <= epsilon).all()
     assert exact.min() >= 0
     assert exact.max() <= 1
-    assert (np.asarray(logits_fn(found).argmax(1)) != labels).sum() >= 2
+    assert (np.asarray(logits_fn(result).argmax(1)) != labels).sum() >= 2
 
 
 @pytest.mark.parametrize(
@@ -200,11 +204,11 @@ def test_images_keep_their_dtype_when_float64_is_enabled(name, dtype):
     with jax.enable_x64(True):
         images = IMAGES.astype(dtype)
         wide = lambda x: x.reshape(len(x), -1) @ WEIGHTS.astype("f8")  # noqa: E731
-        found = function(wide, images, LABELS, KEY, epsilon=EPSILON * 20)
-        assert found.dtype == dtype
-        away = length(np.asarray(found, "f8") - images, norm)
+        result = function(wide, images, LABELS, KEY, epsilon=EPSILON * 20)
+        assert result.dtype == dtype
+        away = length(np.asarray(result, "f8") - images, norm)
     assert away.max() <= EPSILON * 20 * (1 + 1e-6)
-    fooled = (np.asarray(logits_fn(x).argmax(1)) != LABELS for x in (found, expected))
+    fooled = (np.asarray(logits_fn(x).argmax(1)) != LABELS for x in (result, expected))
     assert sum(next(fooled)) == sum(next(fooled))
 
 
@@ -212,7 +216,7 @@ def test_a_bfloat16_network_raises_no_flag():
     rng = np.random.default_rng(2)
     hidden = rng.normal(size=(144, 400)).astype("f") / 12
 
-    def rounding(x):  # another order of summation for every size of batch
+    def rounding(x):  # the order of summation depends on the batch size
         x = x.reshape(len(x), -1).astype(jnp.bfloat16)
         order = np.random.default_rng(len(x)).permutation(144)
         x = jax.nn.relu(x[:, order] @ jnp.asarray(hidden, jnp.bfloat16)[order])
@@ -233,4 +237,4 @@ def test_check_network_uses_32_images_and_compiles_the_network():
 
     many = np.random.default_rng(3).uniform(0, 1, (100, 8, 6, 3)).astype("f")
     assert check_network(network, many, np.asarray(logits_fn(many).argmax(1))) == {}
-    assert max(seen) == 64  # in another order, among as many others
+    assert max(seen) == 64  # the same images again, and as many others

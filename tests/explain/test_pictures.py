@@ -16,9 +16,9 @@ PHOTOGRAPHS = RNG.integers(0, 256, (2, 10, 12, 3)).astype(np.uint8)
 
 
 def test_to_pixels_rounds_floats_and_returns_uint8_unchanged():
-    found = to_pixels(np.array([-0.1, 0, 0.5 / 255 - 1e-4, 0.5 / 255 + 1e-4, 1, 2], np.float32))
-    np.testing.assert_array_equal(found, [0, 0, 0, 1, 255, 255])
-    assert found.dtype == np.uint8
+    result = to_pixels(np.array([-0.1, 0, 0.5 / 255 - 1e-4, 0.5 / 255 + 1e-4, 1, 2], np.float32))
+    np.testing.assert_array_equal(result, [0, 0, 0, 1, 255, 255])
+    assert result.dtype == np.uint8
     assert to_pixels(PHOTOGRAPHS) is PHOTOGRAPHS
 
 
@@ -32,10 +32,10 @@ def test_maps_of_zeros_stay_zero_and_finite():
 
 def test_each_map_is_scaled_by_its_own_percentile():
     maps = np.stack([np.arange(101.0).reshape(1, 101), -7 * np.arange(101.0).reshape(1, 101)])
-    found = scale_maps(maps, percentile=50)
-    np.testing.assert_allclose(found[0, 0, :51], np.arange(51) / 50, atol=1e-6)
-    np.testing.assert_array_equal(found[0, 0, 51:], np.ones(50))
-    np.testing.assert_allclose(found[1], -found[0], atol=1e-6)
+    result = scale_maps(maps, percentile=50)
+    np.testing.assert_allclose(result[0, 0, :51], np.arange(51) / 50, atol=1e-6)
+    np.testing.assert_array_equal(result[0, 0, 51:], np.ones(50))
+    np.testing.assert_allclose(result[1], -result[0], atol=1e-6)
     spike = np.zeros((1, 20, 20))
     spike[0, 3, 4] = 5  # its 99th percentile is 0
     np.testing.assert_array_equal(scale_maps(spike), spike / 5)
@@ -65,11 +65,11 @@ def test_an_overlay_blends_grayscale_image_and_heatmap():
 def test_a_small_map_is_resized_to_the_image():
     maps = np.zeros((2, 2, 2), np.float32)
     maps[0, 0, 1] = maps[1, 1, 0] = 1
-    found = overlay(PHOTOGRAPHS, maps, opacity=1).astype(int).sum(-1)
-    assert found.shape == (2, 10, 12)
-    assert found[0, 0, -1] == found[0].max()
-    assert found[1, -1, 0] == found[1].max()
-    assert found[0, -1, 0] == found[0].min()
+    result = overlay(PHOTOGRAPHS, maps, opacity=1).astype(int).sum(-1)
+    assert result.shape == (2, 10, 12)
+    assert result[0, 0, -1] == result[0].max()
+    assert result[1, -1, 0] == result[1].max()
+    assert result[0, -1, 0] == result[0].min()
 
 
 @pytest.mark.parametrize("shape", [(1, 10, 12), (10, 12), (2, 10, 12, 3)])

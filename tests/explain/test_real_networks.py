@@ -1,4 +1,4 @@
-"""The ideal Siamese cat of networks that know cats."""
+"""Feature visualization of a class with published networks."""
 
 from functools import partial
 

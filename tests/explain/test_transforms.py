@@ -29,7 +29,7 @@ def test_a_shift_fills_uncovered_pixels_with_gray():
 def test_affine_transformations_match_scipy(angle, zoom):
     matrix = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) / zoom
     shift, center = np.array([1.3, -0.4]), np.array([5, 6.5])
-    theirs = np.stack(
+    expected = np.stack(
         [
             scipy.ndimage.affine_transform(
                 IMAGE[..., c], matrix, center + shift - matrix @ center, order=1,
@@ -39,8 +39,8 @@ def test_affine_transformations_match_scipy(angle, zoom):
         ],
         axis=-1,
     )  # fmt: skip
-    ours = warp(IMAGE, jnp.asarray(matrix, jnp.float32), jnp.asarray(shift, jnp.float32))
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+    actual = warp(IMAGE, jnp.asarray(matrix, jnp.float32), jnp.asarray(shift, jnp.float32))
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5)
 
 
 def spot(row, column, size=41):
@@ -56,13 +56,13 @@ def center_of(image):
 def test_random_transformations_cover_their_ranges():
     keys = jax.random.split(jax.random.key(0), 200)
     middle = np.array([20, 20])
-    # Gray at the border would weigh: what moves is measured against a picture of nothing.
+    # Subtract a transformed empty image, whose uncovered border is gray too.
     empty = jnp.zeros((41, 41, 1))
 
     def places(transforms, image):
         move = jax.jit(jax.vmap(transforms, (0, None)))
-        found = jnp.maximum(move(keys, image) - move(keys, empty), 0)
-        return np.array([center_of(x) for x in found]) - middle
+        result = jnp.maximum(move(keys, image) - move(keys, empty), 0)
+        return np.array([center_of(x) for x in result]) - middle
 
     shifts = places(Transforms(5, 0, 0), spot(20, 20))
     assert 4.5 < np.abs(shifts).max() <= 5.01

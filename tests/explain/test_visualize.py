@@ -43,18 +43,18 @@ def test_colors_match_lucid():
 
 @pytest.mark.parametrize("size", [8, 9])
 def test_a_fourier_coefficient_gives_a_wave_scaled_by_its_wavelength(size):
-    """lucid: sqrt(w h) / max(f, 1 / max(w, h)) times the spectrum, its inverse FFT, over 4."""
+    """In lucid, the inverse FFT of sqrt(w h) / max(f, 1 / max(w, h)) times the spectrum, over 4."""
     row, column = np.indices((size, size)) / size
     for fy, fx in ((0, 1), (2, 3), (size - 1, 2)):
         params = np.zeros((2, size, size // 2 + 1, 3), np.float32)
         params[:, fy, fx] = np.array([[1, 0, 2], [0, 0.5, 3]])
         frequency = np.hypot(min(fy, size - fy), fx) / size
         amplitude = size / max(frequency, 1 / size) / size**2 / 4
-        amplitude *= 2  # its conjugate is not written down
+        amplitude *= 2  # for the implicit conjugate
         phase = np.exp(2j * np.pi * (fy * row + fx * column))
         wave = [(amplitude * c * phase).real for c in (1, 0.5j, 2 + 3j)]
-        ours = fourier_field(jnp.asarray(params), size)
-        np.testing.assert_allclose(ours, np.stack(wave, -1), rtol=0, atol=1e-5)
+        actual = fourier_field(jnp.asarray(params), size)
+        np.testing.assert_allclose(actual, np.stack(wave, -1), rtol=0, atol=1e-5)
     flat = jnp.zeros((2, size, size // 2 + 1, 3)).at[0, 0, 0].set(1)
     np.testing.assert_allclose(fourier_field(flat, size), 0.25, rtol=0, atol=1e-6)
 
@@ -96,12 +96,12 @@ def test_the_objective_increases_within_the_bounds(parametrization):
 def test_one_step_matches_adam():
     """Adam's first step is the learning rate along the sign of the gradient."""
     start = PIXELS.init(KEYS[0], 6)
-    found = visualize(
+    result = visualize(
         seen, KEYS[:1], size=6, parametrization=PIXELS, transforms=STILL, num_steps=1,
         learning_rate=0.25,
     )  # fmt: skip
     sign = np.where(np.arange(6) < 3, 1, -1)[:, None]
-    np.testing.assert_allclose(found[0], jax.nn.sigmoid(start + 0.25 * sign), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(result[0], jax.nn.sigmoid(start + 0.25 * sign), rtol=0, atol=1e-6)
 
 
 def adam_plainly(params, objective, tv_weight, steps, rate):
@@ -123,9 +123,9 @@ def test_many_steps_match_adam():
         return -jnp.square(images - 0.8).sum((1, 2, 3))
 
     options = {"parametrization": PIXELS, "transforms": STILL, "num_steps": 12, "tv_weight": 0.01}
-    found = visualize(smooth, KEYS[:1], size=5, learning_rate=0.1, **options)
+    result = visualize(smooth, KEYS[:1], size=5, learning_rate=0.1, **options)
     plain = adam_plainly(PIXELS.init(KEYS[0], 5)[None], smooth, 0.01, 12, 0.1)
-    np.testing.assert_allclose(found, plain, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(result, plain, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("parametrization", [FOURIER, PIXELS], ids=["fourier", "pixels"])

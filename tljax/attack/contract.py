@@ -9,7 +9,7 @@ import inspect
 import math
 from collections.abc import Callable
 from functools import partial, wraps
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 from jax.tree_util import Partial
-from jaxtyping import Float, Integer
+from jaxtyping import Float
 
 from tljax.attack.types import Images, Labels, LogitsFn, PerExample
 from tljax.runtime.errors import RequestError
@@ -27,7 +27,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 _TRACED = {"logits_fn", "images", "labels", "key", "epsilon", "ids", "targets", "step_size"}
 
-_COUNTS = {"candidates": 2} | dict.fromkeys(
+_INTEGER_OPTIONS = {"candidates": 2} | dict.fromkeys(
     ("num_steps", "num_targets", "num_queries", "restarts", "search_steps"), 1
 )
 """Smallest value of each integer option."""
@@ -52,22 +52,6 @@ class Attack(Protocol):
 
 RunResult = tuple[jax.Array, jax.Array, jax.Array]
 """Images ``[batch, ...]``, success ``[batch]`` bool, and loss ``[batch]`` of one run."""
-
-
-class Examples(NamedTuple):
-    """The arguments shared by all attacks, as arrays with one row per example.
-
-    Attributes:
-        images: ``[batch, ...]`` floating point.
-        labels: ``[batch]`` int32.
-        epsilon: ``[batch]`` radius of the ball, in the units of the images.
-        keys: ``[batch]`` random keys.
-    """
-
-    images: Float[jax.Array, "batch ..."]
-    labels: Integer[jax.Array, " batch"]
-    epsilon: Float[jax.Array, " batch"]
-    keys: jax.Array
 
 
 def compiled(attack: Function, *, unbounded: bool = False) -> Function:
@@ -136,10 +120,10 @@ def _check(arguments: dict[str, Any], largest_epsilon: float) -> None:
         raise RequestError(
             f"key must be one key, as jax.random.key(0) is, got {key!r:.27}"
         ) from error
-    for name, least in _COUNTS.items():
-        value = arguments.get(name, least)
-        if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
-            raise RequestError(f"{name} must be a whole number, at least {least}, got {value}")
+    for name, minimum in _INTEGER_OPTIONS.items():
+        value = arguments.get(name, minimum)
+        if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < minimum:
+            raise RequestError(f"{name} must be a whole number, at least {minimum}, got {value}")
     for name in ("labels", "ids", "targets"):
         value = arguments.get(name)
         if value is None:
@@ -152,10 +136,10 @@ def _check(arguments: dict[str, Any], largest_epsilon: float) -> None:
             )
         if name != "ids":
             check_classes(arguments["logits_fn"], images, value, name)
-    must = "must be at least 0" + ("" if math.isinf(largest_epsilon) else " and finite")
+    requirement = "must be at least 0" + ("" if math.isinf(largest_epsilon) else " and finite")
     for name in ("epsilon", "step_size"):
         if arguments.get(name) is not None:
-            _check_range(arguments[name], 0, largest_epsilon, f"{name} {must}")
+            _check_range(arguments[name], 0, largest_epsilon, f"{name} {requirement}")
 
 
 def check_images(images: Images, bounds: Any) -> tuple[float, float]:
@@ -180,9 +164,9 @@ def check_images(images: Images, bounds: Any) -> tuple[float, float]:
             f"{list(images.shape)}: divide uint8 by 255"
         )
     rounding = 1e-6 * (high - low)  # tolerance for rounding errors, which the attacks clip
-    must = f"images must be finite and within the bounds {low:g} to {high:g}"
+    requirement = f"images must be finite and within the bounds {low:g} to {high:g}"
     advice = ": divide by 255, or pass bounds=(low, high)"
-    _check_range(images, low - rounding, high + rounding, must, advice)
+    _check_range(images, low - rounding, high + rounding, requirement, advice)
     return low, high
 
 
@@ -198,12 +182,14 @@ def check_classes(logits_fn: Partial, images: Images, classes: Labels, name: str
         _check_range(classes, 0, count - 1, f"{name} must be from 0 to {count - 1}", advice)
 
 
-def _check_range(values: Array, low: float, high: float, must: str, advice: str = "") -> None:
+def _check_range(
+    values: Array, low: float, high: float, requirement: str, advice: str = ""
+) -> None:
     if not isinstance(values, Tracer):
         with jax.ensure_compile_time_eval():
-            least, most = float(jnp.min(values)), float(jnp.max(values))
-        if not (low <= least and most <= high):  # also true for NaN
-            raise RequestError(f"{must}, got {least:.6g} to {most:.6g}{advice}")
+            smallest, largest = float(jnp.min(values)), float(jnp.max(values))
+        if not (low <= smallest and largest <= high):  # also true for NaN
+            raise RequestError(f"{requirement}, got {smallest:.6g} to {largest:.6g}{advice}")
 
 
 def _round_input(
@@ -242,12 +228,12 @@ def as_partial(logits_fn: LogitsFn) -> Partial:
 
 def prepare(
     images: Images, labels: Labels, key: jax.Array, epsilon: PerExample | float, ids: Labels | None
-) -> Examples:
-    """Return the arguments as arrays, with one epsilon and one random key per example."""
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Return images, int32 labels, epsilons ``[batch]`` and random keys ``[batch]``."""
     images, labels = jnp.asarray(images), jnp.asarray(labels)
     ids = fingerprint(images) if ids is None else jnp.asarray(ids)
     keys = jax.vmap(partial(jax.random.fold_in, key))(ids)
-    return Examples(images, labels.astype(jnp.int32), per_example(epsilon, images, "epsilon"), keys)
+    return images, labels.astype(jnp.int32), per_example(epsilon, images, "epsilon"), keys
 
 
 def sample_logits(logits_fn: LogitsFn, images: jax.Array) -> jax.Array:
@@ -333,13 +319,10 @@ def fold_in(keys: jax.Array, number: Array | int) -> jax.Array:
 
 
 def draw(
-    sampler: Callable[..., jax.Array],
-    keys: jax.Array,
-    shape: tuple[int, ...] = (),
-    dtype: Any = jnp.float32,
+    sampler: Callable[..., jax.Array], keys: jax.Array, shape: tuple[int, ...] = ()
 ) -> jax.Array:
-    """Stack ``sampler(key, shape, dtype)`` for each of the keys ``[batch]``."""
-    return jax.vmap(lambda key: sampler(key, shape, dtype))(keys)
+    """Draw a float32 array of the given shape with each of the keys ``[batch]``."""
+    return jax.vmap(lambda key: sampler(key, shape, jnp.float32))(keys)
 
 
 def fingerprint(images: jax.Array) -> jax.Array:

@@ -125,19 +125,14 @@ def auto_attack(
     options = {"norm": norm, "version": version, "num_steps": num_steps}
     attacks = ensemble(logits.shape[-1], num_queries=num_queries, bounds=bounds, **options)
     # The label -1 differs from every prediction, so attacks treat the example as fooled already.
-    adversarial, remaining = images, jnp.where(logits.argmax(-1) == labels, labels, -1)
+    state = images, jnp.where(logits.argmax(-1) == labels, labels, -1)
 
-    def run(attack: Attack, adversarial: jax.Array, remaining: jax.Array):
+    def run(attack: Attack, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        remaining = state[1]
         new = attack(logits_fn, images, remaining, key, epsilon=epsilon, ids=ids)
         fooled = (remaining >= 0) & (mean_logits(logits_fn, new).argmax(-1) != remaining)
-        return choose(fooled, (new, jnp.full_like(remaining, -1)), (adversarial, remaining))
+        return choose(fooled, (new, jnp.full_like(remaining, -1)), state)
 
     for attack in attacks.values():
-        adversarial, remaining = lax.cond(
-            (remaining >= 0).any(),
-            partial(run, attack),
-            lambda *unchanged: unchanged,
-            adversarial,
-            remaining,
-        )
-    return adversarial
+        state = lax.cond((state[1] >= 0).any(), partial(run, attack), lambda same: same, state)
+    return state[0]

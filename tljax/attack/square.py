@@ -80,10 +80,6 @@ def _signs(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jax.random.rademacher(key, shape, jnp.float32)
 
 
-def _stripes(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    return _signs(key, (1, *shape[1:]))
-
-
 def _add(key: jax.Array, delta: jax.Array, epsilon: jax.Array, length: jax.Array) -> jax.Array:
     where, which = jax.random.split(key)
     inside = place(where, length, delta.shape).inside
@@ -120,7 +116,10 @@ def _move(key: jax.Array, delta: jax.Array, epsilon: jax.Array, length: jax.Arra
     return jnp.where(target.inside, new, jnp.where(source.inside, 0, delta))
 
 
-_SEARCHES = {"linf": (_stripes, _add), "l2": (_bumps, _move)}
+_SEARCHES = {
+    "linf": (lambda key, shape: _signs(key, (1, *shape[1:])), _add),
+    "l2": (_bumps, _move),
+}
 """The initial perturbation, ``(key, shape)``, and proposals, ``(key, delta, epsilon, length)``."""
 
 

@@ -3,15 +3,7 @@
 from collections.abc import Callable
 
 from tljax.models.depthwise import Run
-from tljax.models.mobilenet import (
-    V1,
-    V1_VARIANTS,
-    V2,
-    V2_VARIANTS,
-    V3_LARGE,
-    V3_SMALL,
-    V3_VARIANTS,
-)
+from tljax.models.mobilenet import V1, V1_VARIANTS, V2, V2_VARIANTS, V3_LARGE, V3_SMALL, V3_VARIANTS
 from tljax.pretrained.rules import Config, Layout, Rules, conv, conv_norm, dense
 from tljax.pretrained.tables import block_indices, dense_as_conv, depthwise
 from tljax.runtime.types import Preprocess
