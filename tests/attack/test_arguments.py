@@ -47,9 +47,9 @@ WRONG = [
     ({"labels": ["lynx", "wolf", "otter", "toad"]}, "labels must be numbers, got "),
     ({"labels": np.eye(5, dtype=int)[LABELS]}, r"labels must be 4 integers.* got int32 \[4, 5\]"),
     ({"epsilon": "8/255"}, "epsilon must be numbers, got '8/255'"),
-    ({"key": 0}, r"key must be one key, as jax.random.key\(0\) is, got 0"),
-    ({"key": None}, "key must be one key"),
-    ({"key": jax.random.split(KEY)}, r"key must be one key, .* got Array\(\(2,\)"),
+    ({"key": 0}, r"key must be one jax.random.key\(seed\), got 0"),
+    ({"key": None}, "key must be one jax.random.key"),
+    ({"key": jax.random.split(KEY)}, r"key must be one jax.random.key.*, got Array\(\(2,\)"),
     ({"logits_fn": 3}, "logits_fn must be a function"),
     (
         {"logits_fn": lambda x: x.sum((1, 2, 3))},

@@ -213,8 +213,8 @@ def test_square_raises_a_flag_where_it_fools_more_images():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"epsilons": []}, "finite epsilons of at least 0"),
-        ({"epsilons": [-1]}, "finite epsilons of at least 0"),
+        ({"epsilons": []}, "finite epsilons >= 0"),
+        ({"epsilons": [-1]}, "finite epsilons >= 0"),
         ({"attacks": {}}, "needs attacks"),
         (
             {"data": (np.zeros((2, 10, 10, 3), "f"), np.array([-1, -1]))},

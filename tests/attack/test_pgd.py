@@ -222,7 +222,7 @@ def test_attacks_match_the_closed_form_of_a_linear_network(attack):
         ({"ids": np.zeros(3, int)}, "ids must be 4 integers"),
         ({"epsilon": np.zeros(3)}, "epsilon must be a number or 4 numbers"),
         ({"step_size": np.zeros(3)}, "step_size must be a number or 4"),
-        ({"norm": "l7"}, "norm 'l7' is not supported by this attack: choose from linf, l2, l1"),
+        ({"norm": "l7"}, "unsupported norm 'l7': choose from linf, l2, l1"),
         ({"loss": "cw"}, "no loss 'cw'; choose from ce, dlr, margin"),
         ({"num_steps": 0}, "at least 1"),
         ({"loss": "dlr", "logits_fn": linear_victim(np.ones(192), 0)}, "needs 3 classes"),

@@ -8,15 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from tljax.attack.contract import (
-    RunResult,
-    best_of,
-    choose,
-    compiled,
-    expand_like,
-    fold_in,
-    prepare,
-)
+from tljax.attack.contract import Result, best_of, choose, compiled, expand_like, fold_in, prepare
 from tljax.attack.losses import (
     Goal,
     Loss,
@@ -27,7 +19,7 @@ from tljax.attack.losses import (
     top_other_classes,
 )
 from tljax.attack.norms import get_norm, project_to_ball
-from tljax.attack.types import Adversarial, Bounds, Images, Labels, LogitsFn, PerExample
+from tljax.attack.types import Bounds, DeviceImages, Images, Labels, LogitsFn, PerExample
 
 _RHO = 0.75  # the step is halved if the loss rose in at most this fraction of a window's steps
 _STEP_WEIGHT = 0.75  # weight of the new step; the rest is the previous update
@@ -89,7 +81,7 @@ def _run(
     num_steps: int,
     stop_early: bool,
     bounds: Bounds,
-) -> RunResult:
+) -> Result:
     """Run APGD from one random start; examples in ``done`` have succeeded before."""
     ball, windows = get_norm(norm), jnp.asarray([0, *checkpoints(num_steps)])
     project = partial(project_to_ball, images=images, epsilon=epsilon, norm=ball, bounds=bounds)
@@ -101,13 +93,13 @@ def _run(
 
     def step(number: jax.Array, state: _State) -> _State:
         """Take step ``number``; 0 only evaluates the start."""
-        x, x_eval = state.x, state.x_eval
+        x, x_eval, first = state.x, state.x_eval, number == 0
         z = project(x + expand_like(state.step_size, x) * ball.steepest(x_eval.gradient))
         new = project(x + _STEP_WEIGHT * (z - x) + (1 - _STEP_WEIGHT) * (x - state.previous))
-        new = jnp.where(number == 1, z, jnp.where(number == 0, start, new))
+        new = jnp.where(number == 1, z, jnp.where(first, start, new))
         new_eval = loss_and_gradient(logits_fn, goal.objective, new)
         reached = goal.reached(new_eval.logits)
-        better = (number == 0) | (new_eval.loss > state.best.loss)
+        better = first | (new_eval.loss > state.best.loss)
         best_x, best = choose(better, (new, new_eval), (state.best_x, state.best))
 
         checkpoint = windows[number] > 0
@@ -127,7 +119,7 @@ def _run(
             step_size=jnp.where(halve, state.step_size / 2, state.step_size),
             increases=jnp.where(checkpoint, 0, increases),
             halved=jnp.where(checkpoint, halve, state.halved),
-            checkpoint_loss=jnp.where(checkpoint | (number == 0), best.loss, state.checkpoint_loss),
+            checkpoint_loss=jnp.where(checkpoint | first, best.loss, state.checkpoint_loss),
         )
 
     def body(carry: tuple[jax.Array, _State]) -> tuple[jax.Array, _State]:
@@ -175,7 +167,7 @@ def apgd(
     restarts: int = 1,
     stop_early: bool = False,
     bounds: Bounds = (0.0, 1.0),
-) -> Adversarial:
+) -> DeviceImages:
     """Run Auto-PGD (APGD), which starts with step size 2 * epsilon and halves it on stalls.
 
         adversarial = apgd(logits_fn, images, labels, key, epsilon=8 / 255, loss="dlr")
@@ -237,7 +229,7 @@ def apgd_t(
     num_targets: int = 9,
     stop_early: bool = False,
     bounds: Bounds = (0.0, 1.0),
-) -> Adversarial:
+) -> DeviceImages:
     """Run targeted Auto-PGD (APGD-T) towards the most probable other classes, one after another.
 
     Any prediction other than the label is a success.
@@ -269,7 +261,7 @@ def apgd_t(
     images, labels, epsilon, keys = prepare(images, labels, key, epsilon, ids)
     ranked = top_other_classes(mean_logits(logits_fn, images), labels, num_targets)
 
-    def run(rank: jax.Array, done: jax.Array) -> RunResult:
+    def run(rank: jax.Array, done: jax.Array) -> Result:
         targeted, untargeted = make_goal(loss, labels, ranked[:, rank]), make_goal(loss, labels)
         goal = Goal(targeted.objective, untargeted.reached)
         return _run(

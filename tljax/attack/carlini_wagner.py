@@ -11,7 +11,7 @@ from jax import lax
 from tljax.attack.contract import choose, compiled, prepare
 from tljax.attack.losses import loss_and_gradient, make_goal
 from tljax.attack.norms import get_norm, project_to_ball
-from tljax.attack.types import Adversarial, Bounds, Images, Labels, LogitsFn, PerExample
+from tljax.attack.types import Bounds, DeviceImages, Images, Labels, LogitsFn, PerExample
 
 _SHRINK = 0.999999  # scales pixels into (-1, 1), where the inverse of tanh is finite
 _CHECKS = 10  # number of checks for progress in each round of the search
@@ -44,7 +44,7 @@ def carlini_wagner(
     confidence: float = 0.0,
     abort_early: bool = True,
     bounds: Bounds = (0.0, 1.0),
-) -> Adversarial:
+) -> DeviceImages:
     """Minimize the L2 norm of a perturbation that fools the network (the C&W attack).
 
     Adam minimizes ``norm ** 2 + constant * max(0, confidence - margin)`` over images ``tanh(w)``,

@@ -19,7 +19,7 @@ from jax.core import Tracer
 from jax.tree_util import Partial
 from jaxtyping import Float
 
-from tljax.attack.types import Images, Labels, LogitsFn, PerExample
+from tljax.attack.types import Images, Labels, LogitsFn, PerExample, Values
 from tljax.runtime.errors import RequestError
 from tljax.runtime.types import Array
 
@@ -50,7 +50,7 @@ class Attack(Protocol):
         ...
 
 
-RunResult = tuple[jax.Array, jax.Array, jax.Array]
+Result = tuple[jax.Array, jax.Array, jax.Array]
 """Images ``[batch, ...]``, success ``[batch]`` bool, and loss ``[batch]`` of one run."""
 
 
@@ -117,9 +117,7 @@ def _check(arguments: dict[str, Any], largest_epsilon: float) -> None:
     try:
         jax.eval_shape(jax.random.fold_in, key, 0)
     except (TypeError, ValueError) as error:
-        raise RequestError(
-            f"key must be one key, as jax.random.key(0) is, got {key!r:.27}"
-        ) from error
+        raise RequestError(f"key must be one jax.random.key(seed), got {key!r:.27}") from error
     for name, minimum in _INTEGER_OPTIONS.items():
         value = arguments.get(name, minimum)
         if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < minimum:
@@ -182,14 +180,12 @@ def check_classes(logits_fn: Partial, images: Images, classes: Labels, name: str
         _check_range(classes, 0, count - 1, f"{name} must be from 0 to {count - 1}", advice)
 
 
-def _check_range(
-    values: Array, low: float, high: float, requirement: str, advice: str = ""
-) -> None:
+def _check_range(values: Array, low: float, high: float, message: str, advice: str = "") -> None:
     if not isinstance(values, Tracer):
         with jax.ensure_compile_time_eval():
             smallest, largest = float(jnp.min(values)), float(jnp.max(values))
         if not (low <= smallest and largest <= high):  # also true for NaN
-            raise RequestError(f"{requirement}, got {smallest:.6g} to {largest:.6g}{advice}")
+            raise RequestError(f"{message}, got {smallest:.6g} to {largest:.6g}{advice}")
 
 
 def _round_input(
@@ -262,9 +258,7 @@ def as_float(images: Array) -> Float[jax.Array, "..."]:
     return images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images
 
 
-def per_example(
-    value: PerExample | float, images: jax.Array, name: str
-) -> Float[jax.Array, " batch"]:
+def per_example(value: PerExample | float, images: jax.Array, name: str) -> Values:
     """Broadcast a scalar or ``[batch]`` values to ``[batch]``, in the dtype of the images.
 
     Raises:
@@ -289,9 +283,7 @@ def choose(condition: jax.Array, new: Any, old: Any) -> Any:
     return jax.tree.map(lambda a, b: jnp.where(expand_like(condition, a), a, b), new, old)
 
 
-def best_of(
-    run: Callable[[jax.Array, jax.Array], RunResult], count: int, images: jax.Array
-) -> RunResult:
+def best_of(run: Callable[[jax.Array, jax.Array], Result], count: int, images: jax.Array) -> Result:
     """Return the best result of several runs for each example.
 
     A success is better than a failure; among failures, the highest loss is best.
@@ -305,7 +297,7 @@ def best_of(
     if count == 1:
         return run(jnp.int32(0), fooled)
 
-    def body(number: jax.Array, best: RunResult) -> RunResult:
+    def body(number: jax.Array, best: Result) -> Result:
         new = run(number, best[1])
         return choose(~best[1] & (new[1] | (new[2] > best[2])), new, best)
 

@@ -9,7 +9,7 @@ from jax import lax
 from tljax.attack.contract import choose, compiled, expand_like, prepare
 from tljax.attack.losses import mean_logits, top_other_classes
 from tljax.attack.norms import get_norm, project_to_ball
-from tljax.attack.types import Adversarial, Bounds, Images, Labels, LogitsFn, PerExample
+from tljax.attack.types import Bounds, DeviceImages, Images, Labels, LogitsFn, PerExample
 
 
 @partial(compiled, unbounded=True)
@@ -26,7 +26,7 @@ def deepfool(
     candidates: int = 10,
     overshoot: float = 0.02,
     bounds: Bounds = (0.0, 1.0),
-) -> Adversarial:
+) -> DeviceImages:
     """Find a small perturbation that fools the network (DeepFool); its norm measures robustness.
 
     Each step moves to the nearest of the linearized decision boundaries between the label and the
@@ -59,16 +59,14 @@ def deepfool(
     ball = get_norm(norm)
     others = top_other_classes(mean_logits(logits_fn, images), labels, candidates - 1)
 
-    def linearize(x: jax.Array):
-        """Return the logits, the leads of the candidates over the label, and their gradients."""
-        logits, pull = jax.vjp(lambda x: mean_logits(logits_fn, x), x)
-        directions = jax.nn.one_hot(others.T, logits.shape[-1], dtype=logits.dtype)
-        directions -= jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
-        return logits, jnp.sum(directions * logits, -1), jax.vmap(lambda d: pull(d)[0])(directions)
-
     def body(carry):
         number, (x, total, fooled) = carry
-        logits, lead, gradient = linearize(x)
+        logits, pull = jax.vjp(lambda x: mean_logits(logits_fn, x), x)
+        # The lead of each candidate over the label, [candidates, batch], and its gradient.
+        directions = jax.nn.one_hot(others.T, logits.shape[-1], dtype=logits.dtype)
+        directions -= jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
+        lead = jnp.sum(directions * logits, -1)
+        gradient = jax.vmap(lambda d: pull(d)[0])(directions)
         fooled |= logits.argmax(-1) != labels
         # The lead grows by `slope` along the perturbation of length 1.
         unit = jax.vmap(ball.steepest)(gradient)

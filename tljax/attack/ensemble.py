@@ -12,7 +12,7 @@ from tljax.attack.contract import Attack, choose, compiled, prepare
 from tljax.attack.fab import fab_t
 from tljax.attack.losses import mean_logits
 from tljax.attack.square import square
-from tljax.attack.types import Adversarial, Bounds, Images, Labels, LogitsFn, PerExample
+from tljax.attack.types import Bounds, DeviceImages, Images, Labels, LogitsFn, PerExample
 from tljax.runtime.errors import RequestError
 
 
@@ -91,7 +91,7 @@ def auto_attack(
     num_steps: int = 100,
     num_queries: int = 5000,
     bounds: Bounds = (0.0, 1.0),
-) -> Adversarial:
+) -> DeviceImages:
     """Run all attacks of an `ensemble` on one batch (AutoAttack).
 
     For a data set, `tljax.attack.evaluate.evaluate` with ``survivors_only`` is faster: it fills the

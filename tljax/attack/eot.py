@@ -37,13 +37,9 @@ def eot(
     if samples < 1:
         raise RequestError(f"samples must be at least 1, got {samples}")
 
-    def one(image: jax.Array, key: jax.Array) -> jax.Array:
-        return logits_fn(image[None], key)[0]
-
     def sampled(images: jax.Array) -> jax.Array:
-        keys = jax.vmap(lambda id_: jax.random.split(jax.random.fold_in(key, id_), samples))(
-            fingerprint(images)
-        )
-        return jax.vmap(jax.vmap(one), in_axes=(None, 1))(images, keys)
+        split = jax.vmap(lambda id_: jax.random.split(jax.random.fold_in(key, id_), samples))
+        sample = jax.vmap(lambda image, key: logits_fn(image[None], key)[0])
+        return jax.vmap(sample, in_axes=(None, 1))(images, split(fingerprint(images)))
 
     return sampled

@@ -164,17 +164,12 @@ def evaluate(
     radii = np.sort(np.asarray(epsilons, np.float32))
     finite = radii.ndim == 1 and radii.size and 0 <= radii[0] <= radii[-1] < np.inf
     if not finite or not attacks:
-        raise RequestError(
-            f"evaluate needs attacks and finite epsilons of at least 0, got {epsilons}"
-        )
+        raise RequestError(f"evaluate needs attacks and finite epsilons >= 0, got {epsilons}")
     if jax.process_count() > 1:
         raise RequestError("evaluate supports one process only: call it with each process's images")
     classes = jax.eval_shape(logits_fn, as_float(images[:1])).shape[-1]
     if labels.max() >= classes:
-        raise RequestError(
-            f"evaluate: label {labels.max()}, but the network has {classes} classes: use a network "
-            "with the classes of these images"
-        )
+        raise RequestError(f"evaluate: label {labels.max()}, but the network has {classes} classes")
     mesh = mesh or data_mesh()
     size = divisible(min(batch_size, len(images)), mesh)
     networks = [as_partial(network) for network in (logits_fn, other) if network is not None]

@@ -9,14 +9,14 @@ from jax import lax
 from tljax.attack.contract import choose, compiled, expand_like, prepare
 from tljax.attack.losses import loss_and_gradient, mean_logits, top_other_classes
 from tljax.attack.norms import get_norm, project_to_ball
-from tljax.attack.types import Adversarial, Bounds, Images, Labels, LogitsFn, PerExample
+from tljax.attack.types import Bounds, DeviceImages, Images, Labels, LogitsFn, PerExample, Values
 
 _NEWTON_STEPS = 15  # upper limit; 3 to 6 are usual for this piecewise linear function
 
 
 def project_onto_plane(
-    points: Images, normal: Images, value: PerExample, norm: str, bounds: Bounds
-) -> Adversarial:
+    points: DeviceImages, normal: DeviceImages, value: Values, norm: str, bounds: Bounds
+) -> DeviceImages:
     """Find the nearest points within the bounds at which ``value + normal . (z - point)`` is 0.
 
     Each pixel moves towards the plane at a rate of 1 (Linf) or ``abs(normal)`` (L2) until it meets
@@ -74,7 +74,7 @@ def fab_t(
     beta: float = 0.9,
     stop_early: bool = False,
     bounds: Bounds = (0.0, 1.0),
-) -> Adversarial:
+) -> DeviceImages:
     """Search the nearest adversarial image, towards several target classes (FAB-T).
 
     FAB is the fast adaptive boundary attack. Each step projects the iterate and the original image

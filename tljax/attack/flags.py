@@ -32,18 +32,14 @@ def check_network(logits_fn: LogitsFn, images: Images, labels: Labels) -> dict[s
         * ``zero_gradient``: the gradient of the cross-entropy is 0 for some images;
         * ``few_classes``: there are too few classes for the DLR losses.
     """
-    network, x, y = (
-        as_partial(logits_fn),
-        jnp.asarray(images[:_IMAGES]),
-        jnp.asarray(labels[:_IMAGES]),
-    )
+    network, x = as_partial(logits_fn), jnp.asarray(images[:_IMAGES])
+    y = jnp.asarray(labels[:_IMAGES])
     check_images(x, (0.0, 1.0))
     check_classes(network, x, y, "labels")
     shape = jax.eval_shape(network, x).shape
     jaxpr = str(jax.make_jaxpr(network)(x))
-    tolerance = max(
-        [_TOLERANCE, *(size for name, size in _LOW_PRECISION.items() if f":{name}[" in jaxpr)]
-    )
+    low_precision = [size for name, size in _LOW_PRECISION.items() if f":{name}[" in jaxpr]
+    tolerance = max([_TOLERANCE, *low_precision])
     n, classes = len(x), shape[-1]
     flags = {}
 

@@ -1,4 +1,4 @@
-"""Losses that attacks maximize, and the criterion of success.
+"""Values that attacks maximize, and the criterion of success.
 
 A loss takes logits ``[batch, classes]``, labels ``[batch]`` and optional targets ``[batch]``, and
 returns ``[batch]`` values. Without targets they grow as the prediction moves away from the label,
@@ -14,17 +14,16 @@ from jax import lax
 from jaxtyping import Float, Integer
 
 from tljax.attack.contract import sample_logits
-from tljax.attack.types import LogitsFn
+from tljax.attack.types import LogitsFn, Values
 from tljax.runtime.errors import RequestError
 from tljax.runtime.types import Array
 
 Loss = Callable[[jax.Array, jax.Array, jax.Array | None], jax.Array]
 Logits = Float[jax.Array, "batch classes"]
 Classes = Integer[jax.Array, " batch"]
-Losses = Float[jax.Array, " batch"]
 
 
-def cross_entropy(logits: Logits, labels: Classes, targets: Classes | None = None) -> Losses:
+def cross_entropy(logits: Logits, labels: Classes, targets: Classes | None = None) -> Values:
     """Compute the cross-entropy of the labels, or minus that of the targets, in nats.
 
     The gradient is 0 where the logits are so large that a probability rounds to 1.
@@ -35,14 +34,14 @@ def cross_entropy(logits: Logits, labels: Classes, targets: Classes | None = Non
     return -_gather(log_probabilities, labels)
 
 
-def margin(logits: Logits, labels: Classes, targets: Classes | None = None) -> Losses:
+def margin(logits: Logits, labels: Classes, targets: Classes | None = None) -> Values:
     """Compute the margin of the best other class over the label, or of the target over the rest."""
     if targets is not None:
         return _gather(logits, targets) - _best_other(logits, targets)
     return _best_other(logits, labels) - _gather(logits, labels)
 
 
-def dlr(logits: Logits, labels: Classes, targets: Classes | None = None) -> Losses:
+def dlr(logits: Logits, labels: Classes, targets: Classes | None = None) -> Values:
     """Compute the difference of logits ratio, which is invariant to scale and shift of the logits.
 
     With the logits in descending order ``z1, z2, ...`` it is
@@ -127,7 +126,7 @@ class LossAndGradient(NamedTuple):
         logits: ``[batch, classes]``.
     """
 
-    loss: Losses
+    loss: Values
     gradient: Float[jax.Array, "batch ..."]
     logits: Logits
 

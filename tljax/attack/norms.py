@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from tljax.attack.contract import draw, expand_like
-from tljax.attack.types import Adversarial, Bounds, Images, PerExample
+from tljax.attack.types import Bounds, DeviceImages, Values
 from tljax.runtime.errors import RequestError
 
 Draw = Callable[[jax.Array, tuple[int, ...]], jax.Array]
@@ -44,15 +44,13 @@ def get_norm(name: str, among: Collection[str] = ("linf", "l2")) -> Norm:
         RequestError: the attack does not support a norm of that name.
     """
     if name not in among:
-        raise RequestError(
-            f"norm '{name}' is not supported by this attack: choose from {', '.join(among)}"
-        )
+        raise RequestError(f"unsupported norm '{name}': choose from {', '.join(among)}")
     return NORMS[name]
 
 
 def project_to_ball(
-    points: Images, images: Images, epsilon: PerExample, norm: Norm, bounds: Bounds
-) -> Adversarial:
+    points: DeviceImages, images: DeviceImages, epsilon: Values, norm: Norm, bounds: Bounds
+) -> DeviceImages:
     """Project points into the balls around the images, then clip them to the bounds."""
     return jnp.clip(images + norm.project(points - images, epsilon), *bounds)
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from tljax.attack.contract import (
-    RunResult,
+    Result,
     as_array,
     best_of,
     compiled,
@@ -19,7 +19,7 @@ from tljax.attack.contract import (
 )
 from tljax.attack.losses import Loss, loss_and_gradient, make_goal
 from tljax.attack.norms import NORMS, get_norm, project_to_ball
-from tljax.attack.types import Adversarial, Bounds, Images, Labels, LogitsFn, PerExample
+from tljax.attack.types import Bounds, DeviceImages, Images, Labels, LogitsFn, PerExample
 
 
 @compiled
@@ -40,7 +40,7 @@ def pgd(
     restarts: int = 1,
     momentum: float | None = None,
     bounds: Bounds = (0.0, 1.0),
-) -> Adversarial:
+) -> DeviceImages:
     """Maximize a loss by projected gradient descent (PGD) within a ball around each image.
 
         logits_fn = lambda images: apply(model, variables, images).logits
@@ -110,7 +110,7 @@ def pgd(
             )
         return lax.fori_loop(0, num_steps, body, (start, jnp.zeros_like(images)))[0]
 
-    def rate(x: jax.Array) -> RunResult:
+    def rate(x: jax.Array) -> Result:
         end = loss_and_gradient(logits_fn, goal.objective, x)  # jit drops the unused gradient
         return x, goal.reached(end.logits), end.loss
 
@@ -132,7 +132,7 @@ def fgsm(
     loss: str | Loss = "ce",
     random_start: bool = False,
     bounds: Bounds = (0.0, 1.0),
-) -> Adversarial:
+) -> DeviceImages:
     """Take one step of length epsilon from the image: the fast gradient sign method (FGSM).
 
     With ``random_start`` the step starts at a random point of the ball and has length 1.25 epsilon,
@@ -163,10 +163,10 @@ def bim(
     step_size: PerExample | float | None = None,
     momentum: float | None = None,
     bounds: Bounds = (0.0, 1.0),
-) -> Adversarial:
+) -> DeviceImages:
     """Run `pgd` from the image itself: the basic iterative method (BIM, I-FGSM).
 
-    Source: Kurakin et al., "Adversarial examples in the physical world", 2017 (arXiv 1607.02533).
+    Source: Kurakin et al., "DeviceImages examples in the physical world", 2017 (arXiv 1607.02533).
     Arguments and errors are those of `pgd`. The key is unused.
     """
     options: Any = {"ids": ids, "targets": targets, "norm": norm, "loss": loss, "bounds": bounds}
@@ -189,7 +189,7 @@ def mi_fgsm(
     step_size: PerExample | float | None = None,
     momentum: float = 1.0,
     bounds: Bounds = (0.0, 1.0),
-) -> Adversarial:
+) -> DeviceImages:
     """Run `bim` with momentum: the momentum iterative method (MI-FGSM), which transfers better.
 
     The velocity is ``momentum * velocity + gradient / mean(abs(gradient))``. The default step size

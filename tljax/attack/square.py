@@ -11,7 +11,7 @@ from jaxtyping import Bool, Integer
 from tljax.attack.contract import choose, compiled, expand_like, fold_in, prepare
 from tljax.attack.losses import make_goal, mean_logits
 from tljax.attack.norms import get_norm, project_to_ball
-from tljax.attack.types import Adversarial, Bounds, Images, Labels, LogitsFn, PerExample
+from tljax.attack.types import Bounds, DeviceImages, Images, Labels, LogitsFn, PerExample
 from tljax.runtime.errors import RequestError
 
 # The queries, out of 10,000, after which the share p of the image is halved.
@@ -80,6 +80,10 @@ def _signs(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jax.random.rademacher(key, shape, jnp.float32)
 
 
+def _stripes(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return _signs(key, (1, *shape[1:]))
+
+
 def _add(key: jax.Array, delta: jax.Array, epsilon: jax.Array, length: jax.Array) -> jax.Array:
     where, which = jax.random.split(key)
     inside = place(where, length, delta.shape).inside
@@ -104,10 +108,8 @@ def _move(key: jax.Array, delta: jax.Array, epsilon: jax.Array, length: jax.Arra
     length = jnp.minimum(jnp.maximum(length, 3) | 1, (min(delta.shape[:2]) - 1) | 1)  # odd
     new_key, old_key, which, turn = jax.random.split(key, 4)
     target, source = (place(key, length, delta.shape) for key in (new_key, old_key))
-    upright, lying = (
-        bump(target.rows, target.columns, length),
-        bump(target.columns, target.rows, length),
-    )
+    upright = bump(target.rows, target.columns, length)
+    lying = bump(target.columns, target.rows, length)
     added = jnp.where(jax.random.bernoulli(turn), lying, upright)[..., None]
     new = _unit(added * _signs(which, delta.shape[2:]) + _unit(delta * target.inside))
     # Budget of the new square: the norm of the two old ones, plus what clipping has removed.
@@ -116,10 +118,7 @@ def _move(key: jax.Array, delta: jax.Array, epsilon: jax.Array, length: jax.Arra
     return jnp.where(target.inside, new, jnp.where(source.inside, 0, delta))
 
 
-_SEARCHES = {
-    "linf": (lambda key, shape: _signs(key, (1, *shape[1:])), _add),
-    "l2": (_bumps, _move),
-}
+_SEARCHES = {"linf": (_stripes, _add), "l2": (_bumps, _move)}
 """The initial perturbation, ``(key, shape)``, and proposals, ``(key, delta, epsilon, length)``."""
 
 
@@ -138,7 +137,7 @@ def square(
     p: float = 0.8,
     rescale: bool = True,
     bounds: Bounds = (0.0, 1.0),
-) -> Adversarial:
+) -> DeviceImages:
     """Change random squares, keeping the changes that increase the margin loss (Square Attack).
 
     The attack uses logits only, no gradients. If it fools a network more often than gradient-based
@@ -176,9 +175,7 @@ def square(
     """
     images, labels, epsilon, keys = prepare(images, labels, key, epsilon, ids)
     if images.ndim != 4:
-        raise RequestError(
-            f"square needs images [batch, height, width, channels], got {images.shape}"
-        )
+        raise RequestError(f"square needs [batch, height, width, channels], got {images.shape}")
     goal, ball = make_goal("margin", labels, targets), get_norm(norm)
     radius = expand_like(epsilon, images)
     initialize, propose = _SEARCHES[norm]

@@ -10,11 +10,12 @@ from tljax.runtime.types import Array
 Images = Float[Array, "batch ..."]
 """Floating point images within the bounds, usually ``[batch, height, width, 3]`` in [0, 1]."""
 
-Adversarial = Float[jax.Array, "batch ..."]
-"""Adversarial images, of the shape, dtype and bounds of the original ones."""
+DeviceImages = Float[jax.Array, "batch ..."]
+"""`Images` as a JAX array."""
 
 Labels = Integer[Array, " batch"]
 PerExample = Float[Array, " batch"]
+Values = Float[jax.Array, " batch"]
 
 Bounds = tuple[float, float]
 """Smallest and largest value of a pixel."""

@@ -15,7 +15,7 @@ import pickletools
 import struct
 import zipfile
 from collections.abc import Mapping
-from typing import IO, NamedTuple, cast
+from typing import IO, cast
 
 import numpy as np
 
@@ -37,16 +37,8 @@ _WHOLE_MODEL = "this file contains a whole model, not its weights"
 _BIG_ENDIAN = "written on a big-endian machine; save it again on a little-endian one"
 
 
-class _Contents(NamedTuple):
-    """The contents of a container.
-
-    Attributes:
-        checkpoint: the saved object, with a `Tensor` description in place of each tensor.
-        storages: position of the bytes of each storage in the file, by key.
-    """
-
-    checkpoint: object
-    storages: dict[str, range]
+_Contents = tuple[object, dict[str, range]]
+"""The saved object, with `Tensor` in place of tensors, and the position of each storage by key."""
 
 
 def read(data: mmap.mmap) -> dict[str, np.ndarray]:
@@ -165,7 +157,7 @@ def _read_zip(data: mmap.mmap) -> _Contents:
     storages = {
         name.removeprefix(folder): span for name, span in spans.items() if name.startswith(folder)
     }
-    return _Contents(checkpoint, storages)
+    return checkpoint, storages
 
 
 def _read_legacy(data: mmap.mmap) -> _Contents:
@@ -192,7 +184,7 @@ def _read_legacy(data: mmap.mmap) -> _Contents:
         if not start <= position <= len(data):
             raise DamagedError(f"storage {key!r:.80} ends beyond the end of the file")
         storages[key] = range(start, position)
-    return _Contents(checkpoint, storages)
+    return checkpoint, storages
 
 
 def _stream(data: mmap.mmap) -> IO[bytes]:

@@ -2,12 +2,17 @@
 
 from collections.abc import Iterable
 
-from tljax.pretrained.rules import DENSE, Rule, Rules
+from tljax.pretrained.rules import DENSE, Rule, Rules, conv_norm
 
 
 def block_indices(depths: Iterable[int]) -> list[tuple[int, int]]:
     """Return the (stage, block) indices of a network, both counted from 0."""
     return [(stage, block) for stage, depth in enumerate(depths) for block in range(depth)]
+
+
+def huggingface_conv_norm(key: str, path: str) -> Rules:
+    """Return the rules of a convolution and its norm in transformers' ``...ConvLayer`` modules."""
+    return conv_norm(f"{key}.convolution", f"{key}.normalization", path)
 
 
 def dense_as_conv(key: str, path: str, inputs: int, outputs: int) -> Rules:

@@ -63,9 +63,6 @@ def huggingface_config(name: str) -> Config:
 
 
 LAYOUTS: dict[str, dict[str, Layout]] = {
-    name: {
-        "timm": Layout(timm),
-        "huggingface": Layout(huggingface, config=huggingface_config),
-    }
+    name: {"timm": Layout(timm), "huggingface": Layout(huggingface, config=huggingface_config)}
     for name in VARIANTS
 }

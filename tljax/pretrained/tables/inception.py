@@ -3,8 +3,6 @@
 from tljax.models.inception import BLOCKS
 from tljax.pretrained.rules import Layout, Rules, conv_norm, dense
 
-_STEM = ("1a_3x3", "2a_3x3", "2b_3x3", "3b_1x1", "4a_3x3")
-
 
 def torchvision(name: str) -> Rules:  # noqa: ARG001 - the signature of all tables
     """Return the key table, with keys such as ``Mixed_5b.branch1x1.conv.weight``."""
@@ -13,7 +11,7 @@ def torchvision(name: str) -> Rules:  # noqa: ARG001 - the signature of all tabl
         return conv_norm(f"{key}.conv", f"{key}.bn", path)
 
     rules: Rules = ()
-    for key in _STEM:
+    for key in ("1a_3x3", "2a_3x3", "2b_3x3", "3b_1x1", "4a_3x3"):
         rules += unit(f"Conv2d_{key}", f"stem/conv{key[:2]}")
     for stage, block in BLOCKS.items():
         for convolution, *_ in block.units:

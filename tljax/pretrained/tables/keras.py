@@ -80,8 +80,7 @@ def _dense(name: str, path: str) -> Layers:
 
 def _dense_as_conv(name: str, path: str, inputs: int) -> Layers:
     """Return a fully connected layer that Keras stores as a 1x1 convolution."""
-    shape = (1, 1, inputs, -1)
-    kernel = Rule("kernel", f"params/{path}/kernel", (), shape)
+    kernel = Rule("kernel", f"params/{path}/kernel", (), (1, 1, inputs, -1))
     return (Layer(name, "conv2d", (kernel, Rule("bias", f"params/{path}/bias"))),)
 
 
@@ -90,9 +89,9 @@ _DEPTHWISE = (0, 1, 3, 2)
 
 def _vgg(model: str) -> Layers:
     layers: Layers = ()
-    for block, depth in enumerate(vgg.DEPTHS[model], start=1):
-        for i in range(1, depth + 1):
-            layers += _conv(f"block{block}_conv{i}", f"block{block}/conv{i}", bias="bias")
+    for block, i in block_indices(vgg.DEPTHS[model]):
+        block_name, conv = f"block{block + 1}", f"conv{i + 1}"
+        layers += _conv(f"{block_name}_{conv}", f"{block_name}/{conv}", bias="bias")
     hidden = _dense("fc1", "fc1/dense") + _dense("fc2", "fc2/dense")
     return layers + hidden + _dense("predictions", "head")
 
@@ -107,11 +106,8 @@ def _resnet(model: str) -> Layers:
         layers += sum(unit(f"{key}_1", f"{path}/conv1"), ())
         layers += sum(unit(f"{key}_2", f"{path}/conv2"), ())
         last_conv, last_norm = unit(f"{key}_3", f"{path}/conv3")
-        if block == 0:
-            shortcut_conv, shortcut_norm = unit(f"{key}_0", f"{path}/shortcut")
-            layers += shortcut_conv + last_conv + shortcut_norm + last_norm
-        else:
-            layers += last_conv + last_norm
+        shortcut = unit(f"{key}_0", f"{path}/shortcut") if block == 0 else ((), ())
+        layers += shortcut[0] + last_conv + shortcut[1] + last_norm
     return layers + _dense("predictions", "head")
 
 
@@ -151,8 +147,8 @@ def _inception(_: str) -> Layers:
                     # distance + 1 is the activation after the norm
                     by_distance += [(distance + 3, conv), (distance + 2, norm)]
                 distance += 3
-        for _, layer in sorted(by_distance, key=lambda pair: -pair[0]):
-            layers += layer
+        for pair in sorted(by_distance, key=lambda pair: -pair[0]):
+            layers += pair[1]
     return layers + _dense("predictions", "head")
 
 

@@ -96,9 +96,9 @@ def identify(arrays: Mapping[str, np.ndarray], model: str | None = None) -> Iden
         model: name of the only model to consider; by default all.
     """
     candidates = [
-        (len({*counted(arrays, table.ignore)} ^ _part(arrays, name, layout).keys), name, layout)
+        (len({*counted(arrays, details.ignore)} ^ _part(arrays, name, layout).keys), name, layout)
         for name in ([model] if model else MODELS)
-        for layout, table in LAYOUTS[name].items()
+        for layout, details in LAYOUTS[name].items()
     ]
     nearest = min(distance for distance, _, _ in candidates)
     best: Identity | None = None

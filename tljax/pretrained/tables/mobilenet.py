@@ -1,15 +1,10 @@
 """Key tables of the MobileNets in torchvision, timm and Hugging Face transformers."""
 
-from collections.abc import Callable
-
 from tljax.models.depthwise import Run
 from tljax.models.mobilenet import V1, V1_VARIANTS, V2, V2_VARIANTS, V3_LARGE, V3_SMALL, V3_VARIANTS
 from tljax.pretrained.rules import Config, Layout, Rules, conv, conv_norm, dense
-from tljax.pretrained.tables import block_indices, dense_as_conv, depthwise
+from tljax.pretrained.tables import block_indices, dense_as_conv, depthwise, huggingface_conv_norm
 from tljax.runtime.types import Preprocess
-
-Unit = Callable[[str, str], Rules]
-"""Returns the rules of a convolution with a norm, given its key and its path in tljax."""
 
 # --- version 1 -----------------------------------------------------------------------------------
 
@@ -29,19 +24,12 @@ def huggingface_v1(name: str) -> Rules:  # noqa: ARG001
 
     Depthwise and 1x1 convolutions share one numbering.
     """
-    unit = _huggingface_unit("mobilenet_v1")
-    rules = unit("conv_stem", "stem/conv")
+    unit = huggingface_conv_norm
+    rules = unit("mobilenet_v1.conv_stem", "stem/conv")
     for i, (stage, block) in enumerate(block_indices(depth for depth, *_ in V1)):
-        rules += unit(f"layer.{2 * i}", f"stage{stage + 1}/block{block}/depthwise")
-        rules += unit(f"layer.{2 * i + 1}", f"stage{stage + 1}/block{block}/pointwise")
+        rules += unit(f"mobilenet_v1.layer.{2 * i}", f"stage{stage + 1}/block{block}/depthwise")
+        rules += unit(f"mobilenet_v1.layer.{2 * i + 1}", f"stage{stage + 1}/block{block}/pointwise")
     return rules + dense("classifier", "head")
-
-
-def _huggingface_unit(prefix: str) -> Unit:
-    def unit(key: str, path: str) -> Rules:
-        return conv_norm(f"{prefix}.{key}.convolution", f"{prefix}.{key}.normalization", path)
-
-    return unit
 
 
 def huggingface_v1_config(name: str) -> Config:
@@ -99,15 +87,16 @@ def huggingface_v2(name: str) -> Rules:  # noqa: ARG001
 
     The first block belongs to the stem.
     """
-    unit = _huggingface_unit("mobilenet_v2")
-    rules = unit("conv_stem.first_conv", "stem/conv")
+    unit, prefix = huggingface_conv_norm, "mobilenet_v2"
+    rules = unit(f"{prefix}.conv_stem.first_conv", "stem/conv")
     for i, (stage, block, expands) in enumerate(depthwise.blocks(V2)):
-        key, path = f"layer.{i - 1}" if i else "conv_stem", f"stage{stage + 1}/block{block}"
+        key = f"{prefix}.layer.{i - 1}" if i else f"{prefix}.conv_stem"
+        path = f"stage{stage + 1}/block{block}"
         if expands:
             rules += unit(f"{key}.expand_1x1", f"{path}/expand")
         rules += unit(f"{key}.conv_3x3", f"{path}/depthwise")
         rules += unit(f"{key}.reduce_1x1", f"{path}/project")
-    return rules + unit("conv_1x1", "conv_head/conv") + dense("classifier", "head")
+    return rules + unit(f"{prefix}.conv_1x1", "conv_head/conv") + dense("classifier", "head")
 
 
 def huggingface_v2_config(name: str) -> Config:

@@ -2,7 +2,7 @@
 
 from tljax.models.resnet import VARIANTS, Bottleneck
 from tljax.pretrained.rules import Config, Layout, Rules, conv_norm, dense
-from tljax.pretrained.tables import block_indices
+from tljax.pretrained.tables import block_indices, huggingface_conv_norm
 
 
 def _has_shortcut(name: str, layer: int, block: int) -> bool:
@@ -36,13 +36,13 @@ def torchvision(name: str) -> Rules:
 
 def huggingface(name: str) -> Rules:
     """Return the key table with ``resnet.encoder.stages.0.layers.0.layer.0.convolution.weight``."""
-
-    def unit(key: str, path: str) -> Rules:
-        return conv_norm(f"resnet.{key}.convolution", f"resnet.{key}.normalization", path)
-
-    rules = unit("embedder.embedder", "stem/conv1")
+    unit = huggingface_conv_norm
+    rules = unit("resnet.embedder.embedder", "stem/conv1")
     for layer, block in block_indices(VARIANTS[name].depths):
-        key, path = f"encoder.stages.{layer}.layers.{block}", f"layer{layer + 1}/block{block}"
+        key, path = (
+            f"resnet.encoder.stages.{layer}.layers.{block}",
+            f"layer{layer + 1}/block{block}",
+        )
         for i in range(VARIANTS[name].block.convolutions):
             rules += unit(f"{key}.layer.{i}", f"{path}/conv{i + 1}")
         if _has_shortcut(name, layer, block):
