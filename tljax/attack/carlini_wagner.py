@@ -34,7 +34,7 @@ def carlini_wagner(
     labels: Labels,
     key: jax.Array,
     *,
-    epsilon: PerExample | float = jnp.inf,
+    epsilon: PerExample = jnp.inf,
     ids: Labels | None = None,
     targets: Labels | None = None,
     num_steps: int = 1000,

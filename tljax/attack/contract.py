@@ -43,7 +43,7 @@ class Attack(Protocol):
         labels: Labels,
         key: jax.Array,
         *,
-        epsilon: PerExample | float,
+        epsilon: PerExample,
         ids: Labels | None = None,
     ) -> jax.Array:
         """Attack ``images``; the arguments are those of `tljax.attack.pgd.pgd`."""
@@ -91,22 +91,22 @@ def compiled(attack: Function, *, unbounded: bool = False) -> Function:
         arguments = bound.arguments | {"logits_fn": as_partial(bound.arguments["logits_fn"])}
         with jax.ensure_compile_time_eval():  # within another `jit`, check what it does not trace
             for name in arguments.keys() & _TRACED - {"logits_fn", "key"}:
-                default = signature.parameters[name].default
-                arguments[name] = as_array(arguments[name], name, default)
+                optional = signature.parameters[name].default is None
+                arguments[name] = as_array(arguments[name], name, optional=optional)
         _check(arguments, math.inf if unbounded else float(jnp.finfo(jnp.float32).max))
         return jitted(**arguments)
 
     return call  # pyright: ignore[reportReturnType]
 
 
-def as_array(value: Any, name: str, default: Any = inspect.Parameter.empty) -> Any:
-    """Convert an argument to an array; None stays None if it is the default.
+def as_array(value: Any, name: str, *, optional: bool = False) -> Any:
+    """Convert an argument to an array; None stays None if the argument is optional.
 
     Raises:
         RequestError: the value is not numeric.
     """
     try:
-        return None if value is default is None else jnp.asarray(value)
+        return None if optional and value is None else jnp.asarray(value)
     except (TypeError, ValueError) as error:
         raise RequestError(f"{name} must be numbers, got {value!r:.60}") from error
 
@@ -223,7 +223,7 @@ def as_partial(logits_fn: LogitsFn) -> Partial:
 
 
 def prepare(
-    images: Images, labels: Labels, key: jax.Array, epsilon: PerExample | float, ids: Labels | None
+    images: Images, labels: Labels, key: jax.Array, epsilon: PerExample, ids: Labels | None
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Return images, int32 labels, epsilons ``[batch]`` and random keys ``[batch]``."""
     images, labels = jnp.asarray(images), jnp.asarray(labels)
@@ -258,7 +258,7 @@ def as_float(images: Array) -> Float[jax.Array, "..."]:
     return images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images
 
 
-def per_example(value: PerExample | float, images: jax.Array, name: str) -> Values:
+def per_example(value: PerExample, images: jax.Array, name: str) -> Values:
     """Broadcast a scalar or ``[batch]`` values to ``[batch]``, in the dtype of the images.
 
     Raises:

@@ -19,7 +19,7 @@ def deepfool(
     labels: Labels,
     key: jax.Array,
     *,
-    epsilon: PerExample | float = jnp.inf,
+    epsilon: PerExample = jnp.inf,
     ids: Labels | None = None,
     norm: str = "l2",
     num_steps: int = 50,

@@ -84,7 +84,7 @@ def auto_attack(
     labels: Labels,
     key: jax.Array,
     *,
-    epsilon: PerExample | float,
+    epsilon: PerExample,
     ids: Labels | None = None,
     norm: str = "linf",
     version: str = "standard",

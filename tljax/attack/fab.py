@@ -64,7 +64,7 @@ def fab_t(
     labels: Labels,
     key: jax.Array,
     *,
-    epsilon: PerExample | float,
+    epsilon: PerExample,
     ids: Labels | None = None,
     norm: str = "linf",
     num_steps: int = 100,

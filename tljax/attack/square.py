@@ -129,7 +129,7 @@ def square(
     labels: Labels,
     key: jax.Array,
     *,
-    epsilon: PerExample | float,
+    epsilon: PerExample,
     ids: Labels | None = None,
     targets: Labels | None = None,
     norm: str = "linf",

@@ -14,7 +14,9 @@ DeviceImages = Float[jax.Array, "batch ..."]
 """`Images` as a JAX array."""
 
 Labels = Integer[Array, " batch"]
-PerExample = Float[Array, " batch"]
+PerExample = float | Float[Array, ""] | Float[Array, " batch"]
+"""One number for all examples, or one per example."""
+
 Values = Float[jax.Array, " batch"]
 
 Bounds = tuple[float, float]
