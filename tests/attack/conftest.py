@@ -1,4 +1,4 @@
-"""Attacks on tiny networks take longer to compile than to run."""
+"""Settings for attacks on tiny networks, which take longer to compile than to run."""
 
 import pytest
 import torch

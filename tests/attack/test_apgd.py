@@ -1,4 +1,4 @@
-"""APGD and its losses, held against torchattacks and against its own paper's numbers."""
+"""APGD and the losses of attacks, compared with torchattacks and the paper."""
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ KEY = jax.random.key(0)
 LOGITS = jnp.array([[3.0, 1, 2, -1]])
 
 
-def test_loss_values():
+def test_loss_values_match_hand_computed_ones():
     at = [jnp.array([i]) for i in range(4)]
     assert dlr(LOGITS, at[0]) == -0.5
     assert dlr(LOGITS, at[1]) == 1.0
@@ -41,7 +41,7 @@ def test_loss_values():
     np.testing.assert_allclose(cross_entropy(LOGITS, at[1], at[0]), -expected, rtol=1e-6)
 
 
-def test_dlr_and_its_gradient_are_those_of_torchattacks():
+def test_dlr_and_its_gradient_match_torchattacks():
     rng = np.random.default_rng(0)
     logits, labels = rng.normal(0, 3, (200, 7)).astype("f"), rng.integers(0, 7, 200)
     z = torch.tensor(logits, requires_grad=True)
@@ -51,15 +51,15 @@ def test_dlr_and_its_gradient_are_those_of_torchattacks():
         else:
             attack = torchattacks.APGDT(torch_victim())
             loss = attack.dlr_loss_targeted(z, torch.tensor(labels), torch.tensor(targets))
-        (theirs,) = torch.autograd.grad(loss.sum(), z)
+        (expected,) = torch.autograd.grad(loss.sum(), z)
         np.testing.assert_allclose(
             dlr(logits, labels, targets), loss.detach(), rtol=1e-6, atol=1e-6
         )
         gradient = jax.jit(jax.grad(lambda z, t=targets: dlr(z, labels, t).sum()))(logits)
-        np.testing.assert_allclose(gradient, theirs, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_dlr_does_not_change_with_scale_or_shift_and_needs_its_classes():
+def test_dlr_is_invariant_to_scale_and_shift_and_needs_enough_classes():
     labels = jnp.array([1])
     np.testing.assert_allclose(dlr(LOGITS * 1e4 + 7, labels), dlr(LOGITS, labels), rtol=1e-5)
     with pytest.raises(RequestError, match="the dlr loss needs 3 classes, the network has 2"):
@@ -77,15 +77,15 @@ def test_losses_of_equal_logits_have_finite_gradients(loss):
         assert jnp.isfinite(gradient).all()
 
 
-def test_checkpoints():
+def test_checkpoints_match_the_paper():
     assert np.flatnonzero(checkpoints(100)).tolist() == [21, 40, 56, 69, 79, 86, 92, 98]
     windows = checkpoints(100)
     assert windows[windows > 0].tolist() == [22, 19, 16, 13, 10, 7, 6, 6]
     assert np.flatnonzero(checkpoints(3)).tolist() == [0, 1, 2]
 
 
-def within_two_errors(ours: float, theirs: float, n: int) -> bool:
-    return abs(ours - theirs) <= 2 * np.sqrt(max(theirs * (1 - theirs), 1 / n) / n)
+def within_two_errors(actual: float, expected: float, n: int) -> bool:
+    return abs(actual - expected) <= 2 * np.sqrt(max(expected * (1 - expected), 1 / n) / n)
 
 
 @pytest.mark.parametrize(
@@ -100,34 +100,36 @@ def within_two_errors(ours: float, theirs: float, n: int) -> bool:
         ),
     ],
 )
-def test_robust_accuracy_is_that_of_torchattacks(norm, loss):
+def test_robust_accuracy_matches_torchattacks(norm, loss):
     (x, y), labels = torch_examples(), examples()[1]
     epsilon = {"linf": 1 / 255, "l2": 0.06}[norm]
     options = {"norm": norm.capitalize(), "eps": epsilon, "steps": 20}
     if loss == "targeted":
-        theirs = torchattacks.APGDT(torch_victim(), **options, n_classes=CLASSES)
-        ours = apgd_t(victim(), *examples(), KEY, epsilon=epsilon, norm=norm, num_steps=20)
+        reference = torchattacks.APGDT(torch_victim(), **options, n_classes=CLASSES)
+        actual = apgd_t(victim(), *examples(), KEY, epsilon=epsilon, norm=norm, num_steps=20)
     else:
-        theirs = torchattacks.APGD(torch_victim(), **options, loss=loss)
-        ours = apgd(victim(), *examples(), KEY, epsilon=epsilon, norm=norm, loss=loss, num_steps=20)
-    found, expected = accuracy(ours, labels), accuracy(to_numpy(theirs(x, y)), labels)
-    print(f"{norm} {loss}: {found} (torchattacks {expected})")
-    assert 0.2 < expected < 0.8  # neither hopeless nor trivial
-    assert within_two_errors(found, expected, len(labels))
+        reference = torchattacks.APGD(torch_victim(), **options, loss=loss)
+        actual = apgd(
+            victim(), *examples(), KEY, epsilon=epsilon, norm=norm, loss=loss, num_steps=20
+        )
+    result, expected = accuracy(actual, labels), accuracy(to_numpy(reference(x, y)), labels)
+    print(f"{norm} {loss}: {result} (torchattacks {expected})")
+    assert 0.2 < expected < 0.8  # neither 0 nor 1
+    assert within_two_errors(result, expected, len(labels))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_never_weaker_than_pgd_at_equal_steps(norm):
+def test_apgd_is_at_least_as_strong_as_pgd_with_equal_steps(norm):
     for epsilon in {"linf": (0.5 / 255, 1 / 255, 2 / 255), "l2": (0.03, 0.06, 0.12)}[norm]:
-        # APGD takes one gradient more than it takes steps.
+        # APGD computes one more gradient than it takes steps.
         weaker = pgd(victim(), *examples(), KEY, epsilon=epsilon, norm=norm, num_steps=21)
-        ours = apgd(victim(), *examples(), KEY, epsilon=epsilon, norm=norm, num_steps=20)
-        assert accuracy(ours, examples()[1]) <= accuracy(weaker, examples()[1])
+        actual = apgd(victim(), *examples(), KEY, epsilon=epsilon, norm=norm, num_steps=20)
+        assert accuracy(actual, examples()[1]) <= accuracy(weaker, examples()[1])
 
 
 @pytest.mark.slow
-def test_stopping_early_fools_the_same():
+def test_stopping_early_fools_the_same_images():
     for attack, options in ((apgd, {}), (apgd_t, {"num_targets": 3})):
         options |= {"epsilon": 1.2 / 255, "num_steps": 20}
         late = victim()(attack(victim(), *examples(), KEY, **options)).argmax(-1)
@@ -137,28 +139,30 @@ def test_stopping_early_fools_the_same():
 
 
 @pytest.mark.slow
-def test_more_restarts_get_further():
+def test_more_restarts_increase_the_loss():
     labels = examples()[1]
     once, often = (
         victim()(apgd(victim(), *examples(), KEY, epsilon=1 / 255, num_steps=1, restarts=restarts))
         for restarts in (1, 8)
     )
-    still = np.asarray(often.argmax(-1) == labels)
-    gain = np.asarray(cross_entropy(often, labels) - cross_entropy(once, labels))[still]
-    assert np.asarray(once.argmax(-1) == labels)[still].all()  # who one start fools, eight do
-    # The first start is the same: nobody's best loss falls, and for most another start is better.
+    unfooled = np.asarray(often.argmax(-1) == labels)
+    gain = np.asarray(cross_entropy(often, labels) - cross_entropy(once, labels))[unfooled]
+    assert np.asarray(once.argmax(-1) == labels)[
+        unfooled
+    ].all()  # eight starts fool all images that one start fools
+    # The first start is the same, so no best loss decreases, and most increase.
     assert gain.min() > -1e-6
     assert (gain > 1e-6).mean() > 0.5
 
 
 @pytest.mark.slow
-def test_towards_targets():
+def test_targeted_apgd_reaches_the_targets():
     targets = (examples()[1] + 1) % CLASSES
-    ours = apgd(victim(), *examples(), KEY, epsilon=8 / 255, targets=targets, num_steps=20)
-    assert accuracy(ours, targets) > 0.7
+    actual = apgd(victim(), *examples(), KEY, epsilon=8 / 255, targets=targets, num_steps=20)
+    assert accuracy(actual, targets) > 0.7
 
 
-def test_linear_closed_form():
+def test_apgd_matches_the_closed_form_of_a_linear_network():
     rng = np.random.default_rng(0)
     weights, x = rng.normal(size=300), images(20) * 0.5 + 0.25
     f = x.reshape(20, -1) @ weights - 1.0

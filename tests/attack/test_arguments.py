@@ -1,4 +1,4 @@
-"""What attacks are given: checked where it has values, and kept in the ball whatever its type."""
+"""Checks of the arguments of attacks, and dtypes other than float32."""
 
 import inspect
 from functools import partial
@@ -47,9 +47,9 @@ WRONG = [
     ({"labels": ["lynx", "wolf", "otter", "toad"]}, "labels must be numbers, got "),
     ({"labels": np.eye(5, dtype=int)[LABELS]}, r"labels must be 4 integers.* got int32 \[4, 5\]"),
     ({"epsilon": "8/255"}, "epsilon must be numbers, got '8/255'"),
-    ({"key": 0}, r"key must be one key, as jax.random.key\(0\) is, got 0"),
-    ({"key": None}, "key must be one key"),
-    ({"key": jax.random.split(KEY)}, r"key must be one key, .* got Array\(\(2,\)"),
+    ({"key": 0}, r"key must be one jax.random.key\(seed\), got 0"),
+    ({"key": None}, "key must be one jax.random.key"),
+    ({"key": jax.random.split(KEY)}, r"key must be one jax.random.key.*, got Array\(\(2,\)"),
     ({"logits_fn": 3}, "logits_fn must be a function"),
     (
         {"logits_fn": lambda x: x.sum((1, 2, 3))},
@@ -80,26 +80,30 @@ WRONG = [
 
 
 def call(function, **change):
-    request = {"images": IMAGES, "labels": LABELS, "epsilon": EPSILON, **change}
-    first = (request.pop("logits_fn", logits_fn), request.pop("images"), request.pop("labels"))
-    return function(*first, request.pop("key", KEY), **request)
+    arguments = {"images": IMAGES, "labels": LABELS, "epsilon": EPSILON, **change}
+    first = (
+        arguments.pop("logits_fn", logits_fn),
+        arguments.pop("images"),
+        arguments.pop("labels"),
+    )
+    return function(*first, arguments.pop("key", KEY), **arguments)
 
 
 def test_sequences_and_wider_numbers_are_converted():
     right = call(ATTACKS["fgsm"])
     bounds, wide = [0, np.float64(1)], IMAGES.astype(np.float64)
-    found = call(ATTACKS["fgsm"], images=wide, labels=LABELS.tolist(), bounds=bounds)
-    np.testing.assert_array_equal(found, right)
+    result = call(ATTACKS["fgsm"], images=wide, labels=LABELS.tolist(), bounds=bounds)
+    np.testing.assert_array_equal(result, right)
 
 
-def test_images_that_were_rounded_beyond_the_bounds_are_cut_off():
-    found = call(ATTACKS["pgd"], images=IMAGES / IMAGES.max() * np.float32(1 + 2e-7))
-    assert 0 <= np.min(found) <= np.max(found) <= 1
+def test_images_rounded_beyond_the_bounds_are_clipped():
+    result = call(ATTACKS["pgd"], images=IMAGES / IMAGES.max() * np.float32(1 + 2e-7))
+    assert 0 <= np.min(result) <= np.max(result) <= 1
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-def test_every_attack_says_in_one_line_what_is_wrong(name):
-    known, said = inspect.signature(ATTACKS[name]).parameters, 0
+def test_every_attack_rejects_invalid_arguments_with_a_one_line_error(name):
+    known, num_errors = inspect.signature(ATTACKS[name]).parameters, 0
     for change, message in WRONG:
         unlimited = known["epsilon"].default is not inspect.Parameter.empty or name == "fab_t"
         if change.keys() - known.keys() or (unlimited and message.endswith("finite")):
@@ -107,13 +111,13 @@ def test_every_attack_says_in_one_line_what_is_wrong(name):
         with pytest.raises(RequestError, match=message) as error:
             call(ATTACKS[name], **change)
         assert "\n" not in str(error.value)
-        said += 1
-    assert said > 15
+        num_errors += 1
+    assert num_errors > 15
 
 
-def test_what_jit_traces_is_not_looked_at():
-    found = jax.jit(lambda x, y: call(attack.fgsm, images=x, labels=y))(IMAGES, LABELS)
-    np.testing.assert_array_equal(found, call(attack.fgsm))
+def test_traced_values_are_not_checked():
+    result = jax.jit(lambda x, y: call(attack.fgsm, images=x, labels=y))(IMAGES, LABELS)
+    np.testing.assert_array_equal(result, call(attack.fgsm))
     with pytest.raises(RequestError, match="labels must be from 0 to 4"):
         jax.jit(lambda x: call(attack.fgsm, images=x, labels=LABELS + 5))(IMAGES)
 
@@ -127,7 +131,7 @@ def test_what_jit_traces_is_not_looked_at():
         (IMAGES, LABELS[:3], "4 images have 3 labels"),
     ],
 )
-def test_an_evaluation_looks_at_its_data_before_it_begins(images, labels, message):
+def test_evaluate_checks_its_data_first(images, labels, message):
     with pytest.raises(RequestError, match=message):
         evaluate(logits_fn, (images, labels), KEY, epsilons=[0.1], attacks={"fgsm": attack.fgsm})
 
@@ -165,25 +169,25 @@ QUICK = {("fgsm", "bfloat16"), ("pgd", "bfloat16"), ("pgd-l2", "float16")}
         for case in ((name, "bfloat16"), (name, "float16"))
     ],
 )
-def test_images_of_16_bits_stay_in_the_ball(name, dtype):
+def test_adversarial_images_in_16_bits_stay_in_the_ball(name, dtype):
     norm, function = SIXTEEN_BITS[name]
     images = jnp.asarray(IMAGES, dtype)
     labels = np.asarray(logits_fn(images).argmax(1))
     scale = {"linf": 1, "l2": 20, "l1": 100}[norm]
-    # 1/32 is a step of the grid near 1, and the next number below it just not.
+    # 1/32 is a multiple of the bfloat16 spacing near 1; the next smaller float32 is not.
     epsilon = np.array([EPSILON, 1 / 32, np.nextafter(np.float32(1 / 32), 0), 0], "f") * scale
 
     def network(x):
         assert x.dtype == dtype
         return logits_fn(x)
 
-    found = function(network, images, labels, KEY, epsilon=epsilon)
-    assert found.dtype == dtype
-    exact = np.asarray(found, "f")
+    result = function(network, images, labels, KEY, epsilon=epsilon)
+    assert result.dtype == dtype
+    exact = np.asarray(result, "f")
     assert (length(exact - np.asarray(images, "f"), norm) <= epsilon).all()
     assert exact.min() >= 0
     assert exact.max() <= 1
-    assert (np.asarray(logits_fn(found).argmax(1)) != labels).sum() >= 2
+    assert (np.asarray(logits_fn(result).argmax(1)) != labels).sum() >= 2
 
 
 @pytest.mark.parametrize(
@@ -194,25 +198,25 @@ def test_images_of_16_bits_stay_in_the_ball(name, dtype):
         for dtype in ("float32", "float64")
     ],
 )
-def test_where_float64_is_enabled_images_keep_their_type(name, dtype):
+def test_images_keep_their_dtype_when_float64_is_enabled(name, dtype):
     norm, function = SIXTEEN_BITS[name]
     expected = call(function, epsilon=EPSILON * 20)
     with jax.enable_x64(True):
         images = IMAGES.astype(dtype)
         wide = lambda x: x.reshape(len(x), -1) @ WEIGHTS.astype("f8")  # noqa: E731
-        found = function(wide, images, LABELS, KEY, epsilon=EPSILON * 20)
-        assert found.dtype == dtype
-        away = length(np.asarray(found, "f8") - images, norm)
+        result = function(wide, images, LABELS, KEY, epsilon=EPSILON * 20)
+        assert result.dtype == dtype
+        away = length(np.asarray(result, "f8") - images, norm)
     assert away.max() <= EPSILON * 20 * (1 + 1e-6)
-    fooled = (np.asarray(logits_fn(x).argmax(1)) != LABELS for x in (found, expected))
+    fooled = (np.asarray(logits_fn(x).argmax(1)) != LABELS for x in (result, expected))
     assert sum(next(fooled)) == sum(next(fooled))
 
 
-def test_a_network_of_bfloat16_raises_no_flag():
+def test_a_bfloat16_network_raises_no_flag():
     rng = np.random.default_rng(2)
     hidden = rng.normal(size=(144, 400)).astype("f") / 12
 
-    def rounding(x):  # another order of summation for every size of batch
+    def rounding(x):  # the order of summation depends on the batch size
         x = x.reshape(len(x), -1).astype(jnp.bfloat16)
         order = np.random.default_rng(len(x)).permutation(144)
         x = jax.nn.relu(x[:, order] @ jnp.asarray(hidden, jnp.bfloat16)[order])
@@ -223,7 +227,7 @@ def test_a_network_of_bfloat16_raises_no_flag():
     assert "randomised" in check_network(exact, IMAGES, LABELS)
 
 
-def test_a_network_is_looked_at_with_32_images_and_compiled():
+def test_check_network_uses_32_images_and_compiles_the_network():
     seen = []
 
     def network(x):
@@ -233,4 +237,4 @@ def test_a_network_is_looked_at_with_32_images_and_compiled():
 
     many = np.random.default_rng(3).uniform(0, 1, (100, 8, 6, 3)).astype("f")
     assert check_network(network, many, np.asarray(logits_fn(many).argmax(1))) == {}
-    assert max(seen) == 64  # in another order, among as many others
+    assert max(seen) == 64  # the same images again, and as many others

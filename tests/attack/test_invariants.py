@@ -1,4 +1,4 @@
-"""What holds for every attack, whatever the network, the images and the radius."""
+"""Properties of all attacks, for any network, images and radius."""
 
 import math
 from functools import partial
@@ -35,10 +35,10 @@ traces = []
 
 
 def one(weights, head, image):
-    # Sums rather than products of matrices: rounding does not depend on the batch's size.
+    # With sums instead of matrix products, rounding does not depend on the batch size.
     hidden = jnp.maximum(jnp.sum((image.reshape(-1, 1) - 0.4) * weights, 0), 0)
     logits = jnp.sum(hidden[:, None] * head, 0)
-    return jnp.where(jnp.mean(image) > 0.75, 0.0, logits)  # bright images: a constant network
+    return jnp.where(jnp.mean(image) > 0.75, 0.0, logits)  # constant logits for bright images
 
 
 def forward(weights, head, images):
@@ -47,7 +47,7 @@ def forward(weights, head, images):
 
 
 def network(seed=0, shape=SHAPE, classes=CLASSES):
-    """Random weights, which are arguments: another network of the same shape compiles nothing."""
+    """Return a random network whose weights are arguments, so that one compilation serves all."""
     rng = np.random.default_rng(seed)
     weights = rng.normal(size=(math.prod(shape), 12)), rng.normal(size=(12, classes))
     return Partial(forward, *(jnp.asarray(w, jnp.float32) for w in weights))
@@ -90,7 +90,7 @@ def length(norm, delta):
     "name",
     [n if n in ("pgd", "apgd") else pytest.param(n, marks=pytest.mark.slow) for n in ATTACKS],
 )
-def test_every_attack(name):
+def test_every_attack_stays_in_the_ball_and_does_not_depend_on_the_batch(name):
     norm, attack = ATTACKS[name]
     compiled = set()
 
@@ -105,7 +105,7 @@ def test_every_attack(name):
         shape, classes = case
         rng, logits_fn = np.random.default_rng(seed), network(seed, shape, classes)
         x = rng.uniform(0, 0.7, (3, *shape)).astype("f")
-        x[2] = 0.98  # the constant network, and so bright that it stays so
+        x[2] = 0.98  # so bright that the logits stay constant
         if on_bounds:
             x[0] = x[0] > 0.35
         y = np.asarray(predict(x, logits_fn))
@@ -113,50 +113,52 @@ def test_every_attack(name):
         epsilon = np.array([radius, 0, 0.5 * radius], "f") * scale
         key = jax.random.key(seed)
         before = len(traces)
-        found = np.asarray(attack(logits_fn, x, y, key, epsilon=epsilon))
-        assert len(traces) == before or shape not in compiled  # other values compile nothing
+        result = np.asarray(attack(logits_fn, x, y, key, epsilon=epsilon))
+        assert (
+            len(traces) == before or shape not in compiled
+        )  # new values do not trigger compilation
         compiled.add(shape)
 
-        assert found.dtype == np.float32
-        assert np.isfinite(found).all()
-        assert found.min() >= 0
-        assert found.max() <= 1
-        assert (length(norm, found.astype("f8") - x) <= epsilon + 1e-6).all()
-        assert found[1].tobytes() == x[1].tobytes()  # epsilon 0
+        assert result.dtype == np.float32
+        assert np.isfinite(result).all()
+        assert result.min() >= 0
+        assert result.max() <= 1
+        assert (length(norm, result.astype("f8") - x) <= epsilon + 1e-6).all()
+        assert result[1].tobytes() == x[1].tobytes()  # epsilon 0
         again = np.asarray(attack(logits_fn, x, y, key, epsilon=epsilon))
-        assert again.tobytes() == found.tobytes()
-        # Alone, and with a radius of its own: as among others, but for a fused multiply-add.
+        assert again.tobytes() == result.tobytes()
+        # Attacked alone, the result is the same up to the rounding of fused multiply-adds.
         for i in (0, 2):
             alone = attack(logits_fn, x[i : i + 1], y[i : i + 1], key, epsilon=epsilon[i : i + 1])
-            np.testing.assert_allclose(alone[0], found[i], rtol=0, atol=1e-6)
+            np.testing.assert_allclose(alone[0], result[i], rtol=0, atol=1e-6)
 
     check()
 
 
-def test_the_id_and_the_key_make_the_start():
+def test_the_random_start_depends_on_id_and_key_alone():
     x, y = (a[:4] for a in examples())
     attack = partial(pgd, victim(), x, y, epsilon=0.1, num_steps=1, step_size=0.0)
     key = jax.random.key(0)
-    found = np.asarray(attack(key, ids=np.array([7, 8, 7, 9]))) - x
-    np.testing.assert_array_equal(found == 0, 0)
+    result = np.asarray(attack(key, ids=np.array([7, 8, 7, 9]))) - x
+    np.testing.assert_array_equal(result == 0, 0)
     other = np.asarray(attack(key, ids=np.array([8, 7, 9, 7]))) - x
-    for i in range(4):  # clipping to the bounds is the images', not the id's
+    for i in range(4):  # clipping depends on the image, not on the id
         both = (np.abs(x[i] - 0.5) < 0.39) & (np.abs(x[i ^ 1] - 0.5) < 0.39)
-        np.testing.assert_allclose(found[i][both], other[i ^ 1][both], atol=1e-6)
-    assert np.abs(found - (np.asarray(attack(jax.random.key(1))) - x)).max() > 0.05
-    assert np.abs(found[0] - found[1]).max() > 0.05
+        np.testing.assert_allclose(result[i][both], other[i ^ 1][both], atol=1e-6)
+    assert np.abs(result - (np.asarray(attack(jax.random.key(1))) - x)).max() > 0.05
+    assert np.abs(result[0] - result[1]).max() > 0.05
 
 
 @pytest.mark.slow
-def test_a_number_is_a_vector_of_it_and_jit_changes_nothing():
+def test_a_scalar_epsilon_equals_a_vector_and_jit_does_not_change_the_result():
     x, y = examples()
     for attack in (partial(pgd, num_steps=5), partial(apgd, num_steps=5)):
         key = jax.random.key(0)
-        found = np.asarray(attack(logits_fn_of_victim, x, y, key, epsilon=0.01))
+        result = np.asarray(attack(logits_fn_of_victim, x, y, key, epsilon=0.01))
         vector = attack(logits_fn_of_victim, x, y, key, epsilon=np.full(len(x), 0.01, "f"))
-        np.testing.assert_array_equal(found, vector)
+        np.testing.assert_array_equal(result, vector)
         within = jax.jit(lambda x, a=attack, k=key: a(logits_fn_of_victim, x, y, k, epsilon=0.01))
-        np.testing.assert_array_equal(found, within(x))
+        np.testing.assert_array_equal(result, within(x))
 
 
 def logits_fn_of_victim(images):
@@ -164,7 +166,7 @@ def logits_fn_of_victim(images):
 
 
 @pytest.mark.slow
-def test_without_any_compilation():
+def test_attacks_run_with_jit_disabled():
     x, y = (a[:6] for a in examples())
     attack = partial(pgd, victim(), x, y, jax.random.key(0), epsilon=0.01, num_steps=2)
     compiled = attack()
@@ -173,32 +175,34 @@ def test_without_any_compilation():
 
 
 @pytest.mark.slow
-def test_a_randomised_network_is_averaged_over():
+def test_eot_averages_over_a_randomized_network():
     x = np.random.default_rng(3).uniform(0, 0.7, (5, *SHAPE)).astype("f")
-    randomised = eot(noisy, jax.random.key(1), samples=8)
-    logits = randomised(jnp.asarray(x))
+    randomized = eot(noisy, jax.random.key(1), samples=8)
+    logits = randomized(jnp.asarray(x))
     assert logits.shape == (8, 5, CLASSES)
     assert jnp.std(logits, axis=0).min() > 1e-3
-    np.testing.assert_allclose(randomised(jnp.asarray(x[3:4]))[:, 0], logits[:, 3], atol=1e-6)
+    np.testing.assert_allclose(randomized(jnp.asarray(x[3:4]))[:, 0], logits[:, 3], atol=1e-6)
     y = np.asarray(logits.mean(0).argmax(-1))
-    found = np.asarray(apgd(randomised, x, y, jax.random.key(0), epsilon=0.05, num_steps=8))
-    alone = apgd(randomised, x[3:4], y[3:4], jax.random.key(0), epsilon=0.05, num_steps=8)
-    np.testing.assert_allclose(alone[0], found[3], atol=1e-6)
-    assert accuracy(found, y, lambda x: randomised(x).mean(0)) < 1
+    result = np.asarray(apgd(randomized, x, y, jax.random.key(0), epsilon=0.05, num_steps=8))
+    alone = apgd(randomized, x[3:4], y[3:4], jax.random.key(0), epsilon=0.05, num_steps=8)
+    np.testing.assert_allclose(alone[0], result[3], atol=1e-6)
+    assert accuracy(result, y, lambda x: randomized(x).mean(0)) < 1
 
 
 @pytest.mark.slow
-def test_the_gradient_of_a_randomised_network_is_the_mean():
-    from tljax.attack.losses import ascent, goal
+def test_the_gradient_of_a_randomized_network_is_the_mean_over_samples():
+    from tljax.attack.losses import loss_and_gradient, make_goal
 
     keys = jax.random.split(jax.random.key(0), 6)
     x, y = jnp.full((2, *SHAPE), 0.3), jnp.array([0, 1])
-    objective = goal("ce", y).objective
+    objective = make_goal("ce", y).objective
 
     @jax.jit
     def compare(keys):
-        each = jax.vmap(lambda k: ascent(lambda x: noisy(x, k), objective, x))(keys)
-        return each, ascent(lambda x: jnp.stack([noisy(x, k) for k in keys]), objective, x)
+        each = jax.vmap(lambda k: loss_and_gradient(lambda x: noisy(x, k), objective, x))(keys)
+        return each, loss_and_gradient(
+            lambda x: jnp.stack([noisy(x, k) for k in keys]), objective, x
+        )
 
     each, both = compare(keys)
     np.testing.assert_allclose(both.gradient, each.gradient.mean(0), atol=1e-5)
@@ -206,14 +210,14 @@ def test_the_gradient_of_a_randomised_network_is_the_mean():
 
 
 @pytest.mark.slow
-def test_the_ensemble_as_one_attack():
+def test_auto_attack_changes_only_images_that_it_fools():
     x = np.random.default_rng(3).uniform(0, 0.7, (6, *SHAPE)).astype("f")
     y = np.array(predict(x))
-    y[0] = (y[0] + 1) % CLASSES  # wrong anyway: left as it is
+    y[0] = (y[0] + 1) % CLASSES  # misclassified: not attacked
     key, options = jax.random.key(0), {"num_steps": 6, "num_queries": 10}
-    found = np.asarray(auto_attack(network(), x, y, key, epsilon=0.02, **options))
-    np.testing.assert_array_equal(found[0], x[0])
-    assert np.abs(found - x).max() <= 0.02 + 1e-6
-    fooled = np.asarray(predict(found)) != y
-    np.testing.assert_array_equal(found[~fooled], x[~fooled])
+    result = np.asarray(auto_attack(network(), x, y, key, epsilon=0.02, **options))
+    np.testing.assert_array_equal(result[0], x[0])
+    assert np.abs(result - x).max() <= 0.02 + 1e-6
+    fooled = np.asarray(predict(result)) != y
+    np.testing.assert_array_equal(result[~fooled], x[~fooled])
     assert fooled.sum() > 1

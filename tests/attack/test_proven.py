@@ -1,7 +1,7 @@
-"""Networks whose robustness is proven or published hold the attacks from both sides.
+"""Attacks on networks whose robustness is proven or published.
 
-Fewer correct images than are proven: an attack left the ball or the bounds. More than the best
-known attack leaves: the attacks are weak.
+More misclassified images than the proof allows mean that an attack left the ball or the bounds;
+fewer than the best known attack achieves mean that the attacks are weak.
 """
 
 from functools import partial
@@ -22,22 +22,22 @@ KEY = jax.random.key(0)
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """Unlike the other networks here, these take longer to run than to compile."""
+    """Override the fixture of conftest.py: these networks take longer to run than to compile."""
 
 
 def count_correct(name: str, attacks) -> int:
     known, logits_fn = PROVEN[name], load_network(name)
-    found = evaluate(
+    result = evaluate(
         logits_fn, load_examples(known.data), KEY,
         epsilons=[known.epsilon], attacks=attacks, survivors_only=True, batch_size=70,
     )  # fmt: skip
-    assert found.clean.sum() == known.clean
-    assert found.flags == {}
-    print(name, {part: int(outcome.right.sum()) for part, outcome in found.outcomes.items()})
-    return int(found.right.sum())
+    assert result.clean.sum() == known.clean
+    assert result.flags == {}
+    print(name, {part: int(outcome.right.sum()) for part, outcome in result.outcomes.items()})
+    return int(result.right.sum())
 
 
-def test_twenty_steps_towards_three_classes_leave_no_more_than_the_best_known_attack():
+def test_targeted_apgd_is_as_strong_as_the_best_known_attack():
     name = "cifar_cnn_a_adv"
     attacks = {"apgd-t": partial(apgd_t, num_steps=20, num_targets=3, stop_early=True)}
     assert PROVEN[name].proven <= count_correct(name, attacks) <= PROVEN[name].known + 1
@@ -45,7 +45,7 @@ def test_twenty_steps_towards_three_classes_leave_no_more_than_the_best_known_at
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PROVEN)
-def test_autoattack_stays_above_the_proof_and_as_low_as_the_best_known_attack(name):
+def test_autoattack_lies_between_the_proven_bound_and_the_best_known_attack(name):
     assert PROVEN[name].proven <= count_correct(name, ensemble(10)) <= PROVEN[name].known + 1
 
 
@@ -68,20 +68,20 @@ def torch_trades() -> nn.Module:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("attack", ["apgd-ce", "apgd-t"])
-def test_apgd_fools_the_images_that_torchattacks_fools(attack):
+def test_apgd_fools_the_same_images_as_torchattacks(attack):
     images, labels = load_examples("mnist_test", 200)
     logits_fn, network = load_network(TRADES), torch_trades()
     x, y = to_torch(images), torch.from_numpy(labels.astype(np.int64))
     np.testing.assert_allclose(logits_fn(images), network(x), rtol=0, atol=1e-4)
     options = {"norm": "Linf", "eps": 0.3, "n_restarts": 1}
     if attack == "apgd-ce":
-        ours = apgd(logits_fn, images, labels, KEY, epsilon=0.3, num_steps=100)
-        theirs = torchattacks.APGD(network, **options, steps=100, loss="ce")
+        actual = apgd(logits_fn, images, labels, KEY, epsilon=0.3, num_steps=100)
+        expected = torchattacks.APGD(network, **options, steps=100, loss="ce")
     else:
-        ours = apgd_t(logits_fn, images, labels, KEY, epsilon=0.3, num_steps=30)
-        theirs = torchattacks.APGDT(network, **options, steps=30, n_classes=10)
-    assert np.abs(np.asarray(ours) - images).max() <= 0.3 + 1e-6
-    adversarial = (ours, to_numpy(theirs(x, y)))
-    fooled = [np.asarray(logits_fn(found).argmax(-1)) != labels for found in adversarial]
+        actual = apgd_t(logits_fn, images, labels, KEY, epsilon=0.3, num_steps=30)
+        expected = torchattacks.APGDT(network, **options, steps=30, n_classes=10)
+    assert np.abs(np.asarray(actual) - images).max() <= 0.3 + 1e-6
+    adversarial = (actual, to_numpy(expected(x, y)))
+    fooled = [np.asarray(logits_fn(result).argmax(-1)) != labels for result in adversarial]
     print(f"{attack}: {[int(each.sum()) for each in fooled]} of {len(labels)} fooled")
     assert (fooled[0] != fooled[1]).sum() <= 2

@@ -1,4 +1,4 @@
-"""Attacks on tljax's own networks: pixels are pixels whatever the preprocessing, weights stay."""
+"""Attacks on tljax's networks, for any preprocessing."""
 
 from functools import partial
 
@@ -49,14 +49,14 @@ def network_behind(preprocess: Preprocess):
 @pytest.mark.parametrize(
     "attack", [fgsm, pytest.param(partial(pgd, num_steps=5, norm="l2"), marks=pytest.mark.slow)]
 )
-def test_preprocessing_makes_no_difference_to_the_adversarial_image(attack):
+def test_adversarial_images_do_not_depend_on_the_preprocessing(attack):
     x = images(4)
     networks = [network_behind(preprocess) for preprocess in PREPROCESSES.values()]
     labels = np.asarray(networks[0](x).argmax(-1))
     expected, *others = (attack(net, x, labels, KEY, epsilon=8 / 255) for net in networks)
     assert np.abs(np.asarray(expected) - x).max() > 1 / 255
-    for found in others:
-        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+    for result in others:
+        np.testing.assert_allclose(result, expected, rtol=0, atol=1e-5)
 
 
 traces = []
@@ -72,21 +72,21 @@ def forward(variables, images):
     return apply(tiny.MODEL, variables, images).logits
 
 
-def test_weights_are_arguments_and_stay_what_they_are():
+def test_weights_are_arguments_of_the_program_and_stay_unchanged():
     variables = tiny.random_variables()
     before = jax.tree.map(np.copy, variables)
     x = np.random.default_rng(0).uniform(0, 1, (4, 16, 16, 3)).astype("f")
     labels = np.asarray(logits_of(variables, x).argmax(-1))
     attack = partial(pgd, num_steps=3)
     network = Partial(logits_of, variables)
-    found = attack(network, x, labels, KEY, epsilon=0.1)
+    result = attack(network, x, labels, KEY, epsilon=0.1)
     jax.tree.map(np.testing.assert_array_equal, variables, before)
 
-    # Closed over, as constants of the program: the same image. Other weights: the same program.
+    # Weights as constants give the same image; other weights use the same program.
     closed = attack(lambda images: logits_of(variables, images), x, labels, KEY, epsilon=0.1)
-    np.testing.assert_allclose(closed, found, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(closed, result, rtol=0, atol=1e-6)
     others = jax.tree.map(lambda leaf: leaf * np.float32(1.1), variables)
     count = len(traces)
     another = attack(Partial(logits_of, others), x, labels, KEY, epsilon=0.1)
     assert len(traces) == count
-    assert np.abs(np.asarray(another - found)).max() > 1e-3
+    assert np.abs(np.asarray(another - result)).max() > 1e-3

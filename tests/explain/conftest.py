@@ -1,4 +1,4 @@
-"""One small network twice: in torch, for captum, and in JAX. Odd and unequal sides throughout."""
+"""The same small network in torch, for captum, and in JAX, with odd, non-square images."""
 
 from typing import NamedTuple
 
@@ -82,7 +82,7 @@ def make_twin(activation: str) -> Twin:
 
 @pytest.fixture(scope="package", autouse=True)
 def quick_compilation():
-    """These networks are too small to gain from what the compiler takes minutes for."""
+    """Disable optimizations, which take long to compile and do not help small networks."""
     before = jax.config.values["jax_disable_most_optimizations"]
     jax.config.update("jax_disable_most_optimizations", True)
     yield

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 IMAGES = np.random.default_rng(0).uniform(0.2, 0.8, (2, 20, 31, 3)).astype(np.float32)
 
 
-def test_it_strengthens_what_a_stage_sees_within_the_bounds(relu_twin):
+def test_dreaming_increases_the_objective_within_the_bounds(relu_twin):
     objective = mean_square(relu_twin.features)
     maps = relu_twin.features(IMAGES)
     np.testing.assert_allclose(objective(IMAGES), (maps**2).mean((1, 2, 3)), rtol=1e-6)
@@ -24,12 +24,12 @@ def test_it_strengthens_what_a_stage_sees_within_the_bounds(relu_twin):
     assert float(dream.max()) <= 1
 
 
-def test_without_steps_all_detail_comes_back(relu_twin):
+def test_without_steps_the_image_is_restored(relu_twin):
     dream = deep_dream(mean_square(relu_twin.features), IMAGES, num_octaves=4, num_steps=0)
     np.testing.assert_allclose(dream, IMAGES, rtol=0, atol=1e-5)
 
 
-def test_a_step_changes_a_value_by_the_step_size_on_average():
+def test_the_mean_change_of_a_step_is_the_step_size():
     objective = lambda x: jnp.square(x).sum((1, 2, 3))  # noqa: E731
     dream = deep_dream(objective, IMAGES, num_octaves=1, num_steps=1, step_size=0.01)
     change = np.asarray(dream) - IMAGES
@@ -50,7 +50,7 @@ def test_sizes_grow_by_the_octave_scale(relu_twin):
     assert sorted(set(sizes)) == [(10, 15), (14, 22), (20, 31)]
 
 
-def test_neither_batch_nor_jit_changes_a_dream(relu_twin):
+def test_the_result_depends_neither_on_the_batch_nor_on_jit(relu_twin):
     dreamt = partial(deep_dream, mean_square(relu_twin.features), num_octaves=2, num_steps=3)
     dream = jax.jit(dreamt)
     both = dream(IMAGES)
@@ -59,12 +59,14 @@ def test_neither_batch_nor_jit_changes_a_dream(relu_twin):
     np.testing.assert_allclose(dream(IMAGES[1:])[0], both[1], rtol=0, atol=1e-5)
 
 
-def test_nothing_to_follow_leaves_the_photograph(relu_twin):
+def test_a_zero_gradient_leaves_the_image_unchanged(relu_twin):
     dream = deep_dream(lambda x: jnp.ones(len(x)), IMAGES, num_steps=2)
     np.testing.assert_allclose(dream, IMAGES, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("octaves", [0, 20])
-def test_octaves_that_leave_nothing_are_refused(octaves):
-    with pytest.raises(RequestError, match=f"{octaves} octaves of 1.4 leave nothing of 20 x 31"):
+def test_impossible_numbers_of_octaves_are_rejected(octaves):
+    with pytest.raises(
+        RequestError, match=f"{octaves} octaves of scale 1.4 are impossible for 20 x 31"
+    ):
         deep_dream(lambda x: x.sum((1, 2, 3)), IMAGES, num_octaves=octaves)

@@ -21,11 +21,11 @@ def of_torch(value: torch.Tensor) -> np.ndarray:
     return value.permute(0, 2, 3, 1).detach().numpy()
 
 
-def assert_close(ours, theirs, scale: float = 1e-5) -> None:
-    """To a share of the largest value, which is far from 0."""
-    theirs = np.asarray(theirs)
-    assert np.abs(theirs).max() > 1e-3
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=scale * np.abs(theirs).max())
+def assert_close(actual, expected, scale: float = 1e-5) -> None:
+    """Compare up to a fraction of the largest value, which must not be near 0."""
+    expected = np.asarray(expected)
+    assert np.abs(expected).max() > 1e-3
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=scale * np.abs(expected).max())
 
 
 def constant(images):
@@ -43,68 +43,68 @@ def methods(logits_fn):
 METHODS = tuple(methods(constant))
 
 
-def test_the_twins_are_the_same_network(relu_twin, smooth_twin):
+def test_the_torch_and_jax_networks_agree(relu_twin, smooth_twin):
     for twin in (relu_twin, smooth_twin):
-        theirs = twin.network(twin.nchw).detach().numpy()
-        assert_close(twin.logits(twin.images), theirs, 1e-6)
+        expected = twin.network(twin.nchw).detach().numpy()
+        assert_close(twin.logits(twin.images), expected, 1e-6)
 
 
 @pytest.mark.parametrize("kind", ["relu_twin", "smooth_twin"])
-def test_saliency_is_captums(kind, request):
+def test_saliency_matches_captum(kind, request):
     twin = request.getfixturevalue(kind)
     target = torch.from_numpy(twin.labels)
-    theirs = captum.attr.Saliency(twin.network).attribute(
+    expected = captum.attr.Saliency(twin.network).attribute(
         twin.nchw.requires_grad_(), target, abs=False
     )
-    assert_close(input_gradient(twin.logits, twin.images, twin.labels), of_torch(theirs))
-    ours = saliency(twin.logits, twin.images, twin.labels)
-    assert_close(ours, np.abs(of_torch(theirs)).max(-1))
+    assert_close(input_gradient(twin.logits, twin.images, twin.labels), of_torch(expected))
+    actual = saliency(twin.logits, twin.images, twin.labels)
+    assert_close(actual, np.abs(of_torch(expected)).max(-1))
 
 
 @pytest.mark.parametrize("kind", ["relu_twin", "smooth_twin"])
 @pytest.mark.parametrize("baseline", [0.0, 0.4])
-def test_integrated_gradients_are_captums(kind, baseline, request):
+def test_integrated_gradients_match_captum(kind, baseline, request):
     twin = request.getfixturevalue(kind)
-    theirs = captum.attr.IntegratedGradients(twin.network).attribute(
+    expected = captum.attr.IntegratedGradients(twin.network).attribute(
         twin.nchw, baseline, torch.from_numpy(twin.labels)
     )
-    ours = integrated_gradients(twin.logits, twin.images, twin.labels, baselines=baseline)
-    assert_close(ours, of_torch(theirs))
+    actual = integrated_gradients(twin.logits, twin.images, twin.labels, baselines=baseline)
+    assert_close(actual, of_torch(expected))
 
 
-def test_integrated_gradients_sum_to_the_rise_of_the_logit(smooth_twin):
+def test_integrated_gradients_sum_to_the_difference_of_the_logits(smooth_twin):
     twin = smooth_twin
     baselines = np.random.default_rng(3).uniform(0, 0.4, twin.images.shape).astype(np.float32)
     score = score_of(twin.logits, twin.labels)
-    rise = score(twin.images) - score(baselines)
-    assert float(jnp.abs(rise).min()) > 1e-3
+    difference = score(twin.images) - score(baselines)
+    assert float(jnp.abs(difference).min()) > 1e-3
     shares = integrated_gradients(twin.logits, twin.images, twin.labels, baselines=baselines)
-    np.testing.assert_allclose(shares.sum((1, 2, 3)), rise, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(shares.sum((1, 2, 3)), difference, rtol=0, atol=1e-5)
     coarse = integrated_gradients(
         twin.logits, twin.images, twin.labels, baselines=baselines, num_steps=1
     )
-    assert np.abs(coarse.sum((1, 2, 3)) - rise).max() > 5e-5  # one point does not know the path
+    assert np.abs(coarse.sum((1, 2, 3)) - difference).max() > 5e-5  # one point is inaccurate
 
 
-def test_a_linear_models_shares_are_weight_times_way(linear):
+def test_integrated_gradients_match_the_closed_form_of_a_linear_model(linear):
     logits_fn, weights = linear
     rng = np.random.default_rng(1)
     images, baselines = rng.uniform(0, 1, (2, 3, 13, 18, 3)).astype(np.float32)
     labels = np.array([4, 0, 2])
     weight = np.moveaxis(weights[..., labels], -1, 0)
-    ours = integrated_gradients(logits_fn, images, labels, baselines=baselines)
-    np.testing.assert_allclose(ours, weight * (images - baselines), rtol=0, atol=1e-6)
+    actual = integrated_gradients(logits_fn, images, labels, baselines=baselines)
+    np.testing.assert_allclose(actual, weight * (images - baselines), rtol=0, atol=1e-6)
     np.testing.assert_allclose(input_gradient(logits_fn, images, labels), weight, atol=1e-6)
 
 
-def test_smooth_grad_without_noise_is_saliency(relu_twin):
+def test_smooth_grad_without_noise_equals_saliency(relu_twin):
     twin = relu_twin
-    ours = smooth_grad(twin.logits, twin.images, twin.labels, KEY, noise_level=0, num_samples=3)
-    assert_close(ours, saliency(twin.logits, twin.images, twin.labels), 1e-6)
+    actual = smooth_grad(twin.logits, twin.images, twin.labels, KEY, noise_level=0, num_samples=3)
+    assert_close(actual, saliency(twin.logits, twin.images, twin.labels), 1e-6)
 
 
-def test_smooth_grad_is_the_mean_over_noise_of_the_images_own_scale(smooth_twin):
-    """The gradient of x^2 is linear: what noise adds to it is the mean noise, times two."""
+def test_smooth_grad_averages_over_noise_scaled_to_each_image(smooth_twin):
+    """The gradient of x^2 is linear, so noise changes it by twice the mean noise."""
     images = jnp.concatenate([jnp.zeros((1, 8, 9, 3)).at[:, 0].set(0.5), jnp.ones((1, 8, 9, 3))])
 
     def logits_fn(x):
@@ -113,16 +113,16 @@ def test_smooth_grad_is_the_mean_over_noise_of_the_images_own_scale(smooth_twin)
     labels = jnp.zeros(2, int)
 
     def noise(num_samples, key=KEY):
-        # The gradient at an image of zeros and a half is 0 or 1; the other one has no range.
-        found = smooth_grad(
+        # The first image has gradients 0 and 1; the second has range 0, so no noise.
+        result = smooth_grad(
             logits_fn, images, labels, key, noise_level=0.2, num_samples=num_samples
         )
-        np.testing.assert_allclose(found[1], 2.0, rtol=1e-6)
-        return np.asarray(found[0, 1:]), np.asarray(found[0, 0])
+        np.testing.assert_allclose(result[1], 2.0, rtol=1e-6)
+        return np.asarray(result[0, 1:]), np.asarray(result[0, 0])
 
     few, lit = noise(1)
     many, _ = noise(400)
-    # The largest of three absolute values of N(0, (2 * 0.2 * 0.5)^2) has the mean 1.326 * 0.2.
+    # The maximum of three absolute values of N(0, (2 * 0.2 * 0.5)^2) has mean 1.326 * 0.2.
     assert 0.22 < few.mean() < 0.32
     assert 0.7 * few.mean() < 20 * many.mean() < 1.4 * few.mean()
     assert abs(lit.mean() - 1) < 0.5
@@ -130,7 +130,7 @@ def test_smooth_grad_is_the_mean_over_noise_of_the_images_own_scale(smooth_twin)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_neither_batch_nor_jit_nor_chance_changes_a_map(method, relu_twin):
+def test_maps_depend_neither_on_the_batch_nor_on_jit(method, relu_twin):
     explain = methods(relu_twin.logits)[method]
     plain = explain(relu_twin.images, relu_twin.labels)
     compiled = jax.jit(explain)
@@ -144,14 +144,14 @@ def test_neither_batch_nor_jit_nor_chance_changes_a_map(method, relu_twin):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_constant_model_depends_on_nothing(method):
+def test_maps_of_a_constant_model_are_zero(method):
     images = np.random.default_rng(0).uniform(0, 1, (2, 6, 5, 3)).astype(np.float32)
-    found = methods(constant)[method](images, np.array([0, 4]))
-    np.testing.assert_array_equal(found, np.zeros_like(found))
+    result = methods(constant)[method](images, np.array([0, 4]))
+    np.testing.assert_array_equal(result, np.zeros_like(result))
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_requests_that_make_no_sense_are_refused(method, relu_twin):
+def test_invalid_images_and_labels_are_rejected(method, relu_twin):
     explain = methods(relu_twin.logits)[method]
     with pytest.raises(RequestError, match="uint8; pass floating point"):
         explain(np.zeros((4, 13, 18, 3), np.uint8), relu_twin.labels)

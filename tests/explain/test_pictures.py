@@ -15,10 +15,10 @@ RNG = np.random.default_rng(0)
 PHOTOGRAPHS = RNG.integers(0, 256, (2, 10, 12, 3)).astype(np.uint8)
 
 
-def test_pixels_are_rounded_and_uint8_is_kept():
-    found = to_pixels(np.array([-0.1, 0, 0.5 / 255 - 1e-4, 0.5 / 255 + 1e-4, 1, 2], np.float32))
-    np.testing.assert_array_equal(found, [0, 0, 0, 1, 255, 255])
-    assert found.dtype == np.uint8
+def test_to_pixels_rounds_floats_and_returns_uint8_unchanged():
+    result = to_pixels(np.array([-0.1, 0, 0.5 / 255 - 1e-4, 0.5 / 255 + 1e-4, 1, 2], np.float32))
+    np.testing.assert_array_equal(result, [0, 0, 0, 1, 255, 255])
+    assert result.dtype == np.uint8
     assert to_pixels(PHOTOGRAPHS) is PHOTOGRAPHS
 
 
@@ -32,16 +32,16 @@ def test_maps_of_zeros_stay_zero_and_finite():
 
 def test_each_map_is_scaled_by_its_own_percentile():
     maps = np.stack([np.arange(101.0).reshape(1, 101), -7 * np.arange(101.0).reshape(1, 101)])
-    found = scale_maps(maps, percentile=50)
-    np.testing.assert_allclose(found[0, 0, :51], np.arange(51) / 50, atol=1e-6)
-    np.testing.assert_array_equal(found[0, 0, 51:], np.ones(50))
-    np.testing.assert_allclose(found[1], -found[0], atol=1e-6)
+    result = scale_maps(maps, percentile=50)
+    np.testing.assert_allclose(result[0, 0, :51], np.arange(51) / 50, atol=1e-6)
+    np.testing.assert_array_equal(result[0, 0, 51:], np.ones(50))
+    np.testing.assert_allclose(result[1], -result[0], atol=1e-6)
     spike = np.zeros((1, 20, 20))
     spike[0, 3, 4] = 5  # its 99th percentile is 0
     np.testing.assert_array_equal(scale_maps(spike), spike / 5)
 
 
-def test_signs_have_colours():
+def test_heatmaps_color_signs_differently():
     red, white, blue = heatmap(np.array([[[1.0, 0.0, -1.0]]]), percentile=100)[0, 0].astype(int)
     assert red[0] > red[2] + 50
     assert blue[2] > blue[0] + 50
@@ -51,7 +51,7 @@ def test_signs_have_colours():
     assert yellow[:2].min() > 200
 
 
-def test_an_overlay_is_grey_below_and_coloured_above():
+def test_an_overlay_blends_grayscale_image_and_heatmap():
     maps = RNG.uniform(0, 1, (2, 10, 12))
     hidden = overlay(PHOTOGRAPHS, maps, opacity=0)
     np.testing.assert_array_equal(hidden[..., 0], hidden[..., 2])
@@ -62,23 +62,23 @@ def test_an_overlay_is_grey_below_and_coloured_above():
     np.testing.assert_array_equal(same, overlay(PHOTOGRAPHS, maps))
 
 
-def test_a_small_map_is_enlarged_in_place():
+def test_a_small_map_is_resized_to_the_image():
     maps = np.zeros((2, 2, 2), np.float32)
     maps[0, 0, 1] = maps[1, 1, 0] = 1
-    found = overlay(PHOTOGRAPHS, maps, opacity=1).astype(int).sum(-1)
-    assert found.shape == (2, 10, 12)
-    assert found[0, 0, -1] == found[0].max()
-    assert found[1, -1, 0] == found[1].max()
-    assert found[0, -1, 0] == found[0].min()
+    result = overlay(PHOTOGRAPHS, maps, opacity=1).astype(int).sum(-1)
+    assert result.shape == (2, 10, 12)
+    assert result[0, 0, -1] == result[0].max()
+    assert result[1, -1, 0] == result[1].max()
+    assert result[0, -1, 0] == result[0].min()
 
 
 @pytest.mark.parametrize("shape", [(1, 10, 12), (10, 12), (2, 10, 12, 3)])
-def test_maps_that_do_not_fit_are_refused(shape):
+def test_maps_of_the_wrong_shape_are_rejected(shape):
     with pytest.raises(RequestError, match="for 2 images; pass"):
         overlay(PHOTOGRAPHS, np.zeros(shape))
 
 
-def test_the_strongest_channels_come_first_and_are_drawn_in_their_own_range():
+def test_the_strongest_channels_come_first_and_each_is_scaled_to_its_range():
     features = np.zeros((3, 4, 5), np.float32)
     features[..., 2] = -10
     features[..., 4] = np.arange(12).reshape(3, 4)

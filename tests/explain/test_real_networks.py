@@ -1,4 +1,4 @@
-"""The ideal Siamese cat of networks that know cats."""
+"""Feature visualization of a class with published networks."""
 
 from functools import partial
 
@@ -25,7 +25,9 @@ def load(name, request):
 @pytest.mark.slow
 @pytest.mark.parametrize("parametrization", [FOURIER, PIXELS], ids=["fourier", "pixels"])
 @pytest.mark.parametrize("name", ["efficientnet_lite0", "resnet50"])
-def test_the_ideal_cat_is_a_cat_and_total_variation_smooths_it(name, parametrization, request):
+def test_a_visualized_class_is_recognized_and_total_variation_smooths_it(
+    name, parametrization, request
+):
     model, variables, _ = load(name, request)
 
     @jax.jit

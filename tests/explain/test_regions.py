@@ -9,24 +9,24 @@ from tljax.explain import grad_cam, occlusion
 from tljax.runtime.errors import RequestError
 
 
-def test_grad_cam_is_captums(relu_twin):
+def test_grad_cam_matches_captum(relu_twin):
     twin = relu_twin
-    theirs = captum.attr.LayerGradCam(twin.network, twin.network.features).attribute(
+    expected = captum.attr.LayerGradCam(twin.network, twin.network.features).attribute(
         twin.nchw, torch.from_numpy(twin.labels), relu_attributions=True
     )
-    theirs = theirs[:, 0].detach().numpy()
-    assert theirs.max() > 1e-2
-    assert (theirs == 0).any()
-    ours = grad_cam(twin.features, twin.head, twin.images, twin.labels)
-    assert ours.shape == theirs.shape
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * theirs.max())
+    expected = expected[:, 0].detach().numpy()
+    assert expected.max() > 1e-2
+    assert (expected == 0).any()
+    actual = grad_cam(twin.features, twin.head, twin.images, twin.labels)
+    assert actual.shape == expected.shape
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5 * expected.max())
 
 
-def test_grad_cam_of_a_class_that_nothing_speaks_for_is_zero(relu_twin):
-    ours = grad_cam(
+def test_grad_cam_is_zero_without_positive_evidence(relu_twin):
+    actual = grad_cam(
         relu_twin.features, lambda x: -x.sum((1, 2)), relu_twin.images, relu_twin.labels
     )
-    np.testing.assert_array_equal(ours, np.zeros_like(ours))
+    np.testing.assert_array_equal(actual, np.zeros_like(actual))
     dead = grad_cam(
         lambda x: 0 * relu_twin.features(x), relu_twin.head, relu_twin.images, relu_twin.labels
     )
@@ -34,7 +34,7 @@ def test_grad_cam_of_a_class_that_nothing_speaks_for_is_zero(relu_twin):
 
 
 def occlude_plainly(logits_fn, image, label, window, stride, fill):
-    """One square at a time, in numpy."""
+    """Cover one square at a time, in numpy."""
     height, width, _ = image.shape
     before = logits_fn(image[None])[0, label]
     total, count = np.zeros((2, height, width))
@@ -44,8 +44,8 @@ def occlude_plainly(logits_fn, image, label, window, stride, fill):
         while True:
             covered = image.copy()
             covered[top : top + window, left : left + window] = fill
-            fall = before - logits_fn(covered[None])[0, label]
-            total[top : top + window, left : left + window] += fall
+            decrease = before - logits_fn(covered[None])[0, label]
+            total[top : top + window, left : left + window] += decrease
             count[top : top + window, left : left + window] += 1
             if left + window >= width:
                 break
@@ -61,23 +61,25 @@ def occlude_plainly(logits_fn, image, label, window, stride, fill):
     ("window", "stride", "fill"),
     [(4, 4, 0.5), (5, 3, (0.1, 0.5, 0.9)), (13, 2, 0.0), (40, 7, 1.0)],
 )
-def test_occlusion_is_a_plain_loop(window, stride, fill, relu_twin):
+def test_occlusion_matches_a_plain_loop(window, stride, fill, relu_twin):
     twin, fill = relu_twin, np.asarray(fill, np.float32)
-    ours = occlusion(twin.logits, twin.images, twin.labels, window=window, stride=stride, fill=fill)
+    actual = occlusion(
+        twin.logits, twin.images, twin.labels, window=window, stride=stride, fill=fill
+    )
     logits_fn = jax.jit(twin.logits)
     for i in (0, 3):
         plain = occlude_plainly(logits_fn, twin.images[i], twin.labels[i], window, stride, fill)
         assert np.abs(plain).max() > 1e-3
-        np.testing.assert_allclose(ours[i], plain, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(actual[i], plain, rtol=0, atol=1e-5)
 
 
-def test_occlusion_is_captums(relu_twin):
+def test_occlusion_matches_captum(relu_twin):
     twin = relu_twin
-    theirs = captum.attr.Occlusion(twin.network).attribute(
+    expected = captum.attr.Occlusion(twin.network).attribute(
         twin.nchw, (3, 5, 5), (3, 3, 3), 0.5, torch.from_numpy(twin.labels)
     )
-    ours = occlusion(twin.logits, twin.images, twin.labels, window=5, stride=3)
-    np.testing.assert_allclose(ours, theirs[:, 0].detach().numpy(), rtol=0, atol=1e-5)
+    actual = occlusion(twin.logits, twin.images, twin.labels, window=5, stride=3)
+    np.testing.assert_allclose(actual, expected[:, 0].detach().numpy(), rtol=0, atol=1e-5)
 
 
 def methods(twin):
@@ -88,10 +90,10 @@ def methods(twin):
 
 
 @pytest.mark.parametrize("method", ["grad_cam", "occlusion"])
-def test_neither_batch_nor_jit_changes_a_map(method, relu_twin):
+def test_maps_depend_neither_on_the_batch_nor_on_jit(method, relu_twin):
     explain = methods(relu_twin)[method]
     plain = np.asarray(explain(relu_twin.images, relu_twin.labels))
-    # What falls is a difference of logits, and no more exact than they are.
+    # Occlusion is a difference of logits, with their rounding errors.
     scale = np.abs(relu_twin.logits(relu_twin.images)).max()
     close = {"rtol": 0, "atol": 1e-6 * (scale if method == "occlusion" else plain.max())}
     compiled = jax.jit(explain)
@@ -101,15 +103,17 @@ def test_neither_batch_nor_jit_changes_a_map(method, relu_twin):
         np.testing.assert_allclose(alone[0], plain[i], **close)
 
 
-def test_a_constant_model_depends_on_no_region():
+def test_occlusion_of_a_constant_model_is_zero():
     images = np.full((2, 9, 9, 3), 0.3, np.float32)
-    found = occlusion(lambda x: jnp.ones((len(x), 3)), images, np.array([0, 2]), window=4, stride=2)
-    np.testing.assert_array_equal(found, np.zeros((2, 9, 9)))
+    result = occlusion(
+        lambda x: jnp.ones((len(x), 3)), images, np.array([0, 2]), window=4, stride=2
+    )
+    np.testing.assert_array_equal(result, np.zeros((2, 9, 9)))
 
 
-def test_requests_that_make_no_sense_are_refused(relu_twin):
+def test_invalid_arguments_are_rejected(relu_twin):
     twin = relu_twin
-    with pytest.raises(RequestError, match=r"not \(4, 8\); cut the network before its pooling"):
+    with pytest.raises(RequestError, match=r"not \(4, 8\): split the network before its global"):
         grad_cam(lambda x: twin.features(x).mean((1, 2)), lambda x: x, twin.images, twin.labels)
     for stride in (0, 6):
         with pytest.raises(RequestError, match=r"stride \d must lie between 1 and the window 5"):

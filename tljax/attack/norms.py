@@ -1,6 +1,6 @@
-"""The geometry of a ball around each image: Linf, L2 and L1.
+"""Norms, projections and random points for balls in Linf, L2 and L1.
 
-An attack needs five things of a norm. Another norm is another entry of `NORMS`.
+To add a norm, add an entry to `NORMS`.
 """
 
 import math
@@ -10,25 +10,24 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from tljax.attack.contract import along, draw
+from tljax.attack.contract import draw, expand_like
+from tljax.attack.types import Bounds, DeviceImages, Values
 from tljax.runtime.errors import RequestError
-
-Bounds = tuple[float, float]
 
 Draw = Callable[[jax.Array, tuple[int, ...]], jax.Array]
 
 
 class Norm(NamedTuple):
-    """Functions of perturbations ``[n, ...]``, radii ``[n]`` and random keys ``[n]``.
+    """Functions of perturbations ``[batch, ...]``, radii ``[batch]`` and random keys ``[batch]``.
 
     Attributes:
-        length: ``(delta) -> [n]``.
+        length: ``(delta) -> [batch]``, the norm.
         project: ``(delta, radius)``, the nearest perturbation within the ball.
-        steepest: ``(gradient)``, the perturbation of length 1 along which the loss grows fastest;
-            0 for a gradient of 0. For L1 spread over the largest 1% of the entries (Tramèr and
-            Boneh, 2019, arXiv 1904.13000): a single one is soon at a bound.
-        inside: ``(keys, shape)``, uniform in the ball of radius 1; ``shape`` is of one image.
-        surface: ``(keys, shape)``, on its surface.
+        steepest: ``(gradient)``, the direction of steepest ascent, of length 1; 0 for a gradient of
+            0. For L1 it is spread over the largest 1% of the entries (Tramèr and Boneh, 2019,
+            arXiv 1904.13000), because a single entry soon reaches a bound.
+        inside: ``(keys, shape)``, uniform in the unit ball; ``shape`` is that of one image.
+        surface: ``(keys, shape)``, random points on the surface of the unit ball.
     """
 
     length: Callable[[jax.Array], jax.Array]
@@ -38,69 +37,71 @@ class Norm(NamedTuple):
     surface: Draw
 
 
-def norm_of(name: str, among: Collection[str] = ("linf", "l2")) -> Norm:
-    """A norm by its name, of those that an attack can do.
+def get_norm(name: str, among: Collection[str] = ("linf", "l2")) -> Norm:
+    """Return the norm of a name, which must be among those that the attack supports.
 
     Raises:
-        RequestError: there is none of that name.
+        RequestError: the attack does not support a norm of that name.
     """
     if name not in among:
-        raise RequestError(f"there is no norm '{name}' here; choose from {', '.join(among)}")
+        raise RequestError(f"unsupported norm '{name}': choose from {', '.join(among)}")
     return NORMS[name]
 
 
-def into_ball(
-    points: jax.Array, images: jax.Array, epsilon: jax.Array, norm: Norm, bounds: Bounds
-) -> jax.Array:
-    """Projects points into the balls around the images, then clips them to the bounds."""
+def project_to_ball(
+    points: DeviceImages, images: DeviceImages, epsilon: Values, norm: Norm, bounds: Bounds
+) -> DeviceImages:
+    """Project points into the balls around the images, then clip them to the bounds."""
     return jnp.clip(images + norm.project(points - images, epsilon), *bounds)
 
 
-def _largest(x: jax.Array) -> jax.Array:
+def _linf(x: jax.Array) -> jax.Array:
     return jnp.max(jnp.abs(x), axis=range(1, x.ndim))
 
 
-def _euclidean(x: jax.Array) -> jax.Array:
+def _l2(x: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.sum(jnp.square(x), axis=range(1, x.ndim)))
 
 
-def _over(x: jax.Array, lengths: jax.Array) -> jax.Array:
-    return x / along(jnp.maximum(lengths, jnp.finfo(x.dtype).tiny), x)
+def _divide(x: jax.Array, lengths: jax.Array) -> jax.Array:
+    return x / expand_like(jnp.maximum(lengths, jnp.finfo(x.dtype).tiny), x)
 
 
-def _sum(x: jax.Array) -> jax.Array:
+def _l1(x: jax.Array) -> jax.Array:
     return jnp.sum(jnp.abs(x), axis=range(1, x.ndim))
 
 
 def _clip(delta: jax.Array, radius: jax.Array) -> jax.Array:
-    radius = along(radius, delta)
+    radius = expand_like(radius, delta)
     return jnp.clip(delta, -radius, radius)
 
 
-def _shrink(delta: jax.Array, radius: jax.Array) -> jax.Array:
-    return delta * along(jnp.minimum(1, radius / jnp.maximum(_euclidean(delta), 1e-12)), delta)
+def _rescale(delta: jax.Array, radius: jax.Array) -> jax.Array:
+    return delta * expand_like(jnp.minimum(1, radius / jnp.maximum(_l2(delta), 1e-12)), delta)
 
 
-def _soften(delta: jax.Array, radius: jax.Array) -> jax.Array:
-    # Duchi et al., 2008: every entry loses the same, so that as much as the radius is left. That is
-    # the largest of what the k largest entries alone would have to lose.
+def _soft_threshold(delta: jax.Array, radius: jax.Array) -> jax.Array:
+    # Soft thresholding by the largest of the thresholds that the k largest entries alone would need
+    # (Duchi et al., "Efficient projections onto the l1-ball", 2008).
     entries = jnp.sort(jnp.abs(delta).reshape(len(delta), -1), descending=True)
     excess = jnp.cumsum(entries, axis=1) - radius[:, None]
-    loss = jnp.max(excess / jnp.arange(1, entries.shape[1] + 1), axis=1)
-    return jnp.sign(delta) * jnp.maximum(jnp.abs(delta) - along(jnp.maximum(loss, 0), delta), 0)
+    threshold = jnp.max(excess / jnp.arange(1, entries.shape[1] + 1), axis=1)
+    return jnp.sign(delta) * jnp.maximum(
+        jnp.abs(delta) - expand_like(jnp.maximum(threshold, 0), delta), 0
+    )
 
 
-def _largest_few(gradient: jax.Array) -> jax.Array:
+def _spread_over_largest(gradient: jax.Array) -> jax.Array:
     entries = jnp.abs(gradient).reshape(len(gradient), -1)
     least = jax.lax.top_k(entries, math.ceil(entries.shape[1] / 100))[0][:, -1]
-    signs = jnp.sign(gradient) * (jnp.abs(gradient) >= along(least, gradient))
-    return _over(signs, _sum(signs))
+    signs = jnp.sign(gradient) * (jnp.abs(gradient) >= expand_like(least, gradient))
+    return _divide(signs, _l1(signs))
 
 
-def _normalise(gradient: jax.Array) -> jax.Array:
-    # By the largest entry first: squares of tiny numbers are 0.
-    scaled = _over(gradient, _largest(gradient))
-    return _over(scaled, _euclidean(scaled))
+def _normalize(gradient: jax.Array) -> jax.Array:
+    # Dividing by the largest entry first keeps the squares of tiny numbers from underflowing.
+    scaled = _divide(gradient, _linf(gradient))
+    return _divide(scaled, _l2(scaled))
 
 
 def _cube(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -108,30 +109,33 @@ def _cube(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def _sphere(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    return _normalise(draw(jax.random.normal, keys, shape))
+    return _normalize(draw(jax.random.normal, keys, shape))
 
 
 def _solid_ball(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     pairs = jax.vmap(jax.random.split)(keys)
     radius = draw(jax.random.uniform, pairs[:, 0]) ** (1 / math.prod(shape))
     direction = _sphere(pairs[:, 1], shape)
-    return direction * along(radius, direction)
+    return direction * expand_like(radius, direction)
 
 
 def _octahedron(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     pairs = jax.vmap(jax.random.split)(keys)
     point = draw(jax.random.laplace, pairs[:, 0], shape)
-    # What is left of the ball's surface in one more dimension without it is uniform inside.
-    return _over(point, _sum(point) + draw(jax.random.exponential, pairs[:, 1]))
+    # A point on the surface of a ball with one more dimension is uniform inside without it (Barthe
+    # et al., "A probabilistic approach to the geometry of the l_p^n-ball", 2005).
+    return _divide(point, _l1(point) + draw(jax.random.exponential, pairs[:, 1]))
 
 
-def _scaled(inside: Draw, length: Callable[[jax.Array], jax.Array]) -> Draw:
-    """On the surface: points within the ball, moved outwards."""
-    return lambda keys, shape: _over(point := inside(keys, shape), length(point))
+def _on_surface(inside: Draw, length: Callable[[jax.Array], jax.Array]) -> Draw:
+    """Scale random points inside the unit ball to length 1."""
+    return lambda keys, shape: _divide(point := inside(keys, shape), length(point))
 
 
 NORMS = {
-    "linf": Norm(_largest, _clip, jnp.sign, _cube, _scaled(_cube, _largest)),
-    "l2": Norm(_euclidean, _shrink, _normalise, _solid_ball, _sphere),
-    "l1": Norm(_sum, _soften, _largest_few, _octahedron, _scaled(_octahedron, _sum)),
+    "linf": Norm(_linf, _clip, jnp.sign, _cube, _on_surface(_cube, _linf)),
+    "l2": Norm(_l2, _rescale, _normalize, _solid_ball, _sphere),
+    "l1": Norm(
+        _l1, _soft_threshold, _spread_over_largest, _octahedron, _on_surface(_octahedron, _l1)
+    ),
 }

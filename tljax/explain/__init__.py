@@ -1,7 +1,7 @@
-"""What a network looks at, and what it has in mind: explanations and pictures.
+"""Explanations of a network's outputs (saliency maps, Grad-CAM) and feature visualization.
 
-Pure functions over ``logits_fn(images) -> logits`` or over the halves of a network. They know
-nothing of the rest of tljax and work with any JAX model.
+Pure functions of ``logits_fn(images) -> logits``, or of the two halves of a network. They depend on
+nothing else in tljax and work with any JAX model.
 """
 
 from tljax.explain.dream import deep_dream as deep_dream

@@ -1,54 +1,61 @@
-"""DeepDream: a photograph in which a network sees more and more of what it knows."""
+"""DeepDream: amplify the features that a network detects in an image."""
 
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
-from tljax.explain.gradients import as_images
+from tljax.explain.gradients import Images, as_images
 from tljax.explain.visualize import Objective
 from tljax.runtime.errors import RequestError
 from tljax.runtime.types import Array
 
 
 def mean_square(features_fn: Callable[[jax.Array], jax.Array]) -> Objective:
-    """The mean square of a feature map: whatever a stage sees, see more of it.
+    """Return an objective for `deep_dream`: the mean square of a feature map.
 
     Args:
-        features_fn: images of any size to ``[batch, h, w, channels]``.
+        features_fn: maps images of any size to ``[batch, h, w, channels]``.
+
+    Returns:
+        A function from images to ``[batch]`` values.
     """
     return lambda images: jnp.square(features_fn(images)).mean((1, 2, 3))
 
 
 def deep_dream(
     objective: Objective,
-    images: Array,
+    images: Images,
     *,
     num_octaves: int = 3,
     octave_scale: float = 1.4,
     num_steps: int = 20,
     step_size: float | Array = 0.005,
-) -> jax.Array:
-    """Gradient ascent on photographs, from coarse to fine (Mordvintsev, Olah and Tyka 2015).
+) -> Float[jax.Array, "batch height width channels"]:
+    """Maximize an objective by gradient ascent on images, from coarse to fine.
 
-    It starts on a shrunk copy, so that large shapes come first. Each enlargement is given back the
-    detail that the photograph lost by shrinking. A step follows the gradient divided by its own
-    mean absolute value. Nothing is random.
+    The ascent starts from a downscaled copy, so that large shapes appear first. After each
+    upscaling the detail that the image lost by downscaling is added back. Each step follows the
+    gradient divided by its mean absolute value. The result is deterministic.
+
+    Source: Mordvintsev, Olah and Tyka, "Inceptionism: going deeper into neural networks", Google
+    Research blog, 2015.
 
     Args:
-        objective: images of any size to ``[batch]``: what is to become large.
-        images: ``[batch, height, width, 3]`` floating point, [0, 1].
-        num_octaves: sizes, the photograph's own included.
-        octave_scale: between one size and the next.
-        num_steps: at each size.
-        step_size: mean absolute change of a value in a step, in [0, 1]; the default is the 0.01 of
-            networks that see [-1, 1].
+        objective: maps images of any size to ``[batch]`` values, which are maximized.
+        images: ``[batch, height, width, 3]`` floating point in [0, 1].
+        num_octaves: number of sizes, including the original one.
+        octave_scale: ratio between consecutive sizes.
+        num_steps: number of gradient steps at each size.
+        step_size: mean absolute change of a pixel value per step, for values in [0, 1]. The default
+            corresponds to the usual 0.01 for inputs in [-1, 1].
 
     Returns:
         ``[batch, height, width, 3]`` in [0, 1].
 
     Raises:
-        RequestError: the smallest size would be less than a pixel.
+        RequestError: ``num_octaves`` is 0, or the smallest size is less than one pixel.
     """
     images = as_images(images)
     batch, height, width, channels = images.shape
@@ -58,8 +65,8 @@ def deep_dream(
     ]
     if not sizes or min(map(min, sizes)) < 1:
         raise RequestError(
-            f"{num_octaves} octaves of {octave_scale} leave nothing of {height} x {width} pixels; "
-            "ask for fewer, but at least one"
+            f"{num_octaves} octaves of scale {octave_scale} are impossible for {height} x {width} "
+            "pixels: choose fewer, but at least one"
         )
 
     def resized(x: jax.Array, size: tuple[int, int]) -> jax.Array:
@@ -80,4 +87,4 @@ def deep_dream(
 
 
 _NO_GRADIENT = 1e-12
-"""Below this mean there is nothing to follow; rounding must not become a picture."""
+"""Lower limit of the mean absolute gradient, so that rounding errors are not amplified."""

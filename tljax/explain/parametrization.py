@@ -1,7 +1,7 @@
-"""What gradient ascent may change about a picture: its pixels, or its Fourier coefficients.
+"""Image parametrizations for gradient ascent: pixels or Fourier coefficients.
 
-Both are numbers without bounds that a sigmoid turns into an RGB picture in [0, 1]. The constants
-are those of lucid, described by Olah, Mordvintsev and Schubert 2017 ("Feature Visualization").
+Both are unbounded numbers that a sigmoid maps to an RGB image in [0, 1]. The constants are those of
+lucid (Olah, Mordvintsev and Schubert, "Feature visualization", Distill, 2017).
 """
 
 from collections.abc import Callable
@@ -10,60 +10,48 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
-# The square root of the covariance of the colours of ImageNet's pixels.
-_COLOUR = np.array([[0.26, 0.09, 0.02], [0.27, 0.0, -0.05], [0.27, -0.09, 0.03]])
-_COLOUR_CORRELATION = _COLOUR / np.linalg.norm(_COLOUR, axis=0).max()
+# A square root of the covariance matrix of ImageNet's pixel colors.
+_COLOR_SQRT = np.array([[0.26, 0.09, 0.02], [0.27, 0.0, -0.05], [0.27, -0.09, 0.03]])
+_COLOR_CORRELATION = _COLOR_SQRT / np.linalg.norm(_COLOR_SQRT, axis=0).max()
 
 
 class Parametrization(NamedTuple):
-    """A way to write a picture as parameters.
+    """A representation of square images by an array of parameters.
 
     Attributes:
-        init: ``(key, size) -> params``, an array for a random square picture, nearly grey.
-        image: ``(params, size) -> image``, ``[size, size, 3]`` RGB in [0, 1].
+        init: ``(key, size) -> params``, the parameters of a random image that is nearly gray.
+        image: ``(params, size) -> image``, an RGB image ``[size, size, 3]`` in [0, 1].
     """
 
     init: Callable[[jax.Array, int], jax.Array]
     image: Callable[[jax.Array, int], jax.Array]
 
 
-def correlate_colours(x: jax.Array) -> jax.Array:
-    """Independent colours to RGB that vary together as a photograph's do.
+def correlate_colors(x: Float[jax.Array, "... 3"]) -> Float[jax.Array, "... 3"]:
+    """Map decorrelated color coordinates to RGB with the color correlations of ImageNet.
 
-    Along the first axis lies brightness, by far the largest in photographs; gradient ascent in
-    these coordinates does not paint everything in loud colours.
+    The first coordinate is brightness, which has by far the largest variance in photographs.
+    Gradient ascent in these coordinates avoids oversaturated colors.
 
     Args:
-        x: ``[..., 3]``, without bounds.
+        x: ``[..., 3]`` unbounded.
 
     Returns:
-        ``[..., 3]`` RGB before the sigmoid.
+        ``[..., 3]`` unbounded RGB values, before the sigmoid.
     """
-    return x @ jnp.asarray(_COLOUR_CORRELATION.T, x.dtype)
+    return x @ jnp.asarray(_COLOR_CORRELATION.T, x.dtype)
 
 
-def _init_pixels(key: jax.Array, size: int) -> jax.Array:
-    return 0.01 * jax.random.normal(key, (size, size, 3))
+def fourier_field(params: jax.Array, size: int) -> Float[jax.Array, "size size channels"]:
+    """Compute the inverse Fourier transform of scaled coefficients.
 
-
-def _image_of_pixels(params: jax.Array, size: int) -> jax.Array:  # noqa: ARG001 - a Parametrization
-    return jax.nn.sigmoid(params)
-
-
-def _init_fourier(key: jax.Array, size: int) -> jax.Array:
-    return 0.01 * jax.random.normal(key, (2, size, size // 2 + 1, 3))
-
-
-def fourier_field(params: jax.Array, size: int) -> jax.Array:
-    """The plane waves that the parameters are amplitudes of, summed.
-
-    An amplitude counts the more the longer its wave, as in photographs, whose spectrum falls as one
-    over the frequency.
+    Coefficients are divided by their frequency, as in the spectrum of photographs.
 
     Args:
-        params: ``[2, size, size // 2 + 1, channels]``: real and imaginary parts.
-        size: of the picture, in pixels.
+        params: ``[2, size, size // 2 + 1, channels]``, real and imaginary parts.
+        size: side of the image, in pixels.
 
     Returns:
         ``[size, size, channels]``.
@@ -74,13 +62,14 @@ def fourier_field(params: jax.Array, size: int) -> jax.Array:
     return jnp.fft.irfft2(spectrum, (size, size), axes=(0, 1)) / 4
 
 
-def _image_of_fourier(params: jax.Array, size: int) -> jax.Array:
-    return jax.nn.sigmoid(correlate_colours(fourier_field(params, size)))
+PIXELS = Parametrization(
+    init=lambda key, size: 0.01 * jax.random.normal(key, (size, size, 3)),
+    image=lambda params, _: jax.nn.sigmoid(params),
+)
+"""One parameter per pixel value; gradient ascent tends to add high-frequency noise."""
 
-
-PIXELS = Parametrization(_init_pixels, _image_of_pixels)
-"""One parameter for each value of the picture: what gradients make of it is full of fine noise."""
-
-FOURIER = Parametrization(_init_fourier, _image_of_fourier)
-"""Amplitudes of waves and decorrelated colours: the same pictures, but the steepest way up leads
-first through broad shapes and natural colours."""
+FOURIER = Parametrization(
+    init=lambda key, size: 0.01 * jax.random.normal(key, (2, size, size // 2 + 1, 3)),
+    image=lambda params, size: jax.nn.sigmoid(correlate_colors(fourier_field(params, size))),
+)
+"""Fourier coefficients of decorrelated colors; favors low frequencies and natural colors."""

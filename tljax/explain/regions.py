@@ -1,4 +1,4 @@
-"""Which regions does a logit depend on? Grad-CAM reads a feature map, occlusion covers parts."""
+"""Attribution to image regions: Grad-CAM and occlusion."""
 
 import math
 from collections.abc import Callable
@@ -6,8 +6,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
-from tljax.explain.gradients import LogitsFn, as_images, input_gradient, score_of
+from tljax.explain.gradients import Images, Labels, LogitsFn, as_images, input_gradient, score_of
 from tljax.runtime.errors import RequestError
 from tljax.runtime.types import Array
 
@@ -15,35 +16,39 @@ from tljax.runtime.types import Array
 def grad_cam(
     features_fn: Callable[[jax.Array], jax.Array],
     logits_from_features_fn: Callable[[jax.Array], jax.Array],
-    images: Array,
-    labels: Array,
-) -> jax.Array:
-    """Where a late feature map speaks for the class (Selvaraju et al. 2017, Grad-CAM).
+    images: Images,
+    labels: Labels,
+) -> Float[jax.Array, "batch h w"]:
+    """Compute Grad-CAM: the regions of a feature map that increase the logit of a class.
 
-    ``relu(sum_c w_c A_c)`` for the channels ``A_c`` of the map, where ``w_c`` is the mean over all
-    positions of the logit's gradient with respect to ``A_c``. The network comes in two halves:
+    The map is ``relu(sum_c w_c A_c)`` for the channels ``A_c`` of the feature map, where ``w_c`` is
+    the mean over all positions of the gradient of the logit with respect to ``A_c``. The network is
+    passed in two halves:
 
         features_fn = lambda images: apply(model, variables, images, stop="pool").value
         logits_from_features_fn = lambda x: apply(model, variables, x, start="pool").logits
 
+    Source: Selvaraju et al., "Grad-CAM: visual explanations from deep networks via gradient-based
+    localization", 2017 (arXiv 1610.02391).
+
     Args:
-        features_fn: images to a feature map ``[batch, h, w, channels]``.
-        logits_from_features_fn: that map to ``[batch, classes]``.
-        images: ``[batch, height, width, channels]`` floating point, [0, 1].
-        labels: ``[batch]`` integers, the class that each image is asked about.
+        features_fn: maps images to a feature map ``[batch, h, w, channels]``.
+        logits_from_features_fn: maps the feature map to logits ``[batch, classes]``.
+        images: ``[batch, height, width, channels]`` floating point in [0, 1].
+        labels: ``[batch]`` integers, the class whose logit is explained for each image.
 
     Returns:
-        ``[batch, h, w]``, at least 0; all zero where nothing speaks for the class. `heatmap` and
-        `overlay` scale and enlarge it.
+        ``[batch, h, w]``, at least 0; zero everywhere if no region increases the logit. `heatmap`
+        and `overlay` scale and resize it.
 
     Raises:
-        RequestError: the features have no height and width.
+        RequestError: the features are not a map with height and width.
     """
     features = features_fn(as_images(images))
     if features.ndim != 4:
         raise RequestError(
-            f"Grad-CAM needs a feature map [batch, height, width, channels], not {features.shape}; "
-            "cut the network before its pooling"
+            f"Grad-CAM needs a feature map [batch, height, width, channels], not {features.shape}: "
+            "split the network before its global pooling"
         )
     gradient = input_gradient(logits_from_features_fn, features, labels)
     weights = gradient.mean((1, 2), keepdims=True)
@@ -52,31 +57,36 @@ def grad_cam(
 
 def occlusion(
     logits_fn: LogitsFn,
-    images: Array,
-    labels: Array,
+    images: Images,
+    labels: Labels,
     *,
     window: int = 32,
     stride: int = 16,
     fill: Array | float = 0.5,
-) -> jax.Array:
-    """How far the logit falls when a square is covered (Zeiler and Fergus 2014).
+) -> Float[jax.Array, "batch height width"]:
+    """Measure the decrease of the logit when a square of the image is covered.
 
-    The square moves in equal steps until the whole image has been covered; the last one of a row
-    or column may reach over the edge. It costs one forward pass of the batch for each place.
+    The square moves on a grid that covers the whole image; the last squares of a row or column may
+    extend beyond the edge. Each position costs one forward pass of the batch.
+
+    Source: Zeiler and Fergus, "Visualizing and understanding convolutional networks", 2014
+    (arXiv 1311.2901).
 
     Args:
-        logits_fn: images to ``[batch, classes]``; need not be differentiable.
-        images: ``[batch, height, width, channels]`` floating point, [0, 1].
-        labels: ``[batch]`` integers, the class that each image is asked about.
+        logits_fn: maps images to logits ``[batch, classes]``; need not be differentiable.
+        images: ``[batch, height, width, channels]`` floating point in [0, 1].
+        labels: ``[batch]`` integers, the class whose logit is explained for each image.
         window: side of the square, in pixels.
-        stride: step between two places, in pixels, at most ``window``.
-        fill: what covers, in [0, 1]: one value, one a channel, or anything that broadcasts.
+        stride: distance between neighboring positions, in pixels, from 1 to ``window``.
+        fill: color of the square, in [0, 1]: one value, one per channel, or any array that
+            broadcasts to the images. The default is gray.
 
     Returns:
-        ``[batch, height, width]``, in logits: each pixel's mean over the squares that cover it.
+        ``[batch, height, width]``, the mean decrease of the logit over the squares that cover a
+        pixel.
 
     Raises:
-        RequestError: a stride that would leave pixels uncovered.
+        RequestError: ``stride`` is larger than ``window``, which would skip pixels, or less than 1.
     """
     if not 1 <= stride <= window:
         raise RequestError(f"stride {stride} must lie between 1 and the window {window}")
@@ -90,9 +100,9 @@ def occlusion(
     def cover(totals: jax.Array, corner: jax.Array) -> tuple[jax.Array, None]:
         top, left = corner * stride
         inside = (y >= top) & (y < top + window) & (x >= left) & (x < left + window)
-        fall = uncovered - score(jnp.where(inside[..., None], fill, images))
-        # The last row counts how often a pixel was covered.
-        return totals + inside * jnp.append(fall, 1)[:, None, None], None
+        decrease = uncovered - score(jnp.where(inside[..., None], fill, images))
+        # The last row counts the squares that cover each pixel.
+        return totals + inside * jnp.append(decrease, 1)[:, None, None], None
 
     totals = jnp.zeros((len(images) + 1, height, width), uncovered.dtype)
     totals, _ = jax.lax.scan(cover, totals, jnp.asarray(corners.reshape(2, -1).T))

@@ -1,4 +1,4 @@
-"""Small random movements: what a network must still recognise in another place is no fine noise."""
+"""Random geometric transformations that make feature visualization robust to fine noise."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -6,19 +6,23 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax.scipy.ndimage import map_coordinates
+from jaxtyping import Float
+
+Image = Float[jax.Array, "height width channels"]
 
 
 @dataclass(frozen=True)
 class Transforms:
-    """How far a picture moves before the network sees it. Hashable; all zero keeps it where it is.
+    """Ranges of the random translation, scaling, rotation and flip of an image. Hashable.
 
-    The defaults are those of lucid (Olah, Mordvintsev and Schubert 2017), jitter on both sides.
+    The defaults are those of lucid (Olah, Mordvintsev and Schubert, "Feature visualization",
+    Distill, 2017).
 
     Attributes:
-        jitter: largest shift, in pixels, in each direction.
-        scale: the picture is enlarged by a factor between ``1 - scale`` and ``1 + scale``.
-        rotate: largest angle, in degrees, both ways.
-        flip: whether every second picture, at random, is mirrored.
+        jitter: largest translation in each direction, in pixels.
+        scale: images are scaled by a factor between ``1 - scale`` and ``1 + scale``.
+        rotate: largest rotation in either direction, in degrees.
+        flip: mirror images horizontally with probability 1/2.
     """
 
     jitter: float = 6
@@ -26,15 +30,15 @@ class Transforms:
     rotate: float = 10
     flip: bool = False
 
-    def __call__(self, key: jax.Array, image: jax.Array) -> jax.Array:
-        """Moves one picture at random, in a single bilinear resampling.
+    def __call__(self, key: jax.Array, image: Image) -> Image:
+        """Transform one image at random, by a single bilinear resampling.
 
         Args:
-            key: of the draws.
-            image: ``[height, width, channels]``, [0, 1].
+            key: random key.
+            image: ``[height, width, channels]`` in [0, 1].
 
         Returns:
-            ``[height, width, channels]``, [0, 1]; mid-grey where the picture does not reach.
+            ``[height, width, channels]`` in [0, 1]; 0.5 outside of the image.
         """
         if self == STILL:
             return image
@@ -48,28 +52,26 @@ class Transforms:
 
 
 MOVING = Transforms()
-"""The usual movements."""
+"""The default ranges."""
 
 STILL = Transforms(0, 0, 0)
-"""None at all."""
+"""No transformation."""
 
 
-def warp(image: jax.Array, matrix: jax.Array, shift: jax.Array) -> jax.Array:
-    """Samples a picture on a moved grid, bilinearly.
+def warp(image: Image, matrix: Float[jax.Array, "2 2"], shift: Float[jax.Array, "2"]) -> Image:
+    """Resample an image bilinearly on an affine grid.
 
     Args:
-        image: ``[height, width, channels]``, [0, 1].
-        matrix: ``[2, 2]``, applied to positions (row, column) relative to the centre.
-        shift: ``[2]`` rows and columns, in pixels, added after that.
+        image: ``[height, width, channels]`` in [0, 1].
+        matrix: ``[2, 2]``, applied to positions (row, column) relative to the center.
+        shift: ``[2]`` rows and columns, in pixels, added to the transformed positions.
 
     Returns:
-        ``[height, width, channels]``: the picture at these positions; mid-grey outside of it.
+        ``[height, width, channels]``, the image at these positions; 0.5 outside of it.
     """
-    height, width = image.shape[:2]
-    extent = jnp.array([height, width])
-    centre = (extent - 1) / 2
-    grid = jnp.stack(jnp.meshgrid(jnp.arange(height), jnp.arange(width), indexing="ij"), -1)
-    position = (grid - centre) @ matrix.T + centre + shift
-    coordinates = [position[..., 0], position[..., 1]]
+    center = (jnp.array(image.shape[:2]) - 1) / 2
+    grid = jnp.moveaxis(jnp.indices(image.shape[:2]), 0, -1)
+    positions = (grid - center) @ matrix.T + center + shift
+    coordinates = [positions[..., 0], positions[..., 1]]
     sample = partial(map_coordinates, coordinates=coordinates, order=1, mode="constant", cval=0.5)
     return jax.vmap(sample, -1, -1)(image)

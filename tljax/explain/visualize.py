@@ -1,4 +1,4 @@
-"""What does a class, or a channel, look like? Gradient ascent on a picture.
+"""Feature visualization: images that maximize the logit of a class or the mean of a channel.
 
 Wrapped in `jax.jit`, with the variables as an argument, all steps are one compiled loop:
 
@@ -16,40 +16,44 @@ from typing import cast
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Float
 
+from tljax.explain.gradients import Images
 from tljax.explain.parametrization import FOURIER, Parametrization
 from tljax.explain.transforms import MOVING, Transforms
 from tljax.runtime.types import Array
 
 Objective = Callable[[jax.Array], jax.Array]
-"""``[batch, height, width, 3]`` pictures in [0, 1] to ``[batch]``: what is to become large."""
+"""Maps images ``[batch, height, width, 3]`` in [0, 1] to ``[batch]`` values to be maximized."""
 
 
-def total_variation(images: Array) -> jax.Array:
-    """How much neighbours differ (Rudin, Osher and Fatemi 1992, in its anisotropic form).
+def total_variation(images: Images) -> Float[jax.Array, " batch"]:
+    """Compute the anisotropic total variation, as ``tf.image.total_variation`` does.
+
+    Source: Rudin, Osher and Fatemi, "Nonlinear total variation based noise removal algorithms",
+    Physica D, 1992.
 
     Args:
         images: ``[batch, height, width, channels]``.
 
     Returns:
-        ``[batch]``: the sum of the absolute differences of all vertical and horizontal neighbours,
-        as ``tf.image.total_variation``.
+        ``[batch]``, the sum of the absolute differences of vertical and horizontal neighbors.
     """
     images = jnp.asarray(images)
     return sum(jnp.abs(jnp.diff(images, axis=axis)).sum((1, 2, 3)) for axis in (1, 2))  # pyright: ignore[reportReturnType]
 
 
 def channel_mean(features_fn: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
-    """Channels as if they were classes: the "logit" of a channel is its mean over the map.
+    """Return a function that computes the spatial mean of each channel of a feature map.
 
-    ``score_of(channel_mean(features_fn), channels)`` is then the objective of channel
-    visualisation, with ``channels`` ``[batch]``.
+    To visualize channels ``[batch]`` instead of classes, use the objective
+    ``score_of(channel_mean(features_fn), channels)``.
 
     Args:
-        features_fn: images to ``[batch, h, w, channels]``.
+        features_fn: maps images to ``[batch, h, w, channels]``.
 
     Returns:
-        A function of images to ``[batch, channels]``.
+        A function from images to ``[batch, channels]``.
     """
     return lambda images: features_fn(images).mean((1, 2))
 
@@ -64,44 +68,49 @@ def visualize(
     tv_weight: float | Array = 0.0,
     num_steps: int = 512,
     learning_rate: float = 0.05,
-) -> jax.Array:
-    """Climbs to pictures that make the objective large (Erhan et al. 2009; Simonyan et al. 2014).
+) -> Float[jax.Array, "batch size size 3"]:
+    """Generate images that maximize an objective, by gradient ascent with Adam.
 
-    Adam maximises ``objective(moved pictures) - tv_weight * total_variation(pictures)``. A picture
-    is a function of its key alone, whatever else is in the batch.
+    Adam maximizes ``objective(transformed images) - tv_weight * total_variation(images)``. An image
+    depends on its key alone, not on the rest of the batch.
+
+    Source: Erhan et al., "Visualizing higher-layer features of a deep network", University of
+    Montreal, 2009; Simonyan, Vedaldi and Zisserman, 2014 (arXiv 1312.6034).
 
     Args:
-        objective: see `Objective`; for a class `score_of` the logits.
-        keys: ``[batch]`` random keys, one for each picture.
-        size: side of the pictures, in pixels.
+        objective: see `Objective`; for a class, ``score_of(logits_fn, labels)``.
+        keys: ``[batch]`` random keys, one per image.
+        size: side of the images, in pixels.
         parametrization: `FOURIER` or `PIXELS`.
-        transforms: how the picture moves from step to step.
-        tv_weight: of the total variation, for all or ``[batch]`` for each picture.
-        num_steps: gradient steps.
-        learning_rate: of Adam (Kingma and Ba 2015), for the parameters before the sigmoid.
+        transforms: random transformations, drawn anew in each step.
+        tv_weight: weight of the total variation, one number or ``[batch]``. The default is 0.
+        num_steps: number of gradient steps.
+        learning_rate: learning rate of Adam, for the parameters before the sigmoid.
 
     Returns:
         ``[batch, size, size, 3]`` RGB in [0, 1].
     """
 
-    def images_of(params: jax.Array) -> jax.Array:
+    def to_images(params: jax.Array) -> jax.Array:
         return jax.vmap(lambda x: parametrization.image(x, size))(params)
 
     def loss(params: jax.Array, step: jax.Array) -> jax.Array:
-        images = images_of(params)
-        moved = jax.vmap(lambda k, x: transforms(jax.random.fold_in(k, step), x))(keys, images)
-        return jnp.sum(tv_weight * total_variation(images) - objective(moved))
+        images = to_images(params)
+        transformed = jax.vmap(lambda k, x: transforms(jax.random.fold_in(k, step), x))(
+            keys, images
+        )
+        return jnp.sum(tv_weight * total_variation(images) - objective(transformed))
 
     adam = optax.adam(learning_rate)
 
-    def climb(
+    def update(
         step: jax.Array, carry: tuple[jax.Array, optax.OptState]
     ) -> tuple[jax.Array, optax.OptState]:
         params, state = carry
-        change, state = adam.update(jax.grad(loss)(params, step), state)
-        return cast("jax.Array", optax.apply_updates(params, change)), state
+        updates, state = adam.update(jax.grad(loss)(params, step), state)
+        return cast("jax.Array", optax.apply_updates(params, updates)), state
 
-    # The first random number of a key makes the picture; step i's come from fold_in(key, i).
+    # A key itself initializes the image; fold_in(key, i) transforms it in step i.
     params = jax.vmap(lambda key: parametrization.init(key, size))(keys)
-    params, _ = jax.lax.fori_loop(0, num_steps, climb, (params, adam.init(params)))
-    return images_of(params)
+    params, _ = jax.lax.fori_loop(0, num_steps, update, (params, adam.init(params)))
+    return to_images(params)

@@ -1,8 +1,8 @@
-"""Weight files of other projects as flat ``{key: array}`` dicts. No torch; no file runs code.
+"""Reading and writing of weight files as flat ``{key: array}`` dicts, without torch or Keras.
 
-Arrays are read-only views of the file, mapped into memory: opening costs next to nothing, and only
-what is used is read. A file that changes while its arrays are in use changes them; everything
-written here replaces the old file as a whole, which is safe.
+Reading never executes code from a file. Arrays are read-only views of the memory-mapped file, so
+opening is fast and only the data that is used is read. If a file is modified in place while its
+arrays are in use, they change. The writers here replace a file as a whole, which is safe.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from tljax.pretrained.formats.torch_pickle import DamagedError
 from tljax.runtime.errors import RequestError
 from tljax.runtime.files import written_whole
 
-# The library's own readers of bytes know neither bfloat16 nor float8, and copy.
+# numpy names of the dtypes; safetensors' numpy reader copies, and lacks bfloat16 and float8.
 _DTYPES = {
     **{f"{kind[0].upper()}{n}": f"{kind}{n}" for kind in ("int", "uint") for n in (8, 16, 32, 64)},
     **{f"F{n}": f"float{n}" for n in (16, 32, 64)},
@@ -37,23 +37,23 @@ _DTYPES = {
 _MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
 
 _XZ = b"\xfd7zXZ\x00"
-# Weights hardly shrink; those decoded from a code book shrink 14-fold.
+# Weights hardly compress; those decoded from a code book compress 14-fold.
 _MAX_XZ_RATIO = 100
 
 _NOT_WEIGHTS = {
-    b"version https://git-lfs": "a Git LFS pointer, not the weights; fetch them with git lfs pull",
-    b"<": "a web page, not weights; the download went wrong, fetch it again",
-    b"{": "JSON, not weights; give the weight file, or the .index.json of a sharded one",
+    b"version https://git-lfs": "a Git LFS pointer, not the weights; run git lfs pull",
+    b"<": "a web page, not weights; download the file again",
+    b"{": "JSON, not weights; pass the weight file, or the .index.json of a sharded one",
 }
 
 
 class Tensors(NamedTuple):
-    """What a weight file holds.
+    """The contents of a weight file.
 
     Attributes:
         arrays: the tensors by key; read-only.
-        metadata: the free text of a safetensors header; of a whole model of Keras its
-            configuration, under ``keras``; empty for other formats.
+        metadata: the metadata of a safetensors header, or under ``keras`` the JSON configuration of
+            a whole Keras model; empty for other formats.
     """
 
     arrays: dict[str, np.ndarray]
@@ -61,28 +61,29 @@ class Tensors(NamedTuple):
 
 
 def read_tensors(path: str | os.PathLike[str]) -> Tensors:
-    """Reads a weight file. Its first bytes tell the format, its name does not.
+    """Read a weight file, detecting the format from its first bytes.
 
-    Understood are safetensors, ``torch.save``'s zip and legacy formats, Keras' ``.h5``,
-    ``.weights.h5`` and ``.keras`` (see `keras_file` for their keys), each of these packed with xz,
-    and the ``.index.json`` beside the shards of a Hugging Face checkpoint. Of a torch checkpoint
-    the state dict is taken: what lies under the first of `torch_file.CONTAINERS` (averaged weights
-    only where there are no others), else the tensors at the top.
+    Supported formats: safetensors, the zip and legacy formats of ``torch.save``, and ``.h5``,
+    ``.weights.h5`` and ``.keras`` of Keras (see `keras_file` for the keys), each optionally
+    compressed with xz; and the ``.index.json`` of a sharded Hugging Face checkpoint. From a torch
+    checkpoint the state dict is read: the first of `torch_file.CONTAINERS` that holds tensors (so
+    averaged weights only if there are no others), otherwise the tensors at the top level.
 
     Args:
-        path: the file.
+        path: path of the file.
 
     Returns:
-        The tensors with the dtypes, shapes and values of the file; bfloat16 is ml_dtypes'.
+        The tensors with the dtypes, shapes and values of the file; bfloat16 is that of ml_dtypes.
 
     Raises:
-        RequestError: the file is missing, damaged, not a weight file, or asks to run code.
+        RequestError: the file is missing, damaged, not a weight file, or would execute code.
     """
     path = Path(path)
     data = _map(path)
-    tensors = _read_shards(path, data) if _is_index(data) else _read(path, data)
+    is_index = data[:1] == b"{" and not _is_safetensors(data)
+    tensors = _read_shards(path, data) if is_index else _read(path, data)
     if not tensors.arrays:
-        raise RequestError(f"{path}: holds no tensors")
+        raise RequestError(f"{path}: contains no tensors")
     return tensors
 
 
@@ -91,19 +92,19 @@ def write_safetensors(
     arrays: Mapping[str, np.ndarray],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes a safetensors file, all or nothing.
+    """Write a safetensors file atomically.
 
-    Equal input, equal bytes; but the order of several metadata is left to chance.
+    Equal inputs give equal bytes, except that the order of several metadata entries may vary.
 
     Args:
-        path: the file; an old one is replaced.
+        path: path of the file; an existing one is replaced.
         arrays: the tensors by key, in any memory layout.
-        metadata: free text for the header.
+        metadata: text for the header, by key.
 
     Raises:
-        RequestError: safetensors has no name for a dtype, or the file cannot be written.
+        RequestError: safetensors does not support a dtype, or the file cannot be written.
     """
-    # The library writes the memory of an array as it lies, transposed ones too.
+    # The library ignores strides: it writes the memory of a transposed array without reordering.
     arrays = {key: np.asarray(array, order="C") for key, array in arrays.items()}
     with written_whole(Path(path)) as temporary:
         mode = temporary.stat().st_mode
@@ -111,20 +112,20 @@ def write_safetensors(
             safetensors.numpy.save_file(arrays, temporary, dict(metadata) if metadata else None)
         except safetensors.SafetensorError as error:
             raise RequestError(f"{path}: cannot be written ({_one_line(error)})") from error
-        temporary.chmod(mode)  # the library lets its owner alone read a file
+        temporary.chmod(mode)  # the library makes files readable by their owner only
 
 
 def write_torch(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes a state dict for ``torch.load(weights_only=True)``, all or nothing.
+    """Write a state dict for ``torch.load(weights_only=True)`` atomically.
 
-    Equal input, equal bytes.
+    Equal inputs give equal bytes.
 
     Args:
-        path: the ``.pth`` file; an old one is replaced.
+        path: path of the ``.pth`` file; an existing one is replaced.
         arrays: the state dict, in any memory layout.
 
     Raises:
-        RequestError: torch cannot hold a dtype, or the file cannot be written.
+        RequestError: torch does not support a dtype, or the file cannot be written.
     """
     path = Path(path)
     with written_whole(path) as temporary, temporary.open("wb") as file:
@@ -137,15 +138,15 @@ def write_torch(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray]) 
 def write_keras(
     path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray], names: Mapping[str, str]
 ) -> None:
-    """Writes a file for ``load_weights`` of Keras, all or nothing.
+    """Write a file for ``load_weights`` of Keras atomically.
 
-    Equal input, equal bytes.
+    Equal inputs give equal bytes.
 
     Args:
-        path: ``.weights.h5``, which Keras 3 reads, or any other ``.h5``, which Keras 2 reads too;
-            an old one is replaced.
-        arrays: every weight by key (see `keras_file`), in the order of the model's layers.
-        names: what Keras calls each layer, by the first part of its keys.
+        path: path of the file; an existing one is replaced. A name that ends in ``.weights.h5``
+            selects the format of Keras 3, any other ``.h5`` one that Keras 2 can read as well.
+        arrays: all weights by key (see `keras_file`), in the order of the model's layers.
+        names: name of each layer in Keras, by the first part of its keys.
 
     Raises:
         RequestError: the file cannot be written.
@@ -156,16 +157,16 @@ def write_keras(
 
 
 def sha256(path: str | os.PathLike[str]) -> str:
-    """The SHA-256 of a file as 64 hexadecimal digits; see `digest`."""
+    """Return the SHA-256 of a file as 64 hexadecimal digits; see `digest`."""
     return digest(path, "sha256")
 
 
 def digest(path: str | os.PathLike[str], algorithm: str) -> str:
-    """The hash of a file in hexadecimal digits; memory use does not grow with the file.
+    """Return the hash of a file in hexadecimal digits, with constant memory use.
 
     Args:
-        path: the file.
-        algorithm: a name that hashlib knows.
+        path: path of the file.
+        algorithm: name of the algorithm in hashlib.
 
     Raises:
         RequestError: the file cannot be read.
@@ -176,7 +177,7 @@ def digest(path: str | os.PathLike[str], algorithm: str) -> str:
 
 def _open(path: Path) -> BufferedReader:
     if path.is_dir():
-        raise RequestError(f"{path}: a folder; give the weight file inside it")
+        raise RequestError(f"{path}: a folder; pass the weight file inside it")
     if not path.is_file():
         raise RequestError(f"{path}: no such file; check the path")
     try:
@@ -190,11 +191,7 @@ def _map(path: Path) -> mmap.mmap:
         try:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except ValueError as error:
-            raise RequestError(f"{path}: empty; fetch it again") from error
-
-
-def _is_index(data: mmap.mmap) -> bool:
-    return data[:1] == b"{" and not _is_safetensors(data)
+            raise RequestError(f"{path}: empty; download it again") from error
 
 
 def _is_safetensors(data: mmap.mmap) -> bool:
@@ -214,7 +211,7 @@ def _read_shards(path: Path, data: mmap.mmap) -> Tensors:
     shards = {}
     for name in sorted(set(shard_of.values())):
         if Path(name).name != name:
-            raise RequestError(f"{path}: shard {name!r:.80} is not the name of a file beside it")
+            raise RequestError(f"{path}: shard {name!r:.80} must be a file name without a folder")
         shards[name] = _read(path.parent / name, _map(path.parent / name))
     for key, name in shard_of.items():
         if key not in shards[name].arrays:
@@ -227,13 +224,13 @@ def _read(path: Path, data: mmap.mmap) -> Tensors:
     try:
         if data[: len(_XZ)] != _XZ:
             return _parse(path, data)
-        # The arrays keep their mapping of the unpacked file after its name is gone.
+        # The arrays keep the unpacked file mapped after its name is removed.
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             with written_whole(Path(folder, "unpacked")) as unpacked:
                 unpacked.write_bytes(_unpack(data))
             return _parse(Path(folder, "unpacked"), _map(Path(folder, "unpacked")))
     except DamagedError as error:
-        raise RequestError(f"{path}: truncated or damaged, fetch it again ({error})") from error
+        raise RequestError(f"{path}: truncated or damaged; download it again ({error})") from error
     except ValueError as error:
         raise RequestError(f"{path}: {error}") from error
 
@@ -250,13 +247,13 @@ def _unpack(data: mmap.mmap) -> bytes:
         if unpacker.needs_input:
             raise DamagedError("the xz stream does not end")
         raise ValueError(
-            f"refused: xz expands it more than {_MAX_XZ_RATIO}-fold, as weights never do"
+            f"refused: xz expands it more than {_MAX_XZ_RATIO}-fold, which weights never need"
         )
     return unpacked
 
 
 def _parse(path: Path, data: mmap.mmap) -> Tensors:
-    """The tensors of a file whose bytes are ``data``."""
+    """Parse the file at ``path``, whose bytes are ``data``."""
     if _is_safetensors(data):
         return _read_safetensors(path, data)
     if span := keras_file.hdf5_span(data):
@@ -264,19 +261,19 @@ def _parse(path: Path, data: mmap.mmap) -> Tensors:
         return Tensors(keras_file.read(data, span), {"keras": graph} if graph else {})
     if torch_file.is_torch(data):
         return Tensors(torch_file.read(data), {})
-    for beginning, problem in _NOT_WEIGHTS.items():
-        if data[:64].lstrip().startswith(beginning):
+    for prefix, problem in _NOT_WEIGHTS.items():
+        if data[:64].lstrip().startswith(prefix):
             raise ValueError(problem)
     raise ValueError(
-        f"not a weight file (it begins with {data[:8]!r}); "
-        "safetensors and what torch.save and Keras write can be read"
+        f"not a weight file (it starts with {data[:8]!r}); "
+        "supported are safetensors, torch.save and Keras files"
     )
 
 
 def _read_safetensors(path: Path, data: mmap.mmap) -> Tensors:
-    """The library checks that the tensors fill the file in their order, without gap or overlap.
+    """Read safetensors; the library checks that tensors fill the file without gap or overlap.
 
-    It opens the path anew, and by then another file may have that name.
+    It opens the path again, when another file may have replaced the mapped one.
     """
     arrays = {}
     position = 8 + int.from_bytes(data[:8], "little")
@@ -292,13 +289,13 @@ def _read_safetensors(path: Path, data: mmap.mmap) -> Tensors:
                 )
                 position += arrays[key].nbytes
             metadata = file.metadata() or {}
-    except (safetensors.SafetensorError, TypeError) as error:  # numpy's, for too small a buffer
+    except (safetensors.SafetensorError, TypeError) as error:  # TypeError: too small a buffer
         raise DamagedError(_one_line(error)) from error
     if position != len(data):
-        raise DamagedError("it was replaced while it was read")
+        raise DamagedError("the file was replaced while it was read")
     return Tensors(arrays, metadata)
 
 
 def _one_line(error: Exception) -> str:
-    """The message of a library, which may quote from a file."""
+    """Return a library's message on one line, shortened, because it may quote from a file."""
     return f"{' '.join(str(error).split()):.200}"

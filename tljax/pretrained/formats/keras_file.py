@@ -1,20 +1,22 @@
-"""The files in which Keras keeps weights, read and written without Keras.
+"""Reading and writing of Keras' weight files, without Keras.
 
-There are three: the legacy ``.h5`` of Keras 1 and 2, weights alone or within a whole model, which
-names layers and lists them in their order in the model; the ``.weights.h5`` of Keras 3, which
-counts the layers of each class; and its ``.keras``, a zip archive with such a file in it.
+There are three formats: the legacy ``.h5`` of Keras 1 and 2, with weights alone or a whole model,
+which lists the names of the layers in the order of the model; the ``.weights.h5`` of Keras 3, which
+numbers the layers of each class; and ``.keras``, a zip archive that contains a ``.weights.h5``.
 
-Names of layers and weights changed over the years, and automatic ones depend on what else a process
-had built, so Keras itself goes by the order of the layers. So do we, and the keys are the same for
-all three: the class of a layer, counted as ``.weights.h5`` counts it, and the weight, as in
-``conv2d_3/kernel`` and ``batch_normalization/moving_variance``. Nothing in a file is run: the
-configuration of a whole model is data, too (see `keras_graph`).
+Names of layers and weights differ between versions of Keras, and generated names depend on the
+other models of the process, so Keras identifies layers by their order. So does this module, and the
+keys are the same for all three formats: the class of a layer, numbered as in ``.weights.h5``, and
+the name of the weight, as in ``conv2d_3/kernel`` and ``batch_normalization/moving_variance``.
+Nothing in a file is executed; the configuration of a whole model is read as data (see
+`tljax.pretrained.keras_graph`).
 """
 
 import mmap
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import count, takewhile
 from pathlib import Path
 
 import h5py
@@ -31,36 +33,36 @@ WEIGHTS = {
     "dense": ("kernel", "bias"),
     "batch_normalization": ("gamma", "beta", "moving_mean", "moving_variance"),
 }
-"""The weights of each class of layers, in Keras' order. Biases and gammas may be absent."""
+"""The weights of each layer class in Keras' order. Biases and gammas may be absent."""
 
 _IN_ARCHIVE = "model.weights.h5"
-# TensorFlow 2.12 had another name for the layers, and on Windows backslashes in it.
+# TensorFlow 2.12 used another name for the layers, on Windows with backslashes.
 _CONTAINERS = re.compile(r"(?:layers|_layer_checkpoint_dependencies)(?:\\(.+))?")
 
 Layer = tuple[str, list[np.ndarray]]
-"""What it is called in the file, by class or at all, and its weights in Keras' order."""
+"""The class of a layer and its weights in Keras' order."""
 
 
 def hdf5_span(data: mmap.mmap) -> range | None:
-    """Where the HDF5 file lies in a file of Keras; None if it is none of Keras'."""
+    """Return the position of the HDF5 file in a Keras file; None for other files."""
     if data[: len(SIGNATURE)] == SIGNATURE:
         return range(len(data))
     return zip_spans(data).get(_IN_ARCHIVE) if is_zip(data) else None
 
 
 def read(data: mmap.mmap, span: range) -> dict[str, np.ndarray]:
-    """Reads any of the three.
+    """Read the weights of a file in any of the three formats.
 
     Args:
         data: the whole file.
-        span: see `hdf5_span`.
+        span: position of the HDF5 file, from `hdf5_span`.
 
     Returns:
-        The weights as read-only views of ``data``.
+        The weights by key, as read-only views of ``data``.
 
     Raises:
-        DamagedError: the file is cut off, or was changed.
-        ValueError: it does not hold the weights of one plain model.
+        DamagedError: the file is truncated or damaged.
+        ValueError: the file does not contain the weights of a single model of known layers.
     """
     root = File(data, span).root
     order: dict[str, int] = {}
@@ -71,72 +73,65 @@ def read(data: mmap.mmap, span: range) -> dict[str, np.ndarray]:
     arrays: dict[str, np.ndarray] = {}
     counts: Counter[str] = Counter()
     for kind, weights in _legacy(root, names, order) if names else _counted(root, set()):
-        known = WEIGHTS.get(kind)
-        if known is None:
-            labels = tuple(map(str, range(len(weights))))
-        elif kind == "batch_normalization":
-            labels = known[-len(weights) :]  # what may be absent comes first
-        else:
-            labels = known[: len(weights)]
+        labels = WEIGHTS.get(kind, tuple(map(str, range(len(weights)))))
+        # Only the last weights may be absent, but of a batch norm the first ones.
+        first = kind == "batch_normalization"
+        labels = labels[-len(weights) :] if first else labels[: len(weights)]
         if len(labels) < len(weights):
-            raise ValueError(f"a {kind} with {len(weights)} weights; save the network as it was")
+            raise ValueError(f"a {kind} layer with {len(weights)} weights is not supported")
         layer = f"{kind}_{counts[kind]}" if counts[kind] else kind
         counts[kind] += 1
         arrays |= {f"{layer}/{label}": w for label, w in zip(labels, weights, strict=True)}
     if sum(array.nbytes for array in arrays.values()) > len(span):
-        raise DamagedError("it holds more than it could")
+        raise DamagedError("its weights are larger than the file")
     return arrays
 
 
 def configuration(data: mmap.mmap, span: range) -> str | None:
-    """The JSON that describes the graph of a whole model; None where weights are alone.
+    """Return the JSON configuration of a whole model; None if the file has only weights.
 
-    Raises: as `read`.
+    Raises the errors of `read`.
     """
     if is_zip(data):
-        place = zip_spans(data).get("config.json", range(0))
-        return data[place.start : place.stop].decode() or None
+        entry = zip_spans(data).get("config.json", range(0))
+        return data[entry.start : entry.stop].decode() or None
     return (File(data, span).root.texts("model_config") or [None])[0]
 
 
 def _texts(group: Object, name: str) -> list[str]:
-    """A list in an attribute; a long one is cut in pieces that are counted from 0."""
-    whole = group.texts(name)
-    if whole is not None:
-        return whole
-    pieces: list[str] = []
-    number = 0
-    while piece := group.texts(f"{name}{number}"):
-        pieces += piece
-        number += 1
-    return pieces
+    """Return a list of texts in an attribute; Keras splits long ones into name0, name1, ..."""
+    texts = group.texts(name)
+    if texts is not None:
+        return texts
+    chunks = map(group.texts, (f"{name}{number}" for number in count()))
+    return [text for chunk in takewhile(bool, chunks) for text in chunk or ()]
 
 
 def _order(config: str) -> dict[str, int]:
-    """The place of every layer in the JSON of a whole model, those of models within it too."""
+    """Return the position of each layer in the JSON of a model, including nested models."""
     names = re.findall(r'"name": "([^"]+)"', config)
-    return {name: place for place, name in enumerate(dict.fromkeys(names))}
+    return {name: position for position, name in enumerate(dict.fromkeys(names))}
 
 
 def _legacy(root: Object, names: Iterable[str], order: Mapping[str, int]) -> Iterator[Layer]:
-    """The layers of a legacy file. Their classes are not in it, but their weights tell.
+    """Yield the layers of a legacy file, whose classes follow from the shapes of their weights.
 
-    A model within the model has its weights in one group, those that were trained before all
-    others, so it needs ``order``, which a whole model tells.
+    A nested model has all weights in one group, trainable ones first. Their layers are sorted by
+    ``order``, which only a whole model contains.
     """
     seen: set[int] = set()
     for name in names:
         group = root[name]
         if group.address in seen:
-            raise DamagedError(f"{name!r:.80} is in it twice")
+            raise DamagedError(f"{name!r:.80} occurs twice")
         seen.add(group.address)
         layers: dict[str, list[np.ndarray]] = {}
         for weight in _texts(group, "weight_names"):
-            within = weight.rpartition("/")[0].rpartition("/")[2] if order else ""
-            layers.setdefault(within, []).append(group[weight].array())
-        for within in sorted(layers, key=lambda within: order.get(within, 0)):
-            weights = layers[within]
-            yield _class_of(within or name, [weight.shape for weight in weights]), weights
+            layer = weight.rpartition("/")[0].rpartition("/")[2] if order else ""
+            layers.setdefault(layer, []).append(group[weight].array())
+        for layer in sorted(layers, key=lambda layer: order.get(layer, 0)):
+            weights = layers[layer]
+            yield _class_of(layer or name, [weight.shape for weight in weights]), weights
 
 
 def _class_of(name: str, shapes: list[tuple[int, ...]]) -> str:
@@ -153,42 +148,41 @@ def _class_of(name: str, shapes: list[tuple[int, ...]]) -> str:
             return "batch_normalization"
         case _:
             raise ValueError(
-                f"layer {name!r:.80} is of no class that these networks have; if it is a model of "
-                "its own, save that one alone"
+                f"layer {name!r:.80} is of an unsupported class; if it is a nested model, save it "
+                "alone"
             )
 
 
 def _counted(root: Object, seen: set[int]) -> Iterator[Layer]:
-    """The layers of a file of Keras 3, in order within each class; of a model within it first.
+    """Yield the layers of a Keras 3 file, in order within each class, nested models first.
 
     Args:
-        root: a model.
-        seen: addresses of the models that were read; this one is added.
+        root: group of a model.
+        seen: addresses of the models read so far; this one is added.
     """
     if root.address in seen:
-        raise DamagedError("a model is in it twice")
+        raise DamagedError("a model occurs twice")
     seen.add(root.address)
     groups: dict[str, Object] = {}
     for name in root.members:
-        if found := _CONTAINERS.fullmatch(name):
-            within = root[name]
-            inside = {found[1]: within} if found[1] else {n: within[n] for n in within.members}
-            groups |= inside
+        if match := _CONTAINERS.fullmatch(name):
+            group = root[name]
+            groups |= {match[1]: group} if match[1] else {n: group[n] for n in group.members}
     if not groups:
-        raise ValueError("an HDF5 file, but Keras did not write it: it names no layers")
-    places = sorted(_position(name) for name in groups)
-    for _, _, name in places:
+        raise ValueError("an HDF5 file without layers, not written by Keras")
+    layers = sorted(_class_and_number(name) for name in groups)
+    for _, _, name in layers:
         if "layers" in groups[name].members:
             yield from _counted(groups[name], seen)
-    for kind, _, name in places:
+    for kind, _, name in layers:
         group = groups[name]
         weights = group["vars"] if "vars" in group.members else group
         if "vars" in group.members and weights.members:
             yield kind, [weights[str(i)].array() for i in range(len(weights.members))]
 
 
-def _position(name: str) -> tuple[str, int, str]:
-    """The class of a layer and its number in it, of ``conv2d_3``."""
+def _class_and_number(name: str) -> tuple[str, int, str]:
+    """Split a name such as ``conv2d_3`` into class and number; return both and the name."""
     kind, _, number = name.rpartition("_")
     return (kind, int(number), name) if number.isdecimal() else (name, 0, name)
 
@@ -196,13 +190,13 @@ def _position(name: str) -> tuple[str, int, str]:
 def write(
     path: Path, arrays: Mapping[str, np.ndarray], names: Mapping[str, str], *, legacy: bool
 ) -> None:
-    """Writes a file for ``load_weights`` of Keras. Equal input, equal bytes.
+    """Write a file for ``load_weights`` of Keras. Equal inputs give equal bytes.
 
     Args:
-        path: the file; an old one is replaced.
-        arrays: every weight by key, layer for layer in the order of the model.
-        names: what Keras calls each layer, by ours: ``{"conv2d_3": "block2_conv2"}``.
-        legacy: ``.h5``, which Keras 2 reads as well, or ``.weights.h5``.
+        path: path of the file; an existing one is replaced.
+        arrays: all weights by key, layer by layer in the order of the model.
+        names: name of each layer in Keras, by its key: ``{"conv2d_3": "block2_conv2"}``.
+        legacy: write the format of ``.h5``, which Keras 2 reads as well, not of ``.weights.h5``.
     """
     layers: dict[str, dict[str, np.ndarray]] = {}
     for key, array in arrays.items():
@@ -210,7 +204,7 @@ def write(
         layers.setdefault(layer, {})[weight] = array
     with h5py.File(path, "w", libver="earliest") as file:
         if legacy:
-            # Without a version Keras 2 takes the file for one of Keras 1, and turns the kernels.
+            # Without a version Keras 2 assumes a file of Keras 1 and flips the kernels.
             file.attrs.update({"keras_version": b"2.0.0", "backend": b"tensorflow"})
             file.attrs["layer_names"] = [names[layer].encode() for layer in layers]
         for layer, weights in layers.items():

@@ -1,20 +1,21 @@
-"""The files that ``torch.save`` writes, read and written without torch.
+"""Reading and writing of the files of ``torch.save``, without torch.
 
-Two containers hold the same pickle beside the raw bytes of the tensors: the zip archive of torch
-1.6 and later, and the legacy stream before it (``torch/serialization.py``). Only the tensors that
-are returned are looked at, and those are views of the file. Like torch, this verifies no checksums.
-Every fault is a ``ValueError`` that does not name the file. Time and memory are linear in the size
-of the file, whatever it holds.
+There are two containers of a pickle and the raw bytes of tensors: the zip archive of torch 1.6 and
+later, and the older legacy stream (``torch/serialization.py``). Tensors are views of the file, and
+only those that are returned are checked. Like torch, this module verifies no checksums. All errors
+are of type ``ValueError``, without the name of the file. Time and memory are linear in the size of
+the file, even for malicious files.
 """
 
 import io
 import math
 import mmap
 import pickle
+import pickletools
 import struct
 import zipfile
 from collections.abc import Mapping
-from typing import IO, NamedTuple, cast
+from typing import IO, cast
 
 import numpy as np
 
@@ -25,53 +26,45 @@ CONTAINERS = (
     *("state_dict_ema", "model_ema", "ema_state_dict", "ema", "teacher", "student"),
     *("encoder", "backbone", "params", "params_ema", "weights"),
 )
-"""Where training scripts put the weights in a checkpoint, in the order they are looked for."""
+"""Keys under which training scripts store the weights, in the order in which they are tried."""
 
 _STORAGE_OF = {dtype: storage for storage, dtype in STORAGES.items()}
 _ZIP = b"PK\x03\x04"
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 _ORDERED_DICT = b"ccollections\nOrderedDict\n)R"
-_WHOLE = "this file holds a whole model, not its weights"
-_BIG_ENDIAN = "written on a big-endian machine; re-save it on a little-endian one"
+_WHOLE_MODEL = "this file contains a whole model, not its weights"
+_BIG_ENDIAN = "written on a big-endian machine; save it again on a little-endian one"
 
 
-class _Contents(NamedTuple):
-    """What a container holds.
-
-    Attributes:
-        checkpoint: the object that was saved, with descriptions in place of tensors.
-        storages: where in the file the bytes of each storage lie, by key.
-    """
-
-    checkpoint: object
-    storages: dict[str, range]
+_Contents = tuple[object, dict[str, range]]
+"""The saved object, with `Tensor` in place of tensors, and the position of each storage by key."""
 
 
 def read(data: mmap.mmap) -> dict[str, np.ndarray]:
-    """Reads what ``torch.save`` writes.
+    """Read the state dict of a file of ``torch.save``.
 
     Args:
-        data: the whole file, of either container (see `is_torch`).
+        data: the whole file, in either container (see `is_torch`).
 
     Returns:
         The state dict (see ``CONTAINERS``) as read-only views of ``data``.
 
     Raises:
-        DamagedError: the file is cut off, or was changed.
-        ValueError: the file names code, holds no state dict, or cannot be read.
+        DamagedError: the file is truncated or damaged.
+        ValueError: the file refers to code, contains no state dict, or is not supported.
     """
     checkpoint, storages = _read_zip(data) if is_zip(data) else _read_legacy(data)
     tensors = _state_dict(checkpoint, depth=3)
     if tensors is None:
-        at_top = checkpoint if isinstance(checkpoint, dict) else {}
+        top = checkpoint if isinstance(checkpoint, dict) else {}
         # Among the objects in checkpoints only torch.nn.Module has this attribute.
-        if any(isinstance(x, dict) and "_parameters" in x for x in (at_top, *at_top.values())):
-            raise ValueError(f"{_WHOLE}; load it where its code is and save model.state_dict()")
+        if any(isinstance(x, dict) and "_parameters" in x for x in (top, *top.values())):
+            raise ValueError(f"{_WHOLE_MODEL}; load it with its code and save model.state_dict()")
         raise ValueError(
-            "no state dict at the top or under state_dict, model and the like; at the top are: "
-            f"{', '.join(f'{key!r:.40}' for key in [*at_top][:5]) or 'no named values'}; "
-            "re-save its state dict alone"
+            "no state dict at the top level or under keys such as state_dict and model; the top "
+            f"level has {', '.join(f'{key!r:.40}' for key in [*top][:5]) or 'no named values'}; "
+            "save the state dict alone"
         )
     arrays = {}
     for key, tensor in tensors.items():
@@ -83,35 +76,37 @@ def read(data: mmap.mmap) -> dict[str, np.ndarray]:
 
 
 def is_zip(data: mmap.mmap) -> bool:
-    """Whether a file begins as a zip archive."""
+    """Return True if a file starts like a zip archive."""
     return data[:4] == _ZIP
 
 
 def is_torch(data: mmap.mmap) -> bool:
-    """Whether a file begins as a zip archive or as a pickle."""
+    """Return True if a file starts like a zip archive or a pickle."""
     return is_zip(data) or data[:1] == pickle.PROTO
 
 
 def write_zip(file: IO[bytes], arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes a state dict that ``torch.load(weights_only=True)`` reads. Equal input, equal bytes.
+    """Write a state dict for ``torch.load(weights_only=True)``. Equal inputs give equal bytes.
 
     Args:
         file: an empty file, open for writing.
-        arrays: the state dict; each array gets a storage of its own.
+        arrays: the state dict; each array gets its own storage.
 
     Raises:
-        ValueError: torch has no storage class for an array's dtype; nothing has been written.
+        ValueError: torch has no storage class for the dtype of an array; nothing has been written.
     """
     state_dict = [b"\x80\x02", _ORDERED_DICT, b"("]
     for number, (key, array) in enumerate(arrays.items()):
         if array.dtype.name not in _STORAGE_OF:
             raise ValueError(f"tensor {key!r:.80}: torch has no storage for dtype {array.dtype}")
         storage = f"ctorch\n{_STORAGE_OF[array.dtype.name]}\n".encode()
-        persistent_id = _pickled(("storage", storage, str(number), "cpu", array.size)) + b"Q"
+        persistent_id = [_opcodes("storage"), storage, *map(_opcodes, (str(number), "cpu"))]
+        persistent_id += [_opcodes(array.size), b"tQ"]
         stride = tuple(math.prod(array.shape[axis + 1 :]) for axis in range(array.ndim))
-        arguments = (persistent_id, 0, array.shape, stride, False, _ORDERED_DICT)
+        geometry = map(_opcodes, (0, array.shape, stride, False))  # offset first
         rebuild = b"ctorch._utils\n_rebuild_tensor_v2\n"
-        state_dict += [_pickled(key), rebuild, _pickled(arguments), b"R"]
+        state_dict += [_opcodes(key), rebuild, b"((", *persistent_id, *geometry]
+        state_dict += [_ORDERED_DICT, b"tR"]
     with zipfile.ZipFile(file, "w") as archive:
         _add(archive, "archive/data.pkl", b"".join([*state_dict, b"u."]))
         _add(archive, "archive/byteorder", b"little")
@@ -121,34 +116,19 @@ def write_zip(file: IO[bytes], arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def little_endian(array: np.ndarray) -> memoryview:
-    """The bytes of an array of any byte order and layout, in C order; a copy only where needed."""
+    """Return the bytes of an array in little-endian C order, copying only if necessary."""
     array = np.asarray(array, dtype=array.dtype.newbyteorder("<"), order="C")
     return array.reshape(-1).view(np.uint8).data
 
 
-def _pickled(value: object) -> bytes:
-    """A value in the opcodes of protocol 2; bytes are opcodes already."""
-    match value:
-        case bytes():
-            return value
-        case bool():
-            return b"\x88" if value else b"\x89"
-        case int() if value < 2**31:
-            return b"J" + struct.pack("<i", value)
-        case int():
-            return b"\x8a\x08" + struct.pack("<q", value)
-        case str():
-            text = value.encode("utf-8", "surrogatepass")
-            return b"X" + struct.pack("<I", len(text)) + text
-        case tuple():
-            return b"(" + b"".join(map(_pickled, value)) + b"t"
-        case _:
-            raise TypeError(type(value))
+def _opcodes(value: object) -> bytes:
+    """Return the pickle opcodes of a plain value in protocol 2, without header and end."""
+    return pickletools.optimize(pickle.dumps(value, 2))[2:-1]
 
 
 def _add(archive: zipfile.ZipFile, name: str, data: bytes | memoryview) -> None:
-    """Adds an entry whose bytes begin at a multiple of 64, as torch's do, so that views align."""
-    info = zipfile.ZipInfo(name)  # dated 1980: equal input, equal bytes
+    """Add an entry whose data starts at a multiple of 64 bytes, so that views are aligned."""
+    info = zipfile.ZipInfo(name)  # dated 1980, so that equal inputs give equal bytes
     info.file_size = len(data)  # tells zipfile whether the entry needs 64-bit sizes
     assert archive.fp is not None
     padding = -(archive.fp.tell() + 30 + len(name) + 4) % 64
@@ -158,16 +138,16 @@ def _add(archive: zipfile.ZipFile, name: str, data: bytes | memoryview) -> None:
 
 
 def _read_zip(data: mmap.mmap) -> _Contents:
-    """An archive with the pickle in one entry, and each storage in one."""
+    """Read an archive with one entry for the pickle and one per storage."""
     spans = zip_spans(data)
     root = next(iter(spans), "").partition("/")[0]
     if f"{root}/data.pkl" not in spans:
         raise ValueError(
-            "a zip archive, but not one that torch.save or Keras wrote (it has no data.pkl and no "
+            "a zip archive, but not of torch.save or Keras (it has no data.pkl and no "
             "model.weights.h5)"
         )
     if f"{root}/constants.pkl" in spans:
-        raise ValueError(f"{_WHOLE} (TorchScript); save model.state_dict()")
+        raise ValueError(f"{_WHOLE_MODEL} (TorchScript); save model.state_dict()")
     order = spans.get(f"{root}/byteorder")
     if order and data[order.start : order.stop] != b"little":
         raise ValueError(_BIG_ENDIAN)
@@ -177,17 +157,17 @@ def _read_zip(data: mmap.mmap) -> _Contents:
     storages = {
         name.removeprefix(folder): span for name, span in spans.items() if name.startswith(folder)
     }
-    return _Contents(checkpoint, storages)
+    return checkpoint, storages
 
 
 def _read_legacy(data: mmap.mmap) -> _Contents:
-    """Five pickles (magic number, protocol, system, checkpoint, keys of the storages).
+    """Read five pickles (magic number, protocol, system, checkpoint, storage keys) and storages.
 
-    Then for each key the number of elements as an int64 and the elements.
+    Each storage is the number of elements as an int64, followed by the elements.
     """
     stream = _stream(data)
     if load(stream).root != _LEGACY_MAGIC or load(stream).root != _LEGACY_PROTOCOL:
-        raise ValueError("a pickle, but not one that torch.save wrote")
+        raise ValueError("a pickle, but not of torch.save")
     system = load(stream).root
     if not isinstance(system, dict) or system.get("little_endian") is not True:
         raise ValueError(_BIG_ENDIAN)
@@ -204,20 +184,20 @@ def _read_legacy(data: mmap.mmap) -> _Contents:
         if not start <= position <= len(data):
             raise DamagedError(f"storage {key!r:.80} ends beyond the end of the file")
         storages[key] = range(start, position)
-    return _Contents(checkpoint, storages)
+    return checkpoint, storages
 
 
 def _stream(data: mmap.mmap) -> IO[bytes]:
-    """The data as a file at its beginning. A mapping is close enough to one, and is not copied."""
+    """Rewind the mapping and return it as a file, whose interface it has, without copying."""
     data.seek(0)
     return cast("IO[bytes]", data)
 
 
 def zip_spans(data: mmap.mmap) -> dict[str, range]:
-    """Where the bytes of each entry of an archive lie.
+    """Return the position of the data of each entry of an archive.
 
     Raises:
-        DamagedError: the archive is cut off, or was changed.
+        DamagedError: the archive is truncated or damaged.
         ValueError: an entry is compressed.
     """
     try:
@@ -232,8 +212,7 @@ def zip_spans(data: mmap.mmap) -> dict[str, range]:
         name, header = info.filename, info.header_offset
         if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
             raise ValueError(
-                "a zip archive, but not one that torch.save or Keras wrote "
-                f"({name!r:.80} is compressed)"
+                f"a zip archive, but not of torch.save or Keras ({name!r:.80} is compressed)"
             )
         if not free <= header <= directory - 30 or name in spans:
             raise DamagedError(f"zip entry {name!r:.80} overlaps another")
@@ -246,10 +225,10 @@ def zip_spans(data: mmap.mmap) -> dict[str, range]:
 
 
 def _state_dict(node: object, depth: int) -> dict[str, Tensor] | None:
-    """The tensors under the first container that leads to any, else the node's own.
+    """Return the tensors under the first of ``CONTAINERS`` that has any, else the node's own.
 
-    What lies beside them (epoch numbers, optimizer state) is passed over. The depth is bounded
-    because a pickle can hold itself.
+    Other values, such as epoch numbers and optimizer state, are ignored. The depth is limited
+    because a pickle can contain itself.
     """
     if not isinstance(node, dict) or depth == 0:
         return None
@@ -260,10 +239,10 @@ def _state_dict(node: object, depth: int) -> dict[str, Tensor] | None:
 
 
 def _view(data: mmap.mmap, span: range, tensor: Tensor) -> np.ndarray:
-    """The tensor as a view of the file, which never reaches outside of its storage.
+    """Return the tensor as a view of the file that does not exceed its storage.
 
-    It may not be larger than its storage either: a few bytes expanded to terabytes (stride 0) would
-    cost nothing here and everything to the first who copies them.
+    A view larger than its storage is rejected: with stride 0 a few bytes could be expanded to
+    terabytes, which would exhaust the memory when they are copied.
     """
     storage, shape, stride = tensor.storage, tensor.shape, tensor.stride
     if (
@@ -274,7 +253,7 @@ def _view(data: mmap.mmap, span: range, tensor: Tensor) -> np.ndarray:
             for number in (storage.offset, storage.numel, tensor.offset, *shape, *stride)
         )
     ):
-        raise ValueError("its shape, strides or offset make no sense")
+        raise ValueError("its shape, strides or offset are invalid")
     start = span.start + storage.offset * storage.dtype.itemsize
     size = storage.numel * storage.dtype.itemsize
     if start + size > span.stop:
@@ -282,15 +261,15 @@ def _view(data: mmap.mmap, span: range, tensor: Tensor) -> np.ndarray:
     if 0 in shape:
         return np.zeros(shape, tensor.dtype)
     itemsize = tensor.dtype.itemsize
-    reach = tensor.offset + 1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
-    if max(reach, math.prod(shape)) * itemsize > size:
-        raise ValueError(f"needs more than the {size} bytes of its storage, or was expanded")
+    end = tensor.offset + 1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
+    if max(end, math.prod(shape)) * itemsize > size:
+        raise ValueError(f"it needs more than the {size} bytes of its storage, or was expanded")
     return np.ndarray(
         shape,
         tensor.dtype,
         buffer=data,
         offset=start + tensor.offset * itemsize,
-        # The stride of a dimension of size 1 means nothing and may be any number.
+        # The stride of a dimension of size 1 is arbitrary.
         strides=[
             step * itemsize if n > 1 else itemsize for n, step in zip(shape, stride, strict=True)
         ],

@@ -1,10 +1,10 @@
-"""A reader for the pickles of torch that cannot run code.
+"""A reader of torch's pickles that cannot execute code.
 
-A pickle is a program: it names functions and calls them. Python's own unpickler reads it, but a
-name never finds what it names, and nothing is imported. What builds tensors finds a stand-in that
-describes them: where in the file their elements are. All else that training scripts leave in a
-checkpoint, of whatever class, becomes an `Inert` that bears everything and does nothing. Time and
-memory are linear in the size of the pickle, whatever it holds.
+A pickle is a program that refers to functions by name and calls them. Python's unpickler reads it
+here, but names are never resolved and nothing is imported. Functions that build tensors are
+replaced by stand-ins that return a description: the position of the elements in the file. All other
+classes and functions become an `Inert`, which accepts any operation and does nothing. Time and
+memory are linear in the size of the pickle, even for malicious pickles.
 """
 
 import pickle
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import IO, Any, ClassVar, NamedTuple
 
-import ml_dtypes  # noqa: F401  teaches numpy the names bfloat16 and float8_*
+import ml_dtypes  # noqa: F401  registers the numpy dtypes bfloat16 and float8_*
 import numpy as np
 
 STORAGES = {
@@ -31,17 +31,17 @@ STORAGES = {
     "ComplexDoubleStorage": "complex128",
     "ComplexFloatStorage": "complex64",
 }
-"""Dtype of the elements, by the name of torch's storage class."""
+"""Dtype of the elements by the name of torch's storage class."""
 
-# Without a storage class of their own: torch saves plain bytes and names the dtype beside them.
+# Dtypes without a storage class: torch stores plain bytes, and the dtype separately.
 _UNTYPED = ("uint16", "uint32", "uint64", "float8_e4m3fn", "float8_e5m2")
 
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """Elements ``offset`` to ``offset + numel`` of the bytes that the file calls ``key``.
+    """Elements ``offset`` to ``offset + numel`` of the storage ``key`` of the file.
 
-    Both numbers are unchecked and may be anything.
+    ``offset`` and ``numel`` are unchecked and may be any object.
     """
 
     dtype: np.dtype
@@ -52,7 +52,7 @@ class Storage:
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """A tensor as the pickle describes it. The last three are unchecked and may be anything."""
+    """Description of a tensor. The last three fields are unchecked and may be any object."""
 
     storage: Storage
     dtype: np.dtype
@@ -62,19 +62,19 @@ class Tensor:
 
 
 class DamagedError(ValueError):
-    """The bytes are not those that were once written."""
+    """The file is truncated or damaged."""
 
 
 class _RefusedError(ValueError):
-    """The pickle makes sense and is not followed."""
+    """The pickle is valid, but not supported or not safe."""
 
 
 class Pickle(NamedTuple):
-    """One pickle.
+    """The contents of one pickle.
 
     Attributes:
-        root: what was pickled.
-        itemsizes: bytes per element of each storage that the pickle mentions, by key.
+        root: the pickled object.
+        itemsizes: bytes per element of each storage in the pickle, by key.
     """
 
     root: object
@@ -82,86 +82,82 @@ class Pickle(NamedTuple):
 
 
 def load(stream: IO[bytes]) -> Pickle:
-    """Reads one pickle and leaves the stream just behind it.
+    """Read one pickle and leave the stream at its end.
 
-    Dicts keep only entries whose key is a string. An object of a class that is no plain data is
-    the dict of its items, else of its attributes.
+    Dicts keep only entries with string keys. Objects of other classes become the dict of their
+    items, or else of their attributes.
 
     Raises:
-        DamagedError: the pickle is cut off, or no program that Python would write.
-        ValueError: the pickle names a function of Python's that handles more than data, or holds a
-            tensor of a kind that cannot be read.
+        DamagedError: the pickle is truncated or invalid.
+        ValueError: the pickle refers to a function of Python's standard library that does more than
+            describe data, or contains an unsupported kind of tensor.
     """
     unpickler = _Unpickler(stream)
     try:
         return Pickle(unpickler.load(), unpickler.itemsizes)
     except _RefusedError:
         raise
-    except _SENSELESS as error:
-        raise DamagedError("the pickle makes no sense") from error
+    except _INVALID as error:
+        raise DamagedError("the pickle is invalid") from error
 
 
-_SENSELESS = (
+_INVALID = (
     *(AttributeError, EOFError, LookupError, TypeError, ValueError),
     *(pickle.UnpicklingError, struct.error),
 )
 
 
-# The stand-ins: what a pickle gets when it asks for a function. They must bear any argument.
+# Stand-ins for the functions that a pickle refers to. They must accept any arguments.
 
 
 def _rebuild_tensor(
     storage: object, offset: object, shape: object, stride: object, *rest: object
 ) -> Tensor:
-    """All versions: requires_grad, hooks, dtype (only in version 3) and metadata may follow."""
+    """Describe a tensor; ``rest`` is requires_grad, hooks, dtype (version 3 only) and metadata."""
     if not isinstance(storage, Storage):
         raise TypeError("storage")
     match rest[2:]:
         case (np.dtype() as dtype, *metadata):
             pass
         case (Inert(), *_):
-            raise _RefusedError("it holds a tensor of an unusual dtype; save it as float32")
+            raise _RefusedError("it contains a tensor of an unsupported dtype; save it as float32")
         case metadata:
             dtype = storage.dtype
     if any(metadata):
-        raise _RefusedError("it holds a conjugate or negative view; save such a tensor resolved")
+        raise _RefusedError("it contains a conjugate or negative view; save the resolved tensor")
     return Tensor(storage, dtype, offset, shape, stride)
 
 
-def _rebuild_parameter(data: object, *_: object) -> object:
-    return data
-
-
 def _rebuild_from_type(function: object, _: object, arguments: Any, *__: object) -> Tensor:
-    """A tensor of a subclass, or with attributes."""
+    """Describe a tensor of a subclass, or with attributes."""
     if function is not _rebuild_tensor:
         raise TypeError("function")
-    return _rebuild_tensor(*arguments[:_MOST_ARGUMENTS])
+    return _rebuild_tensor(*arguments[:_MAX_ARGUMENTS])
 
 
 def _dictionary(pairs: object = None, *_: object) -> dict[str, object]:
-    """OrderedDict(), and the OrderedDict([[key, value], ...]) of Python 2."""
-    made = {}
+    """Build ``OrderedDict()``, or ``OrderedDict([[key, value], ...])`` from Python 2."""
+    result = {}
     if isinstance(pairs, list):
         for pair in pairs:
             match pair:
                 case [str(key), value]:
-                    made[key] = value
-        pairs.clear()  # building from one list again and again would be quadratic
-    return made
+                    result[key] = value
+        pairs.clear()  # repeated use of one list would take quadratic time
+    return result
 
 
 class Inert(dict[str, object]):
-    """Any other class or function, and what a call of it gives; of a kind of dict the items."""
+    """Stand-in for any other class or function and for its results; keeps items of dicts."""
 
     __slots__ = ()
 
     def __call__(self, *_: object) -> "Inert":
-        """Make an object, without a look at the arguments."""
+        """Return a new stand-in, whatever the arguments."""
         return Inert()
 
     def append(self, _: object) -> None:
-        """Drop the element of a kind of list."""
+        """Ignore the element of a list."""
 
     extend = append
 
@@ -172,13 +168,13 @@ _GLOBALS: dict[str, Callable[..., object] | np.dtype] = {
     **{f"torch.{storage}": _DTYPES[name] for storage, name in STORAGES.items()},
     "torch.storage.UntypedStorage": _DTYPES["uint8"],
     **{f"torch._utils._rebuild_tensor{version}": _rebuild_tensor for version in ("", "_v2", "_v3")},
-    **{f"torch._utils._rebuild_parameter{x}": _rebuild_parameter for x in ("", "_with_state")},
+    **{f"torch._utils._rebuild_parameter{x}": lambda data, *_: data for x in ("", "_with_state")},
     "torch._tensor._rebuild_from_type_v2": _rebuild_from_type,
     "collections.OrderedDict": _dictionary,
 }
 
-# Of Python itself, an honest checkpoint names what describes data, and these functions: types of
-# annotations and bytes are pickled as their calls.
+# Honest checkpoints refer to these modules of the standard library, which describe data, and to
+# two functions, whose calls represent annotations and bytes.
 _DATA_MODULES = {
     *("argparse", "array", "builtins", "collections", "copyreg", "dataclasses", "datetime"),
     *("decimal", "enum", "fractions", "functools", "ipaddress", "itertools", "logging", "optparse"),
@@ -190,9 +186,9 @@ _CODE = {"breakpoint", "compile", "delattr", "eval", "exec", "globals", "input",
 
 
 def _is_data(module: str, name: str) -> bool:
-    """Whether an honest checkpoint may name it; packages may name anything of their own."""
+    """Return True if a name is harmless; packages outside the standard library always are."""
     names, modules = pickle._compat_pickle.NAME_MAPPING, pickle._compat_pickle.IMPORT_MAPPING  # pyright: ignore[reportAttributeAccessIssue]
-    module, name = names.get((module, name), (modules.get(module, module), name))  # of Python 2
+    module, name = names.get((module, name), (modules.get(module, module), name))  # from Python 2
     package = module.partition(".")[0]
     if package not in sys.stdlib_module_names:
         return not f"{module}.{name}".startswith("torch._utils._rebuild_")
@@ -200,45 +196,45 @@ def _is_data(module: str, name: str) -> bool:
     return is_data or (module, name) in _DATA_FUNCTIONS
 
 
-_MOST_ARGUMENTS = 8  # of torch's calls; passing on a million, again and again, would cost time
+_MAX_ARGUMENTS = 8  # torch's functions have fewer; passing a million to each call would take long
 
-# Python hashes what a file makes a key, a tuple too that is a million deep or its own square sixty
-# times over; large numbers cost quadratic time; extensions are registered by code.
-_DROPPED = b"".join(
+# These opcodes are not supported. DICT hashes its keys, which takes long for deeply nested tuples;
+# large integers take quadratic time; extensions are registered by code.
+_UNSUPPORTED = b"".join(
     (pickle.DICT, pickle.LONG4, pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.NEWOBJ_EX)
 )
 
 
 class _Unpickler(pickle._Unpickler):
-    """Python's unpickler, but nothing that a file names is found, and only text is hashed.
+    """Python's unpickler without name resolution, which hashes only strings.
 
-    Not its faster twin in C, which makes its memo as long as the largest index in the file, and
-    whose opcodes cannot be replaced.
+    The faster C implementation is not used: it allocates a memo as long as the largest index in the
+    file, and its opcodes cannot be replaced.
     """
 
     def __init__(self, stream: IO[bytes]) -> None:
-        super().__init__(stream, encoding="latin-1")  # of the strings of Python 2
+        super().__init__(stream, encoding="latin-1")  # for strings from Python 2
         self.stack: list[Any] = []
         self.itemsizes: dict[str, int] = {}
 
     def find_class(self, module: str, name: str) -> Any:
-        """The stand-in; nothing is imported."""
+        """Return the stand-in for a name; nothing is imported."""
         full = f"{module}.{name}"
         if full in _GLOBALS:
             return _GLOBALS[full]
         if not _is_data(module, name):
             raise _RefusedError(
-                f"refused, because weights are data and this file asks for {full!r:.80}; "
-                "re-save it as safetensors or as a plain state dict"
+                f"refused, because this file refers to {full!r:.80}, which is not data; "
+                "save it as safetensors or as a plain state dict"
             )
         return Inert()
 
     def persistent_load(self, pid: object) -> Storage | Inert:
-        """A storage, which torch keeps outside of the pickle; or a class beside its source code."""
+        """Return a storage, which is outside of the pickle, or a class saved with its source."""
         match pid:
-            case ("module", Inert() as found, *_):
-                return found
-            # In legacy files, a part of another storage.
+            case ("module", Inert() as stand_in, *_):
+                return stand_in
+            # In legacy files a storage may be part of another one.
             case ("storage", np.dtype() as dtype, str(key), _, _, (_, offset, numel)):
                 pass
             case ("storage", np.dtype() as dtype, str(key), _, numel, *_):
@@ -249,20 +245,20 @@ class _Unpickler(pickle._Unpickler):
         return Storage(dtype, key, offset, numel)
 
     def _call(self) -> None:
-        """Nothing on the stack can be called but the stand-ins."""
+        """Call a stand-in; nothing else on the stack is callable."""
         arguments = self.stack.pop()
         if not isinstance(arguments, tuple):
             raise TypeError("arguments")
-        self.stack[-1] = self.stack[-1](*arguments[:_MOST_ARGUMENTS])
+        self.stack[-1] = self.stack[-1](*arguments[:_MAX_ARGUMENTS])
 
     def _set_state(self) -> None:
-        """The attributes of an object, in a dict, take its place; nothing else has any."""
-        state, made = self.stack.pop(), self.stack.pop()
-        bare = isinstance(made, Inert) and not made
-        self.stack.append(state if bare and isinstance(state, dict) else made)
+        """Replace an empty stand-in by the dict of its attributes; ignore other states."""
+        state, target = self.stack.pop(), self.stack.pop()
+        is_empty = isinstance(target, Inert) and not target
+        self.stack.append(state if is_empty and isinstance(state, dict) else target)
 
     def _update(self, items: list[Any]) -> None:
-        """Drops the entries that text does not name: optimizer states, never weights."""
+        """Update a dict, dropping entries without string keys, such as optimizer states."""
         pairs = zip(items[::2], items[1::2], strict=False)
         self.stack[-1].update((key, value) for key, value in pairs if isinstance(key, str))
 
@@ -273,15 +269,15 @@ class _Unpickler(pickle._Unpickler):
     def _set_items(self) -> None:
         self._update(self.pop_mark())  # pyright: ignore[reportAttributeAccessIssue]
 
-    _pythons = pickle._Unpickler.dispatch
+    _original = pickle._Unpickler.dispatch
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
-        **{code: act for code, act in pickle._Unpickler.dispatch.items() if code not in _DROPPED},
-        # Python's own would first make room for as many bytes as the file claims.
-        pickle.BYTEARRAY8[0]: _pythons[pickle.BINBYTES8[0]],
+        **{code: run for code, run in _original.items() if code not in _UNSUPPORTED},
+        # Python's own would first allocate the number of bytes that the file claims.
+        pickle.BYTEARRAY8[0]: _original[pickle.BINBYTES8[0]],
         # A set is read as a list.
-        pickle.EMPTY_SET[0]: _pythons[pickle.EMPTY_LIST[0]],
-        pickle.ADDITEMS[0]: _pythons[pickle.APPENDS[0]],
-        pickle.FROZENSET[0]: _pythons[pickle.TUPLE[0]],
+        pickle.EMPTY_SET[0]: _original[pickle.EMPTY_LIST[0]],
+        pickle.ADDITEMS[0]: _original[pickle.APPENDS[0]],
+        pickle.FROZENSET[0]: _original[pickle.TUPLE[0]],
         pickle.SETITEM[0]: _set_item,
         pickle.SETITEMS[0]: _set_items,
         pickle.REDUCE[0]: _call,

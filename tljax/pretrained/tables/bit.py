@@ -1,7 +1,8 @@
-"""Key tables of BiT: timm, and Hugging Face transformers."""
+"""Key tables of BiT in timm and Hugging Face transformers."""
 
 from tljax.models.bit import VARIANTS
-from tljax.pretrained.rules import CONV, DENSE, Config, Layout, Rule, Rules, dense
+from tljax.pretrained.rules import CONV, Config, Layout, Rule, Rules, dense
+from tljax.pretrained.tables import block_indices, dense_as_conv
 
 
 def _norm(key: str, path: str) -> Rules:
@@ -13,45 +14,36 @@ def _conv(key: str, path: str) -> Rules:
 
 
 def _body(name: str, stem: str, block_key: str, norm: str) -> Rules:
-    """All but the head; ``block_key`` names a block by its layer and number."""
+    """Return the rules of all stages but the head; ``block_key`` is a format string."""
     rules = _conv(stem, "stem/conv")
-    for layer, depth in enumerate(VARIANTS[name].depths):
-        for block in range(depth):
-            key = block_key.format(layer=layer, block=block)
-            path = f"layer{layer + 1}/block{block}"
-            for i in (1, 2, 3):
-                rules += _norm(f"{key}.norm{i}", f"{path}/norm{i}")
-                rules += _conv(f"{key}.conv{i}", f"{path}/conv{i}")
-            if block == 0:
-                rules += _conv(f"{key}.downsample.conv", f"{path}/shortcut")
+    for layer, block in block_indices(VARIANTS[name].depths):
+        key, path = block_key.format(layer=layer, block=block), f"layer{layer + 1}/block{block}"
+        for i in (1, 2, 3):
+            rules += _norm(f"{key}.norm{i}", f"{path}/norm{i}")
+            rules += _conv(f"{key}.conv{i}", f"{path}/conv{i}")
+        if block == 0:
+            rules += _conv(f"{key}.downsample.conv", f"{path}/shortcut")
     return rules + _norm(norm, "norm/norm")
 
 
 def timm(name: str) -> Rules:
-    """``stages.0.blocks.0.conv1.weight``; the head is a 1x1 convolution, ``head.fc.weight``."""
-    features = 2048 * VARIANTS[name].width
-    return (
-        *_body(name, "stem.conv", "stages.{layer}.blocks.{block}", "norm"),
-        Rule(
-            "head.fc.weight",
-            "params/head/kernel",
-            DENSE,
-            shape=(-1, features, 1, 1),
-            view=(-1, features),
-        ),
-        Rule("head.fc.bias", "params/head/bias"),
-    )
+    """Return timm's key table, with keys such as ``stages.0.blocks.0.conv1.weight``.
+
+    The head is a 1x1 convolution, ``head.fc.weight``.
+    """
+    body = _body(name, "stem.conv", "stages.{layer}.blocks.{block}", "norm")
+    return body + dense_as_conv("head.fc", "head", 2048 * VARIANTS[name].width, -1)
 
 
 def huggingface(name: str) -> Rules:
-    """``bit.encoder.stages.0.layers.0.conv1.weight``, ``classifier.1.weight``."""
+    """Return the key table with ``bit.encoder.stages.0.layers.0.conv1.weight``."""
     block = "bit.encoder.stages.{layer}.layers.{block}"
     body = _body(name, "bit.embedder.convolution", block, "bit.norm")
     return body + dense("classifier.1", "head")
 
 
 def huggingface_config(name: str) -> Config:
-    """Of ``BitForImageClassification``, which builds other networks of these tensors too."""
+    """Return the config.json of ``BitForImageClassification``, whose geometry it determines."""
     depths, width, _ = VARIANTS[name]
     return {
         "architectures": ["BitForImageClassification"],
@@ -71,9 +63,6 @@ def huggingface_config(name: str) -> Config:
 
 
 LAYOUTS: dict[str, dict[str, Layout]] = {
-    name: {
-        "timm": Layout(timm),
-        "huggingface": Layout(huggingface, config=huggingface_config),
-    }
+    name: {"timm": Layout(timm), "huggingface": Layout(huggingface, config=huggingface_config)}
     for name in VARIANTS
 }

@@ -1,11 +1,11 @@
-"""What the key tables of MobileNets and EfficientNets share: timm builds both by one builder."""
+"""Rules shared by the key tables of MobileNets and EfficientNets."""
 
 from tljax.models.depthwise import Run
 from tljax.pretrained.rules import Rules, conv, conv_norm, dense
 
 
 def blocks(runs: tuple[Run, ...]) -> list[tuple[int, int, bool]]:
-    """Every (stage, block) of a network, counted from 0, and whether it has an expansion."""
+    """Return (stage, block, has an expansion) of every block, with indices from 0."""
     return [
         (stage, block, expansion > 1)
         for stage, run in enumerate(runs)
@@ -14,7 +14,7 @@ def blocks(runs: tuple[Run, ...]) -> list[tuple[int, int, bool]]:
 
 
 def timm_body(runs: tuple[Run, ...]) -> Rules:
-    """``blocks.1.0.conv_pw.weight``; without an expansion the names of the others shift."""
+    """Return timm's rules of stem and blocks; names shift in blocks without an expansion."""
     rules = conv_norm("conv_stem", "bn1", "stem/conv")
     for stage, block, expands in blocks(runs):
         key, path = f"blocks.{stage}.{block}", f"stage{stage + 1}/block{block}"
@@ -31,7 +31,7 @@ def timm_body(runs: tuple[Run, ...]) -> Rules:
 
 
 def timm(runs: tuple[Run, ...]) -> Rules:
-    """``conv_stem.weight``, ``conv_head.weight``, ``classifier.weight``."""
+    """Return timm's key table, with keys such as ``blocks.1.0.conv_pw.weight``."""
     return (
         *timm_body(runs),
         *conv_norm("conv_head", "bn2", "conv_head/conv"),

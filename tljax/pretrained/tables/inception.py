@@ -1,19 +1,17 @@
-"""Key table of Inception v3: torchvision and timm, whose keys are the same."""
+"""Key table of Inception v3 in torchvision and timm, whose keys are the same."""
 
 from tljax.models.inception import BLOCKS
 from tljax.pretrained.rules import Layout, Rules, conv_norm, dense
 
-_STEM = ("1a_3x3", "2a_3x3", "2b_3x3", "3b_1x1", "4a_3x3")
 
-
-def torchvision(name: str) -> Rules:  # noqa: ARG001 - a table's signature
-    """``Conv2d_1a_3x3.conv.weight``, ``Mixed_5b.branch1x1.conv.weight``, ``fc.weight``."""
+def torchvision(name: str) -> Rules:  # noqa: ARG001 - the signature of all tables
+    """Return the key table, with keys such as ``Mixed_5b.branch1x1.conv.weight``."""
 
     def unit(key: str, path: str) -> Rules:
         return conv_norm(f"{key}.conv", f"{key}.bn", path)
 
     rules: Rules = ()
-    for key in _STEM:
+    for key in ("1a_3x3", "2a_3x3", "2b_3x3", "3b_1x1", "4a_3x3"):
         rules += unit(f"Conv2d_{key}", f"stem/conv{key[:2]}")
     for stage, block in BLOCKS.items():
         for convolution, *_ in block.units:
@@ -22,7 +20,7 @@ def torchvision(name: str) -> Rules:  # noqa: ARG001 - a table's signature
     return rules + dense("fc", "head")
 
 
-# Torchvision's published files hold the auxiliary head; timm reads and writes both kinds.
+# Torchvision's published files contain the auxiliary head; timm's may or may not.
 _TORCHVISION = Layout(torchvision, ignore=("AuxLogits.",))
 
 LAYOUTS: dict[str, dict[str, Layout]] = {

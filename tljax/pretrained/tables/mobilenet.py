@@ -1,59 +1,39 @@
-"""Key tables of the MobileNets: torchvision, timm and Hugging Face transformers."""
-
-from collections.abc import Callable
+"""Key tables of the MobileNets in torchvision, timm and Hugging Face transformers."""
 
 from tljax.models.depthwise import Run
-from tljax.models.mobilenet import (
-    V1,
-    V1_VARIANTS,
-    V2,
-    V2_VARIANTS,
-    V3_LARGE,
-    V3_SMALL,
-    V3_VARIANTS,
-)
-from tljax.pretrained.rules import DENSE, Config, Layout, Rule, Rules, conv, conv_norm, dense
-from tljax.pretrained.tables import depthwise
+from tljax.models.mobilenet import V1, V1_VARIANTS, V2, V2_VARIANTS, V3_LARGE, V3_SMALL, V3_VARIANTS
+from tljax.pretrained.rules import Config, Layout, Rules, conv, conv_norm, dense
+from tljax.pretrained.tables import block_indices, dense_as_conv, depthwise, huggingface_conv_norm
 from tljax.runtime.types import Preprocess
-
-Unit = Callable[[str, str], Rules]
-"""From the key of a convolution with its norm, and our path, to its tensors."""
 
 # --- version 1 -----------------------------------------------------------------------------------
 
 
 def timm_v1(name: str) -> Rules:  # noqa: ARG001 - all widths have the same keys
-    """``blocks.1.0.conv_dw.weight``; there is no ``conv_head``."""
+    """Return timm's key table; it has no ``conv_head``."""
     rules = conv_norm("conv_stem", "bn1", "stem/conv")
-    for stage, (depth, _, _) in enumerate(V1):
-        for block in range(depth):
-            key, path = f"blocks.{stage}.{block}", f"stage{stage + 1}/block{block}"
-            rules += conv_norm(f"{key}.conv_dw", f"{key}.bn1", f"{path}/depthwise")
-            rules += conv_norm(f"{key}.conv_pw", f"{key}.bn2", f"{path}/pointwise")
+    for stage, block in block_indices(depth for depth, *_ in V1):
+        key, path = f"blocks.{stage}.{block}", f"stage{stage + 1}/block{block}"
+        rules += conv_norm(f"{key}.conv_dw", f"{key}.bn1", f"{path}/depthwise")
+        rules += conv_norm(f"{key}.conv_pw", f"{key}.bn2", f"{path}/pointwise")
     return rules + dense("classifier", "head")
 
 
 def huggingface_v1(name: str) -> Rules:  # noqa: ARG001
-    """``mobilenet_v1.layer.0.convolution.weight``: depthwise and 1x1 in one row."""
-    unit, position = _huggingface_unit("mobilenet_v1"), 0
-    rules = unit("conv_stem", "stem/conv")
-    for stage, (depth, _, _) in enumerate(V1, start=1):
-        for block in range(depth):
-            rules += unit(f"layer.{position}", f"stage{stage}/block{block}/depthwise")
-            rules += unit(f"layer.{position + 1}", f"stage{stage}/block{block}/pointwise")
-            position += 2
+    """Return the key table with ``mobilenet_v1.layer.0.convolution.weight``.
+
+    Depthwise and 1x1 convolutions share one numbering.
+    """
+    unit = huggingface_conv_norm
+    rules = unit("mobilenet_v1.conv_stem", "stem/conv")
+    for i, (stage, block) in enumerate(block_indices(depth for depth, *_ in V1)):
+        rules += unit(f"mobilenet_v1.layer.{2 * i}", f"stage{stage + 1}/block{block}/depthwise")
+        rules += unit(f"mobilenet_v1.layer.{2 * i + 1}", f"stage{stage + 1}/block{block}/pointwise")
     return rules + dense("classifier", "head")
 
 
-def _huggingface_unit(prefix: str) -> Unit:
-    def unit(key: str, path: str) -> Rules:
-        return conv_norm(f"{prefix}.{key}.convolution", f"{prefix}.{key}.normalization", path)
-
-    return unit
-
-
 def huggingface_v1_config(name: str) -> Config:
-    """Of ``MobileNetV1ForImageClassification``."""
+    """Return the config.json of ``MobileNetV1ForImageClassification``."""
     return _huggingface_config("MobileNetV1ForImageClassification", "mobilenet_v1") | {
         "depth_multiplier": V1_VARIANTS[name].width
     }
@@ -75,12 +55,12 @@ def _huggingface_config(architecture: str, model_type: str) -> Config:
 
 
 def timm_v2(name: str) -> Rules:  # noqa: ARG001
-    """``blocks.1.0.conv_pw.weight``, as EfficientNet's."""
+    """Return timm's key table, with keys such as ``blocks.1.0.conv_pw.weight``."""
     return depthwise.timm(V2)
 
 
 def torchvision_v2(name: str) -> Rules:  # noqa: ARG001
-    """``features.2.conv.0.0.weight``: the projection is not in a unit with its norm."""
+    """Return torchvision's key table, with keys such as ``features.2.conv.0.0.weight``."""
     rules = _pair("features.0", "stem/conv")
     rows = depthwise.blocks(V2)
     for i, (stage, block, expands) in enumerate(rows, start=1):
@@ -98,25 +78,29 @@ def torchvision_v2(name: str) -> Rules:  # noqa: ARG001
 
 
 def _pair(key: str, path: str) -> Rules:
-    """A convolution and its norm as torchvision's ``Conv2dNormActivation`` names them."""
+    """Return the rules of torchvision's ``Conv2dNormActivation``."""
     return conv_norm(f"{key}.0", f"{key}.1", path)
 
 
 def huggingface_v2(name: str) -> Rules:  # noqa: ARG001
-    """``mobilenet_v2.layer.0.expand_1x1.convolution.weight``; the first block is in the stem."""
-    unit = _huggingface_unit("mobilenet_v2")
-    rules = unit("conv_stem.first_conv", "stem/conv")
+    """Return the key table with ``mobilenet_v2.layer.0.expand_1x1.convolution.weight``.
+
+    The first block belongs to the stem.
+    """
+    unit, prefix = huggingface_conv_norm, "mobilenet_v2"
+    rules = unit(f"{prefix}.conv_stem.first_conv", "stem/conv")
     for i, (stage, block, expands) in enumerate(depthwise.blocks(V2)):
-        key, path = f"layer.{i - 1}" if i else "conv_stem", f"stage{stage + 1}/block{block}"
+        key = f"{prefix}.layer.{i - 1}" if i else f"{prefix}.conv_stem"
+        path = f"stage{stage + 1}/block{block}"
         if expands:
             rules += unit(f"{key}.expand_1x1", f"{path}/expand")
         rules += unit(f"{key}.conv_3x3", f"{path}/depthwise")
         rules += unit(f"{key}.reduce_1x1", f"{path}/project")
-    return rules + unit("conv_1x1", "conv_head/conv") + dense("classifier", "head")
+    return rules + unit(f"{prefix}.conv_1x1", "conv_head/conv") + dense("classifier", "head")
 
 
 def huggingface_v2_config(name: str) -> Config:
-    """Of ``MobileNetV2ForImageClassification``."""
+    """Return the config.json of ``MobileNetV2ForImageClassification``."""
     return _huggingface_config("MobileNetV2ForImageClassification", "mobilenet_v2") | {
         "depth_multiplier": V2_VARIANTS[name].width,
         "depth_divisible_by": 8,
@@ -135,31 +119,24 @@ def _runs(name: str) -> tuple[Run, ...]:
 
 
 def timm_v3(name: str) -> Rules:
-    """``blocks.6.0.conv.weight`` is the last map, ``conv_head.weight`` the 1x1 hidden layer."""
+    """Return timm's key table; ``conv_head`` is the hidden layer, a 1x1 convolution."""
     runs = _runs(name)
     last, hidden = f"blocks.{len(runs)}.0", 1280 if "large" in name else 1024
     return (
         *depthwise.timm_body(runs),
         *conv_norm(f"{last}.conv", f"{last}.bn1", "conv_head/conv"),
-        Rule(
-            "conv_head.weight",
-            "params/hidden/dense/kernel",
-            DENSE,
-            shape=(hidden, -1, 1, 1),
-            view=(hidden, -1),
-        ),
-        Rule("conv_head.bias", "params/hidden/dense/bias"),
+        *dense_as_conv("conv_head", "hidden/dense", -1, hidden),
         *dense("classifier", "head"),
     )
 
 
 def torchvision_v3(name: str) -> Rules:
-    """``features.4.block.2.fc1.weight``: the parts of a block in one row."""
+    """Return torchvision's key table, with keys such as ``features.4.block.2.fc1.weight``."""
     runs = _runs(name)
     rules, rows = _pair("features.0", "stem/conv"), depthwise.blocks(runs)
     for i, (stage, block, expands) in enumerate(rows, start=1):
         key, path = f"features.{i}.block", f"stage{stage + 1}/block{block}"
-        units = [*(["expand"] if expands else []), "depthwise"]
+        units = ["expand", "depthwise"] if expands else ["depthwise"]
         for position, unit in enumerate(units):
             rules += _pair(f"{key}.{position}", f"{path}/{unit}")
         position = len(units)
@@ -191,13 +168,13 @@ def _layouts(name: str) -> dict[str, Layout]:
 
 
 def _twins_v3(name: str) -> tuple[str, ...]:
-    """The same widths with the geometry of TensorFlow, or with that of torch."""
+    """Return the network with the same tensors and the padding of TensorFlow, or of torch."""
     twin = name.removeprefix("tf_") if name.startswith("tf_") else f"tf_{name}"
     return (twin,) if twin in V3_VARIANTS else ()
 
 
 LAYOUTS: dict[str, dict[str, Layout]] = {
-    # those of Keras are in keras.py
+    # keras.py has the tables of Keras
     name: _layouts(name)
     for name in (*V1_VARIANTS, *V2_VARIANTS, *V3_VARIANTS)
     if not name.startswith("keras_")

@@ -1,29 +1,20 @@
-"""Key tables of ResNet: torchvision (timm's are the same) and Hugging Face transformers."""
+"""Key tables of ResNet in torchvision, timm (the same keys) and Hugging Face transformers."""
 
 from tljax.models.resnet import VARIANTS, Bottleneck
 from tljax.pretrained.rules import Config, Layout, Rules, conv_norm, dense
-
-
-def _blocks(name: str) -> list[tuple[int, int]]:
-    """Every (layer, block) of a network, both counted from 0."""
-    depths = VARIANTS[name].depths
-    return [(layer, block) for layer, depth in enumerate(depths) for block in range(depth)]
-
-
-def _convs(name: str) -> range:
-    return range(VARIANTS[name].block.convolutions)
+from tljax.pretrained.tables import block_indices, huggingface_conv_norm
 
 
 def _has_shortcut(name: str, layer: int, block: int) -> bool:
-    """The first block of a layer changes stride or width; not so layer1 of the basic networks."""
+    """Return True for first blocks, except in layer1 of networks with basic blocks."""
     return block == 0 and (layer > 0 or VARIANTS[name].block is Bottleneck)
 
 
 def torchvision(name: str) -> Rules:
-    """``layer1.0.conv1.weight``, ``layer1.0.downsample.0.weight``, ``fc.weight``.
+    """Return the key table, with keys such as ``layer1.0.conv1.weight``.
 
-    So does timm, whose ResNet-D counts the pooling of a shortcut (``downsample.1.weight``) and the
-    activations of its stem (``conv1.3.weight``).
+    It also serves timm. In timm's ResNet-D the pooling of a shortcut and the activations of the
+    stem take numbers too (``downsample.1.weight``, ``conv1.3.weight``).
     """
     variant = VARIANTS[name]
     if variant.deep_stem:
@@ -33,9 +24,9 @@ def torchvision(name: str) -> Rules:
     else:
         rules = conv_norm("conv1", "bn1", "stem/conv1")
     conv, norm = (1, 2) if variant.pooled_shortcut else (0, 1)
-    for layer, block in _blocks(name):
+    for layer, block in block_indices(VARIANTS[name].depths):
         key, path = f"layer{layer + 1}.{block}", f"layer{layer + 1}/block{block}"
-        for i in _convs(name):
+        for i in range(VARIANTS[name].block.convolutions):
             rules += conv_norm(f"{key}.conv{i + 1}", f"{key}.bn{i + 1}", f"{path}/conv{i + 1}")
         if _has_shortcut(name, layer, block):
             shortcut = f"{key}.downsample"
@@ -44,15 +35,15 @@ def torchvision(name: str) -> Rules:
 
 
 def huggingface(name: str) -> Rules:
-    """``resnet.encoder.stages.0.layers.0.layer.0.convolution.weight``, ``classifier.1.weight``."""
-
-    def unit(key: str, path: str) -> Rules:
-        return conv_norm(f"resnet.{key}.convolution", f"resnet.{key}.normalization", path)
-
-    rules = unit("embedder.embedder", "stem/conv1")
-    for layer, block in _blocks(name):
-        key, path = f"encoder.stages.{layer}.layers.{block}", f"layer{layer + 1}/block{block}"
-        for i in _convs(name):
+    """Return the key table with ``resnet.encoder.stages.0.layers.0.layer.0.convolution.weight``."""
+    unit = huggingface_conv_norm
+    rules = unit("resnet.embedder.embedder", "stem/conv1")
+    for layer, block in block_indices(VARIANTS[name].depths):
+        key, path = (
+            f"resnet.encoder.stages.{layer}.layers.{block}",
+            f"layer{layer + 1}/block{block}",
+        )
+        for i in range(VARIANTS[name].block.convolutions):
             rules += unit(f"{key}.layer.{i}", f"{path}/conv{i + 1}")
         if _has_shortcut(name, layer, block):
             rules += unit(f"{key}.shortcut", f"{path}/shortcut")
@@ -60,8 +51,8 @@ def huggingface(name: str) -> Rules:
 
 
 def huggingface_config(name: str) -> Config:
-    """Of ``ResNetForImageClassification``; version 1 has its stride elsewhere."""
-    basic = len(_convs(name)) == 2
+    """Return the config.json of ``ResNetForImageClassification``, which places the strides."""
+    basic = VARIANTS[name].block.convolutions == 2
     return {
         "architectures": ["ResNetForImageClassification"],
         "model_type": "resnet",
@@ -90,7 +81,7 @@ def _layouts(name: str) -> dict[str, Layout]:
 
 
 LAYOUTS: dict[str, dict[str, Layout]] = {
-    # those of Keras are in keras.py
+    # keras.py has the tables of Keras
     name: _layouts(name)
     for name in VARIANTS
     if not name.startswith("keras_")

@@ -1,14 +1,15 @@
-"""Key tables of VGG: torchvision, and timm, which keeps the hidden layers as convolutions."""
+"""Key tables of VGG in torchvision, and in timm, which stores hidden layers as convolutions."""
 
 from tljax.models.vgg import DEPTHS
-from tljax.pretrained.rules import CONV, DENSE, Layout, Rule, Rules, conv, conv_norm, dense
+from tljax.pretrained.rules import CONV, Layout, Rule, Rules, conv, conv_norm, dense
+from tljax.pretrained.tables import dense_as_conv
 
 _MAP = (4096, 512, 7, 7)
-"""What the first hidden layer reads: torch flattens channel, height, width."""
+"""Shape of the first hidden layer's kernel: torch flattens channel, height, width."""
 
 
 def _features(name: str) -> Rules:
-    """``features.0.weight``: convolutions, norms, activations and poolings in one row."""
+    """Return the rules of ``features.0.weight`` etc.; activations and poolings take numbers too."""
     rules: Rules = ()
     norm, position = name.endswith("_bn"), 0
     for block, depth in enumerate(DEPTHS[name], start=1):
@@ -25,7 +26,7 @@ def _features(name: str) -> Rules:
 
 
 def torchvision(name: str) -> Rules:
-    """``classifier.0.weight`` is ``[4096, 25088]``."""
+    """Return torchvision's key table; ``classifier.0.weight`` is ``[4096, 25088]``."""
     return (
         *_features(name),
         Rule("classifier.0.weight", "params/fc1/dense/kernel", CONV, (4096, 25088), _MAP),
@@ -36,17 +37,16 @@ def torchvision(name: str) -> Rules:
 
 
 def timm(name: str) -> Rules:
-    """``pre_logits.fc1.weight`` is ``[4096, 512, 7, 7]``, ``pre_logits.fc2.weight`` 1x1.
+    """Return timm's key table; ``pre_logits.fc1.weight`` is ``[4096, 512, 7, 7]``.
 
-    timm slides them over maps of more than 7x7 and averages what comes out; we pool to 7x7 before.
+    On feature maps larger than 7x7 timm applies these convolutions and averages the results; tljax
+    pools the map to 7x7 first.
     """
-    square = (4096, 4096)
     return (
         *_features(name),
         Rule("pre_logits.fc1.weight", "params/fc1/dense/kernel", CONV, _MAP),
         Rule("pre_logits.fc1.bias", "params/fc1/dense/bias"),
-        Rule("pre_logits.fc2.weight", "params/fc2/dense/kernel", DENSE, (*square, 1, 1), square),
-        Rule("pre_logits.fc2.bias", "params/fc2/dense/bias"),
+        *dense_as_conv("pre_logits.fc2", "fc2/dense", 4096, 4096),
         *dense("head.fc", "head"),
     )
 

@@ -1,4 +1,4 @@
-"""Key table of Xception: timm's ``legacy_xception``, by Cadene's names."""
+"""Key table of Xception, timm's ``legacy_xception``."""
 
 from tljax.models.xception import BLOCKS
 from tljax.pretrained.rules import CONV, Config, Layout, Rule, Rules, conv_norm, dense
@@ -9,10 +9,10 @@ def _separable(conv: str, norm: str, path: str) -> Rules:
     return (depthwise, *conv_norm(f"{conv}.pointwise", norm, f"{path}/pointwise"))
 
 
-def timm(name: str) -> Rules:  # noqa: ARG001 - a table's signature
-    """``block2.rep.1.pointwise.weight``, ``block2.skip.weight``, ``fc.weight``.
+def timm(name: str) -> Rules:  # noqa: ARG001 - the signature of all tables
+    """Return the key table, with keys such as ``block2.rep.1.pointwise.weight``.
 
-    A block counts ReLU, convolution and norm; the first block begins without ReLU.
+    Within a block ReLU, convolution and norm take numbers; the first block starts without ReLU.
     """
     rules = conv_norm("conv1", "bn1", "stem/conv1") + conv_norm("conv2", "bn2", "stem/conv2")
     for block, (features, stride) in BLOCKS.items():
@@ -28,7 +28,7 @@ def timm(name: str) -> Rules:  # noqa: ARG001 - a table's signature
 
 
 def timm_config(_: str) -> Config:
-    """What timm calls ``xception`` is another network."""
+    """Return timm's name; its ``xception`` is another network."""
     return {"architecture": "legacy_xception"}
 
 
