@@ -315,10 +315,10 @@ def cut(format_: str, share: float) -> bytes:
         (cut("BMP", 0.6), "damaged or cut short"),
         (cut("JPEG2000", 0.6), "damaged or cut short"),
         (png(100_000, 100_000), f"more than the limit of {MAX_PIXELS:,} pixels"),
-        (png(12_000, 12_000), f"12000 x 12000 pixels, which is not between 1 and {MAX_PIXELS:,}"),
+        (png(12_000, 12_000), f"12000 x 12000 pixels: the image needs 1 to {MAX_PIXELS:,}"),
         (png(10_000, 10_000), "damaged or cut short"),  # large enough to make Pillow warn
-        (encode(Image.new("F", (4, 4)), "TIFF"), "32-bit grey of unknown range"),
-        (encode(Image.new("I", (4, 4)), "TIFF"), "32-bit grey of unknown range"),
+        (encode(Image.new("F", (4, 4)), "TIFF"), "32-bit grayscale of unknown range"),
+        (encode(Image.new("I", (4, 4)), "TIFF"), "32-bit grayscale of unknown range"),
     ],
 )
 def test_what_cannot_be_used_is_refused_with_a_reason(data, reason):
@@ -347,7 +347,7 @@ def test_a_jpeg_without_its_end_marker_has_all_its_pixels(resize):
         for missing in (1, 2):
             remarks = []
             np.testing.assert_array_equal(decode(data[:-missing], preprocess, remarks), whole)
-            assert remarks == ["its end is missing; read as viewers show it"]
+            assert remarks == ["the end of the file is missing; the decoded part is used"]
     decode(encode(smooth(), "JPEG"), preprocess, remarks := [])
     assert remarks == []
 

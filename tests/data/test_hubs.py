@@ -185,8 +185,7 @@ def test_workers_read_the_same(spec):
 
 def test_digest_reads_no_image(spec, monkeypatch):
     train, val, _ = open_splits(spec)
-    for kind in (hubs._Records, hubs._Rows):
-        monkeypatch.setattr(kind, "__getitem__", lambda *_: pytest.fail("read an image"))
+    monkeypatch.setattr(hubs._Rows, "__getitem__", lambda *_: pytest.fail("read an image"))
     digests = [
         train.digest,
         val.digest,
@@ -276,7 +275,7 @@ def test_what_has_no_label_or_no_class_to_train_on_is_left_out(hf, tmp_path):
     assert examples_of(val) == examples(6, 8, 9)
     assert notes == (
         "left out 2 examples without a label",
-        "left out 1 of 3 classes, without an example to train on: dog",
+        "left out 1 of 3 classes, which have no training example: dog",
         "left out 1 examples of unknown classes: dog",
     )
 
@@ -284,18 +283,18 @@ def test_what_has_no_label_or_no_class_to_train_on_is_left_out(hf, tmp_path):
 def test_an_image_that_is_not_there_is_reported_when_it_is_read(hf, tmp_path):
     images = [None, {"bytes": None, "path": None}, {"bytes": None, "path": str(tmp_path / "gone")}]
     stored = {"bytes": hf.Value("binary"), "path": hf.Value("string")}
-    source = hubs._Rows(rows(hf, range(3), image=(stored, images)), "image", "")
-    for index, reason in enumerate(["the row holds no", "the row holds no", "No such file"]):
+    data = rows(hf, range(3), image=(stored, images))
+    for row, reason in zip(data, ["the row has no", "the row has no", "No such file"], strict=True):
         with pytest.raises(UnreadableImageError, match=reason):
-            source[index]
+            hubs._hf_image("image", row)
 
 
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"image": None}, r"train has no Image features \(label: ClassLabel\); give it one of"),
-        ({"depth": "image"}, r"train has 2 Image features \(image, depth\); give it one of"),
-        ({"label": None}, r"train has no ClassLabel features \(image: Image\); give it one of"),
+        ({"image": None}, r"train has no Image features \(label: ClassLabel\); give it one Image"),
+        ({"depth": "image"}, r"train has 2 Image features \(image, depth\); give it one Image"),
+        ({"label": None}, r"train has no ClassLabel features \(image: Image\); give it one Image"),
         (
             {"label": None, "fine": "label", "coarse": "label"},
             r"train has 2 ClassLabel features \(fine, coarse\)",
@@ -328,8 +327,8 @@ def test_label_is_preferred_to_other_columns_of_its_kind(hf, tmp_path):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("hf:", "hf: lacks a name: write hf:NAME"),
-        ("tfds:", "tfds: lacks a name: write tfds:NAME"),
+        ("hf:", "hf: has no name: write hf:NAME"),
+        ("tfds:", "tfds: has no name: write tfds:NAME"),
         ("hf:owner/name", r"hf:owner/name cannot be opened: Couldn't reach .* check the name"),
         ("hf:owner/name:en", r"hf:owner/name:en cannot be opened: Couldn't reach 'owner/name'"),
         ("hf:./fodler", r"hf:./fodler: fodler is not a folder; did you mean folder\?"),
@@ -339,7 +338,7 @@ def test_label_is_preferred_to_other_columns_of_its_kind(hf, tmp_path):
             "hf:broken",
             "hf:broken cannot be opened: .* not a parquet file; check the name, the files",
         ),
-        ("hf:parts", "hf:parts has the splits test, extra, but none to train on: rename one to"),
+        ("hf:parts", "hf:parts has the splits test, extra, none of them for training: rename"),
         ("tfds:nonesuch", "nonesuch cannot be opened: Dataset nonesuch not found; check the name"),
         ("tfds:mnist:1.0.0", "mnist:1.0.0 cannot be opened: .* cannot be loaded at version 1.0.0"),
     ],
@@ -359,8 +358,8 @@ def test_what_is_not_there_is_refused_in_one_line(hf, tfds, tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("features", "options", "message"),
     [
-        ("label", {}, r"has no Image features \(label: ClassLabel\); name a data set for image"),
-        ("image", {}, r"has no ClassLabel features \(image: Image\); name a data set for image"),
+        ("label", {}, r"has no Image features \(label: ClassLabel\); choose a data set for image"),
+        ("image", {}, r"has no ClassLabel features \(image: Image\); choose a data set for image"),
         ("image mask label", {}, r"has 2 Image features \(image, mask\)"),
         (
             "image label",
@@ -422,7 +421,7 @@ def test_a_missing_shard_is_reported(tfds, tmp_path):
 
 def test_float_images_are_refused(tfds):
     prepare_and_edit(tfds, "features.json", uint8="float32", jpeg="png", **{'"3"': '"1"'})
-    with pytest.raises(RequestError, match="tiny_pets holds images of float32: name a data set"):
+    with pytest.raises(RequestError, match="tiny_pets has float32 images: choose a data set"):
         open_splits("tfds:tiny_pets")
 
 

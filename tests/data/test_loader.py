@@ -234,7 +234,7 @@ def test_a_missing_end_is_said_once_for_all_epochs(folder, capfd, workers):
     path.write_bytes(path.read_bytes()[:-2])
     for epoch in range(2):
         list(load_batches(folder, TINY, batch_size=4, workers=workers, seed=0, epoch=epoch))
-    said = f"note: {path}: its end is missing; read as viewers show it\n"
+    said = f"note: {path}: the end of the file is missing; the decoded part is used\n"
     assert capfd.readouterr() == ("", said)
 
 

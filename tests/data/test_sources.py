@@ -128,7 +128,7 @@ def test_without_validation_the_training_images_are_measured_and_that_is_said(tm
     write(tmp_path, "a/1", "b/2")
     train, val, notes = open_splits(str(tmp_path), val_fraction=0)
     assert sorted(contents(train)) == sorted(contents(val)) == [b"a/1", b"b/2"]
-    assert notes == ("no validation images: all figures are of the 2 training images",)
+    assert notes == ("no validation images: metrics are computed on the 2 training images",)
     with pytest.raises(RequestError, match="--val-fraction 0"):
         open_splits(str(tmp_path), val_fraction=1e-9)
 
@@ -209,22 +209,22 @@ def test_files_keep_the_order_given(tmp_path):
 @pytest.mark.parametrize(
     ("files", "spec", "message"),
     [
-        ([], "digts", r"digts is neither a data set that tljax knows \(digits, .*\) nor a folder"),
-        ([], "./tfds:mnist", r"./tfds:mnist is neither a data set"),
+        ([], "digts", r"digts is neither a known data set \(digits, .*\) nor a folder"),
+        ([], "./tfds:mnist", r"./tfds:mnist is neither a known data set"),
         (["hymenoptera/x"], "hymenopterra/train", "nor a folder; did you mean .*hymenoptera\\?"),
-        (["file"], "file", "file is a file: name a folder"),
-        (["x/1.jpg"], "x", "x holds no class folders: put the images of each class into a folder"),
-        (["x/a/1", "x/a/2"], "x", "x holds one class folder, a: training needs two or more"),
-        (["x/ants/1", "x/wasps/"], "x", "class 'wasps' in .*x holds no file; add images or rem"),
-        (["x/train/a/1", "x/train/b/", "x/val/a/1"], "x", "class 'b' in .*train holds no file"),
-        (["x/train/a/1", "x/val/a/1"], "x", "train holds one class folder, a"),
-        (["x/a/", "x/b/"], "x", "x holds no file"),
+        (["file"], "file", "file is a file: choose a folder"),
+        (["x/1.jpg"], "x", "x has no class folders: put the images of each class into a folder"),
+        (["x/a/1", "x/a/2"], "x", "x has one class folder, a: training needs two or more"),
+        (["x/ants/1", "x/wasps/"], "x", "class 'wasps' in .*x has no file: add images or rem"),
+        (["x/train/a/1", "x/train/b/", "x/val/a/1"], "x", "class 'b' in .*train has no file"),
+        (["x/train/a/1", "x/val/a/1"], "x", "train has one class folder, a"),
+        (["x/a/", "x/b/"], "x", "x has no file"),
         (
             ["x/train/a/1", "x/train/b/1", "x/val/b/1", "x/val/c/1", "x/val/d/1"],
             "x",
-            "val holds classes that .*train lacks: c, d; add them",
+            "val has classes that .*train lacks: c, d; add them",
         ),
-        (["x/train/a/1", "x/train/b/1", "x/val/"], "x", "val holds no class folders"),
+        (["x/train/a/1", "x/train/b/1", "x/val/"], "x", "val has no class folders"),
     ],
 )
 def test_what_cannot_be_trained_on_is_refused_in_one_line(
@@ -240,10 +240,10 @@ def test_a_content_split_that_starves_a_side_is_refused(tmp_path):
     names = [f"{c}/{i}" for c in "ab" for i in range(30)]
     in_val = [name for name in names if fraction(name.encode()) < 0.2]
     write(tmp_path / "no_val", *(name for name in names if name not in in_val))
-    with pytest.raises(RequestError, match=r"none of the .* images in .*no_val falls into the val"):
+    with pytest.raises(RequestError, match=r"no_val: none of the .* images falls into the val"):
         open_splits(str(tmp_path / "no_val"))
     write(tmp_path / "lost", *(name for name in names if name in in_val or name[0] == "b"))
-    with pytest.raises(RequestError, match=r"all images of a in .*lost fall into the validation"):
+    with pytest.raises(RequestError, match=r"lost: all images of a fall into the validation"):
         open_splits(str(tmp_path / "lost"))
     write(tmp_path / "unseen", *(name for name in names if name not in in_val or name[0] == "b"))
     notes = open_splits(str(tmp_path / "unseen")).notes
@@ -252,7 +252,7 @@ def test_a_content_split_that_starves_a_side_is_refused(tmp_path):
 
 @pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])
 def test_validation_share_is_checked(share):
-    with pytest.raises(RequestError, match="validation share"):
+    with pytest.raises(RequestError, match="--val-fraction"):
         open_splits("digits", val_fraction=share)
 
 
@@ -261,9 +261,9 @@ def test_validation_share_is_checked(share):
     [
         (open_folder, "missing", "missing does not exist"),
         (open_folder, "ant", r"ant does not exist; did you mean .*ants\?"),
-        (open_folder, "ants/1", "1 is a file: name a folder"),
-        (open_folder, "empty", "empty holds no file"),
-        (open_folder, "split", "is a training and a validation set: name .*train or .*val"),
+        (open_folder, "ants/1", "1 is a file: choose a folder"),
+        (open_folder, "empty", "empty has no file"),
+        (open_folder, "split", "has a training and a validation folder: choose .*train or .*val"),
         (lambda path: open_images([path]), "ants/11", r"11 does not exist; did you mean .*1\?"),
     ],
 )
@@ -376,7 +376,7 @@ def test_a_training_folder_without_the_like_beside_it_is_split_itself(tmp_path, 
     alone = open_splits(str(tmp_path / "train"))
     assert train.classes == ("a", "b")
     assert (train.names, val.names) == (alone.train.names, alone.val.names)
-    note = f"no folder beside {tmp_path / 'train'} holds its classes: it is split itself"
+    note = f"{tmp_path / 'train'} is split, as no folder beside it has its classes"
     assert notes == (note, *alone.notes)
     assert not has_validation(str(tmp_path))
     assert open_folder(tmp_path).names == open_folder(tmp_path / "train").names
@@ -436,7 +436,7 @@ def test_no_pipe_or_device_is_ever_read(tmp_path):
     assert contents(open_folder(tmp_path)) == contents(open_images([tmp_path])) == [b"a/1"]
     named = open_images([tmp_path / "a/pipe", "/dev/zero"])
     for index in range(2):
-        with pytest.raises(UnreadableImageError, match="a folder, pipe or device"):
+        with pytest.raises(UnreadableImageError, match="not a file but a folder, pipe or device"):
             named.read(index)
 
 
@@ -445,7 +445,7 @@ def test_a_file_too_large_for_an_image_is_not_read(tmp_path):
     with (tmp_path / "a/film.mp4").open("wb") as file:
         file.truncate(2**40)
     source = open_folder(tmp_path)
-    with pytest.raises(UnreadableImageError, match="larger than 512 MiB: no image"):
+    with pytest.raises(UnreadableImageError, match=r"larger than 512 MiB$"):
         source.read(1)
     assert source.digest
 
@@ -457,7 +457,7 @@ def test_a_path_may_begin_with_a_tilde_and_end_with_a_slash(tmp_path, monkeypatc
         assert open_folder(spec).classes == open_labelled(spec).classes == ("a", "b")
         assert len(open_images([spec])) == 2
     for spec in ("~nobody/data", "x" * 300):
-        with pytest.raises(RequestError, match="is neither a data set"):
+        with pytest.raises(RequestError, match="is neither a known data set"):
             open_splits(spec)
         with pytest.raises(RequestError, match="does not exist"):
             open_images([spec])
@@ -579,8 +579,8 @@ def test_two_classes_of_one_name():
     source = in_memory([b"0", b"1"], [0, 1], ["crane", "heron"])
     matched, notes = match_classes(source, ["heron", "crane", "stork", "crane"])
     assert matched.labels.tolist() == [1, 0]
-    twice = "2 classes are called crane (1 and 3): of an image of theirs the most probable one is"
-    assert notes == (f"{twice} the label", "1 of 4 classes not in the data: stork")
+    note = "2 classes are called crane (1 and 3): each of its images is labelled with the most"
+    assert notes == (f"{note} probable one", "1 of 4 classes not in the data: stork")
     source = in_memory([b"0", b"1", b"2"], [0, 1, 2], ["crane", "heron", "crane"])
     matched, notes = match_classes(source, ["heron", "crane", "stork", "crane"])
     assert (matched.labels.tolist(), notes[1:]) == ([1, 0, 3], ())
@@ -625,8 +625,8 @@ def test_no_class_in_common_lists_both_sides():
     with pytest.raises(RequestError) as error:
         match_classes(source, ["ants", "bees"])
     assert str(error.value) == (
-        "no example is of a known class: the data has a, b, c, d, e and 3 more;"
-        " the network knows ants, bees"
+        "the data and the network have no class in common: the data has a, b, c, d, e and 3 more;"
+        " the network has ants, bees"
     )
     with pytest.raises(RequestError, match="the data has none"):
         match_classes(in_memory([b"0"], [-1], ""), ["ants"])

@@ -40,13 +40,13 @@ def source(count=10, seed=0, broken=()):
 def cached(tmp_path, monkeypatch):
     """A cache of its own, and a count of how often something is computed."""
     monkeypatch.setenv("TLJAX_CACHE", str(tmp_path))
-    compute, calls = features_module._forward_source, []
+    compute, calls = features_module.over_source, []
 
     def counting(*args):
         calls.append(args)
         return compute(*args)
 
-    monkeypatch.setattr(features_module, "_forward_source", counting)
+    monkeypatch.setattr(features_module, "over_source", counting)
     return tmp_path, calls
 
 

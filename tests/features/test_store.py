@@ -166,7 +166,7 @@ def test_what_was_not_used_for_longest_makes_room(compute, tmp_path, monkeypatch
         compute(count)
         (folders[count],) = set((tmp_path / "features").glob("*")) - known
         os.utime(folders[count] / "about.json", (1000 + age,) * 2)
-        assert f"kept in {folders[count]}" in capsys.readouterr().err
+        assert f"cached in {folders[count]}" in capsys.readouterr().err
     compute(4)  # used again
     assert f"features  4 images  from {folders[4]}" in capsys.readouterr().err
     monkeypatch.setenv("TLJAX_FEATURE_CACHE_GIB", str((4 + 6 + 7 + 1) * each / 2**30))
