@@ -402,9 +402,9 @@ def test_a_wrong_config_is_refused(options, message):
 
 
 def test_images_that_do_not_fit_are_refused():
-    with pytest.raises(RequestError, match="20 x 20 pixels: pass squares of at least 21"):
+    with pytest.raises(RequestError, match="20 x 20: pass squares of at least 21"):
         augment(IMAGES, INDICES, KEY, 21, OFF)
-    with pytest.raises(RequestError, match="20 x 19 pixels"):
+    with pytest.raises(RequestError, match="20 x 19"):
         augment(IMAGES[:, :, :19], INDICES, KEY, 16, ALL)
     larger = jax.eval_shape(lambda: augment(IMAGES, INDICES, KEY, 21, AugmentConfig()))
     assert larger.shape == (6, 21, 21, 3)  # a resized crop may be larger than its image

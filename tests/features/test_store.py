@@ -280,6 +280,6 @@ def test_a_disk_that_gives_back_other_bytes_is_one_line(compute, tmp_path, monke
         return about
 
     monkeypatch.setattr(store, "_write_values", damaged)
-    with pytest.raises(RequestError, match=r"reads back otherwise .*: set TLJAX_CACHE"):
+    with pytest.raises(RequestError, match=r"bytes read differ .*: set TLJAX_CACHE"):
         compute(4)
     assert list((tmp_path / "features").iterdir()) == []

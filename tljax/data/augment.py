@@ -9,6 +9,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.scipy.ndimage import map_coordinates
 from jaxtyping import Bool, Float, Int, Key, UInt8
 
 from tljax.data.options import AugmentConfig
@@ -20,6 +21,8 @@ OPERATIONS = (
     *("contrast", "brightness", "sharpness", "shear_x", "shear_y", "translate_x", "translate_y"),
 )
 """The operations that RandAugment samples from."""
+
+_Pixels = UInt8[Array, "size size 3"]
 
 # "aug" and "mix" in ASCII, folded into the seed so that no other use of it has the same keys.
 _AUGMENT, _MIX = 0x617567, 0x6D6978
@@ -62,9 +65,7 @@ def augment(
     """
     height, side = images.shape[1:3]
     if height != side or (side < size and not config.crop):
-        raise RequestError(
-            f"images are {height} x {side} pixels: pass squares of at least {size} pixels"
-        )
+        raise RequestError(f"images of {height} x {side}: pass squares of at least {size} pixels")
     offset = round((side - size) / 2)
 
     def one(image: jax.Array, index: jax.Array) -> jax.Array:
@@ -122,9 +123,8 @@ def mix(
     methods = (config.mixup > 0) + (config.cutmix > 0)
     if not methods:
         return images, targets
-    partner_key, method_key, weight_key, center_key = jax.random.split(
-        jax.random.fold_in(key, _MIX), 4
-    )
+    key = jax.random.fold_in(key, _MIX)
+    partner_key, method_key, weight_key, box_key = jax.random.split(key, 4)
 
     # Valid rows come first, once in the order of the batch and once shuffled; masked rows follow in
     # the same order in both, so each is its own partner.
@@ -138,7 +138,7 @@ def mix(
     gammas = jax.random.loggamma(weight_key, alpha, (2,))
     weight = jax.nn.sigmoid(gammas[0] - gammas[1])  # Beta(alpha, alpha)
     shape = jnp.asarray(images.shape[1:3])
-    center, half = jax.random.uniform(center_key, (2,)) * shape, jnp.sqrt(1 - weight) * shape / 2
+    center, half = jax.random.uniform(box_key, (2,)) * shape, jnp.sqrt(1 - weight) * shape / 2
     low = jnp.maximum(jnp.round(center - half), 0)
     high = jnp.minimum(jnp.round(center + half), shape)
     y, x = jnp.ogrid[: images.shape[1], : images.shape[2]]
@@ -151,7 +151,7 @@ def mix(
     )
 
 
-def _random_box(draws: Float[Array, "4"], side: int, config: AugmentConfig) -> Int[jax.Array, "4"]:
+def _random_box(draws: Float[Array, "4"], side: int, config: AugmentConfig) -> Int[Array, "4"]:
     """Compute the top, left, height and width of a crop, in pixels, from four uniform draws.
 
     Torchvision draws area and aspect ratio up to ten times until the box fits. Here the ratio is
@@ -167,9 +167,7 @@ def _random_box(draws: Float[Array, "4"], side: int, config: AugmentConfig) -> I
     return jnp.concatenate([corner, shape]).astype(jnp.int32)
 
 
-def _resized_crop(
-    image: UInt8[Array, "side side 3"], box: Int[Array, "4"], size: int
-) -> UInt8[jax.Array, "size size 3"]:
+def _resized_crop(image: UInt8[Array, "side side 3"], box: Int[Array, "4"], size: int) -> _Pixels:
     """Crop and resize like Pillow's ``image.crop(box).resize((size, size), BILINEAR)``.
 
     The few pixels that contribute to an output pixel are gathered. `jax.image.scale_and_translate`
@@ -177,9 +175,7 @@ def _resized_crop(
     """
     side, (top, left, height, width) = image.shape[0], box
 
-    def taps(
-        start: Int[Array, ""], length: Int[Array, ""]
-    ) -> tuple[Int[jax.Array, "taps size"], Float[jax.Array, "taps size"]]:
+    def taps(start: Array, length: Array) -> tuple[jax.Array, jax.Array]:
         stride = length / size
         support = jnp.maximum(stride, 1)
         centers = start + (jnp.arange(size) + 0.5) * stride
@@ -198,11 +194,7 @@ def _resized_crop(
     return jnp.round(pixels).astype(jnp.uint8)
 
 
-def _distort(
-    image: UInt8[Array, "size size 3"],
-    operation: Int[Array, ""] | int,
-    strength: Float[Array, ""] | float,
-) -> UInt8[jax.Array, "size size 3"]:
+def _distort(image: _Pixels, operation: Array | int, strength: Array | float) -> _Pixels:
     """Apply one operation of RandAugment, as Pillow implements it.
 
     Magnitudes are those of torchvision. Shears keep the upper left corner fixed, and pixels from
@@ -262,10 +254,9 @@ def _distort(
     y = x[:, None]
     from_x = jnp.cos(angle) * x + (when("shear_x", 0.3 * strength) - jnp.sin(angle)) * y
     from_y = jnp.cos(angle) * y + (when("shear_y", 0.3 * strength) + jnp.sin(angle)) * x
-    from_x = jnp.floor(from_x + origin + when("translate_x", shift)).astype(jnp.int32)
-    from_y = jnp.floor(from_y + origin + when("translate_y", shift)).astype(jnp.int32)
-    inside = (from_x >= 0) & (from_x < size) & (from_y >= 0) & (from_y < size)
-    source = jnp.where(inside, from_y * size + from_x, 0)
+    from_x += origin + when("translate_x", shift) - 0.5
+    from_y += origin + when("translate_y", shift) - 0.5
+    move = partial(map_coordinates, coordinates=[from_y, from_x], order=0, cval=128)
 
     result = table[blend.astype(jnp.int32) + channel].astype(jnp.uint8)
-    return jnp.where(inside[..., None], result.reshape(-1, 3)[source], 128)
+    return jax.vmap(move, -1, -1)(result)

@@ -5,7 +5,7 @@ later stages can be fine-tuned exactly without running the frozen prefix again.
 """
 
 import sys
-import time
+import timeit
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -184,21 +184,15 @@ def split_features(
     return compute(splits.train, "train"), compute(splits.val, "val")
 
 
-def images_per_second(
-    model: Model, variables: Variables, loading: Loading, *, repeats: int = 5
-) -> float:
-    """Measure the throughput of pooled features: the median of ``repeats`` batches, compiled."""
+def images_per_second(model: Model, variables: Variables, loading: Loading) -> float:
+    """Measure the throughput of pooled features: the median of five batches, after compilation."""
     mesh = data_mesh(loading.devices)
     size, side = divisible(loading.batch_size, mesh), model.preprocess.size
     images = np.random.default_rng(0).integers(0, 256, (size, side, side, 3)).astype(np.uint8)
     arguments = replicate(variables, mesh), *shard((images, np.arange(size, dtype=np.int32)), mesh)
     forward = partial(_forward, model, mesh, None, -1, "float32", None, None)
     jax.block_until_ready(forward(*arguments))
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(forward(*arguments))
-        seconds.append(time.perf_counter() - start)
+    seconds = timeit.repeat(lambda: jax.block_until_ready(forward(*arguments)), number=1, repeat=5)
     return size / float(np.median(seconds))
 
 
