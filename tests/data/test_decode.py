@@ -315,7 +315,10 @@ def cut(format_: str, share: float) -> bytes:
         (cut("BMP", 0.6), "damaged or cut short"),
         (cut("JPEG2000", 0.6), "damaged or cut short"),
         (png(100_000, 100_000), f"more than the limit of {MAX_PIXELS:,} pixels"),
-        (png(12_000, 12_000), f"12000 x 12000 pixels: the image needs 1 to {MAX_PIXELS:,}"),
+        (
+            png(12_000, 12_000),
+            f"12000 x 12000 pixels, outside of the limits of 1 and {MAX_PIXELS:,}",
+        ),
         (png(10_000, 10_000), "damaged or cut short"),  # large enough to make Pillow warn
         (encode(Image.new("F", (4, 4)), "TIFF"), "32-bit grayscale of unknown range"),
         (encode(Image.new("I", (4, 4)), "TIFF"), "32-bit grayscale of unknown range"),
@@ -394,7 +397,7 @@ def test_no_pixels():
 
 def test_a_sliver_is_refused_before_it_is_blown_up():
     sliver = encode(Image.new("L", (3, 60_000)), "PNG")
-    with pytest.raises(UnreadableImageError, match=r"too elongated: 3 x 60000 .* 256 x 5120000"):
+    with pytest.raises(UnreadableImageError, match="too elongated: 3 x 60000 pixels"):
         decode(sliver, Preprocess())
 
 

@@ -275,7 +275,7 @@ def test_what_has_no_label_or_no_class_to_train_on_is_left_out(hf, tmp_path):
     assert examples_of(val) == examples(6, 8, 9)
     assert notes == (
         "left out 2 examples without a label",
-        "left out 1 of 3 classes, which have no training example: dog",
+        "left out 1 classes without training examples: dog",
         "left out 1 examples of unknown classes: dog",
     )
 
@@ -299,8 +299,8 @@ def test_an_image_that_is_not_there_is_reported_when_it_is_read(hf, tmp_path):
             {"label": None, "fine": "label", "coarse": "label"},
             r"train has 2 ClassLabel features \(fine, coarse\)",
         ),
-        ({"label": [1] * 9}, "train has examples of these classes: dog; training needs two or"),
-        ({"label": [-1] * 9}, "train has examples of these classes: none; training needs two"),
+        ({"label": [1] * 9}, "train has examples of dog: training needs two classes"),
+        ({"label": [-1] * 9}, "train has examples of none: training needs two classes"),
     ],
 )
 def test_hf_columns_that_cannot_be_trained_on_are_refused(hf, tmp_path, columns, message):
@@ -338,7 +338,7 @@ def test_label_is_preferred_to_other_columns_of_its_kind(hf, tmp_path):
             "hf:broken",
             "hf:broken cannot be opened: .* not a parquet file; check the name, the files",
         ),
-        ("hf:parts", "hf:parts has the splits test, extra, none of them for training: rename"),
+        ("hf:parts", "hf:parts has no training split: rename one of test, extra to train"),
         ("tfds:nonesuch", "nonesuch cannot be opened: Dataset nonesuch not found; check the name"),
         ("tfds:mnist:1.0.0", "mnist:1.0.0 cannot be opened: .* cannot be loaded at version 1.0.0"),
     ],

@@ -182,7 +182,7 @@ def test_a_bad_image_can_fail(folder):
     with pytest.raises(RequestError) as error:
         next(batches)
     assert str(error.value) == (
-        f"{folder.names[5]}: an HTML page, not an image; repair or remove it, or skip bad images"
+        f"{folder.names[5]}: an HTML page, not an image; repair, remove or skip it"
     )
 
 

@@ -209,9 +209,9 @@ def test_files_keep_the_order_given(tmp_path):
 @pytest.mark.parametrize(
     ("files", "spec", "message"),
     [
-        ([], "digts", r"digts is neither a known data set \(digits, .*\) nor a folder"),
-        ([], "./tfds:mnist", r"./tfds:mnist is neither a known data set"),
-        (["hymenoptera/x"], "hymenopterra/train", "nor a folder; did you mean .*hymenoptera\\?"),
+        ([], "digts", "digts is neither a folder nor digits, tfds:NAME or hf:NAME"),
+        ([], "./tfds:mnist", "./tfds:mnist is neither a folder nor"),
+        (["hymenoptera/x"], "hymenopterra/train", "hf:NAME; did you mean .*hymenoptera\\?"),
         (["file"], "file", "file is a file: choose a folder"),
         (["x/1.jpg"], "x", "x has no class folders: put the images of each class into a folder"),
         (["x/a/1", "x/a/2"], "x", "x has one class folder, a: training needs two or more"),
@@ -457,7 +457,7 @@ def test_a_path_may_begin_with_a_tilde_and_end_with_a_slash(tmp_path, monkeypatc
         assert open_folder(spec).classes == open_labelled(spec).classes == ("a", "b")
         assert len(open_images([spec])) == 2
     for spec in ("~nobody/data", "x" * 300):
-        with pytest.raises(RequestError, match="is neither a known data set"):
+        with pytest.raises(RequestError, match="is neither a folder nor digits"):
             open_splits(spec)
         with pytest.raises(RequestError, match="does not exist"):
             open_images([spec])

@@ -74,10 +74,7 @@ def decode(
     short, long = sorted((width, height))
     long = int(preprocess.resize * long / short)
     if preprocess.resize * long > MAX_PIXELS:
-        raise UnreadableImageError(
-            f"too elongated: {image.width} x {image.height} pixels would become"
-            f" {preprocess.resize} x {long} after the resize"
-        )
+        raise UnreadableImageError(f"too elongated: {image.width} x {image.height} pixels")
     image = image.resize(
         (preprocess.resize, long) if width <= height else (long, preprocess.resize),
         Image.Resampling[preprocess.interpolation.upper()],
@@ -233,9 +230,8 @@ def _all_scans_begun(data: bytes, bands: int) -> bool:
 
 def _check_size(image: Image.Image) -> None:
     if not 0 < image.width * image.height <= MAX_PIXELS:
-        raise UnreadableImageError(
-            f"{image.width} x {image.height} pixels: the image needs 1 to {MAX_PIXELS:,}"
-        )
+        size = f"{image.width} x {image.height} pixels"
+        raise UnreadableImageError(f"{size}, outside of the limits of 1 and {MAX_PIXELS:,}")
 
 
 def _upright_transpose(image: Image.Image) -> Image.Transpose | None:

@@ -165,10 +165,8 @@ def match_classes(source: Source, classes: Sequence[str]) -> tuple[Source, tuple
     labels = np.array([*matches, -1], np.int32)[source.labels]
     retained = np.flatnonzero(labels >= 0)
     if not retained.size:
-        raise RequestError(
-            "the data and the network have no class in common: the data has"
-            f" {shortened(source.classes)}; the network has {shortened(classes)}"
-        )
+        lists = f"the data has {shortened(source.classes)}; the network has {shortened(classes)}"
+        raise RequestError(f"the data and the network have no class in common: {lists}")
     missing = [name for name in network_names if name not in data_names]
     unknown = [name for name in data_names if name not in network_names]
     empty = [name for name in map(normal, without_example(source)) if name in network_names]

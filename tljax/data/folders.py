@@ -109,9 +109,7 @@ def open_labelled_folder(path: Path) -> Source:
     _, val = train_and_val(path) or (path, None)
     source = open_folder(val or path)
     if not source.classes:
-        raise RequestError(
-            f"{printable(path)} has no class folders, so its images have no labels to evaluate with"
-        )
+        raise RequestError(f"{printable(path)} has no class folders: evaluation needs labels")
     return source
 
 
@@ -169,7 +167,7 @@ def _open_classes(path: Path) -> Source:
     if not folders:
         raise RequestError(
             f"{printable(path)} has no class folders: put the images of each class into a folder"
-            f" of their own, such as {printable(path / 'cats')}"
+            f" such as {printable(path / 'cats')}"
         )
     # A link to the data set or a folder above it would bring in the images of other classes.
     ancestors = {path.resolve(), *path.resolve().parents}

@@ -46,8 +46,7 @@ def open_hub_splits(spec: str, val_fraction: float) -> Splits:
     names = [name for name in TRAIN if name in parts] or list(parts)
     if names[0] not in TRAIN and len(names) > 1:
         raise RequestError(
-            f"{spec} has the splits {shortened(names)}, none of them for training: rename one to"
-            " train"
+            f"{spec} has no training split: rename one of {shortened(names)} to train"
         )
     train, notes = _trainable(parts[names[0]](), f"{spec} {names[0]}")
     val = _validation({name: part for name, part in parts.items() if name != names[0]})
@@ -94,19 +93,15 @@ def _validation(parts: _Parts) -> Source | None:
 def _trainable(source: Source, where: str) -> tuple[Source, list[str]]:
     unlabelled = np.count_nonzero(source.labels < 0)
     unused = without_example(source)
-    labels = set(source.labels.tolist())
-    used = [name for index, name in enumerate(source.classes) if index in labels]
+    used = [name for name in source.classes if name not in unused]
     if len(used) < 2:
-        raise RequestError(
-            f"{where} has examples of these classes: {shortened(used)}; training needs two or more"
-        )
+        raise RequestError(f"{where} has examples of {shortened(used)}: training needs two classes")
     notes = []
     if unlabelled:
         notes.append(f"left out {unlabelled} examples without a label")
     if unused:
         notes.append(
-            f"left out {len(unused)} of {len(source.classes)} classes, which have no training"
-            f" example: {shortened(unused)}"
+            f"left out {len(unused)} classes without training examples: {shortened(unused)}"
         )
     return (match_classes(source, used)[0] if notes else source), notes
 

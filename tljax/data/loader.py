@@ -72,8 +72,7 @@ def load_batches(
     _, processes = shard
     if batch_size < 1 or (batch_size + -batch_size % multiple) % processes:
         raise RequestError(
-            f"batch size {batch_size}: choose a positive multiple of {processes}, the number of"
-            " processes"
+            f"batch size {batch_size}: choose a positive multiple of {processes}, the process count"
         )
     if seed is not None and seed < 0:
         raise RequestError(f"seed {seed}: choose 0 or more")
@@ -178,10 +177,9 @@ def _dataset(decoded: _Decoded, size: int, workers: int) -> grain.IterDataset[_R
     one_ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
     batches = examples.batch(size, batch_fn=_stack).to_iter_dataset(one_ahead)
     processes = min(workers, len(decoded) // size)
+    batches = batches.mp_prefetch(grain.MultiprocessingOptions(processes))
     # Arrays are copied out of shared memory, where each one keeps a file open.
-    return batches.mp_prefetch(grain.MultiprocessingOptions(processes)).map(
-        lambda rows: (np.array(rows[0]), *rows[1:])
-    )
+    return batches.map(lambda rows: (np.array(rows[0]), *rows[1:]))
 
 
 def _iterate(
@@ -198,9 +196,7 @@ def _iterate(
             bad = {int(i): fault for i, fault in zip(indices, faults, strict=True) if fault}
             if bad and on_bad_image == "fail":
                 index, fault = next(iter(bad.items()))
-                raise RequestError(
-                    f"{source.names[index]}: {fault}; repair or remove it, or skip bad images"
-                )
+                raise RequestError(f"{source.names[index]}: {fault}; repair, remove or skip it")
             if skipped is not None:
                 skipped.update(bad)
             mask = (indices >= 0) & [fault is None for fault in faults]

@@ -81,10 +81,8 @@ def open_splits(spec: str, *, val_fraction: float = VAL_FRACTION) -> Splits:
         return open_hub_splits(spec, val_fraction)
     path = as_path(spec)
     if not exists(path):
-        raise RequestError(
-            f"{printable(spec)} is neither a known data set (digits, tfds:NAME, hf:NAME) nor a"
-            f" folder{suggestion(path)}"
-        )
+        kinds = "neither a folder nor digits, tfds:NAME or hf:NAME"
+        raise RequestError(f"{printable(spec)} is {kinds}{suggestion(path)}")
     return open_folder_splits(path, val_fraction)
 
 

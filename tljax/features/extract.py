@@ -257,11 +257,8 @@ def feature_bytes(
     """Compute the size in bytes of the features of ``count`` images before stage ``stop``."""
     size = model.preprocess.size
     images = jax.ShapeDtypeStruct((1, size, size, 3), np.uint8)
-    value = jax.eval_shape(
-        lambda variables, x: apply(model, variables, x, stop=stop).value,
-        abstract_variables(model),
-        images,
-    )
+    run = partial(apply, model, stop=stop)
+    value = jax.eval_shape(run, abstract_variables(model), images).value
     return count * value.size * jnp.dtype(dtype).itemsize
 
 

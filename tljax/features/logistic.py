@@ -155,9 +155,7 @@ def check_features(features: Shaped[Array, "n d"]) -> Float[np.ndarray, "n d"]:
         raise RequestError(f"features must be [examples, dimensions], got {list(features.shape)}")
     bad = np.count_nonzero(~np.isfinite(features))
     if bad:
-        raise RequestError(
-            f"{bad} of {features.size} feature values are not finite numbers: {_ADVICE}"
-        )
+        raise RequestError(f"{bad} of {features.size} feature values are not finite: {_ADVICE}")
     return features
 
 
@@ -183,7 +181,7 @@ def check_training_data(
         )
     if labels.min() == labels.max():
         raise RequestError(
-            f"all {len(labels)} examples are of class {labels[0]}: a classifier needs two classes"
+            f"all {len(labels)} examples are of class {labels[0]}: add another class"
         )
     return features, labels.astype(np.int32)
 

@@ -94,10 +94,7 @@ def fit_probe(
 
     held_out = _held_out(labels, seed)
     if not held_out.any():
-        raise RequestError(
-            "no class has two examples, so none can be held out to choose an L2 value: "
-            "add images, or call fit_logistic with one L2 value"
-        )
+        raise RequestError("no class has two examples, so none can be held out: add images")
     # The last row of weights includes all examples, for the final fit at the chosen L2 value.
     fits = fit_logistic(
         standardized,
