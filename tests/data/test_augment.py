@@ -85,13 +85,13 @@ def test_seeds_and_epochs_differ():
     assert jax.random.key_data(epoch_key(3, 4)).tolist() == [2514142082, 2772707869]
 
 
-def test_the_key_is_threefrys_whatever_the_default():
+def test_the_key_is_threefry_whatever_the_default():
     expected = jax.random.key_data(epoch_key(1, 2))
     with jax.default_prng_impl("rbg"):
         assert jax.random.key_data(epoch_key(1, 2)).tolist() == expected.tolist()
 
 
-def test_jit_changes_nothing():
+def test_jit_does_not_change_the_result():
     with jax.disable_jit():  # without RandAugment, as a minute goes into its single operations
         plain = augment(IMAGES[:1], INDICES[:1], KEY, 16, AugmentConfig())
     compiled = augment(IMAGES[:1], INDICES[:1], KEY, 16, AugmentConfig())
@@ -114,7 +114,7 @@ def test_values_stay_between_0_and_1(seed, kind):
 
 
 @pytest.mark.parametrize(("side", "size"), [(9, 6), (10, 5), (8, 5), (7, 7), (11, 4)])
-def test_off_is_the_central_crop_of_decode(side, size):
+def test_without_augmentation_the_result_is_the_central_crop_of_decode(side, size):
     images = IMAGES[:, :side, :side]
     crops = [decode(image, Preprocess(size=size, resize=side)) for image in images]
     # What `normalize` makes of uint8; compiled, since XLA divides by 255 in its own way.
@@ -122,7 +122,7 @@ def test_off_is_the_central_crop_of_decode(side, size):
     np.testing.assert_array_equal(augment(images, INDICES, KEY, size, OFF), expected)
 
 
-def test_a_flip_is_a_flip_half_of_the_time():
+def test_half_of_the_images_are_flipped():
     n = 2000
     images = IMAGES[:1].repeat(n, 0)
     config = AugmentConfig(crop=False)
@@ -134,7 +134,7 @@ def test_a_flip_is_a_flip_half_of_the_time():
 
 @pytest.mark.parametrize("scale", [(0.08, 1.0), (0.35, 1.0), (0.5, 0.5), (1.0, 1.0)])
 @pytest.mark.parametrize("ratio", [(3 / 4, 4 / 3), (0.5, 1.0), (1.0, 1.0)])
-def test_boxes_have_the_area_and_the_ratio_asked_for(scale, ratio):
+def test_boxes_have_the_configured_area_and_ratio(scale, ratio):
     side, n = 4096, 4000  # so large that rounding to pixels does not blur the limits
     config = AugmentConfig(scale=scale, ratio=ratio)
     draws = jax.random.uniform(KEY, (n, 4))
@@ -164,7 +164,7 @@ def test_boxes_have_the_area_and_the_ratio_asked_for(scale, ratio):
 
 @settings(max_examples=40, deadline=None)
 @given(data=st.data(), size=st.sampled_from([5, 16, 33]))
-def test_the_crop_is_resized_as_pillow_does(data, size):
+def test_the_crop_is_resized_like_pillow(data, size):
     top, left = (data.draw(st.integers(0, 19)) for _ in range(2))
     height, width = (data.draw(st.integers(1, 20 - start)) for start in (top, left))
     result = resized_crop(IMAGES[0], jnp.array([top, left, height, width]), size)
@@ -174,7 +174,7 @@ def test_the_crop_is_resized_as_pillow_does(data, size):
     assert abs(np.asarray(result, int) - expected).max() <= 1
 
 
-def test_the_full_box_is_resized_as_jax_does():
+def test_the_full_box_is_resized_like_jax():
     config = AugmentConfig(flip=False, scale=(1, 1))
     result = levels(augment(IMAGES, INDICES, KEY, 13, config)).astype(int)
     expected = jax.image.resize(IMAGES.astype(np.float32), (6, 13, 13, 3), "linear")
@@ -219,7 +219,7 @@ EXACT = {"identity", "equalize", "solarize", "posterize", "translate_x", "transl
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_operations_are_pillows(name):
+def test_operations_equal_pillow(name):
     changed = 0
     for image in (PHOTO, DIM, FLAT, SPARSE):
         for strength in STRENGTHS:
@@ -268,7 +268,7 @@ def test_randaugment_draws_every_operation_in_both_directions():
         assert abs(counts[result] / n - share) < 5 * math.sqrt(share / n)
 
 
-def test_layers_follow_each_other():
+def test_randaugment_layers_are_applied_one_after_another():
     once = outcomes(DIM, 0.7)
     twice = {result for image, _ in once.values() for result in outcomes(image, 0.7)}
     found = randaugmented(100, 2)
@@ -286,7 +286,7 @@ FULL = np.ones(ROWS, bool)
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_mixup_is_its_formula(seed):
+def test_mixup_equals_its_formula(seed):
     images, targets = map(
         np.asarray, mix(PLAIN, TARGETS, FULL, jax.random.key(seed), AugmentConfig(mixup=1.0))
     )
@@ -299,7 +299,7 @@ def test_mixup_is_its_formula(seed):
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_cutmix_pastes_one_box_whose_area_is_the_partners_share(seed):
+def test_cutmix_pastes_one_box_and_weighs_the_targets_by_its_area(seed):
     images, targets = map(
         np.asarray, mix(PLAIN, TARGETS, FULL, jax.random.key(seed), AugmentConfig(cutmix=1.0))
     )
@@ -335,21 +335,21 @@ def own_shares(mixup: float, cutmix: float, n: int = 400) -> tuple[np.ndarray, n
 
 
 @pytest.mark.parametrize("alpha", [0.2, 5.0])
-def test_shares_follow_beta(alpha):
+def test_mixing_weights_follow_a_beta_distribution(alpha):
     own, _ = own_shares(alpha, 0)
     variance = 1 / (4 * (2 * alpha + 1))
     assert abs(own.mean() - 0.5) < 5 * math.sqrt(variance / len(own))
     assert own.var() == pytest.approx(variance, rel=0.3)
 
 
-def test_both_take_turns():
+def test_mixup_and_cutmix_are_each_used_for_half_of_the_batches():
     _, cut = own_shares(5.0, 5.0)
     assert abs(cut.mean() - 0.5) < 5 * 0.5 / math.sqrt(len(cut))
     assert not own_shares(5.0, 0)[1].any()
 
 
 @pytest.mark.parametrize("config", [AugmentConfig(mixup=1.0), AugmentConfig(cutmix=1.0)])
-def test_masked_rows_never_leak(config):
+def test_masked_rows_do_not_affect_valid_rows(config):
     met = set()
     for seed in range(30):
         images, targets = mix(PLAIN, TARGETS, MASK, jax.random.key(seed), config)
@@ -366,7 +366,7 @@ def test_masked_rows_never_leak(config):
 
 
 @pytest.mark.parametrize("valid", [0, 1])
-def test_batches_without_a_pair_are_left_alone(valid):
+def test_batches_with_fewer_than_two_valid_rows_are_unchanged(valid):
     mask = np.arange(ROWS) < valid
     config = AugmentConfig(mixup=1.0)
     images, targets = mix(PLAIN, TARGETS, mask, jax.random.key(0), config)
@@ -374,7 +374,7 @@ def test_batches_without_a_pair_are_left_alone(valid):
     np.testing.assert_allclose(targets, TARGETS, atol=1e-7)
 
 
-def test_without_mixing_the_batch_comes_back():
+def test_without_mixing_the_batch_is_unchanged():
     images, targets = mix(PLAIN, TARGETS, MASK, jax.random.key(0), ALL)
     np.testing.assert_array_equal(images, PLAIN)
     np.testing.assert_array_equal(targets, TARGETS)
@@ -396,12 +396,12 @@ def test_without_mixing_the_batch_comes_back():
         ({"cutmix": -0.1}, "cutmix"),
     ],
 )
-def test_a_wrong_config_is_refused(options, message):
+def test_values_out_of_range_are_refused(options, message):
     with pytest.raises(RequestError, match=message):
         AugmentConfig(**options)
 
 
-def test_images_that_do_not_fit_are_refused():
+def test_images_that_are_not_square_or_too_small_are_refused():
     with pytest.raises(RequestError, match="20 x 20: pass squares of at least 21"):
         augment(IMAGES, INDICES, KEY, 21, OFF)
     with pytest.raises(RequestError, match="20 x 19"):

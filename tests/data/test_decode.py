@@ -73,7 +73,7 @@ def torchvision_resize_and_crop(
 )
 @example(height=33, width=48, size=32, margin=1, interpolation="bilinear")  # halves round to even
 @example(height=37, width=51, size=30, margin=7, interpolation="bicubic")  # already of the size
-def test_geometry_is_torchvisions(
+def test_resize_and_crop_equal_torchvision(
     height: int, width: int, size: int, margin: int, interpolation: Literal["bilinear", "bicubic"]
 ):
     preprocess = Preprocess(size=size, resize=size + margin, interpolation=interpolation)
@@ -87,7 +87,7 @@ def test_geometry_is_torchvisions(
         np.testing.assert_array_equal(decoded, expected)
 
 
-def test_a_photograph_is_decoded_as_pillow_does(shared_data):
+def test_a_photograph_is_decoded_like_pillow(shared_data):
     path = min((shared_data / "cats_dogs" / "train" / "cats").iterdir())
     image = Image.open(path).convert("RGB")
     expected = torchvision_resize_and_crop(image, 256, 224, Image.Resampling.BILINEAR)
@@ -124,7 +124,9 @@ def test_orientation_is_applied_once(format_, orientation):
 
 @pytest.mark.parametrize("orientation", [1, 3, 6, 7])
 @pytest.mark.parametrize(("width", "height"), [(1537, 1026), (1031, 1030), (700, 2049)])
-def test_large_jpegs_are_decoded_smaller_and_look_the_same(width, height, orientation):
+def test_large_jpegs_are_decoded_at_a_lower_resolution_with_similar_pixels(
+    width, height, orientation
+):
     photograph = Image.fromarray(skimage.data.chelsea()).resize((width, height))
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
@@ -136,7 +138,7 @@ def test_large_jpegs_are_decoded_smaller_and_look_the_same(width, height, orient
     assert error.mean() < 0.5
 
 
-def test_only_large_jpegs_are():
+def test_only_large_jpegs_are_decoded_at_a_lower_resolution():
     photograph = Image.fromarray(skimage.data.chelsea()).resize((639, 700))
     for format_, times in (("JPEG", 1), ("PNG", 3)):
         data = encode(photograph.resize((639 * times, 700 * times)), format_)
@@ -147,7 +149,7 @@ def test_only_large_jpegs_are():
 
 @pytest.mark.parametrize("format_", ["JPEG", "TIFF", "PNG", "WEBP"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_turned_pictures_have_their_geometry(format_, orientation):
+def test_rotated_images_are_resized_in_their_upright_orientation(format_, orientation):
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
     data = encode(Image.fromarray(skimage.data.chelsea()), format_, exif=exif)
@@ -157,14 +159,14 @@ def test_turned_pictures_have_their_geometry(format_, orientation):
 
 
 @pytest.mark.parametrize("exif", [b"Exif\0\0garbage", b"Exif\0\0II*\0\xff\xff\xff\xff"])
-def test_broken_metadata_does_not_spoil_a_picture(exif):
+def test_broken_metadata_does_not_change_the_pixels(exif):
     plain = encode(smooth(), "JPEG")
     segment = b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif
     np.testing.assert_array_equal(pixels(plain[:2] + segment + plain[2:]), pixels(plain))
 
 
 @pytest.mark.parametrize("orientation", [0, 9, 77])
-def test_an_orientation_that_does_not_exist_is_ignored(orientation):
+def test_an_invalid_orientation_is_ignored(orientation):
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
     np.testing.assert_array_equal(pixels(encode(smooth(), "PNG", exif=exif)), smooth())
@@ -192,13 +194,13 @@ def test_ycck_jpeg():
 
 
 @pytest.mark.parametrize("format_", ["PNG", "TIFF", "PPM"])
-def test_16_bit_grey_is_scaled(format_):
+def test_16_bit_grayscale_is_scaled(format_):
     values = np.arange(2**16, dtype=np.uint16).reshape(256, 256)
     decoded = pixels(encode(values, format_))
     assert (decoded == np.rint(values / 257)[:, :, None]).all()
 
 
-def test_grey_and_one_bit():
+def test_grayscale_and_one_bit():
     grey = smooth()[:, :, 0]
     np.testing.assert_array_equal(pixels(encode(grey, "PNG")), np.repeat(grey[:, :, None], 3, 2))
     np.testing.assert_array_equal(
@@ -208,7 +210,7 @@ def test_grey_and_one_bit():
 
 
 @pytest.mark.parametrize("format_", ["PNG", "WEBP", "TIFF"])
-def test_transparent_pictures_lie_on_white(format_):
+def test_transparent_images_are_composited_over_white(format_):
     rgba = noise(32, 32, 4)
     rgba[0, :, 3], rgba[1, :, 3] = 0, 255
     options = {"lossless": True, "exact": True} if format_ == "WEBP" else {}
@@ -219,7 +221,7 @@ def test_transparent_pictures_lie_on_white(format_):
     np.testing.assert_array_equal(decoded[1], rgba[1, :, :3])
 
 
-def test_grey_with_alpha_lies_on_white():
+def test_grayscale_with_alpha_is_composited_over_white():
     grey_alpha = np.dstack([smooth()[:, :, 0], smooth()[:, :, 1]])
     alpha = grey_alpha[:, :, 1:] / 255
     expected = grey_alpha[:, :, :1] * alpha + 255 * (1 - alpha)
@@ -227,7 +229,7 @@ def test_grey_with_alpha_lies_on_white():
 
 
 @pytest.mark.parametrize("format_", ["PNG", "GIF"])
-def test_palette_with_a_transparent_colour(format_):
+def test_palette_with_a_transparent_color(format_):
     indices = noise(16, 16, 1) % 4
     image = Image.fromarray(indices).convert("P")
     colours = np.array([[10, 20, 30], [200, 0, 0], [0, 200, 0], [0, 0, 200]], np.uint8)
@@ -237,7 +239,7 @@ def test_palette_with_a_transparent_colour(format_):
     np.testing.assert_array_equal(pixels(encode(image, format_)), colours[indices])
 
 
-def test_palette_with_an_opacity_for_each_colour():
+def test_palette_with_an_opacity_for_each_color():
     indices = noise(16, 16, 1) % 3
     image = Image.fromarray(indices).convert("P")
     colours = np.array([[10, 20, 30], [200, 0, 0], [0, 200, 0]], np.uint8)
@@ -249,7 +251,7 @@ def test_palette_with_an_opacity_for_each_colour():
     assert abs(pixels(data) - expected).max() <= 1
 
 
-def test_a_transparent_colour_without_a_palette():
+def test_a_transparent_color_without_a_palette():
     grey = noise(16, 16, 1) % 8
     data = encode(grey, "PNG", transparency=5)
     expected = np.where(grey == 5, 255, grey)[:, :, None]
@@ -324,7 +326,7 @@ def cut(format_: str, share: float) -> bytes:
         (encode(Image.new("I", (4, 4)), "TIFF"), "32-bit grayscale of unknown range"),
     ],
 )
-def test_what_cannot_be_used_is_refused_with_a_reason(data, reason):
+def test_unusable_files_are_refused_with_a_reason(data, reason):
     with pytest.raises(UnreadableImageError, match=reason) as error:
         decode(data, Preprocess())
     assert "\n" not in str(error.value)
@@ -355,7 +357,7 @@ def test_a_jpeg_without_its_end_marker_has_all_its_pixels(resize):
     assert remarks == []
 
 
-def test_a_jpeg_is_read_if_no_more_than_a_little_of_its_end_is_missing():
+def test_a_jpeg_is_read_if_only_a_small_part_of_its_end_is_missing():
     for data in jpegs(*ONE_SCAN):
         whole = pixels(data)
         for share, readable in ((0.98, True), (0.9, False), (0.8, False), (0.5, False)):
@@ -368,7 +370,7 @@ def test_a_jpeg_is_read_if_no_more_than_a_little_of_its_end_is_missing():
                         open_image(part + rest)
 
 
-def test_a_progressive_jpeg_is_read_once_its_last_scan_has_begun():
+def test_a_progressive_jpeg_is_read_if_its_last_scan_has_begun():
     data = encode(Image.fromarray(skimage.data.chelsea()), "JPEG", progressive=True)
     last = data.rindex(b"\xff\xda")
     begun, not_begun = data[: last + 30], data[:last]
@@ -382,12 +384,12 @@ def test_a_progressive_jpeg_is_read_once_its_last_scan_has_begun():
 
 
 @pytest.mark.parametrize(("format_", "trailer"), [("PNG", 12), ("GIF", 1)])
-def test_other_pictures_without_their_trailer_have_all_their_pixels(format_, trailer):
+def test_other_formats_without_their_trailer_have_all_their_pixels(format_, trailer):
     data = encode(smooth(), format_)
     np.testing.assert_array_equal(pixels(data[:-trailer]), pixels(data))
 
 
-def test_no_pixels():
+def test_images_without_pixels_are_refused():
     empty = encode(Image.new("RGB", (1, 1)), "GIF")
     with pytest.raises(UnreadableImageError):
         decode(empty[:6] + bytes(4) + empty[10:24] + bytes(4) + empty[28:], Preprocess())
@@ -395,7 +397,7 @@ def test_no_pixels():
         decode(png(0, 5), Preprocess())
 
 
-def test_a_sliver_is_refused_before_it_is_blown_up():
+def test_an_elongated_image_is_refused_before_it_is_resized():
     sliver = encode(Image.new("L", (3, 60_000)), "PNG")
     with pytest.raises(UnreadableImageError, match="too elongated: 3 x 60000 pixels"):
         decode(sliver, Preprocess())
@@ -414,13 +416,13 @@ def assert_decodes_or_is_refused(data: bytes) -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(st.binary(max_size=400))
-def test_any_bytes(data):
+def test_any_bytes_are_decoded_or_refused(data):
     assert_decodes_or_is_refused(data)
 
 
 @settings(max_examples=600, deadline=None)
 @given(st.data())
-def test_mutated_images(data):
+def test_mutated_images_are_decoded_or_refused(data):
     image = bytearray(data.draw(st.sampled_from(SEEDS)))
     position = st.integers(0, len(image) - 1)
     for where in data.draw(st.lists(position | st.integers(0, 64), min_size=1, max_size=6)):
@@ -430,11 +432,11 @@ def test_mutated_images(data):
 
 @settings(max_examples=200, deadline=None)
 @given(st.sampled_from(SEEDS), st.integers(2, 40), st.binary(max_size=200))
-def test_headers_followed_by_anything(seed, length, tail):
+def test_headers_followed_by_any_bytes_are_decoded_or_refused(seed, length, tail):
     assert_decodes_or_is_refused(seed[:length] + tail)
 
 
-def test_threads_do_not_disturb_each_other_or_the_warning_filters():
+def test_threads_affect_neither_each_other_nor_the_warning_filters():
     exif = b"Exif\0\0II*\0\x08\0\0\0\xff\xff"  # Pillow warns of it
     plain = encode(smooth(), "JPEG")
     noisy = plain[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + plain[2:]
@@ -451,7 +453,7 @@ def test_threads_do_not_disturb_each_other_or_the_warning_filters():
         warnings.warn("mine", stacklevel=1)
 
 
-def test_read_images_goes_by_content(tmp_path):
+def test_read_images_detects_the_format_from_the_content(tmp_path):
     preprocess = Preprocess(size=20, resize=24)
     (tmp_path / "a.txt").write_bytes(encode(smooth(), "PNG"))
     (tmp_path / "b.PNG").write_bytes(encode(smooth(), "JPEG"))
@@ -463,7 +465,7 @@ def test_read_images_goes_by_content(tmp_path):
     assert read_images([], preprocess).shape == (0, 20, 20, 3)
 
 
-def test_read_images_names_what_it_cannot_read(tmp_path):
+def test_read_images_names_a_file_it_cannot_read(tmp_path):
     (tmp_path / "page.jpg").write_bytes(b"<html>not found</html>")
     with pytest.raises(UnreadableImageError, match=r"page\.jpg: an HTML page, not an image"):
         read_images([tmp_path / "page.jpg"], Preprocess())
@@ -471,7 +473,7 @@ def test_read_images_names_what_it_cannot_read(tmp_path):
         read_images([tmp_path / "pag.jpg"], Preprocess())
 
 
-def test_the_trap_among_the_ants_is_an_image(shared_data):
+def test_the_placeholder_among_the_ants_is_decoded(shared_data):
     # A placeholder that a web site served for a lost photograph: a sound GIF, so it is decoded as
     # any viewer shows it, dark words on an almost white ground. Only a person can see it is no ant.
     source = open_folder(shared_data / "hymenoptera" / "train")

@@ -167,7 +167,7 @@ def test_examples_are_the_stored_files_under_their_labels(spec):
 @pytest.mark.parametrize(
     "spec", ["tfds", pytest.param("save_to_disk", marks=pytest.mark.slow)], indirect=True
 )
-def test_workers_read_the_same(spec):
+def test_workers_read_the_same_batches(spec):
     train, _, _ = open_splits(spec)
     source = select(train, range(19, 3, -1))
     skipped: list[dict[int, str]] = [{}, {}]
@@ -199,7 +199,7 @@ def test_digest_reads_no_image(spec, monkeypatch):
     assert select(select(train, [5, 1, 0]), [2, 1]).digest == select(train, [0, 1]).digest
 
 
-def test_digest_changes_with_a_content(hf, tfds, tmp_path):
+def test_digest_changes_with_the_content(hf, tfds, tmp_path):
     digests = {"hf": [], "tfds": []}
     for start in (0, 3):  # other images under the same name, labels and version
         for name in ("disk", "tiny_pets"):
@@ -216,7 +216,7 @@ def test_digest_changes_with_a_content(hf, tfds, tmp_path):
         assert first != second
 
 
-def test_digest_does_not_change_with_a_copy(tfds, tmp_path):
+def test_digest_does_not_change_when_files_are_copied(tfds, tmp_path):
     tfds_builder(
         tfds, "tiny_pets", {"train": range(30)}, keys=KEYS, hidden=True
     ).download_and_prepare()
@@ -226,14 +226,14 @@ def test_digest_does_not_change_with_a_copy(tfds, tmp_path):
     assert open_splits("tfds:tiny_pets", val_fraction=0).train.digest == before
 
 
-def test_a_validation_part_is_known_of_without_splitting(spec, hf, tmp_path):
+def test_a_validation_part_is_detected_without_splitting(spec, hf, tmp_path):
     assert has_validation(spec)
-    train, unlabelled = (
+    train, unlabeled = (
         rows(hf, range(6), label=(hf.ClassLabel(names=CLASSES), labels))
         for labels in ([0, 1, 2, 0, 1, 2], [-1] * 6)
     )
     # A split whose labels are withheld validates nothing, and the only split is for training.
-    assert not has_validation(save_to_disk(hf, tmp_path / "a", train=train, test=unlabelled))
+    assert not has_validation(save_to_disk(hf, tmp_path / "a", train=train, test=unlabeled))
     assert not has_validation(save_to_disk(hf, tmp_path / "b", train=train))
     assert not has_validation(save_to_disk(hf, tmp_path / "c", test=train))
 
@@ -258,12 +258,12 @@ def test_one_split_is_split_by_content(hf, tmp_path):
     assert examples_of(open_splits(spec, val_fraction=0.3).train) == examples_of(train)
 
 
-def test_what_has_no_label_or_no_class_to_train_on_is_left_out(hf, tmp_path):
+def test_examples_without_a_label_and_classes_without_an_example_are_left_out(hf, tmp_path):
     labels = [0, 2, None, -1, 0, 2]
     train = rows(hf, range(6), label=(hf.ClassLabel(names=CLASSES), labels))
-    unlabelled = rows(hf, range(6), label=(hf.ClassLabel(names=CLASSES), [-1] * 6))
+    unlabeled = rows(hf, range(6), label=(hf.ClassLabel(names=CLASSES), [-1] * 6))
     spec = save_to_disk(
-        hf, tmp_path / "x", train=train, validation=unlabelled, test=rows(hf, range(6, 10))
+        hf, tmp_path / "x", train=train, validation=unlabeled, test=rows(hf, range(6, 10))
     )
     train, val, notes = open_splits(spec)
     cats, foxes = (
@@ -280,7 +280,7 @@ def test_what_has_no_label_or_no_class_to_train_on_is_left_out(hf, tmp_path):
     )
 
 
-def test_an_image_that_is_not_there_is_reported_when_it_is_read(hf, tmp_path):
+def test_a_missing_image_is_reported_when_it_is_read(hf, tmp_path):
     images = [None, {"bytes": None, "path": None}, {"bytes": None, "path": str(tmp_path / "gone")}]
     stored = {"bytes": hf.Value("binary"), "path": hf.Value("string")}
     data = rows(hf, range(3), image=(stored, images))
@@ -318,7 +318,7 @@ def test_hf_columns_that_cannot_be_trained_on_are_refused(hf, tmp_path, columns,
     assert "\n" not in str(error.value)
 
 
-def test_label_is_preferred_to_other_columns_of_its_kind(hf, tmp_path):
+def test_the_column_named_label_is_preferred(hf, tmp_path):
     species = (hf.ClassLabel(names=["feline", "canine"]), [0] * 9)
     spec = save_to_disk(hf, tmp_path / "x", train=rows(hf, range(9), species=species))
     assert open_splits(spec, val_fraction=0).train.classes == tuple(CLASSES)
@@ -343,7 +343,9 @@ def test_label_is_preferred_to_other_columns_of_its_kind(hf, tmp_path):
         ("tfds:mnist:1.0.0", "mnist:1.0.0 cannot be opened: .* cannot be loaded at version 1.0.0"),
     ],
 )
-def test_what_is_not_there_is_refused_in_one_line(hf, tfds, tmp_path, monkeypatch, spec, message):
+def test_a_data_set_that_does_not_exist_is_refused_in_one_line(
+    hf, tfds, tmp_path, monkeypatch, spec, message
+):
     monkeypatch.chdir(tmp_path)
     rows(hf, range(9)).to_parquet("folder/train.parquet")
     Path("empty").mkdir()
@@ -368,7 +370,7 @@ def test_what_is_not_there_is_refused_in_one_line(hf, tfds, tmp_path, monkeypatc
         ),
     ],
 )
-def test_what_tfds_cannot_give_is_refused_in_one_line(
+def test_tfds_data_sets_without_the_right_features_are_refused_in_one_line(
     request, tfds, monkeypatch, features, options, message
 ):
     kinds = {
@@ -385,7 +387,7 @@ def test_what_tfds_cannot_give_is_refused_in_one_line(
     assert "\n" not in str(error.value)
 
 
-def test_tfds_prepares_what_it_knows_and_supervised_keys_choose(tfds, tmp_path):
+def test_tfds_prepares_a_registered_data_set_and_supervised_keys_select_features(tfds, tmp_path):
     tfds_builder(tfds, "known", {"train": range(9)}, keys=KEYS)
     train = open_splits("tfds:known", val_fraction=0).train
     assert examples_of(train) == examples(*range(9))
@@ -404,7 +406,7 @@ def prepare_and_edit(tfds: Any, file: str, **edits: str) -> None:
     path.write_text(text)
 
 
-def test_a_tfrecord_is_refused_with_a_way_out(tfds):
+def test_a_tfrecord_is_refused_with_instructions_to_convert_it(tfds):
     prepare_and_edit(tfds, "dataset_info.json", array_record="tfrecord")
     build = "`tfds build tiny_pets --file_format=array_record --data_dir=FOLDER`"
     with pytest.raises(RequestError, match=rf"\['tfrecord'\]; .*{build}.* TFDS_DATA_DIR=FOLDER"):
@@ -435,7 +437,7 @@ def test_a_missing_package_is_named(monkeypatch, spec, package):
             opens(spec)
 
 
-def test_the_packages_are_imported_late_and_bring_in_no_framework(hf, tmp_path):
+def test_the_packages_are_imported_lazily_and_import_no_framework(hf, tmp_path):
     spec = save_to_disk(hf, tmp_path / "x", train=rows(hf, range(30)))
     code = (
         "import sys, tljax.data.sources as s\n"

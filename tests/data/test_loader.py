@@ -56,7 +56,7 @@ def joined(batches: list[Batch]) -> Batch:
     return jax.tree.map(lambda *parts: np.concatenate(parts), *batches)
 
 
-def test_without_a_seed_the_order_is_the_sources(folder):
+def test_without_a_seed_the_order_is_that_of_the_source(folder):
     source = folder
     everything = joined(list(load_batches(source, TINY, batch_size=3)))
     assert everything.indices.tolist() == [*range(11), -1]
@@ -77,7 +77,7 @@ def test_the_tail_is_padded_to_the_full_shape():
 
 
 @pytest.mark.parametrize(("n", "expected"), [(0, 0), (1, 1), (4, 1), (5, 2)])
-def test_num_batches(n, expected):
+def test_num_batches_is_the_number_of_batches_yielded(n, expected):
     assert num_batches(n, 4) == num_batches(in_memory(n), 4) == expected
     assert len(list(load_batches(in_memory(n), TINY, batch_size=4))) == expected
 
@@ -112,7 +112,7 @@ def test_shuffled_rows_stay_together():
     seed=st.none() | st.integers(0, 9),
     data=st.data(),
 )
-def test_processes_share_the_batches_of_one(n, rows, processes, seed, data):
+def test_the_batches_of_several_processes_make_up_those_of_one(n, rows, processes, seed, data):
     source, batch_size = in_memory(n), rows * processes
     expected = list(load_batches(source, TINY, batch_size=batch_size, seed=seed))
     start = data.draw(st.integers(0, len(expected)))
@@ -138,7 +138,7 @@ class Recording:
         return np.zeros((2, 2, 3), np.uint8)
 
 
-def test_resuming_does_not_read_what_it_leaves_out():
+def test_resuming_does_not_read_skipped_batches():
     read: set[int] = set()
     source = replace(in_memory(12), examples=Recording(read))
     assert len(list(load_batches(source, TINY, batch_size=4, start=2))) == 1
@@ -146,7 +146,7 @@ def test_resuming_does_not_read_what_it_leaves_out():
     assert list(load_batches(source, TINY, batch_size=4, start=3)) == []
 
 
-def test_workers_change_nothing(folder, capfd):
+def test_workers_do_not_change_the_batches(folder, capfd):
     expected_skipped: dict[int, str] = {}
     skipped: dict[int, str] = {}
     load = partial(load_batches, folder, TINY, batch_size=2, seed=3, start=1)
@@ -176,7 +176,7 @@ def test_a_bad_image_is_masked_and_recorded_with_its_batch(folder):
     )  # nobody has to ask for the record
 
 
-def test_a_bad_image_can_fail(folder):
+def test_a_bad_image_raises_if_requested(folder):
     batches = load_batches(folder, TINY, batch_size=4, on_bad_image="fail")
     assert next(batches).mask.all()
     with pytest.raises(RequestError) as error:
@@ -186,7 +186,7 @@ def test_a_bad_image_can_fail(folder):
     )
 
 
-def test_a_file_that_vanished_is_a_bad_image(folder):
+def test_a_deleted_file_is_a_bad_image(folder):
     Path(folder.names[0]).unlink()
     skipped: dict[int, str] = {}
     list(load_batches(folder, TINY, batch_size=4, skipped=skipped))
@@ -202,7 +202,7 @@ def test_a_file_that_vanished_is_a_bad_image(folder):
         ({"batch_size": 4, "seed": -1}, "seed -1: choose 0 or more"),
     ],
 )
-def test_wrong_arguments_are_refused_at_once(options, message):
+def test_wrong_arguments_are_refused_before_the_iteration(options, message):
     with pytest.raises(RequestError, match=message):
         load_batches(in_memory(9), TINY, **options)
 
@@ -218,7 +218,7 @@ def wait_for_no_threads() -> None:
     assert not decoding_threads()
 
 
-def test_dropping_the_iterator_ends_its_threads(capfd):
+def test_deleting_the_iterator_ends_its_threads(capfd):
     wait_for_no_threads()  # of the tests before
     batches = load_batches(in_memory(200), TINY, batch_size=4)
     next(batches)
@@ -229,7 +229,7 @@ def test_dropping_the_iterator_ends_its_threads(capfd):
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_missing_end_is_said_once_for_all_epochs(folder, capfd, workers):
+def test_a_truncated_image_is_reported_once_for_all_epochs(folder, capfd, workers):
     path = Path(folder.names[2])
     path.write_bytes(path.read_bytes()[:-2])
     for epoch in range(2):
@@ -238,7 +238,7 @@ def test_a_missing_end_is_said_once_for_all_epochs(folder, capfd, workers):
     assert capfd.readouterr() == ("", said)
 
 
-def test_real_photographs(shared_data):
+def test_real_photographs_are_all_loaded(shared_data):
     source = open_folder(shared_data / "hymenoptera" / "val")
     skipped: dict[int, str] = {}
     everything = joined(

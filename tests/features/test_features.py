@@ -50,7 +50,7 @@ def cached(tmp_path, monkeypatch):
     return tmp_path, calls
 
 
-def test_what_a_killed_process_had_begun_is_swept_away_after_a_day(tiny, cached):
+def test_abandoned_files_are_removed_after_a_day(tiny, cached):
     model, variables = tiny
     folder = cached[0] / "features"
     kept = compute_features(model, variables, source(seed=1), LOADING, cache=True)
@@ -77,7 +77,7 @@ def test_what_a_killed_process_had_begun_is_swept_away_after_a_day(tiny, cached)
     assert len(cached[1]) == 2
 
 
-def test_a_cache_of_the_first_version_is_no_hindrance(tiny, cached, monkeypatch):
+def test_a_cache_entry_of_the_first_version_is_ignored_and_evicted(tiny, cached, monkeypatch):
     model, variables = tiny
     first = cached[0] / "features" / "1f"
     first.mkdir(parents=True)
@@ -95,7 +95,7 @@ def test_a_cache_of_the_first_version_is_no_hindrance(tiny, cached, monkeypatch)
     assert not first.exists()
 
 
-def test_features_are_what_apply_returns_whatever_the_batch(tiny):
+def test_features_equal_the_output_of_apply_for_any_batch_size(tiny):
     model, variables = tiny
     data = source(10)
     images = np.stack([data.read(i) for i in range(10)])
@@ -109,7 +109,7 @@ def test_features_are_what_apply_returns_whatever_the_batch(tiny):
 
 
 @pytest.mark.parametrize(("count", "rows"), [(1, [1]), (3, [4]), (16, [16]), (17, [16, 16])])
-def test_few_images_make_a_small_batch(tiny, count, rows):
+def test_few_images_are_loaded_in_a_small_batch(tiny, count, rows):
     model, variables = tiny
     seen = []
 
@@ -123,7 +123,7 @@ def test_few_images_make_a_small_batch(tiny, count, rows):
     assert seen == rows
 
 
-def test_advancing_through_the_stages_is_running_them_at_once(tiny):
+def test_advance_equals_running_all_stages_at_once(tiny):
     model, variables = tiny
     whole = compute_features(model, variables, source(), LOADING, stop=None)
     prefix = compute_features(model, variables, source(), LOADING, stop="layer1")
@@ -210,7 +210,7 @@ def test_pooling_averages_positions_and_leaves_vectors():
     )
 
 
-def test_an_evaluation_counts_what_it_says():
+def test_evaluate_counts_correct_and_wrong_predictions():
     logits = np.array([[3.0, 1, 0], [0, 2, 1], [5, 0, 0], [0, 0, 9]], np.float32)
     labels = np.array([0, 1, 2, 1], np.int32)
     found = evaluate(Outputs(logits, labels, np.array([7, 8, 9, 10]), {}))
@@ -253,7 +253,7 @@ def test_fine_tuning_starts_at_the_probe_and_keeps_the_best(tiny, splits):
         np.testing.assert_array_equal(leaf, before[path], strict=True)
 
 
-def test_the_result_is_the_network_that_was_measured(tiny, splits):
+def test_the_returned_network_has_the_returned_evaluation(tiny, splits):
     model, variables = tiny
     result = fit(model, variables, splits, CONFIG, **HOW)
     again = evaluate(
@@ -270,7 +270,7 @@ def test_the_same_seed_gives_the_same_bytes(tiny, splits):
     jax.tree.map(np.testing.assert_array_equal, one.variables, two.variables)
 
 
-def test_the_probe_recipe_touches_the_head_alone(tiny, splits):
+def test_the_probe_recipe_changes_only_the_head(tiny, splits):
     model, variables = tiny
     result = fit(model, variables, splits, replace(CONFIG, recipe="probe"), **HOW)
     assert len(result.history) == 1
@@ -289,7 +289,7 @@ def test_the_default_frozen_part_ends_before_the_lowest_resolution():
     assert default_freeze_to(build_model("efficientnet_lite0")) == "stage5"
 
 
-def test_what_cannot_be_trained_is_said(tiny, splits):
+def test_data_that_cannot_be_trained_on_is_refused(tiny, splits):
     model, variables = tiny
     with pytest.raises(RequestError, match="no stage 'layer7'"):
         fit(model, variables, splits, replace(CONFIG, freeze_to="layer7"), **HOW)

@@ -148,7 +148,7 @@ def test_solution_does_not_depend_on_the_path_to_it():
 
 
 @pytest.mark.parametrize("problem", [random, separable, wide])
-def test_a_path_takes_fewer_iterations_than_its_every_fourth_value_alone(problem):
+def test_a_path_takes_fewer_iterations_than_every_fourth_value_alone(problem):
     features, labels = problem()
     path = fit_logistic(features, labels, L2_VALUES, num_classes=CLASSES)
     alone = [
@@ -159,7 +159,7 @@ def test_a_path_takes_fewer_iterations_than_its_every_fourth_value_alone(problem
     assert path.iterations.sum() < sum(alone)
 
 
-def test_weight_zero_leaves_an_example_out_and_two_counts_it_twice():
+def test_weight_zero_excludes_an_example_and_weight_two_counts_it_twice():
     features, labels = random()
     weights = np.ones((2, EXAMPLES), int)
     weights[0, :50], weights[0, 50:100] = 0, 2
@@ -272,7 +272,7 @@ def test_probe_chooses_by_accuracy_then_by_loss():
     ("limit", "l2_values"),
     [(probe._CROSS_VALIDATION_LIMIT, NINE_VALUES), (EXAMPLES - 1, L2_VALUES)],
 )
-def test_held_out_figures_equal_sklearn(monkeypatch, limit, l2_values):
+def test_held_out_metrics_equal_sklearn(monkeypatch, limit, l2_values):
     monkeypatch.setattr(probe, "_CROSS_VALIDATION_LIMIT", limit)
     features, labels = random()
     fitted = fit_probe(features, labels, num_classes=CLASSES, l2_values=l2_values, seed=3)
@@ -296,7 +296,7 @@ def test_held_out_figures_equal_sklearn(monkeypatch, limit, l2_values):
 
 @settings(max_examples=50, deadline=None)
 @given(labels=st.lists(st.integers(0, 6), min_size=1, max_size=60), seed=st.integers(0, 99))
-def test_folds_are_stratified_and_spare_lone_examples(labels, seed):
+def test_folds_are_stratified_and_never_hold_out_the_only_example_of_a_class(labels, seed):
     labels = np.array(labels)
     held_out = probe._held_out(labels, seed)
     counts = np.bincount(labels)
@@ -316,7 +316,7 @@ def test_folds_hold_out_as_much_of_each_class_as_sklearns():
     np.testing.assert_array_equal(np.sort(ours, axis=0), np.sort(theirs, axis=0))
 
 
-def test_probe_with_a_lone_example_and_constant_features():
+def test_probe_is_finite_with_a_lone_example_and_constant_features():
     features, labels = duplicate_and_constant()
     labels = labels % 2
     labels[0] = 2
@@ -340,7 +340,7 @@ def test_knn_equals_a_loop(k):
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5)
 
 
-def test_knn_in_blocks(monkeypatch):
+def test_knn_in_blocks_equals_knn_at_once(monkeypatch):
     train, labels = random()
     whole = knn_predict(train, labels, train[:30], num_classes=CLASSES)
     monkeypatch.setattr(probe, "_MEMORY_BUDGET", 8 * EXAMPLES * 7)  # 7 queries at a time
@@ -375,7 +375,7 @@ def test_knn_of_a_zero_vector_is_finite():
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e19, 1e30])
-def test_neither_large_nor_small_features_change_the_answers(scale):
+def test_very_large_or_small_features_do_not_change_the_predictions(scale):
     """Their squares would over- or underflow."""
     rng = np.random.default_rng(0)
     labels = np.arange(60) % 3
@@ -391,7 +391,7 @@ def test_neither_large_nor_small_features_change_the_answers(scale):
         np.testing.assert_array_equal(found, expected)
 
 
-def test_a_regression_that_overflows_says_so():
+def test_a_regression_that_overflows_is_reported():
     features = np.random.default_rng(0).normal(size=(60, 8)) * 1e19
     with pytest.raises(DivergenceError, match=r"diverged on features of up to \d.\de\+19: check"):
         fit_logistic(features, np.arange(60) % 3, [1.0], num_classes=3)
@@ -438,7 +438,7 @@ def test_bad_weights_are_refused(weights):
         fit_logistic(*random(), [1.0, 2.0], num_classes=CLASSES, weights=weights)
 
 
-def test_probe_needs_something_to_hold_out():
+def test_probe_needs_two_examples_of_a_class():
     with pytest.raises(RequestError, match="no class has two examples"):
         fit_probe(np.eye(3), np.arange(3), num_classes=3)
 

@@ -55,7 +55,7 @@ def names(models, seed, root=Path(tljax.__file__).parents[1]):
     return dict(line.split() for line in done.stdout.splitlines())
 
 
-def test_every_network_has_the_same_name_in_every_process():
+def test_every_network_has_the_same_cache_key_in_every_process():
     first = names(FAMILIES, "1")
     assert first == names(FAMILIES, "2")
     assert len(set(first.values())) == len(FAMILIES)
@@ -82,7 +82,7 @@ def forget():
     store._file_digest.cache_clear()
 
 
-def test_another_byte_of_the_code_is_another_name(package):
+def test_changed_code_changes_the_cache_key(package):
     forget()
     found = [name_of()]
     for file in ("models/layers.py", "data/decode.py", "data/augment.py"):
@@ -113,7 +113,7 @@ def name_of(**settings):
     return store.folder(replace(tiny.MODEL, stages=stages), {}, "layer1", ()).name
 
 
-def test_the_settings_of_a_stage_are_part_of_the_name():
+def test_the_settings_of_a_stage_are_part_of_the_cache_key():
     functions = nn.relu, jax.nn.relu6, nn.hard_swish, twice, np.tanh
     partials = partial(twice), partial(nn.leaky_relu, negative_slope=0.1), partial(nn.leaky_relu)
     settings = [{"function": function} for function in (*functions, *partials)]
@@ -124,11 +124,11 @@ def test_the_settings_of_a_stage_are_part_of_the_name():
 
 
 @pytest.mark.parametrize("unnamed", [lambda x: x, object(), np.ones(2)])
-def test_what_cannot_be_told_apart_is_never_found_again(unnamed):
+def test_settings_that_cannot_be_described_get_a_unique_cache_key(unnamed):
     assert name_of(rates=unnamed) != name_of(rates=unnamed)
 
 
-def test_a_stage_of_ones_own_is_known_by_its_file(monkeypatch, tmp_path):
+def test_the_file_of_a_custom_stage_is_part_of_the_cache_key(monkeypatch, tmp_path):
     before = name_of()
     edited = tmp_path / "edited.py"
     edited.write_text(Path(__file__).read_text("utf-8") + "#", "utf-8")
@@ -158,7 +158,7 @@ def compute(tmp_path, monkeypatch):
     return compute
 
 
-def test_what_was_not_used_for_longest_makes_room(compute, tmp_path, monkeypatch, capsys):
+def test_the_least_recently_used_entries_are_evicted(compute, tmp_path, monkeypatch, capsys):
     each = 8 * 16 * 16 * 4
     folders = {}
     for age, count in enumerate((4, 5, 6)):
@@ -176,7 +176,7 @@ def test_what_was_not_used_for_longest_makes_room(compute, tmp_path, monkeypatch
     assert not any(folder.exists() for count, folder in folders.items() if count != 4)
 
 
-def test_features_over_the_limit_are_refused_and_drop_nothing(compute, tmp_path, monkeypatch):
+def test_features_over_the_limit_are_refused_and_evict_nothing(compute, tmp_path, monkeypatch):
     compute(4)
     monkeypatch.setenv("TLJAX_FEATURE_CACHE_GIB", "0.00001")
     with pytest.raises(RequestError, match=r"raise TLJAX_FEATURE_CACHE_GIB$"):
@@ -225,7 +225,7 @@ for entries in (10, 2.5):
 """
 
 
-def test_four_processes_sweep_over_one_cache(tmp_path):
+def test_four_processes_share_one_cache(tmp_path):
     """At the same time; then, with room for two of four, they evict each other's."""
     done = subprocess.run(
         [sys.executable, "-c", SWEEP, str(tmp_path), "15"],
@@ -240,7 +240,7 @@ def test_four_processes_sweep_over_one_cache(tmp_path):
     assert set(second.split()) == {"about.json", "values"}
 
 
-def test_who_comes_second_takes_what_is_there(compute, tmp_path, monkeypatch):
+def test_the_second_of_two_writers_returns_the_entry_of_the_first(compute, tmp_path, monkeypatch):
     made = []
     write = store._write_values
 
@@ -261,7 +261,7 @@ def test_who_comes_second_takes_what_is_there(compute, tmp_path, monkeypatch):
     assert not made[0].exists()
 
 
-def test_what_is_evicted_while_it_is_read_stays_readable(compute, tmp_path, monkeypatch):
+def test_an_entry_evicted_while_it_is_mapped_stays_readable(compute, tmp_path, monkeypatch):
     found = compute(4)
     expected = np.array(found.values)
     monkeypatch.setenv("TLJAX_FEATURE_CACHE_GIB", str(6.5 * 8 * 16 * 16 * 4 / 2**30))
@@ -270,7 +270,7 @@ def test_what_is_evicted_while_it_is_read_stays_readable(compute, tmp_path, monk
     np.testing.assert_array_equal(found.values, expected)
 
 
-def test_a_disk_that_gives_back_other_bytes_is_one_line(compute, tmp_path, monkeypatch):
+def test_a_disk_that_returns_other_bytes_is_one_line(compute, tmp_path, monkeypatch):
     write = store._write_values
 
     def damaged(path, *args):

@@ -148,11 +148,11 @@ def match_classes(source: Source, classes: Sequence[str]) -> tuple[Source, tuple
     network, the first of the network gets all their examples; see `ambiguous`.
 
     Args:
-        source: examples labelled with their own list of classes.
+        source: examples labeled with their own list of classes.
         classes: the network's classes, in the order of its logits.
 
     Returns:
-        The examples whose class the network has, labelled with indices into ``classes``; and notes
+        The examples whose class the network has, labeled with indices into ``classes``; and notes
         to print, one line each, on the differences between the two lists.
 
     Raises:
@@ -161,7 +161,7 @@ def match_classes(source: Source, classes: Sequence[str]) -> tuple[Source, tuple
     network_names, data_names = [*map(normal, classes)], [*map(normal, source.classes)]
     position = {key: index for index, key in enumerate(_numbered(network_names))}
     matches = [position.get(key, position.get((key[0], 0), -1)) for key in _numbered(data_names)]
-    # The last entry is for examples without a label, which are labelled -1.
+    # The last entry is for examples without a label, which are labeled -1.
     labels = np.array([*matches, -1], np.int32)[source.labels]
     retained = np.flatnonzero(labels >= 0)
     if not retained.size:
@@ -172,7 +172,7 @@ def match_classes(source: Source, classes: Sequence[str]) -> tuple[Source, tuple
     empty = [name for name in map(normal, without_example(source)) if name in network_names]
     notes = [
         f"{len(indices)} classes are called {name} ({' and '.join(map(str, indices))}):"
-        " each of its images is labelled with the most probable one"
+        " each of its images is labeled with the most probable one"
         for name, indices in ambiguous(source.classes, classes).items()
     ]
     notes += [
@@ -213,7 +213,7 @@ def split_by_content(source: Source, where: str, val_fraction: float) -> Splits:
     """Split a source by a hash of each example's content, as described in `open_splits`.
 
     Args:
-        source: labelled examples; all are read.
+        source: labeled examples; all are read.
         where: the name of the source in errors.
         val_fraction: fraction of the examples to validate on, in [0, 1). With 0, the training
             images are also the validation images.

@@ -100,7 +100,7 @@ def open_folder(path: str | PathLike[str]) -> Source:
     return _open_classes(path) if _folders(path) else _file_source(_files_of(path))
 
 
-def open_labelled_folder(path: Path) -> Source:
+def open_labeled_folder(path: Path) -> Source:
     """Open the validation folder of a folder or, if it has none, the folder itself.
 
     Raises:

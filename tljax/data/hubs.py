@@ -67,7 +67,7 @@ def hub_has_validation(spec: str) -> bool:
     return len(parts) > 1 and _validation(parts) is not None
 
 
-def open_labelled_hub(spec: str, val_fraction: float) -> Source:
+def open_labeled_hub(spec: str, val_fraction: float) -> Source:
     """Open the validation split of a data set or, if it has none, that of a split by content.
 
     Raises:
@@ -91,14 +91,14 @@ def _validation(parts: _Parts) -> Source | None:
 
 
 def _trainable(source: Source, where: str) -> tuple[Source, list[str]]:
-    unlabelled = np.count_nonzero(source.labels < 0)
+    unlabeled = np.count_nonzero(source.labels < 0)
     unused = without_example(source)
     used = [name for name in source.classes if name not in unused]
     if len(used) < 2:
         raise RequestError(f"{where} has examples of {shortened(used)}: training needs two classes")
     notes = []
-    if unlabelled:
-        notes.append(f"left out {unlabelled} examples without a label")
+    if unlabeled:
+        notes.append(f"left out {unlabeled} examples without a label")
     if unused:
         notes.append(
             f"left out {len(unused)} classes without training examples: {shortened(unused)}"

@@ -21,11 +21,11 @@ from tljax.data.folders import (
     open_folder,
     open_folder_splits,
     open_images,
-    open_labelled_folder,
+    open_labeled_folder,
     suggestion,
     train_and_val,
 )
-from tljax.data.hubs import hub_has_validation, is_hub, open_hub_splits, open_labelled_hub
+from tljax.data.hubs import hub_has_validation, is_hub, open_hub_splits, open_labeled_hub
 from tljax.runtime.errors import RequestError
 
 __all__ = [
@@ -96,7 +96,7 @@ def has_validation(spec: str) -> bool:
 
 
 def open_labelled(spec: str) -> Source:
-    """Open the labelled images to evaluate on.
+    """Open the labeled images to evaluate on.
 
     Args:
         spec: a data set as for `open_splits`, of which the validation part is used; or a folder of
@@ -108,8 +108,8 @@ def open_labelled(spec: str) -> Source:
     if spec == "digits":
         return open_splits(spec).val
     if is_hub(spec):
-        return open_labelled_hub(spec, VAL_FRACTION)
-    return open_labelled_folder(as_path(spec))
+        return open_labeled_hub(spec, VAL_FRACTION)
+    return open_labeled_folder(as_path(spec))
 
 
 def _digits() -> Source:

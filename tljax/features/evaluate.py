@@ -11,7 +11,7 @@ from tljax.metrics.classification import cross_entropies, ranks
 
 
 class Evaluation(NamedTuple):
-    """Metrics and predictions of a network on the labelled images that could be read.
+    """Metrics and predictions of a network on the labeled images that could be read.
 
     Attributes:
         top1: fraction of images whose label is the most probable class.

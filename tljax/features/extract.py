@@ -117,7 +117,7 @@ def compute_features(
         stored = store.read(folder)
         if stored is not None and not (stored[2] and loading.on_bad_image == "fail"):
             print(f"{description}  {len(stored[1])} images  from {folder}", file=sys.stderr)
-            return _labelled(stored, source)
+            return _labeled(stored, source)
     mesh = data_mesh(loading.devices)
     key = view and epoch_key(view.seed, view.number)
     forward = partial(_forward, model, mesh, None, stop, dtype, view and view.config, key)
@@ -138,10 +138,10 @@ def compute_features(
     size = feature_bytes(model, len(source), stop, dtype)
     computed = store.write(folder, batches, size, skipped)
     print(f"{description}  cached in {folder}", file=sys.stderr)
-    return _labelled(computed, source)
+    return _labeled(computed, source)
 
 
-def _labelled(stored: store.Stored, source: Source) -> Outputs:
+def _labeled(stored: store.Stored, source: Source) -> Outputs:
     values, indices, skipped = stored
     return Outputs(values, np.asarray(source.labels)[indices], indices, skipped)
 

@@ -170,7 +170,7 @@ def _write_values(
 
 
 def _publish(folder: Path, about: list[Any]) -> Stored | None:
-    """Make the values the entry's, unless it is complete already: then return what it has."""
+    """Publish an entry, or return the one that another process published first."""
     path, text = folder / "about.json", json.dumps(about)
     try:
         with written_whole(path, exclusive=True) as temporary:
