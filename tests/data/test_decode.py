@@ -1,4 +1,4 @@
-"""Decoding: torchvision's geometry to the pixel, and every odd file as a viewer would show it."""
+"""Decoding: resize and crop equal torchvision, and unusual files look as in viewers."""
 
 import io
 import struct
@@ -28,7 +28,7 @@ def noise(height: int, width: int, channels: int = 3) -> np.ndarray:
 
 
 def smooth(height: int = 48, width: int = 64) -> np.ndarray:
-    """A picture without symmetry that survives lossy compression."""
+    """Return an image without symmetry that lossy compression changes little."""
     y, x = np.mgrid[:height, :width]
     return np.stack([x * 255 // width, y * 255 // height, (x + y) % 97 + 60], axis=-1).astype(
         np.uint8
@@ -51,7 +51,7 @@ def pixels(data: bytes) -> np.ndarray:
 def torchvision_resize_and_crop(
     image: Image.Image, resize: int, size: int, resample: int
 ) -> Image.Image:
-    """``Compose([Resize(resize), CenterCrop(size)])`` for a PIL image, torchvision 0.26."""
+    """Compute ``Compose([Resize(resize), CenterCrop(size)])`` as torchvision 0.26 does."""
     width, height = image.size
     short, long = (width, height) if width <= height else (height, width)
     new_short, new_long = resize, int(resize * long / short)
@@ -94,7 +94,7 @@ def test_a_photograph_is_decoded_like_pillow(shared_data):
     np.testing.assert_array_equal(decode(path.read_bytes(), Preprocess()), np.asarray(expected))
 
 
-# How the upright picture is stored for each orientation, from the table of Exif 2.32 (tag 274).
+# Maps the upright image to the stored one for each orientation, from Exif 2.32 (tag 274).
 STORED = {
     1: lambda upright: upright,
     2: np.fliplr,
@@ -131,9 +131,9 @@ def test_large_jpegs_are_decoded_at_a_lower_resolution_with_similar_pixels(
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
     data = encode(photograph, "JPEG", quality=92, exif=exif)
-    found = decode(data, Preprocess(72, 80, "bilinear")).astype(int)
+    decoded = decode(data, Preprocess(72, 80, "bilinear")).astype(int)
     expected = torchvision_resize_and_crop(open_image(data), 80, 72, Image.Resampling.BILINEAR)
-    error = np.abs(found - np.asarray(expected))
+    error = np.abs(decoded - np.asarray(expected))
     assert 0 < error.max() <= 5
     assert error.mean() < 0.5
 
@@ -143,8 +143,8 @@ def test_only_large_jpegs_are_decoded_at_a_lower_resolution():
     for format_, times in (("JPEG", 1), ("PNG", 3)):
         data = encode(photograph.resize((639 * times, 700 * times)), format_)
         expected = torchvision_resize_and_crop(open_image(data), 80, 72, Image.Resampling.BILINEAR)
-        found = decode(data, Preprocess(72, 80, "bilinear"))
-        np.testing.assert_array_equal(found, np.asarray(expected))
+        decoded = decode(data, Preprocess(72, 80, "bilinear"))
+        np.testing.assert_array_equal(decoded, np.asarray(expected))
 
 
 @pytest.mark.parametrize("format_", ["JPEG", "TIFF", "PNG", "WEBP"])
@@ -154,8 +154,8 @@ def test_rotated_images_are_resized_in_their_upright_orientation(format_, orient
     exif[ExifTags.Base.Orientation] = orientation
     data = encode(Image.fromarray(skimage.data.chelsea()), format_, exif=exif)
     expected = torchvision_resize_and_crop(open_image(data), 128, 100, Image.Resampling.BILINEAR)
-    found = decode(data, Preprocess(100, 128, "bilinear")).astype(int)
-    assert np.abs(found - np.asarray(expected)).max() <= 1
+    decoded = decode(data, Preprocess(100, 128, "bilinear")).astype(int)
+    assert np.abs(decoded - np.asarray(expected)).max() <= 1
 
 
 @pytest.mark.parametrize("exif", [b"Exif\0\0garbage", b"Exif\0\0II*\0\xff\xff\xff\xff"])
@@ -175,13 +175,13 @@ def test_an_invalid_orientation_is_ignored(orientation):
 def test_cmyk_jpeg():
     rgb = smooth()
     data = encode(Image.fromarray(rgb).convert("CMYK"), "JPEG", quality=95)
-    assert b"Adobe" in data  # and so inverted
+    assert b"Adobe" in data  # so the values are inverted
     assert abs(pixels(data) - rgb).max() <= 12
 
 
 def test_ycck_jpeg():
     # Pillow writes CMYK only: store luma, chroma and black in its planes and mark them as YCCK,
-    # which is transform 2 of the Adobe segment. A decoder turns YCC into the inverse of RGB.
+    # which is transform 2 of the Adobe segment. Decoders convert YCC to the inverse of RGB.
     rgb = smooth()
     inverse = np.asarray(Image.fromarray(255 - rgb).convert("YCbCr"))
     black = np.full((*rgb.shape[:2], 1), 255, np.uint8)
@@ -201,11 +201,11 @@ def test_16_bit_grayscale_is_scaled(format_):
 
 
 def test_grayscale_and_one_bit():
-    grey = smooth()[:, :, 0]
-    np.testing.assert_array_equal(pixels(encode(grey, "PNG")), np.repeat(grey[:, :, None], 3, 2))
+    gray = smooth()[:, :, 0]
+    np.testing.assert_array_equal(pixels(encode(gray, "PNG")), np.repeat(gray[:, :, None], 3, 2))
     np.testing.assert_array_equal(
-        pixels(encode(Image.fromarray(grey > 99), "PNG")),
-        np.repeat(np.where(grey > 99, 255, 0)[:, :, None], 3, 2),
+        pixels(encode(Image.fromarray(gray > 99), "PNG")),
+        np.repeat(np.where(gray > 99, 255, 0)[:, :, None], 3, 2),
     )
 
 
@@ -222,39 +222,39 @@ def test_transparent_images_are_composited_over_white(format_):
 
 
 def test_grayscale_with_alpha_is_composited_over_white():
-    grey_alpha = np.dstack([smooth()[:, :, 0], smooth()[:, :, 1]])
-    alpha = grey_alpha[:, :, 1:] / 255
-    expected = grey_alpha[:, :, :1] * alpha + 255 * (1 - alpha)
-    assert abs(pixels(encode(Image.fromarray(grey_alpha), "PNG")) - expected).max() <= 1
+    gray_alpha = np.dstack([smooth()[:, :, 0], smooth()[:, :, 1]])
+    alpha = gray_alpha[:, :, 1:] / 255
+    expected = gray_alpha[:, :, :1] * alpha + 255 * (1 - alpha)
+    assert abs(pixels(encode(Image.fromarray(gray_alpha), "PNG")) - expected).max() <= 1
 
 
 @pytest.mark.parametrize("format_", ["PNG", "GIF"])
 def test_palette_with_a_transparent_color(format_):
     indices = noise(16, 16, 1) % 4
     image = Image.fromarray(indices).convert("P")
-    colours = np.array([[10, 20, 30], [200, 0, 0], [0, 200, 0], [0, 0, 200]], np.uint8)
-    image.putpalette(colours.tobytes())
-    expected = np.where(indices[:, :, None] == 2, 255, colours[indices])
+    colors = np.array([[10, 20, 30], [200, 0, 0], [0, 200, 0], [0, 0, 200]], np.uint8)
+    image.putpalette(colors.tobytes())
+    expected = np.where(indices[:, :, None] == 2, 255, colors[indices])
     np.testing.assert_array_equal(pixels(encode(image, format_, transparency=2)), expected)
-    np.testing.assert_array_equal(pixels(encode(image, format_)), colours[indices])
+    np.testing.assert_array_equal(pixels(encode(image, format_)), colors[indices])
 
 
 def test_palette_with_an_opacity_for_each_color():
     indices = noise(16, 16, 1) % 3
     image = Image.fromarray(indices).convert("P")
-    colours = np.array([[10, 20, 30], [200, 0, 0], [0, 200, 0]], np.uint8)
-    image.putpalette(colours.tobytes())
+    colors = np.array([[10, 20, 30], [200, 0, 0], [0, 200, 0]], np.uint8)
+    image.putpalette(colors.tobytes())
     opacity = np.array([0, 128, 255])
     alpha = (opacity / 255)[indices][:, :, None]
-    expected = colours[indices] * alpha + 255 * (1 - alpha)
+    expected = colors[indices] * alpha + 255 * (1 - alpha)
     data = encode(image, "PNG", transparency=bytes(opacity.tolist()))
     assert abs(pixels(data) - expected).max() <= 1
 
 
 def test_a_transparent_color_without_a_palette():
-    grey = noise(16, 16, 1) % 8
-    data = encode(grey, "PNG", transparency=5)
-    expected = np.where(grey == 5, 255, grey)[:, :, None]
+    gray = noise(16, 16, 1) % 8
+    data = encode(gray, "PNG", transparency=5)
+    expected = np.where(gray == 5, 255, gray)[:, :, None]
     np.testing.assert_array_equal(pixels(data), np.repeat(expected, 3, 2))
 
 
@@ -262,7 +262,7 @@ def test_a_transparent_color_without_a_palette():
     ("format_", "options"), [("GIF", {}), ("WEBP", {"lossless": True}), ("PNG", {}), ("TIFF", {})]
 )
 def test_first_frame(format_, options):
-    frames = [Image.new("RGB", (8, 6), colour) for colour in ("red", "lime", "blue")]
+    frames = [Image.new("RGB", (8, 6), color) for color in ("red", "lime", "blue")]
     data = encode(frames[0], format_, save_all=True, append_images=frames[1:], **options)
     assert Image.open(io.BytesIO(data)).n_frames == 3  # type: ignore[attr-defined] - not on all
     np.testing.assert_array_equal(pixels(data), np.asarray(frames[0]))
@@ -275,7 +275,7 @@ def test_common_formats(format_):
 
 
 def png(width: int, height: int, data: bytes = b"") -> bytes:
-    """A one-bit PNG whose header promises a size, whatever the data."""
+    """Build a one-bit PNG with a given size in its header, whatever the data."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return (
@@ -362,7 +362,7 @@ def test_a_jpeg_is_read_if_only_a_small_part_of_its_end_is_missing():
         whole = pixels(data)
         for share, readable in ((0.98, True), (0.9, False), (0.8, False), (0.5, False)):
             part = data[: int(len(data) * share)]
-            for rest in (b"", bytes(3000)):  # as a file system leaves it that had reserved the room
+            for rest in (b"", bytes(3000)):  # a file system may have reserved space for the rest
                 if readable:
                     assert abs(pixels(part + rest) - whole).mean() < 2.5
                 else:
@@ -377,7 +377,7 @@ def test_a_progressive_jpeg_is_read_if_its_last_scan_has_begun():
     assert abs(pixels(begun) - pixels(data)).mean() < 3
     with pytest.raises(UnreadableImageError, match="damaged or cut short"):
         open_image(not_begun)
-    thumbnail = encode(smooth(), "JPEG")  # its scan is not one of the picture
+    thumbnail = encode(smooth(), "JPEG")  # its scan does not belong to the image
     segment = b"\xff\xe1" + struct.pack(">H", len(thumbnail) + 2) + thumbnail
     with pytest.raises(UnreadableImageError, match="damaged or cut short"):
         open_image(not_begun[:2] + segment + not_begun[2:])
@@ -437,7 +437,7 @@ def test_headers_followed_by_any_bytes_are_decoded_or_refused(seed, length, tail
 
 
 def test_threads_affect_neither_each_other_nor_the_warning_filters():
-    exif = b"Exif\0\0II*\0\x08\0\0\0\xff\xff"  # Pillow warns of it
+    exif = b"Exif\0\0II*\0\x08\0\0\0\xff\xff"  # Pillow warns about it
     plain = encode(smooth(), "JPEG")
     noisy = plain[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + plain[2:]
     with pytest.warns(UserWarning, match="."):
@@ -474,8 +474,7 @@ def test_read_images_names_a_file_it_cannot_read(tmp_path):
 
 
 def test_the_placeholder_among_the_ants_is_decoded(shared_data):
-    # A placeholder that a web site served for a lost photograph: a sound GIF, so it is decoded as
-    # any viewer shows it, dark words on an almost white ground. Only a person can see it is no ant.
+    # A web site served this GIF, text on a light background, in place of a missing photograph.
     source = open_folder(shared_data / "hymenoptera" / "train")
     (index,) = (i for i, name in enumerate(source.names) if name.endswith("imageNotFound.gif"))
     image = decode(source.read(index), Preprocess())

@@ -1,6 +1,6 @@
-"""Data sets of TensorFlow Datasets and Hugging Face: the same examples, whatever holds them.
+"""Data sets of TensorFlow Datasets and Hugging Face: the same examples in every format.
 
-All are made on the spot, with the packages themselves and without TensorFlow.
+All are created by the tests, with the packages themselves and without TensorFlow.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ KEYS = ("image", "label")
 
 
 def content(index: int) -> bytes:
-    """A photograph, but for every fifth, which would fail if anything decoded it."""
+    """Return an encoded image, or for every fifth index bytes that cannot be decoded."""
     if index % 5 == 0:
         return f"not an image {index}".encode()
     file = io.BytesIO()
@@ -74,7 +74,7 @@ def _tfds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def rows(hf: Any, indices: range, **columns: Any) -> Any:
-    """A data set with an image, a label and more columns, ``{name: (feature, values)}``."""
+    """Create a data set with an image, a label and more columns, ``{name: (feature, values)}``."""
     columns = {
         "image": (hf.Image(), [{"bytes": content(i), "path": None} for i in indices]),
         "label": (hf.ClassLabel(names=CLASSES), [label(i) for i in indices]),
@@ -93,7 +93,7 @@ def save_to_disk(hf: Any, folder: Path, **splits: Any) -> str:
 
 
 def tfds_builder(tfds: Any, dataset_name: str, splits: dict[str, range], **options: Any) -> Any:
-    """A builder that TFDS then knows by name, unless it is to be ``hidden``."""
+    """Create a builder, registered with TFDS by name unless ``hidden`` is set."""
     image, names = tfds.features.Image, tfds.features.ClassLabel
     features = options.get("features") or {
         "image": image(encoding_format="jpeg"),
@@ -133,7 +133,7 @@ def tfds_builder(tfds: Any, dataset_name: str, splits: dict[str, range], **optio
 
 @pytest.fixture(name="spec", params=["tfds", "save_to_disk", "parquet", "imagefolder"])
 def _spec(request: pytest.FixtureRequest, tmp_path: Path, hf: Any) -> str:
-    """20 examples in train and 6 in test, in one of the formats."""
+    """Write 20 examples to train and 6 to test, in one of the formats."""
     splits = {"train": range(20), "test": range(20, 26)}
     folder = tmp_path / request.param
     if request.param == "tfds":
@@ -201,7 +201,7 @@ def test_digest_reads_no_image(spec, monkeypatch):
 
 def test_digest_changes_with_the_content(hf, tfds, tmp_path):
     digests = {"hf": [], "tfds": []}
-    for start in (0, 3):  # other images under the same name, labels and version
+    for start in (0, 3):  # different images with the same name, labels and version
         for name in ("disk", "tiny_pets"):
             shutil.rmtree(tmp_path / name, ignore_errors=True)
         indices = range(start, start + 30)
@@ -222,7 +222,7 @@ def test_digest_does_not_change_when_files_are_copied(tfds, tmp_path):
     ).download_and_prepare()
     before = open_splits("tfds:tiny_pets", val_fraction=0).train.digest
     for shard in (tmp_path / "tiny_pets/3.2.0").iterdir():
-        os.utime(shard, (0, 2e9))  # TFDS tells times to the second
+        os.utime(shard, (0, 2e9))  # TFDS stores times in seconds
     assert open_splits("tfds:tiny_pets", val_fraction=0).train.digest == before
 
 
@@ -232,7 +232,7 @@ def test_a_validation_part_is_detected_without_splitting(spec, hf, tmp_path):
         rows(hf, range(6), label=(hf.ClassLabel(names=CLASSES), labels))
         for labels in ([0, 1, 2, 0, 1, 2], [-1] * 6)
     )
-    # A split whose labels are withheld validates nothing, and the only split is for training.
+    # A split without labels cannot validate, and the only split is for training.
     assert not has_validation(save_to_disk(hf, tmp_path / "a", train=train, test=unlabeled))
     assert not has_validation(save_to_disk(hf, tmp_path / "b", train=train))
     assert not has_validation(save_to_disk(hf, tmp_path / "c", test=train))
@@ -254,7 +254,7 @@ def test_one_split_is_split_by_content(hf, tmp_path):
     assert examples_of(nameless.val) == examples_of(val)
 
     spec = save_to_disk(hf, tmp_path / "test", Test=rows(hf, range(50)))
-    assert len(open_labelled(spec)) == 50  # as there is nothing else to train on
+    assert len(open_labelled(spec)) == 50  # the only split is used as a whole
     assert examples_of(open_splits(spec, val_fraction=0.3).train) == examples_of(train)
 
 

@@ -1,4 +1,4 @@
-"""The loader: the same batches whatever the threads, workers and processes, and no image lost."""
+"""The loader yields the same batches for any number of workers and processes, with every image."""
 
 import threading
 import time
@@ -24,7 +24,7 @@ TINY = Preprocess(size=2, resize=2)
 
 
 def in_memory(n: int) -> Source:
-    """``n`` images of one colour, which is their index; the label is the index modulo 3."""
+    """Create ``n`` images whose pixels are their index; the label is the index modulo 3."""
     images = (
         np.arange(n, dtype=np.uint8)[:, None, None, None].repeat(2, 1).repeat(2, 2).repeat(3, 3)
     )
@@ -34,7 +34,7 @@ def in_memory(n: int) -> Source:
 
 @pytest.fixture(name="folder")
 def _folder(tmp_path: Path) -> Source:
-    """Eleven photographs of two classes; the file at index 5 is a web page."""
+    """Create eleven images of two classes; the file at index 5 is a web page."""
     rng = np.random.default_rng(0)
     for i in range(11):
         path = tmp_path / "ab"[i % 2] / f"{i:02d}.jpg"
@@ -93,7 +93,7 @@ def test_shuffling_depends_on_seed_and_epoch_alone():
     assert all(sorted(o) == list(range(10)) for o in orders)
     assert len({tuple(o) for o in orders}) == 9
     assert order(1, 2) == order(1, 2)
-    # A run that is resumed under another version of numpy must see the same order.
+    # A run resumed with another version of numpy must see the same order.
     assert order(1, 2) == [7, 1, 3, 0, 4, 8, 9, 2, 6, 5]
 
 
@@ -155,7 +155,7 @@ def test_workers_do_not_change_the_batches(folder, capfd):
     batches = list(load(skipped=skipped, workers=2))
     assert_same(iter(batches), expected)
     assert skipped == expected_skipped == {5: "an HTML page, not an image"}
-    # An array in shared memory would keep a file open.
+    # An array in shared memory keeps a file open.
     assert all(type(batch.inputs) is np.ndarray and batch.inputs.base is None for batch in batches)
     assert capfd.readouterr() == ("", "")
 
@@ -171,9 +171,7 @@ def test_a_bad_image_is_masked_and_recorded_with_its_batch(folder):
     assert second.mask.tolist() == [True, False, True, True]
     assert second.targets.tolist() == folder.labels[4:8].tolist()
     assert not second.inputs[1].any()
-    assert (
-        len(list(load_batches(folder, TINY, batch_size=4))) == 3
-    )  # nobody has to ask for the record
+    assert len(list(load_batches(folder, TINY, batch_size=4))) == 3  # skipped is optional
 
 
 def test_a_bad_image_raises_if_requested(folder):
@@ -234,8 +232,8 @@ def test_a_truncated_image_is_reported_once_for_all_epochs(folder, capfd, worker
     path.write_bytes(path.read_bytes()[:-2])
     for epoch in range(2):
         list(load_batches(folder, TINY, batch_size=4, workers=workers, seed=0, epoch=epoch))
-    said = f"note: {path}: the end of the file is missing; the decoded part is used\n"
-    assert capfd.readouterr() == ("", said)
+    expected = f"note: {path}: the end of the file is missing; the decoded part is used\n"
+    assert capfd.readouterr() == ("", expected)
 
 
 def test_real_photographs_are_all_loaded(shared_data):

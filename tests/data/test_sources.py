@@ -1,4 +1,4 @@
-"""Sources: what counts as an example, which split it falls into, and what is refused."""
+"""Sources: which files are examples, which split they are in, and which errors are raised."""
 
 import contextlib
 import hashlib
@@ -34,7 +34,7 @@ from tljax.runtime.files import mark_output
 
 
 def write(root: Path, *files: str) -> Path:
-    """Makes files whose content is their name; a name that ends in / is an empty folder."""
+    """Write files whose content is their name; a name that ends in / is an empty folder."""
     for name in files:
         path = root / name
         (path if name.endswith("/") else path.parent).mkdir(parents=True, exist_ok=True)
@@ -153,7 +153,7 @@ def test_adding_files_moves_no_example_to_the_other_split(tmp_path_factory, firs
 
     before = sides(first)
     after = sides(first + more)
-    assert all(len(side) == 1 for side in after.values())  # copies never straddle
+    assert all(len(side) == 1 for side in after.values())  # copies are in one split
     assert {content: after[content] for content in before} == before
 
 
@@ -303,20 +303,20 @@ def test_a_broken_link_is_an_example_that_cannot_be_read(tmp_path):
     assert open_splits(str(tmp_path)).train.digest  # it can still be split and hashed
 
 
-LITTER = (
+IGNORED = (
     "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "__MACOSX", "lost+found",
     ".ipynb_checkpoints", ".git", ".Trash-1000", "@Recycle", ".@__thumb", "@__thumb", ".thumbnails",
     ".picasaoriginals", ".dtrash", "CVS", "#snapshot", "Icon\r",
 )  # fmt: skip
-LITTER_FILES = ("Thumbs.db", ".DS_Store", "._1.jpg", "desktop.ini", "ehthumbs.db")
+IGNORED_FILES = ("Thumbs.db", ".DS_Store", "._1.jpg", "desktop.ini", "ehthumbs.db")
 
 
-@pytest.mark.parametrize("spelt", [str, str.lower, str.upper])
-def test_files_and_folders_of_operating_systems_are_ignored(tmp_path, spelt):
+@pytest.mark.parametrize("change_case", [str, str.lower, str.upper])
+def test_files_and_folders_of_operating_systems_are_ignored(tmp_path, change_case):
     write(tmp_path, "ants/1.jpg", "wasps/2.jpg")
     for folder in ("", "ants/", "ants/deep/"):
-        write(tmp_path, *(f"{folder}{spelt(name)}/a/3.jpg" for name in LITTER))
-        write(tmp_path, *(f"{folder}{spelt(name)}" for name in LITTER_FILES))
+        write(tmp_path, *(f"{folder}{change_case(name)}/a/3.jpg" for name in IGNORED))
+        write(tmp_path, *(f"{folder}{change_case(name)}" for name in IGNORED_FILES))
     source = open_folder(tmp_path)
     assert source.classes == ("ants", "wasps")
     assert contents(source) == [b"ants/1.jpg", b"wasps/2.jpg"]
@@ -342,7 +342,7 @@ def test_output_folders_are_ignored_unless_named(tmp_path):
     assert contents(source) == contents(open_images([tmp_path])) == [b"ants/1.jpg", b"wasps/2.jpg"]
     assert contents(open_images([tmp_path / "out"])) == [b"out/7.png"]
     assert contents(open_folder(tmp_path / "runs" / "1")) == [b"runs/1/best/3.png"]
-    write(tmp_path, "runs/mine.jpg")  # somebody's own
+    write(tmp_path, "runs/mine.jpg")  # not written by tljax
     assert open_folder(tmp_path).classes == ("ants", "empty", "runs", "wasps")
 
 
@@ -395,7 +395,7 @@ def test_train_can_be_the_name_of_a_class(tmp_path):
     assert open_folder(tmp_path).classes == ("car", "train")
 
 
-COMPOSED, DECOMPOSED = "h\u00e9ron", "he\u0301ron"  # as Linux and macOS have it
+COMPOSED, DECOMPOSED = "h\u00e9ron", "he\u0301ron"  # as on Linux and on macOS
 
 
 def test_names_are_compared_in_a_normal_form_of_unicode(tmp_path):
@@ -575,7 +575,6 @@ def test_classes_are_matched_by_name():
 
 
 def test_classes_with_the_same_name_are_matched_in_order():
-    """One of the data may be any of the network's; two are matched in their order."""
     source = in_memory([b"0", b"1"], [0, 1], ["crane", "heron"])
     matched, notes = match_classes(source, ["heron", "crane", "stork", "crane"])
     assert matched.labels.tolist() == [1, 0]

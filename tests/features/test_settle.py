@@ -1,4 +1,4 @@
-"""Labels that stand for several classes."""
+"""Labels whose name several classes share."""
 
 import numpy as np
 

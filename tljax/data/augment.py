@@ -23,6 +23,7 @@ OPERATIONS = (
 """The operations that RandAugment samples from."""
 
 _Pixels = UInt8[Array, "size size 3"]
+"""A square RGB image."""
 
 # "aug" and "mix" in ASCII, folded into the seed so that no other use of it has the same keys.
 _AUGMENT, _MIX = 0x617567, 0x6D6978

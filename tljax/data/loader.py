@@ -9,11 +9,15 @@ from typing import Literal
 import grain
 import numpy as np
 from absl import flags
+from jaxtyping import Int
 
 from tljax.data.decode import decode, print_remarks
 from tljax.data.sources import Source
 from tljax.runtime.errors import RequestError, UnreadableImageError
 from tljax.runtime.types import Batch, Preprocess
+
+BatchRows = Int[np.ndarray, "batches rows"]
+"""Indices of the examples of each batch; -1 for padding."""
 
 
 def num_batches(examples: Sized | int, batch_size: int) -> int:
@@ -102,7 +106,7 @@ def refuse_none(source: Source, skipped: dict[int, str]) -> None:
 
 def batch_rows(
     n: int, batch_size: int, seed: int | None = None, epoch: int = 0, multiple: int = 1
-) -> np.ndarray:
+) -> BatchRows:
     """Assign ``n`` examples to the batches of a pass.
 
     The assignment never changes between versions. The other arguments are those of `load_batches`.
@@ -121,7 +125,7 @@ def batch_rows(
     return np.pad(rows, ((0, 0), (0, -batch_size % multiple)), constant_values=-1)
 
 
-def shard_rows(rows: np.ndarray, shard: tuple[int, int]) -> np.ndarray:
+def shard_rows(rows: BatchRows, shard: tuple[int, int]) -> BatchRows:
     """Return one process's part, ``[batches, rows / processes]``, of the rows of all batches.
 
     Args:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Float, Int
 
 from tljax.features.extract import Outputs
 from tljax.metrics.classification import cross_entropies, ranks
@@ -29,13 +30,13 @@ class Evaluation(NamedTuple):
     top5: float
     loss: float
     examples: int
-    confusion: np.ndarray
-    predicted: np.ndarray
-    probability: np.ndarray
-    labels: np.ndarray
-    indices: np.ndarray
+    confusion: Int[np.ndarray, "classes classes"]
+    predicted: Int[np.ndarray, " n"]
+    probability: Float[np.ndarray, " n"]
+    labels: Int[np.ndarray, " n"]
+    indices: Int[np.ndarray, " n"]
 
-    def worst(self, count: int) -> np.ndarray:
+    def worst(self, count: int) -> Int[np.ndarray, " rows"]:
         """Return the rows of up to ``count`` wrong predictions, the most confident ones first."""
         wrong = np.flatnonzero(self.predicted != self.labels)
         return wrong[np.argsort(-self.probability[wrong], kind="stable")][:count]

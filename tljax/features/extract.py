@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Int, Key, Shaped
 
 from tljax.data.augment import augment, epoch_key
-from tljax.data.loader import batch_rows, load_batches, shard_rows
+from tljax.data.loader import BatchRows, batch_rows, load_batches, shard_rows
 from tljax.data.options import AugmentConfig, Loading
 from tljax.data.sources import Source, Splits
 from tljax.features import store
@@ -61,9 +62,9 @@ class Outputs(NamedTuple):
         skipped: for images that could not be read, the reason by position in the source.
     """
 
-    values: np.ndarray
-    labels: np.ndarray
-    indices: np.ndarray
+    values: Shaped[np.ndarray, "n ..."]
+    labels: Int[np.ndarray, " n"]
+    indices: Int[np.ndarray, " n"]
     skipped: dict[int, str]
 
     def pooled(self, prefix_tokens: int = 0) -> "Outputs":
@@ -231,13 +232,13 @@ def process_shard() -> tuple[int, int]:
     return jax.process_index(), jax.process_count()
 
 
-def process_rows(rows: np.ndarray) -> np.ndarray:
+def process_rows(rows: BatchRows) -> BatchRows:
     """Return this process's part, ``[batches, rows / processes]``, of the rows of all batches."""
     return shard_rows(rows, process_shard())
 
 
 def feature_rows(
-    features: Outputs, rows: np.ndarray
+    features: Outputs, rows: BatchRows
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Yield the inputs, mask and indices of batches of activations, as `Source.batch` takes them.
 
@@ -277,11 +278,11 @@ def _forward(
     stop: str | int | None,
     dtype: Dtype,
     augmentation: AugmentConfig | None,
-    key: jax.Array | None,
+    key: Key[jax.Array, ""] | None,
     variables: Variables,
-    x: jax.Array,
-    indices: jax.Array,
-) -> jax.Array:
+    x: Shaped[jax.Array, "batch ..."],
+    indices: Int[jax.Array, " batch"],
+) -> Shaped[jax.Array, "batch ..."]:
     if augmentation is not None and key is not None:
         x = augment(x, indices, key, model.preprocess.size, augmentation)
     value = apply(model, variables, x, start=start, stop=stop).value.astype(dtype)
