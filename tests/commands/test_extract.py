@@ -119,7 +119,7 @@ def test_a_data_set_has_a_name_instead(place, tmp_path):
         ("nowhere", "x.npz", (), "nowhere does not exist"),
         ("photographs", "a.npz", (), "a.npz is a folder: name a file"),
         ("photographs", "net.safetensors/x.npz", (), "cannot be written (File exists)"),
-        ("photographs/blue/2.txt", "x.npz", (), "2.txt is a file: name a folder"),
+        ("photographs/blue/2.txt", "x.npz", (), "2.txt is a file: choose a folder"),
     ],
 )
 def test_a_bad_request_is_one_line_before_any_work(place, monkeypatch, data, out, options, said):

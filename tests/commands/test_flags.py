@@ -173,7 +173,10 @@ def test_the_ends_of_a_range_are_taken_as_it_says():
         (lambda: OptimizerConfig(weight_decay=-1), "--weight-decay -1: choose a number from 0"),
         (lambda: AdversaryConfig(epsilon=256), "--epsilon 256: choose a number above 0, up to 255"),
         (lambda: AugmentConfig(scale=(0.2, 1.5)), "--scale 0.2 1.5: choose a number above 0"),
-        (lambda: AugmentConfig(scale=(0.9, 0.2)), "--scale 0.9 0.2: the first number is the lower"),
+        (
+            lambda: AugmentConfig(scale=(0.9, 0.2)),
+            "--scale 0.9 0.2: the first number must not be above",
+        ),
         (lambda: AugmentConfig(ratio=(0.9, 0.95)), "--ratio 0.9 0.95: choose a number from 1"),
         (lambda: Loading(batch_size=0), "--batch-size 0: choose a whole number from 1"),
         (lambda: Loading(workers=-1), "--workers -1: choose a whole number from 0"),

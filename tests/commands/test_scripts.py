@@ -355,7 +355,7 @@ def test_who_measures_on_training_images_says_so(cache: Path, tmp_path: Path):
     for i in range(3):
         paint(tmp_path / "data" / "a" / f"{i}.png", (200, 60, 60), i)
         paint(tmp_path / "data" / "b" / f"{i}.png", (60, 60, 200), i)
-    note = "no validation images: all figures are of the 6 training images"
+    note = "no validation images: metrics are computed on the 6 training images"
     options = ("--data", tmp_path / "data", "--image-size", "32", "--val-fraction", "0")
     for script, quick in (("probe", ("--stage", "stage1")), ("compare", ("nowhere.pth",))):
         assert note in call_script(cache, script, *quick, *options).stdout.splitlines()

@@ -1,4 +1,4 @@
-"""Augmentation: a function of seed, epoch and example alone, and Pillow is the judge of it."""
+"""Augmentation depends on seed, epoch and example only, and equals Pillow."""
 
 import math
 import os
@@ -42,7 +42,7 @@ resized_crop = jax.jit(_resized_crop, static_argnums=2)
 
 
 def levels(images: jax.Array) -> np.ndarray:
-    """The whole levels that float images stand for."""
+    """Convert float images to integer levels, checking that they are exact."""
     exact = np.asarray(images) * 255
     np.testing.assert_allclose(exact, exact.round(), atol=1e-4)
     return exact.round().astype(np.uint8)
@@ -81,18 +81,18 @@ def test_seeds_and_epochs_differ():
     keys = [epoch_key(seed, epoch) for seed in range(2) for epoch in range(3)]
     results = [np.asarray(augment(IMAGES[:1], INDICES[:1], key, 16, ALL)) for key in keys]
     assert len({result.tobytes() for result in results}) == 6
-    # A resumed run, years later, must go on with what the run would have seen.
+    # A run resumed with a later version must see the same augmentations.
     assert jax.random.key_data(epoch_key(3, 4)).tolist() == [2514142082, 2772707869]
 
 
-def test_the_key_is_threefrys_whatever_the_default():
+def test_the_key_is_threefry_whatever_the_default():
     expected = jax.random.key_data(epoch_key(1, 2))
     with jax.default_prng_impl("rbg"):
         assert jax.random.key_data(epoch_key(1, 2)).tolist() == expected.tolist()
 
 
-def test_jit_changes_nothing():
-    with jax.disable_jit():  # without RandAugment, as a minute goes into its single operations
+def test_jit_does_not_change_the_result():
+    with jax.disable_jit():  # without RandAugment, which takes a minute without jit
         plain = augment(IMAGES[:1], INDICES[:1], KEY, 16, AugmentConfig())
     compiled = augment(IMAGES[:1], INDICES[:1], KEY, 16, AugmentConfig())
     np.testing.assert_array_equal(levels(plain), levels(compiled))
@@ -114,15 +114,15 @@ def test_values_stay_between_0_and_1(seed, kind):
 
 
 @pytest.mark.parametrize(("side", "size"), [(9, 6), (10, 5), (8, 5), (7, 7), (11, 4)])
-def test_off_is_the_central_crop_of_decode(side, size):
+def test_without_augmentation_the_result_is_the_central_crop_of_decode(side, size):
     images = IMAGES[:, :side, :side]
     crops = [decode(image, Preprocess(size=size, resize=side)) for image in images]
-    # What `normalize` makes of uint8; compiled, since XLA divides by 255 in its own way.
+    # Compiled, since XLA rounds a division by 255 differently from numpy.
     expected = jax.jit(lambda levels: levels.astype(jnp.float32) / 255)(np.stack(crops))
     np.testing.assert_array_equal(augment(images, INDICES, KEY, size, OFF), expected)
 
 
-def test_a_flip_is_a_flip_half_of_the_time():
+def test_half_of_the_images_are_flipped():
     n = 2000
     images = IMAGES[:1].repeat(n, 0)
     config = AugmentConfig(crop=False)
@@ -134,8 +134,8 @@ def test_a_flip_is_a_flip_half_of_the_time():
 
 @pytest.mark.parametrize("scale", [(0.08, 1.0), (0.35, 1.0), (0.5, 0.5), (1.0, 1.0)])
 @pytest.mark.parametrize("ratio", [(3 / 4, 4 / 3), (0.5, 1.0), (1.0, 1.0)])
-def test_boxes_have_the_area_and_the_ratio_asked_for(scale, ratio):
-    side, n = 4096, 4000  # so large that rounding to pixels does not blur the limits
+def test_boxes_have_the_configured_area_and_ratio(scale, ratio):
+    side, n = 4096, 4000  # large enough that rounding to pixels does not matter
     config = AugmentConfig(scale=scale, ratio=ratio)
     draws = jax.random.uniform(KEY, (n, 4))
     boxes = jax.vmap(partial(_random_box, side=side, config=config))(draws)
@@ -147,7 +147,7 @@ def test_boxes_have_the_area_and_the_ratio_asked_for(scale, ratio):
     assert area.max() <= scale[1] + 1e-3
     assert aspect.min() >= ratio[0] - 2e-3
     assert aspect.max() <= ratio[1] + 2e-3
-    # The area is uniform, and so are the positions that the box leaves room for.
+    # The area is uniform, and so is the position among those at which the box fits.
     spread = 5 * (scale[1] - scale[0]) / math.sqrt(12 * n)
     assert abs(area.mean() - sum(scale) / 2) <= spread + 1e-3
     for start, length in ((top, height), (left, width)):
@@ -164,7 +164,7 @@ def test_boxes_have_the_area_and_the_ratio_asked_for(scale, ratio):
 
 @settings(max_examples=40, deadline=None)
 @given(data=st.data(), size=st.sampled_from([5, 16, 33]))
-def test_the_crop_is_resized_as_pillow_does(data, size):
+def test_the_crop_is_resized_like_pillow(data, size):
     top, left = (data.draw(st.integers(0, 19)) for _ in range(2))
     height, width = (data.draw(st.integers(1, 20 - start)) for start in (top, left))
     result = resized_crop(IMAGES[0], jnp.array([top, left, height, width]), size)
@@ -174,7 +174,7 @@ def test_the_crop_is_resized_as_pillow_does(data, size):
     assert abs(np.asarray(result, int) - expected).max() <= 1
 
 
-def test_the_full_box_is_resized_as_jax_does():
+def test_the_full_box_is_resized_like_jax():
     config = AugmentConfig(flip=False, scale=(1, 1))
     result = levels(augment(IMAGES, INDICES, KEY, 13, config)).astype(int)
     expected = jax.image.resize(IMAGES.astype(np.float32), (6, 13, 13, 3), "linear")
@@ -183,25 +183,25 @@ def test_the_full_box_is_resized_as_jax_does():
 
 STRENGTHS = [-1.0, -0.7, -0.3, 0.0, 0.3, 0.7, 1.0]
 PHOTO = np.asarray(Image.fromarray(IMAGES[0]).resize((64, 64), Image.Resampling.BICUBIC))
-DIM = (PHOTO // 3 + [10, 50, 100]).astype(np.uint8)  # leaves autocontrast something to do
+DIM = (PHOTO // 3 + [10, 50, 100]).astype(np.uint8)  # low contrast, for autocontrast
 FLAT = np.full((64, 64, 3), [0, 100, 255], np.uint8)
 SPARSE = np.where(np.arange(64 * 64).reshape(64, 64, 1) < 9, PHOTO, 7)  # equalize does nothing
 
 
 def pillow(name: str, image: Image.Image, strength: float) -> Image.Image:
-    """One operation at its share of torchvision's largest magnitude."""
+    """Apply one operation at a fraction of torchvision's largest magnitude."""
     factor = 1 + 0.9 * strength
-    grey = {"resample": Image.Resampling.NEAREST, "fillcolor": (128, 128, 128)}
+    options = {"resample": Image.Resampling.NEAREST, "fillcolor": (128, 128, 128)}
     shift = round(strength * 150 / 331 * image.width)
 
     def affine(*coefficients: float) -> Image.Image:
-        return image.transform(image.size, Image.Transform.AFFINE, coefficients, **grey)
+        return image.transform(image.size, Image.Transform.AFFINE, coefficients, **options)
 
     return {
         "identity": lambda: image,
         "autocontrast": lambda: ImageOps.autocontrast(image),
         "equalize": lambda: ImageOps.equalize(image),
-        "rotate": lambda: image.rotate(30 * strength, **grey),
+        "rotate": lambda: image.rotate(30 * strength, **options),
         "solarize": lambda: ImageOps.solarize(image, 256 * (1 - abs(strength))),
         "color": lambda: ImageEnhance.Color(image).enhance(factor),
         "posterize": lambda: ImageOps.posterize(image, 8 - round(4 * abs(strength))),
@@ -219,7 +219,7 @@ EXACT = {"identity", "equalize", "solarize", "posterize", "translate_x", "transl
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_operations_are_pillows(name):
+def test_operations_equal_pillow(name):
     changed = 0
     for image in (PHOTO, DIM, FLAT, SPARSE):
         for strength in STRENGTHS:
@@ -230,26 +230,26 @@ def test_operations_are_pillows(name):
             if name in EXACT:
                 assert difference.max() == 0
             elif name == "rotate" or name.startswith("shear"):
-                # Pillow walks in 1/65536 of a pixel; on a border it may take the neighbour.
+                # Pillow uses steps of 1/65536 pixel and may read a neighboring pixel.
                 assert (difference > 0).mean() < 0.005
             else:
-                assert difference.max() <= 1  # Pillow truncates; the last bit of a float decides
+                assert difference.max() <= 1  # Pillow truncates; rounding errors can cross a level
     assert (changed > 0) == (name != "identity")
 
 
 def outcomes(image: np.ndarray, strength: float) -> dict[bytes, tuple[np.ndarray, int]]:
-    """What one layer can make of an image, and in how many of its 28 equally likely ways."""
-    found: dict[bytes, tuple[np.ndarray, int]] = {}
+    """Compute the possible results of one layer and how many of 28 equal draws give each."""
+    results: dict[bytes, tuple[np.ndarray, int]] = {}
     for operation in range(len(OPERATIONS)):
         for signed in (strength, -strength):
             result = np.asarray(distort(image, operation, signed))
-            _, ways = found.get(result.tobytes(), (result, 0))
-            found[result.tobytes()] = result, ways + 1
-    return found
+            _, draws = results.get(result.tobytes(), (result, 0))
+            results[result.tobytes()] = result, draws + 1
+    return results
 
 
 def randaugmented(n: int, layers: int) -> list[bytes]:
-    """One image under n indices, at strength 0.7."""
+    """Augment one image with n different indices, at strength 0.7."""
     config = AugmentConfig(
         crop=False, flip=False, randaugment_layers=layers, randaugment_magnitude=21
     )
@@ -258,25 +258,25 @@ def randaugmented(n: int, layers: int) -> list[bytes]:
 
 
 def test_randaugment_draws_every_operation_in_both_directions():
-    n, ways = 2000, outcomes(DIM, 0.7)
-    counts = dict.fromkeys(ways, 0)
+    n, expected = 2000, outcomes(DIM, 0.7)
+    counts = dict.fromkeys(expected, 0)
     for result in randaugmented(n, 1):
         counts[result] += 1
-    assert len(ways) == 14 + 9  # nine operations have two directions
-    for result, (_, number) in ways.items():
+    assert len(expected) == 14 + 9  # nine operations have two directions
+    for result, (_, number) in expected.items():
         share = number / 28
         assert abs(counts[result] / n - share) < 5 * math.sqrt(share / n)
 
 
-def test_layers_follow_each_other():
+def test_randaugment_layers_are_applied_one_after_another():
     once = outcomes(DIM, 0.7)
     twice = {result for image, _ in once.values() for result in outcomes(image, 0.7)}
-    found = randaugmented(100, 2)
-    assert set(found) <= twice
-    assert sum(result in once for result in found) < 50
+    results = randaugmented(100, 2)
+    assert set(results) <= twice
+    assert sum(result in once for result in results) < 50
 
 
-# Row i is all i / 10, and its target says so: what a mixed row is made of can be read off it.
+# All pixels of row i are i / 10, so that the rows a mixed row consists of can be identified.
 ROWS = 7
 PLAIN = (np.arange(ROWS, dtype=np.float32)[:, None, None, None] / 10).repeat(12, 1).repeat(16, 2)
 PLAIN = PLAIN.repeat(3, 3)
@@ -286,7 +286,7 @@ FULL = np.ones(ROWS, bool)
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_mixup_is_its_formula(seed):
+def test_mixup_equals_its_formula(seed):
     images, targets = map(
         np.asarray, mix(PLAIN, TARGETS, FULL, jax.random.key(seed), AugmentConfig(mixup=1.0))
     )
@@ -299,7 +299,7 @@ def test_mixup_is_its_formula(seed):
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_cutmix_pastes_one_box_whose_area_is_the_partners_share(seed):
+def test_cutmix_pastes_one_box_and_weighs_the_targets_by_its_area(seed):
     images, targets = map(
         np.asarray, mix(PLAIN, TARGETS, FULL, jax.random.key(seed), AugmentConfig(cutmix=1.0))
     )
@@ -322,35 +322,35 @@ def test_cutmix_pastes_one_box_whose_area_is_the_partners_share(seed):
 
 @cache
 def own_shares(mixup: float, cutmix: float, n: int = 400) -> tuple[np.ndarray, np.ndarray]:
-    """The shares that examples keep in n batches, and which of the batches are cut."""
+    """Return the weights of the original examples in n batches, and which batches used CutMix."""
     config = AugmentConfig(mixup=mixup, cutmix=cutmix)
     images, targets = np.zeros((2, 16, 16, 3), np.float32), np.eye(2, dtype=np.float32)
     images[1] = 1
     run = jax.vmap(lambda key: mix(images, targets, np.ones(2, bool), key, config))
     mixed, labels = map(np.asarray, run(jax.random.split(KEY, n)))
-    swapped = labels[:, 0, 1] > 0  # half of the permutations of two move them
+    swapped = labels[:, 0, 1] > 0  # half of the permutations of two rows swap them
     mixed, own = mixed[swapped, 0], labels[swapped, 0, 0]
     np.testing.assert_allclose(mixed.mean((1, 2, 3)), 1 - own, atol=1e-5)
     return own, np.isin(mixed, (0, 1)).all((1, 2, 3))
 
 
 @pytest.mark.parametrize("alpha", [0.2, 5.0])
-def test_shares_follow_beta(alpha):
+def test_mixing_weights_follow_a_beta_distribution(alpha):
     own, _ = own_shares(alpha, 0)
     variance = 1 / (4 * (2 * alpha + 1))
     assert abs(own.mean() - 0.5) < 5 * math.sqrt(variance / len(own))
     assert own.var() == pytest.approx(variance, rel=0.3)
 
 
-def test_both_take_turns():
+def test_mixup_and_cutmix_are_each_used_for_half_of_the_batches():
     _, cut = own_shares(5.0, 5.0)
     assert abs(cut.mean() - 0.5) < 5 * 0.5 / math.sqrt(len(cut))
     assert not own_shares(5.0, 0)[1].any()
 
 
 @pytest.mark.parametrize("config", [AugmentConfig(mixup=1.0), AugmentConfig(cutmix=1.0)])
-def test_masked_rows_never_leak(config):
-    met = set()
+def test_masked_rows_do_not_affect_valid_rows(config):
+    mixed = set()
     for seed in range(30):
         images, targets = mix(PLAIN, TARGETS, MASK, jax.random.key(seed), config)
         poisoned = np.where(MASK[:, None, None, None], PLAIN, 0.95)
@@ -360,13 +360,13 @@ def test_masked_rows_never_leak(config):
         np.testing.assert_array_equal(labels, targets)
         assert not np.asarray(targets)[MASK][:, ~MASK].any()
         np.testing.assert_allclose(targets[~MASK], TARGETS[~MASK], atol=1e-6)
-        met |= set(zip(*np.nonzero(np.asarray(targets)), strict=True))
-    # Every valid row meets every other, and itself; masked ones only themselves.
-    assert len(met) == MASK.sum() ** 2 + (~MASK).sum()
+        mixed |= set(zip(*np.nonzero(np.asarray(targets)), strict=True))
+    # Every valid row is mixed with every valid row; masked ones only with themselves.
+    assert len(mixed) == MASK.sum() ** 2 + (~MASK).sum()
 
 
 @pytest.mark.parametrize("valid", [0, 1])
-def test_batches_without_a_pair_are_left_alone(valid):
+def test_batches_with_fewer_than_two_valid_rows_are_unchanged(valid):
     mask = np.arange(ROWS) < valid
     config = AugmentConfig(mixup=1.0)
     images, targets = mix(PLAIN, TARGETS, mask, jax.random.key(0), config)
@@ -374,7 +374,7 @@ def test_batches_without_a_pair_are_left_alone(valid):
     np.testing.assert_allclose(targets, TARGETS, atol=1e-7)
 
 
-def test_without_mixing_the_batch_comes_back():
+def test_without_mixing_the_batch_is_unchanged():
     images, targets = mix(PLAIN, TARGETS, MASK, jax.random.key(0), ALL)
     np.testing.assert_array_equal(images, PLAIN)
     np.testing.assert_array_equal(targets, TARGETS)
@@ -396,15 +396,15 @@ def test_without_mixing_the_batch_comes_back():
         ({"cutmix": -0.1}, "cutmix"),
     ],
 )
-def test_a_wrong_config_is_refused(options, message):
+def test_values_out_of_range_are_refused(options, message):
     with pytest.raises(RequestError, match=message):
         AugmentConfig(**options)
 
 
-def test_images_that_do_not_fit_are_refused():
-    with pytest.raises(RequestError, match="20 x 20: need squares of at least 21"):
+def test_images_that_are_not_square_or_too_small_are_refused():
+    with pytest.raises(RequestError, match="20 x 20: pass squares of at least 21"):
         augment(IMAGES, INDICES, KEY, 21, OFF)
     with pytest.raises(RequestError, match="20 x 19"):
         augment(IMAGES[:, :, :19], INDICES, KEY, 16, ALL)
     larger = jax.eval_shape(lambda: augment(IMAGES, INDICES, KEY, 21, AugmentConfig()))
-    assert larger.shape == (6, 21, 21, 3)  # a resized crop may be larger than its image
+    assert larger.shape == (6, 21, 21, 3)  # a resized crop may be larger than the image

@@ -1,6 +1,6 @@
-"""Data sets of TensorFlow Datasets and Hugging Face: the same examples, whatever holds them.
+"""Data sets of TensorFlow Datasets and Hugging Face: the same examples in every format.
 
-All are made on the spot, with the packages themselves and without TensorFlow.
+All are created by the tests, with the packages themselves and without TensorFlow.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ KEYS = ("image", "label")
 
 
 def content(index: int) -> bytes:
-    """A photograph, but for every fifth, which would fail if anything decoded it."""
+    """Return an encoded image, or for every fifth index bytes that cannot be decoded."""
     if index % 5 == 0:
         return f"not an image {index}".encode()
     file = io.BytesIO()
@@ -74,7 +74,7 @@ def _tfds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def rows(hf: Any, indices: range, **columns: Any) -> Any:
-    """A data set with an image, a label and more columns, ``{name: (feature, values)}``."""
+    """Create a data set with an image, a label and more columns, ``{name: (feature, values)}``."""
     columns = {
         "image": (hf.Image(), [{"bytes": content(i), "path": None} for i in indices]),
         "label": (hf.ClassLabel(names=CLASSES), [label(i) for i in indices]),
@@ -93,7 +93,7 @@ def save_to_disk(hf: Any, folder: Path, **splits: Any) -> str:
 
 
 def tfds_builder(tfds: Any, dataset_name: str, splits: dict[str, range], **options: Any) -> Any:
-    """A builder that TFDS then knows by name, unless it is to be ``hidden``."""
+    """Create a builder, registered with TFDS by name unless ``hidden`` is set."""
     image, names = tfds.features.Image, tfds.features.ClassLabel
     features = options.get("features") or {
         "image": image(encoding_format="jpeg"),
@@ -133,7 +133,7 @@ def tfds_builder(tfds: Any, dataset_name: str, splits: dict[str, range], **optio
 
 @pytest.fixture(name="spec", params=["tfds", "save_to_disk", "parquet", "imagefolder"])
 def _spec(request: pytest.FixtureRequest, tmp_path: Path, hf: Any) -> str:
-    """20 examples in train and 6 in test, in one of the formats."""
+    """Write 20 examples to train and 6 to test, in one of the formats."""
     splits = {"train": range(20), "test": range(20, 26)}
     folder = tmp_path / request.param
     if request.param == "tfds":
@@ -167,7 +167,7 @@ def test_examples_are_the_stored_files_under_their_labels(spec):
 @pytest.mark.parametrize(
     "spec", ["tfds", pytest.param("save_to_disk", marks=pytest.mark.slow)], indirect=True
 )
-def test_workers_read_the_same(spec):
+def test_workers_read_the_same_batches(spec):
     train, _, _ = open_splits(spec)
     source = select(train, range(19, 3, -1))
     skipped: list[dict[int, str]] = [{}, {}]
@@ -185,8 +185,7 @@ def test_workers_read_the_same(spec):
 
 def test_digest_reads_no_image(spec, monkeypatch):
     train, val, _ = open_splits(spec)
-    for kind in (hubs._Records, hubs._Rows):
-        monkeypatch.setattr(kind, "__getitem__", lambda *_: pytest.fail("read an image"))
+    monkeypatch.setattr(hubs._Rows, "__getitem__", lambda *_: pytest.fail("read an image"))
     digests = [
         train.digest,
         val.digest,
@@ -200,9 +199,9 @@ def test_digest_reads_no_image(spec, monkeypatch):
     assert select(select(train, [5, 1, 0]), [2, 1]).digest == select(train, [0, 1]).digest
 
 
-def test_digest_changes_with_a_content(hf, tfds, tmp_path):
+def test_digest_changes_with_the_content(hf, tfds, tmp_path):
     digests = {"hf": [], "tfds": []}
-    for start in (0, 3):  # other images under the same name, labels and version
+    for start in (0, 3):  # different images with the same name, labels and version
         for name in ("disk", "tiny_pets"):
             shutil.rmtree(tmp_path / name, ignore_errors=True)
         indices = range(start, start + 30)
@@ -217,24 +216,24 @@ def test_digest_changes_with_a_content(hf, tfds, tmp_path):
         assert first != second
 
 
-def test_digest_does_not_change_with_a_copy(tfds, tmp_path):
+def test_digest_does_not_change_when_files_are_copied(tfds, tmp_path):
     tfds_builder(
         tfds, "tiny_pets", {"train": range(30)}, keys=KEYS, hidden=True
     ).download_and_prepare()
     before = open_splits("tfds:tiny_pets", val_fraction=0).train.digest
     for shard in (tmp_path / "tiny_pets/3.2.0").iterdir():
-        os.utime(shard, (0, 2e9))  # TFDS tells times to the second
+        os.utime(shard, (0, 2e9))  # TFDS stores times in seconds
     assert open_splits("tfds:tiny_pets", val_fraction=0).train.digest == before
 
 
-def test_a_validation_part_is_known_of_without_splitting(spec, hf, tmp_path):
+def test_a_validation_part_is_detected_without_splitting(spec, hf, tmp_path):
     assert has_validation(spec)
-    train, unlabelled = (
+    train, unlabeled = (
         rows(hf, range(6), label=(hf.ClassLabel(names=CLASSES), labels))
         for labels in ([0, 1, 2, 0, 1, 2], [-1] * 6)
     )
-    # A split whose labels are withheld validates nothing, and the only split is for training.
-    assert not has_validation(save_to_disk(hf, tmp_path / "a", train=train, test=unlabelled))
+    # A split without labels cannot validate, and the only split is for training.
+    assert not has_validation(save_to_disk(hf, tmp_path / "a", train=train, test=unlabeled))
     assert not has_validation(save_to_disk(hf, tmp_path / "b", train=train))
     assert not has_validation(save_to_disk(hf, tmp_path / "c", test=train))
 
@@ -255,16 +254,16 @@ def test_one_split_is_split_by_content(hf, tmp_path):
     assert examples_of(nameless.val) == examples_of(val)
 
     spec = save_to_disk(hf, tmp_path / "test", Test=rows(hf, range(50)))
-    assert len(open_labelled(spec)) == 50  # as there is nothing else to train on
+    assert len(open_labelled(spec)) == 50  # the only split is used as a whole
     assert examples_of(open_splits(spec, val_fraction=0.3).train) == examples_of(train)
 
 
-def test_what_has_no_label_or_no_class_to_train_on_is_left_out(hf, tmp_path):
+def test_examples_without_a_label_and_classes_without_an_example_are_left_out(hf, tmp_path):
     labels = [0, 2, None, -1, 0, 2]
     train = rows(hf, range(6), label=(hf.ClassLabel(names=CLASSES), labels))
-    unlabelled = rows(hf, range(6), label=(hf.ClassLabel(names=CLASSES), [-1] * 6))
+    unlabeled = rows(hf, range(6), label=(hf.ClassLabel(names=CLASSES), [-1] * 6))
     spec = save_to_disk(
-        hf, tmp_path / "x", train=train, validation=unlabelled, test=rows(hf, range(6, 10))
+        hf, tmp_path / "x", train=train, validation=unlabeled, test=rows(hf, range(6, 10))
     )
     train, val, notes = open_splits(spec)
     cats, foxes = (
@@ -276,32 +275,32 @@ def test_what_has_no_label_or_no_class_to_train_on_is_left_out(hf, tmp_path):
     assert examples_of(val) == examples(6, 8, 9)
     assert notes == (
         "left out 2 examples without a label",
-        "left out 1 of 3 classes, without an example to train on: dog",
+        "left out 1 classes without training examples: dog",
         "left out 1 examples of unknown classes: dog",
     )
 
 
-def test_an_image_that_is_not_there_is_reported_when_it_is_read(hf, tmp_path):
+def test_a_missing_image_is_reported_when_it_is_read(hf, tmp_path):
     images = [None, {"bytes": None, "path": None}, {"bytes": None, "path": str(tmp_path / "gone")}]
     stored = {"bytes": hf.Value("binary"), "path": hf.Value("string")}
-    source = hubs._Rows(rows(hf, range(3), image=(stored, images)), "image", "")
-    for index, reason in enumerate(["the row holds no", "the row holds no", "No such file"]):
+    data = rows(hf, range(3), image=(stored, images))
+    for row, reason in zip(data, ["the row has no", "the row has no", "No such file"], strict=True):
         with pytest.raises(UnreadableImageError, match=reason):
-            source[index]
+            hubs._hf_image("image", row)
 
 
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"image": None}, r"train has no Image features \(label: ClassLabel\); give it one of"),
-        ({"depth": "image"}, r"train has 2 Image features \(image, depth\); give it one of"),
-        ({"label": None}, r"train has no ClassLabel features \(image: Image\); give it one of"),
+        ({"image": None}, r"train has no Image features \(label: ClassLabel\); give it one Image"),
+        ({"depth": "image"}, r"train has 2 Image features \(image, depth\); give it one Image"),
+        ({"label": None}, r"train has no ClassLabel features \(image: Image\); give it one Image"),
         (
             {"label": None, "fine": "label", "coarse": "label"},
             r"train has 2 ClassLabel features \(fine, coarse\)",
         ),
-        ({"label": [1] * 9}, "train has examples of these classes: dog; training needs two or"),
-        ({"label": [-1] * 9}, "train has examples of these classes: none; training needs two"),
+        ({"label": [1] * 9}, "train has examples of dog: training needs two classes"),
+        ({"label": [-1] * 9}, "train has examples of none: training needs two classes"),
     ],
 )
 def test_hf_columns_that_cannot_be_trained_on_are_refused(hf, tmp_path, columns, message):
@@ -319,7 +318,7 @@ def test_hf_columns_that_cannot_be_trained_on_are_refused(hf, tmp_path, columns,
     assert "\n" not in str(error.value)
 
 
-def test_label_is_preferred_to_other_columns_of_its_kind(hf, tmp_path):
+def test_the_column_named_label_is_preferred(hf, tmp_path):
     species = (hf.ClassLabel(names=["feline", "canine"]), [0] * 9)
     spec = save_to_disk(hf, tmp_path / "x", train=rows(hf, range(9), species=species))
     assert open_splits(spec, val_fraction=0).train.classes == tuple(CLASSES)
@@ -328,8 +327,8 @@ def test_label_is_preferred_to_other_columns_of_its_kind(hf, tmp_path):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("hf:", "hf: lacks a name: write hf:NAME"),
-        ("tfds:", "tfds: lacks a name: write tfds:NAME"),
+        ("hf:", "hf: has no name: write hf:NAME"),
+        ("tfds:", "tfds: has no name: write tfds:NAME"),
         ("hf:owner/name", r"hf:owner/name cannot be opened: Couldn't reach .* check the name"),
         ("hf:owner/name:en", r"hf:owner/name:en cannot be opened: Couldn't reach 'owner/name'"),
         ("hf:./fodler", r"hf:./fodler: fodler is not a folder; did you mean folder\?"),
@@ -339,12 +338,14 @@ def test_label_is_preferred_to_other_columns_of_its_kind(hf, tmp_path):
             "hf:broken",
             "hf:broken cannot be opened: .* not a parquet file; check the name, the files",
         ),
-        ("hf:parts", "hf:parts has the splits test, extra, but none to train on: rename one to"),
+        ("hf:parts", "hf:parts has no training split: rename one of test, extra to train"),
         ("tfds:nonesuch", "nonesuch cannot be opened: Dataset nonesuch not found; check the name"),
         ("tfds:mnist:1.0.0", "mnist:1.0.0 cannot be opened: .* cannot be loaded at version 1.0.0"),
     ],
 )
-def test_what_is_not_there_is_refused_in_one_line(hf, tfds, tmp_path, monkeypatch, spec, message):
+def test_a_data_set_that_does_not_exist_is_refused_in_one_line(
+    hf, tfds, tmp_path, monkeypatch, spec, message
+):
     monkeypatch.chdir(tmp_path)
     rows(hf, range(9)).to_parquet("folder/train.parquet")
     Path("empty").mkdir()
@@ -359,8 +360,8 @@ def test_what_is_not_there_is_refused_in_one_line(hf, tfds, tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("features", "options", "message"),
     [
-        ("label", {}, r"has no Image features \(label: ClassLabel\); name a data set for image"),
-        ("image", {}, r"has no ClassLabel features \(image: Image\); name a data set for image"),
+        ("label", {}, r"has no Image features \(label: ClassLabel\); choose a data set for image"),
+        ("image", {}, r"has no ClassLabel features \(image: Image\); choose a data set for image"),
         ("image mask label", {}, r"has 2 Image features \(image, mask\)"),
         (
             "image label",
@@ -369,7 +370,7 @@ def test_what_is_not_there_is_refused_in_one_line(hf, tfds, tmp_path, monkeypatc
         ),
     ],
 )
-def test_what_tfds_cannot_give_is_refused_in_one_line(
+def test_tfds_data_sets_without_the_right_features_are_refused_in_one_line(
     request, tfds, monkeypatch, features, options, message
 ):
     kinds = {
@@ -386,7 +387,7 @@ def test_what_tfds_cannot_give_is_refused_in_one_line(
     assert "\n" not in str(error.value)
 
 
-def test_tfds_prepares_what_it_knows_and_supervised_keys_choose(tfds, tmp_path):
+def test_tfds_prepares_a_registered_data_set_and_supervised_keys_select_features(tfds, tmp_path):
     tfds_builder(tfds, "known", {"train": range(9)}, keys=KEYS)
     train = open_splits("tfds:known", val_fraction=0).train
     assert examples_of(train) == examples(*range(9))
@@ -405,7 +406,7 @@ def prepare_and_edit(tfds: Any, file: str, **edits: str) -> None:
     path.write_text(text)
 
 
-def test_a_tfrecord_is_refused_with_a_way_out(tfds):
+def test_a_tfrecord_is_refused_with_instructions_to_convert_it(tfds):
     prepare_and_edit(tfds, "dataset_info.json", array_record="tfrecord")
     build = "`tfds build tiny_pets --file_format=array_record --data_dir=FOLDER`"
     with pytest.raises(RequestError, match=rf"\['tfrecord'\]; .*{build}.* TFDS_DATA_DIR=FOLDER"):
@@ -422,7 +423,7 @@ def test_a_missing_shard_is_reported(tfds, tmp_path):
 
 def test_float_images_are_refused(tfds):
     prepare_and_edit(tfds, "features.json", uint8="float32", jpeg="png", **{'"3"': '"1"'})
-    with pytest.raises(RequestError, match="tiny_pets holds images of float32: name a data set"):
+    with pytest.raises(RequestError, match="tiny_pets has float32 images: choose a data set"):
         open_splits("tfds:tiny_pets")
 
 
@@ -436,7 +437,7 @@ def test_a_missing_package_is_named(monkeypatch, spec, package):
             opens(spec)
 
 
-def test_the_packages_are_imported_late_and_bring_in_no_framework(hf, tmp_path):
+def test_the_packages_are_imported_lazily_and_import_no_framework(hf, tmp_path):
     spec = save_to_disk(hf, tmp_path / "x", train=rows(hf, range(30)))
     code = (
         "import sys, tljax.data.sources as s\n"

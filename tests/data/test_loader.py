@@ -1,4 +1,4 @@
-"""The loader: the same batches whatever the threads, workers and processes, and no image lost."""
+"""The loader yields the same batches for any number of workers and processes, with every image."""
 
 import threading
 import time
@@ -24,7 +24,7 @@ TINY = Preprocess(size=2, resize=2)
 
 
 def in_memory(n: int) -> Source:
-    """``n`` images of one colour, which is their index; the label is the index modulo 3."""
+    """Create ``n`` images whose pixels are their index; the label is the index modulo 3."""
     images = (
         np.arange(n, dtype=np.uint8)[:, None, None, None].repeat(2, 1).repeat(2, 2).repeat(3, 3)
     )
@@ -34,7 +34,7 @@ def in_memory(n: int) -> Source:
 
 @pytest.fixture(name="folder")
 def _folder(tmp_path: Path) -> Source:
-    """Eleven photographs of two classes; the file at index 5 is a web page."""
+    """Create eleven images of two classes; the file at index 5 is a web page."""
     rng = np.random.default_rng(0)
     for i in range(11):
         path = tmp_path / "ab"[i % 2] / f"{i:02d}.jpg"
@@ -56,7 +56,7 @@ def joined(batches: list[Batch]) -> Batch:
     return jax.tree.map(lambda *parts: np.concatenate(parts), *batches)
 
 
-def test_without_a_seed_the_order_is_the_sources(folder):
+def test_without_a_seed_the_order_is_that_of_the_source(folder):
     source = folder
     everything = joined(list(load_batches(source, TINY, batch_size=3)))
     assert everything.indices.tolist() == [*range(11), -1]
@@ -77,7 +77,7 @@ def test_the_tail_is_padded_to_the_full_shape():
 
 
 @pytest.mark.parametrize(("n", "expected"), [(0, 0), (1, 1), (4, 1), (5, 2)])
-def test_num_batches(n, expected):
+def test_num_batches_is_the_number_of_batches_yielded(n, expected):
     assert num_batches(n, 4) == num_batches(in_memory(n), 4) == expected
     assert len(list(load_batches(in_memory(n), TINY, batch_size=4))) == expected
 
@@ -93,7 +93,7 @@ def test_shuffling_depends_on_seed_and_epoch_alone():
     assert all(sorted(o) == list(range(10)) for o in orders)
     assert len({tuple(o) for o in orders}) == 9
     assert order(1, 2) == order(1, 2)
-    # A run that is resumed under another version of numpy must see the same order.
+    # A run resumed with another version of numpy must see the same order.
     assert order(1, 2) == [7, 1, 3, 0, 4, 8, 9, 2, 6, 5]
 
 
@@ -112,7 +112,7 @@ def test_shuffled_rows_stay_together():
     seed=st.none() | st.integers(0, 9),
     data=st.data(),
 )
-def test_processes_share_the_batches_of_one(n, rows, processes, seed, data):
+def test_the_batches_of_several_processes_make_up_those_of_one(n, rows, processes, seed, data):
     source, batch_size = in_memory(n), rows * processes
     expected = list(load_batches(source, TINY, batch_size=batch_size, seed=seed))
     start = data.draw(st.integers(0, len(expected)))
@@ -138,7 +138,7 @@ class Recording:
         return np.zeros((2, 2, 3), np.uint8)
 
 
-def test_resuming_does_not_read_what_it_leaves_out():
+def test_resuming_does_not_read_skipped_batches():
     read: set[int] = set()
     source = replace(in_memory(12), examples=Recording(read))
     assert len(list(load_batches(source, TINY, batch_size=4, start=2))) == 1
@@ -146,7 +146,7 @@ def test_resuming_does_not_read_what_it_leaves_out():
     assert list(load_batches(source, TINY, batch_size=4, start=3)) == []
 
 
-def test_workers_change_nothing(folder, capfd):
+def test_workers_do_not_change_the_batches(folder, capfd):
     expected_skipped: dict[int, str] = {}
     skipped: dict[int, str] = {}
     load = partial(load_batches, folder, TINY, batch_size=2, seed=3, start=1)
@@ -155,7 +155,7 @@ def test_workers_change_nothing(folder, capfd):
     batches = list(load(skipped=skipped, workers=2))
     assert_same(iter(batches), expected)
     assert skipped == expected_skipped == {5: "an HTML page, not an image"}
-    # An array in shared memory would keep a file open.
+    # An array in shared memory keeps a file open.
     assert all(type(batch.inputs) is np.ndarray and batch.inputs.base is None for batch in batches)
     assert capfd.readouterr() == ("", "")
 
@@ -171,22 +171,20 @@ def test_a_bad_image_is_masked_and_recorded_with_its_batch(folder):
     assert second.mask.tolist() == [True, False, True, True]
     assert second.targets.tolist() == folder.labels[4:8].tolist()
     assert not second.inputs[1].any()
-    assert (
-        len(list(load_batches(folder, TINY, batch_size=4))) == 3
-    )  # nobody has to ask for the record
+    assert len(list(load_batches(folder, TINY, batch_size=4))) == 3  # skipped is optional
 
 
-def test_a_bad_image_can_fail(folder):
+def test_a_bad_image_raises_if_requested(folder):
     batches = load_batches(folder, TINY, batch_size=4, on_bad_image="fail")
     assert next(batches).mask.all()
     with pytest.raises(RequestError) as error:
         next(batches)
     assert str(error.value) == (
-        f"{folder.names[5]}: an HTML page, not an image; repair or remove it, or skip bad images"
+        f"{folder.names[5]}: an HTML page, not an image; repair, remove or skip it"
     )
 
 
-def test_a_file_that_vanished_is_a_bad_image(folder):
+def test_a_deleted_file_is_a_bad_image(folder):
     Path(folder.names[0]).unlink()
     skipped: dict[int, str] = {}
     list(load_batches(folder, TINY, batch_size=4, skipped=skipped))
@@ -202,7 +200,7 @@ def test_a_file_that_vanished_is_a_bad_image(folder):
         ({"batch_size": 4, "seed": -1}, "seed -1: choose 0 or more"),
     ],
 )
-def test_wrong_arguments_are_refused_at_once(options, message):
+def test_wrong_arguments_are_refused_before_the_iteration(options, message):
     with pytest.raises(RequestError, match=message):
         load_batches(in_memory(9), TINY, **options)
 
@@ -218,7 +216,7 @@ def wait_for_no_threads() -> None:
     assert not decoding_threads()
 
 
-def test_dropping_the_iterator_ends_its_threads(capfd):
+def test_deleting_the_iterator_ends_its_threads(capfd):
     wait_for_no_threads()  # of the tests before
     batches = load_batches(in_memory(200), TINY, batch_size=4)
     next(batches)
@@ -229,16 +227,16 @@ def test_dropping_the_iterator_ends_its_threads(capfd):
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_missing_end_is_said_once_for_all_epochs(folder, capfd, workers):
+def test_a_truncated_image_is_reported_once_for_all_epochs(folder, capfd, workers):
     path = Path(folder.names[2])
     path.write_bytes(path.read_bytes()[:-2])
     for epoch in range(2):
         list(load_batches(folder, TINY, batch_size=4, workers=workers, seed=0, epoch=epoch))
-    said = f"note: {path}: its end is missing; read as viewers show it\n"
-    assert capfd.readouterr() == ("", said)
+    expected = f"note: {path}: the end of the file is missing; the decoded part is used\n"
+    assert capfd.readouterr() == ("", expected)
 
 
-def test_real_photographs(shared_data):
+def test_real_photographs_are_all_loaded(shared_data):
     source = open_folder(shared_data / "hymenoptera" / "val")
     skipped: dict[int, str] = {}
     everything = joined(

@@ -17,13 +17,13 @@ from tljax.runtime.errors import DivergenceError, RequestError
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
-# Problems of one shape share one compilation, which takes longer than the rest of a test.
+# Problems of one shape share a compiled program, since compiling takes longer than running.
 EXAMPLES, DIMENSIONS, CLASSES = 200, 20, 4
 NINE_VALUES = L2_VALUES[4::5]
 
 
 def sampled_labels(rng, features, scale, classes=CLASSES):
-    """Labels drawn from a softmax model."""
+    """Draw labels from a softmax model."""
     logits = features @ rng.normal(size=(features.shape[1], classes)) * scale
     return (logits + rng.gumbel(size=logits.shape)).argmax(1)
 
@@ -83,10 +83,10 @@ PROBLEMS = [random, separable, correlated, one_example_of_a_class, duplicate_and
 
 
 def objective(features, labels, kernel, bias, l2):
-    """The formula of fit_logistic's docstring in float64."""
+    """Compute the formula of fit_logistic's docstring in float64."""
     logits = features.astype(np.float64) @ np.asarray(kernel, np.float64) + np.asarray(bias)
     own = logits[np.arange(len(labels)), labels]
-    # log(1 + x) keeps what 1 + x rounds away: separable data has losses around 1e-6.
+    # log1p avoids the rounding of 1 + x: separable data has losses around 1e-6.
     margins = logits - own[:, None]
     margins[np.arange(len(labels)), labels] = -np.inf
     loss = np.logaddexp(0, np.logaddexp.reduce(margins, axis=1))
@@ -122,7 +122,7 @@ def assert_optimal(problem, l2_values, solver):
 
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_objective_equals_sklearn_at_all_l2_values(problem):
-    # Newton's method: lbfgs stops up to 1e-3 above the optimum of the correlated features.
+    # Newton's method, because lbfgs stops up to 1e-3 above the optimum for correlated features.
     assert_optimal(problem, L2_VALUES, "newton-cholesky")
 
 
@@ -148,7 +148,7 @@ def test_solution_does_not_depend_on_the_path_to_it():
 
 
 @pytest.mark.parametrize("problem", [random, separable, wide])
-def test_a_path_takes_fewer_iterations_than_its_every_fourth_value_alone(problem):
+def test_a_path_takes_fewer_iterations_than_every_fourth_value_alone(problem):
     features, labels = problem()
     path = fit_logistic(features, labels, L2_VALUES, num_classes=CLASSES)
     alone = [
@@ -159,7 +159,7 @@ def test_a_path_takes_fewer_iterations_than_its_every_fourth_value_alone(problem
     assert path.iterations.sum() < sum(alone)
 
 
-def test_weight_zero_leaves_an_example_out_and_two_counts_it_twice():
+def test_weight_zero_excludes_an_example_and_weight_two_counts_it_twice():
     features, labels = random()
     weights = np.ones((2, EXAMPLES), int)
     weights[0, :50], weights[0, 50:100] = 0, 2
@@ -231,7 +231,7 @@ def test_order_of_examples_and_classes_does_not_matter(seed):
 def test_probe_ignores_shift_and_scale_of_a_feature(shift, log_scale):
     features, labels = random()
     moved = (features * 10 ** np.array(log_scale) + np.array(shift)).astype(np.float32)
-    # Only what float32 still tells apart can come out the same.
+    # Undo the change in float32, so that both have the same rounding errors.
     moved_back = (moved - np.array(shift)) / 10 ** np.array(log_scale)
     l2_values = (0.1,) * 9
     expected = fit_probe(moved_back, labels, num_classes=CLASSES, l2_values=l2_values)
@@ -264,7 +264,7 @@ def test_probe_chooses_by_accuracy_then_by_loss():
     features, labels = separable()
     fitted = fit_probe(features, labels, num_classes=CLASSES, l2_values=NINE_VALUES)
     best = fitted.held_out_accuracy == fitted.held_out_accuracy.max()
-    assert best.sum() > 1  # else this test says nothing of ties
+    assert best.sum() > 1  # otherwise there is no tie to test
     assert fitted.held_out_loss[fitted.l2_values == fitted.l2] == fitted.held_out_loss[best].min()
 
 
@@ -272,7 +272,7 @@ def test_probe_chooses_by_accuracy_then_by_loss():
     ("limit", "l2_values"),
     [(probe._CROSS_VALIDATION_LIMIT, NINE_VALUES), (EXAMPLES - 1, L2_VALUES)],
 )
-def test_held_out_figures_equal_sklearn(monkeypatch, limit, l2_values):
+def test_held_out_metrics_equal_sklearn(monkeypatch, limit, l2_values):
     monkeypatch.setattr(probe, "_CROSS_VALIDATION_LIMIT", limit)
     features, labels = random()
     fitted = fit_probe(features, labels, num_classes=CLASSES, l2_values=l2_values, seed=3)
@@ -296,7 +296,7 @@ def test_held_out_figures_equal_sklearn(monkeypatch, limit, l2_values):
 
 @settings(max_examples=50, deadline=None)
 @given(labels=st.lists(st.integers(0, 6), min_size=1, max_size=60), seed=st.integers(0, 99))
-def test_folds_are_stratified_and_spare_lone_examples(labels, seed):
+def test_folds_are_stratified_and_never_hold_out_the_only_example_of_a_class(labels, seed):
     labels = np.array(labels)
     held_out = probe._held_out(labels, seed)
     counts = np.bincount(labels)
@@ -312,11 +312,11 @@ def test_folds_hold_out_as_much_of_each_class_as_sklearns():
     labels = np.random.default_rng(0).integers(0, 7, 101)
     ours = probe._held_out(labels, 0) @ np.eye(7)[labels]
     folds = StratifiedKFold(5).split(labels, labels)
-    theirs = np.array([np.bincount(labels[test], minlength=7) for _, test in folds])
-    np.testing.assert_array_equal(np.sort(ours, axis=0), np.sort(theirs, axis=0))
+    reference = np.array([np.bincount(labels[test], minlength=7) for _, test in folds])
+    np.testing.assert_array_equal(np.sort(ours, axis=0), np.sort(reference, axis=0))
 
 
-def test_probe_with_a_lone_example_and_constant_features():
+def test_probe_is_finite_with_a_lone_example_and_constant_features():
     features, labels = duplicate_and_constant()
     labels = labels % 2
     labels[0] = 2
@@ -333,14 +333,14 @@ def test_knn_equals_a_loop(k):
     expected = np.zeros((30, CLASSES))
     for row, query in enumerate(queries):
         cosine = train @ query / np.linalg.norm(train, axis=1) / np.linalg.norm(query)
-        for neighbour in np.argsort(-cosine)[:k]:
-            expected[row, labels[neighbour]] += np.exp(cosine[neighbour] / 0.07)
+        for neighbor in np.argsort(-cosine)[:k]:
+            expected[row, labels[neighbor]] += np.exp(cosine[neighbor] / 0.07)
     expected /= expected.sum(1, keepdims=True)
     actual = knn_predict(train, labels, queries, num_classes=CLASSES, k=k)
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5)
 
 
-def test_knn_in_blocks(monkeypatch):
+def test_knn_in_blocks_equals_knn_at_once(monkeypatch):
     train, labels = random()
     whole = knn_predict(train, labels, train[:30], num_classes=CLASSES)
     monkeypatch.setattr(probe, "_MEMORY_BUDGET", 8 * EXAMPLES * 7)  # 7 queries at a time
@@ -354,9 +354,9 @@ def test_knn_uploads_the_training_features_once(monkeypatch):
     monkeypatch.setattr(probe, "_MEMORY_BUDGET", 8 * EXAMPLES * 7)
     vote, seen = probe._vote, []
 
-    def counting(*args, **how):
+    def counting(*args, **options):
         seen.append(args[:2])
-        return vote(*args, **how)
+        return vote(*args, **options)
 
     monkeypatch.setattr(probe, "_vote", counting)
     knn_predict(train, labels, train[:30], num_classes=CLASSES)
@@ -368,30 +368,30 @@ def test_knn_uploads_the_training_features_once(monkeypatch):
 def test_knn_of_a_zero_vector_is_finite():
     train, labels = random()
     probabilities = knn_predict(train, labels, np.zeros((1, DIMENSIONS)), num_classes=CLASSES)
-    # Equally dissimilar to all: the first 20 vote alike.
+    # All similarities are equal, so the first 20 examples have equal votes.
     np.testing.assert_allclose(
         probabilities[0], np.bincount(labels[:20], minlength=CLASSES) / 20, atol=1e-6
     )
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e19, 1e30])
-def test_neither_large_nor_small_features_change_the_answers(scale):
-    """Their squares would over- or underflow."""
+def test_very_large_or_small_features_do_not_change_the_predictions(scale):
+    """Their squares would overflow or underflow."""
     rng = np.random.default_rng(0)
     labels = np.arange(60) % 3
     features = (rng.normal(size=(60, 8)) + labels[:, None]).astype(np.float32)
     exact = features * np.float32(2.0 ** round(np.log2(scale)))
 
-    def answers(features):
+    def predictions(features):
         probe = fit_probe(features, labels, num_classes=3, l2_values=[1e-3, 1.0])
         votes = knn_predict(features, labels, features, num_classes=3, k=5)
         return predict_logits(probe, features).argmax(1), np.argmax(votes, 1)
 
-    for found, expected in zip(answers(exact), answers(features), strict=True):
-        np.testing.assert_array_equal(found, expected)
+    for scaled, expected in zip(predictions(exact), predictions(features), strict=True):
+        np.testing.assert_array_equal(scaled, expected)
 
 
-def test_a_regression_that_overflows_says_so():
+def test_a_regression_that_overflows_is_reported():
     features = np.random.default_rng(0).normal(size=(60, 8)) * 1e19
     with pytest.raises(DivergenceError, match=r"diverged on features of up to \d.\de\+19: check"):
         fit_logistic(features, np.arange(60) % 3, [1.0], num_classes=3)
@@ -438,7 +438,7 @@ def test_bad_weights_are_refused(weights):
         fit_logistic(*random(), [1.0, 2.0], num_classes=CLASSES, weights=weights)
 
 
-def test_probe_needs_something_to_hold_out():
+def test_probe_needs_two_examples_of_a_class():
     with pytest.raises(RequestError, match="no class has two examples"):
         fit_probe(np.eye(3), np.arange(3), num_classes=3)
 

@@ -1,11 +1,11 @@
-"""Labels that stand for several classes."""
+"""Labels whose name several classes share."""
 
 import numpy as np
 
 from tljax.features.evaluate import settle
 
 
-def test_any_of_the_classes_of_one_name_is_right() -> None:
+def test_the_most_probable_class_of_the_same_name_becomes_the_label() -> None:
     logits = np.array([[9, 1, 5, 2], [9, 2, 5, 1], [0, 1, 2, 9], [0, 1, 2, 3]])
     labels = np.array([1, 1, 3, 2])
     assert settle(labels, logits, {"crane": [1, 3]}).tolist() == [3, 1, 3, 2]

@@ -1,4 +1,4 @@
-"""The names of cached features: the same in every process, and another when anything decides so."""
+"""The cache of features: its keys, its limit, and several processes that use it at once."""
 
 import json
 import os
@@ -32,7 +32,7 @@ FAMILIES = (
     *("mobilenetv2_100", "mobilenetv3_small_100", "tf_mobilenetv3_large_100"),
 )
 
-PRINT_NAMES = """
+PRINT_KEYS = """
 import sys
 from tljax.models import MODELS
 from tljax.features import store
@@ -41,10 +41,10 @@ for name in sys.argv[1:]:
 """
 
 
-def names(models, seed, root=Path(tljax.__file__).parents[1]):
-    """Of features of no weights, as a process of its own finds them."""
+def keys(models, seed, root=Path(tljax.__file__).parents[1]):
+    """Compute cache keys, without weights, in another process."""
     done = subprocess.run(
-        [sys.executable, "-c", PRINT_NAMES, *models],
+        [sys.executable, "-c", PRINT_KEYS, *models],
         capture_output=True,
         text=True,
         check=False,
@@ -55,45 +55,45 @@ def names(models, seed, root=Path(tljax.__file__).parents[1]):
     return dict(line.split() for line in done.stdout.splitlines())
 
 
-def test_every_network_has_the_same_name_in_every_process():
-    first = names(FAMILIES, "1")
-    assert first == names(FAMILIES, "2")
+def test_every_network_has_the_same_cache_key_in_every_process():
+    first = keys(FAMILIES, "1")
+    assert first == keys(FAMILIES, "2")
     assert len(set(first.values())) == len(FAMILIES)
-    # And in this one, where much has been imported and compiled.
+    # Also in this process, which has imported and compiled other things.
     model = MODELS["efficientnet_lite0"](num_classes=2)
-    found = store.folder(model, {}, "head", ("source", None)).name
-    assert found == first["efficientnet_lite0"]
+    key = store.folder(model, {}, "head", ("source", None)).name
+    assert key == first["efficientnet_lite0"]
 
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """A copy of the package, whose files are read instead of its own."""
+    """Copy the package and read the files of the copy."""
     root = Path(tljax.__file__).parent
     shutil.copytree(root, tmp_path / "tljax", ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(tljax, "__file__", str(tmp_path / "tljax" / "__init__.py"))
     yield tmp_path / "tljax"
     monkeypatch.undo()
-    forget()
+    clear_caches()
 
 
-def forget():
-    """As a new process would have to."""
+def clear_caches():
+    """Clear what a process computes once."""
     store._code.cache_clear()
     store._file_digest.cache_clear()
 
 
-def test_another_byte_of_the_code_is_another_name(package):
-    forget()
-    found = [name_of()]
+def test_changed_code_changes_the_cache_key(package):
+    clear_caches()
+    cache_keys = [key_of()]
     for file in ("models/layers.py", "data/decode.py", "data/augment.py"):
         with (package / file).open("a") as source:
             source.write("#")
-        forget()
-        found.append(name_of())
-    assert len(set(found)) == 4
+        clear_caches()
+        cache_keys.append(key_of())
+    assert len(set(cache_keys)) == 4
     (package / "report" / "page.py").write_text("")
-    forget()
-    assert name_of() == found[-1]
+    clear_caches()
+    assert key_of() == cache_keys[-1]
 
 
 def twice(x):
@@ -108,32 +108,32 @@ class Activation(nn.Module):
         return self.function(x)
 
 
-def name_of(**settings):
+def key_of(**settings):
     stages = (Stage("stem", Activation(**settings)), *tiny.MODEL.stages[1:])
     return store.folder(replace(tiny.MODEL, stages=stages), {}, "layer1", ()).name
 
 
-def test_the_settings_of_a_stage_are_part_of_the_name():
+def test_the_settings_of_a_stage_are_part_of_the_cache_key():
     functions = nn.relu, jax.nn.relu6, nn.hard_swish, twice, np.tanh
     partials = partial(twice), partial(nn.leaky_relu, negative_slope=0.1), partial(nn.leaky_relu)
     settings = [{"function": function} for function in (*functions, *partials)]
     settings += [{"rates": (1, 3)}, {"rates": {"a": 1}}, {"rates": {"a": 2}}, {"rates": "(1, 2)"}]
-    found = [name_of(**each) for each in settings]
-    assert len(set(found)) == len(settings)
-    assert found == [name_of(**each) for each in settings]
+    cache_keys = [key_of(**each) for each in settings]
+    assert len(set(cache_keys)) == len(settings)
+    assert cache_keys == [key_of(**each) for each in settings]
 
 
 @pytest.mark.parametrize("unnamed", [lambda x: x, object(), np.ones(2)])
-def test_what_cannot_be_told_apart_is_never_found_again(unnamed):
-    assert name_of(rates=unnamed) != name_of(rates=unnamed)
+def test_settings_that_cannot_be_described_get_a_unique_cache_key(unnamed):
+    assert key_of(rates=unnamed) != key_of(rates=unnamed)
 
 
-def test_a_stage_of_ones_own_is_known_by_its_file(monkeypatch, tmp_path):
-    before = name_of()
+def test_the_file_of_a_custom_stage_is_part_of_the_cache_key(monkeypatch, tmp_path):
+    before = key_of()
     edited = tmp_path / "edited.py"
     edited.write_text(Path(__file__).read_text("utf-8") + "#", "utf-8")
     monkeypatch.setattr(sys.modules[__name__], "__file__", str(edited))
-    assert name_of() != before
+    assert key_of() != before
 
 
 def source(count):
@@ -144,7 +144,7 @@ def source(count):
 
 @pytest.fixture
 def compute(tmp_path, monkeypatch):
-    """Of so many images 16,384 bytes each, cached in a folder of its own."""
+    """Compute the features of a number of images, cached in an empty folder."""
     monkeypatch.setenv("TLJAX_CACHE", str(tmp_path))
     variables = tiny.random_variables()
 
@@ -158,7 +158,7 @@ def compute(tmp_path, monkeypatch):
     return compute
 
 
-def test_what_was_not_used_for_longest_makes_room(compute, tmp_path, monkeypatch, capsys):
+def test_the_least_recently_used_entries_are_evicted(compute, tmp_path, monkeypatch, capsys):
     each = 8 * 16 * 16 * 4
     folders = {}
     for age, count in enumerate((4, 5, 6)):
@@ -166,8 +166,8 @@ def test_what_was_not_used_for_longest_makes_room(compute, tmp_path, monkeypatch
         compute(count)
         (folders[count],) = set((tmp_path / "features").glob("*")) - known
         os.utime(folders[count] / "about.json", (1000 + age,) * 2)
-        assert f"kept in {folders[count]}" in capsys.readouterr().err
-    compute(4)  # used again
+        assert f"cached in {folders[count]}" in capsys.readouterr().err
+    compute(4)  # marks the entry as used
     assert f"features  4 images  from {folders[4]}" in capsys.readouterr().err
     monkeypatch.setenv("TLJAX_FEATURE_CACHE_GIB", str((4 + 6 + 7 + 1) * each / 2**30))
     compute(7)
@@ -176,7 +176,7 @@ def test_what_was_not_used_for_longest_makes_room(compute, tmp_path, monkeypatch
     assert not any(folder.exists() for count, folder in folders.items() if count != 4)
 
 
-def test_features_over_the_limit_are_refused_and_drop_nothing(compute, tmp_path, monkeypatch):
+def test_features_over_the_limit_are_refused_and_evict_nothing(compute, tmp_path, monkeypatch):
     compute(4)
     monkeypatch.setenv("TLJAX_FEATURE_CACHE_GIB", "0.00001")
     with pytest.raises(RequestError, match=r"raise TLJAX_FEATURE_CACHE_GIB$"):
@@ -225,8 +225,8 @@ for entries in (10, 2.5):
 """
 
 
-def test_four_processes_sweep_over_one_cache(tmp_path):
-    """At the same time; then, with room for two of four, they evict each other's."""
+def test_four_processes_share_one_cache(tmp_path):
+    """Run four processes at once, first with space for all entries, then for about half of them."""
     done = subprocess.run(
         [sys.executable, "-c", SWEEP, str(tmp_path), "15"],
         capture_output=True,
@@ -240,7 +240,7 @@ def test_four_processes_sweep_over_one_cache(tmp_path):
     assert set(second.split()) == {"about.json", "values"}
 
 
-def test_who_comes_second_takes_what_is_there(compute, tmp_path, monkeypatch):
+def test_the_second_of_two_writers_returns_the_entry_of_the_first(compute, tmp_path, monkeypatch):
     made = []
     write = store._write_values
 
@@ -252,25 +252,25 @@ def test_who_comes_second_takes_what_is_there(compute, tmp_path, monkeypatch):
         return about
 
     monkeypatch.setattr(store, "_write_values", while_another_is_quicker)
-    found = compute(4)
+    features = compute(4)
     (folder,) = (tmp_path / "features").iterdir()
     left = {path.name for path in folder.iterdir()}
     about = json.loads((folder / "about.json").read_text())
     assert left == {"about.json", about[0]}
-    assert Path(found.values.filename).name == about[0]
+    assert Path(features.values.filename).name == about[0]
     assert not made[0].exists()
 
 
-def test_what_is_evicted_while_it_is_read_stays_readable(compute, tmp_path, monkeypatch):
-    found = compute(4)
-    expected = np.array(found.values)
+def test_an_entry_evicted_while_it_is_mapped_stays_readable(compute, tmp_path, monkeypatch):
+    features = compute(4)
+    expected = np.array(features.values)
     monkeypatch.setenv("TLJAX_FEATURE_CACHE_GIB", str(6.5 * 8 * 16 * 16 * 4 / 2**30))
     compute(6)
     assert len(list((tmp_path / "features").iterdir())) == 1
-    np.testing.assert_array_equal(found.values, expected)
+    np.testing.assert_array_equal(features.values, expected)
 
 
-def test_a_disk_that_gives_back_other_bytes_is_one_line(compute, tmp_path, monkeypatch):
+def test_a_disk_that_returns_other_bytes_is_one_line(compute, tmp_path, monkeypatch):
     write = store._write_values
 
     def damaged(path, *args):
@@ -280,6 +280,6 @@ def test_a_disk_that_gives_back_other_bytes_is_one_line(compute, tmp_path, monke
         return about
 
     monkeypatch.setattr(store, "_write_values", damaged)
-    with pytest.raises(RequestError, match=r"reads back otherwise .*: set TLJAX_CACHE"):
+    with pytest.raises(RequestError, match=r"bytes read differ .*: set TLJAX_CACHE"):
         compute(4)
     assert list((tmp_path / "features").iterdir()) == []

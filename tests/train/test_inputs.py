@@ -56,13 +56,13 @@ def test_no_room_is_one_line(tiny, folder, monkeypatch):
 
 
 def test_nothing_half_written_stays(tiny, folder, monkeypatch):
-    compute = features_module._forward_source
+    compute = features_module.over_source
 
     def failing(*args):
         yield from list(compute(*args))[:2]
         raise RuntimeError("in the middle")
 
-    monkeypatch.setattr(features_module, "_forward_source", failing)
+    monkeypatch.setattr(features_module, "over_source", failing)
     with pytest.raises(RuntimeError, match="in the middle"):
         kept(tiny)
     assert list(folder.iterdir()) == []
@@ -125,7 +125,7 @@ def test_features_that_cannot_be_kept_are_computed(folder, monkeypatch, capsys):
         np.testing.assert_array_equal(one.values, other.values)
         np.testing.assert_array_equal(one.indices, other.indices)
     notes = [line for line in capsys.readouterr().err.splitlines() if "note: " in line]
-    assert [line.partition(" are not kept")[0] for line in notes] == [
+    assert [line.partition(" are not cached")[0] for line in notes] == [
         "note: train features",
         "note: val features",
     ]

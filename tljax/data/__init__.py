@@ -1,4 +1,4 @@
-"""Files in, uint8 batches out: ``sources`` finds examples, ``decode`` reads one, ``loader`` many.
+"""Data loading: ``sources`` finds examples, ``decode`` reads one, ``loader`` makes batches.
 
-Nothing is imported here: ``loader`` brings in grain, which the others do not need.
+Nothing is imported here, because ``loader`` imports grain, which the others do not need.
 """

@@ -1,7 +1,7 @@
-"""Augmentation on the device, jitted; what an example gets depends on seed, epoch and example.
+"""Image augmentation on the device, jitted and determined by seed, epoch and example index.
 
-A training step begins with ``augment(batch.inputs, batch.indices, epoch_key(seed, epoch), ...)``,
-or with that and then `mix`.
+A training step starts with ``augment(batch.inputs, batch.indices, epoch_key(seed, epoch), ...)``,
+optionally followed by `mix`.
 """
 
 import math
@@ -9,6 +9,8 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.scipy.ndimage import map_coordinates
+from jaxtyping import Bool, Float, Int, Key, UInt8
 
 from tljax.data.options import AugmentConfig
 from tljax.runtime.errors import RequestError
@@ -18,35 +20,43 @@ OPERATIONS = (
     *("identity", "autocontrast", "equalize", "rotate", "solarize", "color", "posterize"),
     *("contrast", "brightness", "sharpness", "shear_x", "shear_y", "translate_x", "translate_y"),
 )
-"""What RandAugment draws from."""
+"""The operations that RandAugment samples from."""
 
-# "aug" and "mix" in ASCII: keys that no other consumer of the same seed folds out of it.
+_Pixels = UInt8[Array, "size size 3"]
+"""A square RGB image."""
+
+# "aug" and "mix" in ASCII, folded into the seed so that no other use of it has the same keys.
 _AUGMENT, _MIX = 0x617567, 0x6D6978
 
 
-def epoch_key(seed: int, epoch: Array | int) -> jax.Array:
-    """The key of a pass over the data, for `augment`."""
-    # Named, since the default can be changed to one whose draws depend on the batch under vmap.
+def epoch_key(seed: int, epoch: Int[Array, ""] | int) -> Key[jax.Array, ""]:
+    """Derive the random key of one epoch, for `augment`."""
+    # Not the default implementation: users can set it to one whose draws depend on the batch.
     key = jax.random.key(seed, impl="threefry2x32")
     return jax.random.fold_in(jax.random.fold_in(key, _AUGMENT), epoch)
 
 
 @partial(jax.jit, static_argnames=("size", "config"))
 def augment(
-    images: Array, indices: Array, key: jax.Array, size: int, config: AugmentConfig
-) -> jax.Array:
-    """Crops, flips and distorts every image on its own.
+    images: UInt8[Array, "batch side side 3"],
+    indices: Int[Array, " batch"],
+    key: Key[jax.Array, ""],
+    size: int,
+    config: AugmentConfig,
+) -> Float[jax.Array, "batch size size 3"]:
+    """Crop, flip and distort each image independently.
 
-    Between the steps pixels are whole levels from 0 to 255, as in Pillow. With everything off it is
-    the central crop of `decode`, exactly.
+    Pixels are integers from 0 to 255 between the steps, as in Pillow. With every augmentation off,
+    the result is exactly the central crop of `decode`.
 
     Args:
-        images: ``[batch, side, side, 3]`` uint8; what `decode` makes, best larger than ``size``.
-        indices: ``[batch]`` int32 position of each example in its source; -1 for padding. An
-            example's result is a function of its image, its index and ``key``, whatever the batch.
-        key: of seed and epoch: `epoch_key`.
-        size: side of the square that the network sees.
-        config: what to do.
+        images: ``[batch, side, side, 3]`` uint8 RGB from `decode`, preferably larger than ``size``.
+        indices: ``[batch]`` int32 position of each example in its source; -1 for padding. The
+            result for an example depends on its image, its index and ``key`` only, not on the rest
+            of the batch.
+        key: random key of the seed and the epoch, from `epoch_key`.
+        size: side of the network's square input, in pixels.
+        config: the augmentations to apply.
 
     Returns:
         ``[batch, size, size, 3]`` float32 in [0, 1].
@@ -56,7 +66,7 @@ def augment(
     """
     height, side = images.shape[1:3]
     if height != side or (side < size and not config.crop):
-        raise RequestError(f"images of {height} x {side}: need squares of at least {size} pixels")
+        raise RequestError(f"images of {height} x {side}: pass squares of at least {size} pixels")
     offset = round((side - size) / 2)
 
     def one(image: jax.Array, index: jax.Array) -> jax.Array:
@@ -74,8 +84,8 @@ def augment(
             sign = jnp.where(draws[1] < 0.5, -1, 1)
             return _distort(image, operation, sign * (config.randaugment_magnitude / 30)), None
 
-        if config.randaugment_layers:  # a loop without turns does not run under jax.disable_jit
-            # Only a loop keeps XLA from fusing layers and computing the first again per pixel.
+        if config.randaugment_layers:  # jax.disable_jit cannot run a scan of length 0
+            # Unrolled, XLA would fuse the layers and recompute the first one for every pixel.
             draws = jax.random.uniform(distortions, (config.randaugment_layers, 2))
             image, _ = jax.lax.scan(layer, image, draws)
         return image.astype(jnp.float32) / 255
@@ -85,58 +95,68 @@ def augment(
 
 @partial(jax.jit, static_argnames="config")
 def mix(
-    images: Array, targets: Array, mask: Array, key: jax.Array, config: AugmentConfig
-) -> tuple[jax.Array, jax.Array]:
-    """Mixes every example with another one of the batch: mixup or CutMix.
+    images: Float[Array, "batch height width 3"],
+    targets: Float[Array, "batch classes"],
+    mask: Bool[Array, " batch"],
+    key: Key[jax.Array, ""],
+    config: AugmentConfig,
+) -> tuple[Float[jax.Array, "batch height width 3"], Float[jax.Array, "batch classes"]]:
+    """Mix each example with another one of the batch, by mixup or CutMix.
 
-    By their nature these depend on the batch: on who is in it and in which order, but not on the
-    number of devices that it is spread over. One proportion is drawn per batch, as in both papers.
-    Valid rows are mixed with valid rows only, masked rows with themselves.
+    The result depends on the examples of the batch and their order, but not on the number of
+    devices. One mixing proportion is drawn per batch, as in both papers. Valid rows are mixed with
+    valid rows only; masked rows stay unchanged.
+
+    Source: mixup, Zhang et al. 2017, arXiv:1710.09412; CutMix, Yun et al. 2019, arXiv:1905.04899.
 
     Args:
         images: ``[batch, height, width, 3]`` float32 in [0, 1].
-        targets: ``[batch, classes]`` float32 probabilities, already smoothed.
+        targets: ``[batch, classes]`` float32 probabilities, with label smoothing already applied.
         mask: ``[batch]`` bool; False for padding and for images that could not be read.
-        key: of seed and step.
-        config: the alphas.
+        key: random key of the seed and the step.
+        config: the alphas of mixup and CutMix.
 
     Returns:
-        Images and targets, mixed. CutMix's targets follow the area that was really pasted.
+        The mixed images and targets, with the shapes of the inputs. CutMix weighs the targets by
+        the area that was pasted after the box was clipped to the image.
     """
     images, targets, mask = jnp.asarray(images), jnp.asarray(targets), jnp.asarray(mask)
     methods = (config.mixup > 0) + (config.cutmix > 0)
     if not methods:
         return images, targets
-    pair, method, share, place = jax.random.split(jax.random.fold_in(key, _MIX), 4)
+    key = jax.random.fold_in(key, _MIX)
+    partner_key, method_key, weight_key, box_key = jax.random.split(key, 4)
 
-    # Valid rows first: in the order of the batch, and shuffled. Masked rows meet themselves.
+    # Valid rows come first, once in the order of the batch and once shuffled; masked rows follow in
+    # the same order in both, so each is its own partner.
     rows = jnp.argsort(~mask, stable=True)
-    shuffled = jnp.argsort(jnp.where(mask, jax.random.uniform(pair, mask.shape), 1), stable=True)
+    draws = jax.random.uniform(partner_key, mask.shape)
+    shuffled = jnp.argsort(jnp.where(mask, draws, 1), stable=True)
     partner = jnp.zeros_like(rows).at[rows].set(shuffled)
 
-    cut = jax.random.bernoulli(method, (config.cutmix > 0) / methods)
-    alpha = jnp.where(cut, config.cutmix, config.mixup)
-    gammas = jax.random.loggamma(share, alpha, (2,))
-    own = jax.nn.sigmoid(gammas[0] - gammas[1])  # Beta(alpha, alpha)
-    extent = jnp.asarray(images.shape[1:3])
-    center, half = jax.random.uniform(place, (2,)) * extent, jnp.sqrt(1 - own) * extent / 2
+    use_cutmix = jax.random.bernoulli(method_key, (config.cutmix > 0) / methods)
+    alpha = jnp.where(use_cutmix, config.cutmix, config.mixup)
+    gammas = jax.random.loggamma(weight_key, alpha, (2,))
+    weight = jax.nn.sigmoid(gammas[0] - gammas[1])  # Beta(alpha, alpha)
+    shape = jnp.asarray(images.shape[1:3])
+    center, half = jax.random.uniform(box_key, (2,)) * shape, jnp.sqrt(1 - weight) * shape / 2
     low = jnp.maximum(jnp.round(center - half), 0)
-    high = jnp.minimum(jnp.round(center + half), extent)
+    high = jnp.minimum(jnp.round(center + half), shape)
     y, x = jnp.ogrid[: images.shape[1], : images.shape[2]]
     inside = (y >= low[0]) & (y < high[0]) & (x >= low[1]) & (x < high[1])
-    own_pixels = jnp.where(cut, ~inside, own)[:, :, None]
-    own = jnp.where(cut, 1 - (high - low).prod() / extent.prod(), own)
+    pixel_weight = jnp.where(use_cutmix, ~inside, weight)[:, :, None]
+    weight = jnp.where(use_cutmix, 1 - (high - low).prod() / shape.prod(), weight)
     return (
-        own_pixels * images + (1 - own_pixels) * images[partner],
-        own * targets + (1 - own) * targets[partner],
+        pixel_weight * images + (1 - pixel_weight) * images[partner],
+        weight * targets + (1 - weight) * targets[partner],
     )
 
 
-def _random_box(draws: jax.Array, side: int, config: AugmentConfig) -> jax.Array:
-    """Top, left, height and width in pixels, ``[4]`` int32, from four uniform draws.
+def _random_box(draws: Float[Array, "4"], side: int, config: AugmentConfig) -> Int[Array, "4"]:
+    """Compute the top, left, height and width of a crop, in pixels, from four uniform draws.
 
-    Torchvision draws area and ratio up to ten times until the box fits; here the ratio is drawn
-    among those that fit, so that the area keeps its uniform distribution.
+    Torchvision draws area and aspect ratio up to ten times until the box fits. Here the ratio is
+    drawn among those that fit, so the area keeps its uniform distribution.
     """
     area = config.scale[0] + draws[0] * (config.scale[1] - config.scale[0])
     low = jnp.log(jnp.maximum(area, config.ratio[0]))
@@ -148,11 +168,11 @@ def _random_box(draws: jax.Array, side: int, config: AugmentConfig) -> jax.Array
     return jnp.concatenate([corner, shape]).astype(jnp.int32)
 
 
-def _resized_crop(image: jax.Array, box: jax.Array, size: int) -> jax.Array:
-    """What Pillow's ``image.crop(box).resize((size, size), BILINEAR)`` does, antialiased.
+def _resized_crop(image: UInt8[Array, "side side 3"], box: Int[Array, "4"], size: int) -> _Pixels:
+    """Crop and resize like Pillow's ``image.crop(box).resize((size, size), BILINEAR)``.
 
-    The few taps of a pixel are gathered. Two products with weight matrices are four times slower on
-    a CPU, and need an explicit precision elsewhere.
+    The few pixels that contribute to an output pixel are gathered. `jax.image.scale_and_translate`
+    also uses pixels outside of the box, and its matrix products take 8 times as long on a CPU.
     """
     side, (top, left, height, width) = image.shape[0], box
 
@@ -166,7 +186,7 @@ def _resized_crop(image: jax.Array, box: jax.Array, size: int) -> jax.Array:
         weights = jnp.where((positions >= start) & (positions < start + length), weights, 0)
         return jnp.clip(positions, 0, side - 1), weights / weights.sum(0)
 
-    # Tap by tap: XLA on a CPU takes thirty times longer to sum one gather of all of them.
+    # One gather per tap: on a CPU, XLA takes 30 times as long to sum a single gather of all taps.
     rows = pixels = jnp.zeros(())
     for y, weight in zip(*taps(top, height), strict=True):
         rows += image[y] * weight[:, None, None]
@@ -175,20 +195,21 @@ def _resized_crop(image: jax.Array, box: jax.Array, size: int) -> jax.Array:
     return jnp.round(pixels).astype(jnp.uint8)
 
 
-def _distort(image: jax.Array, operation: Array, strength: Array) -> jax.Array:
-    """One operation of RandAugment, as Pillow does it.
+def _distort(image: _Pixels, operation: Array | int, strength: Array | float) -> _Pixels:
+    """Apply one operation of RandAugment, as Pillow implements it.
 
-    Magnitudes are those of torchvision; shears leave the upper left corner where it is and what
-    enters the image is grey, as in the code of the paper's authors.
+    Magnitudes are those of torchvision. Shears keep the upper left corner fixed, and pixels from
+    outside the image are gray, as in the code of the paper's authors.
 
-    Under vmap a switch would compute all fourteen. They are of three kinds (a blend with a
-    degenerate image, a table of levels, a move), and a kind that is not asked for is an identity.
-    So each starts from the image that came in, whichever order they are applied in.
+    Under vmap, a ``switch`` would compute all fourteen operations. They are of three kinds: a blend
+    with a degenerate image, a lookup table of levels, and a geometric transform. All three kinds
+    are computed, and those that ``operation`` does not belong to are identities.
 
     Args:
         image: ``[size, size, 3]`` uint8.
         operation: index into `OPERATIONS`.
-        strength: share of the largest magnitude; the sign is a direction, where there are two.
+        strength: fraction of the largest magnitude, in [-1, 1]; the sign selects the direction of
+            operations that have two.
     """
     size = image.shape[0]
     levels = image.astype(jnp.int32)
@@ -207,9 +228,9 @@ def _distort(image: jax.Array, operation: Array, strength: Array) -> jax.Array:
     factor = 1 + sum(when(name, 0.9 * strength) for name in enhancements)
     blend = jnp.floor(jnp.clip(degenerate + factor * (levels - degenerate), 0, 255))
 
-    # A table of levels for each channel.
+    # A lookup table of levels for each channel.
     amount, level = jnp.abs(strength), jnp.arange(256)
-    channel = 256 * jnp.arange(3)  # where its table begins, in a row of three
+    channel = 256 * jnp.arange(3)  # offset of each channel's table
     counts = jnp.zeros(3 * 256, jnp.int32).at[levels + channel].add(1).reshape(3, 256)
     low = jnp.argmax(counts > 0, 1, keepdims=True)
     high = 255 - jnp.argmax(counts[:, ::-1] > 0, 1, keepdims=True)
@@ -222,11 +243,11 @@ def _distort(image: jax.Array, operation: Array, strength: Array) -> jax.Array:
     table = when("equalize", jnp.where(step > 0, equal, level), table)
     table = when("solarize", jnp.where(level < 256 * (1 - amount), level, 255 - level), table)
     table = when("posterize", level >> bits << bits, table)
-    # The product keeps XLA from fusing the tables into the look-up, which would compute them again
-    # for every pixel. Levels are exact in any of its precisions.
+    # The matrix product keeps XLA from fusing the tables into the lookup, which would recompute
+    # them for every pixel. Levels are exact in every matmul precision.
     table = (jnp.broadcast_to(table, (3, 256)).astype(jnp.float32) @ jnp.eye(256)).reshape(-1)
 
-    # Another place: where each pixel comes from.
+    # A geometric transform: the position that each pixel is read from.
     angle = when("rotate", math.radians(30) * strength)
     origin = when("rotate", size / 2)
     shift = jnp.round(strength * (150 / 331 * size))
@@ -234,10 +255,9 @@ def _distort(image: jax.Array, operation: Array, strength: Array) -> jax.Array:
     y = x[:, None]
     from_x = jnp.cos(angle) * x + (when("shear_x", 0.3 * strength) - jnp.sin(angle)) * y
     from_y = jnp.cos(angle) * y + (when("shear_y", 0.3 * strength) + jnp.sin(angle)) * x
-    from_x = jnp.floor(from_x + origin + when("translate_x", shift)).astype(jnp.int32)
-    from_y = jnp.floor(from_y + origin + when("translate_y", shift)).astype(jnp.int32)
-    inside = (from_x >= 0) & (from_x < size) & (from_y >= 0) & (from_y < size)
-    source = jnp.where(inside, from_y * size + from_x, 0)
+    from_x += origin + when("translate_x", shift) - 0.5
+    from_y += origin + when("translate_y", shift) - 0.5
+    move = partial(map_coordinates, coordinates=[from_y, from_x], order=0, cval=128)
 
     result = table[blend.astype(jnp.int32) + channel].astype(jnp.uint8)
-    return jnp.where(inside[..., None], result.reshape(-1, 3)[source], 128)
+    return jax.vmap(move, -1, -1)(result)

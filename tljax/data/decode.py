@@ -1,4 +1,4 @@
-"""Bytes to pixels: any photograph becomes an RGB square, or a plain reason why it cannot."""
+"""Decode image files to RGB squares, or raise an error that says why a file cannot be used."""
 
 import codecs
 import io
@@ -11,6 +11,7 @@ from os import PathLike
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import UInt8
 from PIL import ExifTags, Image, ImageChops, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
@@ -20,16 +21,14 @@ from tljax.runtime.errors import UnreadableImageError
 from tljax.runtime.types import Preprocess
 
 MAX_PIXELS = 2**27
-"""The largest image that is decoded: 134 million pixels, 400 MB of RGB. Phones take 108 million."""
+"""Largest image that is decoded: 134 million pixels, 400 MB of RGB. Phones take 108 million."""
 
-# What people photograph, scan and download. Left to itself Pillow also tries formats that call
-# other programs (EPS starts Ghostscript).
+# The formats of photographs, scans and web images. By default Pillow also tries formats that call
+# other programs: EPS starts Ghostscript.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM", "AVIF")
 
-_FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-
-# EXIF orientation -> what puts the picture upright (Exif 2.32, tag 274; 1 is upright).
-_UPRIGHT = {
+# EXIF orientation -> the transpose that puts the image upright (Exif 2.32, tag 274; 1 is upright).
+_TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -39,67 +38,69 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
-_END = b"\xff\xd9"  # of a JPEG
+_JPEG_END = b"\xff\xd9"  # the end-of-image marker
 
 _PILLOW_WARNINGS = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
 
 
 def decode(
-    data: bytes | np.ndarray, preprocess: Preprocess, remarks: list[str] | None = None
-) -> np.ndarray:
-    """Decodes one example to the square that a network's preprocessing asks for.
+    data: bytes | UInt8[np.ndarray, "height width 3"],
+    preprocess: Preprocess,
+    remarks: list[str] | None = None,
+) -> UInt8[np.ndarray, "size size 3"]:
+    """Decode an image and resize and crop it for a network.
 
-    The short side is resized to ``preprocess.resize`` with an antialiasing Pillow filter and the
-    central square is cut out; the result equals that of torchvision's ``Resize`` and ``CenterCrop``
-    on a PIL image, pixel for pixel. A JPEG of eight times that size or more is decoded at a half, a
-    quarter or an eighth of its own, but at no less than four times what is wanted: three times as
-    fast for 12 megapixels, with pixels that differ by 0.1 to 0.4 of 255 in the mean.
+    The short side is resized to ``preprocess.resize`` with an antialiasing Pillow filter, and the
+    central square is cropped. The pixels equal those of torchvision's ``Resize`` and ``CenterCrop``
+    on a PIL image. A JPEG whose short side is at least eight times ``preprocess.resize`` is decoded
+    at 1/2, 1/4 or 1/8 of its resolution, but at no less than four times ``preprocess.resize``: this
+    is three times as fast for 12 megapixels and changes pixels by 0.1 to 0.4 of 255 on average.
 
     Args:
-        data: an encoded image file, or RGB pixels, ``[height, width, 3]`` uint8.
-        preprocess: the geometry; its normalisation is left to the model.
-        remarks: where it is recorded that the end of the file is missing; see `open_image`.
+        data: an encoded image file, or RGB pixels ``[height, width, 3]`` uint8.
+        preprocess: the sizes and the filter; normalization is left to the model.
+        remarks: list that a remark is appended to if the end of the file is missing; see
+            `open_image`.
 
     Returns:
-        ``[size, size, 3]`` uint8, RGB.
+        ``[size, size, 3]`` uint8 RGB, where ``size`` is ``preprocess.size``.
 
     Raises:
         UnreadableImageError: the image cannot be used; the message is the reason.
     """
-    image, box, turn, cut = _open(data, at_least=4 * preprocess.resize)
-    if cut and remarks is not None:
-        remarks.append("its end is missing; read as viewers show it")
+    image, box, transpose, truncated = _open(data, min_side=4 * preprocess.resize)
+    if truncated and remarks is not None:
+        remarks.append("the end of the file is missing; the decoded part is used")
     width, height = box[2:]
     short, long = sorted((width, height))
     long = int(preprocess.resize * long / short)
     if preprocess.resize * long > MAX_PIXELS:
-        raise UnreadableImageError(
-            f"too elongated: {image.width} x {image.height} pixels, which would be"
-            f" {preprocess.resize} x {long} after the resize"
-        )
+        raise UnreadableImageError(f"too elongated: {image.width} x {image.height} pixels")
     image = image.resize(
         (preprocess.resize, long) if width <= height else (long, preprocess.resize),
-        _FILTERS[preprocess.interpolation],
+        Image.Resampling[preprocess.interpolation.upper()],
         box,
     )
-    image = image if turn is None else image.transpose(turn)
+    image = image if transpose is None else image.transpose(transpose)
     left = round((image.width - preprocess.size) / 2)
     top = round((image.height - preprocess.size) / 2)
     return np.array(image.crop((left, top, left + preprocess.size, top + preprocess.size)))
 
 
-def read_images(paths: Sequence[str | PathLike[str]], preprocess: Preprocess) -> np.ndarray:
-    """Decodes a short list of image files, in one thread.
+def read_images(
+    paths: Sequence[str | PathLike[str]], preprocess: Preprocess
+) -> UInt8[np.ndarray, "images size size 3"]:
+    """Decode a short list of image files in one thread.
 
     Args:
-        paths: the files.
-        preprocess: the geometry of ``decode``.
+        paths: files, folders (every file below them is read) or URLs, as for `open_images`.
+        preprocess: the sizes and the filter; see `decode`.
 
     Returns:
-        ``[len(paths), size, size, 3]`` uint8, RGB.
+        ``[images, size, size, 3]`` uint8 RGB.
 
     Raises:
-        RequestError: a path is missing or is a folder.
+        RequestError: a path does not exist, a folder has no file, or a URL cannot be fetched.
         UnreadableImageError: a file is not a usable image; the message names it.
     """
     source = open_images(paths)
@@ -110,100 +111,103 @@ def read_images(paths: Sequence[str | PathLike[str]], preprocess: Preprocess) ->
             images[index] = decode(source.read(index), preprocess, remarks)
         except UnreadableImageError as error:
             raise UnreadableImageError(f"{name}: {error}") from error
-        say(name, *remarks)
+        print_remarks(name, *remarks)
     return images
 
 
 @cache
-def say(name: str, *remarks: str) -> None:
-    """Print remarks on an image on stderr, once, however often the image is read."""
+def print_remarks(name: str, *remarks: str) -> None:
+    """Print remarks about an image to stderr, once per process."""
     for remark in remarks:
         print(f"note: {name}: {remark}", file=sys.stderr)
 
 
 def open_image(data: bytes) -> Image.Image:
-    """Decodes an image file as a viewer shows it: upright, RGB, 8 bits, the first frame.
+    """Decode an image file as viewers show it: upright, RGB, 8 bits, first frame.
 
-    The content decides the format, not a file name. Transparent images are laid on white. A CMYK
-    JPEG is taken to be stored inverted, as Adobe's are and as Pillow and browsers assume. 16-bit
-    greyscale is scaled to 8 bits. Colour profiles are ignored. A JPEG whose end is missing is read
-    if no more than 5% of its pixels are, or only details of a progressive one.
+    The format is detected from the content, not the file name. Transparent images are composited
+    over white. CMYK JPEGs are taken to be stored inverted, as Adobe's are and as Pillow and
+    browsers assume. 16-bit grayscale is scaled to 8 bits. Color profiles are ignored. A JPEG whose
+    end is missing is accepted if at most 5% of its pixels are missing or, if it is progressive,
+    only details.
 
     Args:
-        data: a whole image file of any common format.
+        data: a complete image file: JPEG, PNG, WebP, GIF, BMP, TIFF, JPEG 2000, PPM or AVIF.
 
     Returns:
         An image of mode RGB with at least one pixel.
 
     Raises:
-        UnreadableImageError: for any other byte string; the message is a short reason.
+        UnreadableImageError: the bytes are not a usable image; the message is the reason.
     """
-    image, _, turn, _ = _open(data)
-    return image if turn is None else image.transpose(turn)
+    image, _, transpose, _ = _open(data)
+    return image if transpose is None else image.transpose(transpose)
 
 
 class _Opened(NamedTuple):
-    """Pixels as they are stored, and what is known of them.
+    """A decoded image in the orientation in which it is stored.
 
     Attributes:
-        image: the pixels.
-        box: the part of them that is the image.
-        turn: what puts it upright.
-        cut: whether the end of the file is missing.
+        image: the pixels, RGB.
+        box: the region of ``image`` to use: left, top, right, bottom.
+        transpose: the transpose that puts the image upright; None if it is.
+        truncated: whether the end of the file is missing.
     """
 
     image: Image.Image
     box: tuple[float, float, float, float]
-    turn: Image.Transpose | None
-    cut: bool = False
+    transpose: Image.Transpose | None
+    truncated: bool = False
 
 
-def _open(data: bytes | np.ndarray, at_least: int | None = None) -> _Opened:
-    """The whole image; or a large JPEG reduced, with a short side of ``at_least`` that."""
+def _open(data: bytes | np.ndarray, min_side: int | None = None) -> _Opened:
+    """Decode a whole image, or a large JPEG at a lower resolution of at least ``min_side``."""
     if isinstance(data, np.ndarray):
         image = Image.fromarray(data)
         return _Opened(image, (0, 0, *image.size), None)
     if not data:
         raise UnreadableImageError("the file is empty")
     if data.startswith(b"\xff\xd8") and data.endswith(bytes(8)):
-        data = data.rstrip(b"\0")  # a hole, of a transfer that was cut: libjpeg would paint it
-    # warnings.catch_warnings swaps one list for all threads, so threads that decode at the same
-    # time would undo each other's; one lasting filter for Pillow's own modules is safe.
+        # An interrupted transfer can leave zeros at the end, which libjpeg would decode as pixels.
+        data = data.rstrip(b"\0")
+    # warnings.catch_warnings is not thread-safe: threads that decode at the same time would undo
+    # each other's filters. One permanent filter for Pillow's own modules is safe.
     if _PILLOW_WARNINGS not in warnings.filters:
         warnings.filterwarnings("ignore", module=r"PIL\.")
     try:
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
         _check_size(image)
-        # libjpeg leaves out the high frequencies; no other format knows how. The reduced width and
-        # height are rounded up, the box is not.
-        drafted = image.draft(None, (at_least, at_least)) if at_least else None
+        # Only JPEG decodes at a lower resolution, by leaving out high frequencies. The reduced
+        # width and height are rounded up; the box is exact.
+        drafted = image.draft(None, (min_side, min_side)) if min_side else None
         image.load()
         box = drafted[1] if drafted else (0, 0, *image.size)
-        return _Opened(_to_rgb(image), box, _turn(image))
+        return _Opened(_to_rgb(image), box, _upright_transpose(image))
     except UnreadableImageError:
         raise
     except UnidentifiedImageError as error:
-        raise UnreadableImageError(_what_it_is(data)) from error
+        raise UnreadableImageError(_identify(data)) from error
     except Image.DecompressionBombError as error:
         raise UnreadableImageError(f"more than the limit of {MAX_PIXELS:,} pixels") from error
     except Exception as error:
-        if not data.endswith(_END) and _shows_its_picture(data):
-            return _open(data + _END, at_least)._replace(cut=True)
+        if not data.endswith(_JPEG_END) and _is_nearly_complete(data):
+            return _open(data + _JPEG_END, min_side)._replace(truncated=True)
         reason = str(error) or type(error).__name__
         raise UnreadableImageError(f"damaged or cut short: {reason}") from error
 
 
-def _shows_its_picture(data: bytes) -> bool:
-    """Whether a JPEG lacks its end only, as a viewer would have it."""
+def _is_nearly_complete(data: bytes) -> bool:
+    """Return True if a JPEG lacks at most 5% of its pixels, or only details if progressive."""
     try:
         image = JpegImageFile(io.BytesIO(data))
         if "progressive" in image.info:
             return _all_scans_begun(data, len(image.getbands()))
-        # Noise changes what is missing; whoever writes a JPEG writes rows of blocks.
+        # Decode with and without noise at the end: only the missing blocks differ, and JPEG stores
+        # blocks row by row.
         noise = np.random.default_rng(0).bytes(1000).replace(b"\xff", b"")
-        parts = (data.rstrip(b"\xff") + fill + _END for fill in (b"", noise))
+        parts = (data.rstrip(b"\xff") + fill + _JPEG_END for fill in (b"", noise))
         difference = ImageChops.difference(*(JpegImageFile(io.BytesIO(part)) for part in parts))
-    except Exception:  # noqa: BLE001 - as above
+    except Exception:  # noqa: BLE001 - Pillow raises many types on damaged files
         return False
     width, height = image.size
     block = 8 * max(layer[2] for layer in image.layer)
@@ -214,46 +218,45 @@ def _shows_its_picture(data: bytes) -> bool:
 
 
 def _all_scans_begun(data: bytes, bands: int) -> bool:
-    """Whether the scans of a progressive JPEG reach the last bit of all 64 frequencies."""
+    """Return True if a progressive JPEG's scans reach the last bit of all 64 frequencies."""
     reached = set()
     for scan in re.finditer(rb"\xff\xda..(.)", data, re.DOTALL):
         end = scan.end() + 2 * scan[1][0]
         first, last, bits = data[end : end + 3].ljust(3, b"\xff")
-        if not bits & 15 and (first, last) != (0, 63):  # that would be of a thumbnail
-            of = data[scan.end() : end : 2]
-            reached |= {(band, k) for band in of for k in range(first, last + 1)}
+        if not bits & 15 and (first, last) != (0, 63):  # a baseline scan belongs to a thumbnail
+            bands_of_scan = data[scan.end() : end : 2]
+            reached |= {(band, k) for band in bands_of_scan for k in range(first, last + 1)}
     return len(reached) == 64 * bands
 
 
 def _check_size(image: Image.Image) -> None:
     if not 0 < image.width * image.height <= MAX_PIXELS:
-        raise UnreadableImageError(
-            f"{image.width} x {image.height} pixels, which is not between 1 and {MAX_PIXELS:,}"
-        )
+        size = f"{image.width} x {image.height} pixels"
+        raise UnreadableImageError(f"{size}, outside of the limits of 1 and {MAX_PIXELS:,}")
 
 
-def _turn(image: Image.Image) -> Image.Transpose | None:
-    """What puts the picture upright. Ask after ``load``, which turns a TIFF by itself."""
+def _upright_transpose(image: Image.Image) -> Image.Transpose | None:
+    """Look up the transpose that puts an image upright; call after ``load``, which turns TIFFs."""
     try:
-        return _UPRIGHT.get(image.getexif()[ExifTags.Base.Orientation])
-    except Exception:  # noqa: BLE001 - as above; broken metadata does not spoil the pixels
+        return _TRANSPOSES.get(image.getexif()[ExifTags.Base.Orientation])
+    except Exception:  # noqa: BLE001 - the pixels are usable even if the metadata are broken
         return None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-        # Pillow's own conversion of 16-bit grey clips at 255.
+        # Pillow's own conversion of 16-bit grayscale clips at 255.
         image = Image.fromarray(((np.asarray(image, np.uint32) + 128) // 257).astype(np.uint8))
     if image.mode in ("I", "F"):
-        raise UnreadableImageError("32-bit grey of unknown range: save it with 8 or 16 bits")
+        raise UnreadableImageError("32-bit grayscale of unknown range: save it with 8 or 16 bits")
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _what_it_is(data: bytes) -> str:
-    """Says why Pillow does not know a file, from its first bytes."""
+def _identify(data: bytes) -> str:
+    """Explain from a file's first bytes why Pillow cannot identify it."""
     head = data[:1024].removeprefix(codecs.BOM_UTF8).lstrip().lower()
     if is_html(data):
         return "an HTML page, not an image"

@@ -1,16 +1,17 @@
-"""What a data set is once it is open: random access to examples, labels, classes and names."""
+"""Data sets: random access to examples, with labels, classes and names."""
 
 import hashlib
 import json
 import os
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import count
 from os import PathLike
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -21,38 +22,29 @@ from tljax.runtime.types import Array, Batch
 
 
 class Examples(Protocol):
-    """Random access to images: encoded files, or RGB pixels, ``[height, width, 3]`` uint8.
+    """Random access to images: encoded files, or RGB pixels ``[height, width, 3]`` uint8.
 
-    An array of images, ``[n, height, width, 3]``, is one already. Asking for an example that cannot
-    be read raises ``UnreadableImageError``.
+    An array of images ``[n, height, width, 3]`` satisfies the protocol. Reading an example that
+    cannot be read raises ``UnreadableImageError``. An optional attribute ``fingerprint``, a string
+    that changes whenever the content of any example does, spares `Source.digest` reading them all.
     """
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> bytes | np.ndarray: ...
 
 
-@runtime_checkable
-class FingerprintedExamples(Examples, Protocol):
-    """Examples that can be told from others without reading them."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Text that changes when the content of any example does."""
-        ...
-
-
 @dataclass(frozen=True, eq=False)
 class Source:
-    """Labelled examples in an order.
+    """An ordered set of images with labels.
 
     Attributes:
-        examples: the images; nothing is read before it is asked for.
-        labels: ``[n]`` int32 indices into ``classes``; -1 where there is no label.
-        classes: the names of the classes; empty where nothing is labelled.
-        names: what a report calls each example: printable text.
-        targets: what training learns, a tree of arrays ``[n, ...]``; None for ``labels``.
-        extra: by name, further arrays ``[n, ...]`` that an objective is given: a teacher's logits,
-            weights, boxes.
+        examples: the images, read on access.
+        labels: ``[n]`` int32 indices into ``classes``; -1 for an example without a label.
+        classes: the names of the classes; empty if there are no labels.
+        names: the name of each example in reports; printable text.
+        targets: training targets, a tree of arrays ``[n, ...]``; None trains on ``labels``.
+        extra: further arrays ``[n, ...]`` by name, such as a teacher's logits, weights or boxes;
+            objectives receive them as ``batch.extra``.
     """
 
     examples: Examples
@@ -66,7 +58,7 @@ class Source:
         return len(self.labels)
 
     def read(self, index: int) -> bytes | np.ndarray:
-        """One example: an encoded image file, or RGB pixels, ``[height, width, 3]`` uint8.
+        """Read one example: an encoded image file, or RGB pixels ``[height, width, 3]`` uint8.
 
         Raises:
             UnreadableImageError: the file cannot be read.
@@ -74,7 +66,14 @@ class Source:
         return self.examples[index]
 
     def batch(self, inputs: Array, mask: np.ndarray, indices: np.ndarray) -> Batch:
-        """Put what belongs to the examples at ``indices`` beside their inputs; -1 is padding."""
+        """Build a batch from inputs and the targets and extra arrays at ``indices``.
+
+        Args:
+            inputs: ``[batch, ...]`` images or activations.
+            mask: ``[batch]`` bool; False for padding and for images that could not be read.
+            indices: ``[batch]`` int32 positions in this source; -1 for padding, which gets the
+                targets and extra arrays of the first example.
+        """
         rows = np.maximum(indices, 0)
         targets = self.labels if self.targets is None else self.targets
         targets, extra = jax.tree.map(lambda x: x[rows], (targets, dict(self.extra)))
@@ -82,10 +81,10 @@ class Source:
 
     @cached_property
     def digest(self) -> str:
-        """Hex; changes if and only if a content, a label, the order or the classes change.
+        """Compute a SHA-256 hex digest of the examples in their order, the labels and the classes.
 
-        Every example is read, except where a data set has a fingerprint: that is taken instead, so
-        the digest may then change without a change of content.
+        Every example is read, unless ``examples`` has a fingerprint. That is hashed instead, so the
+        digest may then change although no content does.
         """
         header = json.dumps([self.classes, self.labels.tolist()]).encode()
         for path, leaf in jax.tree.leaves_with_path((self.targets, dict(self.extra))):
@@ -93,20 +92,20 @@ class Source:
         examples, indices = self.examples, np.arange(len(self))
         if isinstance(examples, _Subset):
             examples, indices = examples.examples, examples.indices
-        if isinstance(examples, FingerprintedExamples):
-            contents = examples.fingerprint.encode() + indices.tobytes()
+        if fingerprint := getattr(examples, "fingerprint", None):
+            contents = fingerprint.encode() + indices.tobytes()
         else:
             contents = b"".join(_hashes(self))
         return sha256(header + contents)
 
 
 class Splits(NamedTuple):
-    """A data set to train on.
+    """The training and validation parts of a data set.
 
     Attributes:
-        train: examples to learn from; every class has at least one.
-        val: examples to measure on, with the same classes; may lack some.
-        notes: remarks for a person, one line each.
+        train: training examples; every class has at least one.
+        val: validation examples under the same classes, some of which may have no example.
+        notes: remarks to print, one line each.
     """
 
     train: Source
@@ -127,14 +126,14 @@ class _Subset:
 
 
 def select(source: Source, indices: Sequence[int] | np.ndarray) -> Source:
-    """The examples at ``indices``, in that order, with the same classes."""
+    """Select the examples at ``indices``, in that order, and keep the list of classes."""
     indices = np.asarray(indices, np.int64)
-    examples, chosen = source.examples, indices
-    if isinstance(examples, _Subset):  # one level, so that equal selections have equal digests
-        examples, chosen = examples.examples, examples.indices[indices]
+    examples, positions = source.examples, indices
+    if isinstance(examples, _Subset):  # not nested, so that equal selections have equal digests
+        examples, positions = examples.examples, examples.indices[indices]
     targets, extra = jax.tree.map(lambda x: x[indices], (source.targets, dict(source.extra)))
     return Source(
-        _Subset(examples, chosen),
+        _Subset(examples, positions),
         source.labels[indices],
         source.classes,
         [source.names[int(index)] for index in indices],
@@ -144,116 +143,109 @@ def select(source: Source, indices: Sequence[int] | np.ndarray) -> Source:
 
 
 def match_classes(source: Source, classes: Sequence[str]) -> tuple[Source, tuple[str, ...]]:
-    """Gives a labelled source the class indices of a network, by the names of the classes.
+    """Relabel a source with a network's class indices, matching classes by name.
+
+    Classes with the same name are matched in order. If the source has fewer of them than the
+    network, the first of the network gets all their examples; see `ambiguous`.
 
     Args:
-        source: examples under their own list of classes.
+        source: examples labeled with their own list of classes.
         classes: the network's classes, in the order of its logits.
 
-    Classes of one name are matched in their order. Where the data has fewer of a name, the first
-    gets its examples; see `ambiguous`.
-
     Returns:
-        The examples whose class the network knows, labelled with indices into ``classes``; and
-        notes for a person, one line each, on what the two lists do not share.
+        The examples whose class the network has, labeled with indices into ``classes``; and notes
+        to print, one line each, on the differences between the two lists.
 
     Raises:
-        RequestError: no example is of a class that the network knows.
+        RequestError: no example belongs to a class of the network.
     """
-    of_network, of_data = [*map(normal, classes)], [*map(normal, source.classes)]
-    position = {key: index for index, key in enumerate(_numbered(of_network))}
-    found = [position.get(key, position.get((key[0], 0), -1)) for key in _numbered(of_data)]
-    relabel = np.array([*found, -1], np.int32)  # an example without a label (-1) gets the last
-    labels = relabel[source.labels]
-    kept = np.flatnonzero(labels >= 0)
-    if not kept.size:
-        raise RequestError(
-            f"no example is of a known class: the data has {shortened(source.classes)};"
-            f" the network knows {shortened(classes)}"
-        )
-    missing = [name for name in of_network if name not in of_data]
-    extra = [name for name in of_data if name not in of_network]
-    empty = [name for name in map(normal, without_example(source)) if name in of_network]
+    network_names, data_names = [*map(normal, classes)], [*map(normal, source.classes)]
+    position = {key: index for index, key in enumerate(_numbered(network_names))}
+    matches = [position.get(key, position.get((key[0], 0), -1)) for key in _numbered(data_names)]
+    # The last entry is for examples without a label, which are labeled -1.
+    labels = np.array([*matches, -1], np.int32)[source.labels]
+    retained = np.flatnonzero(labels >= 0)
+    if not retained.size:
+        lists = f"the data has {shortened(source.classes)}; the network has {shortened(classes)}"
+        raise RequestError(f"the data and the network have no class in common: {lists}")
+    missing = [name for name in network_names if name not in data_names]
+    unknown = [name for name in data_names if name not in network_names]
+    empty = [name for name in map(normal, without_example(source)) if name in network_names]
     notes = [
-        f"{len(same)} classes are called {name} ({' and '.join(map(str, same))}): of an image of "
-        "theirs the most probable one is the label"
-        for name, same in ambiguous(source.classes, classes).items()
+        f"{len(indices)} classes are called {name} ({' and '.join(map(str, indices))}):"
+        " each of its images is labeled with the most probable one"
+        for name, indices in ambiguous(source.classes, classes).items()
     ]
-    if missing:
-        notes.append(
-            f"{len(missing)} of {len(classes)} classes not in the data: {shortened(missing)}"
-        )
-    if empty:
-        notes.append(
-            f"{len(empty)} of {len(classes)} classes without an example: {shortened(empty)}"
-        )
-    if extra:
-        left_out = len(source) - kept.size
-        notes.append(f"left out {left_out} examples of unknown classes: {shortened(extra)}")
-    known = replace(select(source, kept), labels=labels[kept], classes=tuple(classes))
-    return known, tuple(notes)
+    notes += [
+        f"{len(names)} of {len(classes)} classes {fault}: {shortened(names)}"
+        for names, fault in ((missing, "not in the data"), (empty, "without an example"))
+        if names
+    ]
+    if unknown:
+        excluded = len(source) - retained.size
+        notes.append(f"left out {excluded} examples of unknown classes: {shortened(unknown)}")
+    selected = select(source, retained)
+    return replace(selected, labels=labels[retained], classes=tuple(classes)), tuple(notes)
 
 
-def ambiguous(found: Sequence[str], classes: Sequence[str]) -> dict[str, list[int]]:
-    """The names of which a network has more classes than the data, and their indices.
+def ambiguous(data_classes: Sequence[str], classes: Sequence[str]) -> dict[str, list[int]]:
+    """Find names that more classes of a network have than of the data, and their indices.
 
-    ImageNet has two cranes and two maillots.
+    ImageNet, for example, has two classes named crane and two named maillot.
+
+    Args:
+        data_classes: the classes of the data.
+        classes: the network's classes, in the order of its logits.
     """
-    same: dict[str, list[int]] = {}
+    indices: dict[str, list[int]] = {}
     for index, name in enumerate(classes):
-        same.setdefault(normal(name), []).append(index)
-    given = Counter(map(normal, found))
-    return {name: indices for name, indices in same.items() if 0 < given[name] < len(indices)}
+        indices.setdefault(normal(name), []).append(index)
+    counts = Counter(map(normal, data_classes))
+    return {name: same for name, same in indices.items() if 0 < counts[name] < len(same)}
 
 
 def _numbered(names: Sequence[str]) -> list[tuple[str, int]]:
-    """Each name, and how often it occurred before."""
-    before: Counter[str] = Counter()
-    numbered = []
-    for name in names:
-        numbered.append((name, before[name]))
-        before[name] += 1
-    return numbered
+    """Pair each name with the number of its earlier occurrences."""
+    counters: dict[str, count[int]] = defaultdict(count)
+    return [(name, next(counters[name])) for name in names]
 
 
 def split_by_content(source: Source, where: str, val_fraction: float) -> Splits:
-    """Splits a source by a hash of each example's content, as `open_splits` says.
+    """Split a source by a hash of each example's content, as described in `open_splits`.
 
     Args:
-        source: labelled examples; all are read.
-        where: what an error calls the source.
-        val_fraction: the share of validation, in [0, 1). With 0 the training images are their own
-            validation.
+        source: labeled examples; all are read.
+        where: the name of the source in errors.
+        val_fraction: fraction of the examples to validate on, in [0, 1). With 0, the training
+            images are also the validation images.
 
     Raises:
-        RequestError: a class is left without an example to train on, or validation without any.
+        RequestError: a class has no training example, or there is no validation example.
     """
     if not val_fraction:
-        note = f"no validation images: all figures are of the {len(source)} training images"
+        note = f"no validation images: metrics are computed on the {len(source)} training images"
         return Splits(source, source, (note,))
     in_val = np.array([int.from_bytes(h[:6]) / 2**48 < val_fraction for h in _hashes(source)], bool)
     train, val = select(source, np.flatnonzero(~in_val)), select(source, np.flatnonzero(in_val))
-    advice = "add images, change the share, or lay the folder out as train/ and val/"
-    lost = without_example(train)
-    if lost:
+    advice = "add images, change --val-fraction, or divide the folder into train/ and val/"
+    if lost := without_example(train):
         raise RequestError(
-            f"all images of {shortened(lost)} in {where} fall into the"
-            f" validation share of {val_fraction}: {advice}"
+            f"{where}: all images of {shortened(lost)} fall into the validation fraction of"
+            f" {val_fraction}: {advice}"
         )
     if not len(val):
         raise RequestError(
-            f"none of the {len(source)} images in {where} falls into the validation share of"
-            f" {val_fraction}: {advice}, or measure on the training images: --val-fraction 0"
+            f"{where}: none of the {len(source)} images falls into the validation fraction of"
+            f" {val_fraction}: {advice}, or validate on the training images with --val-fraction 0"
         )
     notes = [f"split by content: {len(train)} to train on, {len(val)} to validate on"]
-    unseen = without_example(val)
-    if unseen:
+    if unseen := without_example(val):
         notes.append(f"no validation image of {shortened(unseen)}")
     return Splits(train, val, tuple(notes))
 
 
 def _hashes(source: Source) -> list[bytes]:
-    """The SHA-256 of each example's content; one that cannot be read counts as empty."""
+    """Compute the SHA-256 of each example; one that cannot be read is hashed as empty."""
 
     def hash_one(index: int) -> bytes:
         try:
@@ -267,32 +259,32 @@ def _hashes(source: Source) -> list[bytes]:
     def hash_chunk(indices: range) -> list[bytes]:
         return [hash_one(index) for index in indices]
 
-    everything = range(len(source))
-    chunks = (everything[start : start + 256] for start in everything[::256])
+    indices = range(len(source))
+    chunks = (indices[start : start + 256] for start in indices[::256])
     with ThreadPoolExecutor() as pool:
         return [digest for chunk in pool.map(hash_chunk, chunks) for digest in chunk]
 
 
 def without_example(source: Source) -> list[str]:
-    """The classes that no example of a source belongs to."""
+    """List the classes of a source that have no example."""
     counts = np.bincount(source.labels[source.labels >= 0], minlength=len(source.classes))
     return [name for name, count in zip(source.classes, counts, strict=True) if not count]
 
 
 def normal(name: str) -> str:
-    """A name in the form of Unicode in which names are compared; file names of macOS have another.
+    """Normalize a name to Unicode form C, so that names from macOS compare equal.
 
-    See https://unicode.org/reports/tr15, normalisation form C.
+    Source: https://unicode.org/reports/tr15.
     """
     return unicodedata.normalize("NFC", name)
 
 
 def printable(path: str | PathLike[str]) -> str:
-    """A path that any report can hold: bytes that are not UTF-8 show as escapes."""
+    """Return a path as printable text, with bytes that are not UTF-8 as escapes."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def shortened(names: Sequence[str]) -> str:
-    """The first five names, and how many more there are."""
+    """Join the first five names and the number of further ones."""
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return (", ".join(names[:5]) or "none") + more

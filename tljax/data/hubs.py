@@ -1,7 +1,7 @@
-"""Data sets in the formats of TensorFlow Datasets and of Hugging Face, as sources.
+"""Data sets of TensorFlow Datasets and Hugging Face, as sources.
 
-Neither package is imported before a data set of its kind is asked for; TensorFlow is not needed
-to read one.
+Each package is imported when a data set of its kind is opened. TensorFlow is not needed to read
+one.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,18 +26,18 @@ from tljax.data.folders import TRAIN, VAL, suggestion
 from tljax.runtime.errors import RequestError, UnreadableImageError
 from tljax.runtime.files import sha256
 
-_Parts = Mapping[str, Callable[[], Source]]  # opened late: reading the labels may take a while
+_Parts = Mapping[str, Callable[[], Source]]  # opened when needed: reading the labels can be slow
 
 
 def is_hub(spec: str) -> bool:
-    """Whether a request names a data set of this file: ``tfds:...`` or ``hf:...``."""
+    """Return True for the name of a data set of a hub: ``tfds:...`` or ``hf:...``."""
     return spec.startswith(tuple(f"{kind}:" for kind in _KINDS))
 
 
 def open_hub_splits(spec: str, val_fraction: float) -> Splits:
-    """The train and validation splits of a data set or, if it has one split, a split by content.
+    """Open the training and validation splits of a data set, or split its only split by content.
 
-    Examples without a label are left out, and so are classes without an example to train on.
+    Examples without a label and classes without a training example are left out.
 
     Raises:
         RequestError: the data set or a package is missing, or it cannot be trained on.
@@ -46,7 +46,7 @@ def open_hub_splits(spec: str, val_fraction: float) -> Splits:
     names = [name for name in TRAIN if name in parts] or list(parts)
     if names[0] not in TRAIN and len(names) > 1:
         raise RequestError(
-            f"{spec} has the splits {shortened(names)}, but none to train on: rename one to train"
+            f"{spec} has no training split: rename one of {shortened(names)} to train"
         )
     train, notes = _trainable(parts[names[0]](), f"{spec} {names[0]}")
     val = _validation({name: part for name, part in parts.items() if name != names[0]})
@@ -58,7 +58,7 @@ def open_hub_splits(spec: str, val_fraction: float) -> Splits:
 
 
 def hub_has_validation(spec: str) -> bool:
-    """Whether a data set has a split for validation with labels.
+    """Return True if a data set has a validation split with labels.
 
     Raises:
         RequestError: the data set or a package is missing.
@@ -67,11 +67,11 @@ def hub_has_validation(spec: str) -> bool:
     return len(parts) > 1 and _validation(parts) is not None
 
 
-def open_labelled_hub(spec: str, val_fraction: float) -> Source:
-    """What an evaluation measures on: all of the validation split, or that of a split by content.
+def open_labeled_hub(spec: str, val_fraction: float) -> Source:
+    """Open the validation split of a data set or, if it has none, that of a split by content.
 
     Raises:
-        RequestError: the data set or a package is missing, or nothing has a label.
+        RequestError: the data set or a package is missing, or no example has a label.
     """
     val = _validation(_open(spec))
     return open_hub_splits(spec, val_fraction).val if val is None else val
@@ -80,32 +80,28 @@ def open_labelled_hub(spec: str, val_fraction: float) -> Source:
 def _open(spec: str) -> _Parts:
     kind, _, name = spec.partition(":")
     if not name:
-        raise RequestError(f"{spec} lacks a name: write {kind}:NAME")
+        raise RequestError(f"{spec} has no name: write {kind}:NAME")
     return {split.lower(): part for split, part in _KINDS[kind](spec, name).items()}
 
 
 def _validation(parts: _Parts) -> Source | None:
-    """The first split for validation that has a label; those of a competition's test have none."""
+    """Open the first validation split with labels; test splits of competitions have none."""
     sources = (parts[name]() for name in VAL if name in parts)
     return next((source for source in sources if (source.labels >= 0).any()), None)
 
 
 def _trainable(source: Source, where: str) -> tuple[Source, list[str]]:
-    unlabelled = np.count_nonzero(source.labels < 0)
+    unlabeled = np.count_nonzero(source.labels < 0)
     unused = without_example(source)
-    labels = set(source.labels.tolist())
-    used = [name for index, name in enumerate(source.classes) if index in labels]
+    used = [name for name in source.classes if name not in unused]
     if len(used) < 2:
-        raise RequestError(
-            f"{where} has examples of these classes: {shortened(used)}; training needs two or more"
-        )
+        raise RequestError(f"{where} has examples of {shortened(used)}: training needs two classes")
     notes = []
-    if unlabelled:
-        notes.append(f"left out {unlabelled} examples without a label")
+    if unlabeled:
+        notes.append(f"left out {unlabeled} examples without a label")
     if unused:
         notes.append(
-            f"left out {len(unused)} of {len(source.classes)} classes, without an example to train"
-            f" on: {shortened(unused)}"
+            f"left out {len(unused)} classes without training examples: {shortened(unused)}"
         )
     return (match_classes(source, used)[0] if notes else source), notes
 
@@ -118,21 +114,21 @@ def _source(spec: str, split: str, examples: Any, labels: np.ndarray, feature: A
 def _feature(
     where: str, features: Mapping[str, object], kind: type, advice: str, preferred: object = None
 ) -> str:
-    """The name of the one feature of a kind, or of the preferred one."""
+    """Find the name of the only feature of a kind, or of the preferred one."""
     names = [name for name, feature in features.items() if isinstance(feature, kind)]
-    chosen = [name for name in names if name == preferred] or names
-    if len(chosen) != 1:
-        have = names or [f"{name}: {type(feature).__name__}" for name, feature in features.items()]
+    candidates = [name for name in names if name == preferred] or names
+    if len(candidates) != 1:
+        existing = names or [f"{name}: {type(value).__name__}" for name, value in features.items()]
         raise RequestError(
-            f"{where} has {len(names) or 'no'} {kind.__name__} features ({shortened(have)});"
+            f"{where} has {len(names) or 'no'} {kind.__name__} features ({shortened(existing)});"
             f" {advice}"
         )
-    return chosen[0]
+    return candidates[0]
 
 
 @contextmanager
 def _explained(spec: str, advice: str) -> Iterator[None]:
-    """Turns whatever a package raises into one line."""
+    """Convert any exception of a package to a one-line RequestError."""
     try:
         yield
     except Exception as error:
@@ -141,29 +137,43 @@ def _explained(spec: str, advice: str) -> Iterator[None]:
 
 
 @dataclass(frozen=True, eq=False)
-class _Records:
-    """The images of a split of TensorFlow Datasets, as they are stored."""
+class _Rows:
+    """The encoded images of a split. ``read`` can be pickled, as processes decode."""
 
-    records: Sequence[bytes]
-    parse: Callable[[bytes], dict[str, bytes]]
-    image: str
+    rows: Sequence[Any]
+    read: Callable[[Any], bytes]
     fingerprint: str
 
     def __len__(self) -> int:
-        return len(self.records)
+        return len(self.rows)
 
     def __getitem__(self, index: int) -> bytes:
-        return self.parse(self.records[index])[self.image]
+        return self.read(self.rows[int(index)])
+
+
+def _tfds_image(parse: Callable[[bytes], dict[str, bytes]], name: str, record: bytes) -> bytes:
+    return parse(record)[name]
+
+
+def _hf_image(name: str, row: Mapping[str, Any]) -> bytes:
+    image = row[name]
+    if image is None or (image["bytes"] is None and image["path"] is None):
+        raise UnreadableImageError("the row has no image")
+    if image["bytes"] is not None:
+        return image["bytes"]
+    try:
+        return Path(image["path"]).read_bytes()
+    except OSError as error:
+        raise UnreadableImageError(f"cannot be read: {error.strerror}") from error
 
 
 def _tfds_parts(spec: str, name: str) -> _Parts:
     try:
-        # Its annotations contradict what it does, and no checker should need it.
+        # Its type annotations are wrong, and the type checker should not need it.
         tfds: Any = import_module("tensorflow_datasets")
     except ImportError as error:
         raise RequestError(
-            f"{spec} is read with tensorflow-datasets:"
-            " pip install tensorflow-datasets importlib_resources"
+            f"{spec} needs tensorflow-datasets: pip install tensorflow-datasets importlib_resources"
         ) from error
     advice = (
         f"check the name, or run `tfds build {name} --file_format=array_record --data_dir=FOLDER`"
@@ -176,14 +186,14 @@ def _tfds_parts(spec: str, name: str) -> _Parts:
         builder.download_and_prepare()
         features = dict(builder.info.features)
     keys = builder.info.supervised_keys or (None, None)
-    other = "name a data set for image classification"
+    other = "choose a data set for image classification"
     image = _feature(spec, features, tfds.features.Image, other, keys[0])
     label = _feature(spec, features, tfds.features.ClassLabel, other, keys[1])
     if features[image].np_dtype == np.float32:  # TFDS stores their bits as RGBA
-        raise RequestError(f"{spec} holds images of float32: name a data set with images of uint8")
+        raise RequestError(f"{spec} has float32 images: choose a data set with uint8 images")
 
     def open_part(split: str) -> Source:
-        # Parsing one feature leaves the others, masks say, alone.
+        # Parsing a single feature does not decode the others, such as masks.
         parse_image = partial(
             tfds.features.FeaturesDict({image: features[image]}).deserialize_example_np,
             decoders={image: tfds.decode.SkipDecoding()},
@@ -194,19 +204,19 @@ def _tfds_parts(spec: str, name: str) -> _Parts:
                 split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
             )
             labels = np.fromiter((parse_label(record)[label] for record in records), np.int32)
-        # A version is a promise of contents, but one that a builder under development breaks. When
-        # the files were written says nothing: they are copied.
-        shards = list(map(_ends, builder.info.splits[split].filepaths))
+        # The version alone does not identify the content: a builder under development changes it.
+        # Nor do modification times, which copying changes.
+        shards = list(map(_shard_identity, builder.info.splits[split].filepaths))
         identity = repr((builder.info.full_name, split, image, shards))
         fingerprint = sha256(identity.encode())
-        examples = _Records(records, parse_image, image, fingerprint)
+        examples = _Rows(records, partial(_tfds_image, parse_image, image), fingerprint)
         return _source(spec, split, examples, labels, features[label])
 
     return {split: partial(open_part, split) for split in builder.info.splits}
 
 
-def _ends(shard: Any) -> tuple[str, int, str]:
-    """The name of a file, its length, and the hash of its first and last megabyte."""
+def _shard_identity(shard: Any) -> tuple[str, int, str]:
+    """Return the name of a file, its length, and the hash of its first and last megabyte."""
     length, part = shard.stat().length, 2**20
     with shard.open("rb") as file:
         begin = file.read(part)
@@ -214,34 +224,11 @@ def _ends(shard: Any) -> tuple[str, int, str]:
         return shard.name, length, sha256(begin + file.read())
 
 
-@dataclass(frozen=True, eq=False)
-class _Rows:
-    """The images of a Hugging Face data set, as they are stored."""
-
-    rows: Any
-    image: str
-    fingerprint: str
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> bytes:
-        image = self.rows[int(index)][self.image]
-        if image is None or (image["bytes"] is None and image["path"] is None):
-            raise UnreadableImageError("the row holds no image")
-        if image["bytes"] is not None:
-            return image["bytes"]
-        try:
-            return Path(image["path"]).read_bytes()
-        except OSError as error:
-            raise UnreadableImageError(f"cannot be read: {error.strerror}") from error
-
-
 def _hf_parts(spec: str, name: str) -> _Parts:
     try:
         datasets: Any = import_module("datasets")
     except ImportError as error:
-        raise RequestError(f"{spec} is read with datasets: pip install datasets") from error
+        raise RequestError(f"{spec} needs datasets: pip install datasets") from error
     base, _, config = (name, "", "") if Path(name).expanduser().is_dir() else name.partition(":")
     path = Path(base).expanduser()
     if not path.is_dir() and base.startswith(("/", "./", "../", "~")):
@@ -254,17 +241,18 @@ def _hf_parts(spec: str, name: str) -> _Parts:
     parts = opened if isinstance(opened, dict) else {str(opened.split or "all"): opened}
 
     def open_part(split: str, dataset: Any) -> Source:
-        dataset = dataset.with_format(None)  # one may be stored along
+        dataset = dataset.with_format(None)  # save_to_disk stores the format
         where = f"{spec} {split}"
         advice = (
-            "give it one of Image and one of ClassLabel with the datasets library,"
-            " save_to_disk(FOLDER), and name hf:FOLDER"
+            "give it one Image and one ClassLabel feature with the datasets library, write it with"
+            " save_to_disk(FOLDER), and open hf:FOLDER"
         )
         image = _feature(where, dataset.features, datasets.Image, advice)
         label = _feature(where, dataset.features, datasets.ClassLabel, advice, "label")
         column = dataset.select_columns(label).with_format("arrow")[:].column(0)
         rows = dataset.select_columns(image).cast_column(image, datasets.Image(decode=False))
-        examples = _Rows(rows, image, f"{dataset._fingerprint} {image}")
+        fingerprint = f"{dataset._fingerprint} {image}"
+        examples = _Rows(rows, partial(_hf_image, image), fingerprint)
         labels = column.fill_null(-1).to_numpy()
         return _source(spec, split, examples, labels, dataset.features[label])
 

@@ -1,4 +1,4 @@
-"""Sources to batches: grain reads and decodes ahead of the consumer, in threads or processes."""
+"""Batches of decoded images: grain reads and decodes ahead, in threads or processes."""
 
 import os
 from collections.abc import Iterator, Sequence, Sized
@@ -9,15 +9,19 @@ from typing import Literal
 import grain
 import numpy as np
 from absl import flags
+from jaxtyping import Int
 
-from tljax.data.decode import decode, say
+from tljax.data.decode import decode, print_remarks
 from tljax.data.sources import Source
 from tljax.runtime.errors import RequestError, UnreadableImageError
 from tljax.runtime.types import Batch, Preprocess
 
+BatchRows = Int[np.ndarray, "batches rows"]
+"""Indices of the examples of each batch; -1 for padding."""
+
 
 def num_batches(examples: Sized | int, batch_size: int) -> int:
-    """The number of batches in one pass over a source, or over so many examples."""
+    """Return the number of batches in one pass over a source or a number of examples."""
     n = examples if isinstance(examples, int) else len(examples)
     return -(-n // batch_size)
 
@@ -36,50 +40,49 @@ def load_batches(
     on_bad_image: Literal["skip", "fail"] = "skip",
     skipped: dict[int, str] | None = None,
 ) -> Iterator[Batch]:
-    """Iterates once over a source in batches of a fixed shape.
+    """Iterate once over a source in batches of a fixed shape.
 
-    The same arguments give the same batches, whatever the number of workers or processes. Dropping
-    the iterator early stops what decodes ahead.
+    The batches do not depend on the number of workers or processes. Deleting the iterator stops
+    decoding ahead.
 
     Args:
         source: the examples.
-        preprocess: the geometry of the images.
-        batch_size: the number of rows of a batch, over all processes together.
-        seed: None keeps the order of the source; else the order is a permutation that depends on
-            ``seed``, ``epoch`` and the number of examples alone. Not negative.
-        epoch: which pass this is. Not negative.
-        start: the number of batches to leave out at the beginning, to resume; they are not decoded.
-        shard: (index of this process, number of processes). Every process gets equally many
-            batches of ``batch_size // count`` rows; concatenated in the order of the processes,
+        preprocess: the sizes and the filter that images are resized and cropped with.
+        batch_size: number of rows of a batch, over all processes together.
+        seed: seed of the shuffling, 0 or more; the order is a permutation that depends on ``seed``,
+            ``epoch`` and the number of examples only. None keeps the order of the source.
+        epoch: index of the pass, 0 or more; each one is shuffled differently.
+        start: number of batches to skip at the beginning, to resume; they are not decoded.
+        shard: (index of this process, number of processes). Each process gets the same number of
+            batches of ``batch_size // processes`` rows; concatenated in the order of the processes,
             they are the batches of a single process.
-        multiple: batches are padded to a multiple of so many rows, which devices can share.
-        workers: the number of processes that decode; 0 decodes in threads. A process takes seconds
-            to start and pays off for large sources, where threads contend for the interpreter. A
-            script that uses them needs the ``if __name__ == "__main__"`` guard.
-        on_bad_image: ``skip`` turns an image that cannot be read into a masked row of zeros that
-            keeps its targets and index; ``fail`` raises.
-        skipped: where such images are recorded, ``{index in the source: reason}``, when their batch
-            is handed out.
+        multiple: pad batches to a multiple of this number of rows, to divide them among devices.
+        workers: number of processes that decode images; 0 decodes in threads. Processes take
+            seconds to start and are faster for large sources, where threads contend for the
+            interpreter. A script that uses them needs the ``if __name__ == "__main__"`` guard.
+        on_bad_image: ``skip`` replaces an image that cannot be read by a masked row of zeros with
+            its targets and index; ``fail`` raises.
+        skipped: a dict that such images are added to, ``{index in the source: reason}``, when their
+            batch is yielded.
 
     Yields:
-        Batches of this process's rows; the last one is padded to its full size.
+        This process's rows of each batch: inputs ``[rows, size, size, 3]`` uint8; the last batch is
+        padded to its full size.
 
     Raises:
-        RequestError: the arguments do not fit together; or, from the iteration and with ``fail``,
+        RequestError: an argument is out of its range; or, during the iteration and with ``fail``,
             an image cannot be read.
     """
-    process, processes = shard
+    _, processes = shard
     if batch_size < 1 or (batch_size + -batch_size % multiple) % processes:
         raise RequestError(
-            f"batch size {batch_size}: choose a positive multiple of {processes}, the number of"
-            " processes"
+            f"batch size {batch_size}: choose a positive multiple of {processes}, the process count"
         )
     if seed is not None and seed < 0:
         raise RequestError(f"seed {seed}: choose 0 or more")
     if start < 0:
         raise RequestError(f"first batch {start}: choose 0 or more")
-    order = batch_rows(len(source), batch_size, seed, epoch, multiple)[start:]
-    rows = order.reshape(len(order), processes, order.shape[1] // processes)[:, process]
+    rows = shard_rows(batch_rows(len(source), batch_size, seed, epoch, multiple)[start:], shard)
     if not len(rows):
         return iter(())
     decoded = _dataset(_Decoded(source, preprocess, rows.ravel()), rows.shape[1], workers)
@@ -87,10 +90,14 @@ def load_batches(
 
 
 def refuse_none(source: Source, skipped: dict[int, str]) -> None:
-    """Check that an image of a source could be read.
+    """Check that at least one image of a source could be read.
+
+    Args:
+        source: the images.
+        skipped: the reason by index, for each image that could not be read.
 
     Raises:
-        RequestError: none could; the reason of the first is given.
+        RequestError: no image could be read; the message gives the reason for the first one.
     """
     if len(source) == len(skipped):
         index, reason = next(iter(skipped.items()), (0, "there is none"))
@@ -99,17 +106,18 @@ def refuse_none(source: Source, skipped: dict[int, str]) -> None:
 
 def batch_rows(
     n: int, batch_size: int, seed: int | None = None, epoch: int = 0, multiple: int = 1
-) -> np.ndarray:
-    """Which of ``n`` examples stand in which batch of a pass.
+) -> BatchRows:
+    """Assign ``n`` examples to the batches of a pass.
 
-    ``[batches, rows]`` int32, -1 for padding.
+    The assignment never changes between versions. The other arguments are those of `load_batches`.
 
-    The same arguments give the same answer for ever. ``rows`` is the batch size, rounded up to a
-    multiple of ``multiple``; the arguments are those of `load_batches`.
+    Returns:
+        ``[batches, rows]`` int32 indices of examples, -1 for padding, where ``rows`` is the batch
+        size rounded up to a multiple of ``multiple``.
     """
     order = np.arange(n)
     if seed is not None:
-        # Sorting raw bits, as numpy promises never to change those; it does for its permutations.
+        # numpy guarantees the raw bits of a generator across versions, but not its permutations.
         bits = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(n)
         order = bits.argsort(kind="stable")
     rows = np.full((num_batches(n, batch_size), batch_size), -1, np.int32)
@@ -117,9 +125,20 @@ def batch_rows(
     return np.pad(rows, ((0, 0), (0, -batch_size % multiple)), constant_values=-1)
 
 
+def shard_rows(rows: BatchRows, shard: tuple[int, int]) -> BatchRows:
+    """Return one process's part, ``[batches, rows / processes]``, of the rows of all batches.
+
+    Args:
+        rows: ``[batches, rows]``, from `batch_rows`.
+        shard: (index of the process, number of processes).
+    """
+    process, processes = shard
+    return rows.reshape(len(rows), processes, rows.shape[1] // processes)[:, process]
+
+
 @dataclass(frozen=True, eq=False)
 class _Decoded:
-    """Random access to images and what is wrong with them: what grain calls a data source."""
+    """Random access to decoded images with their faults and remarks, as a grain data source."""
 
     source: Source
     preprocess: Preprocess
@@ -148,26 +167,23 @@ def _stack(rows: Sequence[_Row]) -> _Rows:
     return np.stack(images), faults, remarks
 
 
-def _own(rows: _Rows) -> _Rows:
-    """Copies images out of shared memory, where each array holds a file open."""
-    return np.array(rows[0]), *rows[1:]
-
-
 def _dataset(decoded: _Decoded, size: int, workers: int) -> grain.IterDataset[_Rows]:
     examples = grain.MapDataset.source(decoded)
     if workers == 0:
-        # Threads share single images, so that the first batch comes as early as it can.
+        # Threads decode single images rather than batches, so that the first batch is early.
         threads = os.cpu_count() or 1
         ahead = grain.ReadOptions(threads, prefetch_buffer_size=max(2 * size, threads))
         return examples.to_iter_dataset(ahead).batch(size, batch_fn=_stack)
-    if not flags.FLAGS.is_parsed():  # grain's processes read a flag, and fail without this
+    if not flags.FLAGS.is_parsed():  # grain's processes read an absl flag
         flags.FLAGS.mark_as_parsed()
-    # A process makes whole batches, as handing over single images costs too much. grain deals the
-    # batches to the processes in turn, so the order stays.
+    # Processes decode whole batches, as transferring single images is slow. grain assigns batches
+    # to processes round-robin, so their order is kept.
     one_ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
     batches = examples.batch(size, batch_fn=_stack).to_iter_dataset(one_ahead)
     processes = min(workers, len(decoded) // size)
-    return batches.mp_prefetch(grain.MultiprocessingOptions(processes)).map(_own)
+    batches = batches.mp_prefetch(grain.MultiprocessingOptions(processes))
+    # Arrays are copied out of shared memory, where each one keeps a file open.
+    return batches.map(lambda rows: (np.array(rows[0]), *rows[1:]))
 
 
 def _iterate(
@@ -180,13 +196,11 @@ def _iterate(
     with closing(iter(decoded)) as batches:
         for indices, (images, faults, remarks) in zip(rows, batches, strict=True):
             for index in np.flatnonzero([*map(bool, remarks)]):
-                say(source.names[indices[index]], *remarks[index])
+                print_remarks(source.names[indices[index]], *remarks[index])
             bad = {int(i): fault for i, fault in zip(indices, faults, strict=True) if fault}
             if bad and on_bad_image == "fail":
                 index, fault = next(iter(bad.items()))
-                raise RequestError(
-                    f"{source.names[index]}: {fault}; repair or remove it, or skip bad images"
-                )
+                raise RequestError(f"{source.names[index]}: {fault}; repair, remove or skip it")
             if skipped is not None:
                 skipped.update(bad)
             mask = (indices >= 0) & [fault is None for fault in faults]

@@ -1,4 +1,4 @@
-"""How images are read and how they vary. Imports nothing heavy: --help reads this."""
+"""Options of how images are loaded and augmented. Imports nothing heavy: --help reads this."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -9,13 +9,16 @@ from tljax.runtime.ranges import Amount, Checked, Count, NotNegative, Range, Rat
 
 @dataclass(frozen=True)
 class Loading(Checked):
-    """How images are read and spread over devices. No feature depends on it.
+    """Options of how images are read and divided among devices.
+
+    None of them changes the value of a feature.
 
     Attributes:
-        batch_size: images a step.
-        workers: number of processes that decode; 0 decodes in threads.
-        devices: number of devices; by default all.
-        on_bad_image: skip leaves unreadable images out and lists them; fail stops.
+        batch_size: number of images per batch, over all devices and processes.
+        workers: number of processes that decode images; 0 decodes in threads.
+        devices: number of devices to use; by default all.
+        on_bad_image: skip leaves out images that cannot be read and lists them; fail stops at the
+            first one.
     """
 
     batch_size: Count = 32
@@ -26,20 +29,25 @@ class Loading(Checked):
 
 @dataclass(frozen=True)
 class AugmentConfig(Checked):
-    """What `augment` and `mix` do. Hashable: a static argument of `jax.jit`.
+    """Options of `augment` and `mix`. Hashable, for use as a static argument of `jax.jit`.
 
     Attributes:
-        crop: cut a random box and resize it (Szegedy et al. 2014, "Going deeper with
-            convolutions"), instead of the central crop.
-        scale: the box's share of the area of the image. Training from scratch takes (0.08, 1).
-        ratio: the box's width over its height, log-uniform; holds 1.
-        flip: mirror left and right, every other time.
-        randaugment_layers: the number of operations, one after the other, of RandAugment (Cubuk et
-            al. 2019, arXiv:1909.13719); 0 is off.
-        randaugment_magnitude: of every operation, 0 to 30; torchvision's scale.
-        mixup: the alpha of mixup (Zhang et al. 2017, arXiv:1710.09412); 0 is off.
-        cutmix: the alpha of CutMix (Yun et al. 2019, arXiv:1905.04899); 0 is off. With both on, a
-            batch gets one or the other, at even odds.
+        crop: crop a random box and resize it (Szegedy et al. 2014, arXiv:1409.4842) instead of
+            taking the central crop.
+        scale: lower and upper bound of the box's fraction of the image area. For training from
+            scratch, 0.08 and 1 are common.
+        ratio: lower and upper bound of the box's width divided by its height, drawn log-uniformly;
+            the bounds must enclose 1.
+        flip: mirror each image horizontally with probability 1/2.
+        randaugment_layers: number of RandAugment operations per image (Cubuk et al. 2019,
+            arXiv:1909.13719); 0 turns RandAugment off.
+        randaugment_magnitude: magnitude of each RandAugment operation, from 0 to 30 as in
+            torchvision.
+        mixup: alpha of mixup's beta distribution (Zhang et al. 2017, arXiv:1710.09412); 0 turns
+            mixup off.
+        cutmix: alpha of CutMix's beta distribution (Yun et al. 2019, arXiv:1905.04899); 0 turns
+            CutMix off. If mixup and CutMix are both on, each batch gets one of them with
+            probability 1/2.
 
     Raises:
         RequestError: a value is out of its range.
@@ -57,4 +65,6 @@ class AugmentConfig(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.scale[0] > self.scale[1]:
-            raise RequestError(f"{spelled('scale', self.scale)}: the first number is the lower one")
+            raise RequestError(
+                f"{spelled('scale', self.scale)}: the first number must not be above the second"
+            )

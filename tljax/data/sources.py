@@ -1,6 +1,6 @@
-"""Opens what a request names: folders, scikit-learn's digits, `tfds:` and `hf:` data sets.
+"""Open data sets by name: folders, scikit-learn's digits, `tfds:` and `hf:` data sets.
 
-Nothing is decoded here; a source gives random access to encoded files or pixels, with labels.
+Nothing is decoded: a source gives random access to encoded files or pixels, with labels.
 """
 
 import numpy as np
@@ -21,11 +21,11 @@ from tljax.data.folders import (
     open_folder,
     open_folder_splits,
     open_images,
-    open_labelled_folder,
+    open_labeled_folder,
     suggestion,
     train_and_val,
 )
-from tljax.data.hubs import hub_has_validation, is_hub, open_hub_splits, open_labelled_hub
+from tljax.data.hubs import hub_has_validation, is_hub, open_hub_splits, open_labeled_hub
 from tljax.runtime.errors import RequestError
 
 __all__ = [
@@ -48,46 +48,46 @@ VAL_FRACTION = 0.2
 
 
 def open_splits(spec: str, *, val_fraction: float = VAL_FRACTION) -> Splits:
-    """Opens a data set for training.
+    """Open the training and validation parts of a data set.
 
-    A folder either holds ``train/`` and ``val/`` (or ``valid``, ``validation``, ``test``) with a
-    folder for each class inside, or the class folders themselves. The latter, a ``train/`` without
-    the like beside it, ``digits``, and data sets of one split are split by content: an example is
-    for validation if and only if a hash of its content, as a fraction of the hash's range, is below
-    ``val_fraction``. So no example changes sides when others are added, and copies of one image
-    never end up on both.
+    A folder contains either ``train/`` and ``val/`` (or ``valid``, ``validation``, ``test``) with
+    one folder per class inside, or the class folders themselves. Class folders, a ``train/``
+    without a validation folder, ``digits``, and data sets with one split are split by content: an
+    example is for validation if and only if a hash of its content, as a fraction of the hash's
+    range, is below ``val_fraction``. So adding examples moves no other example to the other part,
+    and copies of one image are never in both.
 
     Args:
         spec: a folder (``./digits`` for one of that name), or one of
 
             - ``digits``: 1,797 handwritten digits of 8 x 8 pixels, from scikit-learn;
-            - ``tfds:NAME``, ``tfds:NAME/CONFIG:VERSION``: from TensorFlow Datasets; it is prepared
-              in ``$TFDS_DATA_DIR`` if need be;
-            - ``hf:OWNER/NAME``, ``hf:OWNER/NAME:CONFIG``, ``hf:FOLDER``: from Hugging Face, or a
-              folder of theirs: written by ``save_to_disk``, of parquet files, of images.
-        val_fraction: the share of validation in a split by content, in [0, 1). With 0 the training
-            images are their own validation.
+            - ``tfds:NAME``, ``tfds:NAME/CONFIG:VERSION``: from TensorFlow Datasets; prepared in
+              ``$TFDS_DATA_DIR`` if it is not there yet;
+            - ``hf:OWNER/NAME``, ``hf:OWNER/NAME:CONFIG``: from the Hugging Face Hub;
+            - ``hf:FOLDER``: a folder that the ``datasets`` library can read: written by
+              ``save_to_disk``, or with parquet files or images.
+        val_fraction: fraction of the examples to validate on in a split by content, in [0, 1). With
+            0, the training images are also the validation images.
 
     Raises:
-        RequestError: there is no such data set, or it cannot be trained on.
+        RequestError: the data set does not exist or cannot be trained on, or ``val_fraction`` is
+            out of its range.
     """
     if not 0 <= val_fraction < 1:
-        raise RequestError(f"a validation share of {val_fraction} makes no sense: 0 <= share < 1")
+        raise RequestError(f"--val-fraction {val_fraction}: choose a number from 0 to below 1")
     if spec == "digits":
         return split_by_content(_digits(), spec, val_fraction)
     if is_hub(spec):
         return open_hub_splits(spec, val_fraction)
     path = as_path(spec)
     if not exists(path):
-        raise RequestError(
-            f"{printable(spec)} is neither a data set that tljax knows (digits, tfds:NAME, hf:NAME)"
-            f" nor a folder{suggestion(path)}"
-        )
+        kinds = "neither a folder nor digits, tfds:NAME or hf:NAME"
+        raise RequestError(f"{printable(spec)} is {kinds}{suggestion(path)}")
     return open_folder_splits(path, val_fraction)
 
 
 def has_validation(spec: str) -> bool:
-    """Whether a data set has a validation part, so that `open_splits` does not split it."""
+    """Return True if a data set has a validation part, so that `open_splits` does not split it."""
     if is_hub(spec):
         return hub_has_validation(spec)
     path = as_path(spec)
@@ -96,32 +96,32 @@ def has_validation(spec: str) -> bool:
 
 
 def open_labelled(spec: str) -> Source:
-    """Opens what an evaluation measures on.
+    """Open the labeled images to evaluate on.
 
     Args:
-        spec: as for `open_splits`, of which the validation part is taken; or a folder of class
-            folders, all of which is taken.
+        spec: a data set as for `open_splits`, of which the validation part is used; or a folder of
+            class folders, all of which is used.
 
     Raises:
-        RequestError: there is no such data, or it has no labels.
+        RequestError: the data set does not exist or has no labels.
     """
     if spec == "digits":
         return open_splits(spec).val
     if is_hub(spec):
-        return open_labelled_hub(spec, VAL_FRACTION)
-    return open_labelled_folder(as_path(spec))
+        return open_labeled_hub(spec, VAL_FRACTION)
+    return open_labeled_folder(as_path(spec))
 
 
 def _digits() -> Source:
     try:
         from sklearn.datasets import load_digits  # noqa: PLC0415 - optional and slow to import
     except ImportError as error:
-        raise RequestError("digits come with scikit-learn: pip install scikit-learn") from error
+        raise RequestError("digits needs scikit-learn: pip install scikit-learn") from error
     images, labels = load_digits(return_X_y=True)
-    grey = np.rint(images.reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
+    gray = np.rint(images.reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
     return Source(
-        examples=np.repeat(grey, 3, axis=3),
+        examples=np.repeat(gray, 3, axis=3),
         labels=np.asarray(labels, np.int32),
         classes=tuple("0123456789"),
-        names=tuple(f"digit {index:04d}" for index in range(len(grey))),
+        names=tuple(f"digit {index:04d}" for index in range(len(gray))),
     )

@@ -1,1 +1,1 @@
-"""What a frozen network makes of a data set: extract it, keep it, fit a linear probe to it."""
+"""Features of data sets under frozen networks: extraction, cache, evaluation, linear probes."""

@@ -1,26 +1,27 @@
-"""From logits to accuracies, a confusion matrix and the worst mistakes."""
+"""Accuracy, loss, confusion matrix and most confident errors from the logits of a data set."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Float, Int
 
 from tljax.features.extract import Outputs
 from tljax.metrics.classification import cross_entropies, ranks
 
 
 class Evaluation(NamedTuple):
-    """How a network did on the labelled images of a source that could be read.
+    """Metrics and predictions of a network on the labeled images that could be read.
 
     Attributes:
-        top1: share of images whose label is the most probable class.
-        top5: share of images whose label is among the five most probable.
-        loss: mean softmax cross-entropy, nats.
-        examples: number of images.
-        confusion: ``[classes, classes]`` counts; rows are labels, columns predictions.
-        predicted: ``[n]`` most probable class.
-        probability: ``[n]`` its probability.
+        top1: fraction of images whose label is the most probable class.
+        top5: fraction of images whose label is among the five most probable classes.
+        loss: mean softmax cross-entropy, in nats.
+        examples: number of images, ``n``.
+        confusion: ``[classes, classes]`` counts; rows are labels, columns are predictions.
+        predicted: ``[n]`` index of the most probable class.
+        probability: ``[n]`` probability of that class.
         labels: ``[n]`` class indices.
         indices: ``[n]`` position of each image in its source.
     """
@@ -29,25 +30,28 @@ class Evaluation(NamedTuple):
     top5: float
     loss: float
     examples: int
-    confusion: np.ndarray
-    predicted: np.ndarray
-    probability: np.ndarray
-    labels: np.ndarray
-    indices: np.ndarray
+    confusion: Int[np.ndarray, "classes classes"]
+    predicted: Int[np.ndarray, " n"]
+    probability: Float[np.ndarray, " n"]
+    labels: Int[np.ndarray, " n"]
+    indices: Int[np.ndarray, " n"]
 
-    def worst(self, count: int) -> np.ndarray:
-        """Rows of the wrong predictions, the most confident first."""
+    def worst(self, count: int) -> Int[np.ndarray, " rows"]:
+        """Return the rows of up to ``count`` wrong predictions, the most confident ones first."""
         wrong = np.flatnonzero(self.predicted != self.labels)
         return wrong[np.argsort(-self.probability[wrong], kind="stable")][:count]
 
 
 def settle(labels: np.ndarray, logits: np.ndarray, same: Mapping[str, Sequence[int]]) -> np.ndarray:
-    """Labels that stand for any of several classes, as the most probable one of them.
+    """Replace each label that may mean any of several classes by the most probable one of them.
 
     Args:
         labels: ``[n]`` class indices.
         logits: ``[n, classes]``.
-        same: the classes of one name (see `ambiguous`), by that.
+        same: the indices of the classes that share a name, by that name; see `ambiguous`.
+
+    Returns:
+        ``[n]`` class indices.
     """
     labels = labels.copy()
     for indices in same.values():
@@ -57,7 +61,7 @@ def settle(labels: np.ndarray, logits: np.ndarray, same: Mapping[str, Sequence[i
 
 
 def evaluate(logits: Outputs) -> Evaluation:
-    """Evaluates the logits of a source (`compute_features` with ``stop=None``)."""
+    """Compute metrics from the logits of a source, as `compute_features(stop=None)` returns."""
     values, labels = logits.values, logits.labels
     classes = values.shape[1]
     probabilities = np.asarray(jax.nn.softmax(values))

@@ -1,11 +1,11 @@
-"""What a network, or its first stages, says of every image of a source; kept on disk if asked.
+"""Logits, features and activations for every image of a source, optionally cached on disk.
 
-The logits; the pooled features for a probe (``stop=-1``); or the activations that enter any
-stage, on which fine-tuning the rest is exact and skips the frozen prefix.
+Pooled features (``stop=-1``) are for a linear probe. With the activations that enter a stage, the
+later stages can be fine-tuned exactly without running the frozen prefix again.
 """
 
 import sys
-import time
+import timeit
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Int, Key, Shaped
 
 from tljax.data.augment import augment, epoch_key
-from tljax.data.loader import batch_rows, load_batches
+from tljax.data.loader import BatchRows, batch_rows, load_batches, shard_rows
 from tljax.data.options import AugmentConfig, Loading
 from tljax.data.sources import Source, Splits
 from tljax.features import store
@@ -38,12 +39,12 @@ from tljax.runtime.types import Batch, Preprocess, Variables
 
 
 class View(NamedTuple):
-    """One random augmentation of every image, instead of the central crop.
+    """A random augmentation of every image, in place of the central crop.
 
     Attributes:
-        config: see `AugmentConfig`.
-        seed: of the run.
-        number: which view; view ``k`` is what epoch ``k`` would draw.
+        config: the augmentations; see `AugmentConfig`.
+        seed: seed of the run.
+        number: number of the view; view ``k`` is the augmentation of epoch ``k``.
     """
 
     config: AugmentConfig
@@ -52,26 +53,25 @@ class View(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """What a stage returned for the images of a source that could be read.
+    """The output of a stage for the images of a source that could be read.
 
     Attributes:
-        values: ``[n, ...]`` the output of the last stage that ran; an array, or a file mapped into
-            memory.
-        labels: ``[n]`` int32.
+        values: ``[n, ...]`` output of the last stage that ran; an array, or a memory-mapped file.
+        labels: ``[n]`` int32 class indices; -1 for an image without a label.
         indices: ``[n]`` int32 position of each row in the source.
-        skipped: reason by position, for the images that could not be read.
+        skipped: for images that could not be read, the reason by position in the source.
     """
 
-    values: np.ndarray
-    labels: np.ndarray
-    indices: np.ndarray
+    values: Shaped[np.ndarray, "n ..."]
+    labels: Int[np.ndarray, " n"]
+    indices: Int[np.ndarray, " n"]
     skipped: dict[int, str]
 
     def pooled(self, prefix_tokens: int = 0) -> "Outputs":
-        """Average maps over their positions, ``[n, channels]``; vectors stay as they are.
+        """Average maps or tokens over their positions, ``[n, channels]``; keep vectors unchanged.
 
         Args:
-            prefix_tokens: how many tokens do not count; see `Stage`.
+            prefix_tokens: number of leading tokens to leave out of the average; see `Stage`.
         """
         positions = tuple(range(1, self.values.ndim - 1))
         return self._replace(values=self.values[:, prefix_tokens:].mean(positions))
@@ -89,51 +89,60 @@ def compute_features(
     view: View | None = None,
     description: str = "features",
 ) -> Outputs:
-    """Run the stages before ``stop`` over a whole source, or map what an earlier run kept.
+    """Compute the output of the stages before ``stop`` for every image of a source.
 
-    The cache, see `store`, is keyed by content: the weights of those stages, their code and
-    preprocessing, the bytes of the files. A file in it that is damaged is found and computed anew.
-    Several processes compute a share each and all get everything; they use no cache.
+    With ``cache``, the result of an earlier call is reused. The cache, see `store`, is keyed by
+    content: the weights, settings and code of those stages, the preprocessing, and the bytes of the
+    image files. A damaged file is detected and computed again. Several processes compute a part
+    each, and all get the whole result; they use no cache.
 
     Args:
         model: the network.
         variables: its variables.
         source: the images.
-        loading: see `Loading`; changes no value.
-        stop: stage to stop before, by name or position, by default the head; None runs to the
-            logits.
-        cache: look in the cache, and keep the result there instead of in memory.
-        dtype: in which the result is kept.
-        view: a random augmentation of every image.
-        description: of the progress bar.
+        loading: batch size, workers and devices; they do not change the values.
+        stop: stage to stop before, by name or position; by default the last one, the head. None
+            runs all stages and returns logits.
+        cache: read the result from the cache, or write it there and map it into memory.
+        dtype: dtype that the result is stored in.
+        view: a random augmentation to apply to every image; by default the central crop.
+        description: label of the progress bar.
 
     Raises:
         RequestError: an image cannot be read, and ``loading.on_bad_image`` is ``fail``.
-        WriteError: the cache cannot be written, or has no room.
+        WriteError: the cache cannot be written, or has not enough space.
     """
     cache = cache and jax.process_count() == 1
     folder = store.folder(model, variables, stop, (source.digest, dtype, view)) if cache else None
     if folder:
-        kept = store.read(folder)
-        if kept is not None and not (kept[2] and loading.on_bad_image == "fail"):
-            print(f"{description}  {len(kept[1])} images  from {folder}", file=sys.stderr)
-            return _labelled(kept, source)
+        stored = store.read(folder)
+        if stored is not None and not (stored[2] and loading.on_bad_image == "fail"):
+            print(f"{description}  {len(stored[1])} images  from {folder}", file=sys.stderr)
+            return _labeled(stored, source)
+    mesh = data_mesh(loading.devices)
+    key = view and epoch_key(view.seed, view.number)
+    forward = partial(_forward, model, mesh, None, stop, dtype, view and view.config, key)
     skipped: dict[int, str] = {}
+    batches = over_source(
+        lambda variables, batch: forward(variables, *shard((batch.inputs, batch.indices), mesh)),
+        variables,
+        source,
+        (augmentable(model) if view else model).preprocess,
+        loading,
+        skipped,
+    )
     batches = track(
-        _forward_source(model, variables, source, loading, stop, dtype, view, skipped),
-        description=description,
-        total=len(source),
-        size=lambda part: len(part[1]),
+        batches, description=description, total=len(source), size=lambda part: len(part[1])
     )
     if not folder:
         return collect(batches, source, skipped)
     size = feature_bytes(model, len(source), stop, dtype)
     computed = store.write(folder, batches, size, skipped)
-    print(f"{description}  kept in {folder}", file=sys.stderr)
-    return _labelled(computed, source)
+    print(f"{description}  cached in {folder}", file=sys.stderr)
+    return _labeled(computed, source)
 
 
-def _labelled(stored: store.Stored, source: Source) -> Outputs:
+def _labeled(stored: store.Stored, source: Source) -> Outputs:
     values, indices, skipped = stored
     return Outputs(values, np.asarray(source.labels)[indices], indices, skipped)
 
@@ -147,50 +156,44 @@ def split_features(
     stop: str | int = -1,
     name: str = "",
 ) -> tuple[Outputs, Outputs]:
-    """Compute what a probe learns from and is judged by: pooled features, cached if possible.
+    """Compute the pooled features of the training and validation images, cached if possible.
 
     Args:
         model: the network.
         variables: its variables.
         splits: the images.
-        loading: see `Loading`.
-        stop: stage to stop before, by name or position, by default the head.
-        name: what the progress bars begin with.
+        loading: batch size, workers and devices.
+        stop: stage to stop before, by name or position; by default the last one, the head.
+        name: prefix of the labels of the progress bars.
 
     Raises:
-        RequestError: as `compute_features`.
+        RequestError: an image cannot be read, and ``loading.on_bad_image`` is ``fail``.
     """
     prefix_tokens = model.stages[model.position(stop) - 1].prefix_tokens
 
     def compute(source: Source, part: str) -> Outputs:
-        described = f"{name}{part} features"
+        label = f"{name}{part} features"
         run = partial(
-            compute_features, model, variables, source, loading, stop=stop, description=described
+            compute_features, model, variables, source, loading, stop=stop, description=label
         )
         try:
             return run(cache=True).pooled(prefix_tokens)
         except WriteError as error:
-            print(f"note: {described} are not kept: {error}", file=sys.stderr)
+            print(f"note: {label} are not cached: {error}", file=sys.stderr)
             return run().pooled(prefix_tokens)
 
     return compute(splits.train, "train"), compute(splits.val, "val")
 
 
-def images_per_second(
-    model: Model, variables: Variables, loading: Loading, *, repeats: int = 5
-) -> float:
-    """Throughput of the pooled features: the median of a few batches, after compilation."""
+def images_per_second(model: Model, variables: Variables, loading: Loading) -> float:
+    """Measure the throughput of pooled features: the median of five batches, after compilation."""
     mesh = data_mesh(loading.devices)
     size, side = divisible(loading.batch_size, mesh), model.preprocess.size
     images = np.random.default_rng(0).integers(0, 256, (size, side, side, 3)).astype(np.uint8)
     arguments = replicate(variables, mesh), *shard((images, np.arange(size, dtype=np.int32)), mesh)
     forward = partial(_forward, model, mesh, None, -1, "float32", None, None)
     jax.block_until_ready(forward(*arguments))
-    seconds = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        jax.block_until_ready(forward(*arguments))
-        seconds.append(time.perf_counter() - began)
+    seconds = timeit.repeat(lambda: jax.block_until_ready(forward(*arguments)), number=1, repeat=5)
     return size / float(np.median(seconds))
 
 
@@ -203,15 +206,15 @@ def advance(
     start: str,
     stop: str | None = None,
 ) -> Outputs:
-    """Runs further stages, from ``start``, over activations that were computed before.
+    """Run the stages from ``start`` on activations that were computed before.
 
     Args:
         model: the network.
         variables: its variables.
-        features: activations that enter ``start``.
-        loading: for the batch size and the devices.
+        features: the activations that enter ``start``.
+        loading: batch size and devices.
         start: first stage to run.
-        stop: stage to stop before; None runs to the logits.
+        stop: stage to stop before; None runs all later stages and returns logits.
     """
     mesh = data_mesh(loading.devices)
     variables = replicate(variables, mesh)
@@ -225,24 +228,23 @@ def advance(
 
 
 def process_shard() -> tuple[int, int]:
-    """Which of how many processes this one is."""
+    """Return the index of this process and the number of processes."""
     return jax.process_index(), jax.process_count()
 
 
-def process_rows(rows: np.ndarray) -> np.ndarray:
-    """This process's part, ``[batches, rows / processes]``, of all rows of all batches."""
-    process, processes = process_shard()
-    return rows.reshape(len(rows), processes, rows.shape[1] // processes)[:, process]
+def process_rows(rows: BatchRows) -> BatchRows:
+    """Return this process's part, ``[batches, rows / processes]``, of the rows of all batches."""
+    return shard_rows(rows, process_shard())
 
 
 def feature_rows(
-    features: Outputs, rows: np.ndarray
+    features: Outputs, rows: BatchRows
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Cut activations into batches of one shape: inputs, mask and indices, as `Source.batch` takes.
+    """Yield the inputs, mask and indices of batches of activations, as `Source.batch` takes them.
 
     Args:
         features: the activations.
-        rows: ``[batches, rows]`` of ``features``, -1 for padding, which comes out masked.
+        rows: ``[batches, rows]`` row numbers in ``features``; -1 for padding, which is masked.
     """
     for row in rows:
         mask = row >= 0
@@ -253,24 +255,21 @@ def feature_rows(
 def feature_bytes(
     model: Model, count: int, stop: str | int | None, dtype: Dtype = "float32"
 ) -> int:
-    """What the features of ``count`` images take at the stage before ``stop``, in bytes."""
+    """Compute the size in bytes of the features of ``count`` images before stage ``stop``."""
     size = model.preprocess.size
     images = jax.ShapeDtypeStruct((1, size, size, 3), np.uint8)
-    value = jax.eval_shape(
-        lambda variables, x: apply(model, variables, x, stop=stop).value,
-        abstract_variables(model),
-        images,
-    )
+    run = partial(apply, model, stop=stop)
+    value = jax.eval_shape(run, abstract_variables(model), images).value
     return count * value.size * jnp.dtype(dtype).itemsize
 
 
 def augmentable(model: Model) -> Model:
-    """The model whose preprocessing keeps the margin around the crop, for `augment` to cut from."""
+    """Return the model with preprocessing that keeps the margin around the crop, for `augment`."""
     preprocess = model.preprocess
     return replace(model, preprocess=replace(preprocess, size=preprocess.resize))
 
 
-# The key of a view is an argument, or every view would compile its own.
+# The key is a traced argument, so that all views share one compiled program.
 @partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
 def _forward(
     model: Model,
@@ -279,40 +278,15 @@ def _forward(
     stop: str | int | None,
     dtype: Dtype,
     augmentation: AugmentConfig | None,
-    key: jax.Array | None,
+    key: Key[jax.Array, ""] | None,
     variables: Variables,
-    x: jax.Array,
-    indices: jax.Array,
-) -> jax.Array:
+    x: Shaped[jax.Array, "batch ..."],
+    indices: Int[jax.Array, " batch"],
+) -> Shaped[jax.Array, "batch ..."]:
     if augmentation is not None and key is not None:
         x = augment(x, indices, key, model.preprocess.size, augmentation)
     value = apply(model, variables, x, start=start, stop=stop).value.astype(dtype)
     return jax.lax.with_sharding_constraint(value, NamedSharding(mesh, PartitionSpec("data")))
-
-
-def _forward_source(
-    model: Model,
-    variables: Variables,
-    source: Source,
-    loading: Loading,
-    stop: str | int | None,
-    dtype: Dtype,
-    view: View | None,
-    skipped: dict[int, str],
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    mesh = data_mesh(loading.devices)
-    augmentation = view and view.config
-    key = view and epoch_key(view.seed, view.number)
-    forward = partial(_forward, model, mesh, None, stop, dtype, augmentation, key)
-    preprocess = (augmentable(model) if view else model).preprocess
-    return over_source(
-        lambda variables, batch: forward(variables, *shard((batch.inputs, batch.indices), mesh)),
-        variables,
-        source,
-        preprocess,
-        loading,
-        skipped,
-    )
 
 
 def over_source(
@@ -323,23 +297,25 @@ def over_source(
     loading: Loading,
     skipped: dict[int, str],
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """What a network makes of the images of a source, in batches of all processes together.
+    """Run a function over the images of a source, in batches over all processes together.
 
     Args:
-        forward: the variables, on all devices, and a batch on the host to ``[batch, ...]``, split
-            along its first axis over the devices.
-        variables: of the network.
+        forward: maps the variables, replicated on all devices, and a batch on the host to
+            ``[batch, ...]``, sharded along its first axis.
+        variables: variables of the network.
         source: the images.
-        preprocess: how they are cut.
-        loading: how they are read.
-        skipped: is filled in with the reason by position, of this process.
+        preprocess: the sizes and the filter that images are resized and cropped with.
+        loading: batch size, workers and devices.
+        skipped: dict that the images which this process could not read are added to: the reason by
+            position in the source.
 
     Yields:
-        Values and positions in the source, without padding and what could not be read.
+        Values ``[n, ...]`` and positions in the source ``[n]``, without padding and without images
+        that could not be read.
     """
     mesh = data_mesh(loading.devices)
     variables = replicate(variables, mesh)
-    # One photograph need not fill a batch of 32; a power of two, so that few programs are compiled.
+    # Small sources get a smaller batch: a power of two, so that few programs are compiled.
     enough = 1 << max(len(source) - 1, 0).bit_length()
     for batch in load_batches(
         source,
@@ -358,7 +334,7 @@ def over_source(
 def collect(
     batches: Iterable[tuple[np.ndarray, np.ndarray]], source: Source, skipped: dict[int, str]
 ) -> Outputs:
-    """All that `over_source` yields, in memory, with what any process could not read."""
+    """Concatenate the batches of `over_source`, and add the skipped images of other processes."""
     values, indices = map(np.concatenate, zip(*batches, strict=True))
     for others in gather_json(list(skipped.items())):
         skipped |= dict(others)

@@ -1,18 +1,17 @@
-"""Multinomial logistic regression for a whole list of L2 values, each solved to its optimum.
+"""Multinomial logistic regression for a list of L2 values, each solved to its optimum.
 
-The L2 sweep of a linear probe is a path of convex problems. Four things make L-BFGS quick along it;
-none of them moves an optimum:
+The L2 sweep of a linear probe is a path of convex problems. Four things make L-BFGS fast on it;
+none of them changes an optimum:
 
-* From the strongest penalty to the weakest, each problem starts where the line through the last two
-  optima leads, over the logarithm of L2. A few iterations are left of about a hundred.
-* The memory is carried along: lowering L2 changes the Hessian by a known multiple of the identity,
-  so a remembered change of gradient is corrected exactly.
-* The features are centred and rotated into the eigenbasis of their covariance. There the Hessian of
-  every problem is nearly diagonal and known up to one number per class, which gives L-BFGS its
-  initial inverse Hessian afresh at each iteration, whatever the L2 value and however
-  ill-conditioned the features.
-* Logits are linear in the parameters, so an almost exact line search needs no matrix product: an
-  iteration costs one product forwards and one back.
+* From the strongest penalty to the weakest, each problem starts from a linear extrapolation of the
+  last two optima over the logarithm of L2. That saves all but a few of about 100 iterations.
+* The L-BFGS memory is kept between problems: lowering L2 changes the Hessian by a known multiple of
+  the identity, so a stored change of gradient can be corrected exactly.
+* The features are centered and rotated into the eigenbasis of their covariance. There the Hessian
+  of every problem is nearly diagonal and known up to one number per class. This gives L-BFGS a good
+  initial inverse Hessian at each iteration, whatever the L2 value and the condition number.
+* Logits are linear in the parameters, so a nearly exact line search needs no matrix product: an
+  iteration costs one product forward and one backward.
 """
 
 from collections.abc import Sequence
@@ -21,90 +20,93 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Float, Int, Integer, Shaped
 
 from tljax.runtime.errors import DivergenceError, RequestError
 from tljax.runtime.types import Array
 
-_HISTORY = 10  # pairs that L-BFGS remembers
-_ABSENT = 1e-12  # share of the examples of a class without any, so that its bias is finite
+_HISTORY = 10  # number of pairs in the L-BFGS memory
+_ABSENT = 1e-12  # frequency assumed for a class without examples, so that its bias is finite
 
 
 class LogisticFit(NamedTuple):
     """The optima of ``k`` logistic regressions with ``d`` features and ``c`` classes.
 
-    With ``f`` rows of weights, each field has a first axis ``f`` more.
+    With ``f`` rows of weights, each field has an additional first axis of length ``f``.
 
     Attributes:
         kernel: ``[k, d, c]`` float32.
-        bias: ``[k, c]`` float32; logits are ``features @ kernel + bias``. A number added to all
-            classes alike changes nothing, so each row is made to sum to 0.
-        objective: ``[k]`` the minimised objective.
+        bias: ``[k, c]`` float32; logits are ``features @ kernel + bias``. Adding a constant to all
+            classes changes no probability, so each row is shifted to sum to 0.
+        objective: ``[k]`` the minimized objective.
         gradient_norm: ``[k]`` Euclidean norm of the objective's gradient with respect to the kernel
-            and bias of the centred features.
-        iterations: ``[k]`` int32 L-BFGS iterations.
-        converged: ``[k]`` bool, False where ``max_iterations`` came before ``tolerance``.
+            and bias of the centered features.
+        iterations: ``[k]`` int32 number of L-BFGS iterations.
+        converged: ``[k]`` bool; False if ``max_iterations`` was reached before ``tolerance``.
     """
 
-    kernel: jax.Array
-    bias: jax.Array
-    objective: jax.Array
-    gradient_norm: jax.Array
-    iterations: jax.Array
-    converged: jax.Array
+    kernel: Float[jax.Array, "*f k d c"]
+    bias: Float[jax.Array, "*f k c"]
+    objective: Float[jax.Array, "*f k"]
+    gradient_norm: Float[jax.Array, "*f k"]
+    iterations: Int[jax.Array, "*f k"]
+    converged: Bool[jax.Array, "*f k"]
 
 
 def fit_logistic(
-    features: Array,
-    labels: Array,
-    l2: Array | Sequence[float],
+    features: Float[Array, "n d"],
+    labels: Integer[Array, " n"],
+    l2: Float[Array, " k"] | Sequence[float],
     *,
     num_classes: int,
-    weights: Array | None = None,
+    weights: Shaped[Array, "*f n"] | None = None,
     max_iterations: int = 1000,
     tolerance: float = 1e-6,
 ) -> LogisticFit:
-    """Solves multinomial logistic regressions over the same features, all in one call.
+    """Solve multinomial logistic regressions on the same features, for a list of L2 values.
 
-    For each value of ``l2``, minimises over kernel ``W`` and bias ``b``
+    For each value of ``l2``, minimizes over kernel ``W`` and bias ``b``
 
         sum_i weights[i] * cross_entropy(features[i] @ W + b, labels[i]) / sum_i weights[i]
             + l2 / 2 * ||W||^2
 
-    The bias is not penalised. scikit-learn's ``LogisticRegression`` has the same optimum at
-    ``C = 1 / (n * l2)`` for ``n`` examples of weight 1. The protocol's papers do not say whether
-    their 1e-6 to 1e5 multiplies the mean or the sum of the losses; for a sum, divide by ``n``. For
-    the mean and standardised features the sweep covers everything: at 1e-6 separable data is
-    fitted to a loss near 0, and once ``l2`` exceeds the Hessian of the loss (of order 1 to 10), the
-    kernel shrinks as ``1 / l2`` and the predictions tend to the class frequencies.
+    The bias is not penalized. scikit-learn's ``LogisticRegression`` has the same optimum at
+    ``C = 1 / (n * l2)`` for ``n`` examples of weight 1. The papers of the protocol do not say
+    whether their 1e-6 to 1e5 refers to the mean or the sum of the losses; for a sum, divide by
+    ``n``. For the mean and standardized features, this range covers everything: at 1e-6, separable
+    data is fitted to a loss near 0, and once ``l2`` exceeds the Hessian of the loss (of order 1 to
+    10), the kernel shrinks as ``1 / l2`` and the predictions tend to the class frequencies.
 
     A problem is solved when ``||dW||^2 / l2 + sum_c db_c^2 / h_c <= 2 * tolerance * objective`` for
     the gradients ``dW`` and ``db`` and the bias's curvature ``h``. The objective is ``l2``-strongly
-    convex in ``W``, so this bounds how far it lies above its optimum, relatively, by ``tolerance``.
-    Features of which one axis is far longer than the rest cost accuracy in float32: standardise.
+    convex in ``W``, so this bounds its relative distance from the optimum by ``tolerance``.
+    Features that vary far more along one axis than along the others cost accuracy in float32:
+    standardize them.
 
-    A class without examples (of positive weight) keeps a kernel of 0, and the bias of a class with
-    1e-12 of the examples.
+    A class without examples of positive weight gets a kernel of 0 and the bias of a class with a
+    fraction of 1e-12 of the examples.
 
     Source: L-BFGS with a variable initial matrix, Nocedal and Wright, *Numerical Optimization*,
     2nd edition, algorithm 7.4.
 
     Args:
-        features: ``[n, d]``, finite; used in float32.
-        labels: ``[n]`` int class indices in [0, num_classes).
-        l2: ``[k]`` positive, in any order. A weak value alone takes longer than at the end of a
-            path of values that are log-spaced.
-        num_classes: ``c``.
-        weights: ``[n]`` weight of each example, not negative; 0 leaves an example out. ``[f, n]``
-            solves for every L2 value under each of the rows. None weighs all examples alike.
-        max_iterations: for each L2 value.
+        features: ``[n, d]`` finite features; used in float32.
+        labels: ``[n]`` integer class indices in [0, num_classes).
+        l2: ``[k]`` positive L2 values in any order. A weak value takes longer alone than at the end
+            of a path of log-spaced values.
+        num_classes: number of classes, ``c``.
+        weights: ``[n]`` nonnegative weight of each example; 0 excludes an example. ``[f, n]``
+            solves for every L2 value under each row of weights. None gives all examples the same
+            weight.
+        max_iterations: maximum number of iterations for each L2 value.
         tolerance: largest relative distance of the objective from its optimum.
 
     Raises:
-        RequestError: an array has the wrong shape or range, or holds values that are not finite, or
-            fewer than two classes have examples.
+        RequestError: an array has the wrong shape or values out of range or not finite, or fewer
+            than two classes have examples.
         DivergenceError: the values are finite, but too large to compute with.
     """
-    features, labels = checked(features, labels, num_classes)
+    features, labels = check_training_data(features, labels, num_classes)
     l2 = np.asarray(l2, np.float32)
     if l2.ndim != 1 or not l2.size or not (np.isfinite(l2) & (l2 > 0)).all():
         raise RequestError(f"l2 must be a list of positive numbers, got {l2}")
@@ -112,8 +114,8 @@ def fit_logistic(
     rows = np.atleast_2d(weights)
     if rows.shape[1:] != labels.shape or (rows < 0).any() or not rows.any(1).all():
         raise RequestError(
-            f"weights must be [{len(labels)}] or rows of as many (one per example), not negative "
-            f"and not all 0 in a row; got shape {list(weights.shape)}"
+            f"weights must be [{len(labels)}] or rows of that length, not negative and not all 0 "
+            f"in a row; got shape {list(weights.shape)}"
         )
     rows = np.asarray(rows / rows.sum(1, keepdims=True), np.float32)
 
@@ -123,8 +125,8 @@ def fit_logistic(
         onehot = jax.nn.one_hot(labels, num_classes, axis=0)
         params, *rest = _solve(basis, onehot, rows, l2[path], tolerance, max_iterations)
         kernel = jnp.einsum("dr,fkcr->fkdc", basis.rotation, params[..., :-1])
-        # What is added to all classes predicts nothing: at the optimum it is 0, and along a weak L2
-        # the last that an iteration finds.
+        # The mean over classes does not change probabilities. It is 0 at the optimum, but with a
+        # weak L2 it converges last.
         present = (rows @ onehot.T > 0)[:, None, None]
         shift = jnp.mean(kernel, -1, keepdims=True, where=present)
         kernel = jnp.where(present, kernel - shift, 0)
@@ -133,29 +135,40 @@ def fit_logistic(
     if not np.isfinite(kernel).all():
         raise DivergenceError(
             f"logistic regression diverged on features of up to {np.abs(features).max():.1e}: "
-            "check the weights and the preprocessing of the network that made them"
+            f"{_ADVICE}"
         )
-    in_order = [x[:, np.argsort(path)] for x in (kernel, bias, *rest)]
-    return LogisticFit(*(x if weights.ndim > 1 else x[0] for x in in_order))
+    results = [x[:, np.argsort(path)] for x in (kernel, bias, *rest)]
+    return LogisticFit(*(x if weights.ndim > 1 else x[0] for x in results))
 
 
-def finite(features: Array) -> np.ndarray:
-    """``features`` as a float32 matrix; RequestError if it is none or holds NaN or infinities."""
+_ADVICE = "check the weights and the preprocessing of the network that computed them"
+
+
+def check_features(features: Shaped[Array, "n d"]) -> Float[np.ndarray, "n d"]:
+    """Convert features to a float32 matrix.
+
+    Raises:
+        RequestError: they are not a matrix, or a value is not finite.
+    """
     features = np.asarray(features, np.float32)
     if features.ndim != 2 or not features.size:
         raise RequestError(f"features must be [examples, dimensions], got {list(features.shape)}")
     bad = np.count_nonzero(~np.isfinite(features))
     if bad:
-        raise RequestError(
-            f"{bad} of {features.size} feature values are not finite numbers: "
-            "check the weights and the preprocessing of the network that made them"
-        )
+        raise RequestError(f"{bad} of {features.size} feature values are not finite: {_ADVICE}")
     return features
 
 
-def checked(features: Array, labels: Array, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Features in float32 and labels in int32; RequestError if they are no training set."""
-    features, labels = finite(features), np.asarray(labels)
+def check_training_data(
+    features: Shaped[Array, "n d"], labels: Shaped[Array, " n"], num_classes: int
+) -> tuple[Float[np.ndarray, "n d"], Int[np.ndarray, " n"]]:
+    """Convert features to float32 and labels to int32.
+
+    Raises:
+        RequestError: shapes do not match, a feature is not finite, a label is out of range, or
+            fewer than two classes have examples.
+    """
+    features, labels = check_features(features), np.asarray(labels)
     if labels.shape != features.shape[:1] or labels.dtype.kind not in "iu":
         raise RequestError(
             f"labels must be {len(features)} integers, one per row of the features, "
@@ -168,95 +181,95 @@ def checked(features: Array, labels: Array, num_classes: int) -> tuple[np.ndarra
         )
     if labels.min() == labels.max():
         raise RequestError(
-            f"all {len(labels)} examples are of class {labels[0]}: a classifier needs two classes"
+            f"all {len(labels)} examples are of class {labels[0]}: add another class"
         )
     return features, labels.astype(np.int32)
 
 
 class _Eigenbasis(NamedTuple):
-    """Centred features in the basis of their principal axes, with a column of ones for the bias.
+    """Centered features in the basis of their principal axes, with a column of ones for the bias.
 
     Attributes:
-        design: ``[n, r + 1]`` for ``r = min(n, d)``: the optimum of an L2-penalised problem lies in
-            the span of the centred features.
+        design: ``[n, r + 1]`` where ``r = min(n, d)``: the optimum of an L2-penalized problem is in
+            the span of the centered features.
         spectrum: ``[r + 1]`` mean square of each column of the design.
         rotation: ``[d, r]`` orthonormal columns.
-        mean: ``[d]``.
+        mean: ``[d]`` mean of the features.
     """
 
-    design: jax.Array
-    spectrum: jax.Array
-    rotation: jax.Array
-    mean: jax.Array
+    design: Float[jax.Array, "n r+1"]
+    spectrum: Float[jax.Array, " r+1"]
+    rotation: Float[jax.Array, "d r"]
+    mean: Float[jax.Array, " d"]
 
 
 @jax.jit
-def _eigenbasis(features) -> _Eigenbasis:
+def _eigenbasis(features: Float[Array, "n d"]) -> _Eigenbasis:
     n, d = features.shape
     mean = features.mean(0)
-    centred = features - mean
+    centered = features - mean
 
     def principal_axes(x):
         return jnp.linalg.eigh(x.T @ x / n)[1]
 
     if n < d:
-        span = jnp.linalg.qr(centred.T)[0]
-        rotation = span @ principal_axes(centred @ span)
+        span = jnp.linalg.qr(centered.T)[0]
+        rotation = span @ principal_axes(centered @ span)
     else:
-        rotation = principal_axes(centred)
-    design = jnp.concatenate([centred @ rotation, jnp.ones((n, 1))], axis=1)
+        rotation = principal_axes(centered)
+    design = jnp.concatenate([centered @ rotation, jnp.ones((n, 1))], axis=1)
     return _Eigenbasis(design, jnp.mean(design**2, 0), rotation, mean)
 
 
 class _State(NamedTuple):
-    """A problem on its way: ``r`` rows of kernel and bias, ``m`` remembered pairs.
+    """The state of L-BFGS on one problem.
 
     Attributes:
         params: ``[c, r]`` kernel in the eigenbasis, and the bias in the last column.
         margins: ``[c, n]`` logits minus the logit of the example's own class.
-        objective: at the params.
-        gradient: ``[c, r]`` of it.
-        curvature: ``[c, 1]`` mean of p (1 - p) of each class.
-        memory: of this problem and of those before it on the path.
-        iterations: for this problem.
+        objective: objective at ``params``.
+        gradient: ``[c, r]`` gradient of the objective.
+        curvature: ``[c, 1]`` mean of p (1 - p) for each class.
+        memory: pairs from this problem and the earlier ones on the path.
+        iterations: number of iterations on this problem.
     """
 
-    params: jax.Array
-    margins: jax.Array
-    objective: jax.Array
-    gradient: jax.Array
-    curvature: jax.Array
+    params: Float[jax.Array, "c r"]
+    margins: Float[jax.Array, "c n"]
+    objective: Float[jax.Array, ""]
+    gradient: Float[jax.Array, "c r"]
+    curvature: Float[jax.Array, "c 1"]
     memory: "_Memory"
-    iterations: jax.Array
+    iterations: Int[jax.Array, ""]
 
 
 class _Memory(NamedTuple):
     """The last ``m`` pairs of L-BFGS.
 
     Attributes:
-        steps: ``[m, c, r]`` a ring: pair ``i`` stands in entry ``i % m``.
-        changes: ``[m, c, r]`` the changes of gradient along the steps.
-        rho: ``[m]`` 1 / <step, change>; 0 for a pair not to be used.
-        written: how many pairs there were.
+        steps: ``[m, c, r]`` ring buffer: pair ``i`` is in entry ``i % m``.
+        changes: ``[m, c, r]`` changes of the gradient along the steps.
+        rho: ``[m]`` 1 / <step, change>; 0 for a pair that is not used.
+        count: number of pairs written so far.
     """
 
-    steps: jax.Array
-    changes: jax.Array
-    rho: jax.Array
-    written: jax.Array
+    steps: Float[jax.Array, "m c r"]
+    changes: Float[jax.Array, "m c r"]
+    rho: Float[jax.Array, " m"]
+    count: Int[jax.Array, ""]
 
 
 @jax.jit
 def _solve(basis, onehot, weights, l2, tolerance, max_iterations):
-    """Params ``[f, k, c, r]`` and the other fields of LogisticFit.
+    """Compute the params ``[f, k, c, r]`` and the other fields of `LogisticFit`.
 
-    Rows of ``weights`` sum to 1; ``l2`` descends.
+    Rows of ``weights`` sum to 1, and ``l2`` is in descending order.
     """
     design, spectrum = basis.design, basis.spectrum
     is_kernel = jnp.arange(len(spectrum)) < len(spectrum) - 1
 
     def solve(weight, l2, params, predicted, memory):
-        """The optimum at one ``l2``, from the better of two starts."""
+        """Minimize the objective for one ``l2``, from the better of two starting points."""
         penalty = jnp.where(is_kernel, l2, 0)
 
         def evaluate(params, margins):
@@ -264,7 +277,7 @@ def _solve(basis, onehot, weights, l2, tolerance, max_iterations):
 
         def converged(state):
             bound = jnp.sum(state.gradient**2 / jnp.where(is_kernel, l2, state.curvature)) / 2
-            # One step at least: a huge L2 starts within any tolerance, but with a kernel of zeros.
+            # At least one step: with a huge L2, the kernel of zeros is within any tolerance.
             return (bound <= tolerance * state.objective) & (state.iterations > 0)
 
         def iterate(state):
@@ -276,7 +289,7 @@ def _solve(basis, onehot, weights, l2, tolerance, max_iterations):
             margins = state.margins + length * margins
             objective, gradient, curvature = evaluate(params, margins)
             memory = _remember(state.memory, params - state.params, gradient - state.gradient)
-            # No way down: the memory is at fault, so it starts afresh.
+            # A step of length 0 means that the memory gave a bad direction: clear it.
             memory = memory._replace(rho=jnp.where(length > 0, memory.rho, 0))
             return _State(
                 params, margins, objective, gradient, curvature, memory, state.iterations + 1
@@ -296,7 +309,7 @@ def _solve(basis, onehot, weights, l2, tolerance, max_iterations):
         return result, state.memory
 
     def follow(weight):
-        """The path of optima for one row of weights."""
+        """Compute the path of optima for one row of weights."""
 
         def advance(carry, l2):
             params, velocity, last_l2, memory = carry
@@ -306,7 +319,7 @@ def _solve(basis, onehot, weights, l2, tolerance, max_iterations):
             velocity = jnp.where(ratio > 0, (result[0] - params) / ratio, velocity)
             return (result[0], velocity, l2, memory), result
 
-        # Kernel 0 and the best bias for it: the logarithm of the class frequencies.
+        # A kernel of zeros and the optimal bias for it: the logarithm of the class frequencies.
         bias = jnp.log(jnp.maximum(onehot @ weight, _ABSENT))
         params = jnp.zeros((len(onehot), len(spectrum))).at[:, -1].set(bias)
         ring = jnp.zeros((_HISTORY, *params.shape))
@@ -322,36 +335,36 @@ def _margins(design, onehot, params):
 
 
 def _evaluate(design, onehot, weight, penalty, params, margins):
-    """The objective, its gradient, and the mean of p (1 - p) for each class, ``[c, 1]``."""
-    top = jnp.max(margins, 0)  # at least 0, the margin of the own class
+    """Compute the objective, its gradient, and the mean of p (1 - p) of each class, ``[c, 1]``."""
+    top = jnp.max(margins, 0)  # at least 0, the margin of the example's own class
     exponential = jnp.exp(margins - top) * (1 - onehot)
     others = jnp.sum(exponential, 0)
-    # 1 - p of the own class is a sum of small numbers, not a difference of large ones: at a weak L2
-    # all that is left of the objective is far below the rounding of p.
+    # 1 - p of the own class is computed as a sum of small numbers rather than a difference of large
+    # ones: at a weak L2, the objective is far below the rounding error of p.
     loss = top + jnp.log1p(others + jnp.expm1(-top))
     residual = (exponential - onehot * others) / (others + jnp.exp(-top))
     curvature = (jnp.abs(residual) * (1 - jnp.abs(residual))) @ weight
     objective = weight @ loss + jnp.vdot(penalty * params, params) / 2
-    is_present = (onehot @ weight > 0)[:, None]  # of the others only rounding would be followed
+    is_present = (onehot @ weight > 0)[:, None]  # gradients of other classes are rounding errors
     gradient = is_present * ((residual * weight) @ design + penalty * params)
     return objective, gradient, jnp.maximum(curvature, _ABSENT)[:, None]
 
 
 def _remember(memory, step, change):
     product = jnp.vdot(step, change)
-    # A pair whose product is lost in rounding would blow the direction up.
+    # A product within rounding error of 0 would make the direction far too long.
     usable = product > 1e-6 * jnp.linalg.norm(step) * jnp.linalg.norm(change)
-    entry = memory.written % _HISTORY
+    entry = memory.count % _HISTORY
     return _Memory(
         memory.steps.at[entry].set(step),
         memory.changes.at[entry].set(change),
         memory.rho.at[entry].set(jnp.where(usable, 1 / product, 0)),
-        memory.written + 1,
+        memory.count + 1,
     )
 
 
 def _lower_penalty(memory, difference):
-    """What the changes of gradient would have been with a penalty smaller by ``difference``."""
+    """Correct the changes of the gradient for a penalty that is smaller by ``difference``."""
     changes = memory.changes - difference * memory.steps
     product = jnp.sum(memory.steps * changes, (1, 2))
     usable = (memory.rho > 0) & (product > 0)
@@ -359,8 +372,8 @@ def _lower_penalty(memory, difference):
 
 
 def _direction(gradient, memory, inverse_hessian):
-    """Minus the L-BFGS inverse Hessian times the gradient."""
-    newest = (memory.written - 1) % _HISTORY
+    """Compute minus the L-BFGS inverse Hessian times the gradient, by the two-loop recursion."""
+    newest = (memory.count - 1) % _HISTORY
     order = (newest - jnp.arange(_HISTORY)) % _HISTORY
     steps, changes, rho = memory.steps, memory.changes, memory.rho
 
@@ -373,7 +386,7 @@ def _direction(gradient, memory, inverse_hessian):
         return vector + (alpha - rho[i] * jnp.vdot(changes[i], vector)) * steps[i], None
 
     vector, alphas = jax.lax.scan(subtract, gradient, order)
-    # The initial matrix is right up to a factor, which the newest pair measures.
+    # The initial matrix is accurate up to a factor, which the newest pair determines.
     scale = rho[newest] * jnp.vdot(changes[newest], inverse_hessian * changes[newest])
     vector = inverse_hessian * vector / jnp.where(scale > 0, scale, 1)
     vector, _ = jax.lax.scan(add, vector, (order, alphas), reverse=True)
@@ -381,7 +394,7 @@ def _direction(gradient, memory, inverse_hessian):
 
 
 def _line_search(weight, penalty, state, direction, margin_direction):
-    """Step length at which the slope has fallen to a tenth: Newton's method, kept in a bracket."""
+    """Find the step length that reduces the slope to a tenth, by bracketed Newton iteration."""
     initial_slope = jnp.vdot(state.gradient, direction)
     slope_penalty = jnp.vdot(penalty * direction, state.params)
     curvature_penalty = jnp.vdot(penalty * direction, direction)
@@ -406,7 +419,7 @@ def _line_search(weight, penalty, state, direction, margin_direction):
         refine,
         (0, 1.0, 0.0, jnp.inf, *derivatives(1.0)),
     )
-    # A trial that the loop gave up on may overshoot by far; the low end of the bracket never does.
-    # Rounding alone can make the slope of a descent direction positive: then stay.
-    settled = jnp.abs(slope) <= 0.1 * jnp.abs(initial_slope)
-    return jnp.where(initial_slope < 0, jnp.where(settled, length, low), 0)
+    # If the loop did not converge, the last trial may be far too long; the low end of the bracket
+    # is not. If rounding makes the initial slope positive, the step length is 0.
+    converged = jnp.abs(slope) <= 0.1 * jnp.abs(initial_slope)
+    return jnp.where(initial_slope < 0, jnp.where(converged, length, low), 0)

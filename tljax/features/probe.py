@@ -1,9 +1,8 @@
-"""Linear probes and nearest neighbours: what are these features worth, without training a network?
+"""Linear probes and nearest-neighbor classification of features.
 
-The L2 sweep of the linear-evaluation protocol (Kornblith et al. 2019,
-https://arxiv.org/abs/1805.08974; SimCLR, https://arxiv.org/abs/2002.05709; BYOL,
-https://arxiv.org/abs/2006.07733) is a path of convex problems over the same features, so one call
-of ``fit_logistic`` solves all of them to the optimum.
+The L2 sweep of the linear-evaluation protocol (Kornblith et al. 2019, arXiv:1805.08974; SimCLR,
+arXiv:2002.05709; BYOL, arXiv:2006.07733) is a path of convex problems over the same features, so
+one call of ``fit_logistic`` solves all of them to the optimum.
 """
 
 from collections.abc import Sequence
@@ -13,84 +12,90 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Float, Integer
 
-from tljax.features.logistic import checked, finite, fit_logistic
+from tljax.features.logistic import check_features, check_training_data, fit_logistic
+from tljax.metrics.classification import cross_entropies
 from tljax.runtime.errors import RequestError
 from tljax.runtime.types import Array
 
 L2_VALUES: tuple[float, ...] = tuple(np.logspace(-6, 5, 45).tolist())
-"""The protocol's 45 log-spaced values, beside a *mean* over examples here: see fit_logistic."""
+"""The protocol's 45 log-spaced L2 values, here relative to the *mean* loss: see `fit_logistic`."""
 
-_MEMORY_BUDGET = 2**30  # bytes for one block of similarities
+_MEMORY_BUDGET = 2**30  # bytes of one block of similarities
 _FOLDS = 5
-_CROSS_VALIDATION_LIMIT = 1_000  # examples; with more of them a single fold settles the L2 value
+_CROSS_VALIDATION_LIMIT = 1_000  # with more examples, one fold is enough to choose the L2 value
 
 
 class Probe(NamedTuple):
-    """A linear classifier on raw features and how its L2 value was chosen from ``k`` candidates.
+    """A linear classifier of raw features, with the scores of the ``k`` candidate L2 values.
 
     Attributes:
-        kernel: ``[d, c]`` float32, with the standardisation folded in: it drops into a dense head.
+        kernel: ``[d, c]`` float32, with the standardization folded in, so that it can be used as
+            the kernel of a dense head.
         bias: ``[c]`` float32.
-        l2: the value chosen; it weighs the kernel on standardised features.
+        l2: the chosen L2 value; it applies to the kernel of standardized features.
         l2_values: ``[k]`` the candidates.
-        held_out_accuracy: ``[k]`` share of the held-out examples that were classified correctly.
+        held_out_accuracy: ``[k]`` fraction of the held-out examples that are classified correctly.
         held_out_loss: ``[k]`` mean cross-entropy of the held-out examples, in nats.
         converged: whether the final fit reached its tolerance.
     """
 
-    kernel: jax.Array
-    bias: jax.Array
+    kernel: Float[jax.Array, "d c"]
+    bias: Float[jax.Array, " c"]
     l2: float
-    l2_values: np.ndarray
-    held_out_accuracy: np.ndarray
-    held_out_loss: np.ndarray
+    l2_values: Float[np.ndarray, " k"]
+    held_out_accuracy: Float[np.ndarray, " k"]
+    held_out_loss: Float[np.ndarray, " k"]
     converged: bool
 
 
 def fit_probe(
-    features: Array,
-    labels: Array,
+    features: Float[Array, "n d"],
+    labels: Integer[Array, " n"],
     *,
     num_classes: int,
-    l2_values: Array | Sequence[float] = L2_VALUES,
+    l2_values: Float[Array, " k"] | Sequence[float] = L2_VALUES,
     seed: int = 0,
 ) -> Probe:
-    """Fits a linear probe to training features; its L2 value comes from held-out parts of them.
+    """Fit a linear probe to features, choosing the L2 value on held-out examples.
 
-    Features are standardised (a constant one is only centred). Up to 1,000 examples, every L2 value
-    is scored by stratified 5-fold cross-validation; with more, one such fold of 20% is held out.
-    The only example of a class is never held out. The highest accuracy over all held-out examples
-    wins, ties go to the lowest cross-entropy; the winner is then fitted to every example.
+    Features are standardized; a constant feature is only centered. With up to 1,000 examples, each
+    L2 value is scored by stratified 5-fold cross-validation; with more, a single fold of 20% is
+    held out. The only example of a class is never held out. The L2 value with the highest accuracy
+    over all held-out examples is chosen, or the one with the lowest cross-entropy among equals, and
+    then fitted to all examples.
+
+    Source: the linear-evaluation protocol of Kornblith et al. 2019, arXiv:1805.08974.
 
     Args:
-        features: ``[n, d]``, finite; used in float32.
-        labels: ``[n]`` int class indices in [0, num_classes).
-        num_classes: ``c``.
-        l2_values: ``[k]`` candidates, positive; see fit_logistic for what they multiply.
-        seed: of the assignment of examples to folds.
+        features: ``[n, d]`` finite features; used in float32.
+        labels: ``[n]`` integer class indices in [0, num_classes).
+        num_classes: number of classes, ``c``.
+        l2_values: ``[k]`` positive candidates, in units of the mean loss; see `fit_logistic`. By
+            default 45 log-spaced values from 1e-6 to 1e5.
+        seed: seed of the assignment of examples to folds.
 
     Raises:
-        RequestError: as fit_logistic, or no class has two examples, so none can be held out.
+        RequestError: an array has the wrong shape or values out of range or not finite, fewer than
+            two classes have examples, or no class has two examples, so none can be held out.
+        DivergenceError: the values are finite, but too large to compute with.
     """
-    features, labels = checked(features, labels, num_classes)
+    features, labels = check_training_data(features, labels, num_classes)
     l2_values = np.asarray(l2_values, np.float64)
     mean = features.mean(axis=0, dtype=np.float64).astype(np.float32)
     standardized = features - mean
-    # In float64, where no square overflows, and without a copy of the features.
+    # In float64, so that no square overflows, and without a copy of the features.
     squares = np.einsum("nd,nd->d", standardized, standardized, dtype=np.float64)
     scale = np.sqrt(squares / len(labels)).astype(np.float32)
-    # A spread within float32's rounding of the values is none, and dividing would make it one.
+    # A spread within float32's rounding of the values is noise, which dividing would amplify.
     scale[scale <= 4 * np.finfo(np.float32).eps * np.abs(mean)] = 1
     standardized /= scale
 
     held_out = _held_out(labels, seed)
     if not held_out.any():
-        raise RequestError(
-            "no class has two examples, so none can be held out to choose an L2 value: "
-            "add images, or call fit_logistic with a value of your own"
-        )
-    # The last row of weights leaves nothing out: the probe, should its L2 value win.
+        raise RequestError("no class has two examples, so none can be held out: add images")
+    # The last row of weights includes all examples, for the final fit at the chosen L2 value.
     fits = fit_logistic(
         standardized,
         labels,
@@ -114,65 +119,58 @@ def fit_probe(
     )
 
 
-def predict_logits(probe: Probe, features: Array) -> jax.Array:
-    """Logits ``[m, c]`` of raw features ``[m, d]``."""
+def predict_logits(probe: Probe, features: Float[Array, "m d"]) -> Float[jax.Array, "m c"]:
+    """Compute the logits ``[m, c]`` of raw features ``[m, d]``."""
     return jnp.matmul(features, probe.kernel, precision="highest") + probe.bias
 
 
 def knn_predict(
-    train_features: Array,
-    train_labels: Array,
-    features: Array,
+    train_features: Float[Array, "n d"],
+    train_labels: Integer[Array, " n"],
+    features: Float[Array, "m d"],
     *,
     num_classes: int,
     k: int = 20,
     temperature: float = 0.07,
-) -> jax.Array:
-    """Classifies by the ``k`` training examples of highest cosine similarity.
+) -> Float[jax.Array, "m c"]:
+    """Classify features by their ``k`` nearest training examples in cosine similarity.
 
-    A neighbour of similarity ``s`` votes for its class with weight ``exp(s / temperature)``; the
-    votes are normalised. Source: Wu et al. 2018, https://arxiv.org/abs/1805.01978, section 3.4,
-    with the constants of DINO's evaluation, https://arxiv.org/abs/2104.14294.
+    A neighbor of similarity ``s`` votes for its class with weight ``exp(s / temperature)``; the
+    votes are normalized.
+
+    Source: Wu et al. 2018, arXiv:1805.01978, section 3.4, with the constants of DINO's evaluation,
+    arXiv:2104.14294.
 
     Args:
-        train_features: ``[n, d]``, finite; used in float32. A vector of zeros has similarity 0.
-        train_labels: ``[n]`` int class indices in [0, num_classes).
-        features: ``[m, d]``, finite.
-        num_classes: ``c``.
-        k: neighbours that vote; all ``n`` where there are fewer. Of equally similar ones the
-            earlier in ``train_features`` come first.
-        temperature: positive; smaller trusts the nearest more.
+        train_features: ``[n, d]`` finite features; used in float32. A zero vector has similarity 0.
+        train_labels: ``[n]`` integer class indices in [0, num_classes).
+        features: ``[m, d]`` finite features to classify.
+        num_classes: number of classes, ``c``.
+        k: number of neighbors that vote, or all ``n`` if there are fewer. Among equally similar
+            examples, earlier ones in ``train_features`` are chosen.
+        temperature: positive; the smaller it is, the more the nearest neighbors dominate.
 
     Returns:
-        ``[m, c]`` probabilities.
+        ``[m, c]`` class probabilities.
 
     Raises:
-        RequestError: an array has the wrong shape or range, or holds values that are not finite, or
-            fewer than two classes have examples.
+        RequestError: an array has the wrong shape or values out of range or not finite, or fewer
+            than two classes have examples.
     """
-    train_features, train_labels = checked(train_features, train_labels, num_classes)
-    features = finite(features)
+    train_features, train_labels = check_training_data(train_features, train_labels, num_classes)
+    features = check_features(features)
     block = max(1, _MEMORY_BUDGET // (8 * len(train_labels)))
-    known, known_labels = _unit(train_features), jnp.asarray(train_labels)
-    votes = [
-        _vote(
-            known,
-            known_labels,
-            features[start : start + block],
-            temperature,
-            num_classes=num_classes,
-            k=min(k, len(train_labels)),
-        )
-        for start in range(0, len(features), block)
-    ]
-    return jnp.concatenate(votes)
+    vote = partial(_vote, _unit(train_features), jnp.asarray(train_labels), temperature)
+    k = min(k, len(train_labels))
+    parts = (features[start : start + block] for start in range(0, len(features), block))
+    return jnp.concatenate([vote(part, num_classes=num_classes, k=k) for part in parts])
 
 
-def _held_out(labels: np.ndarray, seed: int) -> np.ndarray:
-    """``[folds, n]`` bool: which examples each fold holds out."""
+def _held_out(labels: Integer[np.ndarray, " n"], seed: int) -> Bool[np.ndarray, "folds n"]:
+    """Choose the examples that each fold holds out."""
     order = np.random.default_rng(seed).permutation(len(labels))
     order = order[np.argsort(labels[order], kind="stable")]
-    # Dealt out class after class, so that neither a class nor the whole is lopsided.
+    # Assigned round-robin, class after class, so that classes and folds are balanced.
     fold = np.empty(len(labels), int)
     fold[order] = np.arange(len(labels)) % _FOLDS
     fold[np.bincount(labels)[labels] == 1] = -1
@@ -182,7 +180,7 @@ def _held_out(labels: np.ndarray, seed: int) -> np.ndarray:
 
 @jax.jit
 def _score(features, labels, kernels, biases, held_out):
-    """Correct answers and summed cross-entropy ``[k]``, each fold's fits on what it held out."""
+    """Sum the correct predictions and cross-entropies, ``[k]`` each, on the held-out examples."""
 
     def score(total, fold):
         kernels, biases, mask = fold
@@ -190,8 +188,7 @@ def _score(features, labels, kernels, biases, held_out):
         def at_one_l2(kernel_bias):
             kernel, bias = kernel_bias
             logits = jnp.matmul(features, kernel, precision="highest") + bias
-            own = jnp.take_along_axis(logits, labels[:, None], 1)[:, 0]
-            loss = jax.nn.logsumexp(logits, 1) - own
+            loss = cross_entropies(logits, labels)
             return jnp.sum(mask * (logits.argmax(1) == labels)), jnp.sum(mask * loss)
 
         scores = jax.lax.map(at_one_l2, (kernels, biases))
@@ -203,15 +200,15 @@ def _score(features, labels, kernels, biases, held_out):
 
 @jax.jit
 def _unit(x):
-    # First by a power of two, which rounds nothing, so that no square over- or underflows.
+    # Scale by a power of two first, which is exact, so that no square over- or underflows.
     x = jnp.ldexp(x, -jnp.frexp(jnp.abs(x).max(1, keepdims=True))[1])
     norm = jnp.linalg.norm(x, axis=1, keepdims=True)
     return x / jnp.where(norm > 0, norm, 1)
 
 
 @partial(jax.jit, static_argnames=("num_classes", "k"))
-def _vote(known, known_labels, features, temperature, *, num_classes, k):
-    similarity = jnp.matmul(_unit(features), known.T, precision="highest")
+def _vote(train_unit, train_labels, temperature, features, *, num_classes, k):
+    similarity = jnp.matmul(_unit(features), train_unit.T, precision="highest")
     similarity, nearest = jax.lax.top_k(similarity, k)
     weight = jax.nn.softmax(similarity / temperature)
-    return jnp.einsum("mk,mkc->mc", weight, jax.nn.one_hot(known_labels[nearest], num_classes))
+    return jnp.einsum("mk,mkc->mc", weight, jax.nn.one_hot(train_labels[nearest], num_classes))

@@ -1,10 +1,10 @@
-"""Outputs of stages on disk: named by everything that decides them, kept whole, within a limit.
+"""A cache of stage outputs on disk, keyed by a hash of everything that determines them.
 
-They lie in ``features`` of the cache folder (``TLJAX_CACHE``), up to ``TLJAX_FEATURE_CACHE_GIB``
-GiB together, by default 50: what was not used for longest makes room.
+It is the folder ``features`` of the cache folder (``TLJAX_CACHE``), limited to
+``TLJAX_FEATURE_CACHE_GIB`` GiB, by default 50. The least recently used entries are removed first.
 
-Any number of processes may use them at once. Values go into a file of a name of their own; then
-``about.json``, which only one process can create, says which file counts, and its hash.
+Any number of processes can use the cache at once. Values are written to a file with a unique name.
+Then ``about.json``, which only one process can create, names the file of the entry and its hash.
 """
 
 import hashlib
@@ -35,40 +35,47 @@ from tljax.runtime.trees import array_bytes, tree_digest
 from tljax.runtime.types import Variables
 
 Stored = tuple[np.ndarray, np.ndarray, dict[int, str]]
-"""Values, mapped into memory; positions in the source; reason by position for what was skipped."""
+"""Memory-mapped values; positions in the source; and the reason by position of skipped images."""
 
 
 def folder(
     model: Model, variables: Variables, stop: str | int | None, others: tuple[Any, ...]
 ) -> Path:
-    """Where the output of the stages before ``stop`` lies: the same in every process.
+    """Return the folder of a cache entry; it is the same in every process.
 
-    Named by a hash of the stages and their settings, their weights, the preprocessing, the code of
-    networks, decoding and augmentation, the versions of what that stands on, and ``others``.
+    Its name is a hash of the stages before ``stop`` with their settings and weights, the
+    preprocessing, the code of networks, decoding and augmentation, the versions of the packages
+    they depend on, the backend, the matmul precision, and ``others``.
+
+    Args:
+        model: the network.
+        variables: its variables.
+        stop: stage to stop before, by name or position; None for all stages.
+        others: settings that also determine the values.
     """
     prefix = model.stages[: None if stop is None else model.position(stop)]
     names = {stage.name for stage in prefix}
-    of_prefix = {
+    prefix_variables = {
         kind: {name: tree for name, tree in stages.items() if name in names}
         for kind, stages in variables.items()
     }
-    how = jax.default_backend(), jax.config.values["jax_default_matmul_precision"]
-    what = _described((prefix, model.preprocess, model.dtype, how, others))
-    key = sha256("\n".join((what, _code(), tree_digest(of_prefix))).encode())
+    platform = jax.default_backend(), jax.config.values["jax_default_matmul_precision"]
+    settings = _describe((prefix, model.preprocess, model.dtype, platform, others))
+    key = sha256("\n".join((settings, _code(), tree_digest(prefix_variables))).encode())
     return cache_dir() / "features" / key
 
 
 def limit() -> int:
-    """Bytes that all features together may take.
+    """Read the limit of the cache size from the environment, in bytes.
 
     Raises:
-        RequestError: ``TLJAX_FEATURE_CACHE_GIB`` is no number.
+        RequestError: ``TLJAX_FEATURE_CACHE_GIB`` is not a number.
     """
-    asked = os.environ.get("TLJAX_FEATURE_CACHE_GIB") or "50"
+    value = os.environ.get("TLJAX_FEATURE_CACHE_GIB") or "50"
     try:
-        return int(float(asked) * 2**30)
+        return int(float(value) * 2**30)
     except (ValueError, OverflowError) as error:
-        raise RequestError(f"TLJAX_FEATURE_CACHE_GIB={asked}: choose a number of GiB") from error
+        raise RequestError(f"TLJAX_FEATURE_CACHE_GIB={value}: choose a number of GiB") from error
 
 
 _CODE = ("models/**/*.py", "data/**/*.py", "runtime/types.py", "features/extract.py")
@@ -76,7 +83,7 @@ _CODE = ("models/**/*.py", "data/**/*.py", "runtime/types.py", "features/extract
 
 @cache
 def _code() -> str:
-    """Of everything between a file and its features: source files, and versions of packages."""
+    """Identify the code that turns an image file into features: hashes and package versions."""
     root = Path(tljax.__file__).parent
     files = sorted(path for pattern in _CODE for path in root.glob(pattern))
     packages = [f"{name} {version(name)}" for name in ("jax", "jaxlib", "flax", "pillow")]
@@ -88,28 +95,28 @@ def _file_digest(path: str | Path) -> str:
     return sha256(Path(path))
 
 
-def _described(value: Any) -> str:
-    """Equal for equal settings in every process; unique for what has no such description.
+def _describe(value: Any) -> str:
+    """Describe settings so that equal ones have equal descriptions in every process.
 
-    A class or function is where it is found, and the file that defines it: an address would be
-    another one in the next process, or belong to something else.
+    A class or function is described by its qualified name and the hash of its file, because its
+    address differs between processes. Values that cannot be described get a unique description.
     """
     if is_dataclass(value) and not isinstance(value, type):
-        settings = [(f.name, _described(getattr(value, f.name))) for f in fields(value) if f.repr]
-        return f"{_described(type(value))}{settings}"
+        settings = [(f.name, _describe(getattr(value, f.name))) for f in fields(value) if f.repr]
+        return f"{_describe(type(value))}{settings}"
     if isinstance(value, partial):
         value = "partial", value.func, value.args, value.keywords
     elif isinstance(value, Mapping):
         value = "mapping", *value.items()
     if isinstance(value, list | tuple):
-        return f"{[_described(item) for item in value]}"
+        return f"{[_describe(item) for item in value]}"
     if value is None or isinstance(value, bool | int | float | str):
         return repr(value)
     module, name = getattr(value, "__module__", ""), getattr(value, "__qualname__", "")
     with suppress(KeyError, AttributeError, TypeError, OSError):
         if attrgetter(name)(sys.modules[module]) is value:
-            known = module.split(".")[0] in ("tljax", "jax", "flax", "builtins")  # see `_code`
-            return f"{module}.{name} {known or _file_digest(sys.modules[module].__file__ or '')}"
+            covered = module.split(".")[0] in ("tljax", "jax", "flax", "builtins")  # by `_code`
+            return f"{module}.{name} {covered or _file_digest(sys.modules[module].__file__ or '')}"
     return uuid4().hex
 
 
@@ -119,33 +126,31 @@ def write(
     size: int,
     skipped: dict[int, str],
 ) -> Stored:
-    """Make room and write, or take what another process has written by then.
+    """Write an entry, or read the one that another process has written in the meantime.
 
     Args:
-        folder: see `folder`.
+        folder: folder of the entry, from `folder`.
         batches: values and positions in the source.
-        size: bytes of all values, or more.
-        skipped: reason by position, complete when the batches are at an end.
+        size: upper bound of the size of all values, in bytes.
+        skipped: the reason by position of skipped images, complete at the end of ``batches``.
 
     Raises:
-        WriteError: there is no room, or it cannot be written.
+        WriteError: there is not enough space, or the entry cannot be written.
     """
     _make_room(folder.parent, size)
-    values, kept = folder / f"values-{uuid4().hex}.bin", False
+    values = folder / f"values-{uuid4().hex}.bin"
     try:
         about = _write_values(values, batches, skipped)
         stored = _open(folder, about)
-        theirs = _publish(folder, about)
-        kept = theirs is None
+        return _publish(folder, about) or stored
     except WriteError as error:
-        raise WriteError(f"{error}: {_ELSEWHERE}") from error
+        raise WriteError(f"{error}: {_ADVICE}") from error
     finally:
-        if not kept:
+        if values.name not in _entry_files(folder):
             _remove(folder, [values.name])
-    return theirs or stored
 
 
-_ELSEWHERE = "set TLJAX_CACHE to another disk"
+_ADVICE = "set TLJAX_CACHE to another disk"
 
 
 def _write_values(
@@ -165,15 +170,15 @@ def _write_values(
 
 
 def _publish(folder: Path, about: list[Any]) -> Stored | None:
-    """Make it what counts, unless something whole does: that is returned instead."""
+    """Publish an entry, or return the one that another process published first."""
     path, text = folder / "about.json", json.dumps(about)
     try:
         with written_whole(path, exclusive=True) as temporary:
             temporary.write_text(text, "utf-8")
     except FileExistsError:
-        if (theirs := read(folder)) is not None:
-            return theirs
-        damaged = _counting(folder)
+        if (existing := read(folder)) is not None:
+            return existing
+        damaged = _entry_files(folder)
         with written_whole(path) as temporary:
             temporary.write_text(text, "utf-8")
         _remove(folder, damaged[1:])
@@ -181,12 +186,12 @@ def _publish(folder: Path, about: list[Any]) -> Stored | None:
 
 
 def read(folder: Path) -> Stored | None:
-    """Map what `write` wrote, if every byte of it is as it was; it counts as used now."""
+    """Map an entry into memory and mark it as used; None if it is missing or damaged."""
     try:
         stored = _open(folder, json.loads((folder / "about.json").read_bytes()))
     except (OSError, ValueError, TypeError):
         return None
-    with suppress(OSError):  # a cache that cannot be written may still be read
+    with suppress(OSError):  # the cache may be read-only
         os.utime(folder / "about.json")
     return stored
 
@@ -197,49 +202,49 @@ def _open(folder: Path, about: list[Any]) -> Stored:
         digest = hashlib.file_digest(file, "sha256")
         digest.update(json.dumps(about[:-1]).encode())
         if digest.hexdigest() != expected:
-            raise WriteError(f"{folder / name}: reads back otherwise than it was written")
+            raise WriteError(f"{folder / name}: the bytes read differ from those written")
         if math.prod(shape):
             values = np.memmap(file, jnp.dtype(dtype), "r", shape=tuple(shape))
         else:
-            values = np.empty(shape, jnp.dtype(dtype))  # an empty file cannot be mapped
+            values = np.empty(shape, jnp.dtype(dtype))  # an empty file cannot be memory-mapped
     return values, np.asarray(indices, np.int32), dict(skipped)
 
 
 def room() -> int:
-    """Measure how many bytes of features the cache could take at most."""
+    """Return the number of bytes that can be cached: the limit, or free disk space if less."""
     with suppress(OSError, WriteError):
         path = cache_dir()
-        there = next(part for part in (path, *path.parents) if part.exists())
-        return min(limit(), shutil.disk_usage(there).free)
+        existing = next(part for part in (path, *path.parents) if part.exists())
+        return min(limit(), shutil.disk_usage(existing).free)
     return 0
 
 
 def _make_room(parent: Path, size: int) -> None:
-    """Drop what was used least recently. What a run has mapped into memory stays there."""
-    most, needed = limit(), f"the features take {size / 2**30:.1f} GiB"
-    if size > most:
+    """Remove the least recently used entries. Runs that have mapped one can still read it."""
+    allowed, needed = limit(), f"the features take {size / 2**30:.1f} GiB"
+    if size > allowed:
         raise WriteError(
-            f"{needed}, over the limit of {most / 2**30:.1f}: raise TLJAX_FEATURE_CACHE_GIB"
+            f"{needed}, over the limit of {allowed / 2**30:.1f}: raise TLJAX_FEATURE_CACHE_GIB"
         )
-    found, taken = [], 0
+    entries, total = [], size
     for folder in parent.glob("*"):
-        names = _counting(folder)
+        names = _entry_files(folder)
         remove_abandoned(path for path in folder.glob("*") if path.name not in names)
-        with suppress(OSError):  # another process was quicker
-            bytes_ = sum(file.stat().st_size for file in folder.iterdir())
-            taken += bytes_
-            found.append(((folder / "about.json").stat().st_mtime, bytes_, folder))
+        with suppress(OSError):  # another process may remove the files
+            entry_size = sum(file.stat().st_size for file in folder.iterdir())
+            total += entry_size
+            entries.append(((folder / "about.json").stat().st_mtime, entry_size, folder))
         _remove(folder, [])
-    for _, bytes_, folder in sorted(found):
-        if taken + size > most:
-            _remove(folder, _counting(folder))
-            taken -= bytes_
+    for _, entry_size, folder in sorted(entries):
+        if total > allowed:
+            _remove(folder, _entry_files(folder))
+            total -= entry_size
     if size > (free := room()):
-        raise WriteError(f"{needed} and {parent} has {free / 2**30:.1f} free: {_ELSEWHERE}")
+        raise WriteError(f"{needed} and {parent} has {free / 2**30:.1f} free: {_ADVICE}")
 
 
-def _counting(folder: Path) -> list[str]:
-    """Name the files that count; others are being written, or were when a process was killed."""
+def _entry_files(folder: Path) -> list[str]:
+    """List the names of an entry's files; others are being written or were abandoned."""
     with suppress(OSError, ValueError, LookupError, TypeError):
         return ["about.json", Path(json.loads((folder / "about.json").read_bytes())[0]).name]
     return ["about.json"]
