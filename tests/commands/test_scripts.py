@@ -409,7 +409,7 @@ def test_a_fine_tuned_network_goes_out_and_comes_back(cache: Path, trained: Path
         (("--rates", "head"), "write PATTERN=RATE"),
         (("--resume", "{tmp}/none"), "is not a run directory"),
         (("--data", "{tmp}/photos", "--on-bad-image", "fail"), "broken.jpg"),
-        (("--data", "{tmp}/photos", "--profile"), "begins at step 3, and an epoch has 1:"),
+        (("--data", "{tmp}/photos", "--profile"), "starts at step 3, but an epoch has 1:"),
         (("--recipe", "probe", "--profile"), "--recipe probe takes none"),
     ],
 )

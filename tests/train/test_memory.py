@@ -50,7 +50,7 @@ def test_the_largest_half_that_fits_is_found(arguments):
     ("limit", "advice"),
     [
         (None, "halve --batch-size"),
-        (1 << 40, "--batch-size 2 would fit, and so would --accumulate 2"),
+        (1 << 40, "--batch-size 2 or --accumulate 2 would fit"),
         (1, "no batch fits"),
     ],
 )

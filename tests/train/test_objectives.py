@@ -190,20 +190,20 @@ def test_names_of_the_engine_are_not_given_twice():
     def objective(forward, batch, _):
         return forward(batch.inputs).logits.sum(1), {"loss": jnp.zeros(6)}
 
-    with pytest.raises(RequestError, match="an objective's metric cannot be called 'loss'"):
+    with pytest.raises(RequestError, match="an objective's metric must not be called 'loss'"):
         one_step(objective, batch())
 
 
 @pytest.mark.parametrize(
     ("returned", "message"),
     [
-        (lambda x: (x[:, None], {}), r"losses of shape \(6, 1\), not \(6,\)"),
-        (lambda x: (x.mean(), {}), r"losses of shape \(\), not"),
+        (lambda x: (x[:, None], {}), r"losses of shape \(6, 1\) instead of \(6,\)"),
+        (lambda x: (x.mean(), {}), r"losses of shape \(\) instead"),
         (lambda x: (x, {"m": x[:3]}), r"returned m of shape \(3,\)"),
         (lambda x: (x, {"m": Weighted(x, x.sum())}), r"returned m of shape \(\)"),
-        (lambda x: x, "a pair: losses, and a dict"),
-        (lambda x: (x, {"step": x}), "cannot be called 'step'"),
-        (lambda x: (x, {3: x}), "cannot be called 3"),
+        (lambda x: x, "a pair: losses and a dict"),
+        (lambda x: (x, {"step": x}), "must not be called 'step'"),
+        (lambda x: (x, {3: x}), "must not be called 3"),
     ],
 )
 def test_what_would_be_broadcast_or_count_padding_is_refused(returned, message):
@@ -215,9 +215,9 @@ def test_what_would_be_broadcast_or_count_padding_is_refused(returned, message):
     ("what", "hooks", "message"),
     [
         ({}, {"materialize": lambda t, _: t}, "materialize made variables that do not fit tiny"),
-        ({}, {"new_head": lambda m, v, _: replace_head(m, v, 5)}, "made 5 outputs for 3 classes"),
+        ({}, {"new_head": lambda m, v, _: replace_head(m, v, 5)}, "made 5 outputs, not 3"),
         ({"label_smoothing": 0.1}, {"objective": cross_entropy()}, "--label-smoothing 0.1 has no"),
-        ({}, {"log_every": 0}, "log_every: choose 1"),
+        ({}, {"log_every": 0}, "log_every must be at least 1"),
     ],
 )
 def test_hooks_that_would_spoil_the_result_are_refused_before_the_first_step(what, hooks, message):
@@ -228,7 +228,7 @@ def test_hooks_that_would_spoil_the_result_are_refused_before_the_first_step(wha
 def test_a_validation_without_labels_is_refused():
     data = splits()
     data = data._replace(val=replace(data.val, labels=np.full(7, -1, np.int32)))
-    with pytest.raises(RequestError, match="give every image of the validation"):
+    with pytest.raises(RequestError, match="a validation image has no class"):
         train(config(), data)
 
 

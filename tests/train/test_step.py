@@ -88,7 +88,7 @@ def test_the_first_pattern_wins_and_none_may_be_forgotten(variables):
     assert flat["stem/conv/scale"] == 0.5
     assert flat["stem/conv/kernel"] == 0
     assert flat["head/kernel"] == 1
-    with pytest.raises(RequestError, match=r"no pattern covers layer1/conv/bias and 5 other"):
+    with pytest.raises(RequestError, match=r"no pattern matches layer1/conv/bias and 5 other"):
         label(params, (("head/*", 1.0),))
 
 
