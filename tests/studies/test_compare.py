@@ -1,4 +1,4 @@
-"""Which backbone: every candidate is measured as the other tools would measure it."""
+"""Comparison of backbones: the numbers agree with those of the single functions."""
 
 import numpy as np
 import pytest

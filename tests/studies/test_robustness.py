@@ -1,4 +1,4 @@
-"""What attacks did to a network small enough for a test: numbers, captions and pictures."""
+"""Robustness of a small network: accuracies, captions and pictures."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -50,7 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def attacked(network, folder):
-    """The folder without its labels."""
+    """Return the images of the folder without labels."""
     source = replace(open_folder(folder), classes=(), labels=np.full(7, -1, np.int32))
     victims = attacks.read_victims(network, source, LOADING)
     chosen = attacks.choose_attacks(["fgsm", "pgd"], num_steps=3)
@@ -62,7 +62,7 @@ def predicted(network: Pretrained, images: np.ndarray) -> np.ndarray:
     return np.asarray(seen(network.variables, images).argmax(-1))
 
 
-def test_labels_are_the_folder_s_or_what_the_network_sees(network, folder, attacked):
+def test_labels_are_those_of_the_folder_or_predictions(network, folder, attacked):
     victims = attacks.read_victims(network, open_folder(folder), LOADING)
     assert victims.labels.tolist() == [1, 1, 1, 2, 2, 2]
     assert any("not read: " in note and "bad.png" in note for note in victims.notes)
@@ -72,14 +72,14 @@ def test_labels_are_the_folder_s_or_what_the_network_sees(network, folder, attac
     assert set(few.names) < set(victims.names) | {"cat/bad.png"}
 
 
-def test_where_no_image_can_be_read_the_first_reason_is_given(network, tmp_path):
+def test_the_first_reason_is_reported_when_no_image_can_be_read(network, tmp_path):
     for name in "abc":
         (tmp_path / name).touch()
     with pytest.raises(RequestError, match=r"no image can be read; .*a: the file is empty$"):
         attacks.read_victims(network, open_folder(tmp_path), LOADING)
 
 
-def test_of_two_classes_with_one_name_the_more_probable_is_the_label(network, folder):
+def test_the_more_probable_of_two_classes_with_the_same_name_is_the_label(network, folder):
     card = replace(network.card, classes=("bee", "bee", "cat"))
     victims = attacks.read_victims(network._replace(card=card), open_folder(folder), LOADING)
     logits = np.asarray(seen(network.variables, victims.images))
@@ -87,7 +87,7 @@ def test_of_two_classes_with_one_name_the_more_probable_is_the_label(network, fo
     assert "2 classes are called bee (0 and 1)" in victims.notes[0]
 
 
-def test_table_and_summary_say_the_same(attacked):
+def test_table_and_summary_agree(attacked):
     _, _, found = attacked
     result = attacks.summary(found)
     assert result["clean"] == 1
@@ -102,7 +102,7 @@ def test_table_and_summary_say_the_same(attacked):
     assert rows[2].endswith(f"{100 * share:.1f} +- {100 * np.sqrt(share * (1 - share) / 6):.1f}")
 
 
-def test_what_is_painted_is_in_the_ball_and_still_fools(network, attacked, tmp_path):
+def test_saved_pictures_are_in_the_ball_and_fool_the_network(network, attacked, tmp_path):
     victims, chosen, found = attacked
     paintings = attacks.paint(network, victims, chosen, found, count=4)
     assert len(paintings) == 4
@@ -127,7 +127,7 @@ def test_what_is_painted_is_in_the_ball_and_still_fools(network, attacked, tmp_p
 
 
 @pytest.mark.slow
-def test_towards_a_class(network, attacked):
+def test_a_target_class_is_reached(network, attacked):
     victims, _, _ = attacked
     chosen = attacks.choose_attacks(["pgd"], num_steps=3, target=1)
     found = attacks.attack(network, victims, chosen, [24 / 255], LOADING)
@@ -140,7 +140,7 @@ def test_towards_a_class(network, attacked):
 
 
 @pytest.mark.slow
-def test_autoattack_stands_beside_the_others(network, attacked):
+def test_autoattack_is_reported_with_the_other_attacks(network, attacked):
     victims, _, _ = attacked
     chosen = attacks.choose_attacks(["fgsm", "autoattack"], num_steps=5)
     found = attacks.attack(network, victims, chosen, [4 / 255], LOADING)
@@ -157,14 +157,14 @@ def test_autoattack_stands_beside_the_others(network, attacked):
     assert "few_classes" in found.flags
 
 
-def test_what_cannot_be_done_is_said():
-    with pytest.raises(RequestError, match="no attack 'pdg'; choose from fgsm"):
+def test_unsupported_options_are_refused():
+    with pytest.raises(RequestError, match="no attack 'pdg': choose from fgsm"):
         attacks.choose_attacks(["pdg"])
-    with pytest.raises(RequestError, match="square knows no norm but linf and l2"):
+    with pytest.raises(RequestError, match="square supports only the norm linf and l2"):
         attacks.choose_attacks(["square"], norm="l1")
-    with pytest.raises(RequestError, match="apgd-ce knows no norm but linf and l2"):
+    with pytest.raises(RequestError, match="apgd-ce supports only the norm linf and l2"):
         attacks.choose_attacks(["pgd", "apgd-ce"], norm="l1")
     with pytest.raises(RequestError, match="AutoAttack for 'l1' lacks apgd-ce"):
         attacks.choose_attacks(["autoattack"], norm="l1")
-    with pytest.raises(RequestError, match="fab-t takes no --target; fgsm, bim"):
+    with pytest.raises(RequestError, match="fab-t supports no --target: choose from fgsm, bim"):
         attacks.choose_attacks(["fab-t"], target=1)

@@ -1,4 +1,4 @@
-"""Adversarial training: what the step sees, and that it makes a network harder to fool."""
+"""Adversarial training: the attack, and the robustness of the trained network."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from tljax.features.evaluate import evaluate
 from tljax.models import apply
 from tljax.runtime.errors import RequestError
 from tljax.train.adversary import PROOF_STEPS, attacked, robust_logits
-from tljax.train.fit import best_epoch
+from tljax.train.history import best_epoch
 from tljax.train.options import AdversaryConfig
 from tljax.train.recipes import make_plan
 
@@ -26,7 +26,7 @@ def logits_fn(images):
 
 
 @pytest.mark.parametrize("how", [FAST, PGD])
-def test_images_are_moved_within_the_ball_to_where_the_loss_is_higher(how):
+def test_attacked_images_stay_in_the_ball_and_have_a_higher_loss(how):
     data = source(8)
     images = np.stack([data.read(i) for i in range(8)])
     labels = np.append(data.labels[:7], -1)  # the last one is padding
@@ -64,7 +64,7 @@ def test_robust_logits_are_those_of_pgd():
 
 @pytest.mark.parametrize("how", [FAST, PGD])
 @pytest.mark.slow
-def test_training_on_attacked_images_makes_it_harder_to_fool(how):
+def test_adversarial_training_raises_robust_accuracy(how):
     what = {"epochs": 8, "rate": 0.02}
     data = splits(24, (), ())
     plain = train(config(**what), data)
@@ -78,27 +78,27 @@ def test_training_on_attacked_images_makes_it_harder_to_fool(how):
 
 
 @pytest.mark.slow
-def test_it_is_repeatable():
+def test_adversarial_training_is_reproducible():
     first, again = (train(config(adversary=FAST)) for _ in range(2))
     assert first.history == again.history
 
 
 @pytest.mark.parametrize(
-    ("wish", "message"),
+    ("options", "message"),
     [
-        ({"recipe": "probe"}, "a probe is solved on clean images"),
-        ({"cache": "disk"}, "nothing can be cached"),
-        ({"augment": True, "cache_views": 2}, "nothing can be cached"),
-        ({"augment": True, "augmentation": AugmentConfig(mixup=0.2)}, "no mixup"),
+        ({"recipe": "probe"}, "a probe takes no steps"),
+        ({"cache": "disk"}, "remove --cache options"),
+        ({"augment": True, "cache_views": 2}, "remove --cache options"),
+        ({"augment": True, "augmentation": AugmentConfig(mixup=0.2)}, "disable Mixup"),
     ],
 )
-def test_wishes_that_exclude_an_adversary(wish, message):
-    what = config(**{"recipe": "finetune", "adversary": FAST, **wish})
+def test_options_that_exclude_an_attack_are_refused(options, message):
+    options = config(**{"recipe": "finetune", "adversary": FAST, **options})
     with pytest.raises(RequestError, match=message):
-        make_plan(MODEL, what, 100, 10)
+        make_plan(MODEL, options, 100, 10)
 
 
-def test_a_ball_without_a_radius_and_no_steps_are_refused():
+def test_an_epsilon_of_zero_and_zero_steps_are_refused():
     with pytest.raises(RequestError, match="--epsilon 0"):
         AdversaryConfig("fast", 0.0)
     with pytest.raises(RequestError, match="--attack-steps 0"):

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not believed."""
+"""Checkpoints: intact ones are restored, damaged ones are recognized."""
 
 import errno
 import os
@@ -58,7 +58,7 @@ def good(tmp_path_factory):
     return folder
 
 
-def test_the_last_of_two_comes_back(good, tmp_path):
+def test_the_last_checkpoint_is_restored(good, tmp_path):
     assert sorted(path.name for path in good.iterdir()) == ["2", "3"]
     found = Checkpoints(good, "mine").restore()
     assert found.notes == ()
@@ -66,7 +66,7 @@ def test_the_last_of_two_comes_back(good, tmp_path):
     assert Checkpoints(tmp_path / "new", "mine").restore() is None
 
 
-def test_what_is_saved_is_a_copy(tmp_path):
+def test_saving_copies_the_arrays(tmp_path):
     checkpoints = Checkpoints(tmp_path, "mine")
     given = state(1)
     checkpoints.save(1, position(1), given)
@@ -75,8 +75,10 @@ def test_what_is_saved_is_a_copy(tmp_path):
     assert_is(Checkpoints(tmp_path, "mine").restore(), 1)
 
 
-def test_another_run_and_another_network_are_refused(good):
-    with pytest.raises(RequestError, match=r"belongs to another run.*choose another --workdir"):
+def test_checkpoints_of_another_run_or_network_are_refused(good):
+    with pytest.raises(
+        RequestError, match=r"belongs to a run with other.*choose another --workdir"
+    ):
         Checkpoints(good, "yours").restore()
     found = Checkpoints(good, "mine").restore()
     for wrong in (
@@ -84,12 +86,12 @@ def test_another_run_and_another_network_are_refused(good):
         {**state(0), "count": np.zeros(2, np.int32)},
         {"params": state(0)["params"]},
     ):
-        with pytest.raises(RequestError, match="another network"):
+        with pytest.raises(RequestError, match="saved with another network"):
             found.fill(wrong)
 
 
 def damages(path):
-    """Functions that damage a file, each in its way."""
+    """Return functions that damage a file, each in another way."""
     content = path.read_bytes()
     rng = np.random.default_rng(len(content))
 
@@ -107,8 +109,8 @@ def damages(path):
 
 # Orbax leaves futures of the read that failed behind a closed event loop.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_nothing_damaged_is_believed(good, tmp_path):
-    """Any file of the last checkpoint: it is that state still, or the one before, and no other."""
+def test_a_damaged_checkpoint_is_never_restored_as_another_state(good, tmp_path):
+    """Whichever file is damaged, the last state or the one before is restored."""
     files = [path.relative_to(good) for path in sorted((good / "3").rglob("*")) if path.is_file()]
     passed_over = 0
     for file in files:
@@ -129,15 +131,15 @@ def test_nothing_damaged_is_believed(good, tmp_path):
 
 
 def damage(folder):
-    """Flips a byte in the middle of the largest file."""
+    """Flip a byte in the middle of the largest file."""
     path = max((path for path in folder.rglob("*") if path.is_file()), key=os.path.getsize)
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
 
 
-def test_a_changed_position_is_noticed(good, tmp_path):
-    """A digit, which leaves a JSON file as well-formed as it was."""
+def test_a_changed_position_is_recognized(good, tmp_path):
+    """A changed digit leaves the JSON file valid."""
     folder = tmp_path / "checkpoints"
     shutil.copytree(good, folder)
     for number, text in ((3, '"batch": 3'), (2, '"mine"')):
@@ -145,12 +147,14 @@ def test_a_changed_position_is_noticed(good, tmp_path):
         content = path.read_text()
         assert text in content
         path.write_text(content.replace(text, text.replace("3", "2").replace("mine", "nine")))
-    with pytest.raises(RequestError, match=r"no checkpoint is whole: checkpoint 3 .*; .* 2 is dam"):
+    with pytest.raises(
+        RequestError, match=r"no checkpoint is intact: checkpoint 3 .*; .* 2 is dam"
+    ):
         Checkpoints(folder, "mine").restore()
 
 
-def test_after_damage_the_same_numbers_are_written_again(good, tmp_path):
-    """The damaged one stays as it is, is marked, and pushes out none that is whole."""
+def test_the_run_continues_after_a_damaged_checkpoint(good, tmp_path):
+    """The damaged one is kept and marked, and no intact one is deleted for it."""
     folder = tmp_path / "checkpoints"
     shutil.copytree(good, folder)
     damage(folder / "3")
@@ -184,7 +188,7 @@ def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_mark_that_cannot_be_written_is_done_without(good, tmp_path):
+def test_damage_is_skipped_even_if_it_cannot_be_marked(good, tmp_path):
     folder = tmp_path / "checkpoints"
     shutil.copytree(good, folder)
     damage(folder / "3")
@@ -196,13 +200,15 @@ def test_a_mark_that_cannot_be_written_is_done_without(good, tmp_path):
     assert kept(folder) == ["2", "3", "3.damaged", "4"]
 
 
-def test_none_is_deleted_when_all_are_damaged(good, tmp_path):
+def test_no_checkpoint_is_deleted_when_all_are_damaged(good, tmp_path):
     folder = tmp_path / "checkpoints"
     shutil.copytree(good, folder)
     for number in ("2", "3"):
         damage(folder / number)
     for _ in range(2):  # the second time, they are known by their marks
-        with pytest.raises(RequestError, match=r"no checkpoint is whole: .* 3 .*; .* 2 is damaged"):
+        with pytest.raises(
+            RequestError, match=r"no checkpoint is intact: .* 3 .*; .* 2 is damaged"
+        ):
             Checkpoints(folder, "mine").restore()
     assert kept(folder) == ["2", "3"]
 
@@ -230,7 +236,7 @@ TENSORSTORE = (
     ],
     ids=lambda value: value[:20] if isinstance(value, str) else "",
 )
-def test_what_the_disk_refuses_once_is_not_damaged(good, tmp_path, monkeypatch, error, reason):
+def test_a_failure_of_the_disk_does_not_count_as_damage(good, tmp_path, monkeypatch, error, reason):
     folder = tmp_path / "checkpoints"
     shutil.copytree(good, folder)
     before = contents(folder)
@@ -246,7 +252,9 @@ def test_what_the_disk_refuses_once_is_not_damaged(good, tmp_path, monkeypatch, 
     assert_is(Checkpoints(folder, "mine").restore(), 3)
 
 
-def test_a_checkpoint_that_another_process_took_away_is_not_damaged(good, tmp_path, monkeypatch):
+def test_a_checkpoint_deleted_by_another_process_does_not_count_as_damaged(
+    good, tmp_path, monkeypatch
+):
     folder = tmp_path / "checkpoints"
     shutil.copytree(good, folder)
     restore = ocp.CheckpointManager.restore
@@ -309,7 +317,7 @@ restored()
 
 
 @pytest.mark.slow
-def test_of_two_processes_the_writer_says_what_is_damaged(tmp_path):
+def test_the_writing_process_decides_for_all_what_is_damaged(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -342,8 +350,8 @@ def test_of_two_processes_the_writer_says_what_is_damaged(tmp_path):
     assert kept(tmp_path / "checkpoints") == ["1", "2"]
 
 
-def test_a_half_written_one_is_never_taken(good, tmp_path):
-    """It lies under another name until all of it is there."""
+def test_an_unfinished_checkpoint_is_not_restored(good, tmp_path):
+    """It has a temporary name until it is complete."""
     folder = tmp_path / "checkpoints"
     shutil.copytree(good, folder)
     shutil.copytree(good / "3", folder / "4.orbax-checkpoint-tmp")
@@ -352,7 +360,7 @@ def test_a_half_written_one_is_never_taken(good, tmp_path):
 
 
 @pytest.mark.parametrize("folder", ["/dev/null/run", "/proc/run"])
-def test_a_folder_that_cannot_be_written_is_one_line(folder):
+def test_a_folder_that_cannot_be_written_is_reported_in_one_line(folder):
     with pytest.raises(RequestError, match=rf"^{folder}/new: cannot be written \([^\n]*\)$"):
         Checkpoints(Path(folder) / "new", "mine")
 
@@ -406,13 +414,13 @@ def run(code, *arguments, before=()):
     return done.stdout.splitlines()
 
 
-def test_a_full_disk_is_one_line_and_the_one_before_stays(tmp_path):
-    """A limit on the size of files stands in for the disk."""
+def test_a_full_disk_is_reported_in_one_line_and_the_checkpoint_before_is_kept(tmp_path):
+    """A limit on the size of files simulates the disk."""
     folder = tmp_path / "checkpoints"
     line, found = run(FULL_DISK, folder)
     assert line == (
-        f"{folder}: a checkpoint cannot be written (File too large); those before it are kept: "
-        "make room and go on with --resume"
+        f"{folder}: a checkpoint cannot be written (File too large); earlier ones are kept: "
+        "free disk space and continue with --resume"
     )
     assert found == "1"
 
@@ -429,8 +437,8 @@ for size in map(int, sys.argv[2:]):
 
 
 @pytest.mark.slow
-def test_wherever_a_disk_is_full_what_is_whole_comes_back(tmp_path):
-    """Disks of 0 to 4 checkpoints, 250 KiB each: every file of each is once the first too many."""
+def test_an_intact_checkpoint_is_restored_wherever_the_disk_becomes_full(tmp_path):
+    """On disks for 0 to 4 checkpoints of 250 KiB, each file is once the first not to fit."""
     unshare = ["unshare", "--mount"]
     probe = ["mount", "-t", "tmpfs", "tmpfs", str(tmp_path)]
     if (
@@ -499,14 +507,14 @@ for number in range(count):
 
 
 @pytest.mark.slow
-def test_an_interrupt_at_any_moment_leaves_the_last_that_is_whole(tmp_path):
+def test_an_interrupt_at_any_moment_leaves_the_last_intact_checkpoint(tmp_path):
     found = list(map(int, run(INTERRUPTS, tmp_path, 12)))
     assert len(found) == 12
     assert set(found) <= {2, 3, 4}
     assert {2, 3} <= set(found)
 
 
-def test_the_digest_is_of_names_and_bytes():
+def test_the_digest_depends_on_names_and_bytes():
     tree = {"params": {"a": np.arange(3.0), "b": np.ones((2, 2), ml_dtypes.bfloat16)}}
     first = tree_digest(tree)
     assert tree_digest(jax.tree.map(np.copy, tree)) == first
@@ -561,7 +569,7 @@ found = everything(train(what, folder=folder, on_epoch=log, **hooks), folder)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("run", ["cached", "mixed"])
-def test_a_process_that_is_killed_twenty_times_ends_the_same(tmp_path, run):
+def test_a_process_that_is_killed_twenty_times_gives_the_same_result(tmp_path, run):
     rng = np.random.default_rng(0)
 
     def start(folder):

@@ -1,4 +1,4 @@
-"""What is handed to a step or to `fit`: an objective, materialize, a transformation, callbacks."""
+"""Functions that a step or `fit` takes: objective, materialize, transform and callbacks."""
 
 from dataclasses import replace
 
@@ -41,7 +41,7 @@ def batch(size=6, masked=0, targets=None, **extra):
 
 
 def one_step(objective, data, *, table=EVERYTHING, optimizer=None, **how):
-    """New state, metrics, and what it started from; a plain step of size 1."""
+    """Return state and metrics after a step of SGD at rate 1, and the variables before it."""
     variables = jax.tree.map(jnp.array, random_variables())
     changing, staying = split(
         variables, label(variables["params"], table), how.get("batch_statistics", ())
@@ -70,7 +70,7 @@ def test_the_default_is_the_cross_entropy():
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
-def test_a_network_may_be_called_twice_and_the_statistics_move_twice():
+def test_each_call_of_the_network_updates_the_statistics():
     def twice(forward, batch, _):
         views = [forward(x).logits for x in (batch.inputs, batch.inputs[:, :, ::-1])]
         return sum(jnp.square(logits).sum(1) for logits in views), {}
@@ -94,7 +94,7 @@ def test_a_network_may_be_called_twice_and_the_statistics_move_twice():
     assert not np.array_equal(state.params["head"]["kernel"], before["params"]["head"]["kernel"])
 
 
-def test_every_call_draws_noise_of_its_own_and_none_if_asked():
+def test_every_call_draws_new_noise_and_none_without_noise():
     def spread(forward, batch, _):
         one, other, still, again = (
             forward(batch.inputs, noise=noise).logits for noise in (True, True, False, False)
@@ -108,8 +108,8 @@ def test_every_call_draws_noise_of_its_own_and_none_if_asked():
 
 
 @pytest.mark.parametrize("moving", [frozenset(), frozenset({"stem", "layer1"})])
-def test_gradients_by_the_input_move_no_statistics_and_reach_the_parameters(moving):
-    """A gradient penalty: the square of the input's gradient, differentiated by the parameters."""
+def test_input_gradients_update_no_statistics_and_are_differentiable_by_the_parameters(moving):
+    """A gradient penalty is the square of the input gradient, differentiated by the parameters."""
 
     def penalty(forward, batch, _):
         def score(x):
@@ -137,7 +137,7 @@ def test_gradients_by_the_input_move_no_statistics_and_reach_the_parameters(movi
     assert_close(moved, jax.grad(total)(variables["params"]), 1e-4)
 
 
-def test_evaluate_is_constant_and_without_noise():
+def test_evaluate_has_no_noise_and_no_parameter_gradient():
     def teacher(forward, batch, _):
         return forward.evaluate(batch.inputs).logits.sum(1), {}
 
@@ -148,7 +148,7 @@ def test_evaluate_is_constant_and_without_noise():
     assert found["loss"] == pytest.approx(float(plain.sum(1).mean()), rel=1e-5)
 
 
-def test_captured_stages_and_extra_arrays_are_there():
+def test_an_objective_gets_captured_stages_and_extra_arrays():
     wanted = np.random.default_rng(1).normal(size=(6, 8, 8, 12)).astype(np.float32)
 
     def match(forward, batch, _):
@@ -162,8 +162,8 @@ def test_captured_stages_and_extra_arrays_are_there():
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_targets_are_a_tree_and_weights_count(accumulate):
-    """Blanks, which are nan, weigh nothing; neither do padded rows, whatever they hold."""
+def test_targets_may_be_a_tree_and_weights_apply(accumulate):
+    """Missing targets, which are nan, have weight 0, and so have padded rows."""
     rng = np.random.default_rng(2)
     numbers = rng.normal(size=6).astype(np.float32)
     numbers[1] = np.nan
@@ -186,7 +186,7 @@ def test_targets_are_a_tree_and_weights_count(accumulate):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
 
 
-def test_names_of_the_engine_are_not_given_twice():
+def test_reserved_metric_names_are_refused():
     def objective(forward, batch, _):
         return forward(batch.inputs).logits.sum(1), {"loss": jnp.zeros(6)}
 
@@ -206,7 +206,7 @@ def test_names_of_the_engine_are_not_given_twice():
         (lambda x: (x, {3: x}), "must not be called 3"),
     ],
 )
-def test_what_would_be_broadcast_or_count_padding_is_refused(returned, message):
+def test_values_that_are_not_one_per_example_are_refused(returned, message):
     with pytest.raises(RequestError, match=message):
         one_step(lambda forward, batch, _: returned(forward(batch.inputs).logits.sum(1)), batch())
 
@@ -220,19 +220,19 @@ def test_what_would_be_broadcast_or_count_padding_is_refused(returned, message):
         ({}, {"log_every": 0}, "log_every must be at least 1"),
     ],
 )
-def test_hooks_that_would_spoil_the_result_are_refused_before_the_first_step(what, hooks, message):
+def test_invalid_hooks_are_refused_before_the_first_step(what, hooks, message):
     with pytest.raises(RequestError, match=message):
         train(config(freeze_to="stem", **what), **hooks)
 
 
-def test_a_validation_without_labels_is_refused():
+def test_validation_images_without_labels_are_refused():
     data = splits()
     data = data._replace(val=replace(data.val, labels=np.full(7, -1, np.int32)))
     with pytest.raises(RequestError, match="a validation image has no class"):
         train(config(), data)
 
 
-def test_who_listens_cannot_change_the_run_and_a_metric_may_be_nothing():
+def test_callbacks_cannot_change_the_run_and_a_metric_may_be_nan():
     def blank(forward, batch, key):
         losses, metrics = cross_entropy()(forward, batch, key)
         return losses, {**metrics, "blank": Weighted(losses, jnp.zeros(len(losses)))}
@@ -242,8 +242,8 @@ def test_who_listens_cannot_change_the_run_and_a_metric_may_be_nothing():
     assert np.isnan(result.history[1]["train_blank"])
 
 
-def test_materialize_makes_the_parameters_of_those_that_train():
-    """A factor for every kernel: what is not the network's own disappears."""
+def test_materialize_computes_the_parameters_from_the_trainable_ones():
+    """The trainable parameters are a factor per kernel, which the result does not contain."""
     variables = random_variables()
     variables["params"]["head"]["factor"] = np.float32(1.5)
 
@@ -283,9 +283,7 @@ def test_materialize_makes_the_parameters_of_those_that_train():
     np.testing.assert_allclose(result.logits.values, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_an_optimizer_is_given_the_loss_and_gradients_elsewhere():
-    seen = {}
-
+def test_an_optimizer_gets_the_loss_and_a_function_of_gradients():
     def update(grads, state, params, *, value, grad_fn, **_):
         elsewhere = grad_fn(jax.tree.map(lambda x: x + 0.1, params))
         return jax.tree.map(lambda g: -g, elsewhere), (value, *state[1:])
@@ -302,7 +300,6 @@ def test_an_optimizer_is_given_the_loss_and_gradients_elsewhere():
 
     there = jax.grad(loss)(jax.tree.map(lambda x: x + 0.1, variables["params"]))
     assert_close(jax.tree.map(np.subtract, before["params"], state.params), there)
-    assert seen == {}
 
 
 def confident(forward, batch, key):
@@ -311,7 +308,7 @@ def confident(forward, batch, key):
     return losses + 0.1 * jnp.square(forward(batch.inputs).logits - shares).sum(1), metrics
 
 
-def test_fit_takes_an_objective_and_calls_back_in_order(tmp_path):
+def test_fit_takes_an_objective_and_calls_callbacks_in_order(tmp_path):
     steps, epochs = [], []
     what = config(cache="none", augment=True, augmentation=AugmentConfig(crop=False, mixup=0.3))
     result = train(
@@ -334,8 +331,8 @@ def test_fit_takes_an_objective_and_calls_back_in_order(tmp_path):
     assert everything(train(what, objective=confident)) == everything(result)
 
 
-def test_a_source_hands_its_arrays_to_the_objective_cached_or_not():
-    """A teacher's logits, by their examples, whichever way the activations come."""
+def test_extra_arrays_reach_the_objective_with_and_without_a_cache():
+    """A teacher's logits stay with their examples."""
     data = splits()
     teacher = np.random.default_rng(3).normal(size=(11, 3)).astype(np.float32)
     data = data._replace(train=replace(data.train, extra={"teacher": teacher}))
@@ -356,7 +353,7 @@ def test_a_source_hands_its_arrays_to_the_objective_cached_or_not():
     assert data.train.digest != splits().train.digest
 
 
-def test_a_function_of_the_optimizer_wraps_it():
+def test_a_transform_function_wraps_the_optimizer():
     def halved(inner):
         inner = optax.with_extra_args_support(inner)
 
@@ -372,8 +369,8 @@ def test_a_function_of_the_optimizer_wraps_it():
         np.testing.assert_array_equal(leaf, flatten(start.variables)[name])
 
 
-def test_training_from_arrays():
-    """An array of images is a source's examples."""
+def test_fit_trains_on_arrays():
+    """An array of images serves as the examples of a source."""
     made = source(9)
     images = np.stack([made.read(i) for i in range(9)])
     arrays = replace(made, examples=images)
@@ -381,7 +378,7 @@ def test_training_from_arrays():
     assert everything(found) == everything(expected)
 
 
-def test_the_join_is_the_inverse_of_the_split():
+def test_join_is_the_inverse_of_split():
     variables = random_variables()
     rates = label(variables["params"], (("head/*", 1.0), ("*", 0.0)))
     jax.tree.map(np.testing.assert_array_equal, join(*split(variables, rates, {"stem"})), variables)

@@ -55,7 +55,7 @@ def freeze_to(model, stage):
 
 
 def set_up(variables, config, *, table, steps=10, **how):
-    """A step, its first state and what is frozen; nothing shares a buffer with ``variables``."""
+    """Return a step, its initial state and frozen variables, all copies of ``variables``."""
     variables = jax.tree.map(jnp.array, variables)
     labels = label(variables["params"], table)
     changing, staying = split(variables, labels, how.get("batch_statistics", ()))
@@ -66,7 +66,7 @@ def set_up(variables, config, *, table, steps=10, **how):
 
 
 def trained(variables, config, *, table, steps=1, batches=None, **how):
-    """The state, what is frozen, and the metrics of the last step."""
+    """Return the state, the frozen variables and the metrics after the last step."""
     step, state, frozen = set_up(variables, config, table=table, **how)
     metrics = {}
     for i in range(steps):
@@ -75,13 +75,13 @@ def trained(variables, config, *, table, steps=1, batches=None, **how):
     return state, frozen, metrics
 
 
-def test_paths_round_trip():
+def test_flatten_and_unflatten_are_inverse():
     tree = {"a": {"b": 1, "c": {"d": 2}}, "e": 3}
     assert flatten(tree) == {"a/b": 1, "a/c/d": 2, "e": 3}
     assert unflatten(flatten(tree)) == tree
 
 
-def test_the_first_pattern_wins_and_none_may_be_forgotten(variables):
+def test_the_first_matching_pattern_applies_and_every_parameter_needs_one(variables):
     params = variables["params"]
     labels = label(params, (("*/scale", 0.5), ("head/*", 1.0), ("*", 0.0)))
     flat = flatten(labels)
@@ -132,7 +132,7 @@ def test_optimizer_state_exists_for_trainable_leaves_only(variables):
     assert sorted(m.shape for m in moments) == sorted(2 * [x.shape for x in head.values()])
 
 
-def test_running_statistics_stay_by_default(variables):
+def test_running_statistics_are_fixed_by_default(variables):
     state, frozen, _ = trained(variables, OptimizerConfig(), table=(("*", 1.0),), steps=3)
     jax.tree.map(np.testing.assert_array_equal, variables["batch_stats"], frozen["batch_stats"])
     assert state.batch_stats == {}
@@ -186,13 +186,13 @@ def test_the_schedule_warms_up_and_ends_at_zero():
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
-def test_a_very_short_schedule_still_moves(steps):
+def test_a_very_short_schedule_has_positive_rates(steps):
     schedule = learning_rate_schedule(OptimizerConfig(learning_rate=2.0), steps)
     assert all(schedule(i) > 0 for i in range(steps))
 
 
-def test_the_step_takes_no_gradient_of_what_is_frozen(variables):
-    """Compiled cost: training the head alone costs one forward pass and next to nothing more."""
+def test_frozen_parameters_cost_no_gradient(variables):
+    """By compiled cost, training only the head takes little more than one forward pass."""
 
     def flops(stage):
         step, state, frozen = set_up(variables, OptimizerConfig(), table=freeze_to(MODEL, stage))
@@ -204,7 +204,7 @@ def test_the_step_takes_no_gradient_of_what_is_frozen(variables):
     assert flops("stem") > 1.5 * once
 
 
-def test_dropout_follows_the_key_and_only_in_training(variables):
+def test_dropout_depends_on_the_key_and_applies_in_training_only(variables):
     images = batch().inputs
     run = lambda **how: np.asarray(apply(MODEL, variables, images, **how).logits)  # noqa: E731
     first = run(noise={"head"}, key=jax.random.key(0))
@@ -240,7 +240,7 @@ def test_metrics_merge_exactly_and_ignore_the_mask():
     assert np.isnan(means(measure(logits, labels, np.zeros(50, bool)))["loss"])
 
 
-def test_a_network_that_diverged_is_never_right():
+def test_nan_logits_never_count_as_correct():
     assert (ranks(np.full((4, 8), np.nan), np.arange(4)) >= 5).all()
 
 
@@ -258,8 +258,8 @@ DEEP = Model(
 
 
 @pytest.mark.slow
-def test_the_step_costs_a_forward_and_the_backward_of_the_suffix():
-    """Clipping reads every gradient: what trains alone may have one."""
+def test_a_step_costs_one_forward_pass_and_the_backward_pass_of_trained_stages():
+    """Clipping reads all gradients, which must be those of trainable parameters."""
     frozen_to = "layer1"
     variables = init(DEEP, jax.random.key(0))
     data = batch(16)
@@ -294,7 +294,7 @@ def test_the_step_costs_a_forward_and_the_backward_of_the_suffix():
     assert step(start, data._replace(inputs=np.asarray(values))) <= 1.05 * suffix
 
 
-def test_optimizer_memory_follows_what_trains(variables):
+def test_optimizer_memory_is_proportional_to_trainable_parameters(variables):
     def size(tree):
         return sum(leaf.nbytes for leaf in jax.tree.leaves(tree) if leaf.ndim)
 
@@ -310,7 +310,7 @@ KERNELS = {"kernel": True, "scale": False, "bias": False}
 
 
 def by_optax(name, decay):
-    """The same optimizers as Optax ships them; at a rate of 0.1."""
+    """Return the optimizers as Optax defines them, at a learning rate of 0.1."""
 
     def mask(params):
         return unflatten({path: KERNELS[path.split("/")[-1]] for path in flatten(params)})
@@ -325,7 +325,7 @@ def by_optax(name, decay):
 
 
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "lamb"])
-def test_the_optimizers_are_optaxs(variables, name):
+def test_the_optimizers_agree_with_those_of_optax(variables, name):
     config = OptimizerConfig(
         name, 0.1, weight_decay=0.3, schedule="constant", warmup=0.0, clip_norm=0.0
     )
@@ -372,7 +372,7 @@ def test_one_cycle_rises_for_a_quarter():
 
 @pytest.mark.parametrize("schedule", ["cosine", "constant", "one-cycle", "step", "exponential"])
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 7])
-def test_no_schedule_is_too_short(schedule, steps):
+def test_every_schedule_works_for_few_steps(schedule, steps):
     rate = learning_rate_schedule(OptimizerConfig(learning_rate=2.0, schedule=schedule), steps)
     for i in range(steps):
         assert 0 < rate(i) <= 2
@@ -384,8 +384,8 @@ WEIGHTS = (0.5, 1.0, 2.5)
 @pytest.mark.parametrize(
     ("smoothing", "weights", "parts"), [(0.0, WEIGHTS, 1), (0.2, (), 1), (0.0, WEIGHTS, 3)]
 )
-def test_weights_and_smoothing_are_torchs(variables, smoothing, weights, parts):
-    """By the gradient of the head, which a step of plain SGD shows."""
+def test_class_weights_and_smoothing_agree_with_torch(variables, smoothing, weights, parts):
+    """The step of plain SGD shows the gradient of the head."""
     data = batch(size=6, masked=2)
     config = OptimizerConfig(
         "sgd", 1.0, 0.0, weight_decay=0.0, schedule="constant", warmup=0.0, clip_norm=0.0
@@ -411,8 +411,8 @@ def test_weights_and_smoothing_are_torchs(variables, smoothing, weights, parts):
 
 
 @pytest.mark.parametrize("masked", [0, 5])
-def test_parts_add_up_to_the_whole_batch(variables, masked):
-    """Also where a part has no image that counts."""
+def test_accumulated_parts_give_the_gradient_of_the_whole_batch(variables, masked):
+    """Also if a part has no valid image."""
     config = OptimizerConfig("sgd", 0.1)
     data = [batch(size=8, seed=i, masked=masked) for i in range(3)]
     found = [
@@ -430,7 +430,7 @@ def test_parts_add_up_to_the_whole_batch(variables, masked):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), *found)
 
 
-def test_the_moving_average_is_its_formula(variables):
+def test_the_moving_average_follows_its_formula(variables):
     moving = frozenset({"layer1", "head"})
     step, state, frozen = set_up(
         variables,
@@ -448,3 +448,13 @@ def test_the_moving_average_is_its_formula(variables):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), state.ema, expected
     )
+
+
+@pytest.mark.parametrize(("decay", "ema"), [(0.5, False), (0.0, True)])
+def test_a_state_that_does_not_fit_the_ema_decay_is_refused(variables, decay, ema):
+    optimizer = optax.sgd(0.1)
+    state = init_state(variables["params"], {}, optimizer, ema=ema)
+    step = make_train_step(MODEL, optimizer, ema_decay=decay)
+    frozen = {"params": {}, "batch_stats": variables["batch_stats"]}
+    with pytest.raises(RequestError, match=f"call init_state with ema={not ema}"):
+        step(state, frozen, batch(), KEYS)
