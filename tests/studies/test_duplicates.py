@@ -68,10 +68,10 @@ def train() -> np.ndarray:
 def test_copies_are_found_whichever_side_was_changed(train: np.ndarray, name: str):
     val = [COPIES[name](Image.fromarray(train[i])) for i in (3, 17)]
     val.insert(1, jpeg(Image.fromarray(picture(99))))
-    found = find_duplicates(train, val)
-    assert [(one.train, one.val) for one in found] == [(3, 0), (17, 2)]
-    assert {one.kind for one in found} == {"mirrored" if "mirrored" in name else "near"}
-    assert all(0.9 <= one.similarity <= 1 for one in found)
+    actual = find_duplicates(train, val)
+    assert [(one.train, one.val) for one in actual] == [(3, 0), (17, 2)]
+    assert {one.kind for one in actual} == {"mirrored" if "mirrored" in name else "near"}
+    assert all(0.9 <= one.similarity <= 1 for one in actual)
     back = find_duplicates(val, train)
     assert [(one.train, one.val) for one in back] == [(0, 3), (2, 17)]
 
@@ -160,6 +160,6 @@ def test_duplicates_of_real_photographs(shared_data):
         image = crop(open_image(originals[i]), 0.85, i)  # pyright: ignore[reportArgumentType]
         image = image.transpose(MIRROR) if i % 2 else image
         copies.append(jpeg(image.resize((image.width // 2, image.height // 2)), 50))
-    found = find_duplicates(originals, copies)
-    assert [(one.train, one.val) for one in found] == [(3 * k, k) for k in range(len(copies))]
-    assert [one.kind for one in found] == ["mirrored" if k % 2 else "near" for k in range(51)]
+    actual = find_duplicates(originals, copies)
+    assert [(one.train, one.val) for one in actual] == [(3 * k, k) for k in range(len(copies))]
+    assert [one.kind for one in actual] == ["mirrored" if k % 2 else "near" for k in range(51)]

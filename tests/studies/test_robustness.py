@@ -54,8 +54,8 @@ def attacked(network, folder):
     source = replace(open_folder(folder), classes=(), labels=np.full(7, -1, np.int32))
     victims = attacks.read_victims(network, source, LOADING)
     chosen = attacks.choose_attacks(["fgsm", "pgd"], num_steps=3)
-    found = attacks.attack(network, victims, chosen, [24 / 255, 4 / 255], LOADING)
-    return victims, chosen, found
+    actual = attacks.attack(network, victims, chosen, [24 / 255, 4 / 255], LOADING)
+    return victims, chosen, actual
 
 
 def predicted(network: Pretrained, images: np.ndarray) -> np.ndarray:
@@ -88,13 +88,13 @@ def test_the_more_probable_of_two_classes_with_the_same_name_is_the_label(networ
 
 
 def test_table_and_summary_agree(attacked):
-    _, _, found = attacked
-    result = attacks.summary(found)
+    _, _, actual = attacked
+    result = attacks.summary(actual)
     assert result["clean"] == 1
     assert result["examples"] == 6
     assert list(result["robust"]) == ["fgsm", "pgd"]
     assert list(result["robust"]["pgd"]) == ["4", "24"]
-    head, columns, *rows = attacks.table(found).splitlines()
+    head, columns, *rows = attacks.table(actual).splitlines()
     assert "6 images" in head
     assert columns.split()[-3:] == ["0", "4", "24"]
     assert [row.split("  ")[0] for row in rows] == ["fgsm", "", "pgd", "", "worst of all"]
@@ -103,8 +103,8 @@ def test_table_and_summary_agree(attacked):
 
 
 def test_saved_pictures_are_in_the_ball_and_fool_the_network(network, attacked, tmp_path):
-    victims, chosen, found = attacked
-    paintings = attacks.paint(network, victims, chosen, found, count=4)
+    victims, chosen, actual = attacked
+    paintings = attacks.paint(network, victims, chosen, actual, count=4)
     assert len(paintings) == 4
     saved = np.stack([painting.pictures[2].pixels for painting in paintings])
     before = np.stack([painting.pictures[0].pixels for painting in paintings])
@@ -120,7 +120,7 @@ def test_saved_pictures_are_in_the_ball_and_fool_the_network(network, attacked, 
         factor = int(perturbation.caption.rpartition(" ")[2])
         change = adversarial.pixels.astype(int) - photograph.pixels
         np.testing.assert_array_equal(perturbation.pixels.astype(int) - 127, factor * change)
-    paths = write_attack_pictures(tmp_path, found, paintings)
+    paths = write_attack_pictures(tmp_path, actual, paintings)
     assert sorted(paths) == sorted(tmp_path.iterdir())
     assert len(paths) == 2 + 2 * 4
     np.testing.assert_array_equal(np.asarray(Image.open(paths[3])), saved[0])
@@ -130,8 +130,8 @@ def test_saved_pictures_are_in_the_ball_and_fool_the_network(network, attacked, 
 def test_a_target_class_is_reached(network, attacked):
     victims, _, _ = attacked
     chosen = attacks.choose_attacks(["pgd"], num_steps=3, target=1)
-    found = attacks.attack(network, victims, chosen, [24 / 255], LOADING)
-    paintings = attacks.paint(network, victims, chosen, found, count=6, target=1)
+    actual = attacks.attack(network, victims, chosen, [24 / 255], LOADING)
+    paintings = attacks.paint(network, victims, chosen, actual, count=6, target=1)
     targets = [painting.facts["target"] for painting in paintings]
     assert all(target["name"] == "bee" for target in targets)
     assert all(target["after"] > target["before"] for target in targets)
@@ -143,18 +143,18 @@ def test_a_target_class_is_reached(network, attacked):
 def test_autoattack_is_reported_with_the_other_attacks(network, attacked):
     victims, _, _ = attacked
     chosen = attacks.choose_attacks(["fgsm", "autoattack"], num_steps=5)
-    found = attacks.attack(network, victims, chosen, [4 / 255], LOADING)
-    first, *until, last = found.outcomes
+    actual = attacks.attack(network, victims, chosen, [4 / 255], LOADING)
+    first, *until, last = actual.outcomes
     assert (first, last) == ("fgsm", "autoattack, 5 steps, 5000 queries")  # it is not AutoAttack
     assert until == [f"{last} until {part}" for part in ("apgd-ce", "apgd-t", "fab-t")]
-    assert last in attacks.table(found)
-    assert last in attacks.summary(found)["robust"]
-    painting = attacks.paint(network, victims, chosen, found, count=1)[0]
+    assert last in attacks.table(actual)
+    assert last in attacks.summary(actual)["robust"]
+    painting = attacks.paint(network, victims, chosen, actual, count=1)[0]
     assert painting.facts["attack"] == last
     assert f"{last}, epsilon" in painting.line
-    shares = [found.accuracy(name)[0].value for name in found.outcomes]
+    shares = [actual.accuracy(name)[0].value for name in actual.outcomes]
     assert shares == sorted(shares, reverse=True)
-    assert "few_classes" in found.flags
+    assert "few_classes" in actual.flags
 
 
 def test_unsupported_options_are_refused():

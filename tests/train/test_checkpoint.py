@@ -43,9 +43,9 @@ def saved(folder, numbers=(1, 2, 3), identity="mine"):
     checkpoints.close()
 
 
-def assert_is(found, number):
-    assert found.position == position(number)
-    filled = found.fill(state(0))
+def assert_is(actual, number):
+    assert actual.position == position(number)
+    filled = actual.fill(state(0))
     jax.tree.map(
         lambda a, b: np.testing.assert_array_equal(a, b, strict=True), filled, state(number)
     )
@@ -60,9 +60,9 @@ def good(tmp_path_factory):
 
 def test_the_last_checkpoint_is_restored(good, tmp_path):
     assert sorted(path.name for path in good.iterdir()) == ["2", "3"]
-    found = Checkpoints(good, "mine").restore()
-    assert found.notes == ()
-    assert_is(found, 3)
+    actual = Checkpoints(good, "mine").restore()
+    assert actual.notes == ()
+    assert_is(actual, 3)
     assert Checkpoints(tmp_path / "new", "mine").restore() is None
 
 
@@ -80,14 +80,14 @@ def test_checkpoints_of_another_run_or_network_are_refused(good):
         RequestError, match=r"belongs to a run with other.*choose another --workdir"
     ):
         Checkpoints(good, "yours").restore()
-    found = Checkpoints(good, "mine").restore()
+    actual = Checkpoints(good, "mine").restore()
     for wrong in (
         {**state(0), "count": np.int64(0)},
         {**state(0), "count": np.zeros(2, np.int32)},
         {"params": state(0)["params"]},
     ):
         with pytest.raises(RequestError, match="saved with another network"):
-            found.fill(wrong)
+            actual.fill(wrong)
 
 
 def damages(path):
@@ -118,12 +118,12 @@ def test_a_damaged_checkpoint_is_never_restored_as_another_state(good, tmp_path)
             folder = tmp_path / "damaged"
             shutil.copytree(good, folder)
             list(damages(folder / file))[number]()
-            found = Checkpoints(folder, "mine").restore()
-            if found.position == position(3):
-                assert found.notes == ()
-                assert_is(found, 3)
+            actual = Checkpoints(folder, "mine").restore()
+            if actual.position == position(3):
+                assert actual.notes == ()
+                assert_is(actual, 3)
             else:
-                assert_is(found, 2)
+                assert_is(actual, 2)
                 passed_over += 1
             shutil.rmtree(folder)
     assert len(files) > 5
@@ -160,27 +160,27 @@ def test_the_run_continues_after_a_damaged_checkpoint(good, tmp_path):
     damage(folder / "3")
     before = contents(folder / "3")
     checkpoints = Checkpoints(folder, "mine")
-    found = checkpoints.restore()
-    assert_is(found, 2)
-    assert found.notes == ("checkpoint 3 is damaged",)
+    actual = checkpoints.restore()
+    assert_is(actual, 2)
+    assert actual.notes == ("checkpoint 3 is damaged",)
     assert contents(folder / "3") == before
     assert (folder / "3.damaged").is_file()
     checkpoints.save(3, position(7), state(7))
     checkpoints.close()
-    assert kept(folder) == ["2", "3", "4"]
+    assert retained(folder) == ["2", "3", "4"]
     checkpoints = Checkpoints(folder, "mine")
-    found = checkpoints.restore()
-    assert found.position == position(7)
-    assert found.notes == ()
+    actual = checkpoints.restore()
+    assert actual.position == position(7)
+    assert actual.notes == ()
     for number in (3, 4, 9):
         checkpoints.save(number, position(number), state(number))
     checkpoints.close()
-    assert kept(folder) == ["3", "6", "9"]
+    assert retained(folder) == ["3", "6", "9"]
     assert contents(folder / "3") == before
     assert_is(Checkpoints(folder, "mine").restore(), 9)
 
 
-def kept(folder):
+def retained(folder):
     return sorted(path.name for path in folder.iterdir() if path.is_dir())
 
 
@@ -197,7 +197,7 @@ def test_damage_is_skipped_even_if_it_cannot_be_marked(good, tmp_path):
     assert_is(checkpoints.restore(), 2)
     checkpoints.save(3, position(7), state(7))
     checkpoints.close()
-    assert kept(folder) == ["2", "3", "3.damaged", "4"]
+    assert retained(folder) == ["2", "3", "3.damaged", "4"]
 
 
 def test_no_checkpoint_is_deleted_when_all_are_damaged(good, tmp_path):
@@ -210,7 +210,7 @@ def test_no_checkpoint_is_deleted_when_all_are_damaged(good, tmp_path):
             RequestError, match=r"no checkpoint is intact: .* 3 .*; .* 2 is damaged"
         ):
             Checkpoints(folder, "mine").restore()
-    assert kept(folder) == ["2", "3"]
+    assert retained(folder) == ["2", "3"]
 
 
 TENSORSTORE = (
@@ -259,15 +259,15 @@ def test_a_checkpoint_deleted_by_another_process_does_not_count_as_damaged(
     shutil.copytree(good, folder)
     restore = ocp.CheckpointManager.restore
 
-    def late(*args, **how):
+    def late(*args, **options):
         shutil.rmtree(folder / "3")
-        return restore(*args, **how)
+        return restore(*args, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(ocp.CheckpointManager, "restore", late)
         with pytest.raises(RequestError, match="try again"):
             Checkpoints(folder, "mine").restore()
-    assert kept(folder) == ["2"]
+    assert retained(folder) == ["2"]
     assert not list(folder.glob("*.damaged"))
     assert_is(Checkpoints(folder, "mine").restore(), 2)
 
@@ -347,7 +347,7 @@ def test_the_writing_process_decides_for_all_what_is_damaged(tmp_path):
     for line, reason in zip(first[1:4], ("Ouch", "Oh", "1"), strict=True):
         assert f"checkpoint 2 cannot be read ({reason})" in line
     assert first[4] == "1 [1.0, 1.0, 1.0] checkpoint 2 is damaged"
-    assert kept(tmp_path / "checkpoints") == ["1", "2"]
+    assert retained(tmp_path / "checkpoints") == ["1", "2"]
 
 
 def test_an_unfinished_checkpoint_is_not_restored(good, tmp_path):
@@ -417,12 +417,12 @@ def run(code, *arguments, before=()):
 def test_a_full_disk_is_reported_in_one_line_and_the_checkpoint_before_is_kept(tmp_path):
     """A limit on the size of files simulates the disk."""
     folder = tmp_path / "checkpoints"
-    line, found = run(FULL_DISK, folder)
+    line, actual = run(FULL_DISK, folder)
     assert line == (
         f"{folder}: a checkpoint cannot be written (File too large); earlier ones are kept: "
         "free disk space and continue with --resume"
     )
-    assert found == "1"
+    assert actual == "1"
 
 
 SMALL_DISKS = """
@@ -456,8 +456,8 @@ def test_an_intact_checkpoint_is_restored_wherever_the_disk_becomes_full(tmp_pat
         ):
             said = line
         else:
-            size, found = map(int, line.split())
-            restored[size], errors[size], said = found, said, None
+            size, actual = map(int, line.split())
+            restored[size], errors[size], said = actual, said, None
     assert restored.keys() == set(sizes)
     assert {0, 1, 2, 4} <= set(restored.values())
     assert restored[40] == 0
@@ -508,10 +508,10 @@ for number in range(count):
 
 @pytest.mark.slow
 def test_an_interrupt_at_any_moment_leaves_the_last_intact_checkpoint(tmp_path):
-    found = list(map(int, run(INTERRUPTS, tmp_path, 12)))
-    assert len(found) == 12
-    assert set(found) <= {2, 3, 4}
-    assert {2, 3} <= set(found)
+    actual = list(map(int, run(INTERRUPTS, tmp_path, 12)))
+    assert len(actual) == 12
+    assert set(actual) <= {2, 3, 4}
+    assert {2, 3} <= set(actual)
 
 
 def test_the_digest_depends_on_names_and_bytes():

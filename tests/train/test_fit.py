@@ -58,19 +58,19 @@ def losses(result):
 
 
 def test_a_cached_prefix_does_not_change_the_result(indices, feature_cache):
-    found = {}
+    actual = {}
     for cache in ("none", "memory", "disk"):
         indices.clear()
-        what = config(freeze_to="stem", cache=cache, epochs=4, rate=5e-2, **RANDOM)
-        found[cache] = losses(train(what)), list(indices)
+        fit_config = config(freeze_to="stem", cache=cache, epochs=4, rate=5e-2, **RANDOM)
+        actual[cache] = losses(train(fit_config)), list(indices)
         assert feature_cache.exists() == (cache == "disk")
-    np.testing.assert_allclose(found["memory"][0], found["none"][0], rtol=1e-6)
-    assert found["memory"] == found["disk"]
-    assert found["memory"][1] == found["none"][1]
+    np.testing.assert_allclose(actual["memory"][0], actual["none"][0], rtol=1e-6)
+    assert actual["memory"] == actual["disk"]
+    assert actual["memory"][1] == actual["none"][1]
     rows = [row for epoch in range(1, 5) for row in batch_rows(11, 4, 0, epoch).tolist()]
-    assert found["none"][1] == [[i for i in row if i not in (-1, 4)] for row in rows]
+    assert actual["none"][1] == [[i for i in row if i not in (-1, 4)] for row in rows]
     # And it is training that is compared.
-    assert found["none"][0][-1][0] < 0.9 * found["none"][0][0][0]
+    assert actual["none"][0][-1][0] < 0.9 * actual["none"][0][0][0]
 
 
 @pytest.mark.slow
@@ -106,10 +106,12 @@ def lives(monkeypatch):
             raise KilledError
         left[-1] -= 1
 
-    def make_train_step(model, optimizer, objective, materialize, **how):
+    def make_train_step(model, optimizer, objective, materialize, **settings):
         # A life of its own would trace and compile the same step again.
-        key = model, *how.items()
-        step = made[key] = made.get(key) or make(model, optimizer, objective, materialize, **how)
+        key = model, *settings.items()
+        step = made[key] = made.get(key) or make(
+            model, optimizer, objective, materialize, **settings
+        )
 
         def counted(*args):
             once()
@@ -149,21 +151,21 @@ RUNS = {
 )
 def test_a_run_that_is_killed_and_resumed_gives_the_same_result(name, lives, tmp_path, monkeypatch):
     left, log = lives
-    what = RUNS[name]
+    fit_config = RUNS[name]
     left.append(10**6)
-    expected = everything(train(what, folder=tmp_path / "whole"), tmp_path / "whole")
+    expected = everything(train(fit_config, folder=tmp_path / "whole"), tmp_path / "whole")
     result, rng = None, np.random.default_rng(list(RUNS).index(name))
     while result is None:
         left.append(int(rng.integers(1, 6)))
         try:
-            result = train(what, folder=tmp_path / "killed", on_epoch=log)
+            result = train(fit_config, folder=tmp_path / "killed", on_epoch=log)
         except KilledError:
             continue
     assert len(left) > 3
     assert everything(result, tmp_path / "killed") == expected
     # Finished is finished: once more takes no step.
     left.append(0)
-    again = train(what, folder=tmp_path / "killed")
+    again = train(fit_config, folder=tmp_path / "killed")
     assert everything(again, tmp_path / "killed") == expected
     if name == "gradual":
         assert {entry["phase"] for entry in expected["history"][1:]} == {"from layer1", "from stem"}
@@ -172,8 +174,8 @@ def test_a_run_that_is_killed_and_resumed_gives_the_same_result(name, lives, tmp
 
 
 def test_a_run_that_is_asked_to_stop_saves_its_last_step(tmp_path, monkeypatch):
-    what, shard, taken = config(ema_decay=0.8, cache="none"), loop_module.shard, []
-    expected = everything(train(what, folder=tmp_path / "whole"), tmp_path / "whole")
+    fit_config, shard, taken = config(ema_decay=0.8, cache="none"), loop_module.shard, []
+    expected = everything(train(fit_config, folder=tmp_path / "whole"), tmp_path / "whole")
     stopped = tmp_path / "stopped"
     for steps in (1, 3, 2):  # within an epoch, within the next one, and at the very end
         preemption = Preemption()
@@ -186,10 +188,10 @@ def test_a_run_that_is_asked_to_stop_saves_its_last_step(tmp_path, monkeypatch):
 
         monkeypatch.setattr(loop_module, "shard", counted)
         with pytest.raises(StoppedError, match="stopped by SIGTERM"):
-            train(what, folder=stopped, preemption=preemption)
+            train(fit_config, folder=stopped, preemption=preemption)
         assert len(taken) == steps
     monkeypatch.setattr(loop_module, "shard", lambda *_: pytest.fail("all steps were taken"))
-    assert everything(train(what, folder=stopped), stopped) == expected
+    assert everything(train(fit_config, folder=stopped), stopped) == expected
 
 
 def test_the_first_signal_waits_for_the_step_and_the_second_does_not():
@@ -216,13 +218,13 @@ def test_the_batch_size_is_at_most_the_size_of_the_training_set(indices, monkeyp
         loop_module, "shard", lambda x, mesh: (shapes.append(x.inputs.shape), shard(x, mesh))[1]
     )
     for others in ({"cache": "none", "accumulate": 2}, {"freeze_to": "stem"}):
-        found = {}
+        actual = {}
         for size in (11, 2048):
             shapes.clear()
-            what = config(epochs=2, dropout=0.3, **others)
-            found[size] = everything(train(what, loading=Loading(size))), list(shapes)
-        assert found[11] == found[2048]
-        assert {shape[0] for shape in found[2048][1]} == {12 if "accumulate" in others else 11}
+            fit_config = config(epochs=2, dropout=0.3, **others)
+            actual[size] = everything(train(fit_config, loading=Loading(size))), list(shapes)
+        assert actual[11] == actual[2048]
+        assert {shape[0] for shape in actual[2048][1]} == {12 if "accumulate" in others else 11}
 
 
 def test_a_plan_that_freezes_trained_parameters_is_refused(monkeypatch):
@@ -241,11 +243,11 @@ def test_a_plan_that_freezes_trained_parameters_is_refused(monkeypatch):
 
 def test_metrics_are_kept_when_the_checkpoints_are_refused(tmp_path):
     train(config(), folder=tmp_path)
-    kept = (tmp_path / "metrics.jsonl").read_bytes()
-    assert kept.count(b"\n") == 3
+    retained = (tmp_path / "metrics.jsonl").read_bytes()
+    assert retained.count(b"\n") == 3
     with pytest.raises(RequestError, match="belongs to a run with other"):
         train(config(rate=1e-3), folder=tmp_path)
-    assert (tmp_path / "metrics.jsonl").read_bytes() == kept
+    assert (tmp_path / "metrics.jsonl").read_bytes() == retained
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_does_not():
@@ -268,9 +270,13 @@ def measured(monkeypatch):
 
 
 def test_frozen_parameters_keep_their_bytes_for_a_hundred_steps(measured):
-    what = config(freeze_to="stem", batch_norm="batch", epochs=34, cache="none", ema_decay=0.5)
-    what = replace(what, optimizer=replace(what.optimizer, weight_decay=0.1, clip_norm=0.5))
-    train(what)
+    fit_config = config(
+        freeze_to="stem", batch_norm="batch", epochs=34, cache="none", ema_decay=0.5
+    )
+    fit_config = replace(
+        fit_config, optimizer=replace(fit_config.optimizer, weight_decay=0.1, clip_norm=0.5)
+    )
+    train(fit_config)
     first = tiny.random_variables()
     assert len(measured) == 36
     for variables in measured:
@@ -289,7 +295,7 @@ def test_patience_stops_the_run_and_the_best_epoch_is_returned(measured, monkeyp
     top1 = iter([0.2, 0.4, 0.8, 0.6, 0.8, 0.9, 1.0])
     evaluate = fit_module.evaluate
     monkeypatch.setattr(
-        fit_module, "evaluate", lambda found: evaluate(found)._replace(top1=next(top1), loss=1.0)
+        fit_module, "evaluate", lambda actual: evaluate(actual)._replace(top1=next(top1), loss=1.0)
     )
     result = train(config(epochs=6, patience=2))
     # The tie of epoch 4 is not better, so two epochs have passed since epoch 2.
@@ -302,11 +308,12 @@ def test_patience_stops_the_run_and_the_best_epoch_is_returned(measured, monkeyp
 @pytest.mark.slow
 def test_the_moving_average_is_validated_and_accumulation_changes_nothing():
     plain, averaged, parts = (
-        train(what) for what in (config(), config(ema_decay=0.999), config(accumulate=2))
+        train(fit_config)
+        for fit_config in (config(), config(ema_decay=0.999), config(accumulate=2))
     )
     for name in ("train_loss", "val_loss"):
-        found, expected = ([e[name] for e in r.history[1:]] for r in (parts, plain))
-        np.testing.assert_allclose(found, expected, rtol=1e-5)
+        actual, expected = ([e[name] for e in r.history[1:]] for r in (parts, plain))
+        np.testing.assert_allclose(actual, expected, rtol=1e-5)
     for same, entry in zip(plain.history[1:], averaged.history[1:], strict=True):
         assert entry["train_loss"] == pytest.approx(same["train_loss"], rel=1e-6)
         assert entry["val_loss"] != pytest.approx(same["val_loss"], rel=1e-4)
@@ -336,8 +343,8 @@ def test_a_network_that_is_not_finite_is_never_saved(tmp_path, monkeypatch):
     """Not even within an epoch, and earlier checkpoints are kept."""
     make = setup_module.make_train_step
 
-    def make_train_step(*args, **how):
-        step = make(*args, **how)
+    def make_train_step(*args, **settings):
+        step = make(*args, **settings)
 
         def poisoned(state, *others):
             state, metrics = step(state, *others)
@@ -347,10 +354,10 @@ def test_a_network_that_is_not_finite_is_never_saved(tmp_path, monkeypatch):
         return poisoned
 
     monkeypatch.setattr(setup_module, "make_train_step", make_train_step)
-    what = config(ema_decay=0.5)
+    fit_config = config(ema_decay=0.5)
     with pytest.raises(DivergenceError, match=r"step 5, .*; earlier checkpoints are kept"):
-        train(what, folder=tmp_path)
-    checkpoints = Checkpoints(tmp_path / "checkpoints", repr(what))
+        train(fit_config, folder=tmp_path)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", repr(fit_config))
     saved = checkpoints.restore()
     checkpoints.close()
     assert saved is not None
@@ -370,22 +377,22 @@ def test_weights_that_are_not_finite_are_reported_before_the_first_step(monkeypa
 def test_files_are_strict_json(tmp_path):
     values = {"nan": np.nan, "inf": [-np.inf, (1.5, np.float64("inf"))], "path": tmp_path, "n": 1}
     run_directory.write_json(tmp_path / "found.json", values)
-    found = strict((tmp_path / "found.json").read_text())
-    assert found == {"nan": None, "inf": [None, [1.5, None]], "path": str(tmp_path), "n": 1}
+    actual = strict((tmp_path / "found.json").read_text())
+    assert actual == {"nan": None, "inf": [None, [1.5, None]], "path": str(tmp_path), "n": 1}
     run_directory.MetricsFile(tmp_path).on_epoch([{"epoch": 0, "val_loss": np.inf}])
     assert strict((tmp_path / "metrics.jsonl").read_text()) == {"epoch": 0, "val_loss": None}
 
 
 def test_unreadable_images_are_listed_and_a_class_without_images_is_refused():
     for cache in ("none", "memory"):
-        what = config(freeze_to="stem", cache=cache, epochs=1)
-        assert [sorted(part) for part in train(what).skipped] == [[4], [2]]
+        fit_config = config(freeze_to="stem", cache=cache, epochs=1)
+        assert [sorted(part) for part in train(fit_config).skipped] == [[4], [2]]
         with pytest.raises(RequestError, match="no image of the validation data can be read"):
-            train(what, splits(val_broken=range(7)))
+            train(fit_config, splits(val_broken=range(7)))
         with pytest.raises(RequestError, match="no image of class 'b' in the training data"):
-            train(what, splits(broken=range(1, 11, 3)))
+            train(fit_config, splits(broken=range(1, 11, 3)))
         with pytest.raises(RequestError, match=r"image \d: .*skip bad images"):
-            train(what, loading=replace(LOADING, on_bad_image="fail"))
+            train(fit_config, loading=replace(LOADING, on_bad_image="fail"))
 
 
 def test_balanced_class_weights_are_inverse_to_the_class_frequencies():
@@ -401,33 +408,33 @@ def train_weights(data):
 
 
 def test_a_profile_traces_some_steps(tmp_path):
-    found = train(config(epochs=1), profile=tmp_path)
+    actual = train(config(epochs=1), profile=tmp_path)
     [path] = tmp_path.rglob("perfetto_trace.json.gz")
     events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
     assert "PjitFunction(step)" in {event.get("name") for event in events}
-    assert everything(found) == everything(train(config(epochs=1)))
+    assert everything(actual) == everything(train(config(epochs=1)))
 
 
 def test_half_precision_applies_to_activations_only():
     half = replace(tiny.MODEL, dtype="bfloat16")
-    found, expected = (
+    actual, expected = (
         fit_module.fit(model, tiny.random_variables(), splits(), config(epochs=2), loading=LOADING)
         for model in (half, tiny.MODEL)
     )
-    assert found.model.dtype == "bfloat16"
-    leaves = [*flatten(found.variables).values(), found.logits.values]
+    assert actual.model.dtype == "bfloat16"
+    leaves = [*flatten(actual.variables).values(), actual.logits.values]
     assert {leaf.dtype for leaf in leaves} == {np.dtype("float32")}
-    np.testing.assert_allclose(losses(found), losses(expected), rtol=0.05)
-    assert losses(found) != losses(expected)
+    np.testing.assert_allclose(losses(actual), losses(expected), rtol=0.05)
+    assert losses(actual) != losses(expected)
 
 
 def test_frozen_parameters_in_half_precision_are_returned_in_full_precision():
-    how = config(freeze_to="stem", cache="none")
-    found, expected = train(replace(how, frozen_dtype="bfloat16")), train(how)
-    np.testing.assert_allclose(losses(found), losses(expected), rtol=0.05)
-    assert losses(found)[1:] != losses(expected)[1:]
+    settings = config(freeze_to="stem", cache="none")
+    actual, expected = train(replace(settings, frozen_dtype="bfloat16")), train(settings)
+    np.testing.assert_allclose(losses(actual), losses(expected), rtol=0.05)
+    assert losses(actual)[1:] != losses(expected)[1:]
     before = flatten(tiny.random_variables())
-    for path, leaf in flatten(found.variables).items():
+    for path, leaf in flatten(actual.variables).items():
         if "/stem/" in path:
             np.testing.assert_array_equal(leaf, before[path], strict=True)
 

@@ -40,34 +40,34 @@ def batch(size=6, masked=0, targets=None, **extra):
     )
 
 
-def one_step(objective, data, *, table=EVERYTHING, optimizer=None, **how):
+def one_step(objective, data, *, table=EVERYTHING, optimizer=None, **settings):
     """Return state and metrics after a step of SGD at rate 1, and the variables before it."""
     variables = jax.tree.map(jnp.array, random_variables())
     changing, staying = split(
-        variables, label(variables["params"], table), how.get("batch_statistics", ())
+        variables, label(variables["params"], table), settings.get("batch_statistics", ())
     )
     optimizer = optimizer or optax.sgd(1.0)
     state = init_state(*jax.tree.map(jnp.array, tuple(changing.values())), optimizer)
-    step = make_train_step(MODEL, optimizer, objective, **how)
+    step = make_train_step(MODEL, optimizer, objective, **settings)
     state, metrics = step(state, staying, data, KEYS)
     return state, means(metrics), changing
 
 
-def gradient(objective, data, **how):
-    state, _, before = one_step(objective, data, **how)
+def gradient(objective, data, **settings):
+    state, _, before = one_step(objective, data, **settings)
     return jax.tree.map(np.subtract, before["params"], state.params)
 
 
-def assert_close(found, expected, tolerance=1e-5):
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+def assert_close(actual, expected, tolerance=1e-5):
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
 
 
 def test_the_default_is_the_cross_entropy():
     data = batch(masked=2)
-    found, _, _ = one_step(None, data)
+    actual, _, _ = one_step(None, data)
     expected, _, _ = one_step(cross_entropy(), data)
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
 def test_each_call_of_the_network_updates_the_statistics():
@@ -77,7 +77,7 @@ def test_each_call_of_the_network_updates_the_statistics():
 
     moving = frozenset({"stem", "layer1"})
     data = batch(masked=1)
-    state, found, before = one_step(twice, data, batch_statistics=moving)
+    state, actual, before = one_step(twice, data, batch_statistics=moving)
     variables = random_variables()
     total, stats = 0.0, variables["batch_stats"]
     for x in (data.inputs, data.inputs[:, :, ::-1]):
@@ -89,7 +89,7 @@ def test_each_call_of_the_network_updates_the_statistics():
             mask=data.mask,
         )
         total, stats = total + float(jnp.square(output.logits)[:5].sum()), output.batch_stats
-    assert found["loss"] == pytest.approx(total / 5, rel=1e-5)
+    assert actual["loss"] == pytest.approx(total / 5, rel=1e-5)
     assert_close(state.batch_stats, {name: stats[name] for name in moving})
     assert not np.array_equal(state.params["head"]["kernel"], before["params"]["head"]["kernel"])
 
@@ -102,9 +102,9 @@ def test_every_call_draws_new_noise_and_none_without_noise():
         differences = {"noisy": jnp.abs(one - other).sum(1), "still": jnp.abs(still - again).sum(1)}
         return one.sum(1), differences
 
-    _, found, _ = one_step(spread, batch(), noise=STAGES)
-    assert found["noisy"] > 0.1
-    assert found["still"] == 0
+    _, actual, _ = one_step(spread, batch(), noise=STAGES)
+    assert actual["noisy"] > 0.1
+    assert actual["still"] == 0
 
 
 @pytest.mark.parametrize("moving", [frozenset(), frozenset({"stem", "layer1"})])
@@ -119,7 +119,7 @@ def test_input_gradients_update_no_statistics_and_are_differentiable_by_the_para
         return jnp.square(slope).sum((1, 2, 3)), {}
 
     data = batch(masked=2)
-    state, found, before = one_step(penalty, data, batch_statistics=moving)
+    state, actual, before = one_step(penalty, data, batch_statistics=moving)
     jax.tree.map(np.testing.assert_array_equal, state.batch_stats, before["batch_stats"])
     variables = random_variables()
 
@@ -132,7 +132,7 @@ def test_input_gradients_update_no_statistics_and_are_differentiable_by_the_para
 
         return jnp.square(jax.grad(score)(data.inputs))[:4].sum() / 4
 
-    assert found["loss"] == pytest.approx(float(total(variables["params"])), rel=1e-4)
+    assert actual["loss"] == pytest.approx(float(total(variables["params"])), rel=1e-4)
     moved = jax.tree.map(np.subtract, before["params"], state.params)
     assert_close(moved, jax.grad(total)(variables["params"]), 1e-4)
 
@@ -143,22 +143,22 @@ def test_evaluate_has_no_noise_and_no_parameter_gradient():
 
     moved = gradient(teacher, batch(), batch_statistics=STAGES - {"pool"}, noise=STAGES)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(moved))
-    _, found, _ = one_step(teacher, batch(), batch_statistics=STAGES - {"pool"}, noise=STAGES)
+    _, actual, _ = one_step(teacher, batch(), batch_statistics=STAGES - {"pool"}, noise=STAGES)
     plain = apply(MODEL, random_variables(), batch().inputs).logits
-    assert found["loss"] == pytest.approx(float(plain.sum(1).mean()), rel=1e-5)
+    assert actual["loss"] == pytest.approx(float(plain.sum(1).mean()), rel=1e-5)
 
 
 def test_an_objective_gets_captured_stages_and_extra_arrays():
     wanted = np.random.default_rng(1).normal(size=(6, 8, 8, 12)).astype(np.float32)
 
     def match(forward, batch, _):
-        found = forward(batch.inputs, capture=("layer1",)).captured["layer1"]
-        return jnp.square(found - batch.extra["wanted"]).mean((1, 2, 3)), {}
+        actual = forward(batch.inputs, capture=("layer1",)).captured["layer1"]
+        return jnp.square(actual - batch.extra["wanted"]).mean((1, 2, 3)), {}
 
-    _, found, _ = one_step(match, batch(masked=1, wanted=wanted))
+    _, actual, _ = one_step(match, batch(masked=1, wanted=wanted))
     output = apply(MODEL, random_variables(), batch().inputs, capture=("layer1",))
     expected = np.square(output.captured["layer1"] - wanted).mean((1, 2, 3))[:5].mean()
-    assert found["loss"] == pytest.approx(float(expected), rel=1e-5)
+    assert actual["loss"] == pytest.approx(float(expected), rel=1e-5)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -177,12 +177,14 @@ def test_targets_may_be_a_tree_and_weights_apply(accumulate):
         each = optax.sigmoid_binary_cross_entropy(logits, batch.targets["several"]).mean(1)
         return each, {"square": Weighted(error**2, known.astype(jnp.float32))}
 
-    state, found, _ = one_step(objective, data, accumulate=accumulate)
+    state, actual, _ = one_step(objective, data, accumulate=accumulate)
     logits = np.asarray(apply(MODEL, random_variables(), data.inputs).logits)
-    kept = [0, 2, 3]
-    assert found["square"] == pytest.approx(np.mean((logits[kept, 0] - numbers[kept]) ** 2), 1e-5)
+    retained = [0, 2, 3]
+    assert actual["square"] == pytest.approx(
+        np.mean((logits[retained, 0] - numbers[retained]) ** 2), 1e-5
+    )
     each = optax.sigmoid_binary_cross_entropy(logits, several).mean(1)
-    assert found["loss"] == pytest.approx(float(each[:4].mean()), rel=1e-5)
+    assert actual["loss"] == pytest.approx(float(each[:4].mean()), rel=1e-5)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
 
 
@@ -212,7 +214,7 @@ def test_values_that_are_not_one_per_example_are_refused(returned, message):
 
 
 @pytest.mark.parametrize(
-    ("what", "hooks", "message"),
+    ("fit_config", "hooks", "message"),
     [
         ({}, {"materialize": lambda t, _: t}, "materialize made variables that do not fit tiny"),
         ({}, {"new_head": lambda m, v, _: replace_head(m, v, 5)}, "made 5 outputs, not 3"),
@@ -220,9 +222,9 @@ def test_values_that_are_not_one_per_example_are_refused(returned, message):
         ({}, {"log_every": 0}, "log_every must be at least 1"),
     ],
 )
-def test_invalid_hooks_are_refused_before_the_first_step(what, hooks, message):
+def test_invalid_hooks_are_refused_before_the_first_step(fit_config, hooks, message):
     with pytest.raises(RequestError, match=message):
-        train(config(freeze_to="stem", **what), **hooks)
+        train(config(freeze_to="stem", **fit_config), **hooks)
 
 
 def test_validation_images_without_labels_are_refused():
@@ -273,13 +275,13 @@ def test_materialize_computes_the_parameters_from_the_trainable_ones():
         assert classes == 3
         return model, jax.tree.map(np.array, variables)
 
-    what = config(train=("head/factor",), rate=0.1)
-    result = train(what, new_head=with_factor, materialize=materialize)
+    fit_config = config(train=("head/factor",), rate=0.1)
+    result = train(fit_config, new_head=with_factor, materialize=materialize)
     assert set(result.variables["params"]["head"]) == {"kernel", "bias"}
     before = random_variables()["params"]["head"]["kernel"]
     assert np.ptp(result.variables["params"]["head"]["kernel"] / before) < 1e-5
-    kept = np.stack([splits().val.read(int(i)) for i in result.logits.indices])
-    expected = np.asarray(apply(MODEL, result.variables, kept).logits)
+    retained = np.stack([splits().val.read(int(i)) for i in result.logits.indices])
+    expected = np.asarray(apply(MODEL, result.variables, retained).logits)
     np.testing.assert_allclose(result.logits.values, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -290,8 +292,8 @@ def test_an_optimizer_gets_the_loss_and_a_function_of_gradients():
 
     start = jnp.float32(0)
     optimizer = optax.GradientTransformationExtraArgs(lambda _: (start,), update)
-    state, found, before = one_step(None, batch(masked=1), optimizer=optimizer)
-    assert float(state.opt_state[0]) == pytest.approx(found["loss"], rel=1e-6)
+    state, actual, before = one_step(None, batch(masked=1), optimizer=optimizer)
+    assert float(state.opt_state[0]) == pytest.approx(actual["loss"], rel=1e-6)
     variables, data = random_variables(), batch()
 
     def loss(params):
@@ -310,9 +312,11 @@ def confident(forward, batch, key):
 
 def test_fit_takes_an_objective_and_calls_callbacks_in_order(tmp_path):
     steps, epochs = [], []
-    what = config(cache="none", augment=True, augmentation=AugmentConfig(crop=False, mixup=0.3))
+    fit_config = config(
+        cache="none", augment=True, augmentation=AugmentConfig(crop=False, mixup=0.3)
+    )
     result = train(
-        what,
+        fit_config,
         objective=confident,
         on_step=lambda step, metrics: steps.append((step, metrics)),
         log_every=2,
@@ -325,10 +329,10 @@ def test_fit_takes_an_objective_and_calls_callbacks_in_order(tmp_path):
     assert epochs == [1, 2, 3]
     entry = result.history[1]
     assert entry["train_loss"] > entry["train_cross_entropy"]
-    plain = train(what)
+    plain = train(fit_config)
     assert everything(result)["variables"] != everything(plain)["variables"]
     # Who listens changes nothing.
-    assert everything(train(what, objective=confident)) == everything(result)
+    assert everything(train(fit_config, objective=confident)) == everything(result)
 
 
 def test_extra_arrays_reach_the_objective_with_and_without_a_cache():
@@ -374,8 +378,8 @@ def test_fit_trains_on_arrays():
     made = source(9)
     images = np.stack([made.read(i) for i in range(9)])
     arrays = replace(made, examples=images)
-    found, expected = (train(config(epochs=1), Splits(data, data, ())) for data in (arrays, made))
-    assert everything(found) == everything(expected)
+    actual, expected = (train(config(epochs=1), Splits(data, data, ())) for data in (arrays, made))
+    assert everything(actual) == everything(expected)
 
 
 def test_join_is_the_inverse_of_split():

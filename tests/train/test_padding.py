@@ -84,7 +84,7 @@ def test_parts_without_images_do_not_contribute_to_accumulated_gradients(count):
         variables = random_variables("float64")
         alone = step_of(1, "float64")
         for batch in batches(count):
-            found, sums = step_of(4, "float64")(first(variables), FROZEN, batch, KEYS)
+            actual, sums = step_of(4, "float64")(first(variables), FROZEN, batch, KEYS)
             del sums["gradient_norm"], sums["examples"]
             stats, expected, metrics = variables["batch_stats"], [], []
             for i in range(4):
@@ -99,15 +99,15 @@ def test_parts_without_images_do_not_contribute_to_accumulated_gradients(count):
                 metrics.append(of_part)
                 share = len(part.mask) / batch.mask.sum()
                 expected.append(scaled(difference(variables["params"], state.params), share))
-            assert_close(difference(variables["params"], found.params), added(expected), 1e-9)
-            assert_close((found.batch_stats, sums), (stats, added(metrics)), 1e-9)
+            assert_close(difference(variables["params"], actual.params), added(expected), 1e-9)
+            assert_close((actual.batch_stats, sums), (stats, added(metrics)), 1e-9)
 
 
 @pytest.mark.parametrize("count", range(1, 10))
 def test_accumulated_gradients_are_finite_in_single_precision(count):
     for batch in batches(count):
-        found = step_of(4)(first(random_variables()), FROZEN, batch, KEYS)
-        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
+        actual = step_of(4)(first(random_variables()), FROZEN, batch, KEYS)
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(actual))
 
 
 def added(trees):
@@ -122,8 +122,8 @@ def difference(one, other):
     return jax.tree.map(np.subtract, one, other)
 
 
-def assert_close(found, expected, tolerance):
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+def assert_close(actual, expected, tolerance):
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
 
 
@@ -140,13 +140,13 @@ HOW: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("how", HOW.values(), ids=HOW)
-def test_the_content_of_a_padded_row_has_no_effect(how):
+@pytest.mark.parametrize("settings", HOW.values(), ids=HOW)
+def test_the_content_of_a_padded_row_has_no_effect(settings):
     """It is zero for images, and a copy of the first row for cached activations."""
     variables = jax.device_get(init(SMALL, jax.random.key(0)))
     (batch,) = batches(5)
-    images = batch.inputs / np.float32(1 if "augment" in how else 255)
-    step = make_train_step(SMALL, ONE, **how)
+    images = batch.inputs / np.float32(1 if "augment" in settings else 255)
+    step = make_train_step(SMALL, ONE, **settings)
     results = []
     for held in (0, np.nan, np.inf, 1e38):
         images[~batch.mask] = held
@@ -162,22 +162,22 @@ WEIGHED = cross_entropy(0.1, (0.5, 1.0, 2.0))
 
 
 @pytest.mark.parametrize(
-    "how",
+    "settings",
     [
         {**MOVING, "objective": WEIGHED, "augment": MIXED, "accumulate": 2},
         {**MOVING, "objective": adversarial(WEIGHED, AdversaryConfig("fast"))},
     ],
     ids=["mixed", "attacked"],
 )
-def test_the_logged_loss_is_the_minimized_loss(how):
+def test_the_logged_loss_is_the_minimized_loss(settings):
     """Finite differences of the logged loss along the step agree with the gradient."""
     with jax.enable_x64(True):
         variables = jax.device_get(init(SMALL, jax.random.key(0)))
         rng = np.random.default_rng(0)
         variables = jax.tree.map(lambda x: x + rng.normal(0, 0.1, x.shape) ** 2, variables)
-        step = make_train_step(replace(SMALL, dtype="float64"), ONE, **how)
+        step = make_train_step(replace(SMALL, dtype="float64"), ONE, **settings)
         (batch,) = batches(5)
-        if "augment" not in how:
+        if "augment" not in settings:
             batch = batch._replace(inputs=batch.inputs / 255)
 
         def run(params):
@@ -216,7 +216,7 @@ def test_a_batch_without_images_keeps_all_running_statistics():
     """Also when the network is applied without a training step."""
     variables = jax.device_get(init(SMALL, jax.random.key(0)))
     images = np.random.default_rng(0).uniform(size=(2, 8, 8, 3)).astype(np.float32)
-    found = apply(
+    actual = apply(
         SMALL, variables, images, batch_statistics=TRAINED, mask=np.zeros(2, bool)
     ).batch_stats
-    jax.tree.map(np.testing.assert_array_equal, found, variables["batch_stats"])
+    jax.tree.map(np.testing.assert_array_equal, actual, variables["batch_stats"])

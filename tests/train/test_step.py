@@ -54,20 +54,20 @@ def freeze_to(model, stage):
     return freeze_table(model, freeze_to=stage)
 
 
-def set_up(variables, config, *, table, steps=10, **how):
+def set_up(variables, config, *, table, steps=10, **settings):
     """Return a step, its initial state and frozen variables, all copies of ``variables``."""
     variables = jax.tree.map(jnp.array, variables)
     labels = label(variables["params"], table)
-    changing, staying = split(variables, labels, how.get("batch_statistics", ()))
+    changing, staying = split(variables, labels, settings.get("batch_statistics", ()))
     optimizer = build_optimizer(config, labels, learning_rate_schedule(config, steps))
-    ema = how.get("ema_decay", 0.0) > 0
+    ema = settings.get("ema_decay", 0.0) > 0
     state = init_state(changing["params"], changing["batch_stats"], optimizer, ema=ema)
-    return make_train_step(MODEL, optimizer, **how), state, staying
+    return make_train_step(MODEL, optimizer, **settings), state, staying
 
 
-def trained(variables, config, *, table, steps=1, batches=None, **how):
+def trained(variables, config, *, table, steps=1, batches=None, **settings):
     """Return the state, the frozen variables and the metrics after the last step."""
-    step, state, frozen = set_up(variables, config, table=table, **how)
+    step, state, frozen = set_up(variables, config, table=table, **settings)
     metrics = {}
     for i in range(steps):
         data = (batches or [batch(seed=i)])[i % len(batches or [1])]
@@ -146,9 +146,9 @@ def test_one_sgd_step_is_the_gradient_of_the_mean_loss(variables, masked):
 
     def loss(params):
         logits = apply(MODEL, {**variables, "params": params}, data.inputs).logits
-        kept = data.mask
+        retained = data.mask
         return optax.softmax_cross_entropy_with_integer_labels(
-            logits[kept], data.targets[kept]
+            logits[retained], data.targets[retained]
         ).mean()
 
     gradient = jax.grad(loss)(variables["params"])
@@ -206,7 +206,7 @@ def test_frozen_parameters_cost_no_gradient(variables):
 
 def test_dropout_depends_on_the_key_and_applies_in_training_only(variables):
     images = batch().inputs
-    run = lambda **how: np.asarray(apply(MODEL, variables, images, **how).logits)  # noqa: E731
+    run = lambda **settings: np.asarray(apply(MODEL, variables, images, **settings).logits)  # noqa: E731
     first = run(noise={"head"}, key=jax.random.key(0))
     np.testing.assert_array_equal(first, run(noise={"head"}, key=jax.random.key(0)))
     assert not np.array_equal(first, run(noise={"head"}, key=jax.random.key(1)))
@@ -218,8 +218,8 @@ def test_metrics_merge_exactly_and_ignore_the_mask():
     logits, labels = rng.normal(size=(50, 8)), rng.integers(0, 8, 50)
 
     def measure(logits, labels, mask):
-        found = {"loss": cross_entropies(logits, labels), "top1": ranks(logits, labels) < 1}
-        sums = {name: add_up(values, mask) for name, values in found.items()}
+        actual = {"loss": cross_entropies(logits, labels), "top1": ranks(logits, labels) < 1}
+        sums = {name: add_up(values, mask) for name, values in actual.items()}
         return {name: (float(total), float(count)) for name, (total, count) in sums.items()}
 
     whole = measure(logits, labels, np.ones(50, bool))
@@ -391,8 +391,8 @@ def test_class_weights_and_smoothing_agree_with_torch(variables, smoothing, weig
         "sgd", 1.0, 0.0, weight_decay=0.0, schedule="constant", warmup=0.0, clip_norm=0.0
     )
     objective = cross_entropy(smoothing, weights)
-    how = {"objective": objective, "accumulate": parts, "batches": [data]}
-    state, _, metrics = trained(variables, config, table=freeze_to(MODEL, "layer1"), **how)
+    settings = {"objective": objective, "accumulate": parts, "batches": [data]}
+    state, _, metrics = trained(variables, config, table=freeze_to(MODEL, "layer1"), **settings)
     features = np.array(apply(MODEL, variables, data.inputs, stop="head").value)
     head = {k: torch.tensor(v, requires_grad=True) for k, v in variables["params"]["head"].items()}
     loss = torch.nn.CrossEntropyLoss(
@@ -402,9 +402,9 @@ def test_class_weights_and_smoothing_agree_with_torch(variables, smoothing, weig
     labels = torch.from_numpy(data.targets[:4]).long()
     loss(logits, labels).backward()
     plain = torch.nn.functional.cross_entropy(logits, labels)
-    found = means(metrics)
-    assert found["loss"] == pytest.approx(loss(logits, labels).item(), rel=1e-5)
-    assert found["cross_entropy"] == pytest.approx(plain.item(), rel=1e-5)
+    actual = means(metrics)
+    assert actual["loss"] == pytest.approx(loss(logits, labels).item(), rel=1e-5)
+    assert actual["cross_entropy"] == pytest.approx(plain.item(), rel=1e-5)
     for name, tensor in head.items():
         moved = variables["params"]["head"][name] - state.params["head"][name]
         np.testing.assert_allclose(moved, tensor.grad, rtol=1e-4, atol=1e-6)
@@ -415,7 +415,7 @@ def test_accumulated_parts_give_the_gradient_of_the_whole_batch(variables, maske
     """Also if a part has no valid image."""
     config = OptimizerConfig("sgd", 0.1)
     data = [batch(size=8, seed=i, masked=masked) for i in range(3)]
-    found = [
+    actual = [
         trained(
             variables,
             config,
@@ -427,7 +427,7 @@ def test_accumulated_parts_give_the_gradient_of_the_whole_batch(variables, maske
         )[::2]
         for parts in (1, 4)
     ]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), *found)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), *actual)
 
 
 def test_the_moving_average_follows_its_formula(variables):

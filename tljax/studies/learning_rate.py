@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Float
 
 from tljax.data.augment import epoch_key
 from tljax.data.options import Loading
@@ -34,8 +35,8 @@ class RangeTest(NamedTuple):
         suggestion: suggested learning rate, a tenth of the rate with the lowest loss.
     """
 
-    rates: np.ndarray
-    losses: np.ndarray
+    rates: Float[np.ndarray, " steps"]
+    losses: Float[np.ndarray, " steps"]
     suggestion: float
 
 

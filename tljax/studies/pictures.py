@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, Shaped, UInt8
 
 from tljax import explain
 from tljax.data.loader import load_batches, refuse_none
@@ -334,5 +334,7 @@ def _features_of(
     return lambda variables, images: apply(model, variables, images, stop=after).value, stage
 
 
-def _logits(model: Model, variables: Variables, images: Array) -> jax.Array:
+def _logits(
+    model: Model, variables: Variables, images: Shaped[Array, "batch height width 3"]
+) -> Float[jax.Array, "batch classes"]:
     return apply(model, variables, images).logits

@@ -124,13 +124,11 @@ def choose_attacks(
         steps = "num_queries" if name == "square" else "num_steps"
         if num_steps is not None and steps in parameters:
             options[steps] = num_steps
+        if target is not None and "targets" not in parameters:
+            targeted = ", ".join(name for name in ATTACKS if "targets" in _parameters(name))
+            raise RequestError(f"{name} supports no --target: choose from {targeted}")
         attack = partial(ATTACKS[name], **options)
-        if target is not None:
-            if "targets" not in parameters:
-                targeted = ", ".join(name for name in ATTACKS if "targets" in _parameters(name))
-                raise RequestError(f"{name} supports no --target: choose from {targeted}")
-            attack = partial(_towards, attack, target)
-        attacks[name] = attack
+        attacks[name] = attack if target is None else partial(_towards, attack, target)
     return attacks
 
 

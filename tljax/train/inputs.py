@@ -7,6 +7,7 @@ from typing import Literal
 
 import jax
 import numpy as np
+from jaxtyping import Int
 
 from tljax.data.loader import batch_rows, load_batches
 from tljax.data.options import Loading
@@ -202,7 +203,7 @@ def open_inputs(
     return replace(images, start=start, train=train, val=val, skipped=skipped)
 
 
-def _check_classes(source: Source, labels: np.ndarray) -> None:
+def _check_classes(source: Source, labels: Int[np.ndarray, " n"]) -> None:
     if missing := sorted(set(range(len(source.classes))) - set(labels.tolist())):
         name = source.classes[missing[0]]
         raise RequestError(f"no image of class '{name}' in the training data can be read")

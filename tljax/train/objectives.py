@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Shaped
 
 from tljax.metrics.classification import class_shares, cross_entropies, ranks
 from tljax.metrics.sums import Weighted
@@ -14,7 +15,7 @@ from tljax.runtime.types import Array, Batch
 if TYPE_CHECKING:
     from tljax.train.step import Forward
 
-Values = Array | Weighted
+Values = Shaped[Array, " batch"] | Weighted
 """``[batch]``, one value per example, optionally with a weight each."""
 
 Objective = Callable[["Forward", Batch, jax.Array], tuple[Values, Mapping[str, Values]]]

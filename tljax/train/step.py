@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.extend.core import get_opaque_trace_state
+from jaxtyping import Bool, Shaped
 
 from tljax.data.augment import augment as augmented
 from tljax.data.augment import mix
@@ -106,7 +107,7 @@ class Forward:
         self,
         model: Model,
         variables: Variables,
-        mask: Array,
+        mask: Bool[Array, " batch"],
         key: jax.Array,
         *,
         start: str | None,
@@ -122,7 +123,11 @@ class Forward:
         self._trace = get_opaque_trace_state(convention="flax")
 
     def __call__(
-        self, inputs: Array, *, capture: Collection[str] = (), noise: bool = True
+        self,
+        inputs: Shaped[Array, "batch ..."],
+        *,
+        capture: Collection[str] = (),
+        noise: bool = True,
     ) -> Output:
         """Run the network in training mode, with batch statistics and noise where configured.
 
@@ -158,7 +163,9 @@ class Forward:
             output._replace(batch_stats={}),
         )
 
-    def evaluate(self, inputs: Array, *, capture: Collection[str] = ()) -> Output:
+    def evaluate(
+        self, inputs: Shaped[Array, "batch ..."], *, capture: Collection[str] = ()
+    ) -> Output:
         """Run the network in inference mode: on running statistics, without noise.
 
         Gradients flow to ``inputs`` only, as attacks need them, not to the parameters.
