@@ -190,8 +190,8 @@ def test_a_run_keeps_its_extension_and_refuses_another(tmp_path):
     done = call_script(tmp_path, *resume)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == (
-        f"error: {tmp_path / 'still'}: its extension's functions, {moved}:extension, have changed: "
-        "restore them, or start a new run"
+        f"error: {tmp_path / 'still'}: the functions of the extension {moved}:extension have "
+        "changed: restore them or start a new run"
     )
 
 

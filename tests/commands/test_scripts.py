@@ -221,15 +221,15 @@ def test_a_run_whose_photographs_changed_says_which(
         done = call_script(cache, *command)
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr == (
-            f"error: {run}: its data are gone from {tmp_path / 'was here'}: put them back, or say "
-            "where they are now by --data\n"
+            f"error: {run}: {tmp_path / 'was here'} with the data of the run does not exist: "
+            "restore it or set --data to its new place\n"
         )
     paint(data / "train" / "red" / "new.jpg", (200, 60, 60), 9)
     (data / "val" / "red" / "6.JPG").unlink()
     done = call_script(cache, "train", "--resume", run, "--data", data)
     (line,) = done.stderr.splitlines()
     assert done.returncode == 2
-    assert "have changed: 1 added (train/red/new.jpg); 1 gone (val/red/6.JPG): restore" in line
+    assert "have changed: 1 added (train/red/new.jpg); 1 missing (val/red/6.JPG): restore" in line
 
 
 def test_a_mistyped_run_is_not_asked_of_a_hub(cache: Path, trained: Path, photographs: Path):
@@ -408,7 +408,7 @@ def test_a_fine_tuned_network_goes_out_and_comes_back(cache: Path, trained: Path
         (("--rates", "head"), "write PATTERN=RATE"),
         (("--resume", "{tmp}/none"), "is not a run directory"),
         (("--data", "{tmp}/photos", "--on-bad-image", "fail"), "broken.jpg"),
-        (("--data", "{tmp}/photos", "--profile"), "begins at step 3, and an epoch has 1:"),
+        (("--data", "{tmp}/photos", "--profile"), "starts at step 3, but an epoch has 1:"),
         (("--recipe", "probe", "--profile"), "--recipe probe takes none"),
     ],
 )

@@ -33,7 +33,7 @@ def test_every_picture_and_a_grid_of_all_are_written(cache: Path, tmp_path: Path
     [
         (("ideal", "siamese cta"), "no class is called 'siamese cta' among 1000; did you mean Sia"),
         (("explain", "nowhere.jpg"), "nowhere.jpg does not exist"),
-        (("channel", "--stage", "pool"), "the output of pool is no feature map"),
+        (("channel", "--stage", "pool"), "the output of pool is not a feature map"),
     ],
 )
 def test_a_bad_request_is_one_line(cache: Path, arguments: tuple[str, ...], message: str):

@@ -1,4 +1,4 @@
-"""Which backbone: every candidate is measured as the other tools would measure it."""
+"""Comparison of backbones: the numbers agree with those of the single functions."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ def network(tmp_path, monkeypatch):
 def test_a_candidate_is_probed_and_timed(network):
     data = splits(24)
     skipped: dict[str, str] = {}
-    found = measure("tiny", network, data, LOADING, skipped=skipped)
+    actual = measure("tiny", network, data, LOADING, skipped=skipped)
     assert set(skipped) == {data.train.names[4], data.val.names[2]}
     train, val = (
         compute_features(MODEL, network.variables, part, LOADING) for part in (data.train, data.val)
@@ -31,14 +31,14 @@ def test_a_candidate_is_probed_and_timed(network):
     parameters = sum(  # two convolutions with scale and bias; not the head
         9 * inputs * outputs + 2 * outputs for inputs, outputs in ((3, 8), (8, 12))
     )
-    assert found == Candidate(
+    assert actual == Candidate(
         "tiny",
         "tiny",
         pytest.approx(top1),
         pytest.approx(np.sqrt(top1 * (1 - top1) / len(right))),
-        found.images_per_second,
+        actual.images_per_second,
         parameters,
         features=12,
         size=16,
     )
-    assert 0 < found.images_per_second < 1e7
+    assert 0 < actual.images_per_second < 1e7

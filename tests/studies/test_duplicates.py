@@ -1,4 +1,4 @@
-"""Duplicates: copies of any kind are found, and different pictures are not called copies."""
+"""Duplicates: copies are found, and different images are not taken for copies."""
 
 import io
 import random
@@ -18,7 +18,7 @@ MIRROR = Image.Transpose.FLIP_LEFT_RIGHT
 
 
 def picture(seed: int, height: int = 90, width: int = 120) -> np.ndarray:
-    """Clouds of several sizes: as smooth as a photograph, and like no other seed's."""
+    """Return an image of clouds of several sizes, smooth like a photograph, different per seed."""
     noise = np.random.default_rng(seed).normal(size=(height, width, 3))
     clouds = sum(s * gaussian_filter(noise, (s, s, 0)) for s in (2, 6, 15))
     low, high = np.min(clouds), np.max(clouds)
@@ -38,7 +38,7 @@ def png(image: Image.Image) -> bytes:
 
 
 def crop(image: Image.Image, keep: float, seed: int) -> Image.Image:
-    """At random, with at least the share ``keep`` of each side."""
+    """Crop at random, to at least the share ``keep`` of each side."""
     draw = random.Random(seed)
     width, height = (round(side * draw.uniform(keep, 1)) for side in image.size)
     left, top = draw.randint(0, image.width - width), draw.randint(0, image.height - height)
@@ -68,22 +68,22 @@ def train() -> np.ndarray:
 def test_copies_are_found_whichever_side_was_changed(train: np.ndarray, name: str):
     val = [COPIES[name](Image.fromarray(train[i])) for i in (3, 17)]
     val.insert(1, jpeg(Image.fromarray(picture(99))))
-    found = find_duplicates(train, val)
-    assert [(one.train, one.val) for one in found] == [(3, 0), (17, 2)]
-    assert {one.kind for one in found} == {"mirrored" if "mirrored" in name else "near"}
-    assert all(0.9 <= one.similarity <= 1 for one in found)
+    actual = find_duplicates(train, val)
+    assert [(one.train, one.val) for one in actual] == [(3, 0), (17, 2)]
+    assert {one.kind for one in actual} == {"mirrored" if "mirrored" in name else "near"}
+    assert all(0.9 <= one.similarity <= 1 for one in actual)
     back = find_duplicates(val, train)
     assert [(one.train, one.val) for one in back] == [(0, 3), (2, 17)]
 
 
-def test_different_pictures_are_no_copies(train: np.ndarray):
+def test_different_images_are_not_duplicates(train: np.ndarray):
     others = np.stack([picture(seed) for seed in range(100, 130)])
     assert find_duplicates(train, others) == []
     upside_down = train[:, ::-1]  # which no mirror makes of it
     assert find_duplicates(train, upside_down) == []
 
 
-def test_the_same_pixels_are_exact_in_any_container(train: np.ndarray):
+def test_the_same_pixels_are_exact_duplicates_in_any_format(train: np.ndarray):
     val = [png(Image.fromarray(train[4])), train[9], jpeg(Image.fromarray(train[4]))]
     first, second, third = find_duplicates([*train, train[9]], val)
     assert first == Duplicate(4, 0, "exact", 1.0)
@@ -91,32 +91,34 @@ def test_the_same_pixels_are_exact_in_any_container(train: np.ndarray):
     assert (third.train, third.kind) == (4, "near")
 
 
-def test_the_same_bytes_in_another_shape_are_not_the_same():
+def test_the_same_bytes_in_another_shape_are_not_duplicates():
     wide = np.zeros((1, 4, 4, 3), np.uint8)
     assert find_duplicates(wide, wide.reshape(1, 2, 8, 3)) == []
     assert len(find_duplicates(wide, wide)) == 1
 
 
-def test_small_pictures_count_only_if_equal():
+def test_small_images_are_duplicates_only_if_equal():
     small = picture(0, 24, 40)
     assert find_duplicates([small], [small + (small < 255)]) == []
     assert find_duplicates([small], [small])[0].kind == "exact"
 
 
-def test_blank_pages_equal_only_themselves():
+def test_blank_images_are_duplicates_only_if_equal():
     rng = np.random.default_rng(0)
     blank = [jpeg(Image.fromarray(rng.integers(250, 253, (64, 64, 3), np.uint8))) for _ in "ab"]
     assert find_duplicates(blank[:1], blank[1:]) == []
 
 
-def test_the_closest_training_image_is_named(train: np.ndarray):
+def test_the_most_similar_training_image_is_returned(train: np.ndarray):
     image = Image.fromarray(train[5])
     rows = [jpeg(crop(image, 0.85, 1)), jpeg(image, 95), png(Image.fromarray(train[6]))]
     (one,) = find_duplicates(rows, [jpeg(image, 60)])
     assert (one.train, one.kind) == (1, "near")
 
 
-def test_blocks_do_not_change_what_is_found(train: np.ndarray, monkeypatch: pytest.MonkeyPatch):
+def test_the_block_size_does_not_change_the_result(
+    train: np.ndarray, monkeypatch: pytest.MonkeyPatch
+):
     val = [COPIES["cropped"](Image.fromarray(image)) for image in train]
     whole = find_duplicates(train, val)
     assert len(whole) == 30
@@ -124,7 +126,7 @@ def test_blocks_do_not_change_what_is_found(train: np.ndarray, monkeypatch: pyte
     assert find_duplicates(train, val) == whole
 
 
-def test_the_threshold_decides(train: np.ndarray):
+def test_the_threshold_separates_duplicates(train: np.ndarray):
     val = [COPIES["saved again"](Image.fromarray(train[0]))]
     (one,) = find_duplicates(train, val)
     assert find_duplicates(train, val, threshold=one.similarity) == [one]
@@ -144,12 +146,12 @@ def test_unreadable_images_are_left_out(train: np.ndarray):
     assert find_duplicates(bad, bad) == [Duplicate(3, 3, "exact", 1.0)]
 
 
-def test_nothing_to_compare(train: np.ndarray):
+def test_empty_sources_have_no_duplicates(train: np.ndarray):
     assert find_duplicates([], train) == find_duplicates(train, []) == []
 
 
-def test_real_photographs(shared_data):
-    """No photograph of ants or bees is in both parts, and every copy of one is found."""
+def test_duplicates_of_real_photographs(shared_data):
+    """Training and validation images of hymenoptera differ, and every copy is found."""
     splits = open_splits(str(shared_data / "hymenoptera"))
     originals = splits.val.examples
     assert find_duplicates(splits.train.examples, originals) == []
@@ -158,6 +160,6 @@ def test_real_photographs(shared_data):
         image = crop(open_image(originals[i]), 0.85, i)  # pyright: ignore[reportArgumentType]
         image = image.transpose(MIRROR) if i % 2 else image
         copies.append(jpeg(image.resize((image.width // 2, image.height // 2)), 50))
-    found = find_duplicates(originals, copies)
-    assert [(one.train, one.val) for one in found] == [(3 * k, k) for k in range(len(copies))]
-    assert [one.kind for one in found] == ["mirrored" if k % 2 else "near" for k in range(51)]
+    actual = find_duplicates(originals, copies)
+    assert [(one.train, one.val) for one in actual] == [(3 * k, k) for k in range(len(copies))]
+    assert [one.kind for one in actual] == ["mirrored" if k % 2 else "near" for k in range(51)]

@@ -1,4 +1,4 @@
-"""Rows of pictures, from a network small enough for a test."""
+"""Rows of pictures, for a small network."""
 
 import jax
 import numpy as np
@@ -49,7 +49,7 @@ def assert_rows(rows, shape) -> None:
 
 
 @pytest.mark.slow
-def test_the_ideal_of_a_class_four_ways(network):
+def test_a_class_is_synthesized_in_four_ways(network):
     rows = ideal_pictures(network, ["BEE", "2"], num_steps=60, tv_weight=0.02)
     assert_rows(rows, (2, 4))
     assert [row[0].caption.split("\n")[0] for row in rows] == ["bee", "cat"]
@@ -84,7 +84,7 @@ def test_five_methods_explain_each_photograph(network, photographs):
     assert all(row[0].caption.split("\n")[1].startswith("ant, p ") for row in other)
 
 
-def test_every_stage_with_a_map_has_a_row_for_each_photograph(network, photographs):
+def test_every_stage_with_a_feature_map_has_one_row_per_photograph(network, photographs):
     rows = feature_pictures(network, photographs, count=5)
     assert_rows(rows, (4, 5))
     assert [row[0].name[:-1].rstrip("0123456789") for row in rows] == [
@@ -94,20 +94,20 @@ def test_every_stage_with_a_map_has_a_row_for_each_photograph(network, photograp
     assert map_stages(network.model) == ("stem", "layer1")
 
 
-def test_dreams_stand_beside_their_photographs(network, photographs):
+def test_a_row_holds_the_photograph_and_its_dream(network, photographs):
     rows = dream_pictures(network, photographs, stage="stem", num_steps=2)
     assert_rows(rows, (2, 2))
     assert rows[0][1].name == "0-stem"
     assert (rows[0][0].pixels != rows[0][1].pixels).any()
 
 
-def test_channels_are_painted_in_one_row(network):
+def test_channels_are_synthesized_in_one_row(network):
     rows = channel_pictures(network, [0, 11], num_steps=2)
     assert_rows(rows, (1, 2))
     assert [picture.name for picture in rows[0]] == ["layer1-0", "layer1-11"]
 
 
-def test_photographs_that_cannot_be_read_are_named_and_the_others_read(network, tmp_path):
+def test_unreadable_photographs_are_named_and_the_others_are_read(network, tmp_path):
     Image.new("RGB", (20, 24), "red").save(tmp_path / "good.png")
     (tmp_path / "empty.png").touch()
     (tmp_path / "page.png").write_text("<html>")
@@ -122,7 +122,7 @@ def test_photographs_that_cannot_be_read_are_named_and_the_others_read(network, 
         read_photographs(network, [str(tmp_path / "empty.png")])
 
 
-def test_a_folder_of_pictures_is_never_data_and_never_one_of_photographs(tmp_path):
+def test_a_folder_of_pictures_is_not_read_as_data_and_may_not_hold_photographs(tmp_path):
     (tmp_path / "data" / "cats").mkdir(parents=True)
     (tmp_path / "data" / "cats" / "1.JPG").touch()
     (tmp_path / "notes").mkdir()
@@ -135,10 +135,12 @@ def test_a_folder_of_pictures_is_never_data_and_never_one_of_photographs(tmp_pat
     assert sorted(path.parent.name for path in tmp_path.rglob(MARKER)) == ["deep", "notes"]
 
 
-def test_what_is_not_there_is_said_in_one_line(network, photographs):
-    with pytest.raises(RequestError, match="layer1 has no channel 12; its channels are 0 to 11"):
+def test_unknown_names_are_refused_in_one_line(network, photographs):
+    with pytest.raises(RequestError, match="layer1 has no channel 12: choose from 0 to 11"):
         channel_pictures(network, [3, 12])
-    with pytest.raises(RequestError, match="output of pool is no feature map; those of stem, lay"):
+    with pytest.raises(
+        RequestError, match="output of pool is not a feature map: choose from stem, lay"
+    ):
         dream_pictures(network, photographs, stage="pool")
     with pytest.raises(RequestError, match="tiny has no stage 'layer9'"):
         dream_pictures(network, photographs, stage="layer9")
@@ -150,5 +152,5 @@ def test_what_is_not_there_is_said_in_one_line(network, photographs):
         ideal_pictures(network, [])
     with pytest.raises(RequestError, match="name at least one channel"):
         channel_pictures(network, [])
-    with pytest.raises(RequestError, match="0 channels of each stage leave nothing"):
+    with pytest.raises(RequestError, match="cannot show 0 channels per stage"):
         feature_pictures(network, photographs, count=0)

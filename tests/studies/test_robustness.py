@@ -1,4 +1,4 @@
-"""What attacks did to a network small enough for a test: numbers, captions and pictures."""
+"""Robustness of a small network: accuracies, captions and pictures."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -50,19 +50,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def attacked(network, folder):
-    """The folder without its labels."""
+    """Return the images of the folder without labels."""
     source = replace(open_folder(folder), classes=(), labels=np.full(7, -1, np.int32))
     victims = attacks.read_victims(network, source, LOADING)
     chosen = attacks.choose_attacks(["fgsm", "pgd"], num_steps=3)
-    found = attacks.attack(network, victims, chosen, [24 / 255, 4 / 255], LOADING)
-    return victims, chosen, found
+    actual = attacks.attack(network, victims, chosen, [24 / 255, 4 / 255], LOADING)
+    return victims, chosen, actual
 
 
 def predicted(network: Pretrained, images: np.ndarray) -> np.ndarray:
     return np.asarray(seen(network.variables, images).argmax(-1))
 
 
-def test_labels_are_the_folder_s_or_what_the_network_sees(network, folder, attacked):
+def test_labels_are_those_of_the_folder_or_predictions(network, folder, attacked):
     victims = attacks.read_victims(network, open_folder(folder), LOADING)
     assert victims.labels.tolist() == [1, 1, 1, 2, 2, 2]
     assert any("not read: " in note and "bad.png" in note for note in victims.notes)
@@ -72,14 +72,14 @@ def test_labels_are_the_folder_s_or_what_the_network_sees(network, folder, attac
     assert set(few.names) < set(victims.names) | {"cat/bad.png"}
 
 
-def test_where_no_image_can_be_read_the_first_reason_is_given(network, tmp_path):
+def test_the_first_reason_is_reported_when_no_image_can_be_read(network, tmp_path):
     for name in "abc":
         (tmp_path / name).touch()
     with pytest.raises(RequestError, match=r"no image can be read; .*a: the file is empty$"):
         attacks.read_victims(network, open_folder(tmp_path), LOADING)
 
 
-def test_of_two_classes_with_one_name_the_more_probable_is_the_label(network, folder):
+def test_the_more_probable_of_two_classes_with_the_same_name_is_the_label(network, folder):
     card = replace(network.card, classes=("bee", "bee", "cat"))
     victims = attacks.read_victims(network._replace(card=card), open_folder(folder), LOADING)
     logits = np.asarray(seen(network.variables, victims.images))
@@ -87,14 +87,14 @@ def test_of_two_classes_with_one_name_the_more_probable_is_the_label(network, fo
     assert "2 classes are called bee (0 and 1)" in victims.notes[0]
 
 
-def test_table_and_summary_say_the_same(attacked):
-    _, _, found = attacked
-    result = attacks.summary(found)
+def test_table_and_summary_agree(attacked):
+    _, _, actual = attacked
+    result = attacks.summary(actual)
     assert result["clean"] == 1
     assert result["examples"] == 6
     assert list(result["robust"]) == ["fgsm", "pgd"]
     assert list(result["robust"]["pgd"]) == ["4", "24"]
-    head, columns, *rows = attacks.table(found).splitlines()
+    head, columns, *rows = attacks.table(actual).splitlines()
     assert "6 images" in head
     assert columns.split()[-3:] == ["0", "4", "24"]
     assert [row.split("  ")[0] for row in rows] == ["fgsm", "", "pgd", "", "worst of all"]
@@ -102,9 +102,9 @@ def test_table_and_summary_say_the_same(attacked):
     assert rows[2].endswith(f"{100 * share:.1f} +- {100 * np.sqrt(share * (1 - share) / 6):.1f}")
 
 
-def test_what_is_painted_is_in_the_ball_and_still_fools(network, attacked, tmp_path):
-    victims, chosen, found = attacked
-    paintings = attacks.paint(network, victims, chosen, found, count=4)
+def test_saved_pictures_are_in_the_ball_and_fool_the_network(network, attacked, tmp_path):
+    victims, chosen, actual = attacked
+    paintings = attacks.paint(network, victims, chosen, actual, count=4)
     assert len(paintings) == 4
     saved = np.stack([painting.pictures[2].pixels for painting in paintings])
     before = np.stack([painting.pictures[0].pixels for painting in paintings])
@@ -120,18 +120,18 @@ def test_what_is_painted_is_in_the_ball_and_still_fools(network, attacked, tmp_p
         factor = int(perturbation.caption.rpartition(" ")[2])
         change = adversarial.pixels.astype(int) - photograph.pixels
         np.testing.assert_array_equal(perturbation.pixels.astype(int) - 127, factor * change)
-    paths = write_attack_pictures(tmp_path, found, paintings)
+    paths = write_attack_pictures(tmp_path, actual, paintings)
     assert sorted(paths) == sorted(tmp_path.iterdir())
     assert len(paths) == 2 + 2 * 4
     np.testing.assert_array_equal(np.asarray(Image.open(paths[3])), saved[0])
 
 
 @pytest.mark.slow
-def test_towards_a_class(network, attacked):
+def test_a_target_class_is_reached(network, attacked):
     victims, _, _ = attacked
     chosen = attacks.choose_attacks(["pgd"], num_steps=3, target=1)
-    found = attacks.attack(network, victims, chosen, [24 / 255], LOADING)
-    paintings = attacks.paint(network, victims, chosen, found, count=6, target=1)
+    actual = attacks.attack(network, victims, chosen, [24 / 255], LOADING)
+    paintings = attacks.paint(network, victims, chosen, actual, count=6, target=1)
     targets = [painting.facts["target"] for painting in paintings]
     assert all(target["name"] == "bee" for target in targets)
     assert all(target["after"] > target["before"] for target in targets)
@@ -140,31 +140,31 @@ def test_towards_a_class(network, attacked):
 
 
 @pytest.mark.slow
-def test_autoattack_stands_beside_the_others(network, attacked):
+def test_autoattack_is_reported_with_the_other_attacks(network, attacked):
     victims, _, _ = attacked
     chosen = attacks.choose_attacks(["fgsm", "autoattack"], num_steps=5)
-    found = attacks.attack(network, victims, chosen, [4 / 255], LOADING)
-    first, *until, last = found.outcomes
+    actual = attacks.attack(network, victims, chosen, [4 / 255], LOADING)
+    first, *until, last = actual.outcomes
     assert (first, last) == ("fgsm", "autoattack, 5 steps, 5000 queries")  # it is not AutoAttack
     assert until == [f"{last} until {part}" for part in ("apgd-ce", "apgd-t", "fab-t")]
-    assert last in attacks.table(found)
-    assert last in attacks.summary(found)["robust"]
-    painting = attacks.paint(network, victims, chosen, found, count=1)[0]
+    assert last in attacks.table(actual)
+    assert last in attacks.summary(actual)["robust"]
+    painting = attacks.paint(network, victims, chosen, actual, count=1)[0]
     assert painting.facts["attack"] == last
     assert f"{last}, epsilon" in painting.line
-    shares = [found.accuracy(name)[0].value for name in found.outcomes]
+    shares = [actual.accuracy(name)[0].value for name in actual.outcomes]
     assert shares == sorted(shares, reverse=True)
-    assert "few_classes" in found.flags
+    assert "few_classes" in actual.flags
 
 
-def test_what_cannot_be_done_is_said():
-    with pytest.raises(RequestError, match="no attack 'pdg'; choose from fgsm"):
+def test_unsupported_options_are_refused():
+    with pytest.raises(RequestError, match="no attack 'pdg': choose from fgsm"):
         attacks.choose_attacks(["pdg"])
-    with pytest.raises(RequestError, match="square knows no norm but linf and l2"):
+    with pytest.raises(RequestError, match="square supports only the norm linf and l2"):
         attacks.choose_attacks(["square"], norm="l1")
-    with pytest.raises(RequestError, match="apgd-ce knows no norm but linf and l2"):
+    with pytest.raises(RequestError, match="apgd-ce supports only the norm linf and l2"):
         attacks.choose_attacks(["pgd", "apgd-ce"], norm="l1")
     with pytest.raises(RequestError, match="AutoAttack does not support norm 'l1'"):
         attacks.choose_attacks(["autoattack"], norm="l1")
-    with pytest.raises(RequestError, match="fab-t takes no --target; fgsm, bim"):
+    with pytest.raises(RequestError, match="fab-t supports no --target: choose from fgsm, bim"):
         attacks.choose_attacks(["fab-t"], target=1)

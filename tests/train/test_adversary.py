@@ -1,4 +1,4 @@
-"""Adversarial training: what the step sees, and that it makes a network harder to fool."""
+"""Adversarial training: the attack, and the robustness of the trained network."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from tljax.features.evaluate import evaluate
 from tljax.models import apply
 from tljax.runtime.errors import RequestError
 from tljax.train.adversary import PROOF_STEPS, attacked, robust_logits
-from tljax.train.fit import best_epoch
+from tljax.train.history import best_epoch
 from tljax.train.options import AdversaryConfig
 from tljax.train.recipes import make_plan
 
@@ -25,12 +25,12 @@ def logits_fn(images):
     return apply(MODEL, random_variables(), images).logits
 
 
-@pytest.mark.parametrize("how", [FAST, PGD])
-def test_images_are_moved_within_the_ball_to_where_the_loss_is_higher(how):
+@pytest.mark.parametrize("settings", [FAST, PGD])
+def test_attacked_images_stay_in_the_ball_and_have_a_higher_loss(settings):
     data = source(8)
     images = np.stack([data.read(i) for i in range(8)])
     labels = np.append(data.labels[:7], -1)  # the last one is padding
-    moved = attacked(how, logits_fn, images, labels, jax.random.key(0), np.arange(8))
+    moved = attacked(settings, logits_fn, images, labels, jax.random.key(0), np.arange(8))
     clean = images.astype(np.float32) / 255
     assert jnp.abs(moved - clean).max() <= 16 / 255 + 1e-6
     assert jnp.abs(moved - clean).max() > 8 / 255
@@ -45,32 +45,32 @@ def test_images_are_moved_within_the_ball_to_where_the_loss_is_higher(how):
 
 def test_robust_logits_are_those_of_pgd():
     data = source(7, broken=(2,))
-    found = robust_logits(MODEL, random_variables(), data, LOADING, FAST, seed=3)
-    kept = np.array([0, 1, 3, 4, 5, 6])
-    assert found.indices.tolist() == kept.tolist()
-    assert list(found.skipped) == [2]
-    images = np.stack([data.read(i) for i in kept]).astype(np.float32) / 255
+    actual = robust_logits(MODEL, random_variables(), data, LOADING, FAST, seed=3)
+    retained = np.array([0, 1, 3, 4, 5, 6])
+    assert actual.indices.tolist() == retained.tolist()
+    assert list(actual.skipped) == [2]
+    images = np.stack([data.read(i) for i in retained]).astype(np.float32) / 255
     moved = pgd(
         logits_fn,
         images,
-        data.labels[kept],
+        data.labels[retained],
         jax.random.key(3),
         epsilon=16 / 255,
-        ids=kept,
+        ids=retained,
         num_steps=PROOF_STEPS,
     )
-    np.testing.assert_allclose(found.values, logits_fn(moved), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(actual.values, logits_fn(moved), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("how", [FAST, PGD])
+@pytest.mark.parametrize("settings", [FAST, PGD])
 @pytest.mark.slow
-def test_training_on_attacked_images_makes_it_harder_to_fool(how):
-    what = {"epochs": 8, "rate": 0.02}
+def test_adversarial_training_raises_robust_accuracy(settings):
+    fit_config = {"epochs": 8, "rate": 0.02}
     data = splits(24, (), ())
-    plain = train(config(**what), data)
-    hardened = train(config(adversary=how, **what), data)
+    plain = train(config(**fit_config), data)
+    hardened = train(config(adversary=settings, **fit_config), data)
     assert plain.robust is None
-    before = evaluate(robust_logits(plain.model, plain.variables, data.val, LOADING, how, 0))
+    before = evaluate(robust_logits(plain.model, plain.variables, data.val, LOADING, settings, 0))
     assert hardened.robust.loss < before.loss
     entry = hardened.history[best_epoch(hardened.history)]
     assert entry["val_robust_loss"] == pytest.approx(hardened.robust.loss, rel=1e-5)
@@ -78,27 +78,27 @@ def test_training_on_attacked_images_makes_it_harder_to_fool(how):
 
 
 @pytest.mark.slow
-def test_it_is_repeatable():
+def test_adversarial_training_is_reproducible():
     first, again = (train(config(adversary=FAST)) for _ in range(2))
     assert first.history == again.history
 
 
 @pytest.mark.parametrize(
-    ("wish", "message"),
+    ("options", "message"),
     [
-        ({"recipe": "probe"}, "a probe is solved on clean images"),
-        ({"cache": "disk"}, "nothing can be cached"),
-        ({"augment": True, "cache_views": 2}, "nothing can be cached"),
-        ({"augment": True, "augmentation": AugmentConfig(mixup=0.2)}, "no mixup"),
+        ({"recipe": "probe"}, "a probe takes no steps"),
+        ({"cache": "disk"}, "remove --cache options"),
+        ({"augment": True, "cache_views": 2}, "remove --cache options"),
+        ({"augment": True, "augmentation": AugmentConfig(mixup=0.2)}, "disable Mixup"),
     ],
 )
-def test_wishes_that_exclude_an_adversary(wish, message):
-    what = config(**{"recipe": "finetune", "adversary": FAST, **wish})
+def test_options_that_exclude_an_attack_are_refused(options, message):
+    options = config(**{"recipe": "finetune", "adversary": FAST, **options})
     with pytest.raises(RequestError, match=message):
-        make_plan(MODEL, what, 100, 10)
+        make_plan(MODEL, options, 100, 10)
 
 
-def test_a_ball_without_a_radius_and_no_steps_are_refused():
+def test_an_epsilon_of_zero_and_zero_steps_are_refused():
     with pytest.raises(RequestError, match="--epsilon 0"):
         AdversaryConfig("fast", 0.0)
     with pytest.raises(RequestError, match="--attack-steps 0"):

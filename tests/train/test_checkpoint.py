@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not believed."""
+"""Checkpoints: intact ones are restored, damaged ones are recognized."""
 
 import errno
 import os
@@ -43,9 +43,9 @@ def saved(folder, numbers=(1, 2, 3), identity="mine"):
     checkpoints.close()
 
 
-def assert_is(found, number):
-    assert found.position == position(number)
-    filled = found.fill(state(0))
+def assert_is(actual, number):
+    assert actual.position == position(number)
+    filled = actual.fill(state(0))
     jax.tree.map(
         lambda a, b: np.testing.assert_array_equal(a, b, strict=True), filled, state(number)
     )
@@ -58,15 +58,15 @@ def good(tmp_path_factory):
     return folder
 
 
-def test_the_last_of_two_comes_back(good, tmp_path):
+def test_the_last_checkpoint_is_restored(good, tmp_path):
     assert sorted(path.name for path in good.iterdir()) == ["2", "3"]
-    found = Checkpoints(good, "mine").restore()
-    assert found.notes == ()
-    assert_is(found, 3)
+    actual = Checkpoints(good, "mine").restore()
+    assert actual.notes == ()
+    assert_is(actual, 3)
     assert Checkpoints(tmp_path / "new", "mine").restore() is None
 
 
-def test_what_is_saved_is_a_copy(tmp_path):
+def test_saving_copies_the_arrays(tmp_path):
     checkpoints = Checkpoints(tmp_path, "mine")
     given = state(1)
     checkpoints.save(1, position(1), given)
@@ -75,21 +75,23 @@ def test_what_is_saved_is_a_copy(tmp_path):
     assert_is(Checkpoints(tmp_path, "mine").restore(), 1)
 
 
-def test_another_run_and_another_network_are_refused(good):
-    with pytest.raises(RequestError, match=r"belongs to another run.*choose another --workdir"):
+def test_checkpoints_of_another_run_or_network_are_refused(good):
+    with pytest.raises(
+        RequestError, match=r"belongs to a run with other.*choose another --workdir"
+    ):
         Checkpoints(good, "yours").restore()
-    found = Checkpoints(good, "mine").restore()
+    actual = Checkpoints(good, "mine").restore()
     for wrong in (
         {**state(0), "count": np.int64(0)},
         {**state(0), "count": np.zeros(2, np.int32)},
         {"params": state(0)["params"]},
     ):
-        with pytest.raises(RequestError, match="another network"):
-            found.fill(wrong)
+        with pytest.raises(RequestError, match="saved with another network"):
+            actual.fill(wrong)
 
 
 def damages(path):
-    """Functions that damage a file, each in its way."""
+    """Return functions that damage a file, each in another way."""
     content = path.read_bytes()
     rng = np.random.default_rng(len(content))
 
@@ -107,8 +109,8 @@ def damages(path):
 
 # Orbax leaves futures of the read that failed behind a closed event loop.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_nothing_damaged_is_believed(good, tmp_path):
-    """Any file of the last checkpoint: it is that state still, or the one before, and no other."""
+def test_a_damaged_checkpoint_is_never_restored_as_another_state(good, tmp_path):
+    """Whichever file is damaged, the last state or the one before is restored."""
     files = [path.relative_to(good) for path in sorted((good / "3").rglob("*")) if path.is_file()]
     passed_over = 0
     for file in files:
@@ -116,12 +118,12 @@ def test_nothing_damaged_is_believed(good, tmp_path):
             folder = tmp_path / "damaged"
             shutil.copytree(good, folder)
             list(damages(folder / file))[number]()
-            found = Checkpoints(folder, "mine").restore()
-            if found.position == position(3):
-                assert found.notes == ()
-                assert_is(found, 3)
+            actual = Checkpoints(folder, "mine").restore()
+            if actual.position == position(3):
+                assert actual.notes == ()
+                assert_is(actual, 3)
             else:
-                assert_is(found, 2)
+                assert_is(actual, 2)
                 passed_over += 1
             shutil.rmtree(folder)
     assert len(files) > 5
@@ -129,15 +131,15 @@ def test_nothing_damaged_is_believed(good, tmp_path):
 
 
 def damage(folder):
-    """Flips a byte in the middle of the largest file."""
+    """Flip a byte in the middle of the largest file."""
     path = max((path for path in folder.rglob("*") if path.is_file()), key=os.path.getsize)
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
 
 
-def test_a_changed_position_is_noticed(good, tmp_path):
-    """A digit, which leaves a JSON file as well-formed as it was."""
+def test_a_changed_position_is_recognized(good, tmp_path):
+    """A changed digit leaves the JSON file valid."""
     folder = tmp_path / "checkpoints"
     shutil.copytree(good, folder)
     for number, text in ((3, '"batch": 3'), (2, '"mine"')):
@@ -145,38 +147,40 @@ def test_a_changed_position_is_noticed(good, tmp_path):
         content = path.read_text()
         assert text in content
         path.write_text(content.replace(text, text.replace("3", "2").replace("mine", "nine")))
-    with pytest.raises(RequestError, match=r"no checkpoint is whole: checkpoint 3 .*; .* 2 is dam"):
+    with pytest.raises(
+        RequestError, match=r"no checkpoint is intact: checkpoint 3 .*; .* 2 is dam"
+    ):
         Checkpoints(folder, "mine").restore()
 
 
-def test_after_damage_the_same_numbers_are_written_again(good, tmp_path):
-    """The damaged one stays as it is, is marked, and pushes out none that is whole."""
+def test_the_run_continues_after_a_damaged_checkpoint(good, tmp_path):
+    """The damaged one is kept and marked, and no intact one is deleted for it."""
     folder = tmp_path / "checkpoints"
     shutil.copytree(good, folder)
     damage(folder / "3")
     before = contents(folder / "3")
     checkpoints = Checkpoints(folder, "mine")
-    found = checkpoints.restore()
-    assert_is(found, 2)
-    assert found.notes == ("checkpoint 3 is damaged",)
+    actual = checkpoints.restore()
+    assert_is(actual, 2)
+    assert actual.notes == ("checkpoint 3 is damaged",)
     assert contents(folder / "3") == before
     assert (folder / "3.damaged").is_file()
     checkpoints.save(3, position(7), state(7))
     checkpoints.close()
-    assert kept(folder) == ["2", "3", "4"]
+    assert retained(folder) == ["2", "3", "4"]
     checkpoints = Checkpoints(folder, "mine")
-    found = checkpoints.restore()
-    assert found.position == position(7)
-    assert found.notes == ()
+    actual = checkpoints.restore()
+    assert actual.position == position(7)
+    assert actual.notes == ()
     for number in (3, 4, 9):
         checkpoints.save(number, position(number), state(number))
     checkpoints.close()
-    assert kept(folder) == ["3", "6", "9"]
+    assert retained(folder) == ["3", "6", "9"]
     assert contents(folder / "3") == before
     assert_is(Checkpoints(folder, "mine").restore(), 9)
 
 
-def kept(folder):
+def retained(folder):
     return sorted(path.name for path in folder.iterdir() if path.is_dir())
 
 
@@ -184,7 +188,7 @@ def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_mark_that_cannot_be_written_is_done_without(good, tmp_path):
+def test_damage_is_skipped_even_if_it_cannot_be_marked(good, tmp_path):
     folder = tmp_path / "checkpoints"
     shutil.copytree(good, folder)
     damage(folder / "3")
@@ -193,18 +197,20 @@ def test_a_mark_that_cannot_be_written_is_done_without(good, tmp_path):
     assert_is(checkpoints.restore(), 2)
     checkpoints.save(3, position(7), state(7))
     checkpoints.close()
-    assert kept(folder) == ["2", "3", "3.damaged", "4"]
+    assert retained(folder) == ["2", "3", "3.damaged", "4"]
 
 
-def test_none_is_deleted_when_all_are_damaged(good, tmp_path):
+def test_no_checkpoint_is_deleted_when_all_are_damaged(good, tmp_path):
     folder = tmp_path / "checkpoints"
     shutil.copytree(good, folder)
     for number in ("2", "3"):
         damage(folder / number)
     for _ in range(2):  # the second time, they are known by their marks
-        with pytest.raises(RequestError, match=r"no checkpoint is whole: .* 3 .*; .* 2 is damaged"):
+        with pytest.raises(
+            RequestError, match=r"no checkpoint is intact: .* 3 .*; .* 2 is damaged"
+        ):
             Checkpoints(folder, "mine").restore()
-    assert kept(folder) == ["2", "3"]
+    assert retained(folder) == ["2", "3"]
 
 
 TENSORSTORE = (
@@ -230,7 +236,7 @@ TENSORSTORE = (
     ],
     ids=lambda value: value[:20] if isinstance(value, str) else "",
 )
-def test_what_the_disk_refuses_once_is_not_damaged(good, tmp_path, monkeypatch, error, reason):
+def test_a_failure_of_the_disk_does_not_count_as_damage(good, tmp_path, monkeypatch, error, reason):
     folder = tmp_path / "checkpoints"
     shutil.copytree(good, folder)
     before = contents(folder)
@@ -246,20 +252,22 @@ def test_what_the_disk_refuses_once_is_not_damaged(good, tmp_path, monkeypatch, 
     assert_is(Checkpoints(folder, "mine").restore(), 3)
 
 
-def test_a_checkpoint_that_another_process_took_away_is_not_damaged(good, tmp_path, monkeypatch):
+def test_a_checkpoint_deleted_by_another_process_does_not_count_as_damaged(
+    good, tmp_path, monkeypatch
+):
     folder = tmp_path / "checkpoints"
     shutil.copytree(good, folder)
     restore = ocp.CheckpointManager.restore
 
-    def late(*args, **how):
+    def late(*args, **options):
         shutil.rmtree(folder / "3")
-        return restore(*args, **how)
+        return restore(*args, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(ocp.CheckpointManager, "restore", late)
         with pytest.raises(RequestError, match="try again"):
             Checkpoints(folder, "mine").restore()
-    assert kept(folder) == ["2"]
+    assert retained(folder) == ["2"]
     assert not list(folder.glob("*.damaged"))
     assert_is(Checkpoints(folder, "mine").restore(), 2)
 
@@ -309,7 +317,7 @@ restored()
 
 
 @pytest.mark.slow
-def test_of_two_processes_the_writer_says_what_is_damaged(tmp_path):
+def test_the_writing_process_decides_for_all_what_is_damaged(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -339,11 +347,11 @@ def test_of_two_processes_the_writer_says_what_is_damaged(tmp_path):
     for line, reason in zip(first[1:4], ("Ouch", "Oh", "1"), strict=True):
         assert f"checkpoint 2 cannot be read ({reason})" in line
     assert first[4] == "1 [1.0, 1.0, 1.0] checkpoint 2 is damaged"
-    assert kept(tmp_path / "checkpoints") == ["1", "2"]
+    assert retained(tmp_path / "checkpoints") == ["1", "2"]
 
 
-def test_a_half_written_one_is_never_taken(good, tmp_path):
-    """It lies under another name until all of it is there."""
+def test_an_unfinished_checkpoint_is_not_restored(good, tmp_path):
+    """It has a temporary name until it is complete."""
     folder = tmp_path / "checkpoints"
     shutil.copytree(good, folder)
     shutil.copytree(good / "3", folder / "4.orbax-checkpoint-tmp")
@@ -352,7 +360,7 @@ def test_a_half_written_one_is_never_taken(good, tmp_path):
 
 
 @pytest.mark.parametrize("folder", ["/dev/null/run", "/proc/run"])
-def test_a_folder_that_cannot_be_written_is_one_line(folder):
+def test_a_folder_that_cannot_be_written_is_reported_in_one_line(folder):
     with pytest.raises(RequestError, match=rf"^{folder}/new: cannot be written \([^\n]*\)$"):
         Checkpoints(Path(folder) / "new", "mine")
 
@@ -406,15 +414,15 @@ def run(code, *arguments, before=()):
     return done.stdout.splitlines()
 
 
-def test_a_full_disk_is_one_line_and_the_one_before_stays(tmp_path):
-    """A limit on the size of files stands in for the disk."""
+def test_a_full_disk_is_reported_in_one_line_and_the_checkpoint_before_is_kept(tmp_path):
+    """A limit on the size of files simulates the disk."""
     folder = tmp_path / "checkpoints"
-    line, found = run(FULL_DISK, folder)
+    line, actual = run(FULL_DISK, folder)
     assert line == (
-        f"{folder}: a checkpoint cannot be written (File too large); those before it are kept: "
-        "make room and go on with --resume"
+        f"{folder}: a checkpoint cannot be written (File too large); earlier ones are kept: "
+        "free disk space and continue with --resume"
     )
-    assert found == "1"
+    assert actual == "1"
 
 
 SMALL_DISKS = """
@@ -429,8 +437,8 @@ for size in map(int, sys.argv[2:]):
 
 
 @pytest.mark.slow
-def test_wherever_a_disk_is_full_what_is_whole_comes_back(tmp_path):
-    """Disks of 0 to 4 checkpoints, 250 KiB each: every file of each is once the first too many."""
+def test_an_intact_checkpoint_is_restored_wherever_the_disk_becomes_full(tmp_path):
+    """On disks for 0 to 4 checkpoints of 250 KiB, each file is once the first not to fit."""
     unshare = ["unshare", "--mount"]
     probe = ["mount", "-t", "tmpfs", "tmpfs", str(tmp_path)]
     if (
@@ -448,8 +456,8 @@ def test_wherever_a_disk_is_full_what_is_whole_comes_back(tmp_path):
         ):
             said = line
         else:
-            size, found = map(int, line.split())
-            restored[size], errors[size], said = found, said, None
+            size, actual = map(int, line.split())
+            restored[size], errors[size], said = actual, said, None
     assert restored.keys() == set(sizes)
     assert {0, 1, 2, 4} <= set(restored.values())
     assert restored[40] == 0
@@ -499,14 +507,14 @@ for number in range(count):
 
 
 @pytest.mark.slow
-def test_an_interrupt_at_any_moment_leaves_the_last_that_is_whole(tmp_path):
-    found = list(map(int, run(INTERRUPTS, tmp_path, 12)))
-    assert len(found) == 12
-    assert set(found) <= {2, 3, 4}
-    assert {2, 3} <= set(found)
+def test_an_interrupt_at_any_moment_leaves_the_last_intact_checkpoint(tmp_path):
+    actual = list(map(int, run(INTERRUPTS, tmp_path, 12)))
+    assert len(actual) == 12
+    assert set(actual) <= {2, 3, 4}
+    assert {2, 3} <= set(actual)
 
 
-def test_the_digest_is_of_names_and_bytes():
+def test_the_digest_depends_on_names_and_bytes():
     tree = {"params": {"a": np.arange(3.0), "b": np.ones((2, 2), ml_dtypes.bfloat16)}}
     first = tree_digest(tree)
     assert tree_digest(jax.tree.map(np.copy, tree)) == first
@@ -561,7 +569,7 @@ found = everything(train(what, folder=folder, on_epoch=log, **hooks), folder)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("run", ["cached", "mixed"])
-def test_a_process_that_is_killed_twenty_times_ends_the_same(tmp_path, run):
+def test_a_process_that_is_killed_twenty_times_gives_the_same_result(tmp_path, run):
     rng = np.random.default_rng(0)
 
     def start(folder):

@@ -1,4 +1,4 @@
-"""What a run would do, said before it does anything."""
+"""The dry run of a training: parameters, cost and cache."""
 
 import re
 
@@ -19,61 +19,61 @@ pytestmark = pytest.mark.usefixtures("quick_to_compile")
 STEM, LAYER1, HEAD = 232, 888, 39
 
 
-def said(*args, **how):
-    return dry_run(MODEL, splits(), config(*args, **how), 4)
+def text(*args, **options):
+    return dry_run(MODEL, splits(), config(*args, **options), 4)
 
 
 def test_the_parameters_are_counted():
-    page = said("lp-ft", freeze_to="stem", rates=("layer1=0.5",), epochs=3)
+    output = text("lp-ft", freeze_to="stem", rates=("layer1=0.5",), epochs=3)
     rows = {
         cells[0]: cells[1:]
-        for line in page.splitlines()
-        if len(cells := [cell.strip() for cell in re.split("[│┃]", line) if cell.strip()]) == 4
+        for line in output.splitlines()
+        if len(cells := re.split("  +", line.strip())) == 4
     }
     assert rows["stem"] == [f"{STEM}", "frozen", "0"]
     assert rows["layer1"][:2] == [f"{LAYER1}", "0.005"]
     assert rows["head"][:2] == [f"{HEAD}", "0.01"]
-    assert "11 training and 7 validation images, 3 steps of 4 an epoch" in page
-    assert "linear probe" in page
-    assert "3 epochs" in page
+    assert "11 training and 7 validation images, 3 steps of 4 an epoch" in output
+    assert "linear probe" in output
+    assert "3 epochs" in output
 
 
-def test_a_suffix_costs_less_than_everything():
+def test_the_last_stages_cost_less_than_all_stages():
     share = {
         cache: int(
-            re.search(r"(\d+)% of training everything", said(freeze_to="stem", cache=cache))[1]
+            re.search(r"(\d+)% of training all stages", text(freeze_to="stem", cache=cache))[1]
         )
         for cache in ("none", "memory")
     }
     assert share["memory"] < share["none"] < 100
-    assert "100% of training everything" in said()
+    assert "100% of training all stages" in text()
 
 
-def test_the_cache_is_as_large_as_it_will_be():
-    page = said(freeze_to="stem", cache="disk")
+def test_the_size_of_the_cache_is_the_size_of_the_activations():
+    output = text(freeze_to="stem", cache="disk")
     size = feature_bytes(MODEL, 11 + 7, "layer1")
     assert size == 18 * 16 * 16 * 8 * 4
-    assert "cached in disk: what enters layer1" in page
-    assert f"{size / 2**20:,.0f} MiB" in page
-    for how, expected in (
+    assert "cached in disk: the activations that enter layer1" in output
+    assert f"{size / 2**20:,.0f} MiB" in output
+    for options, expected in (
         ({}, size),
         ({"cache_dtype": "bfloat16"}, size / 2),
         ({"cache_views": 3}, size),  # without augmentation there is one view
         ({"cache_views": 3, "augment": True}, size * (3 * 11 + 7) / 18),
     ):
-        assert cache_bytes(MODEL, splits(), config(**how), "layer1") == expected
-    assert "nothing is cached" in said()
-    assert "nothing is cached" in said(freeze_to="stem", augment=True)
+        assert cache_bytes(MODEL, splits(), config(**options), "layer1") == expected
+    assert "nothing is cached" in text()
+    assert "nothing is cached" in text(freeze_to="stem", augment=True)
 
 
-def test_every_phase_has_its_table():
-    page = said("gradual")
-    assert page.count("phase: ") == 2
-    assert page.index("phase: from layer1") < page.index("phase: from stem")
+def test_every_phase_has_a_table():
+    output = text("gradual")
+    assert output.count("phase: ") == 2
+    assert output.index("phase: from layer1") < output.index("phase: from stem")
 
 
 class OnlyLowered:
-    """A step that may be looked at and not taken."""
+    """A step that can be lowered, but not called."""
 
     def __init__(self, step):
         self.lower = step.lower
@@ -85,6 +85,6 @@ def test_nothing_is_trained(monkeypatch):
         dry_run_module, "make_train_step", lambda *a, **k: OnlyLowered(make(*a, **k))
     )
     monkeypatch.setattr(Source, "read", None)
-    assert "nothing is cached" in said()
+    assert "nothing is cached" in text()
     with pytest.raises(RequestError, match="no stage 'layer9'"):
-        said(freeze_to="layer9")
+        text(freeze_to="layer9")

@@ -1,4 +1,4 @@
-"""Training whole: cached or not, killed or not, the same run."""
+"""Training from start to end: the same result with or without cache and interruptions."""
 
 import gzip
 import json
@@ -16,7 +16,7 @@ from flax import linen as nn
 
 import tljax.train.fit as fit_module
 import tljax.train.loop as loop_module
-import tljax.train.setup as preparation
+import tljax.train.setup as setup_module
 from tljax.data.loader import batch_rows
 from tljax.data.options import AugmentConfig, Loading
 from tljax.models import replace_head
@@ -35,7 +35,7 @@ RANDOM = {"batch_norm": "batch", "dropout": 0.3, "ema_decay": 0.8}
 
 @pytest.fixture
 def indices(monkeypatch):
-    """Of the examples of every training batch that count."""
+    """Record the indices of the valid examples of every training batch."""
     seen, shard = [], loop_module.shard
 
     def recording(batch, mesh):
@@ -57,24 +57,24 @@ def losses(result):
     return [(entry["train_loss"], entry["val_loss"], entry["train_top1"]) for entry in entries]
 
 
-def test_a_cached_prefix_changes_nothing(indices, feature_cache):
-    found = {}
+def test_a_cached_prefix_does_not_change_the_result(indices, feature_cache):
+    actual = {}
     for cache in ("none", "memory", "disk"):
         indices.clear()
-        what = config(freeze_to="stem", cache=cache, epochs=4, rate=5e-2, **RANDOM)
-        found[cache] = losses(train(what)), list(indices)
+        fit_config = config(freeze_to="stem", cache=cache, epochs=4, rate=5e-2, **RANDOM)
+        actual[cache] = losses(train(fit_config)), list(indices)
         assert feature_cache.exists() == (cache == "disk")
-    np.testing.assert_allclose(found["memory"][0], found["none"][0], rtol=1e-6)
-    assert found["memory"] == found["disk"]
-    assert found["memory"][1] == found["none"][1]
+    np.testing.assert_allclose(actual["memory"][0], actual["none"][0], rtol=1e-6)
+    assert actual["memory"] == actual["disk"]
+    assert actual["memory"][1] == actual["none"][1]
     rows = [row for epoch in range(1, 5) for row in batch_rows(11, 4, 0, epoch).tolist()]
-    assert found["none"][1] == [[i for i in row if i not in (-1, 4)] for row in rows]
+    assert actual["none"][1] == [[i for i in row if i not in (-1, 4)] for row in rows]
     # And it is training that is compared.
-    assert found["none"][0][-1][0] < 0.9 * found["none"][0][0][0]
+    assert actual["none"][0][-1][0] < 0.9 * actual["none"][0][0][0]
 
 
 @pytest.mark.slow
-def test_cached_views_are_the_first_epochs_of_fresh_draws():
+def test_cached_views_are_those_of_the_first_epochs_without_a_cache():
     fresh = train(config(freeze_to="stem", augment=True, epochs=3))
     cached = train(config(freeze_to="stem", augment=True, epochs=3, cache_views=3))
     np.testing.assert_allclose(losses(cached), losses(fresh), rtol=1e-6)
@@ -83,7 +83,7 @@ def test_cached_views_are_the_first_epochs_of_fresh_draws():
     assert losses(fewer)[2] != losses(cached)[2]
 
 
-def test_an_approximate_cache_is_near(feature_cache):
+def test_a_bfloat16_cache_is_a_close_approximation(feature_cache):
     exact = train(config(freeze_to="stem"))
     for cache in ("memory", "disk"):
         near = train(config(freeze_to="stem", cache=cache, cache_dtype="bfloat16"))
@@ -97,19 +97,21 @@ class KilledError(Exception):
 
 @pytest.fixture
 def lives(monkeypatch):
-    """After ``left.append(n)`` the engine does n things more, steps or entries of the history."""
+    """After ``left.append(n)``, stop the run after n more steps or history entries."""
     left: list[int] = []
-    make, made = preparation.make_train_step, {}
+    make, made = setup_module.make_train_step, {}
 
     def once():
         if not left[-1]:
             raise KilledError
         left[-1] -= 1
 
-    def make_train_step(model, optimizer, objective, materialize, **how):
+    def make_train_step(model, optimizer, objective, materialize, **settings):
         # A life of its own would trace and compile the same step again.
-        key = model, *how.items()
-        step = made[key] = made.get(key) or make(model, optimizer, objective, materialize, **how)
+        key = model, *settings.items()
+        step = made[key] = made.get(key) or make(
+            model, optimizer, objective, materialize, **settings
+        )
 
         def counted(*args):
             once()
@@ -117,12 +119,12 @@ def lives(monkeypatch):
 
         return counted
 
-    monkeypatch.setattr(preparation, "make_train_step", make_train_step)
+    monkeypatch.setattr(setup_module, "make_train_step", make_train_step)
     # Neither is the probe what this is about, nor is it quick to compile.
     rng = np.random.default_rng(0)
     probe = SimpleNamespace(kernel=rng.normal(0, 0.1, (12, 3)), bias=np.zeros(3))
     probe = SimpleNamespace(**{k: v.astype(np.float32) for k, v in vars(probe).items()})
-    monkeypatch.setattr(preparation, "fit_probe", lambda *_, **__: probe)
+    monkeypatch.setattr(setup_module, "fit_probe", lambda *_, **__: probe)
     longest = 1
 
     def log(history):
@@ -147,23 +149,23 @@ RUNS = {
     "name",
     [pytest.param(name, marks=pytest.mark.slow if name != "augmented" else []) for name in RUNS],
 )
-def test_a_run_that_is_killed_and_goes_on_ends_the_same(name, lives, tmp_path, monkeypatch):
+def test_a_run_that_is_killed_and_resumed_gives_the_same_result(name, lives, tmp_path, monkeypatch):
     left, log = lives
-    what = RUNS[name]
+    fit_config = RUNS[name]
     left.append(10**6)
-    expected = everything(train(what, folder=tmp_path / "whole"), tmp_path / "whole")
+    expected = everything(train(fit_config, folder=tmp_path / "whole"), tmp_path / "whole")
     result, rng = None, np.random.default_rng(list(RUNS).index(name))
     while result is None:
         left.append(int(rng.integers(1, 6)))
         try:
-            result = train(what, folder=tmp_path / "killed", on_epoch=log)
+            result = train(fit_config, folder=tmp_path / "killed", on_epoch=log)
         except KilledError:
             continue
     assert len(left) > 3
     assert everything(result, tmp_path / "killed") == expected
     # Finished is finished: once more takes no step.
     left.append(0)
-    again = train(what, folder=tmp_path / "killed")
+    again = train(fit_config, folder=tmp_path / "killed")
     assert everything(again, tmp_path / "killed") == expected
     if name == "gradual":
         assert {entry["phase"] for entry in expected["history"][1:]} == {"from layer1", "from stem"}
@@ -171,9 +173,9 @@ def test_a_run_that_is_killed_and_goes_on_ends_the_same(name, lives, tmp_path, m
         assert len(expected["history"]) == 3
 
 
-def test_a_run_that_is_asked_to_stop_ends_with_its_step_and_loses_nothing(tmp_path, monkeypatch):
-    what, shard, taken = config(ema_decay=0.8, cache="none"), loop_module.shard, []
-    expected = everything(train(what, folder=tmp_path / "whole"), tmp_path / "whole")
+def test_a_run_that_is_asked_to_stop_saves_its_last_step(tmp_path, monkeypatch):
+    fit_config, shard, taken = config(ema_decay=0.8, cache="none"), loop_module.shard, []
+    expected = everything(train(fit_config, folder=tmp_path / "whole"), tmp_path / "whole")
     stopped = tmp_path / "stopped"
     for steps in (1, 3, 2):  # within an epoch, within the next one, and at the very end
         preemption = Preemption()
@@ -186,13 +188,13 @@ def test_a_run_that_is_asked_to_stop_ends_with_its_step_and_loses_nothing(tmp_pa
 
         monkeypatch.setattr(loop_module, "shard", counted)
         with pytest.raises(StoppedError, match="stopped by SIGTERM"):
-            train(what, folder=stopped, preemption=preemption)
+            train(fit_config, folder=stopped, preemption=preemption)
         assert len(taken) == steps
     monkeypatch.setattr(loop_module, "shard", lambda *_: pytest.fail("all steps were taken"))
-    assert everything(train(what, folder=stopped), stopped) == expected
+    assert everything(train(fit_config, folder=stopped), stopped) == expected
 
 
-def test_a_signal_waits_for_the_step_and_a_second_one_does_not():
+def test_the_first_signal_waits_for_the_step_and_the_second_does_not():
     def again(preemption):
         with preemption.deferred():
             signal.raise_signal(signal.SIGTERM)
@@ -210,42 +212,42 @@ def test_a_signal_waits_for_the_step_and_a_second_one_does_not():
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_a_batch_is_no_larger_than_the_training_set(indices, monkeypatch):
+def test_the_batch_size_is_at_most_the_size_of_the_training_set(indices, monkeypatch):
     shapes, shard = [], loop_module.shard
     monkeypatch.setattr(
         loop_module, "shard", lambda x, mesh: (shapes.append(x.inputs.shape), shard(x, mesh))[1]
     )
     for others in ({"cache": "none", "accumulate": 2}, {"freeze_to": "stem"}):
-        found = {}
+        actual = {}
         for size in (11, 2048):
             shapes.clear()
-            what = config(epochs=2, dropout=0.3, **others)
-            found[size] = everything(train(what, loading=Loading(size))), list(shapes)
-        assert found[11] == found[2048]
-        assert {shape[0] for shape in found[2048][1]} == {12 if "accumulate" in others else 11}
+            fit_config = config(epochs=2, dropout=0.3, **others)
+            actual[size] = everything(train(fit_config, loading=Loading(size))), list(shapes)
+        assert actual[11] == actual[2048]
+        assert {shape[0] for shape in actual[2048][1]} == {12 if "accumulate" in others else 11}
 
 
-def test_a_plan_that_freezes_again_what_has_trained_is_refused(monkeypatch):
-    """A checkpoint of the second phase would not hold it."""
-    make_plan = preparation.make_plan
+def test_a_plan_that_freezes_trained_parameters_is_refused(monkeypatch):
+    """A checkpoint of the second phase would not hold them."""
+    make_plan = setup_module.make_plan
 
     def there_and_back(*arguments):
         plan = make_plan(*arguments)
         tables = ([("layer1/*", 1.0), ("*", 0.0)], [("head/*", 1.0), ("*", 0.0)])
         return plan._replace(phases=tuple(Phase("x", table, 1) for table in tables))
 
-    monkeypatch.setattr(preparation, "make_plan", there_and_back)
-    with pytest.raises(RequestError, match=r"layer1/\S+ trains and then stays"):
+    monkeypatch.setattr(setup_module, "make_plan", there_and_back)
+    with pytest.raises(RequestError, match=r"layer1/\S+ is trained, then frozen"):
         train(config())
 
 
-def test_what_was_logged_is_not_lost_where_no_checkpoint_can_be_read(tmp_path):
+def test_metrics_are_kept_when_the_checkpoints_are_refused(tmp_path):
     train(config(), folder=tmp_path)
-    kept = (tmp_path / "metrics.jsonl").read_bytes()
-    assert kept.count(b"\n") == 3
-    with pytest.raises(RequestError, match="belongs to another run"):
+    retained = (tmp_path / "metrics.jsonl").read_bytes()
+    assert retained.count(b"\n") == 3
+    with pytest.raises(RequestError, match="belongs to a run with other"):
         train(config(rate=1e-3), folder=tmp_path)
-    assert (tmp_path / "metrics.jsonl").read_bytes() == kept
+    assert (tmp_path / "metrics.jsonl").read_bytes() == retained
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_does_not():
@@ -256,7 +258,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_does_not():
 
 @pytest.fixture
 def measured(monkeypatch):
-    """The variables of every evaluation, from before training on."""
+    """Record the variables of every evaluation, including the one before training."""
     seen, logits = [], Inputs.logits
 
     def recording(self, model, variables):
@@ -267,10 +269,14 @@ def measured(monkeypatch):
     return seen
 
 
-def test_what_is_frozen_keeps_its_bytes_for_a_hundred_steps(measured):
-    what = config(freeze_to="stem", batch_norm="batch", epochs=34, cache="none", ema_decay=0.5)
-    what = replace(what, optimizer=replace(what.optimizer, weight_decay=0.1, clip_norm=0.5))
-    train(what)
+def test_frozen_parameters_keep_their_bytes_for_a_hundred_steps(measured):
+    fit_config = config(
+        freeze_to="stem", batch_norm="batch", epochs=34, cache="none", ema_decay=0.5
+    )
+    fit_config = replace(
+        fit_config, optimizer=replace(fit_config.optimizer, weight_decay=0.1, clip_norm=0.5)
+    )
+    train(fit_config)
     first = tiny.random_variables()
     assert len(measured) == 36
     for variables in measured:
@@ -284,12 +290,12 @@ def test_what_is_frozen_keeps_its_bytes_for_a_hundred_steps(measured):
             assert not np.array_equal(leaf, flatten(measured[-2][kind]["layer1"])[path]), path
 
 
-def test_patience_stops_and_the_best_is_kept(measured, monkeypatch):
-    """Validation gets better, worse, worse, ...: after two worse ones it ends."""
+def test_patience_stops_the_run_and_the_best_epoch_is_returned(measured, monkeypatch):
+    """Accuracy improves once, then drops: the run stops after two epochs without improvement."""
     top1 = iter([0.2, 0.4, 0.8, 0.6, 0.8, 0.9, 1.0])
     evaluate = fit_module.evaluate
     monkeypatch.setattr(
-        fit_module, "evaluate", lambda found: evaluate(found)._replace(top1=next(top1), loss=1.0)
+        fit_module, "evaluate", lambda actual: evaluate(actual)._replace(top1=next(top1), loss=1.0)
     )
     result = train(config(epochs=6, patience=2))
     # The tie of epoch 4 is not better, so two epochs have passed since epoch 2.
@@ -300,20 +306,21 @@ def test_patience_stops_and_the_best_is_kept(measured, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_average_is_what_is_measured_and_accumulation_changes_nothing():
+def test_the_moving_average_is_validated_and_accumulation_changes_nothing():
     plain, averaged, parts = (
-        train(what) for what in (config(), config(ema_decay=0.999), config(accumulate=2))
+        train(fit_config)
+        for fit_config in (config(), config(ema_decay=0.999), config(accumulate=2))
     )
     for name in ("train_loss", "val_loss"):
-        found, expected = ([e[name] for e in r.history[1:]] for r in (parts, plain))
-        np.testing.assert_allclose(found, expected, rtol=1e-5)
+        actual, expected = ([e[name] for e in r.history[1:]] for r in (parts, plain))
+        np.testing.assert_allclose(actual, expected, rtol=1e-5)
     for same, entry in zip(plain.history[1:], averaged.history[1:], strict=True):
         assert entry["train_loss"] == pytest.approx(same["train_loss"], rel=1e-6)
         assert entry["val_loss"] != pytest.approx(same["val_loss"], rel=1e-4)
 
 
 def strict(line):
-    """JSON by the letter, which knows no NaN."""
+    """Parse strict JSON, which has no NaN."""
     return json.loads(line, parse_constant=pytest.fail)
 
 
@@ -326,18 +333,18 @@ def test_a_run_that_diverges_stops_with_advice():
     assert "\n" not in message
 
 
-def test_the_network_after_the_last_step_is_looked_at_too():
-    """A single step: the loss before it is that of a head of zeros."""
+def test_the_network_after_the_last_step_is_checked():
+    """With a single step, the training loss is that of a zero head."""
     with pytest.raises(DivergenceError, match="val_loss is nan after step 1"):
         train(config(rate=1e38, optimizer="sgd", clip_norm=0.0), splits(4, broken=()))
 
 
 def test_a_network_that_is_not_finite_is_never_saved(tmp_path, monkeypatch):
-    """Not even within an epoch; what was saved before stays."""
-    make = preparation.make_train_step
+    """Not even within an epoch, and earlier checkpoints are kept."""
+    make = setup_module.make_train_step
 
-    def make_train_step(*args, **how):
-        step = make(*args, **how)
+    def make_train_step(*args, **settings):
+        step = make(*args, **settings)
 
         def poisoned(state, *others):
             state, metrics = step(state, *others)
@@ -346,11 +353,11 @@ def test_a_network_that_is_not_finite_is_never_saved(tmp_path, monkeypatch):
 
         return poisoned
 
-    monkeypatch.setattr(preparation, "make_train_step", make_train_step)
-    what = config(ema_decay=0.5)
-    with pytest.raises(DivergenceError, match=r"step 5, .*; what was saved before is kept"):
-        train(what, folder=tmp_path)
-    checkpoints = Checkpoints(tmp_path / "checkpoints", repr(what))
+    monkeypatch.setattr(setup_module, "make_train_step", make_train_step)
+    fit_config = config(ema_decay=0.5)
+    with pytest.raises(DivergenceError, match=r"step 5, .*; earlier checkpoints are kept"):
+        train(fit_config, folder=tmp_path)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", repr(fit_config))
     saved = checkpoints.restore()
     checkpoints.close()
     assert saved is not None
@@ -360,35 +367,35 @@ def test_a_network_that_is_not_finite_is_never_saved(tmp_path, monkeypatch):
     assert [strict(line)["epoch"] for line in lines] == [0, 1]
 
 
-def test_weights_that_are_not_finite_are_not_the_fault_of_the_learning_rate(monkeypatch):
+def test_weights_that_are_not_finite_are_reported_before_the_first_step(monkeypatch):
     broken = jax.tree.map(lambda x: np.full_like(x, np.nan), tiny.random_variables())
     monkeypatch.setattr(tiny, "random_variables", lambda: broken)
     with pytest.raises(RequestError, match="val_loss is nan before the first step: check the w"):
         train(config())
 
 
-def test_files_are_json_by_the_letter(tmp_path):
+def test_files_are_strict_json(tmp_path):
     values = {"nan": np.nan, "inf": [-np.inf, (1.5, np.float64("inf"))], "path": tmp_path, "n": 1}
     run_directory.write_json(tmp_path / "found.json", values)
-    found = strict((tmp_path / "found.json").read_text())
-    assert found == {"nan": None, "inf": [None, [1.5, None]], "path": str(tmp_path), "n": 1}
+    actual = strict((tmp_path / "found.json").read_text())
+    assert actual == {"nan": None, "inf": [None, [1.5, None]], "path": str(tmp_path), "n": 1}
     run_directory.MetricsFile(tmp_path).on_epoch([{"epoch": 0, "val_loss": np.inf}])
     assert strict((tmp_path / "metrics.jsonl").read_text()) == {"epoch": 0, "val_loss": None}
 
 
-def test_unreadable_images_are_named_and_a_blind_validation_refused():
+def test_unreadable_images_are_listed_and_a_class_without_images_is_refused():
     for cache in ("none", "memory"):
-        what = config(freeze_to="stem", cache=cache, epochs=1)
-        assert [sorted(part) for part in train(what).skipped] == [[4], [2]]
+        fit_config = config(freeze_to="stem", cache=cache, epochs=1)
+        assert [sorted(part) for part in train(fit_config).skipped] == [[4], [2]]
         with pytest.raises(RequestError, match="no image of the validation data can be read"):
-            train(what, splits(val_broken=range(7)))
+            train(fit_config, splits(val_broken=range(7)))
         with pytest.raises(RequestError, match="no image of class 'b' in the training data"):
-            train(what, splits(broken=range(1, 11, 3)))
+            train(fit_config, splits(broken=range(1, 11, 3)))
         with pytest.raises(RequestError, match=r"image \d: .*skip bad images"):
-            train(what, loading=replace(LOADING, on_bad_image="fail"))
+            train(fit_config, loading=replace(LOADING, on_bad_image="fail"))
 
 
-def test_balanced_classes_weigh_by_their_share():
+def test_balanced_class_weights_are_inverse_to_the_class_frequencies():
     data = splits(9, broken=())
     labels = np.array([0, 0, 0, 0, 0, 0, 1, 1, 2], np.int32)
     data = data._replace(train=replace(data.train, labels=labels))
@@ -397,37 +404,37 @@ def test_balanced_classes_weigh_by_their_share():
 
 def train_weights(data):
     run = SimpleNamespace(config=config(class_weights="balanced"), splits=data)
-    return preparation._class_weights(run)
+    return setup_module._class_weights(run)
 
 
-def test_some_steps_are_traced(tmp_path):
-    found = train(config(epochs=1), profile=tmp_path)
+def test_a_profile_traces_some_steps(tmp_path):
+    actual = train(config(epochs=1), profile=tmp_path)
     [path] = tmp_path.rglob("perfetto_trace.json.gz")
     events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
     assert "PjitFunction(step)" in {event.get("name") for event in events}
-    assert everything(found) == everything(train(config(epochs=1)))
+    assert everything(actual) == everything(train(config(epochs=1)))
 
 
-def test_half_precision_is_of_activations_alone():
+def test_half_precision_applies_to_activations_only():
     half = replace(tiny.MODEL, dtype="bfloat16")
-    found, expected = (
+    actual, expected = (
         fit_module.fit(model, tiny.random_variables(), splits(), config(epochs=2), loading=LOADING)
         for model in (half, tiny.MODEL)
     )
-    assert found.model.dtype == "bfloat16"
-    leaves = [*flatten(found.variables).values(), found.logits.values]
+    assert actual.model.dtype == "bfloat16"
+    leaves = [*flatten(actual.variables).values(), actual.logits.values]
     assert {leaf.dtype for leaf in leaves} == {np.dtype("float32")}
-    np.testing.assert_allclose(losses(found), losses(expected), rtol=0.05)
-    assert losses(found) != losses(expected)
+    np.testing.assert_allclose(losses(actual), losses(expected), rtol=0.05)
+    assert losses(actual) != losses(expected)
 
 
-def test_what_is_frozen_may_be_held_in_half_precision_and_is_returned_whole():
-    how = config(freeze_to="stem", cache="none")
-    found, expected = train(replace(how, frozen_dtype="bfloat16")), train(how)
-    np.testing.assert_allclose(losses(found), losses(expected), rtol=0.05)
-    assert losses(found)[1:] != losses(expected)[1:]
+def test_frozen_parameters_in_half_precision_are_returned_in_full_precision():
+    settings = config(freeze_to="stem", cache="none")
+    actual, expected = train(replace(settings, frozen_dtype="bfloat16")), train(settings)
+    np.testing.assert_allclose(losses(actual), losses(expected), rtol=0.05)
+    assert losses(actual)[1:] != losses(expected)[1:]
     before = flatten(tiny.random_variables())
-    for path, leaf in flatten(found.variables).items():
+    for path, leaf in flatten(actual.variables).items():
         if "/stem/" in path:
             np.testing.assert_array_equal(leaf, before[path], strict=True)
 
@@ -451,7 +458,7 @@ def two_layers(model, variables, classes):
     return replace(model, stages=(*body, old._replace(module=head))), variables
 
 
-def test_a_head_of_two_layers_is_trained_by_a_recipe_that_solves_none():
+def test_a_head_of_two_layers_is_trained_by_recipes_without_a_probe():
     with pytest.raises(RequestError, match=r"lp-ft starts with a probe, which needs a linear head"):
         train(config("lp-ft"), new_head=two_layers)
     result = train(config(rate=5e-2), new_head=two_layers)
@@ -461,7 +468,7 @@ def test_a_head_of_two_layers_is_trained_by_a_recipe_that_solves_none():
     assert not np.array_equal(after["Dense_0"]["kernel"], before["Dense_0"]["kernel"])
 
 
-def test_a_network_without_a_head_is_trained_to_the_same_as_with_one(monkeypatch):
+def test_a_network_without_a_head_gives_the_same_result_as_with_one(monkeypatch):
     expected = everything(train(config("lp-ft")))
     model, variables = replace_head(tiny.MODEL, tiny.random_variables(), 0)
     monkeypatch.setattr(tiny, "MODEL", model)

@@ -1,4 +1,4 @@
-"""What is kept on the disk of the stages that stay, and what is left when it cannot be."""
+"""The cache of activations of frozen stages, on disk and in memory."""
 
 import os
 import shutil
@@ -27,16 +27,16 @@ def folder(tmp_path, monkeypatch):
     return tmp_path / "features"
 
 
-def kept(tiny, **how):
+def retained(tiny, **options):
     return compute_features(
-        *tiny, source(10, broken=(3,)), LOADING, stop="layer1", cache=True, **how
+        *tiny, source(10, broken=(3,)), LOADING, stop="layer1", cache=True, **options
     )
 
 
-def test_bfloat16_comes_back_as_it_was(tiny, folder):
-    first = kept(tiny, dtype="bfloat16")
-    again = kept(tiny, dtype="bfloat16")
-    exact = kept(tiny)
+def test_bfloat16_activations_are_read_as_written(tiny, folder):
+    first = retained(tiny, dtype="bfloat16")
+    again = retained(tiny, dtype="bfloat16")
+    exact = retained(tiny)
     assert len(list(folder.iterdir())) == 2
     assert first.values.dtype == again.values.dtype == ml_dtypes.bfloat16
     assert isinstance(again.values, np.memmap)
@@ -45,17 +45,17 @@ def test_bfloat16_comes_back_as_it_was(tiny, folder):
     np.testing.assert_array_equal(again.indices, exact.indices)
 
 
-def test_no_room_is_one_line(tiny, folder, monkeypatch):
+def test_a_cache_larger_than_the_disk_is_refused_in_one_line(tiny, folder, monkeypatch):
     usage = namedtuple("usage", ["free"])
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10 * 16 * 16 * 8 * 4 - 1))
     with pytest.raises(RequestError, match=r"GiB and .* free: set TLJAX_CACHE to another disk$"):
-        kept(tiny)
+        retained(tiny)
     assert not folder.exists()
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10 * 16 * 16 * 8 * 4))
-    kept(tiny)
+    retained(tiny)
 
 
-def test_nothing_half_written_stays(tiny, folder, monkeypatch):
+def test_an_error_leaves_no_unfinished_file(tiny, folder, monkeypatch):
     compute = features_module.over_source
 
     def failing(*args):
@@ -64,7 +64,7 @@ def test_nothing_half_written_stays(tiny, folder, monkeypatch):
 
     monkeypatch.setattr(features_module, "over_source", failing)
     with pytest.raises(RuntimeError, match="in the middle"):
-        kept(tiny)
+        retained(tiny)
     assert list(folder.iterdir()) == []
 
 
@@ -73,55 +73,57 @@ def full(*_args, **_how):
 
 
 @pytest.mark.parametrize(
-    ("where", "what"),
+    ("where", "name"),
     [(Path, "touch"), (store, "array_bytes"), (Path, "write_text"), (os, "link")],
     ids=["the first file", "values", "about.json", "its name"],
 )
-def test_a_disk_that_fills_up_is_one_line(tiny, folder, monkeypatch, where, what):
+def test_a_disk_that_becomes_full_is_reported_in_one_line(
+    tiny, folder, monkeypatch, where, name
+):
     with monkeypatch.context() as patch:
-        patch.setattr(where, what, full)
+        patch.setattr(where, name, full)
         with pytest.raises(
             WriteError, match=r"cannot be written .No space left.*: set TLJAX_CACHE"
         ):
-            kept(tiny)
+            retained(tiny)
     assert list(folder.iterdir()) == []
-    kept(tiny)
+    retained(tiny)
 
 
-def test_an_interrupt_leaves_nothing_half_written(tiny, folder, monkeypatch):
+def test_an_interrupt_leaves_no_unfinished_file(tiny, folder, monkeypatch):
     def interrupted(*_args, **_how):
         raise KeyboardInterrupt
 
-    for where, what in ((store, "array_bytes"), (Path, "write_text"), (os, "link")):
+    for where, name in ((store, "array_bytes"), (Path, "write_text"), (os, "link")):
         with monkeypatch.context() as patch:
-            patch.setattr(where, what, interrupted)
+            patch.setattr(where, name, interrupted)
             with pytest.raises(KeyboardInterrupt):
-                kept(tiny)
+                retained(tiny)
         assert list(folder.iterdir()) == []
 
 
-def test_a_cache_that_cannot_be_written_may_be_read(tiny, folder, monkeypatch):
-    first = kept(tiny)
+def test_a_read_only_cache_is_read(tiny, folder, monkeypatch):
+    first = retained(tiny)
     monkeypatch.setattr(os, "utime", full)
-    for where, what in ((Path, "touch"), (Path, "mkdir")):
-        monkeypatch.setattr(where, what, full)
-    np.testing.assert_array_equal(kept(tiny).values, first.values)
+    for where, name in ((Path, "touch"), (Path, "mkdir")):
+        monkeypatch.setattr(where, name, full)
+    np.testing.assert_array_equal(retained(tiny).values, first.values)
 
 
-def test_a_folder_that_cannot_be_made_is_one_line(tiny, monkeypatch):
+def test_a_cache_folder_that_cannot_be_created_is_reported_in_one_line(tiny, monkeypatch):
     monkeypatch.setenv("TLJAX_CACHE", "/dev/null/cache")
     with pytest.raises(WriteError, match=r"cannot be written .Not a directory"):
-        kept(tiny)
+        retained(tiny)
 
 
-def test_features_that_cannot_be_kept_are_computed(folder, monkeypatch, capsys):
-    """For a probe, which asks for no place."""
+def test_features_are_computed_when_the_cache_cannot_be_written(folder, monkeypatch, capsys):
+    """A probe takes the disk without a setting."""
     arguments = tiny_network.MODEL, tiny_network.random_variables(), splits(), LOADING
     expected = split_features(*arguments)
     capsys.readouterr()
     monkeypatch.setenv("TLJAX_CACHE", "/dev/null/cache")
-    found = split_features(*arguments)
-    for one, other in zip(expected, found, strict=True):
+    actual = split_features(*arguments)
+    for one, other in zip(expected, actual, strict=True):
         np.testing.assert_array_equal(one.values, other.values)
         np.testing.assert_array_equal(one.indices, other.indices)
     notes = [line for line in capsys.readouterr().err.splitlines() if "note: " in line]
@@ -132,14 +134,14 @@ def test_features_that_cannot_be_kept_are_computed(folder, monkeypatch, capsys):
 
 
 def open_cached(cache):
-    what = config(freeze_to="layer1", cache=cache)
-    arguments = tiny_network.MODEL, tiny_network.random_variables(), splits(), what
+    fit_config = config(freeze_to="layer1", cache=cache)
+    arguments = tiny_network.MODEL, tiny_network.random_variables(), splits(), fit_config
     return open_inputs(*arguments, LOADING, 0, "layer1")
 
 
-def test_auto_takes_what_is_free(folder, monkeypatch):
-    what = config(freeze_to="layer1")
-    size = cache_bytes(tiny_network.MODEL, splits(), what, "layer1")
+def test_auto_chooses_memory_then_disk_then_none(folder, monkeypatch):
+    fit_config = config(freeze_to="layer1")
+    size = cache_bytes(tiny_network.MODEL, splits(), fit_config, "layer1")
     memory, disk = [0], [0]
     monkeypatch.setattr(inputs, "free_memory", lambda: memory[0])
     monkeypatch.setattr(store, "room", lambda: disk[0])
@@ -156,7 +158,7 @@ def test_auto_takes_what_is_free(folder, monkeypatch):
     assert [place(asked) for asked in ("memory", "disk", "none")] == ["memory", "disk", "none"]
 
 
-def test_the_room_is_that_of_the_disk_and_the_limit(folder, monkeypatch):
+def test_the_cache_is_limited_by_the_disk_and_the_setting(folder, monkeypatch):
     usage = namedtuple("usage", ["free"])
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(2**30))
     assert store.room() == 2**30
@@ -166,7 +168,7 @@ def test_the_room_is_that_of_the_disk_and_the_limit(folder, monkeypatch):
     assert store.room() == 2**29
 
 
-def test_what_auto_cannot_keep_is_not_kept_and_what_was_asked_for_is_refused(monkeypatch, capsys):
+def test_a_cache_that_cannot_be_written_is_skipped_by_auto_and_refused_by_disk(monkeypatch, capsys):
     monkeypatch.setenv("TLJAX_CACHE", "/dev/null/cache")
     monkeypatch.setattr(inputs, "free_memory", lambda: 0)
     monkeypatch.setattr(store, "room", lambda: 2**30)

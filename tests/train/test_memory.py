@@ -6,7 +6,7 @@ import pytest
 from engine import LOADING, config, splits, train
 from tiny import MODEL, random_variables
 
-import tljax.train.setup as preparation
+import tljax.train.setup as setup_module
 from tljax.runtime.errors import RequestError
 from tljax.runtime.parallel import shard
 from tljax.train import memory
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("compilation_cache")
 
 @pytest.fixture(scope="module")
 def arguments():
-    """Of a step whose batch of 64 is what it takes memory for."""
+    """Return arguments of a step whose memory is mostly that of its batch of 64."""
     run, inputs = prepare(MODEL, random_variables(), splits(12, ()), config(), LOADING)
     state, frozen, step = begin_phase(
         run, inputs, run.plan.phases[0], run.variables, optax.constant_schedule(0.1)
@@ -35,7 +35,7 @@ def needed(arguments, size):
     )
 
 
-def test_the_largest_half_that_fits_is_found(arguments):
+def test_the_batch_size_is_halved_until_it_fits(arguments):
     at = {size: needed(arguments, size) for size in (64, 32, 16, 8)}
     assert at[64] > at[32] > at[16] > at[8]
     find = memory.fitting_batch_size
@@ -50,12 +50,12 @@ def test_the_largest_half_that_fits_is_found(arguments):
     ("limit", "advice"),
     [
         (None, "halve --batch-size"),
-        (1 << 40, "--batch-size 2 would fit, and so would --accumulate 2"),
+        (1 << 40, "--batch-size 2 or --accumulate 2 would fit"),
         (1, "no batch fits"),
     ],
 )
-def test_a_run_out_of_memory_says_what_would_fit(monkeypatch, limit, advice):
-    make = preparation.make_train_step
+def test_a_step_without_enough_memory_is_reported_with_advice(monkeypatch, limit, advice):
+    make = setup_module.make_train_step
 
     class Exhausted:
         def __init__(self, step):
@@ -64,7 +64,7 @@ def test_a_run_out_of_memory_says_what_would_fit(monkeypatch, limit, advice):
         def __call__(self, *_):
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
 
-    monkeypatch.setattr(preparation, "make_train_step", lambda *a, **k: Exhausted(make(*a, **k)))
+    monkeypatch.setattr(setup_module, "make_train_step", lambda *a, **k: Exhausted(make(*a, **k)))
     monkeypatch.setattr(memory, "device_memory", lambda: limit)
     with pytest.raises(RequestError, match=f"out of device memory at --batch-size 4: {advice}"):
         train(config())
@@ -123,7 +123,7 @@ GROUPS = {
 
 
 @pytest.mark.parametrize("name", GROUPS)
-def test_free_memory_is_what_the_machine_and_the_container_leave(name, tmp_path, monkeypatch):
+def test_free_memory_respects_the_limits_of_containers(name, tmp_path, monkeypatch):
     texts, expected = GROUPS[name]
     files(tmp_path, texts)
     machine = type("Machine", (), {"available": 5000})
@@ -131,5 +131,5 @@ def test_free_memory_is_what_the_machine_and_the_container_leave(name, tmp_path,
     assert memory.free_memory(tmp_path) == expected
 
 
-def test_this_machine_has_memory():
+def test_free_memory_of_this_machine_is_positive():
     assert 2**20 < memory.free_memory() <= psutil.virtual_memory().total

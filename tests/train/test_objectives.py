@@ -1,4 +1,4 @@
-"""What is handed to a step or to `fit`: an objective, materialize, a transformation, callbacks."""
+"""Functions that a step or `fit` takes: objective, materialize, transform and callbacks."""
 
 from dataclasses import replace
 
@@ -40,44 +40,44 @@ def batch(size=6, masked=0, targets=None, **extra):
     )
 
 
-def one_step(objective, data, *, table=EVERYTHING, optimizer=None, **how):
-    """New state, metrics, and what it started from; a plain step of size 1."""
+def one_step(objective, data, *, table=EVERYTHING, optimizer=None, **settings):
+    """Return state and metrics after a step of SGD at rate 1, and the variables before it."""
     variables = jax.tree.map(jnp.array, random_variables())
     changing, staying = split(
-        variables, label(variables["params"], table), how.get("batch_statistics", ())
+        variables, label(variables["params"], table), settings.get("batch_statistics", ())
     )
     optimizer = optimizer or optax.sgd(1.0)
     state = init_state(*jax.tree.map(jnp.array, tuple(changing.values())), optimizer)
-    step = make_train_step(MODEL, optimizer, objective, **how)
+    step = make_train_step(MODEL, optimizer, objective, **settings)
     state, metrics = step(state, staying, data, KEYS)
     return state, means(metrics), changing
 
 
-def gradient(objective, data, **how):
-    state, _, before = one_step(objective, data, **how)
+def gradient(objective, data, **settings):
+    state, _, before = one_step(objective, data, **settings)
     return jax.tree.map(np.subtract, before["params"], state.params)
 
 
-def assert_close(found, expected, tolerance=1e-5):
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+def assert_close(actual, expected, tolerance=1e-5):
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
 
 
 def test_the_default_is_the_cross_entropy():
     data = batch(masked=2)
-    found, _, _ = one_step(None, data)
+    actual, _, _ = one_step(None, data)
     expected, _, _ = one_step(cross_entropy(), data)
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
-def test_a_network_may_be_called_twice_and_the_statistics_move_twice():
+def test_each_call_of_the_network_updates_the_statistics():
     def twice(forward, batch, _):
         views = [forward(x).logits for x in (batch.inputs, batch.inputs[:, :, ::-1])]
         return sum(jnp.square(logits).sum(1) for logits in views), {}
 
     moving = frozenset({"stem", "layer1"})
     data = batch(masked=1)
-    state, found, before = one_step(twice, data, batch_statistics=moving)
+    state, actual, before = one_step(twice, data, batch_statistics=moving)
     variables = random_variables()
     total, stats = 0.0, variables["batch_stats"]
     for x in (data.inputs, data.inputs[:, :, ::-1]):
@@ -89,12 +89,12 @@ def test_a_network_may_be_called_twice_and_the_statistics_move_twice():
             mask=data.mask,
         )
         total, stats = total + float(jnp.square(output.logits)[:5].sum()), output.batch_stats
-    assert found["loss"] == pytest.approx(total / 5, rel=1e-5)
+    assert actual["loss"] == pytest.approx(total / 5, rel=1e-5)
     assert_close(state.batch_stats, {name: stats[name] for name in moving})
     assert not np.array_equal(state.params["head"]["kernel"], before["params"]["head"]["kernel"])
 
 
-def test_every_call_draws_noise_of_its_own_and_none_if_asked():
+def test_every_call_draws_new_noise_and_none_without_noise():
     def spread(forward, batch, _):
         one, other, still, again = (
             forward(batch.inputs, noise=noise).logits for noise in (True, True, False, False)
@@ -102,14 +102,14 @@ def test_every_call_draws_noise_of_its_own_and_none_if_asked():
         differences = {"noisy": jnp.abs(one - other).sum(1), "still": jnp.abs(still - again).sum(1)}
         return one.sum(1), differences
 
-    _, found, _ = one_step(spread, batch(), noise=STAGES)
-    assert found["noisy"] > 0.1
-    assert found["still"] == 0
+    _, actual, _ = one_step(spread, batch(), noise=STAGES)
+    assert actual["noisy"] > 0.1
+    assert actual["still"] == 0
 
 
 @pytest.mark.parametrize("moving", [frozenset(), frozenset({"stem", "layer1"})])
-def test_gradients_by_the_input_move_no_statistics_and_reach_the_parameters(moving):
-    """A gradient penalty: the square of the input's gradient, differentiated by the parameters."""
+def test_input_gradients_update_no_statistics_and_are_differentiable_by_the_parameters(moving):
+    """A gradient penalty is the square of the input gradient, differentiated by the parameters."""
 
     def penalty(forward, batch, _):
         def score(x):
@@ -119,7 +119,7 @@ def test_gradients_by_the_input_move_no_statistics_and_reach_the_parameters(movi
         return jnp.square(slope).sum((1, 2, 3)), {}
 
     data = batch(masked=2)
-    state, found, before = one_step(penalty, data, batch_statistics=moving)
+    state, actual, before = one_step(penalty, data, batch_statistics=moving)
     jax.tree.map(np.testing.assert_array_equal, state.batch_stats, before["batch_stats"])
     variables = random_variables()
 
@@ -132,38 +132,38 @@ def test_gradients_by_the_input_move_no_statistics_and_reach_the_parameters(movi
 
         return jnp.square(jax.grad(score)(data.inputs))[:4].sum() / 4
 
-    assert found["loss"] == pytest.approx(float(total(variables["params"])), rel=1e-4)
+    assert actual["loss"] == pytest.approx(float(total(variables["params"])), rel=1e-4)
     moved = jax.tree.map(np.subtract, before["params"], state.params)
     assert_close(moved, jax.grad(total)(variables["params"]), 1e-4)
 
 
-def test_evaluate_is_constant_and_without_noise():
+def test_evaluate_has_no_noise_and_no_parameter_gradient():
     def teacher(forward, batch, _):
         return forward.evaluate(batch.inputs).logits.sum(1), {}
 
     moved = gradient(teacher, batch(), batch_statistics=STAGES - {"pool"}, noise=STAGES)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(moved))
-    _, found, _ = one_step(teacher, batch(), batch_statistics=STAGES - {"pool"}, noise=STAGES)
+    _, actual, _ = one_step(teacher, batch(), batch_statistics=STAGES - {"pool"}, noise=STAGES)
     plain = apply(MODEL, random_variables(), batch().inputs).logits
-    assert found["loss"] == pytest.approx(float(plain.sum(1).mean()), rel=1e-5)
+    assert actual["loss"] == pytest.approx(float(plain.sum(1).mean()), rel=1e-5)
 
 
-def test_captured_stages_and_extra_arrays_are_there():
+def test_an_objective_gets_captured_stages_and_extra_arrays():
     wanted = np.random.default_rng(1).normal(size=(6, 8, 8, 12)).astype(np.float32)
 
     def match(forward, batch, _):
-        found = forward(batch.inputs, capture=("layer1",)).captured["layer1"]
-        return jnp.square(found - batch.extra["wanted"]).mean((1, 2, 3)), {}
+        actual = forward(batch.inputs, capture=("layer1",)).captured["layer1"]
+        return jnp.square(actual - batch.extra["wanted"]).mean((1, 2, 3)), {}
 
-    _, found, _ = one_step(match, batch(masked=1, wanted=wanted))
+    _, actual, _ = one_step(match, batch(masked=1, wanted=wanted))
     output = apply(MODEL, random_variables(), batch().inputs, capture=("layer1",))
     expected = np.square(output.captured["layer1"] - wanted).mean((1, 2, 3))[:5].mean()
-    assert found["loss"] == pytest.approx(float(expected), rel=1e-5)
+    assert actual["loss"] == pytest.approx(float(expected), rel=1e-5)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_targets_are_a_tree_and_weights_count(accumulate):
-    """Blanks, which are nan, weigh nothing; neither do padded rows, whatever they hold."""
+def test_targets_may_be_a_tree_and_weights_apply(accumulate):
+    """Missing targets, which are nan, have weight 0, and so have padded rows."""
     rng = np.random.default_rng(2)
     numbers = rng.normal(size=6).astype(np.float32)
     numbers[1] = np.nan
@@ -177,62 +177,64 @@ def test_targets_are_a_tree_and_weights_count(accumulate):
         each = optax.sigmoid_binary_cross_entropy(logits, batch.targets["several"]).mean(1)
         return each, {"square": Weighted(error**2, known.astype(jnp.float32))}
 
-    state, found, _ = one_step(objective, data, accumulate=accumulate)
+    state, actual, _ = one_step(objective, data, accumulate=accumulate)
     logits = np.asarray(apply(MODEL, random_variables(), data.inputs).logits)
-    kept = [0, 2, 3]
-    assert found["square"] == pytest.approx(np.mean((logits[kept, 0] - numbers[kept]) ** 2), 1e-5)
+    retained = [0, 2, 3]
+    assert actual["square"] == pytest.approx(
+        np.mean((logits[retained, 0] - numbers[retained]) ** 2), 1e-5
+    )
     each = optax.sigmoid_binary_cross_entropy(logits, several).mean(1)
-    assert found["loss"] == pytest.approx(float(each[:4].mean()), rel=1e-5)
+    assert actual["loss"] == pytest.approx(float(each[:4].mean()), rel=1e-5)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
 
 
-def test_names_of_the_engine_are_not_given_twice():
+def test_reserved_metric_names_are_refused():
     def objective(forward, batch, _):
         return forward(batch.inputs).logits.sum(1), {"loss": jnp.zeros(6)}
 
-    with pytest.raises(RequestError, match="an objective's metric cannot be called 'loss'"):
+    with pytest.raises(RequestError, match="an objective's metric must not be called 'loss'"):
         one_step(objective, batch())
 
 
 @pytest.mark.parametrize(
     ("returned", "message"),
     [
-        (lambda x: (x[:, None], {}), r"losses of shape \(6, 1\), not \(6,\)"),
-        (lambda x: (x.mean(), {}), r"losses of shape \(\), not"),
+        (lambda x: (x[:, None], {}), r"losses of shape \(6, 1\) instead of \(6,\)"),
+        (lambda x: (x.mean(), {}), r"losses of shape \(\) instead"),
         (lambda x: (x, {"m": x[:3]}), r"returned m of shape \(3,\)"),
         (lambda x: (x, {"m": Weighted(x, x.sum())}), r"returned m of shape \(\)"),
-        (lambda x: x, "a pair: losses, and a dict"),
-        (lambda x: (x, {"step": x}), "cannot be called 'step'"),
-        (lambda x: (x, {3: x}), "cannot be called 3"),
+        (lambda x: x, "a pair: losses and a dict"),
+        (lambda x: (x, {"step": x}), "must not be called 'step'"),
+        (lambda x: (x, {3: x}), "must not be called 3"),
     ],
 )
-def test_what_would_be_broadcast_or_count_padding_is_refused(returned, message):
+def test_values_that_are_not_one_per_example_are_refused(returned, message):
     with pytest.raises(RequestError, match=message):
         one_step(lambda forward, batch, _: returned(forward(batch.inputs).logits.sum(1)), batch())
 
 
 @pytest.mark.parametrize(
-    ("what", "hooks", "message"),
+    ("fit_config", "hooks", "message"),
     [
         ({}, {"materialize": lambda t, _: t}, "materialize made variables that do not fit tiny"),
-        ({}, {"new_head": lambda m, v, _: replace_head(m, v, 5)}, "made 5 outputs for 3 classes"),
+        ({}, {"new_head": lambda m, v, _: replace_head(m, v, 5)}, "made 5 outputs, not 3"),
         ({"label_smoothing": 0.1}, {"objective": cross_entropy()}, "--label-smoothing 0.1 has no"),
-        ({}, {"log_every": 0}, "log_every: choose 1"),
+        ({}, {"log_every": 0}, "log_every must be at least 1"),
     ],
 )
-def test_hooks_that_would_spoil_the_result_are_refused_before_the_first_step(what, hooks, message):
+def test_invalid_hooks_are_refused_before_the_first_step(fit_config, hooks, message):
     with pytest.raises(RequestError, match=message):
-        train(config(freeze_to="stem", **what), **hooks)
+        train(config(freeze_to="stem", **fit_config), **hooks)
 
 
-def test_a_validation_without_labels_is_refused():
+def test_validation_images_without_labels_are_refused():
     data = splits()
     data = data._replace(val=replace(data.val, labels=np.full(7, -1, np.int32)))
-    with pytest.raises(RequestError, match="give every image of the validation"):
+    with pytest.raises(RequestError, match="a validation image has no class"):
         train(config(), data)
 
 
-def test_who_listens_cannot_change_the_run_and_a_metric_may_be_nothing():
+def test_callbacks_cannot_change_the_run_and_a_metric_may_be_nan():
     def blank(forward, batch, key):
         losses, metrics = cross_entropy()(forward, batch, key)
         return losses, {**metrics, "blank": Weighted(losses, jnp.zeros(len(losses)))}
@@ -242,8 +244,8 @@ def test_who_listens_cannot_change_the_run_and_a_metric_may_be_nothing():
     assert np.isnan(result.history[1]["train_blank"])
 
 
-def test_materialize_makes_the_parameters_of_those_that_train():
-    """A factor for every kernel: what is not the network's own disappears."""
+def test_materialize_computes_the_parameters_from_the_trainable_ones():
+    """The trainable parameters are a factor per kernel, which the result does not contain."""
     variables = random_variables()
     variables["params"]["head"]["factor"] = np.float32(1.5)
 
@@ -273,27 +275,25 @@ def test_materialize_makes_the_parameters_of_those_that_train():
         assert classes == 3
         return model, jax.tree.map(np.array, variables)
 
-    what = config(train=("head/factor",), rate=0.1)
-    result = train(what, new_head=with_factor, materialize=materialize)
+    fit_config = config(train=("head/factor",), rate=0.1)
+    result = train(fit_config, new_head=with_factor, materialize=materialize)
     assert set(result.variables["params"]["head"]) == {"kernel", "bias"}
     before = random_variables()["params"]["head"]["kernel"]
     assert np.ptp(result.variables["params"]["head"]["kernel"] / before) < 1e-5
-    kept = np.stack([splits().val.read(int(i)) for i in result.logits.indices])
-    expected = np.asarray(apply(MODEL, result.variables, kept).logits)
+    retained = np.stack([splits().val.read(int(i)) for i in result.logits.indices])
+    expected = np.asarray(apply(MODEL, result.variables, retained).logits)
     np.testing.assert_allclose(result.logits.values, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_an_optimizer_is_given_the_loss_and_gradients_elsewhere():
-    seen = {}
-
+def test_an_optimizer_gets_the_loss_and_a_function_of_gradients():
     def update(grads, state, params, *, value, grad_fn, **_):
         elsewhere = grad_fn(jax.tree.map(lambda x: x + 0.1, params))
         return jax.tree.map(lambda g: -g, elsewhere), (value, *state[1:])
 
     start = jnp.float32(0)
     optimizer = optax.GradientTransformationExtraArgs(lambda _: (start,), update)
-    state, found, before = one_step(None, batch(masked=1), optimizer=optimizer)
-    assert float(state.opt_state[0]) == pytest.approx(found["loss"], rel=1e-6)
+    state, actual, before = one_step(None, batch(masked=1), optimizer=optimizer)
+    assert float(state.opt_state[0]) == pytest.approx(actual["loss"], rel=1e-6)
     variables, data = random_variables(), batch()
 
     def loss(params):
@@ -302,7 +302,6 @@ def test_an_optimizer_is_given_the_loss_and_gradients_elsewhere():
 
     there = jax.grad(loss)(jax.tree.map(lambda x: x + 0.1, variables["params"]))
     assert_close(jax.tree.map(np.subtract, before["params"], state.params), there)
-    assert seen == {}
 
 
 def confident(forward, batch, key):
@@ -311,11 +310,13 @@ def confident(forward, batch, key):
     return losses + 0.1 * jnp.square(forward(batch.inputs).logits - shares).sum(1), metrics
 
 
-def test_fit_takes_an_objective_and_calls_back_in_order(tmp_path):
+def test_fit_takes_an_objective_and_calls_callbacks_in_order(tmp_path):
     steps, epochs = [], []
-    what = config(cache="none", augment=True, augmentation=AugmentConfig(crop=False, mixup=0.3))
+    fit_config = config(
+        cache="none", augment=True, augmentation=AugmentConfig(crop=False, mixup=0.3)
+    )
     result = train(
-        what,
+        fit_config,
         objective=confident,
         on_step=lambda step, metrics: steps.append((step, metrics)),
         log_every=2,
@@ -328,14 +329,14 @@ def test_fit_takes_an_objective_and_calls_back_in_order(tmp_path):
     assert epochs == [1, 2, 3]
     entry = result.history[1]
     assert entry["train_loss"] > entry["train_cross_entropy"]
-    plain = train(what)
+    plain = train(fit_config)
     assert everything(result)["variables"] != everything(plain)["variables"]
     # Who listens changes nothing.
-    assert everything(train(what, objective=confident)) == everything(result)
+    assert everything(train(fit_config, objective=confident)) == everything(result)
 
 
-def test_a_source_hands_its_arrays_to_the_objective_cached_or_not():
-    """A teacher's logits, by their examples, whichever way the activations come."""
+def test_extra_arrays_reach_the_objective_with_and_without_a_cache():
+    """A teacher's logits stay with their examples."""
     data = splits()
     teacher = np.random.default_rng(3).normal(size=(11, 3)).astype(np.float32)
     data = data._replace(train=replace(data.train, extra={"teacher": teacher}))
@@ -356,7 +357,7 @@ def test_a_source_hands_its_arrays_to_the_objective_cached_or_not():
     assert data.train.digest != splits().train.digest
 
 
-def test_a_function_of_the_optimizer_wraps_it():
+def test_a_transform_function_wraps_the_optimizer():
     def halved(inner):
         inner = optax.with_extra_args_support(inner)
 
@@ -372,16 +373,16 @@ def test_a_function_of_the_optimizer_wraps_it():
         np.testing.assert_array_equal(leaf, flatten(start.variables)[name])
 
 
-def test_training_from_arrays():
-    """An array of images is a source's examples."""
+def test_fit_trains_on_arrays():
+    """An array of images serves as the examples of a source."""
     made = source(9)
     images = np.stack([made.read(i) for i in range(9)])
     arrays = replace(made, examples=images)
-    found, expected = (train(config(epochs=1), Splits(data, data, ())) for data in (arrays, made))
-    assert everything(found) == everything(expected)
+    actual, expected = (train(config(epochs=1), Splits(data, data, ())) for data in (arrays, made))
+    assert everything(actual) == everything(expected)
 
 
-def test_the_join_is_the_inverse_of_the_split():
+def test_join_is_the_inverse_of_split():
     variables = random_variables()
     rates = label(variables["params"], (("head/*", 1.0), ("*", 0.0)))
     jax.tree.map(np.testing.assert_array_equal, join(*split(variables, rates, {"stem"})), variables)

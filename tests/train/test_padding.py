@@ -1,4 +1,4 @@
-"""Rows without an image change nothing: neither gradients nor statistics, losses or metrics."""
+"""Padded rows have no effect on gradients, statistics, losses and metrics."""
 
 from dataclasses import replace
 from functools import cache
@@ -53,7 +53,7 @@ def random_variables(dtype="float32"):
 
 
 def batches(count, size=8, multiple=4):
-    """All of an epoch, the last one padded."""
+    """Return the batches of an epoch, of which the last is padded."""
     rng = np.random.default_rng(1)
     images = rng.integers(0, 256, (count + 1, 8, 8, 3)).astype(np.uint8)
     images[-1] = 0
@@ -72,19 +72,19 @@ FROZEN = {"params": {}, "batch_stats": {}}
 
 @cache
 def step_of(parts, dtype="float32"):
-    """Compiled once for all tests."""
+    """Return a jitted step, compiled once for all tests."""
     model = replace(DEEP, dtype=dtype)
     return make_train_step(model, ONE, batch_statistics=BODY, noise=BODY, accumulate=parts)
 
 
 @pytest.mark.parametrize("count", range(1, 10))
-def test_a_deep_network_learns_from_the_parts_that_hold_images(count):
-    """Exactly the sum over those parts, each computed alone, with the statistics handed on."""
+def test_parts_without_images_do_not_contribute_to_accumulated_gradients(count):
+    """The gradient equals the sum over these parts, computed one by one with updated statistics."""
     with jax.enable_x64(True):
         variables = random_variables("float64")
         alone = step_of(1, "float64")
         for batch in batches(count):
-            found, sums = step_of(4, "float64")(first(variables), FROZEN, batch, KEYS)
+            actual, sums = step_of(4, "float64")(first(variables), FROZEN, batch, KEYS)
             del sums["gradient_norm"], sums["examples"]
             stats, expected, metrics = variables["batch_stats"], [], []
             for i in range(4):
@@ -99,15 +99,15 @@ def test_a_deep_network_learns_from_the_parts_that_hold_images(count):
                 metrics.append(of_part)
                 share = len(part.mask) / batch.mask.sum()
                 expected.append(scaled(difference(variables["params"], state.params), share))
-            assert_close(difference(variables["params"], found.params), added(expected), 1e-9)
-            assert_close((found.batch_stats, sums), (stats, added(metrics)), 1e-9)
+            assert_close(difference(variables["params"], actual.params), added(expected), 1e-9)
+            assert_close((actual.batch_stats, sums), (stats, added(metrics)), 1e-9)
 
 
 @pytest.mark.parametrize("count", range(1, 10))
-def test_and_it_stays_finite_in_single_precision(count):
+def test_accumulated_gradients_are_finite_in_single_precision(count):
     for batch in batches(count):
-        found = step_of(4)(first(random_variables()), FROZEN, batch, KEYS)
-        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
+        actual = step_of(4)(first(random_variables()), FROZEN, batch, KEYS)
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(actual))
 
 
 def added(trees):
@@ -122,8 +122,8 @@ def difference(one, other):
     return jax.tree.map(np.subtract, one, other)
 
 
-def assert_close(found, expected, tolerance):
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+def assert_close(actual, expected, tolerance):
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
 
 
@@ -140,13 +140,13 @@ HOW: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("how", HOW.values(), ids=HOW)
-def test_what_a_padded_row_holds_does_not_matter(how):
-    """Of photographs it is black, of cached activations whatever the first image has."""
+@pytest.mark.parametrize("settings", HOW.values(), ids=HOW)
+def test_the_content_of_a_padded_row_has_no_effect(settings):
+    """It is zero for images, and a copy of the first row for cached activations."""
     variables = jax.device_get(init(SMALL, jax.random.key(0)))
     (batch,) = batches(5)
-    images = batch.inputs / np.float32(1 if "augment" in how else 255)
-    step = make_train_step(SMALL, ONE, **how)
+    images = batch.inputs / np.float32(1 if "augment" in settings else 255)
+    step = make_train_step(SMALL, ONE, **settings)
     results = []
     for held in (0, np.nan, np.inf, 1e38):
         images[~batch.mask] = held
@@ -162,22 +162,22 @@ WEIGHED = cross_entropy(0.1, (0.5, 1.0, 2.0))
 
 
 @pytest.mark.parametrize(
-    "how",
+    "settings",
     [
         {**MOVING, "objective": WEIGHED, "augment": MIXED, "accumulate": 2},
         {**MOVING, "objective": adversarial(WEIGHED, AdversaryConfig("fast"))},
     ],
     ids=["mixed", "attacked"],
 )
-def test_the_loss_that_is_logged_is_the_loss_that_is_minimised(how):
-    """Its slope along the step, by differences, is that of the step."""
+def test_the_logged_loss_is_the_minimized_loss(settings):
+    """Finite differences of the logged loss along the step agree with the gradient."""
     with jax.enable_x64(True):
         variables = jax.device_get(init(SMALL, jax.random.key(0)))
         rng = np.random.default_rng(0)
         variables = jax.tree.map(lambda x: x + rng.normal(0, 0.1, x.shape) ** 2, variables)
-        step = make_train_step(replace(SMALL, dtype="float64"), ONE, **how)
+        step = make_train_step(replace(SMALL, dtype="float64"), ONE, **settings)
         (batch,) = batches(5)
-        if "augment" not in how:
+        if "augment" not in settings:
             batch = batch._replace(inputs=batch.inputs / 255)
 
         def run(params):
@@ -196,8 +196,8 @@ def test_the_loss_that_is_logged_is_the_loss_that_is_minimised(how):
 
 
 @pytest.mark.parametrize(("name", "parts"), [("sgd", 1), ("adamw", 2)])
-def test_a_batch_without_images_moves_nothing_but_the_count_of_steps(name, parts):
-    """No weight decays, no momentum carries on, no average follows."""
+def test_a_batch_without_images_changes_the_step_count_only(name, parts):
+    """It applies no weight decay, no momentum and no moving average."""
     variables = jax.device_get(init(SMALL, jax.random.key(0)))
     config = OptimizerConfig(name, 0.1, weight_decay=0.5)
     labels = label(variables["params"], (("*", 1.0),))
@@ -212,11 +212,11 @@ def test_a_batch_without_images_moves_nothing_but_the_count_of_steps(name, parts
     jax.tree.map(np.testing.assert_array_equal, after._replace(step=before.step), before)
 
 
-def test_a_batch_without_images_moves_no_statistics_of_any_batch_norm():
-    """Whoever applies the network."""
+def test_a_batch_without_images_keeps_all_running_statistics():
+    """Also when the network is applied without a training step."""
     variables = jax.device_get(init(SMALL, jax.random.key(0)))
     images = np.random.default_rng(0).uniform(size=(2, 8, 8, 3)).astype(np.float32)
-    found = apply(
+    actual = apply(
         SMALL, variables, images, batch_statistics=TRAINED, mask=np.zeros(2, bool)
     ).batch_stats
-    jax.tree.map(np.testing.assert_array_equal, found, variables["batch_stats"])
+    jax.tree.map(np.testing.assert_array_equal, actual, variables["batch_stats"])

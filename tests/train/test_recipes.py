@@ -1,4 +1,4 @@
-"""What a recipe plans, and that every one of them trains; the table of rates behind them."""
+"""Plans of the recipes, training with each, and tables of learning rate multiples."""
 
 from unittest import mock
 
@@ -25,36 +25,36 @@ def plan(recipe="finetune", examples=100, batch_size=10, **others):
 
 
 def rates(table):
-    """The rate of every stage whose parameters share one, and of the other parameters."""
+    """Return the rate of every stage; None if its parameters differ in their rates."""
     flat = flatten(label(PARAMS, table))
     stages = {path.split("/")[0] for path in flat}
-    alike = {name: {r for p, r in flat.items() if p.startswith(f"{name}/")} for name in stages}
-    return {name: found.pop() if len(found) == 1 else None for name, found in alike.items()}
+    by_stage = {name: {r for p, r in flat.items() if p.startswith(f"{name}/")} for name in stages}
+    return {name: values.pop() if len(values) == 1 else None for name, values in by_stage.items()}
 
 
-def test_freezing_to_a_stage():
+def test_freeze_to_freezes_all_stages_up_to_the_given_one():
     assert rates(freeze_table(MODEL)) == {"stem": 1, "layer1": 1, "head": 1}
     assert rates(freeze_table(MODEL, freeze_to="stem")) == {"stem": 0, "layer1": 1, "head": 1}
     # A stage without parameters freezes those before it.
     assert rates(freeze_table(MODEL, freeze_to="pool")) == {"stem": 0, "layer1": 0, "head": 1}
 
 
-def test_training_stages_and_patterns():
+def test_train_takes_stages_and_patterns():
     expected = {"stem": 0, "layer1": 1, "head": 1}
     for names in (("head", "layer1"), ("head,layer1",), ("head, layer1",), ("head", "layer*")):
         assert rates(freeze_table(MODEL, train=names)) == expected
-    found = flatten(label(PARAMS, freeze_table(MODEL, train=("*/scale,*/bias",))))
-    assert {path for path, rate in found.items() if rate} == {
-        path for path in found if path.endswith(("scale", "bias"))
+    labels = flatten(label(PARAMS, freeze_table(MODEL, train=("*/scale,*/bias",))))
+    assert {path for path, rate in labels.items() if rate} == {
+        path for path in labels if path.endswith(("scale", "bias"))
     }
 
 
-def test_rates_come_first_and_decay_goes_down_the_stages():
+def test_rates_take_precedence_and_decay_applies_from_the_last_stage_to_the_first():
     assert rates(freeze_table(MODEL, layer_decay=0.5)) == {"stem": 0.25, "layer1": 0.5, "head": 1}
-    found = rates(freeze_table(MODEL, freeze_to="stem", layer_decay=0.5, rates=("head=3",)))
-    assert found == {"stem": 0, "layer1": 0.5, "head": 3}
-    found = rates(freeze_table(MODEL, train=("layer1",), layer_decay=0.5))
-    assert found == {"stem": 0, "layer1": 0.5, "head": 0}
+    table = freeze_table(MODEL, freeze_to="stem", layer_decay=0.5, rates=("head=3",))
+    assert rates(table) == {"stem": 0, "layer1": 0.5, "head": 3}
+    table = freeze_table(MODEL, train=("layer1",), layer_decay=0.5)
+    assert rates(table) == {"stem": 0, "layer1": 0.5, "head": 0}
     flat = flatten(label(PARAMS, freeze_table(MODEL, rates=("stem/conv/scale=0.1", "*/scale=0"))))
     assert flat["stem/conv/scale"] == 0.1
     assert flat["layer1/conv/scale"] == 0
@@ -62,16 +62,16 @@ def test_rates_come_first_and_decay_goes_down_the_stages():
 
 
 @pytest.mark.parametrize(
-    ("wish", "message"),
+    ("options", "message"),
     [
         ({"freeze_to": "layer9"}, "no stage 'layer9'; its stages are stem"),
         ({"freeze_to": "head"}, "leaves nothing to train"),
-        ({"freeze_to": "stem", "train": ("head",)}, "give one of them"),
+        ({"freeze_to": "stem", "train": ("head",)}, "exclude each other"),
         ({"train": ("layer9",)}, "no stage 'layer9'"),
         ({"train": ("head,layer9",)}, "no stage 'layer9'"),
         ({"train": ("pool",)}, r"'pool/\*' matches no parameter"),
-        ({"train": ("head/kernle",)}, "'head/kernle' matches no parameter; one is called"),
-        ({"train": ("*/scale",), "layer_decay": 0.5}, r"'\*/scale' is none"),
+        ({"train": ("head/kernle",)}, "'head/kernle' matches no parameter, such as"),
+        ({"train": ("*/scale",), "layer_decay": 0.5}, r"'\*/scale' is a pattern"),
         ({"rates": ("head",)}, "PATTERN=RATE"),
         ({"rates": ("head=fast",)}, "PATTERN=RATE"),
         ({"rates": ("head=-1",)}, "PATTERN=RATE"),
@@ -79,46 +79,46 @@ def test_rates_come_first_and_decay_goes_down_the_stages():
         ({"rates": ("=1",)}, "PATTERN=RATE"),
         ({"rates": ("layer9=1",)}, "no stage 'layer9'"),
         ({"rates": ("*/kernle=0",)}, r"'\*/kernle' matches no parameter"),
-        ({"rates": ("*=0",)}, "everything is frozen"),
+        ({"rates": ("*=0",)}, "all parameters are frozen"),
         ({"layer_decay": 0.0}, "choose a number in"),
         ({"layer_decay": 1.5}, "choose a number in"),
     ],
 )
-def test_a_bad_wish_is_one_line(wish, message):
+def test_an_invalid_option_is_refused_in_one_line(options, message):
     with pytest.raises(RequestError, match=message) as caught:
-        label(PARAMS, freeze_table(MODEL, **wish))
+        label(PARAMS, freeze_table(MODEL, **options))
     assert "\n" not in str(caught.value)
 
 
-def test_probe_and_lp_ft_start_at_the_probe():
-    found = plan("probe")
-    assert (found.start, found.phases) == ("probe", ())
-    found = plan("lp-ft")
-    assert found.start == "probe"
-    (phase,) = found.phases
+def test_probe_and_lp_ft_start_from_the_probe():
+    actual = plan("probe")
+    assert (actual.start, actual.phases) == ("probe", ())
+    actual = plan("lp-ft")
+    assert actual.start == "probe"
+    (phase,) = actual.phases
     assert (phase.name, rates(phase.table), phase.epochs) == (
         "train",
         {"stem": 0, "layer1": 1, "head": 1},
         10,
     )
-    assert found.config.optimizer.learning_rate == 1e-4
+    assert actual.config.optimizer.learning_rate == 1e-4
     assert rates(plan("lp-ft", train=("head",)).phases[0].table)["layer1"] == 0
 
 
-def test_gradual_unfreezes_from_the_top():
-    found = plan("gradual", epochs=5)
-    assert found.start == "probe"
-    assert [(p.name, p.epochs, rates(p.table)) for p in found.phases] == [
+def test_gradual_unfreezes_from_the_last_stage_to_the_first():
+    actual = plan("gradual", epochs=5)
+    assert actual.start == "probe"
+    assert [(p.name, p.epochs, rates(p.table)) for p in actual.phases] == [
         ("from layer1", 3, {"stem": 0, "layer1": 1, "head": 1}),
         ("from stem", 2, {"stem": 1, "layer1": 1, "head": 1}),
     ]
     only = plan("gradual", freeze_to="stem", epochs=5)
     assert [(p.name, p.epochs) for p in only.phases] == [("from layer1", 5)]
-    # What is frozen by a pattern is not unfrozen, and not a phase of its own.
-    for how in ({"train": ("stem", "layer1")}, {"rates": ("head=0",)}):
-        (phase,) = plan("gradual", **how).phases
+    # Stages frozen by a pattern stay frozen and get no phase.
+    for options in ({"train": ("stem", "layer1")}, {"rates": ("head=0",)}):
+        (phase,) = plan("gradual", **options).phases
         assert rates(phase.table) == {"stem": 1, "layer1": 1, "head": 0}
-    with pytest.raises(RequestError, match="give it --epochs 2"):
+    with pytest.raises(RequestError, match="set --epochs to at least 2"):
         plan("gradual", epochs=1)
     with pytest.raises(RequestError, match="at least two"):
         plan("gradual", train=("head",))
@@ -134,51 +134,51 @@ def test_gradual_unfreezes_from_the_top():
     ],
 )
 def test_bit_follows_the_hyperrule(examples, steps, warmup, mixup):
-    found = plan("bit", examples, 512)
-    (phase,), config = found.phases, found.config
-    assert found.start == "zeros"
+    actual = plan("bit", examples, 512)
+    (phase,), config = actual.phases, actual.config
+    assert actual.start == "zeros"
     per_epoch = -(-examples // 512)
     assert phase.epochs == -(-steps // per_epoch)
-    how = config.optimizer
-    assert (how.optimizer, how.schedule, how.momentum) == ("sgd", "step", 0.9)
-    assert how.learning_rate == pytest.approx(0.003)
-    assert how.weight_decay == 0
-    assert how.clip_norm == 0
-    assert how.warmup == pytest.approx(warmup / steps)
+    optimizer = config.optimizer
+    assert (optimizer.optimizer, optimizer.schedule, optimizer.momentum) == ("sgd", "step", 0.9)
+    assert optimizer.learning_rate == pytest.approx(0.003)
+    assert optimizer.weight_decay == 0
+    assert optimizer.clip_norm == 0
+    assert optimizer.warmup == pytest.approx(warmup / steps)
     assert config.augment
     assert config.augmentation.mixup == mixup
     assert plan("bit", examples, 128).config.optimizer.learning_rate == pytest.approx(0.00075)
 
 
-def test_scratch_trains_everything_from_random_weights():
-    found = plan("scratch")
-    assert found.start == "random"
-    assert found.phases[0].epochs == found.config.epochs == 30
-    assert found.config.optimizer.learning_rate == 1e-3
-    assert (found.config.batch_norm, found.config.augment) == ("batch", True)
-    for how in ({"freeze_to": "stem"}, {"train": ("head",)}, {"rates": ("stem=0",)}):
-        with pytest.raises(RequestError, match="cannot stay frozen"):
-            plan("scratch", **how)
+def test_scratch_trains_all_stages_from_random_weights():
+    actual = plan("scratch")
+    assert actual.start == "random"
+    assert actual.phases[0].epochs == actual.config.epochs == 30
+    assert actual.config.optimizer.learning_rate == 1e-3
+    assert (actual.config.batch_norm, actual.config.augment) == ("batch", True)
+    for options in ({"freeze_to": "stem"}, {"train": ("head",)}, {"rates": ("stem=0",)}):
+        with pytest.raises(RequestError, match="must train all stages"):
+            plan("scratch", **options)
 
 
-def test_what_is_asked_wins_over_a_recipe():
+def test_given_options_override_the_defaults_of_a_recipe():
     zero = OptimizerConfig(learning_rate=0.0)
     for recipe in ("finetune", "bit", "scratch"):
-        found = plan(recipe, optimizer=zero, epochs=3, batch_norm="running")
-        assert found.config.optimizer.learning_rate == 0
-        assert found.phases[0].epochs == 3
-        assert found.config.batch_norm == "running"
+        actual = plan(recipe, optimizer=zero, epochs=3, batch_norm="running")
+        assert actual.config.optimizer.learning_rate == 0
+        assert actual.phases[0].epochs == 3
+        assert actual.config.batch_norm == "running"
 
 
-def test_what_an_augmented_cache_cannot_be():
-    with pytest.raises(RequestError, match="--cache-views 8 keeps 8"):
+def test_a_cache_without_views_and_a_cache_of_mixed_images_are_refused():
+    with pytest.raises(RequestError, match="try --cache-views 8"):
         plan(augment=True, cache="disk")
-    with pytest.raises(RequestError, match="not cached views"):
+    with pytest.raises(RequestError, match="cannot mix cached views"):
         plan(augment=True, cache_views=2, augmentation=AugmentConfig(mixup=0.2))
 
 
 @pytest.mark.parametrize(
-    ("what", "note"),
+    ("options", "note"),
     [
         ({"augmentation": AugmentConfig(mixup=0.4)}, "--mixup 0.4 has no effect without --augment"),
         ({"recipe": "probe", "epochs": 3}, "--epochs 3 has no effect with --recipe probe: it "),
@@ -187,28 +187,28 @@ def test_what_an_augmented_cache_cannot_be():
         ({"recipe": "bit", "augmentation": AugmentConfig(crop=False), "epochs": 3}, ""),
     ],
 )
-def test_a_setting_without_effect_is_noted(what, note, capsys, monkeypatch):
-    """And not refused: one configuration may serve several recipes."""
-    import tljax.train.setup as preparation
+def test_an_option_without_effect_is_noted_and_not_refused(options, note, capsys, monkeypatch):
+    """One configuration may serve several recipes."""
+    import tljax.train.setup as setup_module
 
-    monkeypatch.setattr(preparation, "make_plan", mock.Mock(side_effect=RequestError("enough")))
+    monkeypatch.setattr(setup_module, "make_plan", mock.Mock(side_effect=RequestError("enough")))
     with pytest.raises(RequestError, match="enough"):
-        train(FitConfig(**what))
-    said = capsys.readouterr().err
-    assert said.startswith(f"note: {note}" if note else "")
-    assert len(said.splitlines()) == bool(note)
+        train(FitConfig(**options))
+    stderr = capsys.readouterr().err
+    assert stderr.startswith(f"note: {note}" if note else "")
+    assert len(stderr.splitlines()) == bool(note)
 
 
 @pytest.mark.usefixtures("compilation_cache")
 @pytest.mark.parametrize("recipe", ["lp-ft", "gradual", "finetune", "bit", "scratch"])
 def test_every_recipe_learns(recipe, monkeypatch):
-    import tljax.train.setup as preparation
+    import tljax.train.setup as setup_module
 
-    # A probe that knows nothing leaves something to learn, and takes no time to compile.
+    # An untrained probe leaves something to learn, and takes no time to compile.
     probe = type("Probe", (), {"kernel": np.zeros((12, 3), "f"), "bias": np.zeros(3, "f")})
-    monkeypatch.setattr(preparation, "fit_probe", lambda *_, **__: probe)
-    plain = {"augmentation": AugmentConfig(crop=False)}
-    result = train(config(recipe, rate=0.02, epochs=8, **plain), splits(24), loading=LOADING)
+    monkeypatch.setattr(setup_module, "fit_probe", lambda *_, **__: probe)
+    options = config(recipe, rate=0.02, epochs=8, augmentation=AugmentConfig(crop=False))
+    result = train(options, splits(24), loading=LOADING)
     losses = [entry["train_loss"] for entry in result.history[1:]]
     assert len(losses) == 8
     assert losses[-1] < 0.97 * losses[0]

@@ -1,4 +1,4 @@
-"""A run directory: what a run starts from is kept, compared, and belongs to one process."""
+"""A run directory: inputs of a run are recorded and compared, and one process at a time trains."""
 
 import csv
 import json
@@ -21,7 +21,7 @@ from tljax.train.run_directory import MetricsFile
 
 @pytest.fixture
 def data(tmp_path):
-    """Twelve photographs of two classes, in the two parts of a data set."""
+    """Write twelve images of two classes, in folders of training and validation data."""
     for i in range(12):
         path = tmp_path / "data" / ("val" if i % 3 == 0 else "train") / "ab"[i % 2] / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,7 +36,7 @@ def begin(run, data, weights=None, **others):
     return run_directory.open_run(run, config, open_splits(str(data)), digest)
 
 
-def test_a_run_goes_on_with_what_it_began_with_wherever_that_is_now(data, tmp_path):
+def test_a_run_resumes_with_the_same_images_in_another_place(data, tmp_path):
     run, moved = tmp_path / "run", tmp_path / "elsewhere" / "moved"
     assert not begin(run, data)
     before = {path.name: path.read_bytes() for path in run.iterdir()}
@@ -46,7 +46,9 @@ def test_a_run_goes_on_with_what_it_began_with_wherever_that_is_now(data, tmp_pa
     data.rename(moved)
     for path in moved.rglob("*"):
         os.utime(path, (1, 1))  # a copy has another time
-    with pytest.raises(RequestError, match=rf"its data are gone from {data}: .* by --data$"):
+    with pytest.raises(
+        RequestError, match=rf"{data} with the data of the run does not exist: .* --data"
+    ):
         run_directory.open_validation(run)
     assert begin(run, moved)
     assert len(run_directory.open_validation(run)[0]) == 4
@@ -79,68 +81,68 @@ def flip(data):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (add, "1 added (train/a/another.png)"),
-        (remove, "1 gone (val/b/9.png)"),
+        (remove, "1 missing (val/b/9.png)"),
         (grow, "of another size"),
-        (move, "1 added (train/b/2.png); 1 gone (train/a/2.png)"),
-        (flip, "have other contents of the same size"),
+        (move, "1 added (train/b/2.png); 1 missing (train/a/2.png)"),
+        (flip, "the contents of the images in"),
     ],
 )
-def test_images_that_changed_are_named(data, tmp_path, change, said):
+def test_changed_images_are_named(data, tmp_path, change, message):
     begin(tmp_path / "run", data)
-    kept = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
     change(data)
-    with pytest.raises(RequestError) as refused:
+    with pytest.raises(RequestError) as error:
         begin(tmp_path / "run", data)
-    assert said in str(refused.value)
-    assert str(data) in str(refused.value)
-    assert "restore them, or start a new run" in str(refused.value)
-    assert "\n" not in str(refused.value)
-    if change is not flip:  # who evaluates reads no training image
-        with pytest.raises(RequestError, match=re.escape(said)):
+    assert message in str(error.value)
+    assert str(data) in str(error.value)
+    assert "restore them or start a new run" in str(error.value)
+    assert "\n" not in str(error.value)
+    if change is not flip:  # contents of training images are not read for an evaluation
+        with pytest.raises(RequestError, match=re.escape(message)):
             run_directory.open_validation(tmp_path / "run")
-    assert kept == {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
 
 
-def test_weights_that_changed_are_named(data, tmp_path):
+def test_changed_base_weights_are_named(data, tmp_path):
     begin(tmp_path / "run", data)
     others = tiny.random_variables()
     others["params"]["head"]["bias"] = others["params"]["head"]["bias"] + 1
-    with pytest.raises(RequestError, match=r"its base weights, some\.net, have changed: restore"):
+    with pytest.raises(RequestError, match=r"the base weights, some\.net, have changed: restore"):
         begin(tmp_path / "run", data, others)
 
 
-def test_a_run_of_an_earlier_version_goes_on_while_its_images_are_there(data, tmp_path):
-    """It has neither a fingerprint nor sizes, and the path as it was typed."""
+def test_a_run_of_an_earlier_version_resumes_with_the_same_images(data, tmp_path):
+    """Such a run has no fingerprint, no file sizes and a relative path."""
     run = tmp_path / "run"
     begin(run, data)
-    known = json.loads((run / "config.json").read_text())
-    del known["fingerprint"]
-    (run / "config.json").write_text(json.dumps({**known, "data": "data"}))
+    config = json.loads((run / "config.json").read_text())
+    del config["fingerprint"]
+    (run / "config.json").write_text(json.dumps({**config, "data": "data"}))
     rows = list(csv.DictReader((run / "split.csv").read_text().splitlines()))
     lines = [f"{row['part']},data/{row['name']},{row['class']}" for row in rows]
     (run / "split.csv").write_text("\n".join(["part,name,class", *lines, ""]))
-    kept = {path: path.read_bytes() for path in run.iterdir()}
+    before = {path: path.read_bytes() for path in run.iterdir()}
     assert begin(run, data)
-    assert kept == {path: path.read_bytes() for path in run.iterdir()}
+    assert before == {path: path.read_bytes() for path in run.iterdir()}
     add(data)
     with pytest.raises(RequestError, match=re.escape("changed: 1 added (train/a/another.png): re")):
         begin(run, data)
 
 
-def test_a_run_that_was_stopped_before_it_had_written_its_images_goes_on(data, tmp_path):
+def test_a_run_that_was_stopped_before_it_wrote_its_split_resumes(data, tmp_path):
     begin(tmp_path / "run", data)
-    kept = (tmp_path / "run" / "split.csv").read_bytes()
+    before = (tmp_path / "run" / "split.csv").read_bytes()
     (tmp_path / "run" / "split.csv").unlink()
     assert begin(tmp_path / "run", data)
-    assert (tmp_path / "run" / "split.csv").read_bytes() == kept
+    assert (tmp_path / "run" / "split.csv").read_bytes() == before
 
 
 @pytest.mark.parametrize("name", ["config.json", "split.csv"])
 @pytest.mark.parametrize("damage", ["cut", "a line less", "garbled", "empty"])
-def test_a_damaged_file_of_a_run_is_named_and_kept(data, tmp_path, name, damage):
+def test_a_damaged_file_of_a_run_is_named_and_not_changed(data, tmp_path, name, damage):
     path = tmp_path / "run" / name
     begin(path.parent, data)
     content = path.read_bytes()
@@ -153,17 +155,17 @@ def test_a_damaged_file_of_a_run_is_named_and_kept(data, tmp_path, name, damage)
             "empty": b"",
         }[damage]
     )
-    kept = path.read_bytes()
+    before = path.read_bytes()
     if name == "config.json" and damage == "cut":
-        path.write_bytes(kept := content[: len(content) // 2])
-    for ask in (
+        path.write_bytes(before := content[: len(content) // 2])
+    for read in (
         lambda: begin(path.parent, data),
         lambda: run_directory.open_validation(path.parent),
     ):
-        with pytest.raises(RequestError, match=rf"^{path} is damaged \(.*\): restore it") as said:
-            ask()
-        assert "\n" not in str(said.value)
-    assert path.read_bytes() == kept
+        with pytest.raises(RequestError, match=rf"^{path} is damaged \(.*\): restore it") as error:
+            read()
+        assert "\n" not in str(error.value)
+    assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -173,7 +175,7 @@ def test_a_damaged_file_of_a_run_is_named_and_kept(data, tmp_path, name, damage)
         *(("fingerprint", 5), ("fingerprint", {}), ("fingerprint", {"images": []})),
     ],
 )
-def test_a_value_without_sense_is_damage(data, tmp_path, name, value):
+def test_an_invalid_value_counts_as_damage(data, tmp_path, name, value):
     path = tmp_path / "run" / "config.json"
     begin(path.parent, data)
     path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
@@ -181,7 +183,7 @@ def test_a_value_without_sense_is_damage(data, tmp_path, name, value):
         run_directory.open_validation(path.parent)
 
 
-def test_two_processes_never_train_in_one_folder(data, tmp_path):
+def test_a_folder_is_locked_against_other_processes(data, tmp_path):
     splits = open_splits(str(data))
     with run_directory.occupied(tmp_path / "run", splits):
         with (
@@ -191,23 +193,21 @@ def test_two_processes_never_train_in_one_folder(data, tmp_path):
             pytest.fail("two at once")
         with run_directory.occupied(tmp_path / "other", splits):
             pass
-    with run_directory.occupied(
-        tmp_path / "run", splits
-    ):  # it is free again, and nothing was removed
+    with run_directory.occupied(tmp_path / "run", splits):  # free again, and nothing was removed
         assert [path.name for path in (tmp_path / "run").iterdir()] == [MARKER]
 
 
-def test_two_runs_of_one_second_get_a_folder_each(data, tmp_path, monkeypatch):
+def test_runs_started_in_the_same_second_get_different_folders(data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run_directory.time, "strftime", lambda _: "20261122-060000")
     splits = open_splits(str(data))
-    found = [str(run_directory.new_workdir(splits)) for _ in range(3)]
-    assert found == [f"runs/20261122-060000{end}" for end in ("", "-2", "-3")]
+    folders = [str(run_directory.new_workdir(splits)) for _ in range(3)]
+    assert folders == [f"runs/20261122-060000{end}" for end in ("", "-2", "-3")]
     assert Path("runs", MARKER).exists()
 
 
-def test_a_folder_that_holds_the_images_is_no_run_directory(data, tmp_path):
-    """It would be marked as results, and never be read as data again."""
+def test_a_folder_that_holds_the_images_is_refused_as_run_directory(data, tmp_path):
+    """It would be marked as results, and not be read as data again."""
     splits = open_splits(str(data))
     for folder in (data, data / "train" / "a", tmp_path):
         with pytest.raises(RequestError, match=r"holds images, .*png: choose another --workdir"):
@@ -216,8 +216,8 @@ def test_a_folder_that_holds_the_images_is_no_run_directory(data, tmp_path):
     run_directory.mark(data / "runs", splits)
 
 
-def test_lines_of_steps_stand_before_their_epoch_and_are_written_once(tmp_path):
-    """Also where a process was killed behind its last checkpoint, in the middle of a line."""
+def test_lines_of_steps_precede_their_epoch_and_are_written_once(tmp_path):
+    """Even if a process was killed after its last checkpoint, in the middle of a line."""
     file = MetricsFile(tmp_path)
     file.on_epoch([{"epoch": 0}])
     for step in (2, 4):

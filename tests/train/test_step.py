@@ -54,20 +54,20 @@ def freeze_to(model, stage):
     return freeze_table(model, freeze_to=stage)
 
 
-def set_up(variables, config, *, table, steps=10, **how):
-    """A step, its first state and what is frozen; nothing shares a buffer with ``variables``."""
+def set_up(variables, config, *, table, steps=10, **settings):
+    """Return a step, its initial state and frozen variables, all copies of ``variables``."""
     variables = jax.tree.map(jnp.array, variables)
     labels = label(variables["params"], table)
-    changing, staying = split(variables, labels, how.get("batch_statistics", ()))
+    changing, staying = split(variables, labels, settings.get("batch_statistics", ()))
     optimizer = build_optimizer(config, labels, learning_rate_schedule(config, steps))
-    ema = how.get("ema_decay", 0.0) > 0
+    ema = settings.get("ema_decay", 0.0) > 0
     state = init_state(changing["params"], changing["batch_stats"], optimizer, ema=ema)
-    return make_train_step(MODEL, optimizer, **how), state, staying
+    return make_train_step(MODEL, optimizer, **settings), state, staying
 
 
-def trained(variables, config, *, table, steps=1, batches=None, **how):
-    """The state, what is frozen, and the metrics of the last step."""
-    step, state, frozen = set_up(variables, config, table=table, **how)
+def trained(variables, config, *, table, steps=1, batches=None, **settings):
+    """Return the state, the frozen variables and the metrics after the last step."""
+    step, state, frozen = set_up(variables, config, table=table, **settings)
     metrics = {}
     for i in range(steps):
         data = (batches or [batch(seed=i)])[i % len(batches or [1])]
@@ -75,20 +75,20 @@ def trained(variables, config, *, table, steps=1, batches=None, **how):
     return state, frozen, metrics
 
 
-def test_paths_round_trip():
+def test_flatten_and_unflatten_are_inverse():
     tree = {"a": {"b": 1, "c": {"d": 2}}, "e": 3}
     assert flatten(tree) == {"a/b": 1, "a/c/d": 2, "e": 3}
     assert unflatten(flatten(tree)) == tree
 
 
-def test_the_first_pattern_wins_and_none_may_be_forgotten(variables):
+def test_the_first_matching_pattern_applies_and_every_parameter_needs_one(variables):
     params = variables["params"]
     labels = label(params, (("*/scale", 0.5), ("head/*", 1.0), ("*", 0.0)))
     flat = flatten(labels)
     assert flat["stem/conv/scale"] == 0.5
     assert flat["stem/conv/kernel"] == 0
     assert flat["head/kernel"] == 1
-    with pytest.raises(RequestError, match=r"no pattern covers layer1/conv/bias and 5 other"):
+    with pytest.raises(RequestError, match=r"no pattern matches layer1/conv/bias and 5 other"):
         label(params, (("head/*", 1.0),))
 
 
@@ -132,7 +132,7 @@ def test_optimizer_state_exists_for_trainable_leaves_only(variables):
     assert sorted(m.shape for m in moments) == sorted(2 * [x.shape for x in head.values()])
 
 
-def test_running_statistics_stay_by_default(variables):
+def test_running_statistics_are_fixed_by_default(variables):
     state, frozen, _ = trained(variables, OptimizerConfig(), table=(("*", 1.0),), steps=3)
     jax.tree.map(np.testing.assert_array_equal, variables["batch_stats"], frozen["batch_stats"])
     assert state.batch_stats == {}
@@ -146,9 +146,9 @@ def test_one_sgd_step_is_the_gradient_of_the_mean_loss(variables, masked):
 
     def loss(params):
         logits = apply(MODEL, {**variables, "params": params}, data.inputs).logits
-        kept = data.mask
+        retained = data.mask
         return optax.softmax_cross_entropy_with_integer_labels(
-            logits[kept], data.targets[kept]
+            logits[retained], data.targets[retained]
         ).mean()
 
     gradient = jax.grad(loss)(variables["params"])
@@ -186,13 +186,13 @@ def test_the_schedule_warms_up_and_ends_at_zero():
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
-def test_a_very_short_schedule_still_moves(steps):
+def test_a_very_short_schedule_has_positive_rates(steps):
     schedule = learning_rate_schedule(OptimizerConfig(learning_rate=2.0), steps)
     assert all(schedule(i) > 0 for i in range(steps))
 
 
-def test_the_step_takes_no_gradient_of_what_is_frozen(variables):
-    """Compiled cost: training the head alone costs one forward pass and next to nothing more."""
+def test_frozen_parameters_cost_no_gradient(variables):
+    """By compiled cost, training only the head takes little more than one forward pass."""
 
     def flops(stage):
         step, state, frozen = set_up(variables, OptimizerConfig(), table=freeze_to(MODEL, stage))
@@ -204,9 +204,9 @@ def test_the_step_takes_no_gradient_of_what_is_frozen(variables):
     assert flops("stem") > 1.5 * once
 
 
-def test_dropout_follows_the_key_and_only_in_training(variables):
+def test_dropout_depends_on_the_key_and_applies_in_training_only(variables):
     images = batch().inputs
-    run = lambda **how: np.asarray(apply(MODEL, variables, images, **how).logits)  # noqa: E731
+    run = lambda **settings: np.asarray(apply(MODEL, variables, images, **settings).logits)  # noqa: E731
     first = run(noise={"head"}, key=jax.random.key(0))
     np.testing.assert_array_equal(first, run(noise={"head"}, key=jax.random.key(0)))
     assert not np.array_equal(first, run(noise={"head"}, key=jax.random.key(1)))
@@ -218,8 +218,8 @@ def test_metrics_merge_exactly_and_ignore_the_mask():
     logits, labels = rng.normal(size=(50, 8)), rng.integers(0, 8, 50)
 
     def measure(logits, labels, mask):
-        found = {"loss": cross_entropies(logits, labels), "top1": ranks(logits, labels) < 1}
-        sums = {name: add_up(values, mask) for name, values in found.items()}
+        actual = {"loss": cross_entropies(logits, labels), "top1": ranks(logits, labels) < 1}
+        sums = {name: add_up(values, mask) for name, values in actual.items()}
         return {name: (float(total), float(count)) for name, (total, count) in sums.items()}
 
     whole = measure(logits, labels, np.ones(50, bool))
@@ -240,7 +240,7 @@ def test_metrics_merge_exactly_and_ignore_the_mask():
     assert np.isnan(means(measure(logits, labels, np.zeros(50, bool)))["loss"])
 
 
-def test_a_network_that_diverged_is_never_right():
+def test_nan_logits_never_count_as_correct():
     assert (ranks(np.full((4, 8), np.nan), np.arange(4)) >= 5).all()
 
 
@@ -258,8 +258,8 @@ DEEP = Model(
 
 
 @pytest.mark.slow
-def test_the_step_costs_a_forward_and_the_backward_of_the_suffix():
-    """Clipping reads every gradient: what trains alone may have one."""
+def test_a_step_costs_one_forward_pass_and_the_backward_pass_of_trained_stages():
+    """Clipping reads all gradients, which must be those of trainable parameters."""
     frozen_to = "layer1"
     variables = init(DEEP, jax.random.key(0))
     data = batch(16)
@@ -294,7 +294,7 @@ def test_the_step_costs_a_forward_and_the_backward_of_the_suffix():
     assert step(start, data._replace(inputs=np.asarray(values))) <= 1.05 * suffix
 
 
-def test_optimizer_memory_follows_what_trains(variables):
+def test_optimizer_memory_is_proportional_to_trainable_parameters(variables):
     def size(tree):
         return sum(leaf.nbytes for leaf in jax.tree.leaves(tree) if leaf.ndim)
 
@@ -310,7 +310,7 @@ KERNELS = {"kernel": True, "scale": False, "bias": False}
 
 
 def by_optax(name, decay):
-    """The same optimizers as Optax ships them; at a rate of 0.1."""
+    """Return the optimizers as Optax defines them, at a learning rate of 0.1."""
 
     def mask(params):
         return unflatten({path: KERNELS[path.split("/")[-1]] for path in flatten(params)})
@@ -325,7 +325,7 @@ def by_optax(name, decay):
 
 
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "lamb"])
-def test_the_optimizers_are_optaxs(variables, name):
+def test_the_optimizers_agree_with_those_of_optax(variables, name):
     config = OptimizerConfig(
         name, 0.1, weight_decay=0.3, schedule="constant", warmup=0.0, clip_norm=0.0
     )
@@ -372,7 +372,7 @@ def test_one_cycle_rises_for_a_quarter():
 
 @pytest.mark.parametrize("schedule", ["cosine", "constant", "one-cycle", "step", "exponential"])
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 7])
-def test_no_schedule_is_too_short(schedule, steps):
+def test_every_schedule_works_for_few_steps(schedule, steps):
     rate = learning_rate_schedule(OptimizerConfig(learning_rate=2.0, schedule=schedule), steps)
     for i in range(steps):
         assert 0 < rate(i) <= 2
@@ -384,15 +384,15 @@ WEIGHTS = (0.5, 1.0, 2.5)
 @pytest.mark.parametrize(
     ("smoothing", "weights", "parts"), [(0.0, WEIGHTS, 1), (0.2, (), 1), (0.0, WEIGHTS, 3)]
 )
-def test_weights_and_smoothing_are_torchs(variables, smoothing, weights, parts):
-    """By the gradient of the head, which a step of plain SGD shows."""
+def test_class_weights_and_smoothing_agree_with_torch(variables, smoothing, weights, parts):
+    """The step of plain SGD shows the gradient of the head."""
     data = batch(size=6, masked=2)
     config = OptimizerConfig(
         "sgd", 1.0, 0.0, weight_decay=0.0, schedule="constant", warmup=0.0, clip_norm=0.0
     )
     objective = cross_entropy(smoothing, weights)
-    how = {"objective": objective, "accumulate": parts, "batches": [data]}
-    state, _, metrics = trained(variables, config, table=freeze_to(MODEL, "layer1"), **how)
+    settings = {"objective": objective, "accumulate": parts, "batches": [data]}
+    state, _, metrics = trained(variables, config, table=freeze_to(MODEL, "layer1"), **settings)
     features = np.array(apply(MODEL, variables, data.inputs, stop="head").value)
     head = {k: torch.tensor(v, requires_grad=True) for k, v in variables["params"]["head"].items()}
     loss = torch.nn.CrossEntropyLoss(
@@ -402,20 +402,20 @@ def test_weights_and_smoothing_are_torchs(variables, smoothing, weights, parts):
     labels = torch.from_numpy(data.targets[:4]).long()
     loss(logits, labels).backward()
     plain = torch.nn.functional.cross_entropy(logits, labels)
-    found = means(metrics)
-    assert found["loss"] == pytest.approx(loss(logits, labels).item(), rel=1e-5)
-    assert found["cross_entropy"] == pytest.approx(plain.item(), rel=1e-5)
+    actual = means(metrics)
+    assert actual["loss"] == pytest.approx(loss(logits, labels).item(), rel=1e-5)
+    assert actual["cross_entropy"] == pytest.approx(plain.item(), rel=1e-5)
     for name, tensor in head.items():
         moved = variables["params"]["head"][name] - state.params["head"][name]
         np.testing.assert_allclose(moved, tensor.grad, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("masked", [0, 5])
-def test_parts_add_up_to_the_whole_batch(variables, masked):
-    """Also where a part has no image that counts."""
+def test_accumulated_parts_give_the_gradient_of_the_whole_batch(variables, masked):
+    """Also if a part has no valid image."""
     config = OptimizerConfig("sgd", 0.1)
     data = [batch(size=8, seed=i, masked=masked) for i in range(3)]
-    found = [
+    actual = [
         trained(
             variables,
             config,
@@ -427,10 +427,10 @@ def test_parts_add_up_to_the_whole_batch(variables, masked):
         )[::2]
         for parts in (1, 4)
     ]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), *found)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), *actual)
 
 
-def test_the_moving_average_is_its_formula(variables):
+def test_the_moving_average_follows_its_formula(variables):
     moving = frozenset({"layer1", "head"})
     step, state, frozen = set_up(
         variables,
@@ -448,3 +448,13 @@ def test_the_moving_average_is_its_formula(variables):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), state.ema, expected
     )
+
+
+@pytest.mark.parametrize(("decay", "ema"), [(0.5, False), (0.0, True)])
+def test_a_state_that_does_not_fit_the_ema_decay_is_refused(variables, decay, ema):
+    optimizer = optax.sgd(0.1)
+    state = init_state(variables["params"], {}, optimizer, ema=ema)
+    step = make_train_step(MODEL, optimizer, ema_decay=decay)
+    frozen = {"params": {}, "batch_stats": variables["batch_stats"]}
+    with pytest.raises(RequestError, match=f"call init_state with ema={not ema}"):
+        step(state, frozen, batch(), KEYS)

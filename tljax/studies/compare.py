@@ -1,4 +1,4 @@
-"""Which backbone? Every network is probed on the same images, and timed."""
+"""Compare backbones: linear probe accuracy on the same images, and speed."""
 
 from typing import NamedTuple
 
@@ -15,17 +15,17 @@ from tljax.train.run_directory import skipped_rows
 
 
 class Candidate(NamedTuple):
-    """How one network does on somebody's images.
+    """Accuracy, speed and size of one network on given images.
 
     Attributes:
-        name: of its weights.
-        model: of its architecture.
+        name: name of the weights.
+        model: name of the architecture.
         val_top1: accuracy of a linear probe on the validation images, in [0, 1].
-        error: its standard error.
-        images_per_second: of the features, compiled, all devices; without reading the images.
-        parameters: of the backbone, without the head.
-        features: how many values the probe reads.
-        size: side of the images, in pixels.
+        error: standard error of ``val_top1``.
+        images_per_second: speed of feature extraction on all devices, without reading images.
+        parameters: number of parameters of the backbone, without the head.
+        features: number of features per image.
+        size: height and width of the input images, in pixels.
     """
 
     name: str
@@ -46,15 +46,15 @@ def measure(
     seed: int = 0,
     skipped: dict[str, str] | None = None,
 ) -> Candidate:
-    """Probes the pooled features of a network, and times them.
+    """Fit a linear probe on the pooled features of a network, and time the extraction.
 
     Args:
-        name: what to call it.
-        network: with any head.
-        splits: the images to learn from and to be judged by.
-        loading: see `Loading`; the batch size is what is timed.
-        seed: of the choice of the probe's L2 value.
-        skipped: where images that cannot be read are recorded, {name: reason}.
+        name: name of the weights.
+        network: network with any head.
+        splits: training and validation images.
+        loading: options of how images are read; its batch size is timed.
+        seed: seed of the split that chooses the L2 penalty of the probe.
+        skipped: dict that receives {name: reason} of unreadable images.
 
     Raises:
         RequestError: no image can be read.
@@ -63,20 +63,20 @@ def measure(
     train, val = split_features(model, variables, splits, loading, name=f"{name}: ")
     if skipped is not None:
         parts = ((splits.train, train), (splits.val, val))
-        skipped.update(row for part, of in parts for row in skipped_rows(part, of.skipped))
+        skipped.update(row for source, out in parts for row in skipped_rows(source, out.skipped))
     classes = len(splits.train.classes)
     probe = fit_probe(train.values, train.labels, num_classes=classes, seed=seed)
-    right = np.asarray(predict_logits(probe, val.values)).argmax(1) == val.labels
-    top1 = float(right.mean())
+    correct = np.asarray(predict_logits(probe, val.values)).argmax(1) == val.labels
+    top1 = float(correct.mean())
     head = model.stage_names[-1]
-    body = {stage: tree for stage, tree in variables["params"].items() if stage != head}
+    backbone = {stage: tree for stage, tree in variables["params"].items() if stage != head}
     return Candidate(
         name,
         model.name,
         top1,
-        standard_error(top1, len(right)),
+        standard_error(top1, len(correct)),
         images_per_second(model, variables, loading),
-        sum(leaf.size for leaf in jax.tree.leaves(body)),
+        sum(leaf.size for leaf in jax.tree.leaves(backbone)),
         train.values.shape[1],
         model.preprocess.size,
     )

@@ -1,14 +1,14 @@
-"""A learning rate by trying them all once: the range test of Smith (2017).
+"""Learning rate range test (Smith 2017, https://arxiv.org/abs/1506.01186, section 3.3).
 
-https://arxiv.org/abs/1506.01186, section 3.3, with the rates rising geometrically.
+Unlike in the paper, the learning rate rises geometrically.
 """
 
-from collections.abc import Iterator
 from itertools import count, islice
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Float
 
 from tljax.data.augment import epoch_key
 from tljax.data.options import Loading
@@ -18,26 +18,25 @@ from tljax.models import Model
 from tljax.runtime.errors import RequestError
 from tljax.runtime.parallel import is_writer, shard
 from tljax.runtime.progress import track
-from tljax.runtime.types import Batch, Variables
-from tljax.train.inputs import Inputs
+from tljax.runtime.types import Variables
 from tljax.train.options import FitConfig
-from tljax.train.setup import Run, begin_phase, prepare
+from tljax.train.setup import begin_phase, prepare
 
-_SMOOTHING = 0.9  # of the losses, by an exponential moving average over steps
-_DIVERGED = 4.0  # times the lowest loss: there is nothing more to learn
+_SMOOTHING = 0.9  # decay per step of the moving average of the loss
+_DIVERGED = 4.0  # multiple of the lowest loss at which the test stops
 
 
 class RangeTest(NamedTuple):
-    """What became of the loss as the learning rate rose.
+    """Training loss as a function of the learning rate.
 
     Attributes:
-        rates: ``[steps]`` learning rates, rising.
-        losses: ``[steps]`` training loss before the step at each rate, smoothed, in nats.
-        suggestion: a tenth of the rate at which the loss was lowest.
+        rates: ``[steps]`` rising learning rates.
+        losses: ``[steps]`` smoothed training loss before the step at each rate, in nats.
+        suggestion: suggested learning rate, a tenth of the rate with the lowest loss.
     """
 
-    rates: np.ndarray
-    losses: np.ndarray
+    rates: Float[np.ndarray, " steps"]
+    losses: Float[np.ndarray, " steps"]
     suggestion: float
 
 
@@ -52,30 +51,33 @@ def find_learning_rate(
     lowest: float = 1e-7,
     highest: float = 1.0,
     steps: int = 100,
-    **handed_over: Any,
+    **run_options: Any,
 ) -> RangeTest:
-    """Trains for a few steps, from the start of the first phase, while the learning rate rises.
+    """Train for a few steps of the first phase while the learning rate rises, to suggest one.
 
-    It stops when the loss is no number or four times the lowest. Nothing of it is kept.
+    The test stops early when the loss is not finite or four times the lowest loss. The trained
+    weights are discarded.
 
     Args:
-        model: pretrained, with any head.
-        variables: of ``model``.
-        splits: what to learn from.
-        config: as for `tljax.train.fit.fit`; its learning rate and schedule do not matter.
+        model: pretrained network, with any head.
+        variables: variables of ``model``.
+        splits: training and validation images.
+        config: what to train, as for `tljax.train.fit.fit`; its learning rate and schedule are
+            ignored.
         loading: as for ``fit``.
         seed: as for ``fit``.
-        lowest: the first learning rate.
-        highest: the last one.
-        steps: how many rates to try.
-        handed_over: ``objective``, ``new_head``, ``materialize`` and ``transform``, as for ``fit``.
+        lowest: first learning rate.
+        highest: last learning rate.
+        steps: number of learning rates to try, one per step.
+        run_options: ``objective``, ``materialize``, ``transform`` and ``new_head``, as for ``fit``.
 
     Raises:
-        RequestError: as ``fit``, the recipe has no learning rate, or even the lowest diverges.
+        RequestError: as for ``fit``; or the recipe takes no steps, or the loss is not finite at the
+            lowest learning rate.
     """
-    run, inputs = prepare(model, variables, splits, config, loading, seed, **handed_over)
+    run, inputs = prepare(model, variables, splits, config, loading, seed, **run_options)
     if not run.plan.phases:
-        raise RequestError(f"--recipe {run.config.recipe} is solved: it has no learning rate")
+        raise RequestError(f"--recipe {run.config.recipe} has no learning rate: it takes no steps")
     ratio = (highest / lowest) ** (1 / (steps - 1))
     state, frozen, step = begin_phase(
         run, inputs, run.plan.phases[0], run.variables, lambda step: lowest * ratio**step
@@ -83,8 +85,9 @@ def find_learning_rate(
     run_key = jax.random.key(seed)
     losses: list[float] = []
     average = 0.0
+    batches = ((epoch, b) for epoch in count(1) for b in inputs.batches(run.model, epoch))
     for epoch, batch in track(
-        islice(_batches(run, inputs), steps),
+        islice(batches, steps),
         description="learning rates",
         total=steps,
         size=lambda _: 1,
@@ -93,7 +96,7 @@ def find_learning_rate(
     ):
         keys = epoch_key(seed, epoch), run_key
         state, metrics = step(state, frozen, shard(batch, run.mesh), keys)
-        if not metrics["examples"][0]:  # none could be read, so nothing has moved
+        if not metrics["examples"][0]:  # no image could be read, so nothing has changed
             continue
         average += (1 - _SMOOTHING) * (means(metrics)["loss"] - average)
         losses.append(average / (1 - _SMOOTHING ** (len(losses) + 1)))
@@ -101,13 +104,7 @@ def find_learning_rate(
             break
     finite = np.isfinite(losses)
     if finite.sum() < 2:
-        raise RequestError("the loss is no number from the start: check the weights and the images")
+        raise RequestError("the loss is not finite at first: check the weights and the images")
     rates = lowest * ratio ** np.arange(len(losses))
     suggestion = rates[np.argmin(np.where(finite, losses, np.inf))] / 10
     return RangeTest(rates, np.array(losses), float(suggestion))
-
-
-def _batches(run: Run, inputs: Inputs) -> Iterator[tuple[int, Batch]]:
-    for epoch in count(1):
-        for batch in inputs.batches(run.model, epoch):
-            yield epoch, batch

@@ -1,4 +1,4 @@
-"""What a network looks at and has in mind, as captioned pictures: rows for `image_grid`."""
+"""Visualizations of networks as rows of captioned pictures, for `image_grid`."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Shaped, UInt8
 
 from tljax import explain
 from tljax.data.loader import load_batches, refuse_none
@@ -18,35 +19,38 @@ from tljax.runtime.types import Array, Variables
 
 
 class Picture(NamedTuple):
-    """One cell of a grid.
+    """One picture of a grid.
 
     Attributes:
-        name: of its file, without ending; unique in its rows.
-        caption: for a person, lines separated by newlines.
-        pixels: ``[height, width, 3]`` uint8.
+        name: file name without extension, unique in the grid.
+        caption: caption, with lines separated by newlines.
+        pixels: ``[height, width, 3]`` uint8 RGB.
     """
 
     name: str
     caption: str
-    pixels: np.ndarray
+    pixels: UInt8[np.ndarray, "height width 3"]
 
 
 Rows = list[list[Picture]]
 Photographs = Sequence[tuple[str, np.ndarray]]
-"""Names, and pixels of the size that a network expects."""
+"""(name, pixels ``[size, size, 3]`` uint8) of each image, of the network's input size."""
 
 
 def read_photographs(
     network: Pretrained, items: Sequence[str]
 ) -> tuple[Photographs, dict[str, str]]:
-    """Read photographs; and what is wrong with those that cannot be read, by their names.
+    """Read images at the input size of a network.
 
     Args:
-        network: for the size that it expects.
+        network: network whose preprocessing applies.
         items: files, folders or URLs.
 
+    Returns:
+        The images, and {name: reason} of the unreadable ones.
+
     Raises:
-        RequestError: a file is missing, or none can be read.
+        RequestError: a file does not exist, or none can be read.
     """
     if not items:
         raise RequestError("name at least one file, folder or URL")
@@ -70,39 +74,44 @@ def ideal_pictures(
     tv_weight: float = 1e-3,
     seed: int = 0,
 ) -> Rows:
-    """What classes look like to a network: as pixels and as waves, without and with a penalty.
+    """Synthesize images of classes by activation maximization.
+
+    Each class is optimized in pixel space and in Fourier space, without and with a penalty on the
+    total variation.
 
     Args:
-        network: any; pictures have the size that it expects.
-        classes: names or indices, a row for each.
-        num_steps: gradient steps.
-        tv_weight: of the total variation where there is a penalty.
-        seed: of the starts and of the movements.
+        network: any network; pictures have its input size.
+        classes: names or indices of classes, one row each.
+        num_steps: number of gradient steps.
+        tv_weight: weight of the total variation penalty.
+        seed: seed of the initial images and of the random transformations.
 
     Returns:
-        For each class four pictures; captions give the class's probability for the 8-bit picture
-        and the picture's total variation.
+        One row of four pictures per class. Captions give the probability of the class for the
+        8-bit picture, and its total variation.
 
     Raises:
-        RequestError: no class, or an unknown one.
+        RequestError: no class is target_index, or one is unknown.
     """
     model, variables, card = network.with_classes()
     if not classes:
         raise RequestError("name at least one class")
     labels = np.repeat([card.index_of(name) for name in classes], 2)
     weights = jnp.tile(jnp.array([0, tv_weight]), len(classes))
-    # Those that are compared start alike.
+    # Pictures with and without the penalty start from the same image.
     keys = jnp.repeat(jax.random.split(jax.random.key(seed), len(classes)), 2)
     columns: list[list[Picture]] = []
     for kind, parametrization in (("pixels", explain.PIXELS), ("fourier", explain.FOURIER)):
-        paint = partial(
+        synthesize = partial(
             explain.visualize,
             size=model.preprocess.size,
             parametrization=parametrization,
             tv_weight=weights,
             num_steps=num_steps,
         )
-        images = jax.jit(lambda v, k: paint(_class_score(model, v, labels), k))(variables, keys)  # noqa: B023
+        images = jax.jit(
+            lambda v, k: synthesize(explain.score_of(partial(_logits, model, v), labels), k)  # noqa: B023
+        )(variables, keys)
         pixels = explain.to_pixels(images)
         probabilities = np.asarray(jax.nn.softmax(_logits(model, variables, pixels)))
         variation = np.asarray(explain.total_variation(pixels / np.float32(255)))
@@ -124,27 +133,28 @@ def ideal_pictures(
 def explanation_pictures(
     network: Pretrained, photographs: Photographs, *, target: str | None = None, seed: int = 0
 ) -> Rows:
-    """Which parts of photographs speak for a class, by five methods.
+    """Attribute the score of a class to image regions, by five methods.
 
     Args:
-        network: any.
-        photographs: of `read_photographs`, a row for each.
-        target: name or index of the class; by default the most probable of each photograph.
-        seed: of SmoothGrad's noise.
+        network: any network.
+        photographs: images of `read_photographs`, one row each.
+        target: name or index of the class; by default the most probable class of each image.
+        seed: seed of SmoothGrad's noise.
 
     Returns:
-        For each photograph itself and five overlays.
+        Per image a row of the image itself and five overlays.
 
     Raises:
-        RequestError: an unknown class.
+        RequestError: the class is unknown.
     """
     model, variables, card = network.with_classes()
-    *_, top = map_stages(model)
-    after = model.stage_names[model.position(top) + 1]
+    after = model.stage_names[model.position(map_stages(model)[-1]) + 1]
     window = max(1, model.preprocess.size // 7)
 
     @jax.jit
-    def maps_of(variables: Variables, image: jax.Array, label: jax.Array) -> dict[str, jax.Array]:
+    def attribution_maps(
+        variables: Variables, image: jax.Array, label: jax.Array
+    ) -> dict[str, jax.Array]:
         logits_fn = partial(_logits, model, variables)
         return {
             "saliency": explain.saliency(logits_fn, image, label),
@@ -161,15 +171,15 @@ def explanation_pictures(
             ),
         }
 
-    chosen = None if target is None else card.index_of(target)
+    target_index = None if target is None else card.index_of(target)
     rows: Rows = []
     for number, (name, pixels) in enumerate(photographs):
         image = pixels[None] / np.float32(255)
         probabilities = jax.nn.softmax(_logits(model, variables, image))[0]
-        label = int(probabilities.argmax()) if chosen is None else chosen
+        label = int(probabilities.argmax()) if target_index is None else target_index
         caption = f"{name}\n{card.classes[label]}, p {probabilities[label]:.3f}"
         row = [Picture(f"{number}-photograph", caption, pixels)]
-        maps = maps_of(variables, image, jnp.array([label]))
+        maps = attribution_maps(variables, image, jnp.array([label]))
         for method in _METHODS:
             picture = explain.overlay(image, maps[method])[0]
             row.append(Picture(f"{number}-{method.replace(' ', '-').lower()}", method, picture))
@@ -181,26 +191,26 @@ _METHODS = ("saliency", "SmoothGrad", "integrated gradients", "Grad-CAM", "occlu
 
 
 def feature_pictures(network: Pretrained, photographs: Photographs, *, count: int = 8) -> Rows:
-    """The channels that answer most to photographs, a row for each photograph and stage.
+    """Draw the channels with the strongest activations, one row per image and stage.
 
     Args:
-        network: any.
-        photographs: of `read_photographs`.
-        count: channels of each stage; as many as the narrowest stage has, if that is fewer.
+        network: any network.
+        photographs: images of `read_photographs`.
+        count: number of channels per stage, at most the width of the narrowest stage.
 
     Raises:
-        RequestError: no channel is asked for.
+        RequestError: ``count`` is below 1.
     """
     model, variables, _ = network
     if count < 1:
-        raise RequestError(
-            f"{count} channels of each stage leave nothing to show; ask for 1 or more"
-        )
+        raise RequestError(f"cannot show {count} channels per stage: choose 1 or more")
     stages = map_stages(model)
     rows: Rows = []
     for number, (_, pixels) in enumerate(photographs):
         captured = apply(model, variables, pixels[None], capture=stages).captured
-        count = min(count, *(captured[stage].shape[-1] for stage in stages))  # rows of one length
+        count = min(
+            count, *(captured[stage].shape[-1] for stage in stages)
+        )  # all rows have the same length
         for stage in stages:
             features = np.asarray(captured[stage][0])
             strongest = explain.strongest_channels(features, count)
@@ -217,16 +227,19 @@ def feature_pictures(network: Pretrained, photographs: Photographs, *, count: in
 def dream_pictures(
     network: Pretrained, photographs: Photographs, *, stage: str | None = None, num_steps: int = 20
 ) -> Rows:
-    """Photographs beside what DeepDream makes of them.
+    """Apply DeepDream to images.
 
     Args:
-        network: any.
-        photographs: of `read_photographs`, a row for each.
-        stage: whose output is strengthened; by default one in the middle.
-        num_steps: at each size.
+        network: any network.
+        photographs: images of `read_photographs`, one row each.
+        stage: stage whose activations are amplified; by default one at two thirds of the stages.
+        num_steps: number of gradient steps at each image size.
+
+    Returns:
+        Per image a row of the image itself and the result.
 
     Raises:
-        RequestError: an unknown stage.
+        RequestError: the stage is unknown, or its output is not a feature map.
     """
     model, variables, _ = network
     features_fn, stage = _features_of(network, stage)
@@ -256,34 +269,35 @@ def channel_pictures(
     num_steps: int = 128,
     seed: int = 0,
 ) -> Rows:
-    """What single channels of a stage answer to, in one row.
+    """Synthesize images that maximize single channels of a stage, in one row.
 
     Args:
-        network: any; pictures have the size that it expects.
-        channels: which ones.
-        stage: of which stage's output; by default one in the middle.
-        num_steps: gradient steps.
-        seed: of the starts and of the movements.
+        network: any network; pictures have its input size.
+        channels: indices of channels.
+        stage: stage whose output has these channels; by default one at two thirds of the stages.
+        num_steps: number of gradient steps.
+        seed: seed of the initial images and of the random transformations.
 
     Raises:
-        RequestError: an unknown stage, no channel, or an unknown one.
+        RequestError: the stage is unknown or its output is not a feature map, or no channel is
+            given or one is unknown.
     """
     model, variables, _ = network
     if not channels:
         raise RequestError("name at least one channel")
     features_fn, stage = _features_of(network, stage)
     size = model.preprocess.size
-    known = jax.eval_shape(features_fn, variables, jnp.zeros((1, size, size, 3))).shape[-1]
-    if wrong := [channel for channel in channels if not 0 <= channel < known]:
-        raise RequestError(f"{stage} has no channel {wrong[0]}; its channels are 0 to {known - 1}")
+    width = jax.eval_shape(features_fn, variables, jnp.zeros((1, size, size, 3))).shape[-1]
+    if unknown := [channel for channel in channels if not 0 <= channel < width]:
+        raise RequestError(f"{stage} has no channel {unknown[0]}: choose from 0 to {width - 1}")
 
     @jax.jit
-    def paint(variables: Variables, keys: jax.Array) -> jax.Array:
+    def synthesize(variables: Variables, keys: jax.Array) -> jax.Array:
         means = explain.channel_mean(partial(features_fn, variables))
         objective = explain.score_of(means, np.asarray(channels))
         return explain.visualize(objective, keys, size=size, num_steps=num_steps)
 
-    images = paint(variables, jax.random.split(jax.random.key(seed), len(channels)))
+    images = synthesize(variables, jax.random.split(jax.random.key(seed), len(channels)))
     pixels = explain.to_pixels(images)
     return [
         [
@@ -294,35 +308,33 @@ def channel_pictures(
 
 
 def map_stages(model: Model) -> tuple[str, ...]:
-    """Return the stages whose output is a feature map, with height and width, in order.
+    """Return the stages whose output is a map ``[batch, height, width, channels]``, in order.
 
     Raises:
-        RequestError: there is none.
+        RequestError: the network has none.
     """
     if not model.map_stages:
-        raise RequestError(f"no stage of {model.name} hands on a feature map")
+        raise RequestError(f"no stage of {model.name} returns a feature map")
     return model.map_stages
 
 
 def _features_of(
     network: Pretrained, stage: str | None
 ) -> tuple[Callable[[Variables, jax.Array], jax.Array], str]:
-    """Images to the output of a stage, and which stage that is."""
+    """Return a function from images to the output of a stage, and the name of the stage."""
     model = network.model
     stages = map_stages(model)
     if stage is None:
         stage = stages[len(stages) * 2 // 3]
     model.position(stage)
     if stage not in stages:
-        known = ", ".join(stages)
-        raise RequestError(f"the output of {stage} is no feature map; those of {known} are")
+        options = ", ".join(stages)
+        raise RequestError(f"the output of {stage} is not a feature map: choose from {options}")
     after = model.stage_names[model.position(stage) + 1]
     return lambda variables, images: apply(model, variables, images, stop=after).value, stage
 
 
-def _class_score(model: Model, variables: Variables, labels: Array) -> explain.Objective:
-    return explain.score_of(partial(_logits, model, variables), labels)
-
-
-def _logits(model: Model, variables: Variables, images: Array) -> jax.Array:
+def _logits(
+    model: Model, variables: Variables, images: Shaped[Array, "batch height width 3"]
+) -> Float[jax.Array, "batch classes"]:
     return apply(model, variables, images).logits

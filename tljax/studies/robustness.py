@@ -1,4 +1,4 @@
-"""From a network and images to what attacks did: a table, a curve, and adversarial pictures."""
+"""Adversarial robustness of a network: accuracy under attacks, and adversarial pictures."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
+from jaxtyping import Int32, UInt8
 
 from tljax import attack as library
 from tljax.attack.contract import Attack, LogitsFn
@@ -24,6 +25,7 @@ from tljax.pretrained.catalog import names_like
 from tljax.runtime.errors import RequestError
 from tljax.runtime.parallel import data_mesh
 from tljax.runtime.progress import track
+from tljax.runtime.tables import format_table
 from tljax.runtime.types import Variables
 from tljax.studies.pictures import Picture
 from tljax.train.run_directory import skipped_lines
@@ -42,35 +44,36 @@ ATTACKS: dict[str, Any] = {
     "cw": library.carlini_wagner,
     "autoattack": library.auto_attack,
 }
-"""By the names that AutoAttack and the papers have."""
+"""Attack functions by their names in AutoAttack and the papers."""
 
 _NORMS = {"cw": ("l2",)} | dict.fromkeys(("fgsm", "bim", "mi-fgsm", "pgd"), ("linf", "l2", "l1"))
-"""Those that an attack knows, where they are not Linf and L2."""
+"""Norms that an attack supports, if these are not Linf and L2."""
 
 
 class Victims(NamedTuple):
-    """What is attacked.
+    """Images to attack.
 
     Attributes:
         images: ``[n, size, size, 3]`` uint8.
-        labels: ``[n]`` int32: the data's, or where it has none what the network sees.
-        names: ``[n]`` what to call each.
-        notes: remarks for a person, one line each.
+        labels: ``[n]`` int32 class indices of the network: labels of the data, or predictions where
+            the data has none.
+        names: names of the images.
+        notes: notes on the data, one line of text each.
     """
 
-    images: np.ndarray
-    labels: np.ndarray
+    images: UInt8[np.ndarray, "n size size 3"]
+    labels: Int32[np.ndarray, " n"]
     names: Sequence[str]
     notes: list[str]
 
 
 class Painting(NamedTuple):
-    """One image, attacked and drawn.
+    """Pictures of one attacked image.
 
     Attributes:
-        pictures: the photograph, the perturbation, and the adversarial image.
-        line: what was done and seen, for a person.
-        facts: the same for a machine.
+        pictures: the image, the perturbation and the adversarial image.
+        line: attack and predictions, as a line of text.
+        facts: the same as JSON.
     """
 
     pictures: list[Picture]
@@ -79,7 +82,10 @@ class Painting(NamedTuple):
 
 
 def logits_fn(network: Pretrained) -> LogitsFn:
-    """Images to logits; the weights are arguments of what is compiled, not constants in it."""
+    """Return the network as a function from images to logits, with its weights as pytree leaves.
+
+    So the weights are arguments of compiled functions, not constants in them.
+    """
     return Partial(_forward(network.model), jax.tree.map(jnp.asarray, network.variables))
 
 
@@ -90,38 +96,44 @@ def choose_attacks(
     num_steps: int | None = None,
     target: int | None = None,
 ) -> dict[str, Attack]:
-    """Attacks by name, ready for `tljax.attack.evaluate`.
+    """Return attacks by name, with their options, for `tljax.attack.evaluate`.
 
     Args:
-        names: of `ATTACKS`.
-        norm: "linf", "l2" or "l1".
-        num_steps: of those that take steps, and Square's queries; by default each one's own.
-        target: the class wanted; by default any mistake.
+        names: names in `ATTACKS`.
+        norm: norm of the perturbation: "linf", "l2" or "l1".
+        num_steps: number of gradient steps, or queries of Square; by default each attack's own.
+            Attacks without steps ignore it.
+        target: index of the class to predict; by default any wrong class counts.
 
     Raises:
-        RequestError: an unknown attack, or one that cannot do what is asked.
+        RequestError: an attack is unknown, or does not support the norm or a target.
     """
-    chosen: dict[str, Attack] = {}
+    attacks: dict[str, Attack] = {}
     for name in names:
         if name not in ATTACKS:
-            raise RequestError(f"there is no attack '{name}'; choose from {', '.join(ATTACKS)}")
+            raise RequestError(f"there is no attack '{name}': choose from {', '.join(ATTACKS)}")
         if name == "autoattack":
-            library.ensemble(10, norm=norm)  # an error of its own names the member that is missing
+            library.ensemble(10, norm=norm)  # raises if a member does not support the norm
         norms = _NORMS.get(name, ("linf", "l2"))
         if norm not in norms:
-            raise RequestError(f"{name} knows no norm but {' and '.join(norms)}: leave it out")
-        function = ATTACKS[name]
-        known = inspect.signature(function).parameters
-        options: dict[str, Any] = {"norm": norm} if "norm" in known else {}
-        if num_steps is not None:
-            steps = "num_queries" if name == "square" else "num_steps"
-            options |= {steps: num_steps} if steps in known else {}
-        if target is not None and "targets" not in known:
-            able = [k for k, f in ATTACKS.items() if "targets" in inspect.signature(f).parameters]
-            raise RequestError(f"{name} takes no --target; {', '.join(able)} do")
-        attack = partial(function, **options)
-        chosen[name] = attack if target is None else partial(_towards, attack, target)
-    return chosen
+            raise RequestError(
+                f"{name} supports only the norm {' and '.join(norms)}: remove --norm"
+            )
+        parameters = _parameters(name)
+        options: dict[str, Any] = {"norm": norm} if "norm" in parameters else {}
+        steps = "num_queries" if name == "square" else "num_steps"
+        if num_steps is not None and steps in parameters:
+            options[steps] = num_steps
+        if target is not None and "targets" not in parameters:
+            targeted = ", ".join(name for name in ATTACKS if "targets" in _parameters(name))
+            raise RequestError(f"{name} supports no --target: choose from {targeted}")
+        attack = partial(ATTACKS[name], **options)
+        attacks[name] = attack if target is None else partial(_towards, attack, target)
+    return attacks
+
+
+def _parameters(name: str) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(ATTACKS[name]).parameters
 
 
 def read_victims(
@@ -132,26 +144,26 @@ def read_victims(
     count: int | None = None,
     seed: int = 0,
 ) -> Victims:
-    """Reads images and finds out what they show.
+    """Read images to attack, with labels of the data or else predictions of the network.
 
     Args:
-        network: any.
-        source: with or without labels. The labels are matched with the network's by name.
-        loading: see `Loading`.
-        count: how many to take; by default all.
-        seed: which ones.
+        network: any network.
+        source: images with or without labels. Classes are matched with the network's by name.
+        loading: options of how images are read.
+        count: number of images to choose at random; by default all.
+        seed: seed of the choice.
 
     Raises:
-        RequestError: no class in common, or no image that can be read.
+        RequestError: data and network have no class in common, or no image can be read.
     """
     model, _, card = network
     notes: list[str] = []
-    same: dict[str, list[int]] = {}
+    ambiguous_classes: dict[str, list[int]] = {}
     if source.classes:
         names = names_like(card.classes, source.classes)
-        same = ambiguous(source.classes, names)
-        matched, remarks = match_classes(source, names)
-        source, notes = matched, list(remarks)
+        ambiguous_classes = ambiguous(source.classes, names)
+        source, remarks = match_classes(source, names)
+        notes += remarks
     if count is not None and count < len(source):
         chosen = np.random.default_rng(seed).choice(len(source), count, replace=False)
         source = select(source, np.sort(chosen))
@@ -164,15 +176,16 @@ def read_victims(
         on_bad_image=loading.on_bad_image,
         skipped=skipped,
     )
-    parts, see = [], logits_fn(network)
+    parts, predict = [], logits_fn(network)
     for batch in track(
         batches, description="read", total=len(source), size=lambda batch: int(batch.mask.sum())
     ):
         labels = np.asarray(batch.targets)
         if not source.classes:
-            labels = np.asarray(_predict(see, batch.inputs).argmax(-1))
-        elif same:
-            labels = settle(labels, np.asarray(_predict(see, batch.inputs)), same)
+            labels = np.asarray(_predict(predict, batch.inputs).argmax(-1))
+        elif ambiguous_classes:
+            logits = np.asarray(_predict(predict, batch.inputs))
+            labels = settle(labels, logits, ambiguous_classes)
         parts.append([np.asarray(a)[batch.mask] for a in (batch.inputs, labels, batch.indices)])
     refuse_none(source, skipped)
     images, labels, indices = map(np.concatenate, zip(*parts, strict=True))
@@ -190,23 +203,23 @@ def attack(
     seed: int = 0,
     nested: bool = False,
 ) -> Robustness:
-    """How the network stands up; `tljax.attack.evaluate` says what to what.
+    """Measure the accuracy of a network under attacks, see `tljax.attack.evaluate`.
 
-    AutoAttack is run as it is meant to be: each of its attacks on what those before have left. Its
-    outcome is called as `tljax.attack.ensemble.title` has it, "autoattack" or with its numbers;
-    "autoattack until fab-t" is what there was after that part.
+    Each attack of AutoAttack runs only on the images that the attacks before it did not fool. Its
+    outcome is named by `tljax.attack.ensemble.title`, such as "autoattack"; the outcome
+    "autoattack until fab-t" is that of its attacks up to fab-t.
 
     Args:
-        network: any.
-        victims: the images.
-        attacks: of `choose_attacks`.
-        epsilons: radii in the units of images in [0, 1].
-        loading: for the batch size and the devices.
-        seed: of the random starts.
-        nested: whether an image that a smaller epsilon fooled is not attacked again.
+        network: any network.
+        victims: images to attack.
+        attacks: attacks of `choose_attacks`.
+        epsilons: radii of the perturbations, for images in [0, 1].
+        loading: batch size and devices.
+        seed: seed of the random starts.
+        nested: whether to skip images at an epsilon if a smaller one fooled the network.
 
     Raises:
-        RequestError: no attacks, or no or negative epsilons.
+        RequestError: there are no attacks, no epsilons or negative ones.
     """
     run = partial(
         library.evaluate,
@@ -218,8 +231,8 @@ def attack(
         batch_size=loading.batch_size,
         mesh=data_mesh(loading.devices),
     )
-    alone = {name: each for name, each in attacks.items() if not _is_ensemble(each)}
-    reports = [run(attacks=alone)] if alone or not attacks else []
+    single = {name: attack for name, attack in attacks.items() if not _is_ensemble(attack)}
+    reports = [run(attacks=single)] if single or not attacks else []
     for ensemble in filter(_is_ensemble, attacks.values()):
         options = getattr(ensemble, "keywords", {})
         parts = library.ensemble(network.model.num_classes, **options)
@@ -229,46 +242,46 @@ def attack(
         outcomes = {f"{name} until {part}": outcome for part, outcome in until} | {name: last[1]}
         reports.append(whole._replace(outcomes=outcomes))
     return reports[0]._replace(
-        outcomes={name: outcome for one in reports for name, outcome in one.outcomes.items()},
-        flags={name: flag for one in reports for name, flag in one.flags.items()},
+        outcomes={name: outcome for report in reports for name, outcome in report.outcomes.items()},
+        flags={name: flag for report in reports for name, flag in report.flags.items()},
     )
 
 
-def table(found: Robustness) -> str:
-    """Accuracies with their standard errors, in percent, and what is left of it on 8 bits."""
-    clean = share(found.clean)
-    header = ["epsilon * 255", "0", *(f"{epsilon * 255:.6g}" for epsilon in found.epsilons)]
-    rows = [header]
-    for name in found.outcomes:
-        rows.append([name, *map(_cell, [clean, *found.accuracy(name)])])
-        if (rounded := found.rounded_accuracy(name)) is not None:
+def table(robustness: Robustness) -> str:
+    """Return a text table of accuracies and their standard errors, in percent.
+
+    The lines "saved as PNG" are those of adversarial images rounded to 8 bits.
+    """
+    clean = share(robustness.clean)
+    header = ["epsilon * 255", "0", *(f"{epsilon * 255:.6g}" for epsilon in robustness.epsilons)]
+    rows: list[list[str]] = []
+    for name in robustness.outcomes:
+        rows.append([name, *map(_cell, [clean, *robustness.accuracy(name)])])
+        if (rounded := robustness.rounded_accuracy(name)) is not None:
             rows.append(["  saved as PNG", *map(_cell, [clean, *rounded])])
-    if len(found.outcomes) > 1:
-        rows.append(["worst of all", *map(_cell, [clean, *found.accuracy()])])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
-    ]
-    return "\n".join([f"accuracy in % of {len(found.clean)} images, +- standard error", *lines])
+    if len(robustness.outcomes) > 1:
+        rows.append(["worst of all", *map(_cell, [clean, *robustness.accuracy()])])
+    title = f"accuracy in % of {len(robustness.clean)} images, +- standard error"
+    return f"{title}\n{format_table(header, rows)}"
 
 
-def summary(found: Robustness) -> dict[str, Any]:
-    """What ``--json`` prints; an epsilon is in units of 1/255."""
-    names = [f"{epsilon * 255:.4g}" for epsilon in found.epsilons]
+def summary(robustness: Robustness) -> dict[str, Any]:
+    """Return the accuracies as JSON, by epsilon in units of 1/255."""
+    names = [f"{epsilon * 255:.4g}" for epsilon in robustness.epsilons]
 
     def by_epsilon(shares: Sequence[Share]) -> dict[str, float]:
         return dict(zip(names, (share.value for share in shares), strict=True))
 
     return {
-        "clean": float(found.clean.mean()),
-        "robust": {name: by_epsilon(found.accuracy(name)) for name in found.outcomes},
+        "clean": float(robustness.clean.mean()),
+        "robust": {name: by_epsilon(robustness.accuracy(name)) for name in robustness.outcomes},
         "robust_rounded": {
             name: by_epsilon(rounded)
-            for name in found.outcomes
-            if (rounded := found.rounded_accuracy(name)) is not None
+            for name in robustness.outcomes
+            if (rounded := robustness.rounded_accuracy(name)) is not None
         },
-        "examples": len(found.clean),
-        "flags": found.flags,
+        "examples": len(robustness.clean),
+        "flags": robustness.flags,
     }
 
 
@@ -276,47 +289,47 @@ def paint(
     network: Pretrained,
     victims: Victims,
     attacks: Mapping[str, Attack],
-    found: Robustness,
+    robustness: Robustness,
     *,
     count: int = 8,
     target: int | None = None,
     seed: int = 0,
 ) -> list[Painting]:
-    """Adversarial images of 8 bits, by the last of the attacks.
+    """Draw 8-bit adversarial images of the last attack.
 
-    Each has the smallest epsilon at which the network still mistakes what is saved; with a target,
-    and where there is no such epsilon, the largest.
+    Each uses the smallest epsilon at which the 8-bit image fools the network, or the largest
+    epsilon if there is none or a target is given.
 
     Args:
-        network: the one attacked.
-        victims: the images.
-        attacks: those that were run.
-        found: what they did.
-        count: how many images, the most easily fooled first.
-        target: the class wanted, of which the captions then tell as well.
-        seed: of the attacks.
+        network: attacked network.
+        victims: attacked images.
+        attacks: attacks that were run.
+        robustness: their outcomes.
+        count: number of images, those fooled at the smallest epsilon first.
+        target: index of the target class, whose probability captions then give.
+        seed: seed of the random starts.
     """
     name, last = list(attacks.items())[-1]
     name = title(**getattr(last, "keywords", {})) if _is_ensemble(last) else name
-    rest = np.setdiff1d(np.arange(len(found.clean)), found.worst(len(found.clean)))
-    rows = np.concatenate([found.worst(count), rest])[:count].astype(int)
-    right, rounded, _ = found.outcomes[name]
-    fooled = ~(right if rounded is None else rounded)[:, rows] & found.clean[rows]
-    needed = np.where(fooled.any(0), fooled.argmax(0), len(found.epsilons) - 1)
+    rest = np.setdiff1d(np.arange(len(robustness.clean)), robustness.worst(len(robustness.clean)))
+    rows = np.concatenate([robustness.worst(count), rest])[:count].astype(int)
+    correct, rounded, _ = robustness.outcomes[name]
+    fooled = ~(correct if rounded is None else rounded)[:, rows] & robustness.clean[rows]
+    needed = np.where(fooled.any(0), fooled.argmax(0), len(robustness.epsilons) - 1)
     if target is not None:
-        needed[:] = len(found.epsilons) - 1
-    epsilons, labels = found.epsilons[needed], victims.labels[rows]
+        needed[:] = len(robustness.epsilons) - 1
+    epsilons, labels = robustness.epsilons[needed], victims.labels[rows]
     images = victims.images[rows] / np.float32(255)
 
-    see = logits_fn(network)
-    adversarial = last(see, images, labels, jax.random.key(seed), epsilon=epsilons)
+    predict = logits_fn(network)
+    adversarial = last(predict, images, labels, jax.random.key(seed), epsilon=epsilons)
     on_grid = library.round_inward(adversarial, jnp.asarray(images))
     before, exact, after = (
-        np.asarray(jax.nn.softmax(_predict(see, x))) for x in (images, adversarial, on_grid)
+        np.asarray(jax.nn.softmax(_predict(predict, x))) for x in (images, adversarial, on_grid)
     )
     saved = np.asarray(jnp.rint(on_grid * 255), np.uint8)
 
-    def seen(probabilities: np.ndarray, index: int) -> dict[str, Any]:
+    def prediction(probabilities: np.ndarray, index: int) -> dict[str, Any]:
         return {
             "name": network.card.classes[index],
             "index": index,
@@ -332,7 +345,7 @@ def paint(
             "path": victims.names[row],
             "attack": name,
             "epsilon": round(float(epsilons[i]) * 255, 6),
-            **{when: seen(p, int(p.argmax())) for when, p in probabilities.items()},
+            **{when: prediction(p, int(p.argmax())) for when, p in probabilities.items()},
         }
         if target is not None:
             facts["target"] = {
@@ -363,13 +376,13 @@ def paint(
 
 @cache
 def _forward(model: Model) -> Callable[[Variables, jax.Array], jax.Array]:
-    """One function object for each model, so that nothing is compiled twice."""
+    """Return the same function object for the same model, so that it is compiled once."""
     return lambda variables, images: apply(model, variables, images).logits
 
 
 @jax.jit
-def _predict(see: Any, images: jax.Array) -> jax.Array:
-    return see(images)
+def _predict(logits_fn: Any, images: jax.Array) -> jax.Array:
+    return logits_fn(images)
 
 
 def _is_ensemble(attack: Any) -> bool:
@@ -377,9 +390,10 @@ def _is_ensemble(attack: Any) -> bool:
 
 
 def _towards(
-    attack: Any, target: int, see: LogitsFn, images: jax.Array, *args: Any, **options: Any
+    attack: Any, target: int, logits_fn: LogitsFn, images: jax.Array, *args: Any, **options: Any
 ) -> jax.Array:
-    return attack(see, images, *args, targets=jnp.full(len(images), target), **options)
+    """Run an attack with the same target class for all images."""
+    return attack(logits_fn, images, *args, targets=jnp.full(len(images), target), **options)
 
 
 def _cell(share: Share) -> str:

@@ -1,7 +1,7 @@
-"""Training on images that were attacked a moment before, and what such a training is worth.
+"""Adversarial training, and the robust accuracy of its result.
 
-Madry et al. 2018 (https://arxiv.org/abs/1706.06083) attack by PGD, Wong et al. 2020
-(https://arxiv.org/abs/2001.03994) by one step from a random start.
+Madry et al. 2018 (https://arxiv.org/abs/1706.06083) train on PGD attacks, Wong et al. 2020
+(https://arxiv.org/abs/2001.03994) on attacks of one step from a random start.
 """
 
 from collections.abc import Callable
@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Int, Shaped
 
 from tljax.attack import fgsm, pgd
 from tljax.attack.contract import as_float
@@ -25,48 +26,56 @@ from tljax.train.options import AdversaryConfig
 from tljax.train.step import Forward
 
 PROOF_STEPS = 20
-"""Of the PGD that measures robust accuracy: more than training has seen."""
+"""Number of PGD steps for measuring robust accuracy, more than for training."""
 
 
 def adversarial(objective: Objective, config: AdversaryConfig) -> Objective:
-    """Give an objective images that were attacked a moment before, on running statistics."""
+    """Return the objective, evaluated on attacked images.
 
-    def of_attacked(forward: Forward, batch: Batch, key: jax.Array) -> Any:
-        see = lambda x: forward.evaluate(x).logits  # noqa: E731
-        moved = attacked(config, see, batch.inputs, batch.targets, key, batch.indices)
-        return objective(forward, batch._replace(inputs=moved), key)
+    The attack runs the network in inference mode: on running statistics, without dropout.
 
-    return of_attacked
+    Args:
+        objective: see `tljax.train.objectives`; it must take labels ``[batch]``.
+        config: attack and epsilon.
+    """
+
+    def adversarial_objective(forward: Forward, batch: Batch, key: jax.Array) -> Any:
+        logits_fn = lambda x: forward.evaluate(x).logits  # noqa: E731
+        images = attacked(config, logits_fn, batch.inputs, batch.targets, key, batch.indices)
+        return objective(forward, batch._replace(inputs=images), key)
+
+    return adversarial_objective
 
 
 def attacked(
     config: AdversaryConfig,
     logits_fn: Callable[[jax.Array], jax.Array],
-    images: Array,
-    labels: Array,
+    images: Shaped[Array, "batch height width 3"],
+    labels: Int[Array, " batch"],
     key: jax.Array,
-    ids: Array,
-) -> jax.Array:
-    """The images, moved within the ball to where the loss is high.
+    ids: Int[Array, " batch"],
+) -> Float[jax.Array, "batch height width 3"]:
+    """Attack images: raise the loss within an Linf ball around each.
 
     Args:
-        config: see `AdversaryConfig`.
-        logits_fn: images in [0, 1] to logits.
+        config: attack, number of steps and epsilon, the radius of the ball.
+        logits_fn: function from images ``[batch, height, width, 3]`` in [0, 1] to logits
+            ``[batch, classes]``.
         images: ``[batch, height, width, 3]`` uint8, or floating point in [0, 1].
-        labels: ``[batch]``; -1 for padding.
-        key: of the random starts.
-        ids: ``[batch]`` int, the name of each example.
+        labels: ``[batch]`` class indices; -1 for padding.
+        key: random key of the random starts.
+        ids: ``[batch]`` integer that identifies each example, for its random start.
 
     Returns:
-        Floating point in [0, 1]; no gradient flows back through it.
+        ``[batch, height, width, 3]`` floating point in [0, 1]; no gradient flows through it.
     """
-    by = (
+    attack = (
         partial(fgsm, random_start=True)
         if config.attack == "fast"
         else partial(pgd, num_steps=config.attack_steps)
     )
     images, labels = as_float(images), jnp.maximum(labels, 0)
-    moved = by(logits_fn, images, labels, key, epsilon=config.epsilon / 255, ids=ids)
+    moved = attack(logits_fn, images, labels, key, epsilon=config.epsilon / 255, ids=ids)
     return jax.lax.stop_gradient(moved)
 
 
@@ -78,15 +87,15 @@ def robust_logits(
     config: AdversaryConfig,
     seed: int,
 ) -> Outputs:
-    """Logits of a whole source after PGD of `PROOF_STEPS` steps at the epsilon of the training.
+    """Compute the logits of a source under PGD of `PROOF_STEPS` steps at the epsilon of training.
 
     Args:
         model: the network.
         variables: its variables.
-        source: labelled images.
-        loading: how they are read.
-        config: for epsilon.
-        seed: of the random starts.
+        source: labeled images.
+        loading: options of how images are read, the batch size and the devices.
+        config: for its epsilon.
+        seed: seed of the random starts.
     """
     mesh = data_mesh(loading.devices)
     forward = partial(_attacked_logits, model, AdversaryConfig("pgd", config.epsilon, PROOF_STEPS))

@@ -1,8 +1,8 @@
-"""Checkpoints of a run in progress: Orbax writes them, asynchronously; nothing damaged is believed.
+"""Checkpoints of a run in progress, written asynchronously by Orbax and verified when read.
 
-A checkpoint holds what training has changed: the trainable parameters, their optimizer state, the
-statistics that move, and where in which epoch the run stands. What is frozen is named by its hash.
-Beside a damaged one, ``3``, lies a file ``3.damaged``: it is not read again, and never deleted.
+A checkpoint holds the training state (trainable parameters, optimizer state, updated statistics)
+and the position in the run; frozen variables are identified by their hash. A damaged checkpoint
+``3`` is marked by a file ``3.damaged``: it is not read again, and never deleted.
 """
 
 import hashlib
@@ -30,12 +30,12 @@ Content = tuple[dict[str, Any], list[np.ndarray]]
 
 
 class Checkpoint(NamedTuple):
-    """Where a run stood.
+    """Saved state of a run.
 
     Attributes:
-        position: JSON: whatever the caller saved.
-        leaves: of the state that the caller saved, in its order.
-        notes: what was damaged and passed over, a line each.
+        position: position in the run that the caller saved, as JSON.
+        leaves: arrays of the saved state, in the order of its tree.
+        notes: one line for each damaged checkpoint that was skipped.
     """
 
     position: dict[str, Any]
@@ -43,50 +43,49 @@ class Checkpoint(NamedTuple):
     notes: tuple[str, ...]
 
     def fill(self, like: Tree) -> Tree:
-        """Return the leaves in the shape of ``like``.
+        """Return the saved state as a tree like ``like``.
 
         Raises:
-            RequestError: the checkpoint is of something else.
+            RequestError: a shape or dtype differs.
         """
         expected, structure = jax.tree.flatten(like)
         if [(x.shape, x.dtype) for x in expected] != [(x.shape, x.dtype) for x in self.leaves]:
-            raise RequestError("the checkpoint is of another network or another optimizer")
+            raise RequestError("the checkpoint was saved with another network or optimizer")
         return jax.tree.unflatten(structure, self.leaves)
 
 
 class Checkpoints:
-    """The checkpoints in a folder: the last two, so that one is whole if the other is not."""
+    """The last two checkpoints in a folder, so that one is intact if the other is damaged."""
 
     def __init__(self, folder: Path, identity: str) -> None:
-        """Open the folder, or make it.
+        """Open a folder of checkpoints, or create it.
 
         Args:
-            folder: of checkpoints alone.
-            identity: of what does not change during the run: base weights, data, configuration.
+            folder: folder that holds nothing but checkpoints.
+            identity: identifies what is constant during the run: base weights, data, configuration.
 
         Raises:
-            RequestError: it cannot be written.
+            RequestError: the folder cannot be written.
         """
-        # Its progress is not for the user, half-written steps are none of his business, and of an
-        # error in the background he is told when it is raised.
+        # These log progress and unfinished steps, and background errors, which are raised anyway.
         for library in ("absl", "asyncio"):
             logging.getLogger(library).setLevel(logging.CRITICAL)
         self._identity = identity
         self._folder = folder
-        # Each process for itself: at a barrier, all would wait for one that cannot read or write.
+        # Each process on its own: at a barrier, all would wait for one that cannot read or write.
         me = jax.process_index()
         alone = ocp.options.MultiprocessingOptions(
             primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process {me}"
         )
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            marked = [int(path.stem) for path in folder.glob("[0-9]*.damaged")]
-            self._damaged = set(gather_json(marked)[0])
+            damaged = [int(path.stem) for path in folder.glob("[0-9]*.damaged")]
+            self._damaged = set(gather_json(damaged)[0])
             self._manager = ocp.CheckpointManager(
                 folder.absolute(),
                 item_names=("state", "position"),
                 options=ocp.CheckpointManagerOptions(
-                    preservation_policy=_LastTwoWhole(self._damaged),
+                    preservation_policy=_LastTwoIntact(self._damaged),
                     create=False,
                     cleanup_tmp_directories=is_writer(),
                     multiprocessing_options=alone,
@@ -96,16 +95,18 @@ class Checkpoints:
             raise RequestError(f"{folder}: cannot be written ({error.strerror})") from error
 
     def save(self, number: int, position: dict[str, Any], state: Any) -> None:
-        """Write in the background, on the writer; wait for the write before this one.
+        """Write a checkpoint in the background, on the process that writes.
+
+        It waits for the previous write.
 
         Args:
-            number: rises from save to save. Behind a damaged checkpoint of a higher number, it
-                becomes the next one that is free.
-            position: JSON.
-            state: a tree of arrays; they are copied before this returns.
+            number: number of the checkpoint, higher than before. If a damaged checkpoint has a
+                higher one, the next free number is used instead.
+            position: position in the run, as JSON.
+            state: tree of arrays; they are copied before this returns.
 
         Raises:
-            RequestError: the write before this one failed.
+            RequestError: the previous write failed.
         """
         if not is_writer():
             return
@@ -125,74 +126,75 @@ class Checkpoints:
             raise self._failed(error) from error
 
     def restore(self) -> Checkpoint | None:
-        """Read the last checkpoint that is whole; None if there is none at all.
+        """Return the last intact checkpoint, or None if the folder has no checkpoints.
 
-        Damaged ones after it are marked. Of several processes, the writer says which are.
+        Damaged checkpoints are marked and skipped. The writing process decides for all processes.
 
         Raises:
-            RequestError: all are damaged, or they belong to another run, or the disk fails.
+            RequestError: all are damaged, they belong to another run, or one cannot be read.
         """
         notes: list[str] = []
         for number in sorted(gather_json(list(self._manager.all_steps()))[0], reverse=True):
-            found = None if number in self._damaged else self._read(number)
-            if found is None:
+            content = None if number in self._damaged else self._read(number)
+            if content is None:
                 notes.append(f"checkpoint {number} is damaged")
                 continue
-            about, leaves = found
+            about, leaves = content
             if about["identity"] != self._identity:
                 raise RequestError(
-                    f"{self._folder} belongs to another run: its base weights, images or "
-                    "configuration differ; choose another --workdir"
+                    f"{self._folder} belongs to a run with other base weights, images or "
+                    "settings: choose another --workdir"
                 )
             return Checkpoint(about["position"], leaves, tuple(notes))
         if notes:
-            raise RequestError(f"{self._folder}: no checkpoint is whole: {'; '.join(notes)}")
+            raise RequestError(f"{self._folder}: no checkpoint is intact: {'; '.join(notes)}")
         return None
 
     def _read(self, number: int) -> Content | None:
-        """Read one checkpoint; None if it is damaged, which is marked.
+        """Read a checkpoint; mark it and return None if it is damaged.
 
         Raises:
-            RequestError: it cannot be read, which does not prove that it is damaged.
+            RequestError: it cannot be read, but may be intact.
         """
         about, leaves, failed = {}, [], None
         try:
             # The shapes come from the checkpoint itself: `fill` compares them.
-            found = self._manager.restore(
+            restored = self._manager.restore(
                 number,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardRestore(),  # pyright: ignore[reportCallIssue]
                     position=ocp.args.JsonRestore(),  # pyright: ignore[reportCallIssue]
                 ),
             )
-            about, state = found["position"], found["state"]
+            about, state = restored["position"], restored["state"]
             leaves = [np.asarray(state[name]) for name in sorted(state)]
             if about.pop("sha256") != _digest(leaves, about):
-                raise ValueError("its checksum differs")  # noqa: TRY301
-        except Exception as error:  # noqa: BLE001 - Orbax promises no type for a damaged file
+                raise ValueError("checksum mismatch")  # noqa: TRY301
+        except Exception as error:  # noqa: BLE001 - Orbax documents no type for a damaged file
             failed = error
         damaged = _proves_damage(failed) and (self._folder / str(number)).is_dir()
-        told = gather_json((damaged, failed and _reason(failed)))
-        if told[0][0]:
+        outcomes = gather_json((damaged, failed and _reason(failed)))
+        damaged, reason = outcomes[0]
+        if damaged:
             self._damaged.add(number)
-            mark = self._folder / f"{number}.damaged"
-            text = f"{told[0][1]}\nWithout this file, checkpoint {number} is read again.\n"
+            marker = self._folder / f"{number}.damaged"
+            text = f"{reason}\nDelete this file to read checkpoint {number} again.\n"
             if is_writer():
-                with suppress(WriteError), written_whole(mark) as temporary:
+                with suppress(WriteError), written_whole(marker) as temporary:
                     temporary.write_text(text, "utf-8")
             return None
-        if reasons := [reason for _, reason in told if reason]:
+        if reasons := [reason for _, reason in outcomes if reason]:
             raise RequestError(
-                f"{self._folder}: checkpoint {number} cannot be read ({reasons[0]}), "
-                "but may be whole: nothing was changed, try again"
+                f"{self._folder}: checkpoint {number} cannot be read ({reasons[0]}), but may be "
+                "intact: try again"
             ) from failed
         return about, leaves
 
     def close(self) -> None:
-        """Wait until everything is written.
+        """Wait until all checkpoints are written.
 
         Raises:
-            RequestError: it could not be.
+            RequestError: the last write failed.
         """
         try:
             self._manager.wait_until_finished()
@@ -202,41 +204,42 @@ class Checkpoints:
 
     def _failed(self, error: Exception) -> RequestError:
         return RequestError(
-            f"{self._folder}: a checkpoint cannot be written ({_reason(error)}); "
-            "those before it are kept: make room and go on with --resume"
+            f"{self._folder}: a checkpoint cannot be written ({_reason(error)}); earlier ones are "
+            "kept: free disk space and continue with --resume"
         )
 
 
 @dataclass
-class _LastTwoWhole:
-    """For Orbax: which checkpoints stay."""
+class _LastTwoIntact:
+    """Orbax policy: preserve the last two intact checkpoints and all damaged ones."""
 
     damaged: set[int]
 
     def should_preserve(
         self, checkpoints: Sequence[PolicyCheckpointInfo], **_: Any
     ) -> Sequence[bool]:
-        last = [found.step for found in checkpoints if found.step not in self.damaged][-2:]
-        return [found.step in self.damaged.union(last) for found in checkpoints]
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        preserved = self.damaged.union([step for step in steps if step not in self.damaged][-2:])
+        return [step in preserved for step in steps]
 
 
-_OF_THE_DISK = re.compile(
+_ENVIRONMENT_ERROR = re.compile(
     r"os_error_code='(?!2')"  # 2: no such file
     "|^(ABORTED|CANCELLED|DEADLINE_EXCEEDED|INTERNAL|PERMISSION_DENIED|RESOURCE_EXHAUSTED"
     "|UNAUTHENTICATED|UNAVAILABLE|UNKNOWN):"
 )
-"""In messages of TensorStore, which are ValueErrors whatever has happened."""
+"""Matches messages of TensorStore, which raises ValueError for every kind of failure."""
 
 
 def _proves_damage(error: Exception | None) -> bool:
-    """Whether it comes from the content, and not from the disk, the memory or the network."""
+    """Return whether an error comes from the content, not from the disk, memory or network."""
     if isinstance(error, ValueError):
-        return not _OF_THE_DISK.search(str(error))
+        return not _ENVIRONMENT_ERROR.search(str(error))
     return isinstance(error, FileNotFoundError | LookupError | TypeError | AttributeError)
 
 
 def _reason(error: Exception) -> str:
-    """The last words of an error, without what TensorStore adds: " [os_error_code='28']"."""
+    """Return the last part of an error message, without TensorStore's " [os_error_code='28']"."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return re.split(r" \[\w+='", text)[0].rpartition(": ")[2]
 

@@ -1,19 +1,17 @@
-"""What a run would train, what it would cost and what it would cache, before it does."""
+"""Dry run: what would be trained, what it would cost, and what would be cached."""
 
-import io
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from rich.console import Console
-from rich.table import Table
 
 from tljax.data.augment import epoch_key
 from tljax.data.loader import num_batches
 from tljax.data.sources import Splits
 from tljax.models import Model, abstract_variables, apply, replace_head
+from tljax.runtime.tables import format_table
 from tljax.runtime.trees import flatten
 from tljax.runtime.types import Batch, Variables
 from tljax.train.adversary import adversarial
@@ -27,16 +25,16 @@ from tljax.train.step import init_state, make_train_step
 
 
 def dry_run(model: Model, splits: Splits, config: FitConfig, batch_size: int) -> str:
-    """The plan as a page of text: a table for each phase, and what its steps cost.
+    """Return the plan of a run as text: per phase its parameters, the cost of a step and the cache.
 
     Args:
-        model: pretrained, with any head.
-        splits: what would be learned from.
-        config: what was asked.
-        batch_size: images a step.
+        model: pretrained network, with any head.
+        splits: training and validation images.
+        config: what to train.
+        batch_size: images per step.
 
     Raises:
-        RequestError: as `tljax.train.fit.fit` would.
+        RequestError: as for `tljax.train.fit.fit`.
     """
     model, variables = replace_head(
         model, abstract_variables(model), len(splits.train.classes), after=config.head_after
@@ -44,59 +42,57 @@ def dry_run(model: Model, splits: Splits, config: FitConfig, batch_size: int) ->
     variables = jax.eval_shape(lambda: variables)
     batch_size = min(batch_size, len(splits.train))
     plan = make_plan(model, config, len(splits.train), batch_size)
-    console = Console(file=io.StringIO(), width=100)
-    console.print(
-        f"{plan.config.recipe}: {len(splits.train)} training and {len(splits.val)} validation "
-        f"images, {num_batches(len(splits.train), batch_size)} steps of {batch_size} an epoch"
-    )
+    steps = num_batches(len(splits.train), batch_size)
+    images = f"{len(splits.train)} training and {len(splits.val)} validation images"
+    lines = [f"{config.recipe}: {images}, {steps} steps of {batch_size} an epoch"]
     if plan.start == "probe":
-        console.print("first a linear probe: the head, solved to its optimum on frozen features")
+        lines.append("first a linear probe: the head, fitted to its optimum on frozen features")
     everything = jax.tree.map(lambda _: 1.0, variables["params"])
     full = step_flops(model, variables, everything, plan.config, batch_size, None)
     for phase in plan.phases:
         labels = label(variables["params"], phase.table)
-        console.print(_table(model, variables["params"], labels, phase.name, plan.config))
         start = first_trainable_stage(model, labels)
         place = cache_place(model, splits, plan.config, start)
-        entering = None if place == "none" else start
-        flops = step_flops(model, variables, labels, plan.config, batch_size, entering)
-        console.print(
-            f"{phase.epochs} epochs; a step takes {flops / 1e9:.1f} GFLOP, "
-            f"{flops / full:.0%} of training everything"
-        )
-        if entering:
-            size = cache_bytes(model, splits, plan.config, start) / 2**20
-            console.print(f"cached in {place}: what enters {start}, {size:,.0f} MiB")
-        else:
-            console.print("nothing is cached: every step begins at the photographs")
-    return console.file.getvalue().rstrip()  # pyright: ignore[reportAttributeAccessIssue]
+        cached = None if place == "none" else start
+        flops = step_flops(model, variables, labels, plan.config, batch_size, cached)
+        cost = f"{flops / 1e9:.1f} GFLOP, {flops / full:.0%} of training all stages"
+        size = cache_bytes(model, splits, plan.config, start) / 2**20
+        lines += [
+            f"phase: {phase.name}",
+            _parameter_table(model, variables["params"], labels, plan.config),
+            f"{phase.epochs} epochs; a step takes {cost}",
+            f"cached in {place}: the activations that enter {start}, {size:,.0f} MiB"
+            if cached
+            else "nothing is cached: every step starts from the images",
+        ]
+    return "\n".join(lines)
 
 
-def _table(
-    model: Model, params: Variables, labels: Variables, name: str, config: FitConfig
-) -> Table:
-    """One row a stage and rate."""
-    shapes, rates = flatten(params), flatten(labels)
-    rows: dict[tuple[str, float], list[str]] = {}
-    for path in shapes:
-        rows.setdefault((path.split("/")[0], rates[path]), []).append(path)
-    table = Table(title=f"phase: {name}", title_justify="left")
-    for column in ("stage", "parameters", "learning rate", "optimizer memory, MiB"):
-        table.add_column(column, justify="left" if column == "stage" else "right")
+def _parameter_table(model: Model, params: Variables, labels: Variables, config: FitConfig) -> str:
+    """Return a text table with a row for each stage and learning rate."""
+    rates = flatten(labels)
+    counts: dict[tuple[str, float], int] = {}
+    for path, leaf in flatten(params).items():
+        group = path.split("/")[0], rates[path]
+        counts[group] = counts.get(group, 0) + int(np.prod(leaf.shape))
+    trainable = partition(params, labels)[0]
+    optimizer = build_optimizer(config.optimizer, labels, optax.constant_schedule(0.0))
+    bytes_per_parameter = 4 * _bytes(jax.eval_shape(optimizer.init, trainable)) / _bytes(trainable)
     peak = config.optimizer.learning_rate or 0.0
-    trained = partition(params, labels)[0]
-    state = jax.eval_shape(
-        build_optimizer(config.optimizer, labels, optax.constant_schedule(0.0)).init, trained
-    )
-    per_byte = _bytes(state) / _bytes(trained)
-    for (stage, rate), paths in sorted(rows.items(), key=lambda row: model.position(row[0][0])):
-        count = sum(int(np.prod(shapes[path].shape)) for path in paths)
-        if rate == FROZEN:
-            table.add_row(stage, f"{count:,}", "frozen", "0")
-            continue
-        memory = f"{per_byte * count * 4 / 2**20:.1f}"
-        table.add_row(stage, f"{count:,}", f"{rate * peak:.2g}", memory)
-    return table
+    rows = [
+        (stage, f"{count:,}", "frozen", "0")
+        if rate == FROZEN
+        else (
+            stage,
+            f"{count:,}",
+            f"{rate * peak:.2g}",
+            f"{bytes_per_parameter * count / 2**20:.1f}",
+        )
+        for (stage, rate), count in sorted(
+            counts.items(), key=lambda item: model.position(item[0][0])
+        )
+    ]
+    return format_table(("stage", "parameters", "learning rate", "optimizer memory, MiB"), rows)
 
 
 def _bytes(tree: Variables | optax.OptState) -> int:
@@ -111,15 +107,15 @@ def step_flops(
     batch_size: int,
     start: str | None,
 ) -> float:
-    """Floating-point operations of one training step, as XLA counts them before it optimises.
+    """Return the floating-point operations of a training step, as XLA counts them unoptimized.
 
     Args:
-        model: with a head for the classes of the data.
-        variables: of ``model``; shapes are enough.
-        labels: the rate of every parameter.
-        config: for the optimizer.
-        batch_size: images a step.
-        start: the stage that cached activations enter; None for photographs.
+        model: network with a head for the classes of the data.
+        variables: variables of ``model``; shapes are enough.
+        labels: learning rate multiple of every parameter.
+        config: optimizer and attack.
+        batch_size: images per step.
+        start: stage that cached activations enter; None for images.
     """
     params, frozen = partition(variables["params"], labels)
     optimizer = build_optimizer(config.optimizer, labels, optax.constant_schedule(0.0))
@@ -138,6 +134,6 @@ def step_flops(
         objective = adversarial(objective, config.attacker)
     step = make_train_step(model, optimizer, objective, start=start)
     keys = jax.eval_shape(lambda: (epoch_key(0, 0), jax.random.key(0)))
-    still = {"params": frozen, "batch_stats": variables["batch_stats"]}
-    lowered = step.lower(state, still, batch, keys)  # pyright: ignore[reportFunctionMemberAccess]
+    frozen_variables = {"params": frozen, "batch_stats": variables["batch_stats"]}
+    lowered = step.lower(state, frozen_variables, batch, keys)  # pyright: ignore[reportFunctionMemberAccess]
     return float(lowered.cost_analysis()["flops"])

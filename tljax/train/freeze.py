@@ -1,8 +1,8 @@
-"""What trains: one ordered table of (path pattern, rate), and the partition that follows from it.
+"""Trainable and frozen parameters: a table of (path pattern, rate), and functions that apply it.
 
 A parameter's path is ``stage/.../name``, such as ``layer3/block0/conv1/kernel``. The first pattern
-that matches it gives the multiple of the learning rate at which it trains, and so its group; at 0
-it is frozen and never reaches the gradient or the optimizer.
+of the table that matches it gives its rate, a multiple of the learning rate. Parameters of rate 0
+are frozen: they get no gradient and no optimizer state.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -14,9 +14,10 @@ from tljax.runtime.trees import flatten, unflatten
 from tljax.runtime.types import Variables
 
 FROZEN = 0.0
+"""Rate of a frozen parameter."""
 
 Table = Sequence[tuple[str, float]]
-"""(pattern, rate) pairs; ``*`` matches any run of characters, slashes too."""
+"""(pattern, rate) pairs in order of precedence; ``*`` matches any characters, also slashes."""
 
 
 def freeze_table(
@@ -27,30 +28,35 @@ def freeze_table(
     rates: Sequence[str] = (),
     layer_decay: float = 1.0,
 ) -> Table:
-    """The table of a few common wishes. Without any, everything trains at the full rate.
+    """Return the table of learning rate multiples for common options.
+
+    Without options, every parameter trains at rate 1.
 
     Args:
-        model: for the names of its stages.
-        freeze_to: every stage up to and including this one is frozen.
-        train: patterns or stages that train, also several in one string with commas between them;
-            all others are frozen.
-        rates: ``PATTERN=RATE`` or ``STAGE=RATE``; they come first in the table, so they win.
-        layer_decay: a stage trains at this multiple of the rate of the stage after it (ULMFiT,
+        model: network whose stages the options name.
+        freeze_to: last frozen stage; all earlier stages are frozen, too.
+        train: stages or patterns to train, all others being frozen; a string may hold several,
+            separated by commas.
+        rates: ``PATTERN=RATE`` or ``STAGE=RATE``, with a rate of 0 or more; they take precedence.
+        layer_decay: ratio, in (0, 1], of a stage's rate to that of the next stage (ULMFiT,
             https://arxiv.org/abs/1801.06146; ELECTRA, https://arxiv.org/abs/2003.10555).
 
+    Returns:
+        (pattern, rate) pairs, see `label`.
+
     Raises:
-        RequestError: the model has no such stage, a rate is not a number of 0 or more, two wishes
-            exclude each other, or nothing is left to train.
+        RequestError: the model has no such stage, a value is out of range, or options contradict
+            each other.
     """
     train = tuple(name.strip() for names in train for name in names.split(","))
     if freeze_to and train:
-        raise RequestError("--freeze-to and --train say the same thing twice: give one of them")
+        raise RequestError("--freeze-to and --train exclude each other: set one of them")
     if not 0 < layer_decay <= 1:
         raise RequestError(f"--layer-decay {layer_decay}: choose a number in (0, 1]")
     head = model.stages[-1].name
     if freeze_to == head:
         raise RequestError(
-            f"freezing to '{freeze_to}' leaves nothing to train; freeze to an earlier stage"
+            f"--freeze-to {freeze_to} leaves nothing to train: choose an earlier stage"
         )
     position = model.position(freeze_to) if freeze_to else -1
     table = [_rate(model, text) for text in rates]
@@ -63,7 +69,7 @@ def freeze_table(
         stages = [name for name in train if name in with_params]
         patterns = [name for name in train if name not in with_params]
         if patterns and layer_decay != 1:
-            raise RequestError(f"--layer-decay is for stages, and '{patterns[0]}' is none")
+            raise RequestError(f"--layer-decay needs stages, and '{patterns[0]}' is a pattern")
         table += [(_pattern(model, name), 1.0) for name in patterns]
     table += [(f"{name}/*", layer_decay ** depth[name]) for name in stages]
     return (*table, ("*", FROZEN)) if train else tuple(table)
@@ -81,7 +87,7 @@ def _rate(model: Model, text: str) -> tuple[str, float]:
 
 
 def _pattern(model: Model, text: str) -> str:
-    """A stage's name is short for everything in it; no pattern without a slash or a star is one."""
+    """Return a pattern as it is, and the name of a stage as the pattern of its parameters."""
     if "/" in text or "*" in text:
         return text
     model.position(text)
@@ -89,34 +95,35 @@ def _pattern(model: Model, text: str) -> str:
 
 
 def label(params: Variables, table: Table) -> Variables:
-    """The rate of every parameter, in a tree of the same shape.
+    """Return the rate of every parameter, in a tree of the same structure.
+
+    Args:
+        params: parameters of a network; shapes are enough.
+        table: (pattern, rate) pairs in order of precedence, see `freeze_table`.
 
     Raises:
-        RequestError: no pattern covers a parameter, a pattern matches none, or nothing trains.
+        RequestError: no pattern matches a parameter, a pattern matches none, or all are frozen.
     """
     flat = flatten(params)
     labels = {
         path: next((rate for pattern, rate in table if fnmatchcase(path, pattern)), None)
         for path in flat
     }
-    uncovered = [path for path, rate in labels.items() if rate is None]
-    if uncovered:
+    if unmatched := [path for path, rate in labels.items() if rate is None]:
         raise RequestError(
-            f"no pattern covers {uncovered[0]} and {len(uncovered) - 1} other parameters; "
+            f"no pattern matches {unmatched[0]} and {len(unmatched) - 1} other parameters: "
             "end the table with ('*', rate)"
         )
     for pattern, _ in table:
         if not any(fnmatchcase(path, pattern) for path in flat):
-            raise RequestError(
-                f"'{pattern}' matches no parameter; one is called {next(iter(flat))}"
-            )
+            raise RequestError(f"'{pattern}' matches no parameter, such as {next(iter(flat))}")
     if not any(labels.values()):
-        raise RequestError("everything is frozen; let at least the head train")
+        raise RequestError("all parameters are frozen: train at least the head")
     return unflatten(labels)
 
 
 def partition(tree: Variables, labels: Variables) -> tuple[Variables, Variables]:
-    """Splits parameters into (trainable, frozen): two trees that `combine` puts together again."""
+    """Split parameters into (trainable, frozen); `combine` is the inverse."""
     flat, rates = flatten(tree), flatten(labels)
     return (
         unflatten({path: leaf for path, leaf in flat.items() if rates[path] != FROZEN}),
@@ -125,27 +132,30 @@ def partition(tree: Variables, labels: Variables) -> tuple[Variables, Variables]
 
 
 def combine(trainable: Variables, frozen: Variables) -> Variables:
-    """The inverse of `partition`."""
+    """Merge trainable and frozen parameters into one tree."""
     return unflatten(flatten(trainable) | flatten(frozen))
 
 
 def split(
     variables: Variables, rates: Variables, statistics: Collection[str]
 ) -> tuple[Variables, Variables]:
-    """Split variables into those that training changes, and those that stay.
+    """Split variables into (changing, frozen): those that training updates, and the others.
 
     Args:
-        variables: of the whole network.
-        rates: of every parameter; see `label`.
-        statistics: the stages whose running statistics move.
+        variables: variables of the whole network.
+        rates: rate of every parameter, see `label`.
+        statistics: stages that use batch statistics, and so update their running statistics.
+
+    Returns:
+        Two dicts ``{"params": ..., "batch_stats": ...}``; `join` is the inverse.
     """
     trainable, frozen = partition(variables["params"], rates)
-    moving, still = {}, {}
+    updated, fixed = {}, {}
     for name, stats in variables["batch_stats"].items():
-        (moving if name in statistics else still)[name] = stats
+        (updated if name in statistics else fixed)[name] = stats
     return (
-        {"params": trainable, "batch_stats": moving},
-        {"params": frozen, "batch_stats": still},
+        {"params": trainable, "batch_stats": updated},
+        {"params": frozen, "batch_stats": fixed},
     )
 
 
@@ -154,7 +164,14 @@ def join(
     staying: Variables,
     materialize: Callable[[Variables, Variables], Variables] = combine,
 ) -> Variables:
-    """Put together again what `split` took apart."""
+    """Merge the two results of `split` into the variables of the network.
+
+    Args:
+        changing: trainable parameters and updated running statistics.
+        staying: frozen parameters and fixed running statistics.
+        materialize: ``(trainable, frozen) -> params``, the parametrization of the network; by
+            default the union of both.
+    """
     return {
         "params": materialize(changing["params"], staying["params"]),
         "batch_stats": {**staying["batch_stats"], **changing["batch_stats"]},
@@ -162,15 +179,15 @@ def join(
 
 
 def trainable_stages(model: Model, labels: Variables) -> list[str]:
-    """The stages of which at least one parameter trains, in order."""
+    """Return the stages with at least one trainable parameter, in order."""
     return [name for name in model.stage_names if any(flatten(labels.get(name, {})).values())]
 
 
 def first_trainable_stage(model: Model, labels: Variables) -> str:
-    """The stage at which the gradient ends: every stage before it is frozen as a whole."""
+    """Return the first stage with a trainable parameter, at which backpropagation ends."""
     return trainable_stages(model, labels)[0]
 
 
 def wholly_trained_stages(labels: Variables) -> frozenset[str]:
-    """The stages of which every parameter trains: those that may use batch statistics and noise."""
+    """Return the stages without frozen parameters, which may use batch statistics and noise."""
     return frozenset(name for name, rates in labels.items() if all(flatten(rates).values()))

@@ -1,4 +1,4 @@
-"""What enters the stages that train: photographs, or activations that were computed once."""
+"""Inputs of the trained stages: images, or cached activations of the frozen stages."""
 
 import sys
 from collections.abc import Iterator
@@ -7,6 +7,7 @@ from typing import Literal
 
 import jax
 import numpy as np
+from jaxtyping import Int
 
 from tljax.data.loader import batch_rows, load_batches
 from tljax.data.options import Loading
@@ -35,18 +36,19 @@ Place = Literal["memory", "disk", "none"]
 
 @dataclass(frozen=True)
 class Inputs:
-    """Batches for training, and logits of the validation images.
+    """Training batches, and logits of the validation images.
 
     Attributes:
-        splits: the images.
-        config: of the run.
-        loading: how images are read.
-        seed: of the run.
-        start: the stage that the batches enter; None for photographs.
-        train: activations, one view after the other, epoch by epoch; none for photographs.
-        val: activations; None for photographs.
-        skipped: reason by position, for the images of train and val that this process could not
-            read.
+        splits: training and validation images.
+        config: configuration of the run.
+        loading: options of how images are read, the batch size and the devices.
+        seed: seed of the run.
+        start: stage that the batches enter as activations; None for images.
+        train: activations of the training images, one element per cached view; epochs use the views
+            one after the other. Empty for images.
+        val: activations of the validation images; None for images.
+        skipped: {position: reason} of the training and validation images that this process could
+            not read.
     """
 
     splits: Splits
@@ -59,15 +61,15 @@ class Inputs:
     skipped: tuple[dict[int, str], dict[int, str]]
 
     def batches(self, model: Model, epoch: int, first: int = 0) -> Iterator[Batch]:
-        """This process's rows of the batches of an epoch.
+        """Yield the batches of an epoch, each with the rows of this process.
 
-        The examples of a batch depend on seed, epoch and batch size alone: photographs or
-        activations, one device or eight, one process or many.
+        The examples of a batch depend only on seed, epoch and batch size, not on the cache, the
+        number of devices or the number of processes.
 
         Args:
-            model: for its preprocessing.
-            epoch: from 1, over all phases.
-            first: the batch to begin with, to resume.
+            model: network whose preprocessing applies.
+            epoch: number of the epoch over all phases, from 1.
+            first: index of the first batch, to resume.
         """
         mesh = data_mesh(self.loading.devices)
         size, multiple = self.loading.batch_size, mesh.size * self.config.accumulate
@@ -87,23 +89,29 @@ class Inputs:
             )
         view = self.train[(epoch - 1) % len(self.train)]
         examples = len(self.splits.train)
-        row_of = np.full(examples + 1, -1, np.int32)  # the last one is what padding finds
+        row_of = np.full(examples + 1, -1, np.int32)  # the last one is for padding
         row_of[view.indices] = np.arange(len(view.indices))
         rows = batch_rows(examples, size, self.seed, epoch, multiple)[first:]
-        cut = feature_rows(view, process_rows(row_of[rows]))
-        return (self.splits.train.batch(*parts) for parts in cut)
+        batches = feature_rows(view, process_rows(row_of[rows]))
+        return (self.splits.train.batch(*arrays) for arrays in batches)
 
     def logits(self, model: Model, variables: Variables) -> Outputs:
-        """Logits of the validation images."""
+        """Compute the logits of the validation images.
+
+        Raises:
+            RequestError: no validation image can be read.
+        """
         if self.val is not None and self.start is not None:
             return advance(model, variables, self.val, self.loading, start=self.start)
-        logits = self._compute(model, variables, self.splits.val, None, "validation")
+        logits = compute_features(
+            model, variables, self.splits.val, self.loading, stop=None, description="validation"
+        )
         self.skipped[1].update(logits.skipped)
-        _refuse_none(logits)
+        _check_val(logits)
         return logits
 
     def pooled(self, model: Model, variables: Variables) -> Outputs:
-        """What enters the head, for every training image, without augmentation."""
+        """Compute the inputs of the head for all training images, without augmentation."""
         head = model.stages[-1].name
         if self.start is not None and not self.config.augment:
             if self.start == head:
@@ -111,31 +119,26 @@ class Inputs:
             return advance(
                 model, variables, self.train[0], self.loading, start=self.start, stop=head
             )
-        features = self._compute(model, variables, self.splits.train, head, "features")
+        features = compute_features(
+            model, variables, self.splits.train, self.loading, stop=head, description="features"
+        )
         self.skipped[0].update(features.skipped)
         return features
 
-    def everyones_skipped(self) -> tuple[dict[int, str], dict[int, str]]:
-        """``skipped`` of all processes together."""
+    def all_skipped(self) -> tuple[dict[int, str], dict[int, str]]:
+        """Return ``skipped`` of all processes together."""
         parts = gather_json([sorted(part.items()) for part in self.skipped])
-        train, val = ({i: why for part in parts for i, why in part[k]} for k in (0, 1))
+        train, val = (dict(pair for part in parts for pair in part[k]) for k in (0, 1))
         return train, val
 
-    def refuse_lost_class(self) -> None:
-        """For photographs, which are seen to be unreadable only when an epoch has been through.
+    def check_classes(self) -> None:
+        """Check that every class has a readable training image, after an epoch has read them all.
 
         Raises:
             RequestError: no image of a class can be read.
         """
-        labels = np.delete(self.splits.train.labels, list(self.everyones_skipped()[0]))
-        _refuse_lost_class(self.splits.train, labels)
-
-    def _compute(
-        self, model: Model, variables: Variables, source: Source, stop: str | None, description: str
-    ) -> Outputs:
-        return compute_features(
-            model, variables, source, self.loading, stop=stop, description=description
-        )
+        labels = np.delete(self.splits.train.labels, list(self.all_skipped()[0]))
+        _check_classes(self.splits.train, labels)
 
 
 def open_inputs(
@@ -147,24 +150,25 @@ def open_inputs(
     seed: int,
     start: str,
 ) -> Inputs:
-    """Compute the activations that enter ``start`` once, where that is exact or asked for.
+    """Open the inputs of the trained stages; compute and cache activations where configured.
 
     Args:
         model: the network.
-        variables: its variables.
-        splits: the images.
-        config: of the run.
-        loading: how images are read.
-        seed: of the run.
-        start: the first stage that trains.
+        variables: variables of ``model``.
+        splits: training and validation images.
+        config: configuration of the run, see its ``cache``.
+        loading: options of how images are read.
+        seed: seed of the run.
+        start: first trained stage.
 
     Raises:
-        RequestError: no image of a class, or of the validation set, can be read.
+        RequestError: no image of a class, or no validation image, can be read.
+        WriteError: the configured cache on disk cannot be written.
     """
     place = cache_place(model, splits, config, start)
-    photographs = Inputs(splits, config, loading, seed, None, (), None, ({}, {}))
+    images = Inputs(splits, config, loading, seed, None, (), None, ({}, {}))
     if place == "none":
-        return photographs
+        return images
 
     def compute(source: Source, part: str, view: View | None = None) -> Outputs:
         return compute_features(
@@ -192,42 +196,39 @@ def open_inputs(
         if config.cache == "disk":
             raise WriteError(f"{error}, or --cache none") from error
         print(f"note: nothing is cached: {error}", file=sys.stderr)
-        return photographs
-    _refuse_lost_class(splits.train, train[0].labels)
-    _refuse_none(val)
-    return replace(
-        photographs, start=start, train=train, val=val, skipped=(train[0].skipped, val.skipped)
-    )
+        return images
+    _check_classes(splits.train, train[0].labels)
+    _check_val(val)
+    skipped = train[0].skipped, val.skipped
+    return replace(images, start=start, train=train, val=val, skipped=skipped)
 
 
-def _refuse_lost_class(source: Source, labels: np.ndarray) -> None:
-    lost = sorted(set(range(len(source.classes))) - set(labels.tolist()))
-    if lost:
-        name = source.classes[lost[0]]
+def _check_classes(source: Source, labels: Int[np.ndarray, " n"]) -> None:
+    if missing := sorted(set(range(len(source.classes))) - set(labels.tolist())):
+        name = source.classes[missing[0]]
         raise RequestError(f"no image of class '{name}' in the training data can be read")
 
 
-def _refuse_none(val: Outputs) -> None:
+def _check_val(val: Outputs) -> None:
     if not len(val.labels):
         raise RequestError("no image of the validation data can be read")
 
 
 def cache_bytes(model: Model, splits: Splits, config: FitConfig, start: str) -> int:
-    """What the activations that enter ``start`` take, all views together."""
+    """Return the bytes of the activations that enter ``start``, of all views and images."""
     views = config.cache_views if config.augment else 1
     count = len(splits.train) * views + len(splits.val)
     return feature_bytes(model, count, start, config.cache_dtype)
 
 
 def cache_place(model: Model, splits: Splits, config: FitConfig, start: str) -> Place:
-    """Choose where the activations that enter ``start`` go.
+    """Choose where to cache the activations that enter ``start``, alike on all processes.
 
-    ``none`` where they do not stay the same. ``auto`` is half of the memory that is free, or else
-    the disk, if they fit. All processes choose the same.
+    ``none`` if they change from epoch to epoch. ``auto`` takes memory if half of the free memory
+    holds them, else the disk if they fit.
     """
-    random = config.augment and not config.cache_views
-    moving = random or config.attacker is not None
-    if config.cache == "none" or model.position(start) == 0 or moving:
+    changing = config.attacker is not None or (config.augment and not config.cache_views)
+    if config.cache == "none" or model.position(start) == 0 or changing:
         return "none"
     if config.cache != "auto":
         return config.cache

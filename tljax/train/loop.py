@@ -1,4 +1,4 @@
-"""One epoch: batches to the devices, steps, what is logged, and what is saved on the way."""
+"""One epoch of training: feeding batches, taking steps, logging and saving checkpoints."""
 
 import sys
 import time
@@ -21,8 +21,8 @@ from tljax.train.step_log import StepLog
 from tljax.train.trace import traced
 
 Position = dict[str, Any]
-"""Where a run stands, as JSON: ``phase`` its number, ``epoch`` of the phase and ``pass`` of all,
-``batch`` the steps of the epoch that were taken, ``sums`` their metrics, ``history``."""
+"""Progress of a run, as JSON: ``phase`` (index), ``epoch`` (within the phase), ``pass`` (epoch over
+all phases), ``batch`` (steps taken in the epoch), ``sums`` (their metrics) and ``history``."""
 
 
 def train_epoch(
@@ -36,24 +36,26 @@ def train_epoch(
     best: Variables,
     position: Position,
 ) -> tuple[TrainState, dict[str, float]]:
-    """Take the steps of an epoch that are left.
+    """Take the remaining steps of an epoch.
 
     Args:
-        run: what stays the same.
-        phase: that the epoch belongs to.
-        inputs: what enters the stages that train.
-        step: the jitted step.
-        state: before the first of those steps; it is donated.
-        frozen: what stays.
-        keys: of the epoch and of the phase.
-        best: what counts so far, to be saved with the state.
-        position: before the first of those steps.
+        run: everything that is constant during the run.
+        phase: phase of the epoch.
+        inputs: inputs of the trained stages.
+        step: jitted training step.
+        state: state before the first of these steps; it is donated.
+        frozen: frozen variables.
+        keys: keys of the epoch and of the phase, see `tljax.train.step.Keys`.
+        best: trainable variables of the best epoch so far, which checkpoints include.
+        position: progress before the first of these steps.
 
     Returns:
-        The state after the last step, and the means of the whole epoch.
+        The state after the last step, and the mean metrics of the whole epoch.
 
     Raises:
-        StoppedError: the run was asked to stop; everything is saved.
+        DivergenceError: the state to save is not finite.
+        RequestError: the device ran out of memory.
+        StoppedError: the run was asked to stop; it is saved.
     """
     epoch, first = position["pass"], position["batch"]
     parts = run.config.accumulate
@@ -68,7 +70,7 @@ def train_epoch(
         quiet=not is_writer(),
     )
     log = StepLog(run, phase, (epoch - 1) * run.steps_per_epoch + first, position["sums"])
-    watched = run.checkpoints is not None or run.preemption is not None
+    interruptible = run.checkpoints is not None or run.preemption is not None
     waited, began = 0.0, time.monotonic()
     requested = saved = began
     for done, batch in enumerate(batches, start=first + 1):
@@ -76,13 +78,13 @@ def train_epoch(
             waited += time.monotonic() - requested
         arguments = state, frozen, shard(batch, run.mesh), keys
         with within_memory(step, arguments, run.mesh.size * parts, parts):
-            # One step ahead and no more: batches must not pile up on the device.
+            # At most one step ahead, so that batches do not pile up on the device.
             jax.block_until_ready(state.step)
             state, metrics = step(*arguments)
         log.append(metrics)
         late = time.monotonic() - saved >= run.checkpoint_seconds
         stop_asked = run.preemption is not None and run.preemption.asked
-        due, stop = agree(late, stop_asked) if watched else (False, False)
+        due, stop = agree(late, stop_asked) if interruptible else (False, False)
         if due or stop:
             sums = log.read()
             save(run, phase, inputs, {**position, "batch": done, "sums": sums}, state, best)
@@ -104,30 +106,30 @@ def save(
     state: TrainState,
     best: Variables,
 ) -> None:
-    """Save a checkpoint, if the run saves any.
+    """Save a checkpoint, if the run has a place for them.
 
     Raises:
-        DivergenceError: the state is not finite; nothing is saved.
+        DivergenceError: the state is not finite, so it is not saved.
     """
     if run.checkpoints is None:
         return
     loss = position["sums"].get("loss", (0.0, 0.0))[0]
     leaves = jax.tree.leaves((state.changing, state.ema, loss))
     if not all(np.isfinite(np.asarray(leaf)).all() for leaf in leaves):
-        raise diverged(run, phase, state, "a parameter or the loss is not finite")
-    skipped = [sorted(part.items()) for part in inputs.everyones_skipped()]
-    # One more than there are steps: an epoch's end is saved too.
+        raise divergence_error(run, phase, state, "a parameter or the loss is not finite")
+    skipped = [sorted(part.items()) for part in inputs.all_skipped()]
+    # The end of an epoch has a number of its own, hence one more than the number of steps.
     number = position["pass"] * (run.steps_per_epoch + 1) + position["batch"]
     run.checkpoints.save(number, {**position, "skipped": skipped}, (state, best))
 
 
-def diverged(run: Run, phase: Phase, state: TrainState, what: str) -> DivergenceError:
-    """Say what is not finite, and what helps."""
+def divergence_error(run: Run, phase: Phase, state: TrainState, problem: str) -> DivergenceError:
+    """Return an error that describes the problem and the settings that help."""
     step = int(state.step)
     rate = float(np.asarray(run.schedule(phase)(step - 1)))
     clip = "lower" if run.config.optimizer.clip_norm else "set"
-    kept = "; what was saved before is kept" if run.checkpoints else ""
+    saved = "; earlier checkpoints are kept" if run.checkpoints else ""
     return DivergenceError(
-        f"training diverged: {what} after step {step}, at a learning rate of {rate:.1e}: lower "
-        f"--learning-rate, {clip} --clip-norm, or lengthen --warmup{kept}"
+        f"training diverged: {problem} after step {step}, at a learning rate of {rate:.1e}: lower "
+        f"--learning-rate, {clip} --clip-norm, or lengthen --warmup{saved}"
     )

@@ -1,4 +1,4 @@
-"""How much memory there is, and what would fit when a training step does not."""
+"""Free memory of host and devices, and the batch size that fits a training step."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -12,20 +12,20 @@ from tljax.runtime.types import Batch, Variables
 from tljax.train.step import Keys, TrainState, TrainStep
 
 Arguments = tuple[TrainState, Variables, Batch, Keys]
-"""What a `TrainStep` takes."""
+"""Arguments of a `TrainStep`."""
 
 
 @contextmanager
 def within_memory(
     step: TrainStep, arguments: Arguments, multiple: int, accumulate: int
 ) -> Iterator[None]:
-    """Turns a device's lack of memory for a step into one line that says what would fit.
+    """Run a step in this context to turn a lack of device memory into advice on what would fit.
 
     Args:
-        step: the jitted step, which runs within.
-        arguments: of the step.
-        multiple: batch sizes are multiples of it.
-        accumulate: the parts in which a batch goes through the network now.
+        step: jitted training step.
+        arguments: arguments of the step.
+        multiple: number that batch sizes must be a multiple of.
+        accumulate: number of parts of a batch, as for `make_train_step`.
 
     Raises:
         RequestError: the step ran out of memory.
@@ -38,17 +38,17 @@ def within_memory(
         size = len(arguments[2].mask)
         fits = fitting_batch_size(step, arguments, multiple, device_memory())
         if fits is None:
-            advice = "halve --batch-size, or take it in parts with --accumulate 2"
+            advice = "halve --batch-size, or set --accumulate 2"
         elif fits:
             parts = accumulate * -(-size // fits)
-            advice = f"--batch-size {fits} would fit, and so would --accumulate {parts}"
+            advice = f"--batch-size {fits} or --accumulate {parts} would fit"
         else:
             advice = "no batch fits: --precision bfloat16, a smaller --image-size or --freeze-to"
         raise RequestError(f"out of device memory at --batch-size {size}: {advice}") from error
 
 
 def device_memory() -> int | None:
-    """Bytes that a program may use on one device; None where nobody knows, as on a CPU."""
+    """Return the bytes that a program may use on one device; None if unknown, as on a CPU."""
     stats = jax.local_devices()[0].memory_stats()
     return stats and stats.get("bytes_limit")
 
@@ -60,7 +60,7 @@ _CGROUPS = {
 
 
 def free_memory(root: Path = Path("/")) -> int:
-    """Measure how many bytes of memory the host has free, and the containers (cgroups) leave."""
+    """Return the bytes of free host memory, within the limits of the containers (cgroups)."""
     free = [psutil.virtual_memory().available]
     groups = root / "proc/self/cgroup"
     for line in groups.read_text().splitlines() if groups.exists() else ():
@@ -68,31 +68,31 @@ def free_memory(root: Path = Path("/")) -> int:
         below = Path(group.lstrip("/"))
         for part in (below, *below.parents) if kind in _CGROUPS else ():
             folder = root / "sys/fs/cgroup" / kind / part
-            # No limit reads "max"; within a container, the groups above it are not seen.
+            # Without a limit, "max" is read. Outer groups are invisible in a container.
             with suppress(OSError, ValueError):
-                most, used = (int((folder / name).read_text()) for name in _CGROUPS[kind])
-                # Of what is used, Linux gives back copies of files.
+                limit, used = (int((folder / name).read_text()) for name in _CGROUPS[kind])
+                # Linux frees cached files on demand.
                 cached = (folder / "memory.stat").read_text().rpartition("inactive_file ")[2]
-                free.append(most - used + int(cached.split()[0]))
+                free.append(limit - used + int(cached.split()[0]))
     return max(0, min(free))
 
 
 def fitting_batch_size(
     step: TrainStep, arguments: Arguments, multiple: int, limit: int | None
 ) -> int | None:
-    """The batch, halved until XLA's own account of the step's memory is within the limit.
+    """Halve the batch size until the step's memory, as XLA computes it, is within the limit.
 
-    Each attempt compiles the step, and runs nothing.
+    Each attempt compiles the step without running it.
 
     Args:
-        step: the jitted step.
-        arguments: of the step, with the batch that does not fit. Shapes and shardings are enough,
-            so the buffers of the state may be gone.
-        multiple: batch sizes are multiples of it.
-        limit: bytes of one device.
+        step: jitted training step.
+        arguments: arguments of the step, with the batch that does not fit. Only shapes and
+            shardings are read, so donated buffers are accepted.
+        multiple: number that batch sizes must be a multiple of.
+        limit: bytes of memory of one device; None if unknown.
 
     Returns:
-        A batch size; 0 if none fits, None if ``limit`` is not known.
+        A batch size; 0 if none fits, None if ``limit`` is None.
     """
     if limit is None:
         return None
@@ -117,12 +117,12 @@ def _like(x: jax.Array, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
 
 
 def _bytes(compiled: jax.stages.Compiled) -> int:
-    """Of one device, at the same time."""
-    found = compiled.memory_analysis()
-    assert found is not None
+    """Return the peak memory of one device."""
+    memory = compiled.memory_analysis()
+    assert memory is not None
     return (
-        found.argument_size_in_bytes
-        + found.temp_size_in_bytes
-        + found.output_size_in_bytes
-        - found.alias_size_in_bytes
+        memory.argument_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
     )

@@ -1,4 +1,4 @@
-"""What a step minimises: ``objective(forward, batch, key) -> (losses, metrics)``."""
+"""Training objectives: ``objective(forward, batch, key) -> (losses, metrics)``."""
 
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Shaped
 
 from tljax.metrics.classification import class_shares, cross_entropies, ranks
 from tljax.metrics.sums import Weighted
@@ -14,23 +15,23 @@ from tljax.runtime.types import Array, Batch
 if TYPE_CHECKING:
     from tljax.train.step import Forward
 
-Values = Array | Weighted
-"""``[batch]``, one an example."""
+Values = Shaped[Array, " batch"] | Weighted
+"""``[batch]``, one value per example, optionally with a weight each."""
 
 Objective = Callable[["Forward", Batch, jax.Array], tuple[Values, Mapping[str, Values]]]
-"""From the network, a batch and a random key to the losses ``[batch]`` and, by name, to metrics
-``[batch]``. Rows that `Batch.mask` leaves out count for nothing, whatever it returns for them."""
+"""``(forward, batch, key) -> (losses, metrics)``, with losses ``[batch]`` and each of the named
+metrics ``[batch]``. Values of rows that `Batch.mask` leaves out are ignored."""
 
 
 def cross_entropy(label_smoothing: float = 0.0, class_weights: tuple[float, ...] = ()) -> Objective:
-    """Make the objective of a classification: softmax cross-entropy, in nats.
+    """Return the softmax cross-entropy objective, in nats, for classification.
 
-    Its metrics are the plain cross-entropy, without smoothing and weights, and ``top1``. Of targets
-    that mixup or CutMix made, the class with the larger share is the right one.
+    Its metrics are ``cross_entropy``, without smoothing and weights, and ``top1``, the accuracy.
+    For targets that Mixup or CutMix made, the class with the largest share counts as the label.
 
     Args:
-        label_smoothing: share of the target that is spread over all classes.
-        class_weights: weight of each class in the loss; empty weighs all alike.
+        label_smoothing: share of the target probability that is spread over all classes, in [0, 1].
+        class_weights: weight of each class in the loss; empty for equal weights.
     """
 
     def objective(

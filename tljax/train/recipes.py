@@ -1,4 +1,4 @@
-"""What a recipe's name means: where training starts, and which phases follow."""
+"""Recipes: the initial head and the phases of training that a recipe's name stands for."""
 
 from dataclasses import replace
 from typing import Literal, NamedTuple
@@ -9,36 +9,37 @@ from tljax.data.loader import num_batches
 from tljax.models import Model, abstract_variables, apply
 from tljax.runtime.errors import RequestError
 from tljax.runtime.types import Variables
-from tljax.train.freeze import Table, freeze_table, label, trainable_stages
+from tljax.train.freeze import FROZEN, Table, freeze_table, label, trainable_stages
 from tljax.train.options import FitConfig
 
 
 class Phase(NamedTuple):
-    """One stretch of training with the same parameters free.
+    """Epochs of training with the same trainable parameters.
 
     Attributes:
-        name: in the history.
-        table: see `tljax.train.freeze`.
-        epochs: passes over the data.
-        before: epochs of the phases before it.
-        rates: of every parameter, as the table says for a network's; {} until there is one.
+        name: name in the history.
+        table: learning rate multiple by path pattern, see `tljax.train.freeze`.
+        epochs: number of epochs.
+        before: number of epochs of all earlier phases.
+        rates: learning rate multiple of every parameter; {} until the table is applied to a
+            network.
     """
 
     name: str
     table: Table
     epochs: int
     before: int = 0
-    rates: Variables = {}  # noqa: RUF012 - a field of a tuple, never written to
+    rates: Variables = {}  # noqa: RUF012 - a field of a tuple, never mutated
 
 
 class Plan(NamedTuple):
-    """A recipe, spelled out for a network and a number of images.
+    """Phases of a recipe for a given network and number of images.
 
     Attributes:
-        start: ``probe``: pretrained, with the best linear head; ``zeros``: pretrained, with a head
-            of zeros; ``random``: nothing pretrained.
-        phases: in order; none for a probe.
-        config: with every default filled in.
+        start: network before training. ``probe``: pretrained, with a linear probe as head;
+            ``zeros``: pretrained, with a zero head; ``random``: randomly initialized.
+        phases: phases in order; none for the recipe probe.
+        config: configuration with all defaults filled in.
     """
 
     start: Literal["probe", "zeros", "random"]
@@ -47,16 +48,16 @@ class Plan(NamedTuple):
 
 
 def make_plan(model: Model, config: FitConfig, examples: int, batch_size: int) -> Plan:
-    """Spells a recipe out.
+    """Fill in the defaults of a recipe and plan its phases.
 
     Args:
-        model: the network.
-        config: what was asked.
+        model: network with a head for the classes of the data.
+        config: requested configuration.
         examples: number of training images.
-        batch_size: images a step; no more than there are.
+        batch_size: images per step; at most ``examples`` are used.
 
     Raises:
-        RequestError: a stage that the model does not have, or wishes that exclude each other.
+        RequestError: the model has no such stage, or options contradict each other.
     """
     recipe = config.recipe
     batch_size = min(batch_size, examples)
@@ -83,13 +84,13 @@ def make_plan(model: Model, config: FitConfig, examples: int, batch_size: int) -
         rates=config.rates,
         layer_decay=config.layer_decay,
     )
-    if scratch and any(rate == 0 for _, rate in table):
-        raise RequestError("--recipe scratch trains everything: random weights cannot stay frozen")
+    if scratch and any(rate == FROZEN for _, rate in table):
+        raise RequestError("--recipe scratch must train all stages: remove the options that freeze")
     if config.augment and config.cache_views == 0 and config.cache not in ("auto", "none"):
-        raise RequestError("--augment draws afresh in every epoch: --cache-views 8 keeps 8 draws")
+        raise RequestError("--cache needs fixed inputs, --augment draws anew: try --cache-views 8")
     mixed = config.augmentation.mixup or config.augmentation.cutmix
     if config.augment and config.cache_views and mixed:
-        raise RequestError("mixup and CutMix mix photographs, not cached views: --cache-views 0")
+        raise RequestError("Mixup and CutMix cannot mix cached views: choose --cache-views 0")
     if config.attacker is not None:
         _check_adversary(config, bool(mixed and config.augment))
     if recipe == "probe":
@@ -103,18 +104,21 @@ def make_plan(model: Model, config: FitConfig, examples: int, batch_size: int) -
 def _check_adversary(config: FitConfig, mixed: bool) -> None:
     attack = config.adversary.attack
     if config.recipe == "probe":
-        raise RequestError(f"--attack {attack}: a probe is solved on clean images; --recipe lp-ft")
+        raise RequestError(f"--attack {attack}: a probe takes no steps: choose --recipe lp-ft")
     if config.cache not in ("auto", "none") or config.cache_views:
-        raise RequestError(f"--attack {attack} moves every image afresh: nothing can be cached")
+        raise RequestError(
+            f"--attack {attack} changes images at every step: remove --cache options"
+        )
     if mixed:
-        raise RequestError(f"--attack {attack} needs one label an image: no mixup, no CutMix")
+        raise RequestError(f"--attack {attack} needs one label per image: disable Mixup and CutMix")
 
 
 def default_freeze_to(model: Model) -> str:
-    """The last stage before the lowest resolution: most parameters come after it, little compute.
+    """Return the last stage before the lowest resolution.
 
-    ``layer3`` of a ResNet, ``stage5`` of an EfficientNet. Without feature maps it is the last
-    stage before the head.
+    The stages after it hold most of the parameters but take little compute: it is ``layer3`` of a
+    ResNet and ``stage5`` of an EfficientNet. For a model without feature maps it is the last stage
+    before the head.
     """
     size = model.preprocess.size
     image = jax.ShapeDtypeStruct((1, size, size, 3), "uint8")
@@ -130,26 +134,26 @@ def default_freeze_to(model: Model) -> str:
 
 
 def _gradual(model: Model, table: Table, epochs: int) -> tuple[Phase, ...]:
-    """From the last two stages that train down to the first; the probe has trained the head."""
+    """Plan the phases of gradual unfreezing, from the last two stages to all trainable ones."""
     stages = trainable_stages(model, label(abstract_variables(model)["params"], table))
     steps = range(len(stages) - 2, -1, -1)
     if not steps:
-        raise RequestError("--recipe gradual unfreezes stages: let at least two of them train")
+        raise RequestError("--recipe gradual needs at least two trainable stages: freeze fewer")
     if len(steps) > epochs:
         raise RequestError(
-            f"--recipe gradual unfreezes {len(steps)} stages: give it --epochs {len(steps)} or "
-            "more, or --freeze-to a later stage"
+            f"--recipe gradual unfreezes {len(steps)} stages in as many phases: set --epochs to at "
+            f"least {len(steps)}, or --freeze-to to a later stage"
         )
     phases = []
     for number, first in enumerate(steps):
-        still = [(f"{name}/*", 0.0) for name in stages[:first]]
+        frozen = [(f"{name}/*", FROZEN) for name in stages[:first]]
         share = epochs // len(steps) + (number < epochs % len(steps))
-        phases.append(Phase(f"from {stages[first]}", (*still, *table), share))
+        phases.append(Phase(f"from {stages[first]}", (*frozen, *table), share))
     return tuple(phases)
 
 
 def _hyperrule(config: FitConfig, examples: int, batch_size: int) -> FitConfig:
-    """BiT's: everything follows from the number of examples (section 3.3 of the paper)."""
+    """Apply the BiT-HyperRule (Kolesnikov et al. 2020, arXiv 1912.11370, section 3.3)."""
     steps = 500 if examples < 20_000 else 10_000 if examples < 500_000 else 20_000
     rate = config.optimizer.learning_rate
     optimizer = replace(

@@ -1,6 +1,6 @@
-"""A run directory: what was asked, what it ran on, what came out.
+"""Files of a run directory: configuration, environment, data split, metrics and results.
 
-With the images and base weights, which it names and knows again, it is enough to go on.
+Together with the images and base weights, which it identifies, it suffices to resume the run.
 
 config.json  env.json  classes.json  split.csv  skipped.csv  metrics.jsonl
 checkpoints/  best/model.safetensors  report.html  README.md  eval/
@@ -28,14 +28,14 @@ from tljax.runtime.files import MARKER, mark_output, read_config, sha256, to_jso
 from tljax.runtime.parallel import is_writer
 
 BEST = Path("best") / "model.safetensors"
-"""The network of the best epoch, in tljax's own format: `load_pretrained` reads it."""
+"""Path of the network of the best epoch within a run directory, for `load_pretrained`."""
 
 
 def new_workdir(splits: Splits) -> Path:
-    """Make a folder under ``runs/`` that no other process has, though it began in the same second.
+    """Create a new folder under ``runs/``, named by the time and unique among all processes.
 
     Raises:
-        RequestError: ``runs`` cannot be written, or images lie there.
+        RequestError: ``runs`` cannot be written, or holds images of the data.
     """
     mark(Path("runs"), splits)
     workdir = first = Path("runs", time.strftime("%Y%m%d-%H%M%S"))
@@ -48,36 +48,37 @@ def new_workdir(splits: Splits) -> Path:
 
 
 def mark(folder: Path, splits: Splits) -> None:
-    """Mark a folder as results, which are never read as data.
+    """Mark a folder as results, so that it is never read as data.
 
     Raises:
-        RequestError: images lie there, or it cannot be written.
+        RequestError: it holds images of the data, or cannot be written.
     """
     inside = f"{printable(folder.resolve())}{os.sep}"
-    if found := [name for part in splits[:2] for name in part.names if name.startswith(inside)]:
-        raise RequestError(f"{folder} holds images, {found[0]}: choose another --workdir")
+    if images := [name for part in splits[:2] for name in part.names if name.startswith(inside)]:
+        raise RequestError(f"{folder} holds images, {images[0]}: choose another --workdir")
     mark_output(folder)
 
 
 @contextmanager
 def occupied(workdir: Path, splits: Splits) -> Iterator[None]:
-    """Mark a folder as results, and keep other processes from training in it.
+    """Mark a folder as results, and lock it against other processes that train in it.
 
-    The system lifts this lock when the process ends, however it ends; where a file system has no
-    locks there is none.
+    The operating system releases the lock when the process ends, however it ends. On a file system
+    without locks there is none.
 
     Raises:
-        RequestError: another process trains there, images lie there, or it cannot be written.
+        RequestError: another process trains in the folder, it holds images of the data, or it
+            cannot be written.
     """
     mark(workdir, splits)
     with (workdir / MARKER).open("a") as marker:
         try:
-            import fcntl  # noqa: PLC0415 - not everywhere
+            import fcntl  # noqa: PLC0415 - not on Windows
 
             fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise RequestError(
-                f"another process trains in {workdir}: wait for it, or choose another --workdir"
+                f"another process trains in {workdir}: wait for it or choose another --workdir"
             ) from error
         except (ImportError, OSError):
             pass
@@ -91,66 +92,70 @@ def open_run(
     weights: str,
     extension: str | None = None,
 ) -> bool:
-    """Write down what a run starts from, or compare it with what was written down before.
+    """Write the configuration, environment and split of a new run; check those of a resumed one.
 
     Args:
-        workdir: of the run.
-        config: what it was asked, with absolute paths.
-        splits: its images.
-        weights: `tree_digest` of its base weights.
-        extension: the SHA-256 of its extension's file, if it has one.
+        workdir: run directory.
+        config: options of the run, with absolute paths.
+        splits: training and validation images.
+        weights: `tree_digest` of the base weights.
+        extension: SHA-256 of the extension's file, if there is one.
 
     Returns:
-        Whether the run was there and goes on.
+        Whether the run exists and is resumed.
 
     Raises:
-        RequestError: it cannot be written, or its images, weights or extension have changed.
+        RequestError: the run's images, base weights or extension have changed, or it cannot be
+            written.
     """
     path = workdir / "config.json"
     split = _split_csv(config["data"], splits)
-    found = {
+    fingerprint = {
         "weights": weights,
         "images": [splits.train.digest, splits.val.digest],
         "split.csv": sha256(split),
     }
     if extension:
-        found["extension"] = extension
-    goes_on = path.exists()
-    if goes_on:
-        known = read_config(workdir)
-        _compare_split(workdir, known, config["data"], split)
-        before = known.get("fingerprint", found)  # earlier versions kept none
-        said = {
-            "images": f"images, of {config['data']}, have other contents of the same size",
+        fingerprint["extension"] = extension
+    resumed = path.exists()
+    if resumed:
+        saved = read_config(workdir)
+        _compare_split(workdir, saved, config["data"], split)
+        expected = saved.get("fingerprint", fingerprint)  # earlier versions saved none
+        changes = {
+            "images": f"contents of the images in {config['data']} have changed",
             "weights": f"base weights, {config['weights']}, have changed",
-            "extension": f"extension's functions, {config.get('extension')}, have changed",
+            "extension": f"functions of the extension {config.get('extension')} have changed",
         }
-        for name, what in said.items():
-            if before.get(name) != found.get(name):
-                raise RequestError(f"{workdir}: its {what}: restore them, or start a new run")
-        here = {name: config[name] for name in config.keys() & {"data", "weights", "extension"}}
-        if known != {**known, **here} and "fingerprint" in known:
-            write_json(path, {**known, **here})
+        for name, change in changes.items():
+            if expected.get(name) != fingerprint.get(name):
+                raise RequestError(f"{workdir}: the {change}: restore them or start a new run")
+        paths = {name: config[name] for name in config.keys() & {"data", "weights", "extension"}}
+        if saved != {**saved, **paths} and "fingerprint" in saved:
+            write_json(path, {**saved, **paths})
     else:
-        write_json(path, {**config, "fingerprint": found}, exclusive=True)
+        write_json(path, {**config, "fingerprint": fingerprint}, exclusive=True)
     if not (workdir / "split.csv").exists():
         write_json(workdir / "env.json", environment())
         write_json(workdir / "classes.json", list(splits.train.classes))
         _write(workdir / "split.csv", split)
-    return goes_on
+    return resumed
 
 
 @contextmanager
 def attempt(workdir: Path, *, new: bool) -> Iterator[None]:
-    """Let a new run that fails before its first checkpoint be tried again with other settings."""
+    """Delete the configuration of a new run that fails before its first checkpoint.
+
+    The same folder then accepts a run with other settings.
+    """
     try:
         yield
     except (DivergenceError, StoppedError):
         raise
     except Exception:
-        begun = any((workdir / "checkpoints").glob("[0-9]*"))
-        for name in ("config.json", "split.csv") if new and is_writer() and not begun else ():
-            (workdir / name).unlink(missing_ok=True)
+        if new and is_writer() and not any((workdir / "checkpoints").glob("[0-9]*")):
+            for name in ("config.json", "split.csv"):
+                (workdir / name).unlink(missing_ok=True)
         raise
 
 
@@ -164,43 +169,43 @@ def _split_csv(spec: str, splits: Splits) -> bytes:
 
 
 def _within(spec: str, name: str) -> str:
-    """The path of an example within the data, which may be moved."""
+    """Return the path of an example relative to the data, whose folder may be moved."""
     return name.removeprefix(printable(Path(spec))).removeprefix(spec).lstrip("/ ")
 
 
 def _size(name: str) -> int | None:
-    """Bytes of an example that is a file of its own."""
+    """Return the size in bytes of an example's file, or None if it has no file of its own."""
     with suppress(OSError, ValueError):
         return Path(name).stat().st_size
     return None
 
 
-def _compare_split(workdir: Path, known: dict[str, Any], spec: str, split: bytes) -> None:
-    """Refuse images that are not those which a run was made with."""
+def _compare_split(workdir: Path, saved: dict[str, Any], spec: str, split: bytes) -> None:
+    """Refuse images that differ from those the run was trained on."""
     path = workdir / "split.csv"
-    if not path.exists():  # the run was stopped before that
+    if not path.exists():  # the run was stopped before it was written
         return
-    kept = path.read_bytes()
-    digest = sha256(kept)
+    saved_split = path.read_bytes()
+    digest = sha256(saved_split)
     try:
-        if known.get("fingerprint", {}).get("split.csv", digest) != digest:
-            raise ValueError("not what was written")  # noqa: TRY301
-        before, now = (_by_name(known["data"], text) for text in (kept, split))
+        if saved.get("fingerprint", {}).get("split.csv", digest) != digest:
+            raise ValueError("checksum mismatch")  # noqa: TRY301
+        before, now = (_by_name(saved["data"], text) for text in (saved_split, split))
     except (KeyError, ValueError, csv.Error) as error:
-        raise RequestError(f"{path} is damaged ({error}): restore it or start anew") from error
-    kinds = ("part", "class", "size")  # earlier versions kept no sizes
+        raise RequestError(f"{path} is damaged ({error}): restore it or start a new run") from error
+    columns = ("part", "class", "size")  # earlier versions saved no sizes
     differences = {
         "added": now.keys() - before.keys(),
-        "gone": before.keys() - now.keys(),
+        "missing": before.keys() - now.keys(),
         "of another size, class or part": {
             name
             for name in before.keys() & now.keys()
-            if any(before[name].get(kind, now[name][kind]) != now[name][kind] for kind in kinds)
+            if any(before[name].get(key, now[name][key]) != now[name][key] for key in columns)
         },
     }
-    if said := [f"{len(n)} {w} ({shortened(sorted(n))})" for w, n in differences.items() if n]:
+    if changes := [f"{len(n)} {d} ({shortened(sorted(n))})" for d, n in differences.items() if n]:
         raise RequestError(
-            f"{workdir}: its images, of {spec}, have changed: {'; '.join(said)}: restore them, or "
+            f"{workdir}: the images of {spec} have changed: {'; '.join(changes)}: restore them or "
             "start a new run"
         )
 
@@ -208,39 +213,38 @@ def _compare_split(workdir: Path, known: dict[str, Any], spec: str, split: bytes
 def _by_name(spec: str, split: bytes) -> dict[str, dict[str, str]]:
     rows = list(csv.DictReader(io.StringIO(split.decode(), newline=""), strict=True))
     if any(None in row.values() for row in rows):
-        raise ValueError("a line is cut short")
+        raise ValueError("a line is truncated")
     return {_within(spec, row["name"]): row for row in rows}
 
 
 class MetricsFile:
-    """``metrics.jsonl``: a line an epoch, and before it the lines of some of its steps.
+    """``metrics.jsonl``: one line per epoch, preceded by the lines of its logged steps.
 
-    A run that goes on from a checkpoint writes the steps behind that again.
+    A resumed run overwrites the lines of steps after its checkpoint.
     """
 
     def __init__(self, workdir: Path) -> None:
-        """Read the lines of steps that are there."""
+        """Read the lines of steps from an existing file."""
         self._path = workdir / "metrics.jsonl"
         self._epochs: list[str] = []
-        self._steps: list[tuple[int, int, str]] = []  # epochs before it, step, line
+        self._steps: list[tuple[int, int, str]] = []  # number of earlier epochs, step, line
         before = 0
         for line in self._path.read_text("utf-8").splitlines() if self._path.exists() else ():
-            with suppress(ValueError):  # the last one was cut short
+            with suppress(ValueError):  # the last line may be truncated
                 step = json.loads(line).get("step")
                 before += step is None
                 if step is not None:
                     self._steps.append((before, step, line))
 
     def on_step(self, step: int, metrics: dict[str, float]) -> None:
-        """Append a line; those of later steps, of a process that was killed, go."""
+        """Append a line, and remove those of later steps, which an interrupted process wrote."""
         if not is_writer():
             return
-        late = bool(self._steps) and self._steps[-1][1] >= step
-        if late:
-            self._steps = [found for found in self._steps if found[1] < step]
+        earlier = [entry for entry in self._steps if entry[1] < step]
+        rewrite, self._steps = len(earlier) < len(self._steps), earlier
         line = to_json({"step": step, **metrics})
         self._steps.append((len(self._epochs), step, line))
-        if late:
+        if rewrite:
             self._write_all()
             return
         try:
@@ -250,7 +254,7 @@ class MetricsFile:
             raise WriteError(f"{self._path} cannot be written ({error.strerror})") from error
 
     def on_epoch(self, history: Sequence[dict[str, Any]]) -> None:
-        """Write the whole history, nothing of the clock, and the lines of steps."""
+        """Write the whole history and the lines of steps; it holds no times."""
         if is_writer():
             self._epochs = [to_json(entry) for entry in history]
             self._write_all()
@@ -264,47 +268,55 @@ class MetricsFile:
 
 
 def skipped_rows(source: Source, skipped: dict[int, str]) -> list[tuple[str, str]]:
-    """(name, reason) of every image of a source that could not be read."""
+    """Return (name, reason) of every image of a source that could not be read."""
     return [(source.names[i], reason) for i, reason in sorted(skipped.items())]
 
 
 def skipped_lines(source: Source, skipped: dict[int, str]) -> list[str]:
-    """The same for a person, one line each."""
+    """Return one line of text for every image of a source that could not be read."""
     return [f"not read: {name}: {reason}" for name, reason in skipped_rows(source, skipped)]
 
 
 def refuse_missing(workdir: Path, config: Mapping[str, Any], *names: str) -> None:
-    """Say which of a run's inputs, ``data`` or ``weights``, are gone.
+    """Check that a run's inputs still exist.
+
+    Args:
+        workdir: run directory, for the message.
+        config: options of the run.
+        names: options to check: ``data``, ``weights`` or both.
 
     Raises:
-        RequestError: one of them is.
+        RequestError: one of them does not exist.
     """
     for name in names:
         path = Path(config[name])
         if path.is_absolute() and not path.exists():
             raise RequestError(
-                f"{workdir}: its {name} are gone from {path}: put them back, or say where they are "
-                f"now by --{name}"
+                f"{workdir}: {path} with the {name} of the run does not exist: restore it or set "
+                f"--{name} to its new place"
             )
 
 
 def open_validation(workdir: Path) -> tuple[Source, tuple[str, ...]]:
-    """Opens the validation part of a run's data; notes for a person beside it.
+    """Open the validation images of a run.
+
+    Returns:
+        The images, and notes on the data, one line of text each.
 
     Raises:
-        RequestError: there is no run, or its data is gone or has changed.
+        RequestError: there is no run, or its data does not exist or has changed.
     """
-    asked = read_config(workdir)
-    if not {"data", "val_fraction"} <= asked.keys():
-        raise RequestError(f"{workdir / 'config.json'} does not say what data the run was made of")
-    refuse_missing(workdir, asked, "data")
-    splits = open_splits(asked["data"], val_fraction=asked["val_fraction"])
-    _compare_split(workdir, asked, asked["data"], _split_csv(asked["data"], splits))
+    config = read_config(workdir)
+    if not {"data", "val_fraction"} <= config.keys():
+        raise RequestError(f"{workdir / 'config.json'} does not name the data of the run")
+    refuse_missing(workdir, config, "data")
+    splits = open_splits(config["data"], val_fraction=config["val_fraction"])
+    _compare_split(workdir, config, config["data"], _split_csv(config["data"], splits))
     return splits.val, splits.notes
 
 
 def environment() -> dict[str, str]:
-    """Versions and devices that results depend on."""
+    """Return the versions and devices that results depend on."""
     packages = ("tljax", "jax", "jaxlib", "flax", "optax", "grain", "numpy", "pillow")
     devices = jax.devices()
     return {
@@ -316,12 +328,12 @@ def environment() -> dict[str, str]:
 
 
 def write_json(path: Path, value: Any, *, exclusive: bool = False) -> None:
-    """Writes a whole JSON file or none."""
+    """Write a JSON file atomically."""
     _write(path, (to_json(value, indent=2, default=str) + "\n").encode(), exclusive=exclusive)
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Writes a whole CSV file or none."""
+    """Write a CSV file atomically."""
     _write(path, _csv(header, rows))
 
 

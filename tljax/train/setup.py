@@ -1,4 +1,4 @@
-"""What comes before the first step: the head, the plan, the images, and what a phase changes."""
+"""Set up a run: the head, the plan of phases, the inputs, and the state and step of a phase."""
 
 import sys
 from collections.abc import Callable
@@ -27,35 +27,32 @@ from tljax.runtime.types import Variables
 from tljax.train.adversary import adversarial
 from tljax.train.checkpoint import Checkpoints
 from tljax.train.freeze import combine, first_trainable_stage, label, split, wholly_trained_stages
+from tljax.train.history import History
 from tljax.train.inputs import Inputs, open_inputs
 from tljax.train.objectives import Objective, cross_entropy
-from tljax.train.optimizer import build_optimizer, learning_rate_schedule
+from tljax.train.optimizer import OptimizerWrapper, build_optimizer, learning_rate_schedule
 from tljax.train.options import ASKED_CONDITIONS, FitConfig
 from tljax.train.recipes import Phase, Plan, make_plan
 from tljax.train.step import Materialize, TrainState, TrainStep, init_state, make_train_step
 
 NewHead = Callable[[Model, Variables, int], tuple[Model, Variables]]
 
-Wrapper = Callable[[optax.GradientTransformation], optax.GradientTransformationExtraArgs]
-
-History = list[dict[str, Any]]
-
 
 @dataclass(frozen=True)
 class Run:
-    """What stays the same from the first step to the last.
+    """Everything that is constant during a run.
 
     Attributes:
-        plan: the recipe, spelled out for this network.
-        model: with a head for the classes of the data.
-        variables: from which training starts.
-        probe: the linear probe that is their head; None for a recipe without.
-        splits: what to learn from and what to measure on.
-        loading: how images are read, in batches no larger than the training set.
-        seed: of everything random.
-        mesh: the devices.
+        plan: phases of the recipe for this network.
+        model: network with a head for the classes of the data.
+        variables: variables before training.
+        probe: linear probe, whose weights are in the head; None for a recipe without a probe.
+        splits: training and validation images.
+        loading: options of how images are read; the batch size is at most the training set's size.
+        seed: seed of the random number generator.
+        mesh: devices.
 
-    What the caller hands over follows, see `tljax.train.fit.fit`.
+    The other attributes are arguments of `tljax.train.fit.fit`.
     """
 
     plan: Plan
@@ -68,7 +65,7 @@ class Run:
     mesh: Mesh
     objective: Objective | None = None
     materialize: Materialize = combine
-    transform: optax.GradientTransformation | Wrapper | None = None
+    transform: optax.GradientTransformation | OptimizerWrapper | None = None
     on_step: Callable[[int, dict[str, float]], None] | None = None
     log_every: int = 1
     on_epoch: Callable[[History], None] = lambda _: None
@@ -77,26 +74,26 @@ class Run:
     profile: Path | None = None
     preemption: Preemption | None = None
 
-    def tell(self, history: History) -> None:
-        """Hand out a copy of the history."""
+    def report(self, history: History) -> None:
+        """Call ``on_epoch`` with a copy of the history."""
         self.on_epoch([dict(entry) for entry in history])
 
     @property
     def config(self) -> FitConfig:
-        """As asked, with every default filled in."""
+        """Return the configuration with all defaults filled in."""
         return self.plan.config
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches, the ragged last one among them."""
+        """Return the number of batches per epoch, including a smaller last one."""
         return num_batches(len(self.splits.train), self.loading.batch_size)
 
     def schedule(self, phase: Phase) -> optax.Schedule:
-        """The learning rate by step of a phase."""
+        """Return the learning rate as a function of the step of a phase."""
         return learning_rate_schedule(self.config.optimizer, phase.epochs * self.steps_per_epoch)
 
     def open_inputs(self, start: str) -> Inputs:
-        """The images, or the activations that enter ``start``."""
+        """Return the activations that enter ``start``, or the images if nothing is cached."""
         return open_inputs(
             self.model, self.variables, self.splits, self.config, self.loading, self.seed, start
         )
@@ -110,22 +107,25 @@ def prepare(
     loading: Loading | None = None,
     seed: int = 0,
     new_head: NewHead | None = None,
-    **handed_over: Any,
+    **run_options: Any,
 ) -> tuple[Run, Inputs]:
-    """Do everything up to the first step; see `tljax.train.fit.fit`.
+    """Set up a run up to its first step, including the probe.
 
     Args:
-        model: pretrained, with any head.
-        variables: of ``model``.
-        splits: what to learn from and what to measure on.
-        config: what was asked.
-        loading: how images are read.
-        seed: of everything random.
-        new_head: adds another head than a linear one.
-        handed_over: further fields of `Run`.
+        model: pretrained network, with any head.
+        variables: variables of ``model``.
+        splits: training and validation images.
+        config: what to train.
+        loading: options of how images are read.
+        seed: seed of the random number generator.
+        new_head: see `tljax.train.fit.fit`.
+        run_options: further attributes of `Run`.
 
     Returns:
         The run, and the inputs of its first phase.
+
+    Raises:
+        RequestError: the configuration does not fit the model or the data.
     """
     loading = loading or Loading()
     loading = replace(loading, batch_size=min(loading.batch_size, len(splits.train)))
@@ -133,55 +133,56 @@ def prepare(
     changed = {name for name, _ in settings(config).items() - settings(FitConfig()).items()}
     for note in idle(config, ASKED_CONDITIONS, changed).values() if is_writer() else ():
         print(f"note: {note}", file=sys.stderr)
-    _refuse_replaced(config, changed, handed_over.get("objective"), new_head)
+    _check_replaced(config, changed, run_options.get("objective"), new_head)
     classes = len(splits.train.classes)
     add_head = new_head or partial(replace_head, after=config.head_after, dropout=config.dropout)
     model, variables = add_head(model, variables, classes)
     if not classes or (splits.val.labels < 0).any():
-        raise RequestError("give every image of the validation a class: epochs are compared by it")
+        raise RequestError("a validation image has no class: label all, to compare epochs")
     if model.num_classes != classes:
-        raise RequestError(f"new_head made {model.num_classes} outputs for {classes} classes")
-    if handed_over.get("log_every", 1) < 1:
-        raise RequestError("log_every: choose 1 step or more")
+        raise RequestError(
+            f"new_head made {model.num_classes} outputs, not {classes}, one per class"
+        )
+    if run_options.get("log_every", 1) < 1:
+        raise RequestError("log_every must be at least 1 step")
     head = model.stage_names[-1]
     plan = make_plan(model, config, len(splits.train), loading.batch_size)
-    before = accumulate((phase.epochs for phase in plan.phases), initial=0)
+    epochs_before = accumulate((phase.epochs for phase in plan.phases), initial=0)
     phases = tuple(
-        phase._replace(rates=label(variables["params"], phase.table), before=passed)
-        for phase, passed in zip(plan.phases, before, strict=False)
+        phase._replace(rates=label(variables["params"], phase.table), before=before)
+        for phase, before in zip(plan.phases, epochs_before, strict=False)
     )
     plan = plan._replace(phases=phases)
-    for one, next_one in pairwise(flatten(phase.rates) for phase in phases):
-        if lost := [path for path, rate in one.items() if rate and not next_one[path]]:
-            # A checkpoint holds what its own phase trains, and all else is as it was at first.
-            raise RequestError(f"{lost[0]} trains and then stays: a later phase trains more, too")
+    for rates, later in pairwise(flatten(phase.rates) for phase in phases):
+        if frozen := [path for path, rate in rates.items() if rate and not later[path]]:
+            # A checkpoint holds the trainable parameters of its own phase only.
+            raise RequestError(f"{frozen[0]} is trained, then frozen: keep it trainable")
     if plan.start == "probe" and not model.has_linear_head:
         raise RequestError(
-            f"--recipe {config.recipe} starts with a probe, which needs a linear head; "
-            "choose another recipe, such as finetune"
+            f"--recipe {config.recipe} starts with a probe, which needs a linear head: choose "
+            "another recipe, such as finetune"
         )
     if plan.start == "random":
         variables = init(model, jax.random.key(seed))
     mesh = data_mesh(loading.devices)
-    run = Run(plan, model, variables, None, splits, loading, seed, mesh, **handed_over)
+    run = Run(plan, model, variables, None, splits, loading, seed, mesh, **run_options)
     inputs = run.open_inputs(first_trainable_stage(model, phases[0].rates) if phases else head)
     if plan.start != "probe":
         return run, inputs
     features = inputs.pooled(model, variables)
     probe = fit_probe(features.values, features.labels, num_classes=classes, seed=seed)
-    solved = {"kernel": np.asarray(probe.kernel), "bias": np.asarray(probe.bias)}
-    variables = {**variables, "params": {**variables["params"], head: solved}}
+    probe_head = {"kernel": np.asarray(probe.kernel), "bias": np.asarray(probe.bias)}
+    variables = {**variables, "params": {**variables["params"], head: probe_head}}
     return replace(run, variables=variables, probe=probe), inputs
 
 
-def _refuse_replaced(
+def _check_replaced(
     config: FitConfig, changed: set[str], objective: Objective | None, new_head: NewHead | None
 ) -> None:
-    """Refuse settings of what the caller has replaced."""
-    ours, linear = objective is None, new_head is None
+    """Refuse options of the default objective and head if the caller replaces these."""
     conditions: Conditions = (
-        ("label_smoothing class_weights", lambda _: ours, "with an objective of one's own"),
-        ("dropout head_after", lambda _: linear, "with a head of one's own"),
+        ("label_smoothing class_weights", lambda _: objective is None, "with a custom objective"),
+        ("dropout head_after", lambda _: new_head is None, "with a custom head"),
     )
     if lines := idle(config, conditions, changed):
         raise RequestError("; ".join(lines.values()))
@@ -190,7 +191,7 @@ def _refuse_replaced(
 def begin_phase(
     run: Run, inputs: Inputs, phase: Phase, variables: Variables, schedule: optax.Schedule
 ) -> tuple[TrainState, Variables, TrainStep]:
-    """Make the state before the first step of a phase, what stays throughout it, and the step."""
+    """Return the initial state of a phase, its frozen variables and its training step."""
     config = run.config
     optimizer = build_optimizer(config.optimizer, phase.rates, schedule)
     if isinstance(run.transform, optax.GradientTransformation):
@@ -199,10 +200,9 @@ def begin_phase(
         optimizer = run.transform(optimizer)
     whole = wholly_trained_stages(phase.rates)
     statistics = whole if config.batch_norm == "batch" else frozenset[str]()
-    changing, staying = split(variables, phase.rates, statistics)
-    state = init_state(
-        changing["params"], changing["batch_stats"], optimizer, ema=config.ema_decay > 0
-    )
+    changing, frozen = split(variables, phase.rates, statistics)
+    ema = config.ema_decay > 0
+    state = init_state(changing["params"], changing["batch_stats"], optimizer, ema=ema)
     objective = run.objective or cross_entropy(config.label_smoothing, _class_weights(run))
     step = make_train_step(
         run.model,
@@ -217,13 +217,13 @@ def begin_phase(
         augment=config.augmentation if config.augment and inputs.start is None else None,
     )
     if config.frozen_dtype == "bfloat16":
-        held = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), staying["params"])
-        staying = {**staying, "params": held}
-    return replicate(state, run.mesh), replicate(staying, run.mesh), step
+        params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), frozen["params"])
+        frozen = {**frozen, "params": params}
+    return replicate(state, run.mesh), replicate(frozen, run.mesh), step
 
 
 def _class_weights(run: Run) -> tuple[float, ...]:
-    """Weights that make every class count alike, of mean 1 over the images."""
+    """Return class weights inverse to the class frequencies, with mean 1 over the images."""
     if run.config.class_weights == "none":
         return ()
     labels = run.splits.train.labels

@@ -1,7 +1,7 @@
-"""The training step: a pure function of what trains, what does not, a batch and random keys.
+"""The training step: a pure function of trainable state, frozen variables, a batch and random keys.
 
-All that a researcher changes is handed to it: the objective, how parameters are made of those that
-train, the optimizer. Batch statistics, padding, augmentation and averages are its own.
+The objective, the parametrization and the optimizer are arguments. The step itself handles batch
+statistics, padding, augmentation, gradient accumulation and the moving average.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.extend.core import get_opaque_trace_state
+from jaxtyping import Bool, Shaped
 
 from tljax.data.augment import augment as augmented
 from tljax.data.augment import mix
@@ -27,13 +28,13 @@ Tree = TypeVar("Tree")
 
 
 class TrainState(NamedTuple):
-    """Everything that a step changes: arrays only.
+    """State that a training step updates: arrays only.
 
     Attributes:
         step: number of steps taken.
-        params: the trainable parameters.
-        batch_stats: running statistics of the stages that move them.
-        opt_state: of the optimizer, for trainable leaves alone.
+        params: trainable parameters.
+        batch_stats: running statistics of the stages that use batch statistics.
+        opt_state: optimizer state of the trainable parameters.
         ema: exponential moving average of ``params`` and ``batch_stats``; {} without one.
     """
 
@@ -45,7 +46,7 @@ class TrainState(NamedTuple):
 
     @property
     def changing(self) -> Variables:
-        """The parameters and statistics, as `apply` names them."""
+        """Return the trainable parameters and the updated statistics, as `split` orders them."""
         return {"params": self.params, "batch_stats": self.batch_stats}
 
 
@@ -56,63 +57,64 @@ def init_state(
     *,
     ema: bool = False,
 ) -> TrainState:
-    """Make the state before the first step.
+    """Return the training state before the first step.
 
     Args:
-        params: the trainable ones.
-        batch_stats: of the stages that use batch statistics.
-        optimizer: for ``params``.
-        ema: keep a moving average.
+        params: trainable parameters.
+        batch_stats: running statistics of the stages that use batch statistics.
+        optimizer: optimizer of ``params``.
+        ema: whether to keep an exponential moving average, for a step with ``ema_decay > 0``.
     """
-    kept = {"params": params, "batch_stats": batch_stats} if ema else {}
-    # A copy: the step donates its state, and may not be given one buffer twice.
-    kept = jax.tree.map(jnp.array, kept)
-    return TrainState(jnp.int32(0), params, batch_stats, optimizer.init(params), kept)
+    average = {"params": params, "batch_stats": batch_stats} if ema else {}
+    # Copied, because the step donates its state and no buffer can be donated twice.
+    average = jax.tree.map(jnp.array, average)
+    return TrainState(jnp.int32(0), params, batch_stats, optimizer.init(params), average)
 
 
 Keys = tuple[jax.Array, jax.Array]
-"""Of the epoch, from which every example draws its augmentation; and of the run, from which every
-step draws noise and mixing."""
+"""Key of the epoch, for the augmentation of each example, and key of the run, for the noise and
+mixing of each step."""
 
 StepMetrics = dict[str, tuple[jax.Array, jax.Array]]
-"""By name (sum, count): ``loss``, what is minimised; what the objective returned;
-``gradient_norm``, of the trainable parameters, before any clipping; ``examples``, their number."""
+"""(sum, count) by name: ``loss``, the minimized loss; the metrics of the objective;
+``gradient_norm``, the global norm over trainable parameters before clipping; ``examples``, the
+number of examples that count."""
 
 RESERVED = {"loss", "gradient_norm", "examples", "step", "learning_rate", "images_per_second"}
-"""Names of metrics that no objective may return."""
+"""Metric names that an objective must not return."""
 
 TrainStep = Callable[[TrainState, Variables, Batch, Keys], tuple[TrainState, StepMetrics]]
 
 Materialize = Callable[[Variables, Variables], Variables]
-"""``(trainable, frozen) -> params``: the parameters of the network. It may change the stages alone
-that hold a trainable parameter: what comes before them is computed once."""
+"""``(trainable, frozen) -> params`` of the whole network. Only stages with a trainable parameter
+may differ from ``frozen``, because the activations of earlier stages may be cached."""
 
 
 class Forward:
-    """The network as an objective sees it: its parameters, and the frozen prefix, are inside.
+    """The network with its parameters, as an objective calls it.
 
-    A call may be repeated, on other inputs, and differentiated by its input. Batch statistics move
-    the running ones call by call; a call inside a transformation of the objective's own, such as
-    the gradient of an attack, moves none.
+    An objective may call it several times, on any inputs, and differentiate it by its inputs. Each
+    call updates the running statistics, except inside a JAX transformation that the objective
+    applies itself, such as the gradient of an attack.
 
     Attributes:
         model: the network.
-        start: the stage that ``batch.inputs`` enter; None for photographs.
-        batch_stats: the running statistics, after the last call.
+        start: stage that ``batch.inputs`` enter; None for images.
+        batch_stats: running statistics after the last call.
     """
 
     def __init__(
         self,
         model: Model,
         variables: Variables,
-        mask: Array,
+        mask: Bool[Array, " batch"],
         key: jax.Array,
         *,
         start: str | None,
         batch_statistics: Collection[str],
         noise: Collection[str],
     ) -> None:
-        """Close over what a step knows; see `make_train_step`."""
+        """Bind the variables, the mask and the random key; see `make_train_step`."""
         self.model, self.start = model, start
         self.batch_stats = variables["batch_stats"]
         self._params, self._mask, self._key = variables["params"], mask, key
@@ -121,19 +123,24 @@ class Forward:
         self._trace = get_opaque_trace_state(convention="flax")
 
     def __call__(
-        self, inputs: Array, *, capture: Collection[str] = (), noise: bool = True
+        self,
+        inputs: Shaped[Array, "batch ..."],
+        *,
+        capture: Collection[str] = (),
+        noise: bool = True,
     ) -> Output:
-        """Run the network in training: on batch statistics and with noise where the stages have it.
+        """Run the network in training mode, with batch statistics and noise where configured.
 
         Args:
-            inputs: ``[batch, ...]`` like ``batch.inputs``: photographs, or the activations that
-                were cached. Rows that do not count enter as zeros.
-            capture: stages whose outputs are returned as well.
-            noise: whether dropout and stochastic depth draw; every call draws anew, but not every
-                turn of a loop of JAX's around one.
+            inputs: ``[batch, ...]`` like ``batch.inputs``: images or cached activations. Rows
+                that are masked out enter as zeros.
+            capture: names of stages whose outputs to return as well.
+            noise: whether to apply dropout and stochastic depth. Every call draws new noise, but
+                the iterations of a JAX loop around a call share it.
 
         Returns:
-            ``logits``, or whatever the last stage returns, zero in the rows that do not count.
+            ``logits``, or what the last stage returns instead, and ``captured``; zero in the rows
+            that are masked out.
         """
         key = jax.random.fold_in(self._key, self._calls) if self._calls else self._key
         self._calls += 1
@@ -150,16 +157,22 @@ class Forward:
         )
         if self._trace == get_opaque_trace_state(convention="flax"):
             self.batch_stats = output.batch_stats
-        # Before the loss: the gradient of what is not selected afterwards may still be nan.
+        # Before the loss, since masking a loss that is not finite still makes its gradient nan.
         return jax.tree.map(
             lambda x: jnp.where(jnp.expand_dims(self._mask, range(1, x.ndim)), x, 0),
             output._replace(batch_stats={}),
         )
 
-    def evaluate(self, inputs: Array, *, capture: Collection[str] = ()) -> Output:
-        """Run the network as it is evaluated: on running statistics, without noise.
+    def evaluate(
+        self, inputs: Shaped[Array, "batch ..."], *, capture: Collection[str] = ()
+    ) -> Output:
+        """Run the network in inference mode: on running statistics, without noise.
 
-        The parameters are constants: a gradient reaches ``inputs`` alone, as attacks need it.
+        Gradients flow to ``inputs`` only, as attacks need them, not to the parameters.
+
+        Args:
+            inputs: ``[batch, ...]`` like ``batch.inputs``.
+            capture: names of stages whose outputs to return as well.
         """
         variables = {"params": self._params, "batch_stats": self._first_stats}
         constants = jax.lax.stop_gradient(variables)
@@ -179,32 +192,39 @@ def make_train_step(
     accumulate: int = 1,
     augment: AugmentConfig | None = None,
 ) -> TrainStep:
-    """Make a jitted ``step(state, frozen, batch, keys) -> (state, metrics)``; it donates the state.
+    """Make a jitted ``step(state, frozen, batch, keys) -> (state, metrics)``; it donates ``state``.
 
-    The gradient is taken with respect to ``state.params`` alone, so a frozen stage costs its
-    forward pass at most, and with ``start`` not even that. ``frozen`` holds the parameters and the
-    running statistics that stay.
+    The gradient is taken with respect to ``state.params`` only, so a frozen stage costs its forward
+    pass at most, and with ``start`` not even that. ``frozen`` holds the frozen parameters and
+    running statistics, see `tljax.train.freeze.split`.
 
-    A row that ``batch.mask`` leaves out changes nothing, whatever it holds. Of a batch in which no
-    row counts only ``state.step`` moves: no weight decays and no momentum carries on.
+    Rows that ``batch.mask`` leaves out have no effect, whatever they hold. A batch without any
+    valid row changes ``state.step`` only: it applies no weight decay and no momentum.
 
     Args:
         model: the network.
-        optimizer: for the trainable parameters. One that takes extra arguments is given ``value``,
-            the mean loss, and ``grad_fn(params, *_)``, the gradient of the same batch elsewhere.
-        objective: what is minimised, the mean of its losses; by default `cross_entropy`.
-        materialize: makes the parameters of the network of ``state.params`` and those of
-            ``frozen``; by default both together.
-        start: ``batch.inputs`` are activations that enter this stage; by default photographs.
-        batch_statistics: stages whose batch norms use those of the batch. ``state.batch_stats``
-            holds theirs.
-        noise: stages whose dropout and stochastic depth draw.
-        ema_decay: of the moving average, per step; 0 keeps none. It starts lower, so that the first
-            steps are forgotten: ``min(ema_decay, (1 + step) / (10 + step))``.
-        accumulate: the batch goes through in so many parts; only the memory it takes depends on
-            it, and batch statistics, which are those of a part.
-        augment: of photographs, on the device; None for activations and for the central crop.
-            Mixup and CutMix turn class indices into shares ``[batch, classes]``.
+        optimizer: optimizer of the trainable parameters. If it takes extra arguments, it gets
+            ``value``, the mean loss, and ``grad_fn(params, *_)``, the gradient of the mean loss
+            of the same batch at other parameters.
+        objective: ``(forward, batch, key) -> (losses, metrics)``, of which the mean loss is
+            minimized; by default `cross_entropy`.
+        materialize: ``(trainable, frozen) -> params``, the parametrization of the network; by
+            default the union of both.
+        start: stage that ``batch.inputs`` enter as activations; by default they are images.
+        batch_statistics: stages whose batch normalization uses the statistics of the batch;
+            ``state.batch_stats`` holds their running statistics.
+        noise: stages that apply dropout and stochastic depth.
+        ema_decay: decay per step of the exponential moving average; 0 disables it. The effective
+            decay is ``min(ema_decay, (1 + step) / (10 + step))``, so that the average forgets the
+            first steps.
+        accumulate: number of parts the batch is split into for gradient accumulation. The result
+            is the same, except that batch statistics are those of a part.
+        augment: augmentation of images, on the device; None for activations and for the central
+            crop. Mixup and CutMix turn class indices into class shares ``[batch, classes]``.
+
+    Raises:
+        RequestError: at the first step, if the objective returns values of a wrong shape or name,
+            or if the state has a moving average and ``ema_decay`` is 0, or the reverse.
     """
     objective = objective or cross_entropy()
     optimizer = optax.with_extra_args_support(optimizer)
@@ -212,9 +232,9 @@ def make_train_step(
     def total_loss(
         params: Variables, batch_stats: Variables, frozen: Variables, batch: Batch, keys: Keys
     ) -> tuple[jax.Array, tuple[Variables, StepMetrics]]:
-        """Sum the losses; statistics and metrics beside it."""
+        """Return the sum of the losses, and (statistics, metrics)."""
         if augment is not None:
-            batch = _varied(batch, model, keys, augment)
+            batch = _augmented(batch, model, keys, augment)
         forward = Forward(
             model,
             {
@@ -231,15 +251,15 @@ def make_train_step(
         stats = {name: forward.batch_stats[name] for name in batch_stats}
         return metrics["loss"][0], (stats, metrics)
 
-    def summed(
+    def gradient_sums(
         params: Variables, batch_stats: Variables, frozen: Variables, batch: Batch, keys: Keys
     ) -> tuple[Variables, Variables, StepMetrics]:
-        """Sum the gradients of a batch, part by part; statistics and metrics beside it."""
+        """Return the gradient of the summed losses of all parts, statistics and metrics."""
         differentiate = jax.grad(total_loss, has_aux=True)
         if accumulate == 1:
             sums, (stats, metrics) = differentiate(params, batch_stats, frozen, batch, keys)
             return sums, stats, metrics
-        # Strided parts, so that every device keeps the rows it has.
+        # Strided, so that rows stay on their device.
         parts = jax.tree.map(
             lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch
         )
@@ -247,10 +267,10 @@ def make_train_step(
         def add(carry: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
             sums, stats, metrics = carry
             batch, i = part
-            of_part = (keys[0], jax.random.fold_in(keys[1], i))
-            more, (moved, found) = differentiate(params, stats, frozen, batch, of_part)
-            sums, metrics = jax.tree.map(jnp.add, (sums, metrics), (more, found))
-            return _if(batch.mask.any(), (sums, moved, metrics), carry), None
+            part_keys = (keys[0], jax.random.fold_in(keys[1], i))
+            grads, (new_stats, new) = differentiate(params, stats, frozen, batch, part_keys)
+            sums, metrics = jax.tree.map(jnp.add, (sums, metrics), (grads, new))
+            return _where(batch.mask.any(), (sums, new_stats, metrics), carry), None
 
         first = jax.tree.map(lambda x: x[0], parts)
         shapes = jax.eval_shape(differentiate, params, batch_stats, frozen, first, keys)
@@ -261,17 +281,19 @@ def make_train_step(
     def step(
         state: TrainState, frozen: Variables, batch: Batch, keys: Keys
     ) -> tuple[TrainState, StepMetrics]:
+        if bool(state.ema) != (ema_decay > 0):
+            raise RequestError(
+                f"the state does not fit ema_decay={ema_decay:g}: call init_state with "
+                f"ema={ema_decay > 0}"
+            )
         keys = (keys[0], jax.random.fold_in(keys[1], state.step))
 
         def gradient(params: Variables) -> tuple[Variables, Variables, StepMetrics]:
-            sums, stats, metrics = summed(params, state.batch_stats, frozen, batch, keys)
+            sums, stats, metrics = gradient_sums(params, state.batch_stats, frozen, batch, keys)
             weight = metrics["loss"][1]
-            # All examples may be of classes without weight.
-            return (
-                jax.tree.map(lambda g: g / jnp.where(weight > 0, weight, 1), sums),
-                stats,
-                metrics,
-            )
+            # The weight is 0 where all classes of the batch have weight 0.
+            mean = jax.tree.map(lambda g: g / jnp.where(weight > 0, weight, 1), sums)
+            return mean, stats, metrics
 
         grads, batch_stats, metrics = gradient(state.params)
         loss, weight = metrics["loss"]
@@ -289,39 +311,38 @@ def make_train_step(
         )
         params = cast("Variables", optax.apply_updates(state.params, updates))
         decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
-        now = {"params": params, "batch_stats": batch_stats}
-        ema = (
-            jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, now)
-            if state.ema
-            else {}
-        )
-        moved = TrainState(state.step, params, batch_stats, opt_state, ema)
-        return _if(batch.mask.any(), moved, state)._replace(step=state.step + 1), metrics
+        updated = TrainState(state.step, params, batch_stats, opt_state, {})
+        if state.ema:
+            ema = jax.tree.map(
+                lambda old, new: decay * old + (1 - decay) * new, state.ema, updated.changing
+            )
+            updated = updated._replace(ema=ema)
+        return _where(batch.mask.any(), updated, state)._replace(step=state.step + 1), metrics
 
     return jax.jit(step, donate_argnums=0)
 
 
-def _checked(returned: Any, examples: int) -> tuple[Any, Mapping[str, Any]]:
-    """Refuse what would be broadcast, or count padding: everything has one value an example."""
+def _checked(returned: Any, batch_size: int) -> tuple[Any, Mapping[str, Any]]:
+    """Check that an objective returned one value per example, under names that are free."""
     if not (
         isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], Mapping)
     ):
-        raise RequestError("an objective returns a pair: losses, and a dict of metrics")
+        raise RequestError("an objective must return a pair: losses and a dict of metrics")
     losses, named = returned
-    if taken := [name for name in named if name in RESERVED or not isinstance(name, str)]:
-        raise RequestError(f"an objective's metric cannot be called {taken[0]!r}")
+    if invalid := [name for name in named if name in RESERVED or not isinstance(name, str)]:
+        raise RequestError(f"an objective's metric must not be called {invalid[0]!r}: rename it")
     for name, values in {"losses": losses, **named}.items():
         for part in values if isinstance(values, Weighted) else (values,):
-            if jnp.shape(part) != (examples,):
+            if jnp.shape(part) != (batch_size,):
                 raise RequestError(
-                    f"an objective returned {name} of shape {jnp.shape(part)}, not ({examples},): "
-                    "one value for each example"
+                    f"an objective returned {name} of shape {jnp.shape(part)} instead of "
+                    f"({batch_size},): return one value per example"
                 )
     return losses, named
 
 
-def _varied(batch: Batch, model: Model, keys: Keys, config: AugmentConfig) -> Batch:
-    """Augment photographs one by one, then mix them."""
+def _augmented(batch: Batch, model: Model, keys: Keys, config: AugmentConfig) -> Batch:
+    """Augment each image, then apply Mixup and CutMix."""
     size = model.preprocess.size
     inputs = augmented(batch.inputs, batch.indices, keys[0], size, config)
     if not (config.mixup or config.cutmix):
@@ -331,5 +352,5 @@ def _varied(batch: Batch, model: Model, keys: Keys, config: AugmentConfig) -> Ba
     return batch._replace(inputs=inputs, targets=shares)
 
 
-def _if(condition: Any, new: Tree, old: Tree) -> Tree:
+def _where(condition: Any, new: Tree, old: Tree) -> Tree:
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)

@@ -1,4 +1,4 @@
-"""What the steps of an epoch say of themselves: summed up, and handed on every so many steps."""
+"""Accumulate step metrics and report their means every ``log_every`` steps."""
 
 import time
 
@@ -12,14 +12,14 @@ from tljax.train.step import StepMetrics
 
 
 class StepLog:
-    """The metrics of the steps of an epoch, read some steps later, so that none waits for them.
+    """Metrics of the steps of an epoch, read from the device without delaying any step.
 
-    At every `Run.log_every`-th step of the run, the means since the call before it, or since the
-    epoch began, go to the caller's ``on_step``.
+    Every `Run.log_every` steps, ``on_step`` gets the means since its last call or the start of the
+    epoch.
     """
 
     def __init__(self, run: Run, phase: Phase, step: int, sums: Sums) -> None:
-        """Begin after ``step`` steps of all phases; those of this epoch summed to ``sums``."""
+        """Start after ``step`` steps of the run, with the ``sums`` of this epoch so far."""
         self._run, self._step, self._sums, self._schedule = run, step, sums, run.schedule(phase)
         self._first = phase.before * run.steps_per_epoch
         self._pending: list[tuple[float, StepMetrics]] = []
@@ -27,18 +27,18 @@ class StepLog:
         self._window: Sums = {}
 
     def append(self, metrics: StepMetrics) -> None:
-        """Keep the metrics of a step that was just dispatched."""
+        """Add the metrics of a step that was just dispatched."""
         self._pending.append((time.monotonic(), metrics))
         if len(self._pending) > 64 or time.monotonic() - self._read > 1:
             self.read(leave=1)
 
     def read(self, leave: int = 0) -> Sums:
-        """Add up what is pending, except for the last ``leave`` steps; return the epoch's sums."""
+        """Add up all pending metrics but those of the last ``leave`` steps; return the sums."""
         ready = self._pending[: len(self._pending) - leave]
         del self._pending[: len(ready)]
-        for (when, _), found in zip(ready, jax.device_get([m for _, m in ready]), strict=True):
+        for (when, _), metrics in zip(ready, jax.device_get([m for _, m in ready]), strict=True):
             self._step += 1
-            sums = {name: (float(total), float(count)) for name, (total, count) in found.items()}
+            sums = {name: (float(total), float(count)) for name, (total, count) in metrics.items()}
             self._sums = merge(self._sums, sums)
             if self._run.on_step is None:
                 continue
@@ -47,10 +47,9 @@ class StepLog:
                 seconds, examples = when - self._began, self._window["examples"][0]
                 rate = float(np.asarray(self._schedule(self._step - 1 - self._first)))
                 entry = means(self._window) | {"learning_rate": rate}
+                entry["images_per_second"] = examples / max(seconds, 1e-9)
                 del entry["examples"]
-                self._run.on_step(
-                    self._step, {**entry, "images_per_second": examples / max(seconds, 1e-9)}
-                )
+                self._run.on_step(self._step, entry)
                 self._window, self._began = {}, when
         self._read = time.monotonic()
         return self._sums

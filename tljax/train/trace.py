@@ -1,4 +1,4 @@
-"""What the devices did in a few training steps, for a person to look at."""
+"""Profiler traces of training steps."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,34 +11,33 @@ from tljax.runtime.errors import RequestError
 Item = TypeVar("Item")
 
 FIRST, LAST = 3, 12
-"""The steps that are traced; the first one compiles."""
+"""First and last traced step of the run; earlier steps compile and warm up."""
 
 
 def check_traceable(steps: int) -> None:
-    """Raises before a run that would leave no trace.
+    """Refuse a run whose first epoch ends before the trace begins.
 
     Args:
-        steps: of an epoch.
+        steps: number of steps per epoch; 0 for a recipe without training steps.
 
     Raises:
-        RequestError: there are too few.
+        RequestError: the epoch has fewer than `FIRST` steps.
     """
     if not steps:
         raise RequestError("--profile traces training steps, and --recipe probe takes none")
     if steps < FIRST:
         raise RequestError(
-            f"--profile begins at step {FIRST}, and an epoch has {steps}: a smaller --batch-size "
-            "makes more of them"
+            f"--profile starts at step {FIRST}, but an epoch has {steps}: lower --batch-size"
         )
 
 
 def traced(batches: Iterator[Item], folder: Path) -> Iterator[Item]:
-    """Hands on batches, and traces what is done with those from `FIRST` to `LAST`.
+    """Yield the batches, and trace the steps from `FIRST` to `LAST` that consume them.
 
     Args:
-        batches: one for each step.
-        folder: where the trace goes, under ``plugins/profile`` and the time: ``*.xplane.pb`` for
-            TensorBoard and ``perfetto_trace.json.gz`` for ui.perfetto.dev.
+        batches: one batch per step.
+        folder: where the trace is written, as ``plugins/profile/TIME/*.xplane.pb`` for TensorBoard
+            and ``perfetto_trace.json.gz`` for ui.perfetto.dev.
     """
     running = False
     try:

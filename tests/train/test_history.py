@@ -1,0 +1,34 @@
+"""Decisions that are made from the history of a run."""
+
+import pytest
+
+from tljax.train.history import best_epoch, dropped_below_probe
+
+
+def history(*top1, phase="probe", **metrics):
+    return [
+        {"phase": "train" if i else phase, "epoch": i, "val_top1": x, "val_loss": 1.0, **metrics}
+        for i, x in enumerate(top1)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("entries", "expected"),
+    [
+        (history(0.9, 0.8, 0.95), (0.9, 0.8)),
+        (history(0.9, 0.9, 0.8), None),
+        (history(0.9), None),
+        (history(0.9, 0.8, phase="zeros"), None),
+        (history(0.9, 0.8, val_robust_top1=0.5, val_robust_loss=1.0), None),
+    ],
+)
+def test_a_first_epoch_below_the_probe_is_recognized(entries, expected):
+    assert dropped_below_probe(entries) == expected
+
+
+def test_the_best_epoch_has_the_highest_accuracy_and_then_a_clearly_lower_loss():
+    entries = history(0.8, 0.9, 0.9, 0.9)
+    entries[2]["val_loss"] = 0.9995
+    assert best_epoch(entries) == 1
+    entries[3]["val_loss"] = 0.99
+    assert best_epoch(entries) == 3
