@@ -38,7 +38,7 @@ def test_photographs_are_attacked_and_painted(cache: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "name what to attack: images, --data FOLDER or --workdir RUN"),
+        ((), "no images to attack: name some, or add --data FOLDER or --workdir RUN"),
         (("--data", "digits", "--attacks", "pdg"), "no attack 'pdg'; choose from fgsm, bim"),
         (("nowhere.jpg",), "nowhere.jpg does not exist"),
         (("--data", "digits", "--target", "siamese cta"), "did you mean Siamese cat?"),

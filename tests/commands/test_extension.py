@@ -60,15 +60,15 @@ def test_a_file_is_run_once_and_nothing_is_written(tmp_path):
             "a = {}",
             "{tmp}/mine.py: it has no 'b': define one, or name another by FI",
         ),
-        ("mine.py", "extension = 3", "{tmp}/mine.py: 'extension' is no dict: define one, or"),
+        ("mine.py", "extension = 3", "{tmp}/mine.py: 'extension' is not a dict: define one, or"),
         ("mine.py", "\n1 / 0", "{tmp}/mine.py, line 2: ZeroDivisionError: division by zero"),
         ("mine.py", "x = 1\ndef f(:", "{tmp}/mine.py, line 2: SyntaxError: invalid syntax"),
         ("mine.py", "import nosuch", "{tmp}/mine.py, line 1: ModuleNotFoundError: No module named"),
         ("mine.py", "exit(3)", "{tmp}/mine.py, line 1: SystemExit: 3"),
         ("mine.py", "extension = dict(objectiv=1)", "an unknown key 'objectiv'; did you mean obj"),
         ("mine.py", "extension = dict(xy=1)", "an unknown key 'xy'; choose from objective, mater"),
-        ("mine.py", "extension = dict(on_step=1)", "{tmp}/mine.py: 'on_step' of extension is no f"),
-        ("mine.py", "extension = dict(modules=1)", "{tmp}/mine.py: 'modules' of extension is no d"),
+        ("mine.py", "extension = dict(on_step=1)", "{tmp}/mine.py: 'on_step' of extension is not a f"),
+        ("mine.py", "extension = dict(modules=1)", "{tmp}/mine.py: 'modules' of extension is not a d"),
     ],
 )
 def test_what_is_wrong_with_an_extension_is_one_line(tmp_path, name, text, said):
@@ -173,7 +173,7 @@ def test_a_run_keeps_its_extension_and_refuses_another(tmp_path):
     answer(call_script(tmp_path, "train", "--resume", tmp_path / "still", "--json"))
     resume = ("train", "--resume", tmp_path / "still")
     for more, said in (
-        (("--extension", "mine.py:same"), "goes on with its own settings: leave out --extension"),
+        (("--extension", "mine.py:same"), "continues with its own options: leave out --extension"),
         (("--extension", "other.py"), "--extension: other.py does not exist"),
     ):
         done = call_script(tmp_path, *resume, *more)

@@ -141,7 +141,7 @@ def test_parquet_without_pyarrow_says_how_to_get_it(place, monkeypatch):
         lambda name: None if name == "pyarrow" else found(name),
     )
     assert extract(place, "photographs", "x.parquet").stderr == (
-        "error: parquet files need pyarrow: pip install pyarrow, or choose .npz\n"
+        'error: --out x.parquet needs pyarrow: pip install "tljax[hf]", or choose .npz\n'
     )
 
 

@@ -33,7 +33,7 @@ MODULES = {name: import_module(f"tljax.commands.{name}") for name in COMMANDS}
 PARSED = {name: get_type_hints(module.run) for name, module in MODULES.items()}
 PARSED = {name: next(iter(hints.values())) for name, hints in PARSED.items()}
 
-OUTPUT = {"json", "debug"}
+OUTPUT = {"json", "debug", "platform"}
 NETWORK = {*OUTPUT, "extension", "model", "normalization", "image_size", "precision", "seed"}
 DATA = {"batch_size", "workers", "devices"}
 ALWAYS = {
@@ -50,6 +50,7 @@ ALWAYS = {
         "seed",
         "out",
     },
+    "doctor Config": OUTPUT,
     "evaluate Config": {*(NETWORK | DATA), "data", "workdir"},
     "extract Config": {*(NETWORK | DATA), "weights", "data", "out", "stage", "maps"},
     "predict Config": {*(NETWORK | DATA), "weights", "images", "top"},
@@ -195,6 +196,10 @@ WRONG = {
         "--val-fraction 1",
     ],
     "predict Config": ["", "nowhere.jpg", ". --top 2.5", "x --tpo 2", "--devices two", *OF_PARSER],
+    "doctor Config": [
+        "all", "--all", "--jsn", "--json yes", "--model x", "--platform", "--platform x",
+        "--platform gpu cpu", "--debug=1", "-x", "--weights",
+    ],
     "evaluate Config": [
         "", "--data nowhere", "--workdir nowhere", "--batch-size many", "--data digits digits",
         *OF_PARSER,
@@ -456,7 +461,7 @@ def test_a_flag_with_an_effect_is_taken(tmp_path, monkeypatch, script, line):
     monkeypatch.chdir(tmp_path)
     config = tyro.cli(PARSED[script], args=line.split())
     with mock.patch.object(sys, "argv", [script, *line.split()]):
-        assert idle(config, config.conditions, cli.given()) == {}
+        assert idle(config, config.conditions, cli.explicit_options()) == {}
 
 
 def test_all_faults_are_said_at_once(capsys, tmp_path, monkeypatch):
@@ -557,7 +562,7 @@ OTHER = {
     **FIND,
 }
 OF_NOW = {
-    *("workers", "devices", "distributed", "json", "debug", "resume"),
+    *("workers", "devices", "distributed", "json", "debug", "platform", "resume"),
     *("dry_run", "find_learning_rate"),
     *("data", "weights"),  # where they are now; whether they are the same is another test
 }
@@ -581,7 +586,7 @@ def test_all_that_differ_are_named(capsys, tmp_path, monkeypatch):
         capsys, "train", "--resume", "run", "--epochs", 3, "--learning-rate=1", "--no-augment"
     )
     assert said == (
-        "error: run goes on with its own settings: leave out --epochs 3, --no-augment, "
+        "error: run continues with its own options: leave out --epochs 3, --no-augment, "
         "--learning-rate 1.0, or start a new run"
     )
 
@@ -595,4 +600,4 @@ def test_a_run_of_an_earlier_version_goes_on_with_settings_that_have_no_effect(t
 def test_a_flag_is_given_however_it_is_written():
     argv = "train.py --mixup=0.4 --no-crop --image_size 3 --train head --data no_x"
     with mock.patch.object(sys, "argv", argv.split(" ")):
-        assert cli.given() == {"mixup", "crop", "image_size", "train", "data"}
+        assert cli.explicit_options() == {"mixup", "crop", "image_size", "train", "data"}

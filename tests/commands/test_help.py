@@ -59,13 +59,13 @@ def test_no_command_and_help_list_them(capsys):
 def test_an_unknown_command_is_one_line_with_the_nearest(capsys, word, said):
     code, out, err = ended(capsys, word, "--epochs", "3")
     assert (code, out) == (2, "")
-    assert err.startswith(f"error: no command is called '{word}'; {said}")
+    assert err.startswith(f"error: unknown command '{word}'; {said}")
     assert len(err.splitlines()) == 1
 
 
 def test_a_renamed_flag_is_refused_with_its_new_name(capsys):
     for words in (["--average", "0.9"], ["--average=0.9"]):
         assert ended(capsys, "train", *words) == (
-            2, "", "error: --average is called --ema-decay now\n",
+            2, "", "error: --average was renamed: use --ema-decay\n",
         )  # fmt: skip
     assert "typeguard" not in sys.modules or hasattr(sys.modules["typeguard"], "typechecked")

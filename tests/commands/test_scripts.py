@@ -201,10 +201,10 @@ def test_the_same_command_again_goes_on_and_another_one_is_refused(
     )  # fmt: skip
     done = call_script(cache, *command, "3")
     assert (done.returncode, done.stdout) == (2, "")
-    assert f"{copy} already holds a run with other settings: --epochs 2; go on" in done.stderr
+    assert f"{copy} already holds a run with other options: --epochs 2; continue" in done.stderr
     done = call_script(cache, *command, "2")
     assert answer(done)["val_top1"] == 1.0
-    assert done.stderr.splitlines()[0] == f"note: {copy} is there and goes on"
+    assert done.stderr.splitlines()[1] == f"note: the run in {copy} is continued"
     for name in ("best/model.safetensors", "metrics.jsonl", "split.csv"):
         assert (copy / name).read_bytes() == (trained / name).read_bytes()
 

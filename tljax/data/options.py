@@ -29,17 +29,20 @@ class AugmentConfig(Checked):
     """What `augment` and `mix` do. Hashable: a static argument of `jax.jit`.
 
     Attributes:
-        crop: cut a random box and resize it (Szegedy et al. 2014, "Going deeper with
-            convolutions"), instead of the central crop.
-        scale: the box's share of the area of the image. Training from scratch takes (0.08, 1).
-        ratio: the box's width over its height, log-uniform; holds 1.
-        flip: mirror left and right, every other time.
-        randaugment_layers: the number of operations, one after the other, of RandAugment (Cubuk et
-            al. 2019, arXiv:1909.13719); 0 is off.
-        randaugment_magnitude: of every operation, 0 to 30; torchvision's scale.
-        mixup: the alpha of mixup (Zhang et al. 2017, arXiv:1710.09412); 0 is off.
-        cutmix: the alpha of CutMix (Yun et al. 2019, arXiv:1905.04899); 0 is off. With both on, a
-            batch gets one or the other, at even odds.
+        crop: Crop a random box and resize it (Szegedy et al. 2014, arXiv:1409.4842), instead of the
+            central crop.
+        scale: Smallest and largest share of the area of the image that the box covers. Training
+            from scratch commonly uses 0.08 1.
+        ratio: Smallest and largest width of the box over its height, drawn log-uniformly; the range
+            must contain 1.
+        flip: Flip images from left to right with probability 1/2.
+        randaugment_layers: Number of RandAugment operations applied to an image (Cubuk et al. 2019,
+            arXiv:1909.13719); 0 applies none.
+        randaugment_magnitude: Magnitude of every RandAugment operation, from 0 to 30 on the scale
+            of torchvision.
+        mixup: Alpha of mixup (Zhang et al. 2017, arXiv:1710.09412); 0 does not mix.
+        cutmix: Alpha of CutMix (Yun et al. 2019, arXiv:1905.04899); 0 does not mix. If --mixup is
+            on too, each batch uses one of the two, with probability 1/2.
 
     Raises:
         RequestError: a value is out of its range.

