@@ -67,8 +67,16 @@ def test_a_file_is_run_once_and_nothing_is_written(tmp_path):
         ("mine.py", "exit(3)", "{tmp}/mine.py, line 1: SystemExit: 3"),
         ("mine.py", "extension = dict(objectiv=1)", "an unknown key 'objectiv'; did you mean obj"),
         ("mine.py", "extension = dict(xy=1)", "an unknown key 'xy'; choose from objective, mater"),
-        ("mine.py", "extension = dict(on_step=1)", "{tmp}/mine.py: 'on_step' of extension is not a f"),
-        ("mine.py", "extension = dict(modules=1)", "{tmp}/mine.py: 'modules' of extension is not a d"),
+        (
+            "mine.py",
+            "extension = dict(on_step=1)",
+            "{tmp}/mine.py: 'on_step' of extension is not a f",
+        ),
+        (
+            "mine.py",
+            "extension = dict(modules=1)",
+            "{tmp}/mine.py: 'modules' of extension is not a d",
+        ),
     ],
 )
 def test_what_is_wrong_with_an_extension_is_one_line(tmp_path, name, text, said):

@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 from networks import random_pretrained
 from safetensors import safe_open
-from test_scripts import answer, call_script, paint
+from test_scripts import answer, call_script, messages, paint
 
 from tljax.data.options import Loading
 from tljax.data.sources import open_folder
@@ -129,7 +129,7 @@ def test_a_bad_request_is_one_line_before_any_work(place, monkeypatch, data, out
     before = sorted(place.rglob("*"))
     done = extract(place, data, out, *options)
     assert (done.returncode, done.stdout) == (2, "")
-    (line,) = done.stderr.splitlines()
+    (line,) = messages(done.stderr)
     assert said in line
     assert sorted(place.rglob("*")) == before
 

@@ -19,6 +19,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import tyro
+from test_scripts import messages
 
 from tljax.commands import COMMANDS, cli
 from tljax.data.options import AugmentConfig, Loading
@@ -102,7 +103,7 @@ def refused(capsys, script: str, *arguments: object) -> str:
     assert sorted(Path.cwd().rglob("*")) == before
     out, err = capsys.readouterr()
     assert out == ""
-    (line,) = err.splitlines()
+    (line,) = messages(err)
     return line
 
 

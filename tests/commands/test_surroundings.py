@@ -39,8 +39,8 @@ def failing(error: BaseException):
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (MemoryError(), "out of memory: halve --batch-size, or take --precision bfloat16"),
-        (MemoryError("Unable to allocate"), "out of memory: halve --batch-size, or take"),
+        (MemoryError(), "out of memory: halve --batch-size, or use --precision bfloat16"),
+        (MemoryError("Unable to allocate"), "out of memory: halve --batch-size, or use"),
         (AssertionError(), f"AssertionError: in {__file__}, line "),
         (RecursionError("too deep"), "RecursionError: too deep (--debug shows where)"),
         (ValueError("one\n  two"), "ValueError: one two (--debug shows where)"),

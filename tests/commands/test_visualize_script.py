@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from test_scripts import answer, call_script, paint, run_script
+from test_scripts import answer, call_script, messages, paint, run_script
 
 from tljax.runtime.files import MARKER
 
@@ -40,7 +40,7 @@ def test_a_bad_request_is_one_line(cache: Path, arguments: tuple[str, ...], mess
     done = call_script(cache, "visualize", *arguments)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert len(done.stderr.splitlines()) == 1
+    assert len(messages(done.stderr)) == 1
     assert message in done.stderr
 
 

@@ -100,3 +100,24 @@ def test_too_late_is_said(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RequestError, match="before `import jax`: start Python again"):
         tljax.configure()
     assert "XLA_FLAGS" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("before", "platform", "after"),
+    [
+        (None, None, None),
+        (None, "cpu", "cpu"),
+        (None, "gpu", "cuda,cpu"),
+        ("cuda", "cpu", "cpu"),
+        ("cpu", None, "cpu"),
+        ("gpu", "gpu", "gpu"),
+    ],
+)
+def test_a_platform_is_set_before_jax_is_imported(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, before: str, platform, after: str
+) -> None:
+    monkeypatch.setenv("JAX_PLATFORMS", before or "")
+    if before is None:
+        monkeypatch.delenv("JAX_PLATFORMS")
+    tljax.configure(platform=platform)
+    assert os.environ.get("JAX_PLATFORMS") == after

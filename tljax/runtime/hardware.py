@@ -20,6 +20,8 @@ _PLUGINS = {
     "gpu": ("jax_cuda12_plugin", "jax_cuda13_plugin"),
     "tpu": ("libtpu",),
 }
+# JAX sets other variables of this prefix wherever it is imported.
+_TPU_VARIABLES = {"TPU_ACCELERATOR_TYPE", "TPU_NAME", "TPU_WORKER_HOSTNAMES", "TPU_WORKER_ID"}
 _NAMES = {"gpu": "an NVIDIA GPU", "tpu": "a TPU"}
 
 
@@ -41,7 +43,7 @@ def _has_tpu() -> bool:
     def read(path: Path) -> str:
         return path.read_text("ascii").strip() if path.exists() else ""
 
-    return any(name.startswith("TPU_") for name in os.environ) or any(
+    return not _TPU_VARIABLES.isdisjoint(os.environ) or any(
         read(chip / "vendor") == _GOOGLE and read(chip / "device") in _TPU_CHIPS
         for chip in PCI.glob("*")
     )
