@@ -52,6 +52,14 @@ def test_an_example_is_trained_and_served_by_the_commands(
     photograph = tmp_path / "data" / "a" / "0.png"
     served = call_script(tmp_path, "predict", photograph, "--weights", folder, *more, "--json")
     [found] = answer(served)["images"]
+    if path.stem == "two_layer_head":  # its network holds a module of the extension
+        for command in (("predict", photograph, "--weights"), ("evaluate", "--workdir")):
+            refused = call_script(tmp_path, *command, folder)
+            assert (refused.returncode, refused.stdout) == (2, "")
+            assert refused.stderr == (
+                f"error: {folder}: its network needs the modules of the extension it was trained "
+                f"with: add --extension {path}:extension, which runs that file\n"
+            )
     modules = load_extension(str(path))[0].get("modules") if more else None
     model, variables, card = tljax.load_pretrained(folder, modules=modules)
     images = tljax.read_images([photograph], model.preprocess)

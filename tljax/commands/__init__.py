@@ -17,12 +17,18 @@ COMMANDS = {
 }
 
 
+def run_command(name: str) -> None:
+    """Run a command of `COMMANDS`; only its module is imported, which keeps ``--help`` fast."""
+    command = import_module(f"tljax.commands.{name}")
+    command.cli.main(command.Config, command.run)
+
+
 def main() -> None:
-    """Run ``tljax COMMAND``; only its module is imported, which keeps ``--help`` fast."""
+    """Run ``tljax COMMAND``."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in COMMANDS:
         sys.argv = [f"tljax {name}", *sys.argv[2:]]
-        import_module(f"tljax.commands.{name}").main()
+        run_command(name)
     elif name in ("-h", "--help"):
         print("usage: tljax COMMAND [OPTIONS]; tljax COMMAND --help lists the options\n")
         print("\n".join(f"  {name:10} {line}" for name, line in COMMANDS.items()))

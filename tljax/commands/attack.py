@@ -107,8 +107,3 @@ def run(config: Config) -> dict[str, Any]:
         result["pictures"] = [str(path) for path in paths]
         result["images"] = [painting.facts for painting in paintings]
     return result
-
-
-def main() -> None:
-    """Run ``tljax attack``."""
-    cli.main(Config, run)

@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +21,7 @@ import tyro
 
 from tljax.data.options import Loading
 from tljax.runtime.errors import DivergenceError, RequestError, StoppedError, VerificationError
-from tljax.runtime.files import to_json
+from tljax.runtime.files import read_config, to_json
 from tljax.runtime.hardware import require_backend, require_plugin
 from tljax.runtime.process import configure
 from tljax.runtime.ranges import Amount, Checked, Count, Pixels, Seed
@@ -75,9 +76,26 @@ class Extended(Output):
 
         return load_extension(self.extension)[0] if self.extension else {}
 
-    def modules(self) -> dict[str, Any]:
-        """Return the arguments of `load_pretrained` that the extension adds."""
-        return {"modules": modules} if (modules := self.hooks().get("modules")) else {}
+    def read(self, weights: str | Path, **options: Any) -> "Pretrained":
+        """Load weights by `load_pretrained`, with the modules of the extension.
+
+        Raises:
+            RequestError: as `load_pretrained`. If the network of a run needs the extension that it
+                was trained with, the line names the option to add: a file alone never runs code.
+        """
+        from tljax.pretrained import load_pretrained
+
+        try:
+            return load_pretrained(weights, modules=self.hooks().get("modules"), **options)
+        except RequestError as error:
+            run = Path(weights)
+            file = read_config(run).get("extension") if (run / "config.json").exists() else None
+            if self.extension or not file or "--extension" not in str(error):
+                raise
+            raise RequestError(
+                f"{weights}: its network needs the modules of the extension it was trained with: "
+                f"add --extension {shlex.quote(file)}, which runs that file"
+            ) from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,14 +123,9 @@ class Network(Extended):
 
     def load(self, weights: str | Path | None = None) -> "Pretrained":
         """Load ``weights``, by default those of ``--weights``, for images of ``--image-size``."""
-        from tljax.pretrained import load_pretrained
-
         require_plugin(self.platform)
-        pretrained = load_pretrained(
-            weights or self.weights,
-            model=self.model,
-            normalization=self.normalization,
-            **self.modules(),
+        pretrained = self.read(
+            weights or self.weights, model=self.model, normalization=self.normalization
         )
         model = replace(pretrained.model, dtype=self.precision or pretrained.model.dtype)
         print_devices(self, model.dtype)

@@ -40,7 +40,6 @@ class Config(cli.Extended, cli.Batches):
 def run(config: Config) -> dict[str, Any]:
     """Print a table of the networks, the most accurate first."""
     from tljax.data.sources import open_splits
-    from tljax.pretrained import load_pretrained
     from tljax.report import figures
     from tljax.report.runs import percent
     from tljax.runtime.errors import DivergenceError, RequestError
@@ -59,7 +58,7 @@ def run(config: Config) -> dict[str, Any]:
     for weights in config.weights:
         name = Path(weights).name
         try:
-            network = load_pretrained(weights, **config.modules())
+            network = config.read(weights)
             cli.print_notes(network)
             network = network.with_size(config.image_size)
             networks.append(measure(name, network, splits, config.loading, config.seed, skipped))
@@ -88,8 +87,3 @@ def run(config: Config) -> dict[str, Any]:
         figures.write_figure(config.out, figures.accuracy_and_speed(networks))
         print(f"accuracy against speed: {config.out}")
     return {"networks": [candidate._asdict() for candidate in networks], "failed": failed}
-
-
-def main() -> None:
-    """Run ``tljax compare``."""
-    cli.main(Config, run)

@@ -128,8 +128,3 @@ def check_cache() -> tuple[str, list[str]]:
         return f"{folder}, cannot be written", [
             f"{folder} cannot be written ({error.strerror}): {advice}"
         ]
-
-
-def main() -> None:
-    """Run ``tljax doctor``."""
-    cli.main(Config, run)

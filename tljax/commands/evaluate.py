@@ -78,8 +78,3 @@ def run(config: Config) -> dict[str, Any]:
         "calibration_error": calibration and calibration.before.error,
         "images_per_second": round(evaluation.examples / seconds, 1),
     }
-
-
-def main() -> None:
-    """Run ``tljax evaluate``."""
-    cli.main(Config, run)

@@ -116,8 +116,3 @@ def _write(path: Path, suffix: str, texts: dict[str, Any], values: "np.ndarray")
         if sum(map(len, metadata.values())) > 90_000_000:  # readers refuse a header of 100 MB
             raise RequestError("too many names for a .safetensors file: choose .npz or .parquet")
         save_file({"embeddings": values}, path, metadata)
-
-
-def main() -> None:
-    """Run ``tljax extract``."""
-    cli.main(Config, run)

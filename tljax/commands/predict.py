@@ -55,8 +55,3 @@ def run(config: Config) -> dict[str, Any]:
     for name, reason in skipped.items():
         print(f"{name}\n  not read: {reason}")
     return {"images": images, "skipped": skipped}
-
-
-def main() -> None:
-    """Run ``tljax predict``."""
-    cli.main(Config, run)

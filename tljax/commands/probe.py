@@ -68,8 +68,3 @@ def run(config: Config) -> dict[str, Any]:
         "skipped": len(train.skipped) + len(val.skipped),
         "seconds": round(seconds, 1),
     }
-
-
-def main() -> None:
-    """Run ``tljax probe``."""
-    cli.main(Config, run)

@@ -116,15 +116,13 @@ class Config(cli.Common):
         resumed = replace(resumed, **replaced, workdir=workdir)
         new, old = settings(self), settings(resumed)
         different = [n for n in old if n in compared and _place(n, new[n]) != _place(n, old[n])]
-        if different and self.resume:
-            flags = ", ".join(spelled(name, new[name]) for name in different)
+        if different:
+            values = new if self.resume else old
+            flags = ", ".join(spelled(name, values[name]) for name in different)
             raise RequestError(
                 f"{workdir} continues with its own options: leave out {flags}, or start a new run"
-            )
-        if different:
-            flags = ", ".join(spelled(name, old[name]) for name in different)
-            raise RequestError(
-                f"{workdir} already holds a run with other options: {flags}; continue it by "
+                if self.resume
+                else f"{workdir} already holds a run with other options: {flags}; continue it by "
                 "--resume, or choose another --workdir"
             )
         return replace(resumed, extension=self.extension or resumed.extension)
@@ -164,9 +162,9 @@ def run(config: Config) -> dict[str, Any]:
     with Preemption() as preemption:
         if config.workdir and (config.workdir / "config.json").exists():
             run_directory.refuse_missing(config.workdir, asdict(config), "data", "weights")
-        config = replace(config, data=_absolute(config.data))
-        if not catalog_name(config.weights):
-            config = replace(config, weights=_absolute(config.weights))
+        in_catalog = catalog_name(config.weights)
+        weights = config.weights if in_catalog else _absolute(config.weights)
+        config = replace(config, data=_absolute(config.data), weights=weights)
         if config.extension:
             file, name = split_name(config.extension)
             config = replace(config, extension=f"{_absolute(file)}:{name}")
@@ -208,7 +206,6 @@ def train(
     from tljax.train.checkpoint import Checkpoints
     from tljax.train.fit import fit
 
-    resume = f"tljax train --resume {shlex.quote(str(workdir))}"
     weights = tree_digest(pretrained.variables)
     hooks, code, extension = config.training_hooks(), None, ()
     if config.extension:
@@ -222,8 +219,8 @@ def train(
         for note in splits.notes:
             print(note)
     digests = splits.train.digest, splits.val.digest, weights
-    precision = pretrained.model.dtype
-    identity = repr((config.fit, config.seed, config.batch_size, precision, digests, *extension))
+    numerics = config.fit, config.seed, config.batch_size, pretrained.model.dtype
+    identity = repr((*numerics, digests, *extension))
     metrics = run_directory.MetricsFile(workdir)
     hooks["on_epoch"] = _both(metrics.on_epoch, hooks.get("on_epoch"))
     if config.log_every:
@@ -248,7 +245,8 @@ def train(
                 **hooks,
             )
     except StoppedError as error:
-        raise StoppedError(f"{error}; to continue: {resume}") from error
+        folder = shlex.quote(str(workdir))
+        raise StoppedError(f"{error}; to continue: tljax train --resume {folder}") from error
     seconds = time.perf_counter() - began
     # Without validation images, the training images are also those of validation.
     unread = sum(map(len, result.skipped[: 1 + (splits.val is not splits.train)]))
@@ -342,8 +340,3 @@ def suggest_learning_rate(
         print(f"suggested            --learning-rate {test.suggestion:.1e}")
         print(f"its curve            {curve}")
     return {"learning_rate": test.suggestion, "curve": str(curve)}
-
-
-def main() -> None:
-    """Run ``tljax train``."""
-    cli.main(Config, run)

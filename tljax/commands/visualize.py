@@ -100,7 +100,10 @@ class Channel(Common):
     steps: Count = 128
 
 
-def run(config: Ideal | Explain | Features | Dream | Channel) -> dict[str, Any]:
+Config = Ideal | Explain | Features | Dream | Channel
+
+
+def run(config: Config) -> dict[str, Any]:
     """Draw the pictures, and write each of them and a grid of all."""
     from tljax.report import gallery
     from tljax.studies import pictures as studies
@@ -139,8 +142,3 @@ def run(config: Ideal | Explain | Features | Dream | Channel) -> dict[str, Any]:
     for name, reason in skipped.items():
         print(f"not read: {name}: {reason}")
     return {"pictures": [str(path) for path in paths], "skipped": skipped}
-
-
-def main() -> None:
-    """Run ``tljax visualize``."""
-    cli.main(Ideal | Explain | Features | Dream | Channel, run)

@@ -70,9 +70,12 @@ class Export(Source):
     layout: str = "torchvision"
 
 
-def run(command: List | Verify | Import | Export) -> dict[str, Any]:
+Config = List | Verify | Import | Export
+
+
+def run(command: Config) -> dict[str, Any]:
     """Run a subcommand and print its result."""
-    from tljax.pretrained import CATALOG, export, load_pretrained, save
+    from tljax.pretrained import CATALOG, export, save
     from tljax.pretrained.deploy import export_onnx, export_stablehlo
     from tljax.pretrained.verify import TOLERANCE, verify
     from tljax.runtime.errors import VerificationError
@@ -96,12 +99,8 @@ def run(command: List | Verify | Import | Export) -> dict[str, Any]:
         ]
         print(format_table(header, rows, left=len(header)))
         return {"weights": {name: asdict(entry) for name, entry in CATALOG.items()}}
-    pretrained = load_pretrained(
-        command.weights,
-        model=command.model,
-        normalization=command.normalization if isinstance(command, Import) else None,
-        **command.modules(),
-    )
+    normalization = command.normalization if isinstance(command, Import) else None
+    pretrained = command.read(command.weights, model=command.model, normalization=normalization)
     cli.print_notes(pretrained)
     if isinstance(command, Verify):
         layers = verify(pretrained, command.reference)
@@ -129,8 +128,3 @@ def run(command: List | Verify | Import | Export) -> dict[str, Any]:
         export(command.path, pretrained, command.layout)
     print(f"{pretrained.model.name} written to {command.path}")
     return {"model": pretrained.model.name, "path": str(command.path)}
-
-
-def main() -> None:
-    """Run ``tljax weights``."""
-    cli.main(List | Verify | Import | Export, run)
