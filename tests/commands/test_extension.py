@@ -1,4 +1,4 @@
-"""--extension: a file of the user's own, which is run, hashed, and never written to."""
+"""--extension: a Python file of the user, which is run and hashed."""
 
 import json
 import sys
@@ -79,7 +79,7 @@ def test_a_file_is_run_once_and_nothing_is_written(tmp_path):
         ),
     ],
 )
-def test_what_is_wrong_with_an_extension_is_one_line(tmp_path, name, text, said):
+def test_an_error_in_an_extension_is_one_line(tmp_path, name, text, said):
     write(tmp_path / "mine.py", text)
     before = set(sys.modules)
     with pytest.raises(RequestError) as error:
@@ -88,7 +88,7 @@ def test_what_is_wrong_with_an_extension_is_one_line(tmp_path, name, text, said)
     assert not [new for new in set(sys.modules) - before if "extension_" in new and "line" in said]
 
 
-def test_every_command_that_loads_a_network_hands_the_modules_on(tmp_path, monkeypatch):
+def test_commands_pass_the_modules_of_an_extension_to_load_pretrained(tmp_path, monkeypatch):
     path = write(tmp_path / "mine.py", GOOD)
     handed = []
     monkeypatch.setattr(
@@ -102,7 +102,7 @@ def test_every_command_that_loads_a_network_hands_the_modules_on(tmp_path, monke
     assert cli.Network().hooks() == {}
 
 
-def test_the_keys_are_arguments_of_fit_and_modules():
+def test_the_keys_of_an_extension_are_arguments_of_fit_and_modules():
     assert set(Extension.__annotations__) == {
         *("objective", "materialize", "transform", "on_step", "on_epoch", "new_head", "modules")
     }
@@ -117,7 +117,7 @@ same = {{"transform": transform}}
 
 
 def options(place: Path) -> tuple[object, ...]:
-    """A training of seconds."""
+    """Return the options of a training of seconds."""
     save(place / "net.safetensors", random_pretrained("mobilenetv2_050", 5))
     for i in range(8):
         paint(place / "data" / "ab"[i % 2] / f"{i}.png", (200 * (i % 2), 60, 60), i)
@@ -128,7 +128,7 @@ def options(place: Path) -> tuple[object, ...]:
     )  # fmt: skip
 
 
-def test_training_is_given_the_hooks_and_nothing_else(tmp_path, monkeypatch):
+def test_training_passes_the_hooks_of_an_extension_to_fit_and_nothing_else(tmp_path, monkeypatch):
     path, train = write(tmp_path / "mine.py", GOOD.replace('"Mine": Mine', "")), options(tmp_path)
     given, identities = [], []
 
@@ -203,7 +203,7 @@ def test_a_run_keeps_its_extension_and_refuses_another(tmp_path):
     )
 
 
-def test_a_run_of_the_version_before_predicts_and_does_not_go_on(tmp_path):
+def test_a_run_of_an_earlier_version_predicts_and_cannot_be_continued(tmp_path):
     save(tmp_path / "run/best/model.safetensors", random_pretrained("mobilenetv2_050", 5))
     (tmp_path / "run" / "config.json").write_text(json.dumps({"data": "x", "average": 0.5}))
     for flag in ("--resume", "--workdir"):
@@ -218,7 +218,7 @@ def test_a_run_of_the_version_before_predicts_and_does_not_go_on(tmp_path):
     )
 
 
-def test_a_mistake_is_said_with_its_line_and_the_folder_may_be_used_again(tmp_path):
+def test_an_error_in_an_extension_has_its_line_and_the_folder_can_be_used_again(tmp_path):
     path = write(
         tmp_path / "mine.py",
         "def objective(forward, batch, key):\n    return batch.extra['weight'], {}\n\n"

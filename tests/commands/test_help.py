@@ -140,7 +140,7 @@ def test_an_unknown_command_is_one_line_with_the_nearest(capsys, word, said):
     assert len(err.splitlines()) == 1
 
 
-def test_a_renamed_flag_is_refused_with_its_new_name(capsys):
+def test_a_renamed_option_is_refused_with_its_new_name(capsys):
     for words in (["--average", "0.9"], ["--average=0.9"]):
         assert ended(capsys, "train", *words) == (
             2, "", "error: --average was renamed: use --ema-decay\n",

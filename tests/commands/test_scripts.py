@@ -1,4 +1,4 @@
-"""The commands from the outside: what they print, write, refuse, and how they exit."""
+"""The output, files, errors and exit codes of the commands."""
 
 import contextlib
 import csv
@@ -43,7 +43,7 @@ def run_script(cache: Path, name: str, *arguments: object) -> subprocess.Complet
 
 
 def call_script(cache: Path, name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """The same by ``tljax`` in this process, which has JAX imported already."""
+    """Run a command in this process, which has imported JAX already."""
     argv = ["tljax", name, *map(os.fspath, map(str, arguments))]
     out, err, code = io.StringIO(), io.StringIO(), 0
     with (
@@ -65,7 +65,7 @@ def messages(text: str) -> list[str]:
     return [line for line in text.splitlines() if not line.startswith("cpu: ")]
 
 
-def test_a_reader_that_has_seen_enough_is_no_error(cache: Path):
+def test_a_closed_pipe_is_no_error(cache: Path):
     script = f"{sys.executable} -m tljax weights list | head -1 >&2"
     done = subprocess.run(
         ["bash", "-o", "pipefail", "-c", script],
@@ -79,7 +79,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(cache: Path):
 
 
 class Evil:
-    """What an attacker would publish as weights."""
+    """A pickle that would run a command."""
 
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return os.system, ("touch ran",)
@@ -91,7 +91,7 @@ def answer(done: subprocess.CompletedProcess[str]) -> dict:
 
 
 def paint(path: Path, colour: tuple[int, int, int], seed: int, **options: object) -> None:
-    """A noisy picture of one colour: easy to learn."""
+    """Write a noisy image of one color, which is easy to classify."""
     path.parent.mkdir(parents=True, exist_ok=True)
     noise = np.random.default_rng(seed).integers(-60, 60, (48, 64, 3))
     pixels = np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8)
@@ -100,7 +100,7 @@ def paint(path: Path, colour: tuple[int, int, int], seed: int, **options: object
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two easy classes, and one of each file that cannot be used."""
+    """Return a folder of two easy classes, and one file of each kind that cannot be read."""
     folder = tmp_path_factory.mktemp("photographs")
     for i in range(8):
         part = "train" if i < 5 else "val"
@@ -133,7 +133,7 @@ def trained(cache: Path, photographs: Path, tmp_path_factory: pytest.TempPathFac
     return workdir
 
 
-def test_a_run_directory_holds_everything(trained: Path):
+def test_a_run_directory_holds_all_its_files(trained: Path):
     paths = {path.relative_to(trained) for path in trained.rglob("*") if path.is_file()}
     assert {str(path) for path in paths if path.parts[0] != "checkpoints"} == {
         ".tljax",
@@ -154,7 +154,7 @@ def test_a_run_directory_holds_everything(trained: Path):
 
 
 @pytest.mark.slow
-def test_a_run_that_is_over_goes_on_to_the_same_end(cache: Path, trained: Path):
+def test_a_finished_run_is_continued_to_the_same_result(cache: Path, trained: Path):
     before = {name: (trained / name).read_bytes() for name in ("metrics.jsonl", "config.json")}
     network = (trained / "best" / "model.safetensors").read_bytes()
     result = answer(run_script(cache, "train", "--resume", trained, "--json"))
@@ -163,7 +163,7 @@ def test_a_run_that_is_over_goes_on_to_the_same_end(cache: Path, trained: Path):
     assert network == (trained / "best" / "model.safetensors").read_bytes()
 
 
-def test_a_run_goes_on_with_no_settings_but_its_own(cache: Path, trained: Path):
+def test_a_run_is_not_continued_with_other_options(cache: Path, trained: Path):
     before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
     done = call_script(
         cache, "train", "--resume", trained, "--epochs", "3", "--learning-rate", "1",
@@ -186,10 +186,10 @@ def test_mixup_without_augmentation_is_refused_before_anything_is_written(
 
 
 @pytest.mark.slow
-def test_the_same_command_again_goes_on_and_another_one_is_refused(
+def test_the_same_command_continues_a_run_and_another_one_is_refused(
     cache: Path, trained: Path, photographs: Path, tmp_path: Path
 ):
-    """From another folder, too, with a relative path of the same data."""
+    """The same command may come from another folder, with a relative path of the same data."""
     copy = tmp_path / "copy"
     shutil.copytree(trained, copy)
     for name in ("best", "report.html", "README.md"):
@@ -214,10 +214,10 @@ def test_the_same_command_again_goes_on_and_another_one_is_refused(
         assert (copy / name).read_bytes() == (trained / name).read_bytes()
 
 
-def test_a_run_whose_photographs_changed_says_which(
+def test_changed_images_of_a_run_are_named(
     cache: Path, trained: Path, photographs: Path, tmp_path: Path
 ):
-    """And it asks for no folder of that name where it happens to be."""
+    """A relative folder of the same name is not used instead."""
     run, data = tmp_path / "run", tmp_path / "moved"
     shutil.copytree(trained, run)
     shutil.copytree(photographs, data, symlinks=True)
@@ -238,7 +238,7 @@ def test_a_run_whose_photographs_changed_says_which(
     assert "have changed: 1 added (train/red/new.jpg); 1 gone (val/red/6.JPG): restore" in line
 
 
-def test_a_mistyped_run_is_not_asked_of_a_hub(cache: Path, trained: Path, photographs: Path):
+def test_a_mistyped_run_is_not_looked_up_on_a_hub(cache: Path, trained: Path, photographs: Path):
     wrong = trained.with_name("colour")
     done = call_script(cache, "predict", photographs, "--weights", wrong)
     assert done.returncode == 2
@@ -335,7 +335,7 @@ def test_any_of_the_classes_of_one_name_counts(cache: Path, trained: Path, tmp_p
     assert "classes are called red (0 and 1" in done.stdout
 
 
-def test_a_file_that_fits_two_networks_goes_with_a_flag(cache: Path, tmp_path: Path):
+def test_a_file_that_fits_two_networks_needs_an_option(cache: Path, tmp_path: Path):
     name = "tf_mobilenetv3_small_075"
     export(tmp_path / "bare.safetensors", random_pretrained(name, 1), "timm")
     command = ("weights", "export", tmp_path / "bare.safetensors", tmp_path / "x.safetensors")
@@ -357,7 +357,7 @@ def test_probe(cache: Path, photographs: Path):
     assert result["knn_top1"] == 1.0
 
 
-def test_who_measures_on_training_images_says_so(cache: Path, tmp_path: Path):
+def test_figures_of_training_images_are_marked_as_such(cache: Path, tmp_path: Path):
     for i in range(3):
         paint(tmp_path / "data" / "a" / f"{i}.png", (200, 60, 60), i)
         paint(tmp_path / "data" / "b" / f"{i}.png", (60, 60, 200), i)
@@ -371,8 +371,8 @@ def test_who_measures_on_training_images_says_so(cache: Path, tmp_path: Path):
     assert (len(source), notes) == (6, (note,))
 
 
-def test_another_process_computes_no_features_again(photographs: Path, tmp_path: Path):
-    """Of the default network, whose activations are functions."""
+def test_another_process_reuses_cached_features(photographs: Path, tmp_path: Path):
+    """Keys of the cache do not depend on the process, even for networks that hold functions."""
     arguments = "probe", "--data", photographs, "--image-size", "32", "--json"
     first = call_script(tmp_path, *arguments)
     kept = sorted((tmp_path / "features").iterdir())
@@ -386,7 +386,7 @@ def test_another_process_computes_no_features_again(photographs: Path, tmp_path:
     assert {**answer(first), **without} == {**answer(again), **without}
 
 
-def test_a_fine_tuned_network_goes_out_and_comes_back(cache: Path, trained: Path, tmp_path: Path):
+def test_a_fine_tuned_network_is_exported_and_imported(cache: Path, trained: Path, tmp_path: Path):
     out = tmp_path / "colours.pth"
     done = call_script(cache, "weights", "export", trained, out, "--layout", "timm", "--json")
     assert answer(done)["model"] == "efficientnet_lite0"

