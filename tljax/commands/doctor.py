@@ -76,7 +76,8 @@ def check_dependencies() -> list[str]:
     from packaging.requirements import Requirement
 
     lines = []
-    for requirement in map(Requirement, requires("tljax") or ()):
+    declared = requires("tljax") if find_version("tljax") else None
+    for requirement in map(Requirement, declared or ()):
         if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
             continue
         found = find_version(requirement.name)
@@ -118,13 +119,13 @@ def check_cache() -> tuple[str, list[str]]:
     """Return a description of the cache folder, and a line if it cannot be written."""
     try:
         folder = cache_dir()
+    except RequestError as error:
+        return "none", [str(error)]
+    try:
         folder.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=folder):
             return f"{folder}, {shutil.disk_usage(folder).free / _GIB:.1f} GiB free", []
-    except RequestError as error:
-        return "none", [str(error)]
     except OSError as error:
         advice = "set TLJAX_CACHE to a folder that can be written"
-        return f"{folder}, cannot be written", [
-            f"{folder} cannot be written ({error.strerror}): {advice}"
-        ]
+        problem = f"{folder} cannot be written ({error.strerror}): {advice}"
+        return f"{folder}, cannot be written", [problem]
