@@ -57,7 +57,7 @@ def run(config: Config) -> dict[str, Any]:
         raise RequestError(f"--out {out} is a folder: name a file")
     is_folder = exists(folder) and folder.is_dir()
     if is_folder and out.resolve().is_relative_to(folder.resolve()):
-        raise RequestError(f"--out {out} is in the folder of the images: choose another folder")
+        raise RequestError(f"--out {out} is among the images of {folder}: choose another folder")
     network = config.load()
     model, position = network.model, network.model.position(config.stage)
     stop = (*model.stage_names, None)[position + 1]
