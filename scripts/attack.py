@@ -1,6 +1,6 @@
-"""``tljax attack``."""
+"""The command ``tljax attack``."""
 
-from tljax.commands.attack import main
+from tljax.commands import run_command
 
 if __name__ == "__main__":
-    main()
+    run_command("attack")

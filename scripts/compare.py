@@ -1,6 +1,6 @@
-"""``tljax compare``."""
+"""The command ``tljax compare``."""
 
-from tljax.commands.compare import main
+from tljax.commands import run_command
 
 if __name__ == "__main__":
-    main()
+    run_command("compare")

@@ -1,6 +1,6 @@
-"""``tljax evaluate``."""
+"""The command ``tljax evaluate``."""
 
-from tljax.commands.evaluate import main
+from tljax.commands import run_command
 
 if __name__ == "__main__":
-    main()
+    run_command("evaluate")

@@ -1,6 +1,6 @@
-"""``tljax extract``."""
+"""The command ``tljax extract``."""
 
-from tljax.commands.extract import main
+from tljax.commands import run_command
 
 if __name__ == "__main__":
-    main()
+    run_command("extract")

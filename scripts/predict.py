@@ -1,6 +1,6 @@
-"""``tljax predict``."""
+"""The command ``tljax predict``."""
 
-from tljax.commands.predict import main
+from tljax.commands import run_command
 
 if __name__ == "__main__":
-    main()
+    run_command("predict")

@@ -1,6 +1,6 @@
-"""``tljax probe``."""
+"""The command ``tljax probe``."""
 
-from tljax.commands.probe import main
+from tljax.commands import run_command
 
 if __name__ == "__main__":
-    main()
+    run_command("probe")

@@ -1,6 +1,6 @@
-"""``tljax train``."""
+"""The command ``tljax train``."""
 
-from tljax.commands.train import main
+from tljax.commands import run_command
 
 if __name__ == "__main__":
-    main()
+    run_command("train")

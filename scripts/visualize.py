@@ -1,6 +1,6 @@
-"""``tljax visualize``."""
+"""The command ``tljax visualize``."""
 
-from tljax.commands.visualize import main
+from tljax.commands import run_command
 
 if __name__ == "__main__":
-    main()
+    run_command("visualize")

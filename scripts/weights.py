@@ -1,6 +1,6 @@
-"""``tljax weights``."""
+"""The command ``tljax weights``."""
 
-from tljax.commands.weights import main
+from tljax.commands import run_command
 
 if __name__ == "__main__":
-    main()
+    run_command("weights")

@@ -1,4 +1,4 @@
-"""What the package says of itself agrees: its metadata, its licence and how to cite it."""
+"""Metadata, license, citation and changelog of the package."""
 
 import ast
 import hashlib
@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 
 
-def test_the_licence_is_the_one_that_the_metadata_names():
+def test_the_license_file_matches_the_metadata():
     assert (PROJECT["license"], PROJECT["license-files"]) == ("Apache-2.0", ["LICENSE"])
     text = (ROOT / "LICENSE").read_bytes()
     # Of https://www.apache.org/licenses/LICENSE-2.0.txt, unchanged.
@@ -22,7 +22,7 @@ def test_the_licence_is_the_one_that_the_metadata_names():
     assert hashlib.sha256(text).hexdigest() == digest
 
 
-def test_the_citation_is_of_this_version():
+def test_the_citation_matches_the_metadata():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
     assert citation["cff-version"] == "1.2.0"
     assert {"message", "authors"} < citation.keys()
@@ -32,13 +32,13 @@ def test_the_citation_is_of_this_version():
     }
 
 
-def test_the_changelog_has_this_version_below_what_is_not_released():
+def test_the_changelog_lists_unreleased_changes_above_this_version():
     text = (ROOT / "CHANGELOG.md").read_text("utf-8")
     assert re.findall(r"^## (\S+)", text, re.MULTILINE)[:2] == ["Unreleased", PROJECT["version"]]
 
 
-def test_every_package_that_is_imported_at_once_is_declared():
-    """Others are imported where they are needed: those of the extras, and the references."""
+def test_every_package_imported_at_the_top_of_a_module_is_declared():
+    """Optional packages and reference implementations are imported inside functions."""
     declared = {re.split(r"[^\w-]", line)[0].replace("_", "-") for line in PROJECT["dependencies"]}
     providers = packages_distributions()
     for path in (ROOT / "tljax").rglob("*.py"):

@@ -1,7 +1,7 @@
 """Transfer learning in JAX: a network is a short list of named stages, every tool a pure function.
 
-The public names stand in ``__init__.pyi``. They are imported when they are first used, so that
-``--help`` need not wait for JAX.
+``__init__.pyi`` lists the public names. Each is imported when it is first used, so that ``--help``
+does not wait for JAX.
 """
 
 import lazy_loader

@@ -1,68 +1,68 @@
-"""The public names, and where they are; each is imported when it is first used."""
+"""Public names of tljax and the modules that define them."""
 
-from .attack import pgd as pgd  # projected gradient descent, and the other attacks: tljax.attack
-from .data.augment import augment as augment  # random crops, flips and RandAugment, on the device
-from .data.decode import read_images as read_images  # a few files -> one uint8 array
-from .data.examples import Source as Source  # labelled examples in an order, with further arrays
-from .data.examples import Splits as Splits  # what to train on, and what to validate on
-from .data.examples import select as select  # some examples of a source
-from .data.loader import load_batches as load_batches  # a source as batches of one shape
-from .data.options import AugmentConfig as AugmentConfig  # how training images vary
-from .data.options import Loading as Loading  # how images are read and spread over devices
-from .data.sources import open_images as open_images  # files, folders and URLs without labels
-from .data.sources import open_splits as open_splits  # a folder of class folders -> train and val
+from .attack import pgd as pgd  # projected gradient descent; other attacks are in tljax.attack
+from .data.augment import augment as augment  # random crops, flips and RandAugment on the device
+from .data.decode import read_images as read_images  # image files -> one uint8 array
+from .data.examples import Source as Source  # labeled examples by index, with extra arrays
+from .data.examples import Splits as Splits  # a training and a validation source
+from .data.examples import select as select  # a subset of a source
+from .data.loader import load_batches as load_batches  # batches of a fixed shape from a source
+from .data.options import AugmentConfig as AugmentConfig  # options of data augmentation
+from .data.options import Loading as Loading  # options of how images are read
+from .data.sources import open_images as open_images  # unlabeled files, folders and URLs
+from .data.sources import open_splits as open_splits  # class folders -> train and val
 from .features.extract import (
-    compute_features as compute_features,  # features or logits of a whole source
+    compute_features as compute_features,  # features or logits of every image of a source
 )
 from .features.probe import (
-    fit_probe as fit_probe,  # linear probe at its optimum, L2 chosen by itself
+    fit_probe as fit_probe,  # linear probe with its L2 penalty chosen by cross-validation
 )
 from .metrics.classification import (
-    class_shares as class_shares,  # class indices, or mixed ones, as shares of classes
+    class_shares as class_shares,  # class indices or mixed labels as class probabilities
 )
-from .metrics.sums import Weighted as Weighted  # a value an example with its weight
-from .models import MODELS as MODELS  # every architecture: name -> builder
+from .metrics.sums import Weighted as Weighted  # per-example values with weights
+from .models import MODELS as MODELS  # architectures: name -> builder
 from .models import (
-    Model as Model,  # an ordered list of stages, and the preprocessing of its weights
+    Model as Model,  # named stages and the preprocessing of the input
 )
-from .models import Stage as Stage  # one named step of a network
-from .models import apply as apply  # run any contiguous part of a network
-from .models import build_model as build_model  # an architecture by name
-from .models import init as init  # random variables
-from .models import replace_head as replace_head  # the same network for other classes
-from .models.layers import Mode as Mode  # the two switches of a stage: batch statistics and noise
-from .pretrained import CATALOG as CATALOG  # published weights by name
-from .pretrained import Pretrained as Pretrained  # a model, its variables and their card
-from .pretrained import export as export  # to other programs' formats
+from .models import Stage as Stage  # one named part of a network
+from .models import apply as apply  # run any contiguous range of stages
+from .models import build_model as build_model  # build an architecture by name
+from .models import init as init  # initialize variables randomly
+from .models import replace_head as replace_head  # replace the classifier by one for other classes
+from .models.layers import Mode as Mode  # batch statistics or running ones; noise on or off
+from .pretrained import CATALOG as CATALOG  # published weights: name -> entry
+from .pretrained import Pretrained as Pretrained  # a model, its variables and its card
+from .pretrained import export as export  # write the formats of other libraries
 from .pretrained import (
-    load_pretrained as load_pretrained,  # a name, hub id, file or folder -> model, variables, card
+    load_pretrained as load_pretrained,  # name, hub id, file or folder -> model, variables, card
 )
-from .pretrained import save as save  # to tljax's own format
+from .pretrained import save as save  # write tljax's own format
 from .runtime.process import (
-    configure as configure,  # how JAX compiles; call it before JAX is imported
+    configure as configure,  # settings of JAX; call it before JAX is imported
 )
 from .runtime.types import (
-    Batch as Batch,  # inputs, targets, mask, indices and extra arrays of some examples
+    Batch as Batch,  # inputs, targets, mask, indices and extra arrays
 )
 from .runtime.types import (
-    Preprocess as Preprocess,  # how a photograph is cut and normalised for a network
+    Preprocess as Preprocess,  # resize, crop and normalization of images
 )
 from .runtime.types import (
-    Variables as Variables,  # parameters and running statistics: nested dicts of arrays
+    Variables as Variables,  # parameters and batch statistics: nested dicts of arrays
 )
-from .train.fit import FitResult as FitResult  # the best network, how it did, and the way there
-from .train.fit import fit as fit  # train a head, and more as the recipe says
-from .train.freeze import freeze_table as freeze_table  # which parameters train, and at which rate
-from .train.freeze import join as join  # both together again
-from .train.freeze import label as label  # the rate of every parameter
-from .train.freeze import split as split  # variables that change, and those that stay
+from .train.fit import FitResult as FitResult  # the best network, its evaluation and the history
+from .train.fit import fit as fit  # train a head, and further stages by recipe
+from .train.freeze import freeze_table as freeze_table  # patterns and learning rates
+from .train.freeze import join as join  # merge trainable and frozen variables
+from .train.freeze import label as label  # the learning rate multiple of every parameter
+from .train.freeze import split as split  # split variables into trainable and frozen
 from .train.objectives import (
-    Objective as Objective,  # what a step minimises: the type of such a function
+    Objective as Objective,  # the type of a loss function
 )
-from .train.objectives import cross_entropy as cross_entropy  # the objective of a classification
-from .train.options import FitConfig as FitConfig  # what to train, and for how long
-from .train.options import OptimizerConfig as OptimizerConfig  # how the parameters move
-from .train.step import Forward as Forward  # the network as an objective sees it
-from .train.step import TrainState as TrainState  # all that a step changes
-from .train.step import init_state as init_state  # the state before the first step
-from .train.step import make_train_step as make_train_step  # a step of one's own loop
+from .train.objectives import cross_entropy as cross_entropy  # the loss of classification
+from .train.options import FitConfig as FitConfig  # options of training
+from .train.options import OptimizerConfig as OptimizerConfig  # options of the optimizer
+from .train.step import Forward as Forward  # the forward function that an objective gets
+from .train.step import TrainState as TrainState  # the state that a step updates
+from .train.step import init_state as init_state  # the initial state
+from .train.step import make_train_step as make_train_step  # a training step for your own loop

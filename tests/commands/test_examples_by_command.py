@@ -1,4 +1,4 @@
-"""What the head of an example says to type, typed; and what it trained, served by the commands."""
+"""The commands in the docstrings of the examples, and the networks that they train."""
 
 import ast
 import shlex
@@ -17,13 +17,13 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def commands(path: Path) -> list[str]:
-    """The lines of its docstring that begin with ``tljax train``."""
+    """Return the lines of an example's docstring that begin with ``tljax train``."""
     text = ast.get_docstring(ast.parse(path.read_text())) or ""
     return [line.strip() for line in text.splitlines() if line.strip().startswith("tljax train")]
 
 
 def cases() -> list[object]:
-    """Every such line; one of them takes seconds, all together minutes."""
+    """Return all such lines, marked slow but for one."""
     return [
         pytest.param(path, line, id=path.stem, marks=[pytest.mark.slow] * (path.stem != quick))
         for quick in ("two_layer_head",)
@@ -52,6 +52,14 @@ def test_an_example_is_trained_and_served_by_the_commands(
     photograph = tmp_path / "data" / "a" / "0.png"
     served = call_script(tmp_path, "predict", photograph, "--weights", folder, *more, "--json")
     [found] = answer(served)["images"]
+    if path.stem == "two_layer_head":  # its network holds a module of the extension
+        for command in (("predict", photograph, "--weights"), ("evaluate", "--workdir")):
+            refused = call_script(tmp_path, *command, folder)
+            assert (refused.returncode, refused.stdout) == (2, "")
+            assert refused.stderr == (
+                f"error: {folder}: its network needs the modules of the extension it was trained "
+                f"with: add --extension {path}:extension, which runs that file\n"
+            )
     modules = load_extension(str(path))[0].get("modules") if more else None
     model, variables, card = tljax.load_pretrained(folder, modules=modules)
     images = tljax.read_images([photograph], model.preprocess)

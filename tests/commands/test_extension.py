@@ -1,4 +1,4 @@
-"""--extension: a file of the user's own, which is run, hashed, and never written to."""
+"""--extension: a Python file of the user, which is run and hashed."""
 
 import json
 import sys
@@ -60,18 +60,26 @@ def test_a_file_is_run_once_and_nothing_is_written(tmp_path):
             "a = {}",
             "{tmp}/mine.py: it has no 'b': define one, or name another by FI",
         ),
-        ("mine.py", "extension = 3", "{tmp}/mine.py: 'extension' is no dict: define one, or"),
+        ("mine.py", "extension = 3", "{tmp}/mine.py: 'extension' is not a dict: define one, or"),
         ("mine.py", "\n1 / 0", "{tmp}/mine.py, line 2: ZeroDivisionError: division by zero"),
         ("mine.py", "x = 1\ndef f(:", "{tmp}/mine.py, line 2: SyntaxError: invalid syntax"),
         ("mine.py", "import nosuch", "{tmp}/mine.py, line 1: ModuleNotFoundError: No module named"),
         ("mine.py", "exit(3)", "{tmp}/mine.py, line 1: SystemExit: 3"),
         ("mine.py", "extension = dict(objectiv=1)", "an unknown key 'objectiv'; did you mean obj"),
         ("mine.py", "extension = dict(xy=1)", "an unknown key 'xy'; choose from objective, mater"),
-        ("mine.py", "extension = dict(on_step=1)", "{tmp}/mine.py: 'on_step' of extension is no f"),
-        ("mine.py", "extension = dict(modules=1)", "{tmp}/mine.py: 'modules' of extension is no d"),
+        (
+            "mine.py",
+            "extension = dict(on_step=1)",
+            "{tmp}/mine.py: 'on_step' of extension is not a f",
+        ),
+        (
+            "mine.py",
+            "extension = dict(modules=1)",
+            "{tmp}/mine.py: 'modules' of extension is not a d",
+        ),
     ],
 )
-def test_what_is_wrong_with_an_extension_is_one_line(tmp_path, name, text, said):
+def test_an_error_in_an_extension_is_one_line(tmp_path, name, text, said):
     write(tmp_path / "mine.py", text)
     before = set(sys.modules)
     with pytest.raises(RequestError) as error:
@@ -80,7 +88,7 @@ def test_what_is_wrong_with_an_extension_is_one_line(tmp_path, name, text, said)
     assert not [new for new in set(sys.modules) - before if "extension_" in new and "line" in said]
 
 
-def test_every_command_that_loads_a_network_hands_the_modules_on(tmp_path, monkeypatch):
+def test_commands_pass_the_modules_of_an_extension_to_load_pretrained(tmp_path, monkeypatch):
     path = write(tmp_path / "mine.py", GOOD)
     handed = []
     monkeypatch.setattr(
@@ -89,12 +97,12 @@ def test_every_command_that_loads_a_network_hands_the_modules_on(tmp_path, monke
     for config in (cli.Network(extension=str(path)), cli.Network(extension=f"{path}:other")):
         with pytest.raises(ZeroDivisionError):
             config.load()
-    assert list(handed[0].pop("modules")) == ["Mine"]
-    assert handed[0] == handed[1]  # nothing where there are none
+    assert [one.pop("modules") and "Mine" for one in handed] == ["Mine", None]
+    assert handed[0] == handed[1]
     assert cli.Network().hooks() == {}
 
 
-def test_the_keys_are_arguments_of_fit_and_modules():
+def test_the_keys_of_an_extension_are_arguments_of_fit_and_modules():
     assert set(Extension.__annotations__) == {
         *("objective", "materialize", "transform", "on_step", "on_epoch", "new_head", "modules")
     }
@@ -109,7 +117,7 @@ same = {{"transform": transform}}
 
 
 def options(place: Path) -> tuple[object, ...]:
-    """A training of seconds."""
+    """Return the options of a training of seconds."""
     save(place / "net.safetensors", random_pretrained("mobilenetv2_050", 5))
     for i in range(8):
         paint(place / "data" / "ab"[i % 2] / f"{i}.png", (200 * (i % 2), 60, 60), i)
@@ -120,7 +128,7 @@ def options(place: Path) -> tuple[object, ...]:
     )  # fmt: skip
 
 
-def test_training_is_given_the_hooks_and_nothing_else(tmp_path, monkeypatch):
+def test_training_passes_the_hooks_of_an_extension_to_fit_and_nothing_else(tmp_path, monkeypatch):
     path, train = write(tmp_path / "mine.py", GOOD.replace('"Mine": Mine', "")), options(tmp_path)
     given, identities = [], []
 
@@ -173,7 +181,7 @@ def test_a_run_keeps_its_extension_and_refuses_another(tmp_path):
     answer(call_script(tmp_path, "train", "--resume", tmp_path / "still", "--json"))
     resume = ("train", "--resume", tmp_path / "still")
     for more, said in (
-        (("--extension", "mine.py:same"), "goes on with its own settings: leave out --extension"),
+        (("--extension", "mine.py:same"), "continues with its own options: leave out --extension"),
         (("--extension", "other.py"), "--extension: other.py does not exist"),
     ):
         done = call_script(tmp_path, *resume, *more)
@@ -195,7 +203,7 @@ def test_a_run_keeps_its_extension_and_refuses_another(tmp_path):
     )
 
 
-def test_a_run_of_the_version_before_predicts_and_does_not_go_on(tmp_path):
+def test_a_run_of_an_earlier_version_predicts_and_cannot_be_continued(tmp_path):
     save(tmp_path / "run/best/model.safetensors", random_pretrained("mobilenetv2_050", 5))
     (tmp_path / "run" / "config.json").write_text(json.dumps({"data": "x", "average": 0.5}))
     for flag in ("--resume", "--workdir"):
@@ -210,7 +218,7 @@ def test_a_run_of_the_version_before_predicts_and_does_not_go_on(tmp_path):
     )
 
 
-def test_a_mistake_is_said_with_its_line_and_the_folder_may_be_used_again(tmp_path):
+def test_an_error_in_an_extension_has_its_line_and_the_folder_can_be_used_again(tmp_path):
     path = write(
         tmp_path / "mine.py",
         "def objective(forward, batch, key):\n    return batch.extra['weight'], {}\n\n"

@@ -1,4 +1,4 @@
-"""tljax extract: what is written is what `compute_features` computes, with names and classes."""
+"""tljax extract: the file holds what `compute_features` computes, with names and classes."""
 
 import importlib.util
 import json
@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 from networks import random_pretrained
 from safetensors import safe_open
-from test_scripts import answer, call_script, paint
+from test_scripts import answer, call_script, messages, paint
 
 from tljax.data.options import Loading
 from tljax.data.sources import open_folder
@@ -19,7 +19,7 @@ from tljax.pretrained import load_pretrained, save
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Weights, and photographs in class folders, one of which cannot be read."""
+    """Return a folder of weights and class folders, with one image that cannot be read."""
     folder = tmp_path_factory.mktemp("extract")
     save(folder / "net.safetensors", random_pretrained("mobilenetv2_050", 5))
     for i in range(5):
@@ -40,7 +40,7 @@ def computed(place: Path, data: Path, stop: str | None):
 
 
 def read(path: Path) -> tuple[list[str], list[str] | None, np.ndarray]:
-    """As anyone would, without tljax."""
+    """Read a file without tljax."""
     if path.suffix == ".npz":
         with np.load(path) as file:
             labels = file["labels"].tolist() if "labels" in file else None
@@ -67,7 +67,7 @@ def read(path: Path) -> tuple[list[str], list[str] | None, np.ndarray]:
     ],
     ids=["pool", "stage2", "maps", "head"],
 )
-def test_what_is_read_back_is_what_is_computed(place, tmp_path, suffix, options, stop, average):
+def test_the_file_holds_the_computed_features(place, tmp_path, suffix, options, stop, average):
     out = tmp_path / "new" / f"features.{suffix}"
     done = extract(place, place / "photographs", out, "--json", *options)
     result = answer(done)
@@ -97,7 +97,7 @@ def test_without_class_folders_there_are_no_labels(place, tmp_path, suffix):
     assert labels is None
 
 
-def test_a_data_set_has_a_name_instead(place, tmp_path):
+def test_data_sets_are_extracted_by_name(place, tmp_path):
     answer(extract(place, "digits", tmp_path / "x.npz", "--stage", "stem", "--json"))
     names, labels, values = read(tmp_path / "x.npz")
     assert (len(names), len(set(labels)), len(values)) == (390, 10, 390)
@@ -114,8 +114,8 @@ def test_a_data_set_has_a_name_instead(place, tmp_path):
         ),
         ("photographs", "x", (), "--out x: choose a file that ends with"),
         ("photographs", "x.npz", ("--stage", "stage99"), "mobilenetv2_050 has no stage 'stage99'"),
-        ("photographs", "photographs/red/x.npz", (), "lies among the images of photographs"),
-        (".", "x.npz", (), "lies among the images of .: choose another place"),
+        ("photographs", "photographs/red/x.npz", (), "is among the images of photographs"),
+        (".", "x.npz", (), "is among the images of .: choose another folder"),
         ("nowhere", "x.npz", (), "nowhere does not exist"),
         ("photographs", "a.npz", (), "a.npz is a folder: name a file"),
         ("photographs", "net.safetensors/x.npz", (), "cannot be written (File exists)"),
@@ -129,23 +129,23 @@ def test_a_bad_request_is_one_line_before_any_work(place, monkeypatch, data, out
     before = sorted(place.rglob("*"))
     done = extract(place, data, out, *options)
     assert (done.returncode, done.stdout) == (2, "")
-    (line,) = done.stderr.splitlines()
+    (line,) = messages(done.stderr)
     assert said in line
     assert sorted(place.rglob("*")) == before
 
 
-def test_parquet_without_pyarrow_says_how_to_get_it(place, monkeypatch):
+def test_parquet_without_pyarrow_names_its_extra(place, monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(
         "tljax.commands.extract.find_spec",
         lambda name: None if name == "pyarrow" else found(name),
     )
     assert extract(place, "photographs", "x.parquet").stderr == (
-        "error: parquet files need pyarrow: pip install pyarrow, or choose .npz\n"
+        'error: --out x.parquet needs pyarrow: pip install "tljax[hf]", or choose .npz\n'
     )
 
 
-def test_where_nothing_can_be_read_or_written_no_file_is_left(place, tmp_path):
+def test_no_file_is_left_if_nothing_can_be_read_or_written(place, tmp_path):
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "1.jpg").write_text("no picture")
     (tmp_path / "x.npz").write_text("of before")

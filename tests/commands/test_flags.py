@@ -1,7 +1,7 @@
-"""Every flag of every command: it has an effect, or it is refused in one line that says why.
+"""Every option of every command: it has an effect, or is refused in one line with the reason.
 
-`ALWAYS` lists the flags that always count; all others stand in their command's table of conditions.
-A new flag has to be put into one of them.
+`ALWAYS` lists the options that always have an effect; all others are in the conditions of their
+command. A new option must be added to one of them.
 """
 
 import inspect
@@ -19,6 +19,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import tyro
+from test_scripts import messages
 
 from tljax.commands import COMMANDS, cli
 from tljax.data.options import AugmentConfig, Loading
@@ -33,7 +34,7 @@ MODULES = {name: import_module(f"tljax.commands.{name}") for name in COMMANDS}
 PARSED = {name: get_type_hints(module.run) for name, module in MODULES.items()}
 PARSED = {name: next(iter(hints.values())) for name, hints in PARSED.items()}
 
-OUTPUT = {"json", "debug"}
+OUTPUT = {"json", "debug", "platform"}
 NETWORK = {*OUTPUT, "extension", "model", "normalization", "image_size", "precision", "seed"}
 DATA = {"batch_size", "workers", "devices"}
 ALWAYS = {
@@ -50,6 +51,7 @@ ALWAYS = {
         "seed",
         "out",
     },
+    "doctor Config": OUTPUT,
     "evaluate Config": {*(NETWORK | DATA), "data", "workdir"},
     "extract Config": {*(NETWORK | DATA), "weights", "data", "out", "stage", "maps"},
     "predict Config": {*(NETWORK | DATA), "weights", "images", "top"},
@@ -80,19 +82,19 @@ COMMANDS = {
 
 
 def defaults(command: type) -> object:
-    """The command with every flag at its default, and something in the places that need one."""
+    """Return a command with default options, and "x" for those that are required."""
     needed = [one.name for one in fields(command) if one.default is one.default_factory is MISSING]
     return command(**dict.fromkeys(needed, "x"))
 
 
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a command writes would be seen in a folder of its own."""
+    """Run in a folder of its own, which shows what a command writes."""
     monkeypatch.chdir(tmp_path)
 
 
 def refused(capsys, script: str, *arguments: object) -> str:
-    """The one line with which a command ends, having written nothing."""
+    """Return the one line of a command that is refused and writes nothing."""
     before = sorted(Path.cwd().rglob("*"))
     argv = [script, *map(str, arguments)]
     with mock.patch.object(sys, "argv", argv), pytest.raises(SystemExit) as ended:
@@ -101,12 +103,12 @@ def refused(capsys, script: str, *arguments: object) -> str:
     assert sorted(Path.cwd().rglob("*")) == before
     out, err = capsys.readouterr()
     assert out == ""
-    (line,) = err.splitlines()
+    (line,) = messages(err)
     return line
 
 
 def line_of(command: str, *arguments: object) -> list[str]:
-    """The script, its subcommand and what that needs, then the arguments."""
+    """Return the command, its subcommand and required arguments, then further ones."""
     script, _, name = command.partition(" ")
     parsed = COMMANDS[command]
     words = [] if name == "Config" else [name.lower()]
@@ -120,12 +122,12 @@ def line_of(command: str, *arguments: object) -> list[str]:
 
 
 def numbers(hint: object) -> int:
-    """How many numbers a type holds."""
+    """Return the number of numbers in a type."""
     return (hint in (int, float)) + sum(map(numbers, get_args(hint)))
 
 
 def numeric(command: type) -> dict[str, list[tuple[type, Range]]]:
-    """Every option with a number in it, and the ranges of its numbers."""
+    """Return the options that hold numbers, and the ranges of their numbers."""
     found = {}
     for one in fields(command):
         nested = next((x for x in (one.type, *get_args(one.type)) if is_dataclass(x)), None)
@@ -153,7 +155,7 @@ def test_numbers_out_of_range_are_refused(capsys, tmp_path, monkeypatch, name):
             assert said.endswith(f"number {allowed}")
 
 
-def test_the_ends_of_a_range_are_taken_as_it_says():
+def test_ranges_include_or_exclude_their_ends_as_printed():
     assert str(Range(1, 10_000)) == "from 1 to 10,000"
     assert str(Range(0, 1, without="high")) == "from 0 to below 1"
     assert str(Range(0, 3e38, without="low")) == "above 0, up to 3e+38"
@@ -182,7 +184,7 @@ def test_the_ends_of_a_range_are_taken_as_it_says():
         (lambda: Loading(workers=-1), "--workers -1: choose a whole number from 0"),
     ],
 )
-def test_a_configuration_in_python_has_the_same_ranges(make, message):
+def test_options_in_python_have_the_same_ranges(make, message):
     with pytest.raises(RequestError, match=f"^{re.escape(message)}"):
         make()
     assert Loading(np.int64(8), devices=None).batch_size == 8
@@ -198,6 +200,10 @@ WRONG = {
         "--val-fraction 1",
     ],
     "predict Config": ["", "nowhere.jpg", ". --top 2.5", "x --tpo 2", "--devices two", *OF_PARSER],
+    "doctor Config": [
+        "all", "--all", "--jsn", "--json yes", "--model x", "--platform", "--platform x",
+        "--platform gpu cpu", "--debug=1", "-x", "--weights",
+    ],
     "evaluate Config": [
         "", "--data nowhere", "--workdir nowhere", "--batch-size many", "--data digits digits",
         *OF_PARSER,
@@ -266,16 +272,16 @@ def test_a_wrong_command_line_is_one_line_and_nothing_is_written(
         ("weights export x", "missing from weights export: PATH; --help lists them all"),
     ],
 )
-def test_what_is_wrong_with_a_command_line_is_said(capsys, line, said):
+def test_an_error_in_a_command_line_is_described(capsys, line, said):
     assert refused(capsys, *line.split()).startswith(f"error: {said}")
 
 
 @pytest.mark.parametrize("words", [["predict", ""], ["train", "--data", ""], ["train", "--data="]])
-def test_an_empty_argument_is_no_folder(capsys, words):
+def test_an_empty_argument_is_refused(capsys, words):
     assert refused(capsys, *words).startswith("error: an argument is empty")
 
 
-def test_a_value_may_end_like_an_empty_one(capsys):
+def test_a_value_may_end_with_an_equals_sign(capsys):
     assert refused(capsys, "predict", "https://[=").startswith("error: could not fetch https://[=")
 
 
@@ -287,7 +293,7 @@ def written(flag: str, values: tuple[object, ...]) -> str:
     return " ".join(map(str, (f"--{flag}", *values)))
 
 
-def test_every_flag_always_counts_or_has_a_condition():
+def test_every_option_always_has_an_effect_or_has_a_condition():
     assert COMMANDS.keys() == ALWAYS.keys()
     for name, command in COMMANDS.items():
         flags = settings(defaults(command)).keys()
@@ -401,7 +407,7 @@ IDLE = [
 
 
 @pytest.mark.parametrize(("script", "others", "why", "flags"), IDLE)
-def test_flags_without_effect_are_refused(
+def test_options_without_effect_are_refused(
     capsys, tmp_path, monkeypatch, script, others, why, flags
 ):
     for part, name in product(("train", "val"), "ab"):
@@ -414,8 +420,8 @@ def test_flags_without_effect_are_refused(
     assert all(why in reason for _, reason in lines)
 
 
-def test_every_condition_is_tried():
-    """So a row of a table that nobody tries fails here."""
+def test_every_condition_is_tested():
+    """A row of a table of conditions without a test fails here."""
     tried = {(script, setting(flag)) for script, _, _, flags in IDLE for flag in flags}
     for name, command in COMMANDS.items():
         script = name.split()[0]
@@ -454,15 +460,15 @@ COUNTING = [
 
 
 @pytest.mark.parametrize(("script", "line"), COUNTING)
-def test_a_flag_with_an_effect_is_taken(tmp_path, monkeypatch, script, line):
+def test_options_with_an_effect_are_accepted(tmp_path, monkeypatch, script, line):
     (tmp_path / "classes" / "a").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     config = tyro.cli(PARSED[script], args=line.split())
     with mock.patch.object(sys, "argv", [script, *line.split()]):
-        assert idle(config, config.conditions, cli.given()) == {}
+        assert idle(config, config.conditions, cli.explicit_options()) == {}
 
 
-def test_all_faults_are_said_at_once(capsys, tmp_path, monkeypatch):
+def test_all_options_without_effect_are_named_at_once(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert refused(capsys, "train", "--mixup=0.4", "--momentum", "0.5", "--no-crop") == (
         "error: --no-crop has no effect without --augment; --mixup 0.4 has no effect without "
@@ -470,7 +476,7 @@ def test_all_faults_are_said_at_once(capsys, tmp_path, monkeypatch):
     )
 
 
-def test_values_of_a_list_are_not_lost_where_its_flag_is_given_twice(capsys, tmp_path, monkeypatch):
+def test_an_option_of_several_values_may_not_be_repeated(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert refused(capsys, "train", "--train", "head", "--train=stage7") == (
         "error: --train is given twice: write all its values after one --train"
@@ -481,12 +487,12 @@ def options(name: str) -> set[str]:
     return set(inspect.signature(getattr(ATTACKS[name], "func", ATTACKS[name])).parameters)
 
 
-def test_attacks_of_one_step_are_those_that_take_no_number_of_steps():
+def test_only_fgsm_takes_no_number_of_steps():
     without = {name for name in ATTACKS if not options(name) & {"num_steps", "num_queries"}}
     assert without == {"fgsm"}
 
 
-def test_where_memory_is_short_only_flags_of_the_command_are_advised(capsys):
+def test_out_of_memory_advises_only_options_of_the_command(capsys):
     def fail(_):
         raise RuntimeError("RESOURCE_EXHAUSTED: 9 GB")
 
@@ -506,39 +512,39 @@ Config = MODULES["train"].Config
 
 
 def write_run(folder: Path, **of_run: object) -> Path:
-    """A run directory as far as --resume reads it before anything is loaded."""
+    """Write the part of a run directory that --resume reads before it loads anything."""
     folder.mkdir()
     config = {"version": CONFIG_VERSION, **asdict(Config(workdir=folder, **of_run))}
     (folder / "config.json").write_text(json.dumps(config, default=str))
     return folder
 
 
-def goes_on(*arguments: object) -> object:
-    """The settings with which a run goes on."""
+def resumed(*arguments: object) -> object:
+    """Return the options with which a run continues."""
     argv = list(map(str, arguments))
     with mock.patch.object(sys, "argv", ["train.py", *argv]):
         return tyro.cli(Config, args=argv).completed()
 
 
-def test_a_run_goes_on_with_its_own_settings(tmp_path):
+def test_a_run_continues_with_its_own_options(tmp_path):
     fit = FitConfig("finetune", epochs=7, augment=True, augmentation=AugmentConfig(mixup=0.4))
     run = write_run(tmp_path / "run", fit=fit, seed=3, precision="bfloat16", workers=2, devices=4)
-    found = goes_on("--resume", run, "--json")
+    found = resumed("--resume", run, "--json")
     # Of the machine, not of the run: workers, devices, and how it reports.
     assert found == Config(
         fit=fit, seed=3, precision="bfloat16", workdir=run, resume=run, json=True
     )
-    assert goes_on("--resume", run, "--workers", 3, "--devices", 1).loading.workers == 3
+    assert resumed("--resume", run, "--workers", 3, "--devices", 1).loading.workers == 3
 
 
-def test_settings_that_equal_those_of_the_run_may_be_given(tmp_path, monkeypatch):
+def test_options_equal_to_those_of_the_run_are_accepted(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     fit = FitConfig("finetune", epochs=7, augment=True, train=("head", "stage7"))
     run = write_run(tmp_path / "run", fit=fit, data=str(tmp_path / "animals"))
     same = "--epochs 7 --augment --train head stage7 --recipe finetune --val-fraction 0.2".split()  # noqa: SIM905
     places = ("--workdir", "run/", "--data", "animals")  # one folder has many names
-    assert goes_on("--resume", "run", *same, *places).fit == fit
-    assert goes_on("--resume", run, *same, *places).fit == fit
+    assert resumed("--resume", "run", *same, *places).fit == fit
+    assert resumed("--resume", run, *same, *places).fit == fit
 
 
 OTHER = {
@@ -560,13 +566,13 @@ OTHER = {
     **FIND,
 }
 OF_NOW = {
-    *("workers", "devices", "distributed", "json", "debug", "resume"),
+    *("workers", "devices", "distributed", "json", "debug", "platform", "resume"),
     *("dry_run", "find_learning_rate"),
     *("data", "weights"),  # where they are now; whether they are the same is another test
 }
 
 
-def test_settings_that_differ_from_those_of_the_run_are_refused(capsys, tmp_path, monkeypatch):
+def test_options_that_differ_from_those_of_the_run_are_refused(capsys, tmp_path, monkeypatch):
     assert {*map(setting, OTHER)} | OF_NOW == settings(Config()).keys()
     monkeypatch.chdir(tmp_path)
     run = write_run(tmp_path / "run")
@@ -577,25 +583,25 @@ def test_settings_that_differ_from_those_of_the_run_are_refused(capsys, tmp_path
     ) == sorted(given)
 
 
-def test_all_that_differ_are_named(capsys, tmp_path, monkeypatch):
+def test_all_options_that_differ_are_named(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_run(tmp_path / "run", fit=FitConfig(augment=True))
     said = refused(
         capsys, "train", "--resume", "run", "--epochs", 3, "--learning-rate=1", "--no-augment"
     )
     assert said == (
-        "error: run goes on with its own settings: leave out --epochs 3, --no-augment, "
+        "error: run continues with its own options: leave out --epochs 3, --no-augment, "
         "--learning-rate 1.0, or start a new run"
     )
 
 
-def test_a_run_of_an_earlier_version_goes_on_with_settings_that_have_no_effect(tmp_path):
+def test_a_run_with_options_that_have_no_effect_continues(tmp_path):
     fit = FitConfig(augmentation=AugmentConfig(mixup=0.4))
     run = write_run(tmp_path / "run", fit=fit)
-    assert goes_on("--resume", run).fit == fit
+    assert resumed("--resume", run).fit == fit
 
 
-def test_a_flag_is_given_however_it_is_written():
+def test_explicit_options_are_found_in_every_notation():
     argv = "train.py --mixup=0.4 --no-crop --image_size 3 --train head --data no_x"
     with mock.patch.object(sys, "argv", argv.split(" ")):
-        assert cli.given() == {"mixup", "crop", "image_size", "train", "data"}
+        assert cli.explicit_options() == {"mixup", "crop", "image_size", "train", "data"}

@@ -1,4 +1,4 @@
-"""Many commands at once on one cache, and commands whose cache cannot be written."""
+"""Several commands that share a cache, and commands whose cache cannot be written."""
 
 import json
 import os
@@ -50,7 +50,7 @@ def answer(process):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("gib", [50, 0.00001], ids=["room for all", "room for few"])
-def test_four_probes_and_two_trainings_at_once(photographs, tmp_path, gib):
+def test_four_probes_and_two_trainings_share_one_cache(photographs, tmp_path, gib):
     os.environ["TLJAX_FEATURE_CACHE_GIB"] = str(gib)
     cache = tmp_path / "cache"
     disk = (*TRAIN, "--cache", "disk" if gib == 50 else "auto")
@@ -73,7 +73,7 @@ def test_four_probes_and_two_trainings_at_once(photographs, tmp_path, gib):
 
 
 @pytest.mark.slow
-def test_a_cache_that_cannot_be_written_costs_a_note(photographs, tmp_path):
+def test_a_cache_that_cannot_be_written_is_a_note(photographs, tmp_path):
     good, _ = answer(start("probe", photographs, tmp_path / "cache", *SMALL))
     (tmp_path / "file").touch()
     found, err = answer(start("probe", photographs, tmp_path / "file", *SMALL))

@@ -1,4 +1,4 @@
-"""The commands where something around them is missing: a device, memory, an output, a terminal."""
+"""Commands without a device, memory, an output or a terminal."""
 
 import io
 import json
@@ -23,7 +23,7 @@ class Config(cli.Common):
 
 
 def end(run, *arguments: str) -> int:
-    """The exit code of a command that does ``run``."""
+    """Return the exit code of a command that calls ``run``."""
     with mock.patch.object(sys, "argv", ["command", *arguments]), mock.patch("sys.exit") as ended:
         cli.main(Config, run)
     return ended.call_args.args[0] if ended.called else 0
@@ -39,15 +39,15 @@ def failing(error: BaseException):
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (MemoryError(), "out of memory: halve --batch-size, or take --precision bfloat16"),
-        (MemoryError("Unable to allocate"), "out of memory: halve --batch-size, or take"),
+        (MemoryError(), "out of memory: halve --batch-size, or use --precision bfloat16"),
+        (MemoryError("Unable to allocate"), "out of memory: halve --batch-size, or use"),
         (AssertionError(), f"AssertionError: in {__file__}, line "),
         (RecursionError("too deep"), "RecursionError: too deep (--debug shows where)"),
         (ValueError("one\n  two"), "ValueError: one two (--debug shows where)"),
         (FileNotFoundError(2, "No such file", "x"), "FileNotFoundError: [Errno 2] No such file: "),
     ],
 )
-def test_every_failure_is_one_line_that_says_something(capsys, error, said):
+def test_every_failure_is_one_line_with_a_message(capsys, error, said):
     assert end(failing(error)) == 1
     out, err = capsys.readouterr()
     assert out == ""
@@ -56,7 +56,7 @@ def test_every_failure_is_one_line_that_says_something(capsys, error, said):
 
 
 @pytest.mark.parametrize("error", [AssertionError(), RuntimeError("Unknown backend nonsense")])
-def test_a_device_that_is_not_there_is_named(capsys, monkeypatch, error):
+def test_a_missing_device_is_named(capsys, monkeypatch, error):
     monkeypatch.setenv("JAX_PLATFORMS", "cuda")
     monkeypatch.setattr(jax, "devices", mock.Mock(side_effect=error))
     assert end(failing(error)) == 2
@@ -65,7 +65,7 @@ def test_a_device_that_is_not_there_is_named(capsys, monkeypatch, error):
     )
 
 
-def test_what_an_output_cannot_write_is_escaped(monkeypatch):
+def test_characters_that_an_output_cannot_encode_are_escaped(monkeypatch):
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding="ascii") for _ in range(2))
     monkeypatch.setattr(sys, "stdout", out)
     monkeypatch.setattr(sys, "stderr", err)
@@ -83,7 +83,7 @@ def test_what_an_output_cannot_write_is_escaped(monkeypatch):
     assert err.buffer.getvalue() == b"M\\xfcller\n"  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def test_an_output_without_room_is_one_line(capsys, monkeypatch):
+def test_a_full_output_is_one_line(capsys, monkeypatch):
     with Path("/dev/full").open("w") as full, monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", full)
         code = end(lambda _: print("much"))

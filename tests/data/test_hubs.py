@@ -428,12 +428,13 @@ def test_float_images_are_refused(tfds):
 
 
 @pytest.mark.parametrize(
-    ("spec", "package"), [("hf:x", "datasets"), ("tfds:x", "tensorflow_datasets")]
+    ("spec", "package", "extra"),
+    [("hf:x", "datasets", "hf"), ("tfds:x", "tensorflow_datasets", "tfds")],
 )
-def test_a_missing_package_is_named(monkeypatch, spec, package):
+def test_a_missing_package_is_named_with_its_extra(monkeypatch, spec, package, extra):
     monkeypatch.setitem(sys.modules, package, None)
     for opens in (open_splits, open_labelled):
-        with pytest.raises(RequestError, match=f"pip install {package.replace('_', '-')}"):
+        with pytest.raises(RequestError, match=rf'pip install "tljax\[{extra}\]"$'):
             opens(spec)
 
 

@@ -182,7 +182,7 @@ def test_digits_equal_scikit_learns():
 
 def test_digits_name_scikit_learn_when_it_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(RequestError, match="pip install scikit-learn"):
+    with pytest.raises(RequestError, match=r'pip install "tljax\[demo\]"$'):
         open_splits("digits")
 
 

@@ -176,7 +176,7 @@ def test_onnx_without_its_packages_is_refused_with_an_install_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setitem(sys.modules, "jax2onnx", None)
-    with pytest.raises(RequestError, match=r"pip install 'tljax\[onnx\]'"):
+    with pytest.raises(RequestError, match=r'jax2onnx: pip install "tljax\[onnx\]"$'):
         export_onnx(tmp_path / "model.onnx", pretrained())
 
 

@@ -1,4 +1,4 @@
-"""What is settled before JAX is imported."""
+"""Settings that are made before JAX is imported."""
 
 import os
 import pwd
@@ -18,7 +18,7 @@ NAMES = ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")
 
 @pytest.fixture
 def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """As if neither variable were set, nor JAX imported."""
+    """Unset both variables and pretend that JAX is not imported."""
     for name in NAMES:
         monkeypatch.setenv(name, "")  # so that it is put back
         monkeypatch.delenv(name)
@@ -27,7 +27,7 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_compiled_programs_are_kept_for_one_kind_of_processor(
+def test_compiled_programs_are_cached_by_processor(
     fresh: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = []
@@ -41,7 +41,9 @@ def test_compiled_programs_are_kept_for_one_kind_of_processor(
 
 
 @pytest.mark.parametrize("chosen", ["", "/elsewhere"])
-def test_another_choice_wins(chosen: str, fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_existing_settings_are_respected(
+    chosen: str, fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", chosen)
     monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_experimental_ynn_fusion_type=-all")
     tljax.configure()
@@ -49,10 +51,8 @@ def test_another_choice_wins(chosen: str, fresh: Path, monkeypatch: pytest.Monke
     assert os.environ["XLA_FLAGS"] == "--xla_cpu_experimental_ynn_fusion_type=-all"
 
 
-def test_a_flag_that_this_jaxlib_does_not_know_is_not_set(
-    fresh: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """An unknown one ends the process."""
+def test_a_flag_unknown_to_jaxlib_is_not_set(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """XLA aborts the process at an unknown flag."""
     monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_use_onednn=false")
     monkeypatch.setattr(process, "_FLAG", "xla_cpu_no_such_flag")
     tljax.configure()
@@ -66,10 +66,10 @@ def test_a_flag_that_this_jaxlib_does_not_know_is_not_set(
 
 
 @pytest.mark.parametrize(("precision", "printed"), [("float32", "3.0\n"), ("bfloat16", "3\n")])
-def test_this_jaxlib_knows_the_flag_and_its_values(
+def test_jaxlib_accepts_the_flag_and_its_values(
     precision: str, printed: str, tmp_path: Path
 ) -> None:
-    """One that does not fails here: measure it with benchmarks/speed.py, and choose anew."""
+    """If a new jaxlib fails here, measure it with benchmarks/speed.py and choose again."""
     assert process._is_known(process._FLAG)
     configured = f"import tljax; tljax.configure('{precision}'); import jax"
     code = f"{configured}; print(jax.numpy.ones(3, '{precision}').sum())"
@@ -84,8 +84,10 @@ def test_this_jaxlib_knows_the_flag_and_its_values(
     assert done.stdout == printed
 
 
-def test_without_a_home_nothing_is_kept(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a container that runs as a user without a name."""
+def test_without_a_home_folder_there_is_no_cache(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A container may run as a user without a name."""
     for name in ("HOME", "TLJAX_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
@@ -95,8 +97,31 @@ def test_without_a_home_nothing_is_kept(fresh: Path, monkeypatch: pytest.MonkeyP
         cache_dir()
 
 
-def test_too_late_is_said(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_configuring_after_importing_jax_is_refused(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "jax", os)
     with pytest.raises(RequestError, match="comes before `import jax`"):
         tljax.configure()
     assert "XLA_FLAGS" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("before", "platform", "after"),
+    [
+        (None, None, None),
+        (None, "cpu", "cpu"),
+        (None, "gpu", "cuda,cpu"),
+        ("cuda", "cpu", "cpu"),
+        ("cpu", None, "cpu"),
+        ("gpu", "gpu", "gpu"),
+    ],
+)
+def test_a_platform_is_set_before_jax_is_imported(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, before: str, platform, after: str
+) -> None:
+    monkeypatch.setenv("JAX_PLATFORMS", before or "")
+    if before is None:
+        monkeypatch.delenv("JAX_PLATFORMS")
+    tljax.configure(platform=platform)
+    assert os.environ.get("JAX_PLATFORMS") == after

@@ -1,4 +1,4 @@
-"""Attacks a network: how little it takes to fool it, in numbers, a curve and pictures."""
+"""The command ``tljax attack``: measure accuracy under adversarial attacks."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,36 +12,45 @@ from tljax.runtime.ranges import Count, Positive
 
 @dataclass(frozen=True)
 class Config(cli.Common):
-    """Measure how easily small changes of its pixels make a network mistake an image.
+    """Measure the accuracy of a network under adversarial attacks.
 
-    Of images without labels the network's own prediction counts as the label.
+    For images without labels, the prediction of the network counts as the label.
+
+    Attributes:
+        images: Image files, URLs, a folder of images or a folder of class folders, which are
+            matched by name.
+        data: Labeled images instead: a folder of class folders, digits, tfds:NAME or hf:NAME.
+        workdir: Run directory whose network is attacked instead of --weights, by default on the
+            validation images of the run.
+        count: Number of images to attack, a random choice by --seed; by default all.
+        attacks: Attacks to run, any of fgsm, bim, mi-fgsm, pgd, apgd-ce, apgd-dlr, apgd-t, fab-t,
+            square, deepfool, cw and autoattack.
+        epsilons: Radii of the perturbation, in units of 1/255 of the range of a pixel value.
+        norm: Norm of the perturbation in which radii are measured; l1 only for fgsm, bim, mi-fgsm
+            and pgd.
+        steps: Number of gradient steps of each attack, or of queries of square; by default the
+            number in the paper of each attack.
+        target: Name or index of the class that the network is to predict; by default any wrong
+            class.
+        out: Folder for a plot of accuracy over radius, adversarial images (PNG, of the input size)
+            and a grid of them; by default none are written.
+        pictures: Number of adversarial images to write, those with the smallest perturbation first.
     """
 
     images: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """Files, URLs, or a folder: of images, or of class folders, which are matched by name."""
     data: str | None = None
-    """A labelled data set instead: a folder of class folders, digits, tfds:NAME or hf:NAME."""
     workdir: Path | None = None
-    """A run directory instead: its network is attacked, by default on its own validation data."""
     count: Count | None = None
-    """Attack so many of the images, chosen by the seed; by default all."""
     attacks: tuple[str, ...] = ("fgsm", "pgd")
-    """fgsm bim mi-fgsm pgd apgd-ce apgd-dlr apgd-t fab-t square deepfool cw autoattack."""
     epsilons: tuple[Positive, ...] = (0.25, 0.5, 1, 2, 4)
-    """Radii, in units of 1/255 of a pixel's range."""
     norm: Literal["linf", "l2", "l1"] = "linf"
-    """In which the radii are measured; l1 only for fgsm, bim, mi-fgsm and pgd."""
     steps: Count | None = None
-    """Gradient steps of each attack, queries of Square; by default what each one's paper has."""
     target: str | None = None
-    """Name or index of the class that the network shall see; by default any but the right one."""
     out: Path | None = None
-    """A folder for the curve, adversarial PNGs of the size the network sees, and a grid of them."""
     pictures: Count = 8
-    """How many images to paint, the most easily fooled first."""
 
     conditions = (
-        *cli.WEIGHTS_OF_RUN,
+        *cli.WORKDIR_CONDITIONS,
         ("data", lambda s: not s.images, "with images"),
         ("steps", lambda s: set(s.attacks) - {"fgsm"}, "with --attacks fgsm, which takes one step"),
         ("pictures", lambda s: s.out is not None, "without --out"),
@@ -49,7 +58,7 @@ class Config(cli.Common):
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Prints a table of accuracies; with a folder also writes pictures."""
+    """Print a table of accuracies; with ``--out`` also write pictures."""
     from tljax.data.sources import as_path, exists, open_folder, open_images, open_labelled
     from tljax.report import gallery
     from tljax.runtime.errors import RequestError
@@ -57,7 +66,7 @@ def run(config: Config) -> dict[str, Any]:
     from tljax.train import run_directory
 
     if not config.attacks or not config.epsilons:
-        raise RequestError("name at least one of --attacks and one of --epsilons")
+        raise RequestError("--attacks and --epsilons need at least one value each")
     notes: tuple[str, ...] = ()
     if config.images:
         path = as_path(config.images[0])
@@ -68,7 +77,7 @@ def run(config: Config) -> dict[str, Any]:
     elif config.workdir:
         source, notes = run_directory.open_validation(config.workdir)
     else:
-        raise RequestError("name what to attack: images, --data FOLDER or --workdir RUN")
+        raise RequestError("no images to attack: name some, or add --data FOLDER or --workdir RUN")
     network = config.load(config.workdir).with_classes()
     target = None if config.target is None else network.card.index_of(config.target)
     chosen = attacks.choose_attacks(
@@ -82,24 +91,19 @@ def run(config: Config) -> dict[str, Any]:
     if config.out:
         gallery.open_output(config.out)
     radii = [epsilon / 255 for epsilon in config.epsilons]
-    found = attacks.attack(network, victims, chosen, radii, config.loading, seed=config.seed)
-    print(attacks.table(found))
-    for flag, meaning in found.flags.items():
+    report = attacks.attack(network, victims, chosen, radii, config.loading, seed=config.seed)
+    print(attacks.table(report))
+    for flag, meaning in report.flags.items():
         print(f"warning ({flag}): {meaning}")
-    result = attacks.summary(found)
+    result = attacks.summary(report)
     if config.out:
         paintings = attacks.paint(
-            network, victims, chosen, found,
+            network, victims, chosen, report,
             count=config.pictures, target=target, seed=config.seed,
         )  # fmt: skip
-        paths = gallery.write_attack_pictures(config.out, found, paintings)
+        paths = gallery.write_attack_pictures(config.out, report, paintings)
         print("\n".join(painting.line for painting in paintings))
         print(f"curve {paths[0]}\ngrid  {paths[1]}")
         result["pictures"] = [str(path) for path in paths]
         result["images"] = [painting.facts for painting in paintings]
     return result
-
-
-def main() -> None:
-    """Run ``tljax attack``."""
-    cli.main(Config, run)

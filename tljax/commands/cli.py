@@ -1,8 +1,9 @@
-"""What all commands share: the common flags, one-line errors, and a last line for machines."""
+"""Shared parts of the commands: common options, one-line errors and exit codes."""
 
 import io
 import os
 import re
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -20,10 +21,11 @@ import tyro
 
 from tljax.data.options import Loading
 from tljax.runtime.errors import DivergenceError, RequestError, StoppedError, VerificationError
-from tljax.runtime.files import to_json
+from tljax.runtime.files import read_config, to_json
+from tljax.runtime.hardware import require_backend, require_plugin
 from tljax.runtime.process import configure
 from tljax.runtime.ranges import Amount, Checked, Count, Pixels, Seed
-from tljax.runtime.settings import Conditions, Dtype, Normalization, idle, settings
+from tljax.runtime.settings import Conditions, Dtype, Normalization, Platform, idle, settings
 
 if TYPE_CHECKING:
     from tljax.commands.extension import Extension
@@ -34,108 +36,166 @@ RENAMED = {"--average": "--ema-decay"}
 
 @dataclass(frozen=True, kw_only=True)
 class Output(Checked):
-    """How a command reports."""
+    """Options of every command.
+
+    Attributes:
+        json: Print one JSON object on the last line of stdout.
+        debug: Show the traceback of an error.
+        platform: Platform to compute on; gpu is an NVIDIA GPU. By default the one that JAX chooses,
+            where a GPU or TPU that JAX cannot use is an error.
+        conditions: Conditions under which an option has an effect; one that is given without effect
+            is an error.
+    """
 
     json: bool = False
-    """Print one JSON object on the last line of stdout."""
     debug: bool = False
-    """Show the traceback of an error."""
+    platform: Platform | None = None
 
     conditions: ClassVar[Conditions] = ()
-    """When flags count; one that was given and does not is refused."""
 
     def completed(self) -> Self:
-        """Fills in what the flags refer to."""
+        """Return these options with those filled in that the others refer to."""
         return self
 
 
 @dataclass(frozen=True, kw_only=True)
 class Extended(Output):
-    """A Python file that comes with the network."""
+    """The option for a Python file that comes with a network.
+
+    Attributes:
+        extension: Python file FILE.py[:NAME] to run. Its dict NAME, by default "extension", holds
+            arguments of tljax.fit (objective, materialize, transform, on_step, on_epoch, new_head)
+            and "modules", the Flax modules by name that networks are built from.
+    """
 
     extension: str | None = None
-    """FILE.py[:NAME], a Python file of yours with a dict called NAME, by default extension, of what
-    fit takes (objective, materialize, transform, on_step, on_epoch, new_head) and of modules by
-    name, which networks are made of. Runs its code."""
 
     def hooks(self) -> "Extension":
-        """The extension; empty without one."""
+        """Load the extension; an empty one without ``--extension``."""
         from tljax.commands.extension import load_extension
 
         return load_extension(self.extension)[0] if self.extension else {}
 
-    def modules(self) -> dict[str, Any]:
-        """Arguments of `load_pretrained` that the extension adds."""
-        return {"modules": found} if (found := self.hooks().get("modules")) else {}
+    def read(self, weights: str | Path, **options: Any) -> "Pretrained":
+        """Load weights by `load_pretrained`, with the modules of the extension.
+
+        Raises:
+            RequestError: as `load_pretrained`. If the network of a run needs the extension that it
+                was trained with, the line names the option to add: a file alone never runs code.
+        """
+        from tljax.pretrained import load_pretrained
+
+        try:
+            return load_pretrained(weights, modules=self.hooks().get("modules"), **options)
+        except RequestError as error:
+            run = Path(weights)
+            file = read_config(run).get("extension") if (run / "config.json").exists() else None
+            if self.extension or not file or "--extension" not in str(error):
+                raise
+            raise RequestError(
+                f"{weights}: its network needs the modules of the extension it was trained with: "
+                f"add --extension {shlex.quote(file)}, which runs that file"
+            ) from error
 
 
 @dataclass(frozen=True, kw_only=True)
 class Network(Extended):
-    """Which network, and its images."""
+    """Options of the network and its input.
+
+    Attributes:
+        weights: Pretrained weights: a catalog name, hub id, file, saved folder or run directory.
+        model: Architecture that the weights must have; by default it is read from the weights.
+        normalization: Normalization of the input that a bare weights file expects, by its name in
+            keras.applications; by default the usual one of the architecture and file format.
+        image_size: Side of the square input, in pixels; by default the size that the weights
+            expect.
+        precision: Dtype of activations; parameters, batch statistics and logits stay in float32. By
+            default the dtype that was saved with the weights.
+        seed: Seed of the random number generator; it has no effect where nothing is random.
+    """
 
     weights: str = "efficientnet_lite0.in1k"
-    """Pretrained weights: a catalog name, hub id, file, saved folder or run directory."""
     model: str | None = None
-    """The architecture that the weights must be; found out if not given."""
     normalization: Normalization | None = None
-    """What a bare file of weights expects, which says nothing of it, by keras.applications' names;
-    by default what is usual for its architecture and format."""
     image_size: Pixels | None = None
-    """Side of the square the network sees, in pixels; by default what the weights expect."""
     precision: Dtype | None = None
-    """What activations are computed in; parameters, statistics and logits stay in float32. By
-    default what the weights were saved with."""
     seed: Seed = 0
-    """Of everything random; where nothing is, it changes nothing."""
 
     def load(self, weights: str | Path | None = None) -> "Pretrained":
-        """The network, by default that of ``--weights``, for images of the size asked for."""
-        from tljax.pretrained import load_pretrained
-
-        found = load_pretrained(
-            weights or self.weights,
-            model=self.model,
-            normalization=self.normalization,
-            **self.modules(),
+        """Load ``weights``, by default those of ``--weights``, for images of ``--image-size``."""
+        require_plugin(self.platform)
+        pretrained = self.read(
+            weights or self.weights, model=self.model, normalization=self.normalization
         )
-        say_notes(found)
-        model = replace(found.model, dtype=self.precision or found.model.dtype)
-        return found._replace(model=model).with_size(self.image_size)
+        model = replace(pretrained.model, dtype=self.precision or pretrained.model.dtype)
+        print_devices(self, model.dtype)
+        print_notes(pretrained)
+        return pretrained._replace(model=model).with_size(self.image_size)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Common(Network):
-    """Flags with the same name and meaning in every command that runs over data."""
+class Batches(Output):
+    """Options of how images are read and distributed.
+
+    Attributes:
+        batch_size: Number of images in a step, on all devices together.
+        workers: Number of processes that decode images; 0 decodes in threads.
+        devices: Number of devices to use; by default all.
+    """
 
     batch_size: Count = 32
-    """Images a step."""
     workers: Amount = 0
-    """Processes that decode images; 0 decodes in threads."""
     devices: Count | None = None
-    """Number of devices; by default all."""
 
     @property
     def loading(self) -> Loading:
-        """How images are read and spread over devices."""
+        """Options of how images are read."""
         return Loading(self.batch_size, self.workers, self.devices)
 
 
-def say_notes(found: "Pretrained") -> None:
-    """Prints on stderr what was assumed of weights that do not say it."""
-    for note in found.card.notes:
+@dataclass(frozen=True, kw_only=True)
+class Common(Network, Batches):
+    """Options of every command that runs one network over images."""
+
+
+def print_devices(config: Output, precision: str) -> None:
+    """Print the first line of a run on stderr, such as ``cpu: 1 device, float32, 1 process``.
+
+    Raises:
+        RequestError: JAX does not use the requested platform, or a GPU or TPU that is present.
+    """
+    import jax
+
+    devices = jax.devices()[: getattr(config, "devices", 1)]
+    backend, kind = jax.default_backend(), devices[0].device_kind
+    require_backend(config.platform, backend)
+    if jax.process_index() == 0:
+        of_kind = "" if kind == backend else f" ({kind})"
+        line = f"{backend}: {_plural(len(devices), 'device')}{of_kind}, {precision}"
+        print(f"{line}, {_plural(jax.process_count(), 'process', 'es')}", file=sys.stderr)
+
+
+def _plural(count: int, noun: str, ending: str = "s") -> str:
+    return f"{count} {noun}{'' if count == 1 else ending}"
+
+
+def print_notes(pretrained: "Pretrained") -> None:
+    """Print on stderr what was assumed about weights whose file does not say it."""
+    for note in pretrained.card.notes:
         print(f"note: {note}", file=sys.stderr)
 
 
 def main(config_type: Any, run: Callable[[Any], dict[str, Any]]) -> None:
-    """Parse the flags, run, and exit.
+    """Parse the command line, run the command and exit.
 
-    The exit code is 0; 2 for a bad request; 1 for a failure; 130 for Ctrl-C; and 75, which
-    schedulers take for "run it again", where SIGTERM stopped training.
+    The exit code is 0 on success, 2 for a bad request, 1 for a failure, 130 after Ctrl-C, and 75,
+    which tells schedulers to run the command again, after SIGTERM stopped a training.
 
     Args:
-        config_type: a frozen dataclass of flags, after `Common`, or a union of them, which are
-            then subcommands; the docstring is the help text.
-        run: does the work and returns what ``--json`` prints.
+        config_type: a frozen dataclass of options, or a union of them, one for each subcommand.
+            Docstrings are the help text.
+        run: the function that does the work. ``--json`` prints what it returns; the exit code is 1
+            if that holds a list of ``problems``.
     """
     _open_streams()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -148,16 +208,16 @@ def main(config_type: Any, run: Callable[[Any], dict[str, Any]]) -> None:
     try:
         sys.stdout.flush()
     except OSError as error:
-        # Python would try again at its exit.
+        # Without this, Python flushes again when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(error, BrokenPipeError):
-            code = _say(f"the output cannot be written ({error.strerror})", 1)
+            code = _print_error(f"the output cannot be written ({error.strerror})", 1)
     if code:
         sys.exit(code)
 
 
 def _open_streams() -> None:
-    """Let stdout and stderr take every text, also where they are closed or know only ASCII."""
+    """Make stdout and stderr accept any text, even if they are closed or encode only ASCII."""
     sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115
     sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
@@ -169,79 +229,80 @@ def _main(config_type: Any, run: Callable[[Any], dict[str, Any]]) -> int:
     config = Output()
     try:
         config = _parse(config_type).completed()
-        configure(getattr(config, "precision", None) or "float32")
+        configure(getattr(config, "precision", None) or "float32", config.platform)
         _refuse_idle(config)
         result = run(config)
         if config.json:
             print(to_json(result))
-    except BrokenPipeError:  # `| head` has seen enough
+    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
         return 0
     except KeyboardInterrupt:
-        return _say("interrupted", 130)
+        return _print_error("interrupted", 130)
     except Exception as error:
         if "--debug" in sys.argv:
             raise
         message, code = _explain(error, config)
-        _say(message, code)
+        _print_error(message, code)
         if getattr(config, "distributed", False) and not isinstance(error, StoppedError):
             from tljax.runtime.parallel import leave
 
             leave(message, code)
         return code
-    return 0
+    return 1 if result and result.get("problems") else 0
 
 
 def _parse(config_type: Any) -> Any:
-    """Parse the command line, and say in one line what is wrong with it: tyro draws a box."""
+    """Parse the command line; report an error in one line instead of tyro's box."""
     if any(not word or re.fullmatch(r"--[\w-]+=", word) for word in sys.argv[1:]):
-        raise RequestError("an argument is empty; is a variable of the shell not set?")
+        raise RequestError("an argument is empty: check that every shell variable in it is set")
     for word in sys.argv[1:]:
-        if now := RENAMED.get(flag := word.partition("=")[0]):
-            raise RequestError(f"{flag} is called {now} now")
-    said, columns = io.StringIO(), os.environ.get("COLUMNS", "")
-    # No line of an error is broken; and no help is laid out for a few columns, which never ends.
+        if new_name := RENAMED.get(flag := word.partition("=")[0]):
+            raise RequestError(f"{flag} was renamed: use {new_name}")
+    box, columns = io.StringIO(), os.environ.get("COLUMNS", "")
+    # Errors are not wrapped. Help needs 40 columns: tyro does not terminate in a few.
     width = max(40, get_terminal_size().columns) if {"-h", "--help"} & set(sys.argv) else 9999
     os.environ["COLUMNS"] = str(width)
     try:
-        with redirect_stderr(said), _without_typeguard():
+        with redirect_stderr(box), _without_typeguard():
             return tyro.cli(config_type)
-    except SystemExit as ended:
-        if not ended.code:
+    except SystemExit as exit_error:
+        if not exit_error.code:
             raise
-        cause: BaseException | None = ended
+        cause: BaseException | None = exit_error
         while cause := cause.__context__:
             if isinstance(cause, RequestError):
                 raise cause from None
-        raise RequestError(_first_lines(said.getvalue())) from None
+        raise RequestError(_summarize(box.getvalue())) from None
     finally:
         os.environ["COLUMNS"] = columns
 
 
 @contextmanager
 def _without_typeguard() -> Iterator[None]:
-    """Keep tyro from importing typeguard, which takes as long as all the rest of a ``--help``.
+    """Keep tyro from importing typeguard, which would double the time of ``--help``.
 
-    It compares our defaults with their types by it, and pyright has done that.
+    tyro uses it to check defaults against their types, which pyright has done before.
     """
     stand_in = ModuleType("typeguard")
     vars(stand_in).update(check_type=lambda value, _: value, TypeCheckError=TypeError)
-    found = sys.modules.setdefault("typeguard", stand_in)
+    module = sys.modules.setdefault("typeguard", stand_in)
     try:
         yield
     finally:
-        if found is stand_in:
+        if module is stand_in:
             del sys.modules["typeguard"]
 
 
-def _first_lines(box: str) -> str:
-    """Shorten an error of tyro's to its first part, and what it thinks was meant."""
+def _summarize(box: str) -> str:
+    """Return the first message in an error box of tyro, and its suggestion, as one line."""
     lines = [line.strip("│|") for line in re.sub(r"\x1b\[[\d;]*m", "", box).splitlines()[1:]]
     sections = groupby(lines, key=lambda line: bool(line.strip(" ─-")))
     first = next(section for is_text, section in sections if is_text)
-    said = " ".join(line.strip() for line in first if not line.startswith(" " * 8))
-    said = re.sub(r"^(Error parsing )?(.)", lambda match: match[2].lower(), said).rstrip(".")
-    meant = re.findall(r"Perhaps you meant:\s+(--[\w-]+)|subcommands: (.*\w)", "\n".join(lines))
-    return f"{said}; {''.join(f'did you mean {max(one)}? ' for one in meant)}--help lists them all"
+    message = " ".join(line.strip() for line in first if not line.startswith(" " * 8))
+    message = re.sub(r"^(Error parsing )?(.)", lambda match: match[2].lower(), message).rstrip(".")
+    similar = re.findall(r"Perhaps you meant:\s+(--[\w-]+)|subcommands: (.*\w)", "\n".join(lines))
+    hints = "".join(f"did you mean {max(names)}? " for names in similar)
+    return f"{message}; {hints}--help lists them all"
 
 
 _CODES = {
@@ -253,7 +314,7 @@ _CODES = {
 
 
 def _explain(error: Exception, config: Any) -> tuple[str, int]:
-    """Put an error into one line, with the exit code."""
+    """Return the message of an error as one line, and the exit code."""
     text = " ".join(str(error).split())
     for kind, code in _CODES.items():
         if isinstance(error, kind):
@@ -263,14 +324,16 @@ def _explain(error: Exception, config: Any) -> tuple[str, int]:
         where = "" if isinstance(error, MemoryError) else "device "
         return f"out of {where}memory{': ' if advice else ''}{', or '.join(advice)}", 1
     if (platforms := os.environ.get("JAX_PLATFORMS")) and _lacks_devices():
-        return f"JAX finds no device for JAX_PLATFORMS={platforms}: unset it, or set it to cpu", 2
+        cause = f"--platform {chosen}" if (chosen := config.platform) else ""
+        cause = cause or f"JAX_PLATFORMS={platforms}: unset it, or set it to cpu"
+        return f"JAX finds no device for {cause}", 2
     frames = [(frame.f_code.co_filename, line) for frame, line in walk_tb(error.__traceback__)]
     if spec := getattr(config, "extension", None):
         from tljax.commands.extension import split_name
 
-        own = str(Path(split_name(spec)[0]).resolve())
-        if lines := [line for file, line in frames if file == own]:
-            return f"{own}, line {lines[-1]}: {type(error).__name__}: {text}", 2
+        path = str(Path(split_name(spec)[0]).resolve())
+        if lines := [line for file, line in frames if file == path]:
+            return f"{path}, line {lines[-1]}: {type(error).__name__}: {text}", 2
     if not text:
         file, line = frames[-1]
         text = f"in {file}, line {line}"
@@ -286,7 +349,7 @@ def _lacks_devices() -> bool:
 
 
 def _interrupt(*_: object) -> None:
-    """Let what is being written come to its end at the first Ctrl-C, and not at a second one."""
+    """Raise at the first Ctrl-C, so that files are completed; exit at once at the second."""
     signal.signal(signal.SIGINT, _interrupt_again)
     raise KeyboardInterrupt
 
@@ -301,9 +364,9 @@ def _terminate(*_: object) -> None:
 
 
 def _raise_again(ignored: Any) -> None:
-    """Send a signal again that struck within a destructor, whose exceptions Python drops.
+    """Send a signal again whose exception Python dropped because it was raised in a destructor.
 
-    What libraries drop in threads of their own is not shown: TensorStore's, of a full disk.
+    Exceptions dropped in other threads are not shown, such as TensorStore's about a full disk.
     """
     if current_thread() is not main_thread():
         return
@@ -316,18 +379,19 @@ def _raise_again(ignored: Any) -> None:
     Timer(0.05, os.kill, (os.getpid(), lost)).start()
 
 
-def given() -> set[str]:
-    """Names the flags that are on the command line; tyro does not tell them from defaults."""
+def explicit_options() -> set[str]:
+    """Return the names of the options on the command line; tyro does not mark them."""
     flags = (word.partition("=")[0] for word in sys.argv[1:] if word.startswith("--"))
     return {flag[2:].replace("-", "_").removeprefix("no_") for flag in flags}
 
 
 def _refuse_idle(config: Output) -> None:
+    """Refuse options that have no effect, and options of several values that are repeated."""
     words = [word.partition("=")[0] for word in sys.argv]
     for name, value in settings(config).items():
         if isinstance(value, tuple) and words.count(f"--{name}") > 1:
             raise RequestError(f"--{name} is given twice: write all its values after one --{name}")
-    if lines := idle(config, config.conditions, given()):
+    if lines := idle(config, config.conditions, explicit_options()):
         raise RequestError("; ".join(lines.values()))
 
 
@@ -337,49 +401,49 @@ def _splits_by_content(config: Any) -> bool:
     return not has_validation(config.data)
 
 
-OF_SPLIT: Conditions = (
+SPLIT_CONDITIONS: Conditions = (
     ("val_fraction", _splits_by_content, "as the data has a validation part of its own"),
 )
-"""Of commands that split data."""
+"""Conditions of commands that split data."""
 
-WEIGHTS_OF_RUN: Conditions = (
+WORKDIR_CONDITIONS: Conditions = (
     ("weights", lambda s: s.workdir is None, "with --workdir, whose network is taken"),
 )
-"""Of commands that take a run directory instead."""
+"""Conditions of commands that take the network of a run directory."""
 
 
 _LESS_MEMORY = {
     "batch_size": "halve --batch-size",
-    "accumulate": "take it in parts with --accumulate 2",
-    "precision": "take --precision bfloat16",
-    "freeze_to": "freeze more with --freeze-to",
+    "accumulate": "split the batch with --accumulate 2",
+    "precision": "use --precision bfloat16",
+    "freeze_to": "freeze more stages with --freeze-to",
 }
 
 
 def from_json(config_type: Any, values: Mapping[str, Any]) -> Any:
-    """A dataclass of flags from what `dataclasses.asdict` and JSON made of it.
+    """Return a dataclass of options from what `dataclasses.asdict` and JSON made of it.
 
     Raises:
-        RequestError: a value is missing or nobody knows it.
+        RequestError: an option is missing or unknown.
     """
-    known = {field.name: getattr(config_type(), field.name) for field in fields(config_type)}
-    if known.keys() != values.keys():
-        odd = sorted(known.keys() ^ values.keys())
-        raise RequestError(f"it is of another version of tljax: '{odd[0]}'")
+    defaults = {field.name: getattr(config_type(), field.name) for field in fields(config_type)}
+    if defaults.keys() != values.keys():
+        difference = sorted(defaults.keys() ^ values.keys())
+        raise RequestError(f"it is of another version of tljax: '{difference[0]}'")
 
-    def value(default: Any, found: Any, name: str) -> Any:
+    def convert(default: Any, value: Any, name: str) -> Any:
         if is_dataclass(default):
-            return from_json(type(default), found)
-        if isinstance(found, list):
-            return tuple(found)
-        return Path(found) if name in _PATHS and found is not None else found
+            return from_json(type(default), value)
+        if isinstance(value, list):
+            return tuple(value)
+        return Path(value) if name in _PATHS and value is not None else value
 
-    return config_type(**{name: value(known[name], values[name], name) for name in known})
+    return config_type(**{name: convert(defaults[name], values[name], name) for name in defaults})
 
 
 _PATHS = ("workdir", "resume")
 
 
-def _say(message: str, code: int) -> int:
+def _print_error(message: str, code: int) -> int:
     print(f"error: {message}", file=sys.stderr)
     return code

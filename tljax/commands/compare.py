@@ -1,4 +1,4 @@
-"""Which backbone for your images? Probes several networks, and draws accuracy against speed."""
+"""The command ``tljax compare``: measure the features of several networks on one data set."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,81 +7,83 @@ from typing import Annotated, Any
 import tyro
 
 from tljax.commands import cli
-from tljax.runtime.ranges import Amount, Count, Pixels, Seed, Share
+from tljax.runtime.ranges import Pixels, Seed, Share
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(cli.Extended):
-    """Compare pretrained networks on a data set, by a linear probe of their frozen features."""
+class Config(cli.Extended, cli.Batches):
+    """Compare pretrained networks on a data set by a linear probe of their frozen features.
+
+    Attributes:
+        weights: Networks to compare: catalog names, hub ids, files, saved folders or run
+            directories.
+        data: Labeled images: a folder of class folders (with or without train/ and val/), digits,
+            tfds:NAME or hf:NAME.
+        image_size: Side of the square input of all networks, in pixels; by default the size that
+            each network's weights expect.
+        val_fraction: Share of the images, from 0 to below 1, that are held out for validation if
+            the data has no validation part. With 0, all figures are of the training images.
+        seed: Seed of the random number generator that assigns images to the folds of the probe.
+        out: PNG file for a plot of accuracy against speed; by default none is drawn.
+    """
 
     weights: Annotated[tuple[str, ...], tyro.conf.Positional] = ("efficientnet_lite0.in1k",)
-    """What to compare: catalog names, hub ids, files, saved folders or run directories."""
     data: str = "digits"
-    """A folder of class folders (with or without train/ and val/), digits, tfds:NAME or hf:NAME."""
     image_size: Pixels | None = None
-    """Side of the square all networks see, in pixels; by default what each expects."""
     val_fraction: Share = 0.2
-    """As for tljax train."""
-    batch_size: Count = 32
-    """Images a step."""
-    workers: Amount = 0
-    """Processes that decode images; 0 decodes in threads."""
-    devices: Count | None = None
-    """Number of devices; by default all."""
     seed: Seed = 0
-    """Of everything random."""
     out: Path | None = None
-    """Where to draw accuracy against speed, a PNG file."""
 
-    conditions = cli.OF_SPLIT
+    conditions = cli.SPLIT_CONDITIONS
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Prints a line for each network, the most accurate first."""
-    from tljax.data.options import Loading
+    """Print a table of the networks, the most accurate first."""
     from tljax.data.sources import open_splits
-    from tljax.pretrained import load_pretrained
     from tljax.report import figures
     from tljax.report.runs import percent
     from tljax.runtime.errors import DivergenceError, RequestError
+    from tljax.runtime.hardware import require_plugin
+    from tljax.runtime.tables import format_table
     from tljax.studies.compare import Candidate, measure
 
+    require_plugin(config.platform)
     splits = open_splits(config.data, val_fraction=config.val_fraction)
     for note in splits.notes:
         print(note)
-    loading = Loading(config.batch_size, config.workers, config.devices)
-    found: list[Candidate] = []
+    networks: list[Candidate] = []
     failed: dict[str, str] = {}
     skipped: dict[str, str] = {}
+    cli.print_devices(config, "precision of each network")
     for weights in config.weights:
         name = Path(weights).name
         try:
-            network = load_pretrained(weights, **config.modules())
-            cli.say_notes(network)
+            network = config.read(weights)
+            cli.print_notes(network)
             network = network.with_size(config.image_size)
-            found.append(measure(name, network, splits, loading, config.seed, skipped))
-        except (RequestError, DivergenceError) as error:  # the others shall not wait for this one
+            networks.append(measure(name, network, splits, config.loading, config.seed, skipped))
+        except (RequestError, DivergenceError) as error:  # the others are measured all the same
             failed[weights] = str(error)
             print(f"left out {weights}: {error}")
-    if not found:
+    if not networks:
         raise RequestError("none of these networks could be measured")
-    found.sort(key=lambda candidate: -candidate.val_top1)
-    width = max(len(candidate.name) for candidate in found)
-    print(f"{'weights':{width}}  accuracy          images/s  parameters  features  pixels")
-    for one in found:
-        accuracy = f"{percent(one.val_top1)} +- {percent(one.error)}"
-        print(
-            f"{one.name:{width}}  {accuracy:16}  {one.images_per_second:8.1f}  "
-            f"{one.parameters / 1e6:8.1f} M  {one.features:8}  {one.size:6}"
+    networks.sort(key=lambda candidate: -candidate.val_top1)
+    rows = [
+        (
+            one.name,
+            f"{percent(one.val_top1)} +- {percent(one.error)}",
+            f"{one.images_per_second:.1f}",
+            f"{one.parameters / 1e6:.1f} M",
+            one.features,
+            one.size,
         )
+        for one in networks
+    ]
+    header = ("weights", "accuracy", "images/s", "parameters", "features", "pixels")
+    print(format_table(header, rows))
     for image, reason in skipped.items():
         print(f"not read: {image}: {reason}")
     if config.out:
-        figures.write_figure(config.out, figures.accuracy_and_speed(found))
+        figures.write_figure(config.out, figures.accuracy_and_speed(networks))
         print(f"accuracy against speed: {config.out}")
-    return {"networks": [candidate._asdict() for candidate in found], "failed": failed}
-
-
-def main() -> None:
-    """Run ``tljax compare``."""
-    cli.main(Config, run)
+    return {"networks": [candidate._asdict() for candidate in networks], "failed": failed}

@@ -1,4 +1,4 @@
-"""Measures a network on a folder of class folders; classes are matched by name."""
+"""The command ``tljax evaluate``: measure accuracy on labeled images."""
 
 import time
 from dataclasses import dataclass
@@ -10,18 +10,23 @@ from tljax.commands import cli
 
 @dataclass(frozen=True)
 class Config(cli.Common):
-    """Measure a network on labelled images."""
+    """Measure the accuracy of a network on labeled images. Classes are matched by name.
+
+    Attributes:
+        data: Labeled images: a folder of class folders, digits, tfds:NAME or hf:NAME, of which the
+            validation part is used. By default the validation images of the run of --workdir.
+        workdir: Run directory whose network is measured instead of --weights. A report is written
+            to its eval/ folder.
+    """
 
     data: str | None = None
-    """A folder of class folders, or digits; by default the validation part of the run's data."""
     workdir: Path | None = None
-    """A run directory: its network is measured, and the report goes to its eval/ folder."""
 
-    conditions = cli.WEIGHTS_OF_RUN
+    conditions = cli.WORKDIR_CONDITIONS
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Prints accuracies; with a run directory also writes a page with the mistakes."""
+    """Print accuracies; with a run directory also write a report of the mistakes."""
     from tljax.data.loader import refuse_none
     from tljax.data.sources import ambiguous, match_classes, open_labelled
     from tljax.features.evaluate import evaluate, settle
@@ -31,18 +36,17 @@ def run(config: Config) -> dict[str, Any]:
     from tljax.runtime.errors import RequestError
     from tljax.train import run_directory
 
-    of_data: tuple[str, ...] = ()
     if config.data:
-        source = open_labelled(config.data)
+        source, data_notes = open_labelled(config.data), ()
     elif config.workdir:
-        source, of_data = run_directory.open_validation(config.workdir)
+        source, data_notes = run_directory.open_validation(config.workdir)
     else:
-        raise RequestError("name what to measure on: --data FOLDER, or --workdir RUN")
+        raise RequestError("no images to measure on: add --data FOLDER or --workdir RUN")
     model, variables, card = config.load(config.workdir).with_classes()
     names = names_like(card.classes, source.classes)
     same = ambiguous(source.classes, names)
-    source, notes = match_classes(source, names)
-    notes = (*of_data, *notes)
+    source, class_notes = match_classes(source, names)
+    notes = (*data_notes, *class_notes)
     print("\n".join(notes))
 
     began = time.perf_counter()
@@ -74,8 +78,3 @@ def run(config: Config) -> dict[str, Any]:
         "calibration_error": calibration and calibration.before.error,
         "images_per_second": round(evaluation.examples / seconds, 1),
     }
-
-
-def main() -> None:
-    """Run ``tljax evaluate``."""
-    cli.main(Config, run)

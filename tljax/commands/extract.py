@@ -1,4 +1,4 @@
-"""Writes what a stage makes of every image of a folder to one file, for other programs."""
+"""The command ``tljax extract``: write the features of images to a file."""
 
 import json
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ import tyro
 from tljax.commands import cli
 from tljax.runtime.errors import RequestError
 from tljax.runtime.files import written_whole
+from tljax.runtime.packages import install_command
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,27 +19,29 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Config(cli.Common):
-    """Write the embeddings of images to a file, with the name and the class of each.
+    """Write the features of images to a file, with the name and the class of each image.
 
-    .npz holds arrays: names, labels, embeddings. .parquet holds columns: name, label, embedding.
-    .safetensors holds embeddings; names and labels are JSON lists in its metadata. Labels are names
-    of classes; without class folders there are none.
+    A .npz file holds the arrays names, labels and embeddings; a .parquet file the columns name,
+    label and embedding; a .safetensors file the array embeddings, with names and labels as JSON
+    lists in its metadata. Labels are names of classes; images without class folders have none.
+
+    Attributes:
+        data: Images: a folder of images or of class folders; or digits, tfds:NAME or hf:NAME, of
+            which the validation part is used.
+        out: File to write: .npz, .parquet (needs pyarrow) or .safetensors.
+        stage: Stage whose output is written; the default writes the pooled features.
+        maps: Write feature maps in full instead of their averages over all positions. A .parquet
+            file holds them flattened, and their shape in its metadata.
     """
 
     data: Annotated[str, tyro.conf.Positional]
-    """A folder, of images or of class folders; or digits, tfds:NAME or hf:NAME, of which the
-    validation part is taken."""
     out: Path
-    """The file to write: .npz, .parquet (needs pyarrow) or .safetensors."""
     stage: str = "pool"
-    """The stage whose output is written; the default is the pooled features."""
     maps: bool = False
-    """Write feature maps as they are instead of their averages over all positions. A parquet file
-    has them flat, and their shape in its metadata."""
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Prints what was written, and which files could not be read."""
+    """Write the file, and print its shape and the images that could not be read."""
     from tljax.data.loader import refuse_none
     from tljax.data.sources import as_path, exists, open_folder, open_labelled
     from tljax.features.extract import compute_features
@@ -48,12 +51,13 @@ def run(config: Config) -> dict[str, Any]:
     if out.suffix not in _SUFFIXES:
         raise RequestError(f"--out {out}: choose a file that ends with {', '.join(_SUFFIXES)}")
     if out.suffix == ".parquet" and not find_spec("pyarrow"):
-        raise RequestError("parquet files need pyarrow: pip install pyarrow, or choose .npz")
+        advice = f"{install_command('pyarrow')}, or choose .npz"
+        raise RequestError(f"--out {out} needs pyarrow: {advice}")
     if out.is_dir():
         raise RequestError(f"--out {out} is a folder: name a file")
     is_folder = exists(folder) and folder.is_dir()
     if is_folder and out.resolve().is_relative_to(folder.resolve()):
-        raise RequestError(f"--out {out} lies among the images of {folder}: choose another place")
+        raise RequestError(f"--out {out} is among the images of {folder}: choose another folder")
     network = config.load()
     model, position = network.model, network.model.position(config.stage)
     stop = (*model.stage_names, None)[position + 1]
@@ -112,8 +116,3 @@ def _write(path: Path, suffix: str, texts: dict[str, Any], values: "np.ndarray")
         if sum(map(len, metadata.values())) > 90_000_000:  # readers refuse a header of 100 MB
             raise RequestError("too many names for a .safetensors file: choose .npz or .parquet")
         save_file({"embeddings": values}, path, metadata)
-
-
-def main() -> None:
-    """Run ``tljax extract``."""
-    cli.main(Config, run)

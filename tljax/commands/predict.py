@@ -1,4 +1,4 @@
-"""Names what is on photographs, with a pretrained network or one that ``tljax train`` made."""
+"""The command ``tljax predict``: classify images."""
 
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -11,16 +11,19 @@ from tljax.runtime.ranges import Count
 
 @dataclass(frozen=True)
 class Config(cli.Common):
-    """Name what is on photographs."""
+    """Print the most probable classes of images.
+
+    Attributes:
+        images: Image files, folders of images or URLs.
+        top: Number of classes to print for each image.
+    """
 
     images: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """Files, folders or URLs."""
     top: Count = 5
-    """How many names to give for each image."""
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Prints the most probable names of every image."""
+    """Print the most probable classes of every image."""
     import jax
     import numpy as np
 
@@ -38,21 +41,17 @@ def run(config: Config) -> dict[str, Any]:
     )
     refuse_none(source, logits.skipped)
     probabilities = np.asarray(jax.nn.softmax(logits.values))
-    found = []
+    images = []
     for index, row in zip(logits.indices, probabilities, strict=True):
         top = [
             {"name": card.classes[i], "index": int(i), "probability": float(row[i])}
             for i in np.argsort(-row, kind="stable")[: config.top]
         ]
-        found.append({"path": source.names[index], "top": top})
+        images.append({"path": source.names[index], "top": top})
         print(source.names[index])
         for guess in top:
             print(f"  {guess['probability']:.3f}  {guess['name']}")
-    for index, reason in logits.skipped.items():
-        print(f"{source.names[index]}\n  not read: {reason}")
-    return {"images": found, "skipped": {source.names[i]: r for i, r in logits.skipped.items()}}
-
-
-def main() -> None:
-    """Run ``tljax predict``."""
-    cli.main(Config, run)
+    skipped = {source.names[i]: reason for i, reason in logits.skipped.items()}
+    for name, reason in skipped.items():
+        print(f"{name}\n  not read: {reason}")
+    return {"images": images, "skipped": skipped}

@@ -1,4 +1,4 @@
-"""How good are frozen features on your images? A linear probe and nearest neighbours."""
+"""The command ``tljax probe``: measure frozen features on your images."""
 
 import time
 from dataclasses import dataclass
@@ -10,22 +10,28 @@ from tljax.runtime.ranges import Count, Share
 
 @dataclass(frozen=True)
 class Config(cli.Common):
-    """Probe a network's frozen features; nothing is trained but a linear classifier."""
+    """Measure the frozen features of a network by a linear probe and by nearest neighbors.
+
+    Attributes:
+        data: Labeled images: a folder of class folders (with or without train/ and val/), digits,
+            tfds:NAME or hf:NAME.
+        stage: Stage whose input is probed; the default probes the pooled features. Feature maps are
+            averaged over all positions.
+        neighbours: Number of neighbors that vote in the nearest-neighbor classifier.
+        val_fraction: Share of the images, from 0 to below 1, that are held out for validation if
+            the data has no validation part. With 0, all figures are of the training images.
+    """
 
     data: str = "digits"
-    """A folder of class folders (with or without train/ and val/), or digits."""
     stage: str = "head"
-    """The stage whose input is probed; the default is the pooled features. Maps are averaged."""
     neighbours: Count = 20
-    """Of the nearest-neighbour classifier."""
     val_fraction: Share = 0.2
-    """As for tljax train."""
 
-    conditions = cli.OF_SPLIT
+    conditions = cli.SPLIT_CONDITIONS
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Prints the validation accuracy of a linear probe and of nearest neighbours."""
+    """Print the validation accuracy of a linear probe and of nearest neighbors."""
     from tljax.data.sources import open_splits
     from tljax.features.extract import split_features
     from tljax.features.probe import fit_probe, knn_predict, predict_logits
@@ -47,7 +53,7 @@ def run(config: Config) -> dict[str, Any]:
     nearest = (neighbours.argmax(1) == val.labels).mean()
     seconds = time.perf_counter() - began
     print(f"linear probe         {percent(float(linear))}  (l2 {probe.l2:.2g})")
-    print(f"nearest neighbours   {percent(float(nearest))}  (k {config.neighbours})")
+    print(f"nearest neighbors    {percent(float(nearest))}  (k {config.neighbours})")
     print(f"{len(train.labels)} training and {len(val.labels)} validation images, {seconds:.0f} s")
     for source, features in ((splits.train, train), (splits.val, val)):
         for line in skipped_lines(source, features.skipped):
@@ -62,8 +68,3 @@ def run(config: Config) -> dict[str, Any]:
         "skipped": len(train.skipped) + len(val.skipped),
         "seconds": round(seconds, 1),
     }
-
-
-def main() -> None:
-    """Run ``tljax probe``."""
-    cli.main(Config, run)

@@ -1,6 +1,6 @@
-"""Makes a pretrained network a classifier of your own images.
+"""The command ``tljax train``: train a classifier of your own images on a pretrained network.
 
-No argument runs the embedded default: EfficientNet-Lite0 on scikit-learn's digits, offline.
+Without options it trains EfficientNet-Lite0 on scikit-learn's digits, offline.
 """
 
 import shlex
@@ -30,113 +30,120 @@ if TYPE_CHECKING:
     from tljax.train.fit import FitResult
 
 
-_OF_THE_RUN = (
+_IDLE_WHEN_FINDING = (
     "learning_rate schedule warmup patience ema_decay checkpoint_minutes log_every profile"
 )
 _FINDING = "with --find-learning-rate"
-_OF_NOW = "workers devices distributed json debug resume dry_run find_learning_rate"
+_NOT_RESUMED = "workers devices distributed json debug platform resume dry_run find_learning_rate"
 
 
 @dataclass(frozen=True)
 class Config(cli.Common):
-    """Train a classifier of your own images on top of a pretrained network."""
+    """Train a classifier of your own images on a pretrained network.
+
+    Attributes:
+        data: Labeled images: a folder of class folders (with or without train/ and val/), digits,
+            tfds:NAME or hf:NAME.
+        workdir: Run directory to create, or to continue if it exists and has the same options. By
+            default a new folder in runs/ is created.
+        resume: Run directory to continue with its own options; other options may not differ from
+            them, except those of this machine: --workers, --devices, --platform and --distributed.
+            If the images, weights or extension file were moved, --data, --weights and --extension
+            say where they are now.
+        val_fraction: Share of the images, from 0 to below 1, that are held out for validation if
+            the data has no validation part. With 0, all figures are of the training images.
+        on_bad_image: Action on an image that cannot be read: skip leaves it out and lists it in
+            skipped.csv, fail stops.
+        checkpoint_minutes: Minutes between checkpoints within an epoch; 0 writes one at every step.
+            One is always written at the end of an epoch.
+        log_every: Number of steps between lines of metrics.jsonl within an epoch; 0 writes one line
+            for each epoch.
+        find_learning_rate: Run a hundred steps at rising learning rates, suggest one, and train
+            nothing.
+        dry_run: Print what would be trained, its cost and what would be cached, and train nothing.
+        profile: Write a trace of ten steps of the first epoch to the run directory, for TensorBoard
+            or Perfetto.
+        distributed: Run as one of several processes; start the same command on every host, with the
+            same --workdir.
+    """
 
     data: str = "digits"
-    """A folder of class folders (with or without train/ and val/), tfds:NAME, hf:NAME or digits."""
     workdir: Path | None = None
-    """The run directory to make, or one of the same settings to go on with; by default a new one
-    under runs/."""
     resume: Path | None = None
-    """A run directory to go on with. Every other setting comes from there, except --workers,
-    --devices and --distributed; one that is given and differs is an error. --data, --weights and
-    --extension may say where the same images, weights and file are now."""
     fit: tyro.conf.OmitArgPrefixes[FitConfig] = field(default_factory=FitConfig)
     val_fraction: Share = 0.2
-    """Share of the images kept for validation where the data has no validation part. 0 keeps none:
-    every figure is of the training images."""
     on_bad_image: Literal["skip", "fail"] = "skip"
-    """Leave unreadable images out and list them in skipped.csv, or stop."""
     checkpoint_minutes: NotNegative = 10.0
-    """Minutes from one checkpoint to the next within an epoch, 0 for one at every step; every epoch
-    ends with one."""
     log_every: Amount = 0
-    """Steps from one line of metrics.jsonl to the next within an epoch; 0 writes one line an
-    epoch."""
     find_learning_rate: bool = False
-    """Try a hundred learning rates on the first steps and suggest one; train nothing."""
     dry_run: bool = False
-    """Say what would be trained, what it costs and what is cached; train nothing."""
     profile: bool = False
-    """Trace ten steps of the first epoch into the run directory, for TensorBoard or Perfetto."""
     distributed: bool = False
-    """This is one of several processes: start one on every host. Needs --workdir."""
 
     conditions = (
         *ASKED_CONDITIONS,
-        *cli.OF_SPLIT,
+        *cli.SPLIT_CONDITIONS,
         ("find_learning_rate profile", lambda s: not s.dry_run, "with --dry-run"),
         ("epochs", lambda s: not s.find_learning_rate or s.recipe == "gradual", _FINDING),
-        (_OF_THE_RUN, lambda s: not s.find_learning_rate, _FINDING),
+        (_IDLE_WHEN_FINDING, lambda s: not s.find_learning_rate, _FINDING),
         ("checkpoint_minutes log_every", lambda s: s.recipe != "probe", "with --recipe probe"),
     )
 
     def completed(self) -> "Config":
-        """With the settings of the run to go on with, on this machine's processes and devices.
+        """Return the options of the run to continue, with those of this machine replaced.
 
         Raises:
-            RequestError: there is no such run, or a flag says something else.
+            RequestError: there is no such run, or an option on the command line differs from it.
         """
         workdir = self.resume or self.workdir
-        if not workdir or not (self.resume or self._is_of_a_run()):
+        if not workdir or not (self.resume or self._continues()):
             return self
-        asked = read_config(workdir)
-        if (version := asked.pop("version", None)) != CONFIG_VERSION:
+        saved = {"platform": None, **read_config(workdir)}  # first versions had no --platform
+        if (version := saved.pop("version", None)) != CONFIG_VERSION:
             which = "another" if version else "an earlier"
             raise RequestError(
-                f"{workdir / 'config.json'}: it is of {which} version of tljax, which alone goes "
-                "on with it; predict, evaluate and attack take it as it is"
+                f"{workdir / 'config.json'}: it is of {which} version of tljax, which alone can "
+                "continue it; predict, evaluate and attack accept it"
             )
-        asked.pop("fingerprint", None)
+        saved.pop("fingerprint", None)
         try:
-            found = cli.from_json(Config, asked)
+            resumed = cli.from_json(Config, saved)
         except (AttributeError, RequestError, TypeError) as error:
             raise RequestError(f"{workdir / 'config.json'}: {error}") from error
-        given = cli.given() if self.resume else settings(self).keys()
-        moved = given & {"data", "weights"} if self.resume else set()
-        of_now = {name: getattr(self, name) for name in (*_OF_NOW.split(), *moved)}
-        found = replace(found, **of_now, workdir=workdir)
-        said, known = settings(self), settings(found)
-        different = [n for n in known if n in given and _place(n, said[n]) != _place(n, known[n])]
-        if different and self.resume:
-            flags = ", ".join(spelled(name, said[name]) for name in different)
-            raise RequestError(
-                f"{workdir} goes on with its own settings: leave out {flags}, or start a new run"
-            )
+        compared = cli.explicit_options() if self.resume else settings(self).keys()
+        moved = compared & {"data", "weights"} if self.resume else set()
+        replaced = {name: getattr(self, name) for name in (*_NOT_RESUMED.split(), *moved)}
+        resumed = replace(resumed, **replaced, workdir=workdir)
+        new, old = settings(self), settings(resumed)
+        different = [n for n in old if n in compared and _place(n, new[n]) != _place(n, old[n])]
         if different:
-            flags = ", ".join(spelled(name, known[name]) for name in different)
+            values = new if self.resume else old
+            flags = ", ".join(spelled(name, values[name]) for name in different)
             raise RequestError(
-                f"{workdir} already holds a run with other settings: {flags}; go on with it by "
+                f"{workdir} continues with its own options: leave out {flags}, or start a new run"
+                if self.resume
+                else f"{workdir} already holds a run with other options: {flags}; continue it by "
                 "--resume, or choose another --workdir"
             )
-        return replace(found, extension=self.extension or found.extension)
+        return replace(resumed, extension=self.extension or resumed.extension)
 
     def training_hooks(self) -> dict[str, Any]:
-        """What the extension hands to `fit`."""
+        """Return the arguments of `fit` that the extension adds."""
         return {name: hook for name, hook in self.hooks().items() if name != "modules"}
 
-    def _is_of_a_run(self) -> bool:
-        """Whether this is the command of a run that has begun; it then goes on."""
+    def _continues(self) -> bool:
+        """Return whether ``--workdir`` holds a run, which the command then continues."""
         trial = self.dry_run or self.find_learning_rate
         return not trial and self.workdir is not None and (self.workdir / "config.json").exists()
 
     @property
     def loading(self) -> Loading:
-        """How images are read; unreadable ones as asked."""
+        """Options of how images are read."""
         return replace(super().loading, on_bad_image=self.on_bad_image)
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Data in, run directory out."""
+    """Train into a run directory, or do what ``--dry-run`` or ``--find-learning-rate`` says."""
     from tljax.data.loader import num_batches
     from tljax.data.sources import open_splits
     from tljax.models import with_head
@@ -150,14 +157,14 @@ def run(config: Config) -> dict[str, Any]:
     began = time.perf_counter()
     if config.distributed:
         if config.workdir is None:
-            raise RequestError("--distributed needs a --workdir that is the same for every process")
+            raise RequestError("--distributed: add a --workdir, the same for every process")
         join()
     with Preemption() as preemption:
         if config.workdir and (config.workdir / "config.json").exists():
             run_directory.refuse_missing(config.workdir, asdict(config), "data", "weights")
-        config = replace(config, data=_absolute(config.data))
-        if not catalog_name(config.weights):
-            config = replace(config, weights=_absolute(config.weights))
+        in_catalog = catalog_name(config.weights)
+        weights = config.weights if in_catalog else _absolute(config.weights)
+        config = replace(config, data=_absolute(config.data), weights=weights)
         if config.extension:
             file, name = split_name(config.extension)
             config = replace(config, extension=f"{_absolute(file)}:{name}")
@@ -169,7 +176,7 @@ def run(config: Config) -> dict[str, Any]:
         if config.find_learning_rate:
             return suggest_learning_rate(config, pretrained, splits)
 
-        # Or they say why not.
+        # These raise an error for a bad request before anything is written.
         cut = with_head(pretrained.model, len(splits.train.classes), after=config.fit.head_after)
         plan = make_plan(cut, config.fit, len(splits.train), config.batch_size)
         if config.profile:
@@ -189,7 +196,7 @@ def train(
     preemption: "Preemption",
     began: float,
 ) -> dict[str, Any]:
-    """Trains in a run directory that is there, or goes on in it."""
+    """Train in a run directory, or continue the run in it, and write its results."""
     from tljax.commands.extension import load_extension
     from tljax.pretrained import save
     from tljax.report.runs import write_training_report
@@ -199,29 +206,28 @@ def train(
     from tljax.train.checkpoint import Checkpoints
     from tljax.train.fit import fit
 
-    resume = f"tljax train --resume {shlex.quote(str(workdir))}"
     weights = tree_digest(pretrained.variables)
     hooks, code, extension = config.training_hooks(), None, ()
     if config.extension:
         code = load_extension(config.extension)[1]
         extension = code, split_name(config.extension)[1]
-    goes_on = False
+    continues = False
     if is_writer():
-        asked = {"version": CONFIG_VERSION, **asdict(config)}
-        if goes_on := run_directory.open_run(workdir, asked, splits, weights, code):
-            print(f"note: {workdir} is there and goes on", file=sys.stderr)
+        options = {"version": CONFIG_VERSION, **asdict(config)}
+        if continues := run_directory.open_run(workdir, options, splits, weights, code):
+            print(f"note: the run in {workdir} is continued", file=sys.stderr)
         for note in splits.notes:
             print(note)
     digests = splits.train.digest, splits.val.digest, weights
-    precision = pretrained.model.dtype
-    identity = repr((config.fit, config.seed, config.batch_size, precision, digests, *extension))
+    numerics = config.fit, config.seed, config.batch_size, pretrained.model.dtype
+    identity = repr((*numerics, digests, *extension))
     metrics = run_directory.MetricsFile(workdir)
     hooks["on_epoch"] = _both(metrics.on_epoch, hooks.get("on_epoch"))
     if config.log_every:
         hooks["on_step"] = _both(metrics.on_step, hooks.get("on_step"))
     try:
         with (
-            run_directory.attempt(workdir, new=not goes_on),
+            run_directory.attempt(workdir, new=not continues),
             closing(Checkpoints(workdir / "checkpoints", identity)) as checkpoints,
         ):
             result = fit(
@@ -239,9 +245,10 @@ def train(
                 **hooks,
             )
     except StoppedError as error:
-        raise StoppedError(f"{error}; to go on: {resume}") from error
+        folder = shlex.quote(str(workdir))
+        raise StoppedError(f"{error}; to continue: tljax train --resume {folder}") from error
     seconds = time.perf_counter() - began
-    # Without validation images, those of training are counted as both.
+    # Without validation images, the training images are also those of validation.
     unread = sum(map(len, result.skipped[: 1 + (splits.val is not splits.train)]))
     summary = {
         "val_top1": result.evaluation.top1,
@@ -267,11 +274,11 @@ def train(
 
 
 def print_result(result: "FitResult", unread: int, workdir: Path, seconds: float) -> None:
-    """What a person wants to know at the end."""
+    """Print accuracies, remarks and where the report is."""
     from tljax.report.runs import accuracies, percent, remarks
 
-    for name, found in accuracies(result).items():
-        print(f"{name:20} {percent(found.top1)}")
+    for name, evaluation in accuracies(result).items():
+        print(f"{name:20} {percent(evaluation.top1)}")
     for remark in remarks(result):
         print(f"note                 {remark}")
     if unread:
@@ -281,7 +288,7 @@ def print_result(result: "FitResult", unread: int, workdir: Path, seconds: float
 
 
 def _both(one: Callable[..., None], other: Callable[..., None] | None) -> Callable[..., None]:
-    """Call one function, and the other if there is one."""
+    """Return a function that calls one function, and the other if there is one."""
 
     def both(*args: Any) -> None:
         one(*args)
@@ -292,16 +299,16 @@ def _both(one: Callable[..., None], other: Callable[..., None] | None) -> Callab
 
 
 def _place(name: str, value: Any) -> Any:
-    """A value to compare: one folder has many names."""
+    """Return a value to compare: different paths may name one folder."""
     if name in ("data", "weights") and value:
         value = _absolute(value)
     if name == "extension" and value:
-        return split_name(value)[1]  # its file is compared by content
+        return split_name(value)[1]  # the content of the file is compared elsewhere
     return Path(value).resolve() if name in ("workdir", "resume") and value else value
 
 
 def _absolute(value: str) -> str:
-    """A path as one that means the same in any folder; all else as it is."""
+    """Return the absolute path of a file or folder that exists; other values unchanged."""
     prefix = "hf:" if value.startswith("hf:") else ""
     path = Path(value.removeprefix(prefix)).expanduser()
     is_path = value != "digits" and path.exists()
@@ -311,7 +318,7 @@ def _absolute(value: str) -> str:
 def suggest_learning_rate(
     config: Config, pretrained: "Pretrained", splits: "Splits"
 ) -> dict[str, Any]:
-    """Prints a learning rate for the recipe and draws the curve that it was read from."""
+    """Print a learning rate for the recipe, and draw the loss over learning rates."""
     from tljax.report.figures import learning_rates, write_figure
     from tljax.runtime.parallel import is_writer
     from tljax.studies.learning_rate import find_learning_rate
@@ -333,8 +340,3 @@ def suggest_learning_rate(
         print(f"suggested            --learning-rate {test.suggestion:.1e}")
         print(f"its curve            {curve}")
     return {"learning_rate": test.suggestion, "curve": str(curve)}
-
-
-def main() -> None:
-    """Run ``tljax train``."""
-    cli.main(Config, run)

@@ -1,4 +1,4 @@
-"""Shows what a network looks at on photographs, and what it has in mind: PNG files."""
+"""The command ``tljax visualize``: draw what a network and its stages respond to."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,70 +12,99 @@ from tljax.runtime.ranges import Amount, Count, NotNegative
 
 @dataclass(frozen=True, kw_only=True)
 class Common(cli.Network):
-    """Flags of all subcommands."""
+    """Options of all subcommands.
+
+    Attributes:
+        out: Folder for the PNG files.
+    """
 
     out: Path = Path("pictures")
-    """The folder for the PNG files."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfImages(Common):
+    """Options of the subcommands that read images.
+
+    Attributes:
+        images: Image files, folders of images or URLs.
+    """
+
+    images: Annotated[tuple[str, ...], tyro.conf.Positional]
 
 
 @dataclass(frozen=True)
 class Ideal(Common):
-    """Paint what a class looks like to the network, without and with total variation."""
+    """Draw images that a network assigns to a class with confidence, by gradient ascent.
+
+    Each class is drawn four times: in pixels and in Fourier space, with and without a penalty on
+    total variation.
+
+    Attributes:
+        classes: Names or indices of classes.
+        steps: Number of gradient steps.
+        tv_weight: Weight of the total variation in the loss; 0 is no penalty.
+    """
 
     classes: Annotated[tuple[str, ...], tyro.conf.Positional] = ("Siamese cat", "zebra")
-    """Names or indices of classes."""
     steps: Count = 128
-    """Gradient steps."""
     tv_weight: NotNegative = 1e-3
-    """Of the total variation."""
 
 
 @dataclass(frozen=True)
-class Explain(Common):
-    """Show which parts of photographs speak for a class, by five methods."""
+class Explain(OfImages):
+    """Draw which regions of images are evidence for a class, by five attribution methods.
 
-    images: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """Files, folders or URLs."""
+    Attributes:
+        target: Name or index of the class to explain; by default the predicted class of each image.
+    """
+
     target: str | None = None
-    """Name or index of the class to explain; by default what the network sees."""
 
 
 @dataclass(frozen=True)
-class Features(Common):
-    """Show the channels of every stage that answer most to each photograph."""
+class Features(OfImages):
+    """Draw the channels of every stage with the strongest response to each image.
 
-    images: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """Files, folders or URLs."""
+    Attributes:
+        count: Number of channels to draw for each stage.
+    """
+
     count: Count = 8
-    """Channels of a stage."""
 
 
 @dataclass(frozen=True)
-class Dream(Common):
-    """Let a stage see more and more of what it sees on photographs (DeepDream)."""
+class Dream(OfImages):
+    """Amplify in images what a stage responds to (DeepDream).
 
-    images: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """Files, folders or URLs."""
+    Attributes:
+        stage: Stage whose output is amplified; by default one in the middle of the network.
+        steps: Number of gradient steps at each of three image sizes.
+    """
+
     stage: str | None = None
-    """Whose output is strengthened; by default one in the middle."""
     steps: Count = 20
-    """Gradient steps at each of three sizes."""
 
 
 @dataclass(frozen=True)
 class Channel(Common):
-    """Paint what single channels of a stage answer to."""
+    """Draw images that maximize the response of single channels of a stage.
+
+    Attributes:
+        channels: Indices of channels, from 0.
+        stage: Stage whose output channels are drawn; by default one in the middle of the network.
+        steps: Number of gradient steps.
+    """
 
     channels: Annotated[tuple[Amount, ...], tyro.conf.Positional] = (0, 1, 2, 3)
-    """Which ones."""
     stage: str | None = None
-    """Of which stage's output; by default one in the middle."""
     steps: Count = 128
-    """Gradient steps."""
 
 
-def run(config: Ideal | Explain | Features | Dream | Channel) -> dict[str, Any]:
-    """Paints, and writes each picture and a grid of all."""
+Config = Ideal | Explain | Features | Dream | Channel
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Draw the pictures, and write each of them and a grid of all."""
     from tljax.report import gallery
     from tljax.studies import pictures as studies
 
@@ -113,8 +142,3 @@ def run(config: Ideal | Explain | Features | Dream | Channel) -> dict[str, Any]:
     for name, reason in skipped.items():
         print(f"not read: {name}: {reason}")
     return {"pictures": [str(path) for path in paths], "skipped": skipped}
-
-
-def main() -> None:
-    """Run ``tljax visualize``."""
-    cli.main(Ideal | Explain | Features | Dream | Channel, run)

@@ -1,17 +1,13 @@
-"""Lists, verifies, imports and exports pretrained weights."""
+"""The command ``tljax weights``: list, verify, import and export pretrained weights."""
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import tyro
 
 from tljax.commands import cli
 from tljax.runtime.settings import Normalization
-
-if TYPE_CHECKING:
-    from tljax.pretrained import Pretrained
 
 
 @dataclass(frozen=True)
@@ -19,105 +15,101 @@ class List(cli.Output):
     """List the catalog of published weights."""
 
 
-@dataclass(frozen=True)
-class Verify(cli.Extended):
-    """Compare a port with its reference implementation (torch or keras), layer by layer."""
+@dataclass(frozen=True, kw_only=True)
+class Source(cli.Extended):
+    """Options of the weights to read.
+
+    Attributes:
+        weights: Weights to read: a catalog name, hub id, file, saved folder or run directory.
+        model: Architecture that the weights must have; by default it is read from the weights.
+    """
 
     weights: Annotated[str, tyro.conf.Positional]
-    """A catalog name, hub id, file, saved folder or run directory."""
     model: str | None = None
-    """The architecture that the weights must be; found out if not given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verify(Source):
+    """Compare a network layer by layer with its reference implementation in PyTorch or Keras.
+
+    Attributes:
+        reference: Reference weights: a folder or hub id that transformers can load, or a file that
+            Keras can; by default those that the weights were ported from.
+    """
+
     reference: str | None = None
-    """A folder or hub id that transformers can load, or a file that Keras can; by default what the
-    weights came from."""
 
 
-@dataclass(frozen=True)
-class Import(cli.Extended):
-    """Port weights once and keep them in tljax's own format, with their card."""
+@dataclass(frozen=True, kw_only=True)
+class Import(Source):
+    """Port weights to a file in tljax's own format, with their card.
 
-    weights: Annotated[str, tyro.conf.Positional]
-    """A catalog name, hub id, file or saved folder."""
+    Attributes:
+        path: File to write, .safetensors.
+        normalization: Normalization of the input that a bare weights file expects, by its name in
+            keras.applications; by default the usual one of the architecture and file format.
+    """
+
     path: Annotated[Path, tyro.conf.Positional]
-    """The .safetensors file to write."""
-    model: str | None = None
-    """The architecture that the weights must be; found out if not given."""
     normalization: Normalization | None = None
-    """What a bare file expects; by default what is usual for its architecture and format."""
 
 
-@dataclass(frozen=True)
-class Export(cli.Extended):
-    """Write a network, fine-tuned ones too, for other programs."""
+@dataclass(frozen=True, kw_only=True)
+class Export(Source):
+    """Write a network, pretrained or fine-tuned, for other programs.
 
-    weights: Annotated[str, tyro.conf.Positional]
-    """A catalog name, hub id, file, saved folder or run directory."""
+    Attributes:
+        path: File to write: .safetensors, .pth, .weights.h5, .h5 or .onnx; or the folder to write,
+            for the layouts huggingface and stablehlo.
+        layout: Format to write: the keys of torchvision, timm, huggingface, keras,
+            efficientnet_pytorch or tljax; or onnx; or stablehlo, a program that runs with JAX
+            alone.
+    """
+
     path: Annotated[Path, tyro.conf.Positional]
-    """The file to write, .safetensors, .pth, .weights.h5, .h5 or .onnx; for huggingface and
-    stablehlo a folder."""
-    model: str | None = None
-    """The architecture that the weights must be; found out if not given."""
     layout: str = "torchvision"
-    """Whose keys to use: torchvision, timm, huggingface, keras, efficientnet_pytorch or tljax; or
-    onnx, or stablehlo: a compiled-ready network that runs with JAX alone."""
 
 
-def print_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Columns as wide as what stands in them."""
-    lines = [[str(cell) for cell in row] for row in (header, *rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        print("  ".join(map(str.ljust, line, widths)).rstrip())
+Config = List | Verify | Import | Export
 
 
-def load(command: Verify | Import | Export) -> "Pretrained":
-    """The network, and on stderr what was assumed of it."""
-    from tljax.pretrained import load_pretrained
-
-    normalization = command.normalization if isinstance(command, Import) else None
-    found = load_pretrained(
-        command.weights, model=command.model, normalization=normalization, **command.modules()
-    )
-    cli.say_notes(found)
-    return found
-
-
-def run(command: List | Verify | Import | Export) -> dict[str, Any]:
-    """Does what the subcommand says."""
+def run(command: Config) -> dict[str, Any]:
+    """Run a subcommand and print its result."""
     from tljax.pretrained import CATALOG, export, save
     from tljax.pretrained.deploy import export_onnx, export_stablehlo
+    from tljax.pretrained.verify import TOLERANCE, verify
     from tljax.runtime.errors import VerificationError
+    from tljax.runtime.tables import format_table
 
     if isinstance(command, List):
-        print_table(
-            ("name", "network", "crop", "resize", "filter", "norm", "top-1", "licence", "file"),
-            [
-                (
-                    name,
-                    entry.model,
-                    entry.preprocess.size,
-                    entry.preprocess.resize,
-                    entry.preprocess.interpolation,
-                    entry.preprocess.normalization,
-                    f"{entry.top1:.2f}",
-                    entry.licence,
-                    entry.source.rpartition("/")[2]
-                    if entry.source.startswith("https:")
-                    else entry.source,
-                )
-                for name, entry in CATALOG.items()
-            ],
-        )
+        header = ("name", "network", "crop", "resize", "filter", "norm", "top-1", "license", "file")
+        rows = [
+            (
+                name,
+                entry.model,
+                entry.preprocess.size,
+                entry.preprocess.resize,
+                entry.preprocess.interpolation,
+                entry.preprocess.normalization,
+                f"{entry.top1:.2f}",
+                entry.licence,
+                entry.source.rpartition("/" if entry.source.startswith("https:") else "\n")[2],
+            )
+            for name, entry in CATALOG.items()
+        ]
+        print(format_table(header, rows, left=len(header)))
         return {"weights": {name: asdict(entry) for name, entry in CATALOG.items()}}
+    normalization = command.normalization if isinstance(command, Import) else None
+    pretrained = command.read(command.weights, model=command.model, normalization=normalization)
+    cli.print_notes(pretrained)
     if isinstance(command, Verify):
-        from tljax.pretrained.verify import TOLERANCE, verify
-
-        layers = verify(load(command), command.reference)
-        wrong = [layer for layer in layers if not layer.difference <= TOLERANCE or layer.reason]
-        for stage in dict.fromkeys(layer.layer.split("/")[0] for layer in layers):
-            worst = max(x.difference for x in layers if x.layer.split("/")[0] == stage)
-            print(f"{stage:12}{worst:.1e}")
-        if wrong:
+        layers = verify(pretrained, command.reference)
+        worst: dict[str, float] = {}
+        for layer in layers:
+            stage = layer.layer.split("/")[0]
+            worst[stage] = max(worst.get(stage, 0), layer.difference)
+        print(format_table(("", ""), [(stage, f"{worst[stage]:.1e}") for stage in worst]))
+        if wrong := [one for one in layers if not one.difference <= TOLERANCE or one.reason]:
             first = wrong[0]
             detail = f": {first.reason}" if first.reason else ""
             raise VerificationError(
@@ -126,7 +118,6 @@ def run(command: List | Verify | Import | Export) -> dict[str, Any]:
             )
         print(f"every layer agrees to {TOLERANCE:g} of its scale")
         return {"layers": {layer.layer: layer.difference for layer in layers}}
-    pretrained = load(command)
     if isinstance(command, Import):
         save(command.path, pretrained)
     elif command.layout == "stablehlo":
@@ -137,8 +128,3 @@ def run(command: List | Verify | Import | Export) -> dict[str, Any]:
         export(command.path, pretrained, command.layout)
     print(f"{pretrained.model.name} written to {command.path}")
     return {"model": pretrained.model.name, "path": str(command.path)}
-
-
-def main() -> None:
-    """Run ``tljax weights``."""
-    cli.main(List | Verify | Import | Export, run)

@@ -25,6 +25,7 @@ from tljax.data.examples import (
 from tljax.data.folders import TRAIN, VAL, suggestion
 from tljax.runtime.errors import RequestError, UnreadableImageError
 from tljax.runtime.files import sha256
+from tljax.runtime.packages import install_command
 
 _Parts = Mapping[str, Callable[[], Source]]  # opened when needed: reading the labels can be slow
 
@@ -172,9 +173,8 @@ def _tfds_parts(spec: str, name: str) -> _Parts:
         # Its type annotations are wrong, and the type checker should not need it.
         tfds: Any = import_module("tensorflow_datasets")
     except ImportError as error:
-        raise RequestError(
-            f"{spec} needs tensorflow-datasets: pip install tensorflow-datasets importlib_resources"
-        ) from error
+        advice = install_command("tensorflow-datasets")
+        raise RequestError(f"{spec} needs tensorflow-datasets: {advice}") from error
     advice = (
         f"check the name, or run `tfds build {name} --file_format=array_record --data_dir=FOLDER`"
         " where TensorFlow is installed and set TFDS_DATA_DIR=FOLDER"
@@ -228,7 +228,7 @@ def _hf_parts(spec: str, name: str) -> _Parts:
     try:
         datasets: Any = import_module("datasets")
     except ImportError as error:
-        raise RequestError(f"{spec} needs datasets: pip install datasets") from error
+        raise RequestError(f"{spec} needs datasets: {install_command('datasets')}") from error
     base, _, config = (name, "", "") if Path(name).expanduser().is_dir() else name.partition(":")
     path = Path(base).expanduser()
     if not path.is_dir() and base.startswith(("/", "./", "../", "~")):

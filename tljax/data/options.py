@@ -32,22 +32,20 @@ class AugmentConfig(Checked):
     """Options of `augment` and `mix`. Hashable, for use as a static argument of `jax.jit`.
 
     Attributes:
-        crop: crop a random box and resize it (Szegedy et al. 2014, arXiv:1409.4842) instead of
-            taking the central crop.
-        scale: lower and upper bound of the box's fraction of the image area. For training from
-            scratch, 0.08 and 1 are common.
-        ratio: lower and upper bound of the box's width divided by its height, drawn log-uniformly;
-            the bounds must enclose 1.
-        flip: mirror each image horizontally with probability 1/2.
-        randaugment_layers: number of RandAugment operations per image (Cubuk et al. 2019,
-            arXiv:1909.13719); 0 turns RandAugment off.
-        randaugment_magnitude: magnitude of each RandAugment operation, from 0 to 30 as in
-            torchvision.
-        mixup: alpha of mixup's beta distribution (Zhang et al. 2017, arXiv:1710.09412); 0 turns
-            mixup off.
-        cutmix: alpha of CutMix's beta distribution (Yun et al. 2019, arXiv:1905.04899); 0 turns
-            CutMix off. If mixup and CutMix are both on, each batch gets one of them with
-            probability 1/2.
+        crop: Crop a random box and resize it (Szegedy et al. 2014, arXiv:1409.4842), instead of the
+            central crop.
+        scale: Smallest and largest share of the area of the image that the box covers. Training
+            from scratch commonly uses 0.08 1.
+        ratio: Smallest and largest width of the box over its height, drawn log-uniformly; the range
+            must contain 1.
+        flip: Flip images from left to right with probability 1/2.
+        randaugment_layers: Number of RandAugment operations applied to an image (Cubuk et al. 2019,
+            arXiv:1909.13719); 0 applies none.
+        randaugment_magnitude: Magnitude of every RandAugment operation, from 0 to 30 on the scale
+            of torchvision.
+        mixup: Alpha of mixup (Zhang et al. 2017, arXiv:1710.09412); 0 does not mix.
+        cutmix: Alpha of CutMix (Yun et al. 2019, arXiv:1905.04899); 0 does not mix. If --mixup is
+            on too, each batch uses one of the two, with probability 1/2.
 
     Raises:
         RequestError: a value is out of its range.

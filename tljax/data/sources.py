@@ -27,6 +27,7 @@ from tljax.data.folders import (
 )
 from tljax.data.hubs import hub_has_validation, is_hub, open_hub_splits, open_labeled_hub
 from tljax.runtime.errors import RequestError
+from tljax.runtime.packages import install_command
 
 __all__ = [
     "Examples",
@@ -116,7 +117,8 @@ def _digits() -> Source:
     try:
         from sklearn.datasets import load_digits  # noqa: PLC0415 - optional and slow to import
     except ImportError as error:
-        raise RequestError("digits needs scikit-learn: pip install scikit-learn") from error
+        advice = install_command("scikit-learn")
+        raise RequestError(f"the data set digits needs scikit-learn: {advice}") from error
     images, labels = load_digits(return_X_y=True)
     gray = np.rint(images.reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
     return Source(

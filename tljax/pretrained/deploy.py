@@ -20,6 +20,7 @@ from tljax.models.convolution import backend
 from tljax.pretrained.load import Pretrained
 from tljax.runtime.errors import RequestError, VerificationError
 from tljax.runtime.files import written_whole
+from tljax.runtime.packages import install_command
 from tljax.runtime.types import Array
 
 _Network = Callable[[UInt8[Array, "batch size size 3"]], Float[jax.Array, "batch outputs"]]
@@ -95,9 +96,8 @@ def export_onnx(path: Path, pretrained: Pretrained) -> None:
         import jax2onnx  # noqa: PLC0415 # pyright: ignore[reportMissingImports] - optional
         import onnxruntime  # noqa: PLC0415 # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise RequestError(
-            f"an ONNX file needs the package {error.name}; pip install 'tljax[onnx]'"
-        ) from error
+        advice = install_command("jax2onnx")
+        raise RequestError(f"an ONNX file needs the package {error.name}: {advice}") from error
     function = _logits(pretrained)
     output = "logits" if pretrained.model.num_classes else "features"
     size = pretrained.model.preprocess.size

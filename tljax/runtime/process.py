@@ -1,4 +1,4 @@
-"""How JAX compiles in this process; it has to be settled before JAX is imported."""
+"""Configuration of JAX's compiler, which must happen before JAX is imported."""
 
 import hashlib
 import os
@@ -12,35 +12,40 @@ from pathlib import Path
 
 from tljax.runtime.errors import RequestError
 from tljax.runtime.files import cache_dir
-from tljax.runtime.settings import Dtype
+from tljax.runtime.settings import Dtype, Platform
 
-# jaxlib hands convolutions and products on a CPU to YNNPACK. With its convolutions a training step
-# takes up to twice as long as with XLA's own; its sums are good, and so are its products of
-# bfloat16, but not those of float32. Measured with 0.10.2 and 0.12.0.
+# On a CPU jaxlib computes convolutions and matrix products with YNNPACK. With its convolutions a
+# training step takes up to twice as long as with XLA's own; its reductions are fast, and so are its
+# matrix products in bfloat16, but not in float32. Measured with jaxlib 0.10.2 and 0.12.0.
 _FLAG = "xla_cpu_experimental_ynn_fusion_type"
 _LEFT_TO_IT = {"float32": "LIBRARY_FUSION_TYPE_REDUCE", "bfloat16": "-individual_convolution"}
+_PLATFORMS = {"cpu": "cpu", "gpu": "cuda,cpu", "tpu": "tpu,cpu"}
 
 
-def configure(precision: Dtype = "float32") -> None:
-    """Speed up convolutions on a CPU, and keep compiled programs on disk for the next run.
+def configure(precision: Dtype = "float32", platform: Platform | None = None) -> None:
+    """Speed up convolutions on a CPU and enable JAX's persistent compilation cache.
 
-    Every command does this; a program of its own may, before it imports JAX. What is set already
-    wins: ``JAX_COMPILATION_CACHE_DIR``, which when empty keeps nothing, and a flag for ``ynn`` in
-    ``XLA_FLAGS``. Where the folder cannot be written, nothing is kept and nothing is said.
+    Every command calls this; your own program may call it before it imports JAX. Existing settings
+    are respected: ``JAX_COMPILATION_CACHE_DIR`` (an empty value disables the cache) and any ``ynn``
+    flag in ``XLA_FLAGS``. If the cache folder cannot be written, the cache is silently disabled.
 
     Args:
-        precision: what most of the work will be computed in. All else works, too, but not as fast.
+        precision: dtype of most computations; others work too, but more slowly.
+        platform: ``cpu``, ``gpu`` (NVIDIA) or ``tpu``, which sets ``JAX_PLATFORMS``; None leaves
+            the choice to JAX.
 
     Raises:
-        RequestError: JAX has been imported, and would not notice.
+        RequestError: JAX was imported before, so the settings would have no effect.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     settings: dict[str, str] = {}
     if "_ynn_" not in flags and _is_known(_FLAG):
         settings["XLA_FLAGS"] = f"{flags} --{_FLAG}={_LEFT_TO_IT[precision]}".strip()
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        with suppress(RequestError):  # without a home, programs are compiled anew
+        with suppress(RequestError):  # without a home folder there is no cache
             settings["JAX_COMPILATION_CACHE_DIR"] = str(cache_dir() / "compiled" / _machine())
+    if platform and os.environ.get("JAX_PLATFORMS") not in (platform, _PLATFORMS[platform]):
+        settings["JAX_PLATFORMS"] = _PLATFORMS[platform]
     if settings and "jax" in sys.modules:
         raise RequestError("tljax.configure() comes before `import jax`; start Python again")
     os.environ.update(settings)
@@ -48,7 +53,7 @@ def configure(precision: Dtype = "float32") -> None:
 
 
 def _is_known(flag: str) -> bool:
-    """Look whether this jaxlib has a flag: XLA ends the process at one that it does not know."""
+    """Return True if this jaxlib has a flag; XLA aborts the process at an unknown flag."""
     spec = find_spec("jaxlib")
     for folder in (spec and spec.submodule_search_locations) or ():
         for library in Path(folder).glob("*jax_common.*"):
@@ -59,9 +64,9 @@ def _is_known(flag: str) -> bool:
 
 
 def _machine() -> str:
-    """Name its processor: code compiled for another may hold instructions that this one lacks."""
+    """Return an identifier of the processor, whose instruction set compiled programs depend on."""
     features, cpu = "", Path("/proc/cpuinfo")
-    if cpu.exists():  # it is long where there are many processors, and says the same of each
+    if cpu.exists():  # one line is enough: all cores have the same features
         with cpu.open(encoding="utf-8", errors="replace") as lines:
             features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     return hashlib.sha256(f"{platform.machine()} {features}".encode()).hexdigest()[:16]

@@ -12,6 +12,8 @@ from tljax.runtime.ranges import spelled
 
 Dtype = Literal["float32", "bfloat16"]
 
+Platform = Literal["cpu", "gpu", "tpu"]
+
 Normalization = Literal["torch", "tf", "caffe"]
 
 Conditions = tuple[tuple[str, Callable[[Any], Any], str], ...]

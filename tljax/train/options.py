@@ -98,10 +98,10 @@ class FitConfig(Checked):
         cache_views: Number of random views of each image that are cached and used one after
             another, with --augment; approximate. 0 caches none and draws a new view in every epoch.
         augment: Augment training images by random crops and flips, and by the augmentation options.
-        augmentation: Options of augmentation, see `AugmentConfig`.
-        adversary: Options of adversarial training, see `AdversaryConfig`. With an attack, the best
-            epoch is chosen by robust accuracy.
-        optimizer: Options of the optimizer, see `OptimizerConfig`.
+        augmentation: Options of data augmentation.
+        adversary: Options of adversarial training. With an attack, the best epoch is the one with
+            the highest robust accuracy.
+        optimizer: Options of the optimizer.
     """
 
     recipe: Recipe = "lp-ft"

