@@ -22,7 +22,6 @@ FLAGS = (
     "--disable-sync",
     "--disable-dev-shm-usage",
     "--no-first-run",
-    "--hide-scrollbars",
     "--remote-debugging-pipe",
 )
 

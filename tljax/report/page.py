@@ -255,7 +255,7 @@ def _classes(report: Report) -> str:
 def _mistakes(mistakes: Sequence[Mistake]) -> str:
     figures = "".join(
         f"<figure>{_photo(mistake.image, f'Image of class {mistake.label}')}"
-        f"<figcaption><bdi>{_text(mistake.name)}:</bdi> "
+        f"<figcaption><bdi>{_text(mistake.name)}</bdi> "
         f"is <b>{_text(mistake.label)}</b>, predicted <b>{_text(mistake.predicted)}</b> "
         f"({mistake.probability:.1%})</figcaption></figure>\n"
         for mistake in mistakes
@@ -301,8 +301,8 @@ def _table(title: str, header: Sequence[str], rows: Sequence[str]) -> str:
     """Return a table in a box that scrolls, with a field to filter its rows if there are many.
 
     Args:
-        title: the label of the box for screen readers.
-        header: the heading of each column.
+        title: what the rows are and their order.
+        header: the heading of each column; without one the table has no filter.
         rows: for each row, its cells in HTML; only the first `MOST_ROWS` are shown.
     """
     if not rows:
@@ -311,11 +311,11 @@ def _table(title: str, header: Sequence[str], rows: Sequence[str]) -> str:
     head = head and f"<thead><tr>{head}</tr></thead>\n"
     body = "".join(f"<tr>{cells}</tr>\n" for cells in rows[:MOST_ROWS])
     box = _box("table", title, f"<table>\n{head}<tbody>\n{body}</tbody></table>")
-    if len(rows) <= MOST_ROWS_IN_SIGHT:
+    if len(rows) <= MOST_ROWS_IN_SIGHT or not header:
         return box
-    cut = f", the first {MOST_ROWS} of them" if len(rows) > MOST_ROWS else ""
+    cut = f", {MOST_ROWS:,} shown" if len(rows) > MOST_ROWS else ""
     return (
-        f'<p class="filter">{len(rows)} rows{cut}<input type="search" hidden'
+        f'<p class="filter">{title}: {len(rows):,} rows{cut}<input type="search" hidden'
         f' placeholder="filter" aria-label="Filter the rows: {_text(title)}"></p>\n{box}'
     )
 
@@ -330,8 +330,10 @@ def _plot(figure: "matplotlib.figure.Figure", description: str) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=192, transparent=True)
     width, height = np.round(96 * figure.get_size_inches()).astype(int)
-    size = f'width="{width}" height="{height}" alt="{description}"'
-    return _box("plot", "Plot", f'<img {size} src="{_data_uri(buffer, "png")}">')
+    # On a narrow screen, a plot scrolls instead of becoming too small to read.
+    size = f'width="{width}" height="{height}" style="min-width:{0.6 * width:.0f}px"'
+    image = f'<img {size} alt="{description}" src="{_data_uri(buffer, "png")}">'
+    return _box("plot", "Plot", image)
 
 
 def _photo(pixels: UInt8[np.ndarray, "_height _width 3"], description: str) -> str:

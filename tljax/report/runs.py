@@ -77,8 +77,7 @@ def remarks(result: FitResult) -> list[str]:
         remarks.append(
             f"In the first epoch the accuracy fell from {percent(drop[0])} (probe) to"
             f" {percent(drop[1])}: its steps changed the pretrained features more than the head"
-            " could follow. The best epoch was kept. A lower --learning-rate or a longer --warmup"
-            " makes the drop smaller."
+            " could follow. A lower --learning-rate or a longer --warmup makes the drop smaller."
         )
     return remarks
 
