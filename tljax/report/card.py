@@ -97,23 +97,19 @@ def model_card(run: RunFacts) -> str:
     """
     examples = int(run.confusion.sum())
     top1 = float(np.trace(run.confusion) / examples) if examples else float("nan")
-    sections = (
-        ("", _introduction(run)),
-        ("Data", _data(run, examples)),
-        ("Training", _table(("setting", "value"), run.recipe.items())),
-        ("Results", _results(run, examples, top1)),
-        ("Calibration", _calibration(run)),
-        ("Limits", _limits(run, examples)),
-        ("Use", _use(run)),
-        ("License of the weights", _license(run)),
-        ("Environment", _table(("", "version"), run.environment.items())),
-    )
-    body = [f"# {_text(run.title)}", *(_section(*section) for section in sections)]
-    return _front_matter(run, top1) + "\n" + "\n\n".join(filter(None, body)) + "\n"
-
-
-def _section(title: str, body: str) -> str:
-    return f"## {title}\n\n{body}" if title and body else body
+    sections = {
+        "Data": _data(run, examples),
+        "Training": _table(("setting", "value"), run.recipe.items()),
+        "Results": _results(run, examples, top1),
+        "Calibration": _calibration(run),
+        "Limits": _limits(run, examples),
+        "Use": _use(run),
+        "License of the weights": _license(run),
+        "Environment": _table(("", "version"), run.environment.items()),
+    }
+    parts = [f"# {_text(run.title)}", _introduction(run)]
+    parts += [f"## {title}\n\n{body}" for title, body in sections.items() if body]
+    return _front_matter(run, top1) + "\n" + "\n\n".join(parts) + "\n"
 
 
 def _front_matter(run: RunFacts, top1: float) -> str:
@@ -204,13 +200,13 @@ def _calibration(run: RunFacts) -> str:
     calibration = run.calibration
     if calibration is None:
         return ""
-    losses = calibration.loss_before, calibration.loss_after
-    errors = calibration.before.error, calibration.after.error
     rows = (
-        (name, f"{error:.1%}", f"{loss:.3f}")
-        for name, error, loss in zip(
-            ("uncalibrated", "after temperature scaling"), errors, losses, strict=True
-        )
+        ("uncalibrated", f"{calibration.before.error:.1%}", f"{calibration.loss_before:.3f}"),
+        (
+            "after temperature scaling",
+            f"{calibration.after.error:.1%}",
+            f"{calibration.loss_after:.3f}",
+        ),
     )
     table = _table(("", "expected calibration error", "cross-entropy, nats"), rows)
     return (

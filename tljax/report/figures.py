@@ -6,7 +6,7 @@ Every function returns a Matplotlib figure without global state, for the caller 
 """
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from itertools import cycle, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,17 +118,22 @@ def _mark_phases(axes: "matplotlib.axes.Axes", phases: Sequence[tuple[float, str
         if number:
             axes.axvline(start, color="0.8", linewidth=1, zorder=0)
         # The first phase may be a single epoch, so its name ends at the line.
-        axes.annotate(
-            printable(name),
-            (phases[max(number, 1)][0], 1),
-            (3 if number else -3, 3),
-            xycoords=("data", "axes fraction"),
-            textcoords="offset points",
-            ha="left" if number else "right",
-            fontsize=9,
-            color=PALE,
-            parse_math=False,
-        )
+        side = "left" if number else "right"
+        position = phases[max(number, 1)][0], 1
+        offset = (3 if number else -3), 3
+        coordinates = "data", "axes fraction"
+        _annotate(axes, name, position, offset, xycoords=coordinates, ha=side, color=PALE)
+
+
+def _annotate(axes: "matplotlib.axes.Axes", text: str, *positions: Any, **options: Any) -> None:
+    axes.annotate(
+        printable(text),
+        *positions,
+        textcoords="offset points",
+        fontsize=9,
+        parse_math=False,
+        **options,
+    )
 
 
 def sweep_curve(
@@ -151,15 +156,8 @@ def sweep_curve(
     figure, axes = _plot(5, 3.4, "L2 sweep of the probe")
     axes.set(xscale="log", xlabel="L2 penalty", ylabel="held-out accuracy")
     axes.plot(l2, accuracy, color=BLUE, marker="o", markersize=4)
-    axes.plot(
-        l2[best],
-        accuracy[best],
-        color=VERMILION,
-        marker="D",
-        markersize=8,
-        linestyle="none",
-        label=f"chosen: {l2[best]:.2g}, {accuracy[best]:.1%}",
-    )
+    label = f"chosen: {l2[best]:.2g}, {accuracy[best]:.1%}"
+    axes.plot(l2[best], accuracy[best], "D", color=VERMILION, markersize=8, label=label)
     axes.legend(frameon=False, fontsize=10, labelcolor=INK)
     _percent(axes.yaxis)
     return figure
@@ -192,18 +190,12 @@ def robustness_curve(
     axes.set(xlabel="epsilon, in units of 1/255", ylabel="accuracy", ylim=(-0.02, 1.02))
     radii = [0, *epsilons] if epsilons[0] > 0 else list(epsilons)
     colors = (BLUE, VERMILION, "#009e73", "#cc79a7", "#e69f00", "#56b4e9", INK)
-    for number, (name, shares) in enumerate(robust.items()):
+    styles = zip(cycle(colors), cycle("osD^v<>"), strict=True)
+    for (name, shares), (color, marker) in zip(robust.items(), styles, strict=False):
         start = [(clean, 0.0)] * (len(radii) - len(shares))
         values, errors = np.array([*start, *shares], float).T
         axes.errorbar(
-            radii,
-            values,
-            errors,
-            color=colors[number % len(colors)],
-            marker="osD^v<>"[number % 7],
-            markersize=4,
-            capsize=2,
-            label=name,
+            radii, values, errors, color=color, marker=marker, markersize=4, capsize=2, label=name
         )
     axes.legend(frameon=False, fontsize=10, labelcolor=INK)
     _percent(axes.yaxis)
@@ -233,15 +225,7 @@ def accuracy_and_speed(candidates: Sequence[Candidate]) -> "matplotlib.figure.Fi
         axes.errorbar(*position, yerr=network.error, color=color, linewidth=1, capsize=2)
         area = 20 + 4 * network.parameters / 1e6
         axes.scatter(*position, area, color=color, alpha=0.6, linewidths=0)
-        axes.annotate(
-            _shorten(printable(network.name)),
-            position,
-            xytext=(6, 4),
-            textcoords="offset points",
-            fontsize=9,
-            color=INK,
-            parse_math=False,  # pyright: ignore[reportArgumentType]
-        )
+        _annotate(axes, _shorten(network.name), position, (6, 4), color=INK)
     axes.set(xscale="log", xlabel="feature extraction, images/s", ylabel="linear probe accuracy")
     for format_axis in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
         format_axis(lambda value, _: f"{value:g}")

@@ -39,22 +39,16 @@ def worst_mistakes(
     evaluation: Evaluation, source: Source, classes: Sequence[str], count: int = 16
 ) -> list[Mistake]:
     """Return the most confident wrong predictions, with images of 224 x 224 pixels."""
-    mistakes = []
-    for row in evaluation.worst(count):
-        index, label, predicted = (
-            int(column[row])
-            for column in (evaluation.indices, evaluation.labels, evaluation.predicted)
+    return [
+        Mistake(
+            decode(source.read(int(evaluation.indices[row])), Preprocess(224, 224)),
+            source.names[evaluation.indices[row]],
+            classes[evaluation.labels[row]],
+            classes[evaluation.predicted[row]],
+            float(evaluation.probability[row]),
         )
-        mistakes.append(
-            Mistake(
-                decode(source.read(index), Preprocess(224, 224)),
-                source.names[index],
-                classes[label],
-                classes[predicted],
-                float(evaluation.probability[row]),
-            )
-        )
-    return mistakes
+        for row in evaluation.worst(count)
+    ]
 
 
 def accuracies(result: FitResult) -> dict[str, Evaluation]:
@@ -129,17 +123,15 @@ def write_training_report(
     origins = {"probe": "tuned" if best_epoch(result.history) else "probe", "random": "scratch"}
     train_examples = len(splits.train) - len(result.skipped[0])
     validated = splits.val is not splits.train
-    sources = (splits.train, splits.val)[: 1 + validated]
     few = len(splits.train) + len(splits.val) <= MOST_IMAGES_COMPARED
     duplicates = None
     if validated and few:
         duplicates = find_duplicates(splits.train.examples, splits.val.examples)
+    seen = "not searched for" if duplicates is None else str(len(duplicates))
     calibration = calibrated(result.logits)
-    skipped = [
-        row
-        for source, reasons in zip(sources, result.skipped, strict=False)
-        for row in run_directory.skipped_rows(source, reasons)
-    ]
+    skipped = run_directory.skipped_rows(splits.train, result.skipped[0])
+    if validated:
+        skipped += run_directory.skipped_rows(splits.val, result.skipped[1])
     run_directory.write_csv(workdir / "skipped.csv", ("name", "reason"), skipped)
     headline = [(name, percent(measured.top1)) for name, measured in accuracies(result).items()]
     if calibration:
@@ -169,9 +161,7 @@ def write_training_report(
                 "validation images": str(result.evaluation.examples) if validated else "none",
                 "classes": str(len(card.classes)),
                 "skipped images": str(len(skipped)),
-                "validation images seen in training": "not searched for"
-                if duplicates is None
-                else str(len(duplicates)),
+                "validation images seen in training": seen,
             },
             "Network": {
                 "architecture": model.name,
