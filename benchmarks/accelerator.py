@@ -533,14 +533,14 @@ def time_training(
     variables, images = variables_of(model), images_of(count, bench.size, bench.size)
     training = frozenset(model.stage_names) if batch_norm else frozenset()
     ours = training_step(bench, name, model, variables, images, training=training)
-    theirs: dict[str, Work] = {}
+    others: dict[str, Work] = {}
     if rival:
         half = dtype == "bfloat16"
-        theirs = compared(
+        others = compared(
             bench, lambda torch: torch.training(rival, images, 1000, train=batch_norm, half=half)
         )
     title = f"{name} step, {'batch' if batch_norm else 'running'} statistics, {dtype}, {count}"
-    bench.turns(title, {"tljax": ours, **theirs}, count, bench.flops(name))
+    bench.turns(title, {"tljax": ours, **others}, count, bench.flops(name))
 
 
 def time_step(bench: Bench, *, batch_norm: bool) -> None:
@@ -572,7 +572,7 @@ def time_inference(bench: Bench) -> None:
     variables, pixels = on_device((variables_of(model), images))
     run = bench.compile(model.name, jax.jit(partial(forward, model)), variables, pixels)
 
-    def theirs(torch: Torch) -> dict[str, Work]:
+    def in_torch(torch: Torch) -> dict[str, Work]:
         torch.torch._inductor.config.freezing = True
         seen = torch.pixels(images)
 
@@ -588,7 +588,7 @@ def time_inference(bench: Bench) -> None:
 
     work = {"tljax": Work(partial(run, variables, pixels), jax.block_until_ready)}
     title = f"{model.name} inference, bfloat16, {count}"
-    bench.turns(title, {**work, **compared(bench, theirs)}, count, bench.flops(model.name))
+    bench.turns(title, {**work, **compared(bench, in_torch)}, count, bench.flops(model.name))
 
 
 def time_attack(bench: Bench) -> None:
@@ -598,7 +598,7 @@ def time_attack(bench: Bench) -> None:
     labels = labels_of(count, 1000)
     size = 2.5 * epsilon / steps
 
-    def theirs(torch: Torch, *, half: bool) -> dict[str, Work]:
+    def in_torch(torch: Torch, *, half: bool) -> dict[str, Work]:
         start, target = torch.pixels(images), torch.target(labels)
         low, high = (start - epsilon).clamp(0, 1), (start + epsilon).clamp(0, 1)
 
@@ -640,7 +640,7 @@ def time_attack(bench: Bench) -> None:
         with jax.default_matmul_precision(precision):
             run = bench.compile(f"pgd {dtype}", attacked, *args)
         ours = Work(partial(run, *args), jax.block_until_ready)
-        others = compared(bench, partial(theirs, half=dtype == "bfloat16"))
+        others = compared(bench, partial(in_torch, half=dtype == "bfloat16"))
         name = dtype if precision == "default" else precision
         title = f"{model.name} PGD-{steps}, {name}, {count}"
         bench.turns(title, {"tljax": ours, **others}, count)
@@ -951,13 +951,17 @@ def table(report: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
-        "--minutes", type=float, default=8, help="a part starts only if it fits into the rest"
+        "--minutes", type=float, default=8, help="time limit; a part starts only if it fits in"
     )
     parser.add_argument(
         "--out", type=Path, default=Path("accelerator.json"), help="the file of the report"
     )
     parser.add_argument(
-        "--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure; all"
+        "--parts",
+        nargs="+",
+        choices=PARTS,
+        default=list(PARTS),
+        help="the parts to measure; by default all",
     )
     parser.add_argument("--quick", action="store_true", help="tiny inputs, to try it on a CPU")
     parser.add_argument("--alone", action="store_true", help="do not compare with torch")

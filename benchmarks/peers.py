@@ -1,4 +1,4 @@
-"""The same networks in torch, and the timing of what is compared."""
+"""The networks of tljax in torch, and the function that times both in turns."""
 
 import os
 import statistics

@@ -1,4 +1,4 @@
-"""Python processes, for what is timed from the start of Python."""
+"""Python subprocesses, for benchmarks that include the start of Python."""
 
 import json
 import os

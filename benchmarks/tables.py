@@ -52,10 +52,10 @@ def speed() -> str:
             for name, suffix in OURS.items():
                 if name in turns:
                     ours = turns[name]["seconds"]
-                    theirs = [turns[peer]["seconds"] if peer in turns else None for peer in peers]
+                    others = [turns[peer]["seconds"] if peer in turns else None for peer in peers]
                     jax = report["environment"]["jax"]
                     work = [report["model"], question + suffix, batch(report), report["dtype"], jax]
-                    times = (seconds and ratio(seconds / ours) for seconds in theirs)
+                    times = (seconds and ratio(seconds / ours) for seconds in others)
                     cells = f"{ours:.2f}", share_of_peak(report, question, ours)
                     rows.append([*work, *cells, *(cell or "" for cell in times)])
     header = "network", "question", "batch", "dtype", "jax"
@@ -82,9 +82,9 @@ def attacks() -> str:
         for name, row in turns.items():
             library, attack = name.split(" ")
             if library != "tljax":
-                ours, theirs = turns[f"tljax {attack}"]["seconds"], row["seconds"]
+                ours, other = turns[f"tljax {attack}"]["seconds"], row["seconds"]
                 title = f"{attack.upper()}, {report['steps']} steps"
-                times = [f"{ours:.1f}", f"{theirs:.1f}", ratio(theirs / ours)]
+                times = [f"{ours:.1f}", f"{other:.1f}", ratio(other / ours)]
                 rows.append([network(report), title, batch(report), library, *times])
     header = ["network", "attack", "batch", "library", "tljax, s", "library, s", "times as fast"]
     return table(header, rows)

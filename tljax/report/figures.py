@@ -35,7 +35,7 @@ MOST_CLASSES_WITH_NAMES = 60
 LONGEST_CLASS_NAME = 24  # characters on an axis
 
 LogEntry = Mapping[str, Any]
-"""One entry of the log: ``epoch`` and what was measured in it; see `curves`."""
+"""An entry of the log: ``epoch`` and the measurements of that epoch; see `curves`."""
 
 
 def curves(history: Sequence[LogEntry], *, validated: bool = True) -> "matplotlib.figure.Figure":

@@ -58,7 +58,7 @@ def write_attack_pictures(
     Args:
         out: the folder.
         robustness: the accuracies for the curve.
-        paintings: the pictures of each attacked image; its photograph is only in the grid.
+        paintings: the pictures of each attacked image; the unattacked image is only in the grid.
 
     Returns:
         The files that were written: ``curve.png``, ``grid.png``, then one for each picture.
