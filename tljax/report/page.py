@@ -28,9 +28,9 @@ from tljax.runtime.files import written_whole
 if TYPE_CHECKING:
     import matplotlib.figure
 
-MOST_ROWS = 1_000  # of a table, so that a page about many classes stays small
+MOST_ROWS = 1_000  # per table, so that a report of many classes stays small
 MOST_ROWS_IN_SIGHT = 20  # a longer table scrolls and can be filtered
-LARGEST_PIXEL_ART = 64  # the side, in pixels, up to which an image is enlarged with hard edges
+LARGEST_PIXEL_ART = 64  # largest side, in pixels, of an image that is enlarged with hard edges
 PHOTO_SIDE = 320  # twice the width at which the page shows a photo
 
 
@@ -301,7 +301,7 @@ def _table(title: str, header: Sequence[str], rows: Sequence[str]) -> str:
     """Return a table in a box that scrolls, with a field to filter its rows if there are many.
 
     Args:
-        title: what the rows are and their order.
+        title: the contents and the order of the rows.
         header: the heading of each column; without one the table has no filter.
         rows: for each row, its cells in HTML; only the first `MOST_ROWS` are shown.
     """
@@ -314,9 +314,10 @@ def _table(title: str, header: Sequence[str], rows: Sequence[str]) -> str:
     if len(rows) <= MOST_ROWS_IN_SIGHT or not header:
         return box
     cut = f", {MOST_ROWS:,} shown" if len(rows) > MOST_ROWS else ""
+    label = _text(title)
     return (
-        f'<p class="filter">{title}: {len(rows):,} rows{cut}<input type="search" hidden'
-        f' placeholder="filter" aria-label="Filter the rows: {_text(title)}"></p>\n{box}'
+        f'<p class="filter">{label}: {len(rows):,} rows{cut}<input type="search" hidden'
+        f' placeholder="filter" aria-label="Filter the rows: {label}"></p>\n{box}'
     )
 
 

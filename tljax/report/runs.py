@@ -27,7 +27,7 @@ from tljax.train.options import FIT_CONDITIONS
 from tljax.train.setup import History
 
 MOST_IMAGES_COMPARED = 20_000
-"""Number of images up to which validation images are searched for in the training images."""
+"""Largest number of images among which duplicates of training images are searched for."""
 
 
 def percent(share: float) -> str:
@@ -42,7 +42,7 @@ def worst_mistakes(
     return [
         Mistake(
             decode(source.read(int(evaluation.indices[row])), Preprocess(224, 224)),
-            source.names[evaluation.indices[row]],
+            source.names[int(evaluation.indices[row])],
             classes[evaluation.labels[row]],
             classes[evaluation.predicted[row]],
             float(evaluation.probability[row]),
