@@ -1,19 +1,19 @@
-"""What does one GPU or TPU do with it all? One command, one JSON, within so many minutes.
+"""Measure tljax on one GPU or TPU, compared with torch, in a limited number of minutes.
 
-Needs neither an installed package nor grain, tyro, a folder of images or a network: JAX, Flax and
-optax will do, and torch and torchvision to compare with. The JSON is written as it goes:
+It needs JAX, Flax and optax, but no installed package of tljax, grain, tyro, images or network
+connection. It compares with torch and torchvision where they are installed:
 
     python benchmarks/accelerator.py --minutes 8 --out accelerator.json
 
-Every part runs in a process of its own, so that one that aborts or hangs takes nothing with it.
-Both sides take turns in one process, and a figure is the median of the turns. A later command with
-``--parts`` measures what an earlier one had no time for.
+Every part runs in a process of its own, so that a crash or a hang does not affect the others, and
+the JSON file is updated while it runs. The sides of a comparison are timed in turns, and a number
+is the median over the turns. ``--parts`` measures the parts that an earlier run skipped.
 """
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the package need not be installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tljax need not be installed
 
 import tljax
 
@@ -59,7 +59,7 @@ from tljax.train.step import init_state, make_train_step
 REFERENCES = Path(__file__).with_name("accelerator_references.npz")
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
-"""Of the logits, relative to the largest."""
+"""The largest error of a logit, relative to the largest logit."""
 
 EVERYTHING = (("*", 1.0),)
 SUFFIX = (("layer4/*", 1.0), ("head/*", 1.0), ("*", 0.0))
@@ -68,18 +68,18 @@ Call = Callable[[], Any]
 
 
 class Skip(Exception):  # noqa: N818 - not an error
-    """There is nothing here to measure this on; the message says why."""
+    """A measurement that is impossible on this machine; the message says why."""
 
 
 class Work(NamedTuple):
-    """What is timed: ``call`` starts it, ``wait`` returns when its result is there."""
+    """A function to time: ``call`` starts it, ``wait`` returns when its result is ready."""
 
     call: Call
     wait: Callable[[Any], Any]
 
 
 class Bench:
-    """The record of one part, and how all parts compile and measure."""
+    """The record of one part, with the methods that compile and measure."""
 
     def __init__(self, part: str, out: Path, *, quick: bool, compare: bool) -> None:
         self.quick, self.compare, self.out = quick, compare, out
@@ -101,33 +101,33 @@ class Bench:
 
     @property
     def network(self) -> str:
-        """The one that most parts are about."""
+        """Name the network of most parts."""
         return "resnet18" if self.quick else "resnet50"
 
     def batch(self, count: int) -> int:
-        """How many images at once, where ``count`` are meant."""
+        """Return the batch size: ``count``, or 4 with --quick."""
         return 4 if self.quick else count
 
     @property
     def size(self) -> int:
-        """Side of an image."""
+        """Return the side of the images, in pixels."""
         return 64 if self.quick else 224
 
     def save(self, **values: Any) -> None:
-        """Keeps what is known so far, for the case that nothing more will be."""
+        """Add values to the record and write it, so that it is complete up to here."""
         self.record |= values
         stats = jax.devices()[0].memory_stats() or {}
         self.record["peak_memory_bytes"] = stats.get("peak_bytes_in_use")
         write(self.out, self.record)
 
     def note(self, text: str) -> None:
-        """Says what is not measured, and why."""
+        """Record what is not measured, and why."""
         print(f"  {text}", flush=True)
         self.record["notes"].append(text[:2000])
         self.save()
 
     def compile(self, name: str, function: Any, *args: Any) -> Callable[..., Any]:
-        """The compiled program; how long that took, what it counts and takes is recorded."""
+        """Compile a program; record the seconds, the FLOPs and the memory."""
         hits, began = self.cached, time.perf_counter()
         lowered = function.lower(*args)
         traced = time.perf_counter()
@@ -137,9 +137,9 @@ class Bench:
             "compile_seconds": round(time.perf_counter() - traced, 2),
             "from_the_cache": self.cached > hits,
         }
-        with contextlib.suppress(Exception):  # not every platform knows
+        with contextlib.suppress(Exception):  # not every platform reports it
             facts["flops"] = float(lowered.cost_analysis()["flops"])
-        with contextlib.suppress(Exception):  # without what the libraries of a GPU compute
+        with contextlib.suppress(Exception):  # without the calls of GPU libraries
             facts["optimized_flops"] = float(program.cost_analysis()["flops"])
         with contextlib.suppress(Exception):
             facts["temporary_bytes"] = int(program.memory_analysis().temp_size_in_bytes)
@@ -151,13 +151,13 @@ class Bench:
     def turns(
         self, title: str, work: dict[str, Work], count: int, flops: float | None = None
     ) -> None:
-        """Times all of ``work``, turn by turn; what fails is left out, and its error recorded.
+        """Time functions in turns; a function that fails is left out and its error recorded.
 
         Args:
-            title: of the record.
-            work: what takes turns; the first is the one that the others are held against.
-            count: examples of a call.
-            flops: of a call.
+            title: the title of the record.
+            work: the functions; the others are compared with the first one.
+            count: number of examples of a call.
+            flops: FLOPs of a call.
         """
         rows: dict[str, dict[str, Any]] = {}
         calls: dict[str, int] = {}
@@ -171,7 +171,7 @@ class Bench:
                 wait(call())
                 one = time.perf_counter() - began
                 calls[name] = 1 if self.quick else int(np.clip(0.5 / one, 1, 30))
-            except Exception as error:  # noqa: BLE001 - the others can still be measured
+            except Exception as error:  # noqa: BLE001 - the others can be measured
                 rows[name] = {"error": repr(error)[:2000]}
             self.save(turns={**self.record["turns"], title: rows})
         seconds: dict[str, list[float]] = {name: [] for name in calls}
@@ -208,24 +208,24 @@ class Bench:
         self.save(turns={**self.record["turns"], title: rows})
 
     def flops(self, name: str) -> float | None:
-        """Of a program, as XLA counts them before it optimises."""
+        """Return the FLOPs of a program, as XLA counts them before optimization."""
         return self.record["programs"][name].get("flops")
 
 
 def write(path: Path, value: Any) -> None:
-    """JSON, whole or not at all."""
+    """Write JSON; the file is replaced once the new one is complete."""
     new = path.with_name(path.name + ".new")
     new.write_text(json.dumps(value, indent=1), "utf-8")
     new.replace(path)
 
 
-# Networks and what goes into them.
+# Networks and their inputs.
 
 
 def variables_of(model: Model, seed: int = 0) -> Variables:
-    """Weights and statistics that are the same on every machine, and under which logits vary.
+    """Draw weights and batch-norm statistics that are the same on every machine.
 
-    Uniform, as those numbers are made of random bits and exact arithmetic alone.
+    They are uniform because such numbers are made of random bits and exact arithmetic.
     """
     rng = np.random.default_rng(seed)
 
@@ -246,7 +246,7 @@ def variables_of(model: Model, seed: int = 0) -> Variables:
 
 
 def images_of(count: int, height: int, width: int) -> np.ndarray:
-    """``[count, height, width, 3]`` uint8."""
+    """Draw images ``[count, height, width, 3]`` in uint8."""
     return np.random.default_rng(1).integers(0, 256, (count, height, width, 3), np.uint8)
 
 
@@ -273,35 +273,35 @@ def training_step(
     training: frozenset[str] = frozenset(),
     start: str | None = None,
 ) -> Work:
-    """SGD with momentum, as everyone has it; the state goes from step to step.
+    """Compile a step of SGD with momentum; every call continues from the last state.
 
     Args:
-        bench: compiles.
-        name: of the program.
+        bench: compiles the program.
+        name: the name of the program.
         model: the network.
         variables: its variables.
         images: a batch; with ``start`` the activations that enter that stage.
-        table: what trains; see `label`.
-        training: the stages whose batch norms see the batch.
+        table: the learning rate of each pattern of parameters; see `label`.
+        training: the stages whose batch norms use the statistics of the batch.
         start: the first stage to run.
     """
     optimizer = optax.sgd(1e-6, momentum=0.9)
-    changing, staying = split(variables, label(variables["params"], table), training)
-    # Copies: a step donates its state.
-    changing = jax.tree.map(jnp.array, changing)
-    state = init_state(changing["params"], changing["batch_stats"], optimizer)
-    staying = on_device(staying)
+    trainable, frozen = split(variables, label(variables["params"], table), training)
+    # Copies, because a step donates its state.
+    trainable = jax.tree.map(jnp.array, trainable)
+    state = init_state(trainable["params"], trainable["batch_stats"], optimizer)
+    frozen = on_device(frozen)
     count = len(images)
     labels = labels_of(count, model.num_classes)
     rows = np.arange(count, dtype=np.int32)
     batch = on_device(Batch(images, labels, np.ones(count, bool), rows))
     keys = jax.random.key(0), jax.random.key(1)
     step = make_train_step(model, optimizer, start=start, batch_statistics=training)
-    program = bench.compile(name, step, state, staying, batch, keys)
+    program = bench.compile(name, step, state, frozen, batch, keys)
 
     def call() -> jax.Array:
         nonlocal state
-        state, _ = program(state, staying, batch, keys)
+        state, _ = program(state, frozen, batch, keys)
         return state.step
 
     return Work(call, jax.block_until_ready)
@@ -311,36 +311,36 @@ class Torch:
     """The same networks in torch: channels last, bfloat16 by autocast.
 
     Raises:
-        Skip: torch or torchvision is not there, or does not see the device that JAX sees.
+        Skip: if torch or torchvision is not installed, or torch has no GPU.
     """
 
     def __init__(self, bench: Bench) -> None:
         if not bench.compare:
-            raise Skip("ours alone: torch is left out")
+            raise Skip("without torch: --alone")
         if "GPU" not in jax.devices()[0].platform.upper() and not bench.quick:
-            raise Skip("ours alone: torch is compared with on a GPU only")
+            raise Skip("without torch: it is compared on a GPU only")
         try:
             self.torch = torch = import_module("torch")
             self.models = import_module("torchvision.models")
         except Exception as error:
-            raise Skip(f"ours alone: {error!r}") from error
+            raise Skip(f"without torch: {error!r}") from error
         on_gpu = torch.cuda.is_available()
         if not on_gpu and not bench.quick:
-            raise Skip("ours alone: torch sees no GPU")
+            raise Skip("without torch: it finds no GPU")
         self.bench, self.device = bench, "cuda" if on_gpu else "cpu"
-        torch.backends.cudnn.allow_tf32 = True  # its default for convolutions, not for products
+        torch.backends.cudnn.allow_tf32 = True  # the default for convolutions, not for products
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
 
     def wait(self, _: Any = None) -> None:
-        """Until the GPU is done; how much memory torch took is recorded."""
+        """Wait until the GPU is done, and record the peak memory of torch."""
         if self.device == "cuda":
             self.torch.cuda.synchronize()
             peak = self.torch.cuda.max_memory_allocated()
             self.bench.record["torch_peak_memory_bytes"] = peak
 
     def network(self, name: str, classes: int = 1000) -> Any:
-        """Pixels uint8, or in [0, 1], ``[n, 3, height, width]``, to logits."""
+        """Build a network of pixels ``[n, 3, height, width]``, uint8 or in [0, 1]."""
         torch = self.torch
         normal = Preprocess()
         build = getattr(self.models, name, None)
@@ -363,24 +363,24 @@ class Torch:
         return Normalized().to(self.device, memory_format=torch.channels_last)
 
     def pixels(self, images: np.ndarray) -> Any:
-        """``[n, height, width, 3]`` as torch takes them, where it computes."""
+        """Convert images ``[n, height, width, 3]`` to the layout and device of torch."""
         tensor = self.torch.from_numpy(images).permute(0, 3, 1, 2)
         return tensor.to(self.device, memory_format=self.torch.channels_last)
 
     def target(self, labels: np.ndarray) -> Any:
-        """Likewise ``[n]`` classes."""
+        """Convert labels ``[n]``."""
         return self.torch.from_numpy(labels.astype(np.int64)).to(self.device)
 
     def autocast(self, *, enabled: bool = True) -> Any:
-        """Convolutions and products in bfloat16."""
+        """Return the context in which convolutions and products are in bfloat16."""
         return self.torch.autocast(self.device, dtype=self.torch.bfloat16, enabled=enabled)
 
     def compiled(self, network: Any) -> Any:
-        """By its compiler; where all is tiny by the half that takes seconds, not minutes."""
+        """Compile a network; with --quick by a backend that takes seconds instead of minutes."""
         return self.torch.compile(network, backend="aot_eager" if self.bench.quick else "inductor")
 
     def training(self, name: str, images: np.ndarray, classes: int, *, train: bool, half: bool):
-        """A step that trains everything, eager and compiled."""
+        """Return steps that train all parameters, eager and compiled."""
         torch = self.torch
         pixels, target = self.pixels(images), self.target(labels_of(len(images), classes))
 
@@ -404,13 +404,13 @@ class Torch:
 
 
 def compared(bench: Bench, build: Callable[[Torch], dict[str, Work]]) -> dict[str, Work]:
-    """What ``build`` makes in torch; without it, nothing and a note."""
+    """Return the functions that ``build`` makes in torch; none, and a note, without torch."""
     try:
         return build(Torch(bench))
     except Skip as why:
         bench.note(str(why))
-    except Exception as error:  # noqa: BLE001 - ours can still be measured
-        bench.note(f"ours alone: {error!r}")
+    except Exception as error:  # noqa: BLE001 - tljax can be measured
+        bench.note(f"without torch: {error!r}")
     return {}
 
 
@@ -418,7 +418,7 @@ def compared(bench: Bench, build: Callable[[Torch], dict[str, Work]]) -> dict[st
 
 
 def measure_device(bench: Bench) -> None:
-    """What it is, and what it reaches in one large product."""
+    """Record the device, the versions, and the FLOP rate of a large matrix product."""
     names = ("jax", "jaxlib", "optax", "numpy", "torch", "torchvision", "timm", "grain")
     versions: dict[str, str | None] = {
         "python": platform.python_version(),
@@ -442,7 +442,7 @@ def measure_device(bench: Bench) -> None:
         ("tensorfloat32", "float32", "tensorfloat32"),
         ("float32", "float32", "highest"),
     ):
-        # Random numbers: zeros would draw less power, and be faster.
+        # Random numbers, because zeros draw less power and are faster.
         key = jax.random.key(0)
         a, b = (jax.random.normal(k, (side, side)).astype(dtype) for k in jax.random.split(key))
         with jax.default_matmul_precision(precision):
@@ -462,25 +462,25 @@ REFERENCE_CLASSES = 100
 
 
 def write_references() -> None:
-    """Logits in float64, on a CPU and by XLA's own convolutions: none of our fast paths."""
+    """Write logits computed in float64 on a CPU, by the convolutions of XLA."""
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_x64", val=True)
-    found: dict[str, np.ndarray] = {}
+    references: dict[str, np.ndarray] = {}
     for name, height, width in REFERENCE_CASES:
         model = replace(build_model(name, REFERENCE_CLASSES), dtype="float64")
         variables = variables_of(model)
-        found[f"{name} digest"] = np.array(tree_digest(variables))
+        references[f"{name} digest"] = np.array(tree_digest(variables))
         variables = jax.tree.map(lambda x: x.astype(np.float64), variables)
         images = images_of(2, height, width) / 255
         with backend("xla"):
             logits = jax.jit(partial(forward, model))(variables, images)
-        found[f"{name} {height}x{width}"] = np.asarray(logits)
-    np.savez_compressed(REFERENCES, **found)  # pyright: ignore[reportArgumentType]
+        references[f"{name} {height}x{width}"] = np.asarray(logits)
+    np.savez_compressed(REFERENCES, **references)  # pyright: ignore[reportArgumentType]
     print(f"{REFERENCES.name}: {REFERENCES.stat().st_size} bytes")
 
 
 def check_logits(bench: Bench) -> None:
-    """Of two networks at two sizes, beside those that a CPU computed in float64."""
+    """Compare the logits of two networks at two sizes with the references."""
     references = np.load(REFERENCES)
     rows: dict[str, Any] = {}
     for name, height, width in REFERENCE_CASES:
@@ -489,7 +489,9 @@ def check_logits(bench: Bench) -> None:
         model = build_model(name, REFERENCE_CLASSES)
         variables = variables_of(model)
         if tree_digest(variables) != references[f"{name} digest"]:
-            raise ValueError("this NumPy draws other weights than the references were made of")
+            raise ValueError(
+                "this NumPy draws other weights than the references have: run --write-references"
+            )
         expected = references[f"{name} {height}x{width}"]
         variables, images = on_device((variables, images_of(2, height, width)))
         for dtype, precision in (
@@ -499,12 +501,12 @@ def check_logits(bench: Bench) -> None:
         ):
             if (dtype, precision, height) == ("float32", "default", 97):
                 continue
-            of_dtype = replace(model, dtype=dtype)
+            cast = replace(model, dtype=dtype)
             title = f"{name} {height}x{width} {dtype} {precision}"
             with jax.default_matmul_precision(precision):
-                run = bench.compile(title, jax.jit(partial(forward, of_dtype)), variables, images)
+                run = bench.compile(title, jax.jit(partial(forward, cast)), variables, images)
             logits = np.asarray(run(variables, images), np.float64)
-            # JSON has no NaN: a logit that is none is an error of a whole.
+            # JSON has no NaN, so a logit that is NaN counts as an error of 1.
             error = float(np.nan_to_num(np.abs(logits - expected), nan=np.inf).max())
             error = min(error / float(np.abs(expected).max()), 1.0)
             strict = precision == "highest" or dtype == "bfloat16"
@@ -526,29 +528,29 @@ def time_training(
     dtype: str = "bfloat16",
     rival: str | None = None,
 ) -> None:
-    """A step that trains everything, on running statistics or on those of the batch."""
+    """Time a step that trains all parameters, with running or batch statistics."""
     model = replace(build_model(name), dtype=dtype)
     variables, images = variables_of(model), images_of(count, bench.size, bench.size)
     training = frozenset(model.stage_names) if batch_norm else frozenset()
     ours = training_step(bench, name, model, variables, images, training=training)
-    theirs: dict[str, Work] = {}
+    others: dict[str, Work] = {}
     if rival:
         half = dtype == "bfloat16"
-        theirs = compared(
+        others = compared(
             bench, lambda torch: torch.training(rival, images, 1000, train=batch_norm, half=half)
         )
     title = f"{name} step, {'batch' if batch_norm else 'running'} statistics, {dtype}, {count}"
-    bench.turns(title, {"tljax": ours, **theirs}, count, bench.flops(name))
+    bench.turns(title, {"tljax": ours, **others}, count, bench.flops(name))
 
 
 def time_step(bench: Bench, *, batch_norm: bool) -> None:
-    """Everything trains, beside torch."""
+    """Time a step that trains all parameters, compared with torch."""
     name = bench.network
     time_training(bench, name, bench.batch(256), batch_norm=batch_norm, rival=name)
 
 
 def time_suffix(bench: Bench) -> None:
-    """The last stage and the head train, on cached activations and without."""
+    """Time a step of the last stage and the head, with and without cached activations."""
     model = replace(build_model(bench.network), dtype="bfloat16")
     variables, count = variables_of(model), bench.batch(256)
     images = images_of(count, bench.size, bench.size)
@@ -564,13 +566,13 @@ def time_suffix(bench: Bench) -> None:
 
 
 def time_inference(bench: Bench) -> None:
-    """Images to logits, beside torch with weights in bfloat16, folded by its compiler."""
+    """Time inference, compared with torch and with the weights folded by its compiler."""
     model, count = replace(build_model(bench.network), dtype="bfloat16"), bench.batch(256)
     images = images_of(count, bench.size, bench.size)
     variables, pixels = on_device((variables_of(model), images))
     run = bench.compile(model.name, jax.jit(partial(forward, model)), variables, pixels)
 
-    def theirs(torch: Torch) -> dict[str, Work]:
+    def in_torch(torch: Torch) -> dict[str, Work]:
         torch.torch._inductor.config.freezing = True
         seen = torch.pixels(images)
 
@@ -586,17 +588,17 @@ def time_inference(bench: Bench) -> None:
 
     work = {"tljax": Work(partial(run, variables, pixels), jax.block_until_ready)}
     title = f"{model.name} inference, bfloat16, {count}"
-    bench.turns(title, {**work, **compared(bench, theirs)}, count, bench.flops(model.name))
+    bench.turns(title, {**work, **compared(bench, in_torch)}, count, bench.flops(model.name))
 
 
 def time_attack(bench: Bench) -> None:
-    """Ten steps of PGD, beside the same loop in torch, whose parameters ask for no gradient."""
+    """Time ten steps of PGD, compared with the same loop in torch."""
     count, steps, epsilon = bench.batch(64), 2 if bench.quick else 10, 4 / 255
     images = images_of(count, bench.size, bench.size).astype(np.float32) / 255
     labels = labels_of(count, 1000)
     size = 2.5 * epsilon / steps
 
-    def theirs(torch: Torch, *, half: bool) -> dict[str, Work]:
+    def in_torch(torch: Torch, *, half: bool) -> dict[str, Work]:
         start, target = torch.pixels(images), torch.target(labels)
         low, high = (start - epsilon).clamp(0, 1), (start + epsilon).clamp(0, 1)
 
@@ -638,14 +640,14 @@ def time_attack(bench: Bench) -> None:
         with jax.default_matmul_precision(precision):
             run = bench.compile(f"pgd {dtype}", attacked, *args)
         ours = Work(partial(run, *args), jax.block_until_ready)
-        others = compared(bench, partial(theirs, half=dtype == "bfloat16"))
+        others = compared(bench, partial(in_torch, half=dtype == "bfloat16"))
         name = dtype if precision == "default" else precision
         title = f"{model.name} PGD-{steps}, {name}, {count}"
         bench.turns(title, {"tljax": ours, **others}, count)
 
 
 def time_augmentation(bench: Bench) -> None:
-    """On the device, from uint8."""
+    """Time the augmentation of uint8 images on the device."""
     count, size = bench.batch(256), bench.size
     images = on_device(images_of(count, size * 8 // 7, size * 8 // 7))
     rows, key = jnp.arange(count, dtype=jnp.int32), epoch_key(0, 0)
@@ -660,7 +662,7 @@ def time_augmentation(bench: Bench) -> None:
 
 
 def time_input(bench: Bench) -> None:
-    """JPEGs of 500 x 375 pixels to squares: one thread, all cores, and the loader."""
+    """Time the decoding of JPEGs of 500 x 375 pixels: one thread, all cores, and the loader."""
     from PIL import Image
 
     decode = import_module("tljax.data.decode").decode
@@ -707,7 +709,7 @@ def time_input(bench: Bench) -> None:
 
 
 def time_precisions(bench: Bench) -> None:
-    """A step in float32, in whole and with products of tensorfloat32."""
+    """Time a step in float32, with full precision and with tensorfloat32."""
     model, count = build_model(bench.network), bench.batch(128)
     variables, images = variables_of(model), images_of(count, bench.size, bench.size)
     work = {}
@@ -719,18 +721,18 @@ def time_precisions(bench: Bench) -> None:
 
 
 def time_small(bench: Bench) -> None:
-    """ResNet-18, beside torch."""
+    """Time ResNet-18, compared with torch."""
     time_training(bench, "resnet18", bench.batch(256), rival="resnet18")
 
 
 def time_depthwise(bench: Bench) -> None:
-    """EfficientNet-Lite0, beside timm's."""
+    """Time EfficientNet-Lite0, compared with timm."""
     rival = "tf_efficientnet_lite0"
     time_training(bench, "efficientnet_lite0", bench.batch(256), rival=rival)
 
 
 def time_probe(bench: Bench) -> None:
-    """All values of L2 of a linear probe, compiled before."""
+    """Time the L2 sweep of a linear probe, after compilation."""
     n, d, classes = (200, 32, 5) if bench.quick else (10_000, 2048, 100)
     rng = np.random.default_rng(0)
     labels = labels_of(n, classes)
@@ -755,7 +757,7 @@ def time_probe(bench: Bench) -> None:
 
 
 class Part(NamedTuple):
-    """What is measured, and the seconds that it takes a GPU at the first time."""
+    """The function that measures a part, and the seconds that it takes on a GPU."""
 
     run: Callable[[Bench], None]
     seconds: int
@@ -778,7 +780,7 @@ PARTS = {
 }
 
 
-# One process for each part, and one that watches over them.
+# One process per part, and one that supervises them.
 
 
 def run_part(name: str, out: Path, *, quick: bool, compare: bool) -> None:
@@ -786,12 +788,12 @@ def run_part(name: str, out: Path, *, quick: bool, compare: bool) -> None:
     try:
         PARTS[name].run(bench)
         bench.save(status="done")
-    except Exception as error:  # noqa: BLE001 - whatever it is, the record says so
+    except Exception as error:  # noqa: BLE001 - the record states any error
         bench.save(status="failed", error=repr(error)[:2000])
 
 
 def nvidia_smi(*fields: str) -> dict[str, str] | None:
-    """What the driver says of the first GPU; None without one."""
+    """Query the driver about the first GPU; None without one."""
     command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
     try:
         run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
@@ -801,8 +803,8 @@ def nvidia_smi(*fields: str) -> dict[str, str] | None:
     return dict(zip(fields, map(str.strip, values), strict=True))
 
 
-class Watch:
-    """Runs the parts, holds them to their time, and keeps the JSON up to date."""
+class Supervisor:
+    """Runs the parts, stops those that take too long, and keeps the JSON file up to date."""
 
     def __init__(self, out: Path, *, minutes: float, quick: bool, compare: bool) -> None:
         self.out, self.quick = out, quick
@@ -818,45 +820,45 @@ class Watch:
         }
 
     @property
-    def left(self) -> float:
-        """Seconds until the end."""
+    def remaining(self) -> float:
+        """Return the remaining seconds."""
         return self.end - time.monotonic()
 
     def save(self) -> None:
-        """Writes what is known so far."""
+        """Write the report so far."""
         self.report["seconds"] = round(time.monotonic() - self.began, 1)
         write(self.out, self.report)
 
     def run(self, name: str) -> None:
-        """One part; again without torch, if it died with it."""
+        """Run one part, and again without torch if its process died."""
         estimate = 5 if self.quick else PARTS[name].seconds
-        if estimate > self.left:
-            why = f"takes about {estimate} s, and {self.left:.0f} s are left"
-            print(f"{name}: skipped: {why}", flush=True)
-            self.report["parts"][name] = {"status": "skipped", "error": why}
+        if estimate > self.remaining:
+            reason = f"takes about {estimate} s, and {self.remaining:.0f} s are left"
+            print(f"{name}: skipped: {reason}", flush=True)
+            self.report["parts"][name] = {"status": "skipped", "error": reason}
             self.save()
             return
-        print(f"{name}: about {estimate} s, of {self.left:.0f} s that are left", flush=True)
+        print(f"{name}: about {estimate} s of the remaining {self.remaining:.0f} s", flush=True)
         record = self._child(name, 3 * estimate if not self.quick else 120, ())
-        if record["status"] == "died" and self.left > estimate / 2:
-            print(f"{name}: {record['error'][-500:]}; again, without torch", flush=True)
+        if record["status"] == "died" and self.remaining > estimate / 2:
+            print(f"{name}: {record['error'][-500:]}: running again without torch", flush=True)
             again = self._child(name, 2 * estimate, ("--alone",))
             self.report["parts"][name] = {**again, "with_torch": record}
         self.save()
 
-    def _child(self, name: str, limit: float, more: tuple[str, ...]) -> dict[str, Any]:
+    def _child(self, name: str, limit: float, options: tuple[str, ...]) -> dict[str, Any]:
         began = time.monotonic()
         end = min(began + limit, self.end)
         samples: list[dict[str, str]] = []
         record: dict[str, Any] = {}
         with tempfile.TemporaryDirectory() as folder:
             out, log = Path(folder, "part.json"), Path(folder, "stderr")
-            command = [sys.executable, __file__, "--part", name, "--out", str(out), *more]
+            command = [sys.executable, __file__, "--part", name, "--out", str(out), *options]
             command += self.options
-            # Torch lives beside it: neither may take all memory at once.
+            # JAX and torch share the GPU, so JAX must not reserve its memory.
             settings = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 
-            def known() -> dict[str, Any]:
+            def read() -> dict[str, Any]:
                 text = out.read_text("utf-8") if out.exists() else "{}"
                 return {"status": "running", **json.loads(text)}
 
@@ -869,21 +871,21 @@ class Watch:
                     while process.poll() is None and not late:
                         with contextlib.suppress(subprocess.TimeoutExpired):
                             process.wait(0.2 if self.quick else 2)
-                        self.report["parts"][name] = known()
+                        self.report["parts"][name] = read()
                         self.save()
                         late = time.monotonic() > end
                         if sample := nvidia_smi("clocks.sm", "power.draw", "temperature.gpu"):
                             samples.append(sample)
-                finally:  # and whatever it started, such as torch's compilers
+                finally:  # also ends its children, such as the compilers of torch
                     with contextlib.suppress(ProcessLookupError):
                         os.killpg(process.pid, signal.SIGKILL)
                     process.wait()
-            record = known()
-            said = log.read_text("utf-8", errors="replace").strip()
+            record = read()
+            message = log.read_text("utf-8", errors="replace").strip()
         if record["status"] == "running":
             record["status"] = "out of time" if late else "died"
-            why = f"stopped after {limit:.0f} s" if late else f"exit status {process.returncode}"
-            record["error"] = f"{why}: {said[-2000:]}"
+            end = f"stopped after {limit:.0f} s" if late else f"exit status {process.returncode}"
+            record["error"] = f"{end}: {message[-2000:]}"
         record["seconds"] = round(time.monotonic() - began, 1)
         record["clocks"] = medians(samples)
         self.report["parts"][name] = record
@@ -891,7 +893,7 @@ class Watch:
         return record
 
     def finish(self) -> None:
-        """The share of the measured peak that every figure is; and the table."""
+        """Add the share of the measured peak to every rate, and print the table."""
         parts = self.report["parts"]
         products = parts.get("device", {}).get("turns", {}).get("product in bfloat16", {})
         peak = products.get("tljax", {}).get("teraflops_per_second")
@@ -904,17 +906,17 @@ class Watch:
 
 
 def medians(samples: list[dict[str, str]]) -> dict[str, Any]:
-    """Median and largest of each field that is a number."""
-    found: dict[str, Any] = {}
+    """Return the median and maximum of each numeric field."""
+    results: dict[str, Any] = {}
     for field in samples[0] if samples else ():
         with contextlib.suppress(ValueError):
             values = [float(sample[field]) for sample in samples]
-            found[field] = {"median": statistics.median(values), "max": max(values)}
-    return found
+            results[field] = {"median": statistics.median(values), "max": max(values)}
+    return results
 
 
 def table(report: dict[str, Any]) -> str:
-    """All figures of a report, a line each."""
+    """Format the numbers of a report, one per line."""
     parts = report["parts"]
     device = next((p["device"] for p in parts.values() if "device" in p), "no device")
     lines = [f"{device}, {report['seconds']:.0f} s"]
@@ -930,11 +932,11 @@ def table(report: dict[str, Any]) -> str:
             lines.append(f"    {title:44} {row['error']:.1e} {passed}")
         for title, rows in part.get("turns", {}).items():
             lines.append(f"  {title}")
-            for who, row in rows.items():
+            for side, row in rows.items():
                 if "seconds" not in row:
-                    lines.append(f"    {who:14} {row.get('error', 'not finished')[:120]}")
+                    lines.append(f"    {side:14} {row.get('error', 'not finished')[:120]}")
                     continue
-                line = f"    {who:14} {1e3 * row['seconds']:9.2f} ms"
+                line = f"    {side:14} {1e3 * row['seconds']:9.2f} ms"
                 line += f" {row['examples_per_second']:10.0f} /s"
                 if (rate := row.get("teraflops_per_second")) is not None:
                     line += f" {rate:7.1f} TFLOP/s"
@@ -948,23 +950,37 @@ def table(report: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--minutes", type=float, default=8, help="a part begins only if it fits")
-    parser.add_argument("--out", type=Path, default=Path("accelerator.json"))
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--quick", action="store_true", help="all of it tiny, to try it on a CPU")
-    parser.add_argument("--alone", action="store_true", help="without torch")
-    parser.add_argument("--part", choices=PARTS, help="one part, in this process")
-    parser.add_argument("--write-references", action="store_true", help="made on a CPU")
+    parser.add_argument(
+        "--minutes", type=float, default=8, help="time limit; a part starts only if it fits in"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("accelerator.json"), help="the file of the report"
+    )
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        choices=PARTS,
+        default=list(PARTS),
+        help="the parts to measure; by default all",
+    )
+    parser.add_argument("--quick", action="store_true", help="tiny inputs, to try it on a CPU")
+    parser.add_argument("--alone", action="store_true", help="do not compare with torch")
+    parser.add_argument("--part", choices=PARTS, help="measure one part in this process")
+    parser.add_argument(
+        "--write-references", action="store_true", help="write the reference logits, on a CPU"
+    )
     args = parser.parse_args()
     if args.write_references:
         write_references()
     elif args.part:
         run_part(args.part, args.out, quick=args.quick, compare=not args.alone)
     else:
-        watch = Watch(args.out, minutes=args.minutes, quick=args.quick, compare=not args.alone)
+        supervisor = Supervisor(
+            args.out, minutes=args.minutes, quick=args.quick, compare=not args.alone
+        )
         for name in args.parts:
-            watch.run(name)
-        watch.finish()
+            supervisor.run(name)
+        supervisor.finish()
 
 
 if __name__ == "__main__":

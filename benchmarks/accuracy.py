@@ -1,8 +1,9 @@
-"""What are the frozen features of a network worth on a folder of images? JSON on stdout.
+"""Measure the accuracy of linear probes on the frozen features of networks; print JSON.
 
-A linear probe whose L2 value is chosen on held-out parts of the training images, then measured on
-the validation part; with ``--sklearn``, scikit-learn's LogisticRegression at the best of the same
-sweep *on the validation part* beside it: a yardstick that has seen the answers.
+The L2 penalty of a probe is chosen on held-out parts of the training images, its accuracy measured
+on the validation images. With ``--sklearn`` the best accuracy of scikit-learn's LogisticRegression
+over the same penalties is reported too. That one is chosen on the validation images: it is an
+optimistic reference.
 
     python benchmarks/accuracy.py FOLDER [FOLDER ...] --weights NAME [NAME ...]
 """
@@ -29,21 +30,21 @@ from tljax.train.run_directory import environment
 
 @dataclass(frozen=True)
 class Config:
-    """Probe accuracies of networks on folders of images."""
+    """Accuracies of linear probes of networks on folders of images."""
 
     data: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """Folders of class folders, or digits."""
+    """Folders with one subfolder per class, or digits."""
     weights: tuple[str, ...] = ("efficientnet_lite0.in1k",)
-    """As for tljax train."""
+    """Pretrained weights, as in tljax train."""
     protocol: bool = False
-    """Short side 224 px, bicubic, centre crop (the linear-probe protocol of SimCLR and BYOL)
-    instead of the preprocessing that the weights expect."""
+    """Resize the short side to 224 pixels (bicubic) and crop the center, which is the linear-probe
+    protocol of SimCLR and BYOL, instead of the preprocessing that the weights expect."""
     sklearn: bool = False
-    """Also fit scikit-learn's LogisticRegression at every L2 value."""
+    """Also fit scikit-learn's LogisticRegression, at every fourth L2 penalty."""
 
 
 def measure(pretrained: Pretrained, splits: Splits, *, sklearn: bool) -> dict[str, object]:
-    """The accuracies of one network on one data set."""
+    """Return the accuracies of one network on one data set."""
     began = time.perf_counter()
     train, val = (
         compute_features(
@@ -79,7 +80,7 @@ def _sklearn(train: Outputs, val: Outputs) -> float:
 
 
 def main() -> None:
-    """Prints one JSON object."""
+    """Run the benchmark and print its report as JSON."""
     config = tyro.cli(Config)
     results = {}
     for weights in config.weights:

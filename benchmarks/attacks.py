@@ -1,7 +1,8 @@
-"""How fast are PGD and APGD beside foolbox's and torchattacks', on the same network and images?
+"""Compare the speed of PGD and APGD with foolbox and torchattacks; print JSON.
 
-Prints one JSON object. Steps, radius, step size and batch are the same, and so is the start: the
-image, for PGD. In torch the parameters ask for no gradient, or it would compute those too.
+All attack the same network and images with the same number of steps, epsilon and step size. PGD
+starts at the image. The gradients of torch's parameters are switched off, so that torch does not
+compute them.
 
     python benchmarks/attacks.py --weights efficientnet_lite0.in1k
 """
@@ -32,20 +33,20 @@ from tljax.studies.robustness import logits_fn
 
 @dataclass(frozen=True)
 class Config:
-    """Images a second of PGD and APGD, and the ratio to other libraries."""
+    """Speed of PGD and APGD, and its ratio to other libraries."""
 
     weights: str = "efficientnet_lite0.in1k"
-    """As for tljax train."""
+    """Pretrained weights, as in tljax train."""
     image_size: int | None = None
-    """As for tljax train."""
+    """Side of the square images, in pixels; by default what the weights expect."""
     batch_size: int = 8
-    """Images at once."""
+    """Images per batch."""
     steps: int = 40
-    """Gradients of each attack."""
+    """Number of gradient steps per attack."""
     epsilon: float = 4 / 255
-    """Radius in Linf."""
+    """Radius of the Linf ball, for pixels in [0, 1]."""
     rounds: int = 3
-    """Timed turns of each."""
+    """Number of timed rounds."""
 
 
 def main() -> None:
@@ -57,32 +58,32 @@ def main() -> None:
     network = TorchNetwork(pretrained)
     pixels = torch_pixels(images)
     forward = logits_fn(pretrained)
-    # What the network sees, so that the attack has its way to go.
+    # The predictions as labels, so that every attack starts at a correct image.
     labels = np.asarray(jax.jit(forward)(images)).argmax(1)
     target = torch.tensor(labels).to(device())
     agree = float(np.mean(network(pixels).argmax(1).cpu().numpy() == labels))
 
     epsilon, steps, key = config.epsilon, config.steps, jax.random.key(0)
     step_size = 2.5 * epsilon / steps
-    theirs = PyTorchModel(network, bounds=(0, 1), device=device())
+    foolbox_model = PyTorchModel(network, bounds=(0, 1), device=device())
     fool = foolbox.attacks.LinfPGD(abs_stepsize=step_size, steps=steps, random_start=False)
     torch_pgd = torchattacks.PGD(network, epsilon, step_size, steps, random_start=False)
     torch_apgd = torchattacks.APGD(network, "Linf", epsilon, steps)
-    found: dict[str, Any] = {}
+    adversarial: dict[str, np.ndarray] = {}
 
-    def in_jax(name: str, **how: Any) -> Callable[[], None]:
+    def in_jax(name: str, **options: Any) -> Callable[[], None]:
         attack = {"pgd": pgd, "apgd": apgd}[name]
 
         def run() -> None:
-            found[name] = np.asarray(
-                attack(forward, images, labels, key, epsilon=epsilon, num_steps=steps, **how)
+            adversarial[name] = np.asarray(
+                attack(forward, images, labels, key, epsilon=epsilon, num_steps=steps, **options)
             )
 
         return run
 
     def in_torch(name: str, attack: Callable[[], torch.Tensor]) -> Callable[[], None]:
         def run() -> None:
-            found[name] = attack().detach().permute(0, 2, 3, 1).cpu().numpy()
+            adversarial[name] = attack().detach().permute(0, 2, 3, 1).cpu().numpy()
             finish()
 
         return run
@@ -91,7 +92,7 @@ def main() -> None:
         {
             "tljax pgd": in_jax("pgd", step_size=step_size, random_start=False),
             "foolbox pgd": in_torch(
-                "foolbox", lambda: fool(theirs, pixels, target, epsilons=epsilon)[1]
+                "foolbox", lambda: fool(foolbox_model, pixels, target, epsilons=epsilon)[1]
             ),
             "torchattacks pgd": in_torch("torchattacks", lambda: torch_pgd(pixels, target)),
             "tljax apgd": in_jax("apgd"),
@@ -111,7 +112,7 @@ def main() -> None:
         "steps": steps,
         "clean_predictions_that_agree": agree,
         "mean_difference_of_pgd_images_in_epsilons": {
-            name: float(np.abs(found["pgd"] - found[name]).mean()) / epsilon
+            name: float(np.abs(adversarial["pgd"] - adversarial[name]).mean()) / epsilon
             for name in ("foolbox", "torchattacks")
         },
         "attacks": seconds,

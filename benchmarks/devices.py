@@ -1,7 +1,7 @@
-"""How much faster is a training step on more devices, and beside jax.pmap?
+"""Measure how a training step scales over devices, compared with jax.pmap; print JSON.
 
-Prints one JSON object, with the seconds of a step on the same batch, divided over 1, 2, 4 and 8
-devices. On a CPU these are simulated and share its cores: there it shows what the division costs.
+The same batch is divided over 1, 2, 4 and 8 devices. On a CPU the devices are simulated and share
+its cores, so the numbers show the overhead of the division.
 
     python benchmarks/devices.py --weights microsoft/resnet-18 --batch-size 32
 """
@@ -29,24 +29,24 @@ from tljax.pretrained import Pretrained, load_pretrained
 
 @dataclass(frozen=True)
 class Config:
-    """Seconds of a step that trains everything on running batch-norm statistics."""
+    """Seconds of a step that trains all parameters, with running batch-norm statistics."""
 
     weights: str = "efficientnet_lite0.in1k"
-    """As for tljax train."""
+    """Pretrained weights, as in tljax train."""
     image_size: int | None = None
-    """As for tljax train."""
+    """Side of the square images, in pixels; by default what the weights expect."""
     batch_size: int = 32
-    """Images of a step, over all devices together."""
+    """Images per step, over all devices together."""
     counts: tuple[int, ...] = (1, 2, 4, 8)
-    """Numbers of devices."""
+    """Numbers of devices to measure; those beyond the existing devices are left out."""
     rounds: int = 5
-    """Timed turns of each."""
+    """Number of timed rounds."""
 
 
 def pmapped_step(
     network: Pretrained, images: np.ndarray, labels: np.ndarray, devices: int
 ) -> Callable[[], Any]:
-    """The same as people wrote it: one replica on each device, and gradients averaged by name."""
+    """Return the same step with jax.pmap: a replica per device, gradients averaged with pmean."""
     model, optimizer = network.model, optax.sgd(1e-6, momentum=0.9)
     statistics = network.variables["batch_stats"]
 
@@ -84,10 +84,10 @@ def main() -> None:
     work: dict[str, Callable[[], Any]] = {}
     for count in config.counts:
         if count <= len(jax.devices()):
-            ours = repeated_step(network.model, network.variables, *batch, devices=count)
-            work[f"tljax {count}"] = lambda call=ours: jax.block_until_ready(call())
-            theirs = pmapped_step(network, *batch, count)
-            work[f"pmap {count}"] = lambda call=theirs: jax.block_until_ready(call())
+            step = repeated_step(network.model, network.variables, *batch, devices=count)
+            work[f"tljax {count}"] = lambda step=step: jax.block_until_ready(step())
+            pmapped = pmapped_step(network, *batch, count)
+            work[f"pmap {count}"] = lambda step=pmapped: jax.block_until_ready(step())
     rows: dict[str, Any] = take_turns(work, config.rounds)
     one = rows[f"tljax {config.counts[0]}"]["seconds"]
     for row in rows.values():

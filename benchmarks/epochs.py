@@ -1,7 +1,7 @@
-"""What does an epoch cost when the network is frozen up to a stage, with and without a cache?
+"""Measure an epoch by the last frozen stage, with and without cached activations; print JSON.
 
-Prints one JSON object: for each stage, the FLOPs of a step against training everything, and the
-seconds of an epoch, the photographs' decoding included. Runs take turns; medians count.
+For each stage: the FLOPs of a step relative to a step that trains all parameters, and the median
+seconds of an epoch, including the decoding of the images. The runs are interleaved.
 
     python benchmarks/epochs.py FOLDER --weights timm/resnet50.tv_in1k --images 32
 """
@@ -36,24 +36,24 @@ from tljax.train.setup import begin_phase, prepare
 
 @dataclass(frozen=True)
 class Config:
-    """Seconds of an epoch for every --freeze-to, cached and uncached."""
+    """Seconds of an epoch for every --freeze-to, with and without cached activations."""
 
     data: Annotated[str, tyro.conf.Positional]
-    """As for tljax train."""
+    """The data set, as in tljax train."""
     weights: str = "efficientnet_lite0.in1k"
-    """As for tljax train."""
+    """Pretrained weights, as in tljax train."""
     images: int = 32
-    """Training images."""
+    """Number of training images."""
     batch_size: int = 16
-    """Images a step."""
+    """Images per step."""
     image_size: int | None = None
-    """As for tljax train."""
+    """Side of the square images, in pixels; by default what the weights expect."""
     repeats: int = 3
-    """Epochs timed of each."""
+    """Number of timed epochs per configuration."""
 
 
 class Runner:
-    """A run that stands before its first step, and can be asked for epochs."""
+    """A run that is ready for its first step and trains one epoch per call."""
 
     def __init__(
         self,
@@ -70,7 +70,7 @@ class Runner:
         )
 
     def epoch(self) -> tuple[float, float]:
-        """Wall and processor seconds."""
+        """Train one epoch and return its wall-clock and processor seconds."""
         began, busy = time.perf_counter(), time.process_time()
         keys = epoch_key(0, 1), jax.random.key(0)
         for batch in self.inputs.batches(self.run.model, 1):
@@ -80,7 +80,7 @@ class Runner:
         return time.perf_counter() - began, time.process_time() - busy
 
     def flops(self, batch_size: int, *, everything: bool = False) -> float:
-        """Of one step, as XLA counts them before it optimises."""
+        """Return the FLOPs of one step, as XLA counts them before optimization."""
         labels = self.phase.rates
         if everything:
             labels = jax.tree.map(lambda _: 1.0, labels)
@@ -105,9 +105,9 @@ def main() -> None:
     for frozen in (None, *with_params[:-1]):
         for cache in ("memory", "none"):
             if frozen is None and cache == "memory":
-                continue  # there is nothing before the first stage to keep
-            how = FitConfig("finetune", freeze_to=frozen, cache=cache)
-            runners[frozen, cache] = Runner(model, variables, splits, how, loading)
+                continue  # there is nothing frozen whose activations could be cached
+            fit = FitConfig("finetune", freeze_to=frozen, cache=cache)
+            runners[frozen, cache] = Runner(model, variables, splits, fit, loading)
             runners[frozen, cache].epoch()  # compiles
     seconds: dict[Any, list[tuple[float, float]]] = {name: [] for name in runners}
     for _ in range(config.repeats):

@@ -1,4 +1,4 @@
-"""The networks of depthwise convolutions as one writes them in Flax; random weights."""
+"""Networks of depthwise convolutions in plain Flax, with random weights, as a reference."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +18,7 @@ RUNS: dict[str, tuple[Run, ...]] = {
 
 
 class Unit(nn.Module):
-    """A convolution, its norm on running statistics, and ReLU6 if asked."""
+    """A convolution, batch norm with running statistics, and ReLU6 if ``active``."""
 
     features: int
     kernel_size: int = 1
@@ -28,7 +28,7 @@ class Unit(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """``[b, h, w, c] -> [b, h/stride, w/stride, features]``."""
+        """Map ``[b, h, w, c]`` to ``[b, h/stride, w/stride, features]``."""
         size, strides = (self.kernel_size,) * 2, (self.stride,) * 2
         x = nn.Conv(self.features, size, strides, feature_group_count=self.groups, use_bias=False)(
             x
@@ -45,7 +45,7 @@ class Network(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """``[b, h, w, 3] -> [b, num_classes]``."""
+        """Map ``[b, h, w, 3]`` to logits ``[b, num_classes]``."""
         x = Unit(32, 3, 2)(x)
         for run in self.runs:
             for i, expansion in enumerate(run.expansions):
@@ -60,9 +60,11 @@ class Network(nn.Module):
 def in_flax(
     model: Model, images: np.ndarray, labels: np.ndarray
 ) -> tuple[Callable[[], jax.Array], Callable[[], jax.Array]]:
-    """A forward pass, and a step of SGD with momentum that trains everything."""
+    """Return a forward pass, and a step of SGD with momentum that trains all parameters."""
     if model.name not in RUNS:
-        raise SystemExit(f"there is no {model.name} in plain Flax here")
+        raise SystemExit(
+            f"--flax: no plain Flax network of {model.name}: use one of {', '.join(RUNS)}"
+        )
     network = Network(RUNS[model.name], model.num_classes)
     x, y = jax.device_put((images, labels))
     variables: Any = jax.jit(network.init)(jax.random.key(0), x[:1])
@@ -82,11 +84,11 @@ def in_flax(
         params = optax.apply_updates(variables["params"], updates)
         return {**variables, "params": params}, state
 
-    trained = variables, optimizer.init(variables["params"])
+    state = variables, optimizer.init(variables["params"])
 
     def call() -> jax.Array:
-        nonlocal trained
-        trained = step(*trained)
-        return trained
+        nonlocal state
+        state = step(*state)
+        return state
 
     return lambda: forward(variables), call

@@ -1,8 +1,8 @@
-"""How many photographs a second are read, decoded and resized, and how many by torch's loader?
+"""Measure the images per second that are read, decoded and resized; print JSON.
 
-Prints one JSON object. ``Pillow`` is one thread that decodes at full size, resizes and crops;
-``decode`` is ours in one thread; the loaders use all cores, in threads or in processes, which take
-their time to start. With ``--enlarge 12`` photographs of 256 pixels are those of a phone.
+``Pillow`` decodes at full size, resizes and crops in one thread; ``decode`` is tljax in one thread.
+The loaders of tljax and torch use all cores, in threads or processes; the seconds include the start
+of the processes. ``--enlarge 12`` turns images of 256 pixels into the size of a phone's.
 
     python benchmarks/input.py FOLDER --count 200
 """
@@ -30,35 +30,35 @@ from tljax.runtime.types import Preprocess
 
 @dataclass(frozen=True)
 class Config:
-    """Images a second, from bytes to batches."""
+    """Images per second, from files to batches."""
 
     data: Annotated[str, tyro.conf.Positional]
-    """A folder of class folders."""
+    """A folder with one subfolder per class."""
     count: int = 500
-    """How many of the photographs."""
+    """Number of images, drawn at random from the folder."""
     enlarge: int = 1
-    """How many times as high and wide they are made before, as JPEG of quality 90."""
+    """Factor by which height and width are enlarged first, stored as JPEG of quality 90."""
     batch_size: int = 32
-    """Images of a batch."""
+    """Images per batch."""
     rounds: int = 3
-    """Timed turns of each."""
+    """Number of timed rounds."""
 
 
 class Decoded(torch.utils.data.Dataset[tuple[np.ndarray, int]]):
-    """The usual data set of a torch loader, with Pillow."""
+    """A data set for the loader of torch that decodes with Pillow."""
 
-    def __init__(self, source: Source, whole: Callable[[Any], np.ndarray]) -> None:
-        self.source, self.whole = source, whole
+    def __init__(self, source: Source, decode_fully: Callable[[Any], np.ndarray]) -> None:
+        self.source, self.decode_fully = source, decode_fully
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-        return self.whole(self.source.read(index)), int(self.source.labels[index])
+        return self.decode_fully(self.source.read(index)), int(self.source.labels[index])
 
 
 def write_enlarged(folder: str, source: Source, times: int) -> None:
-    """The photographs with more pixels, in class folders."""
+    """Write enlarged images into class folders."""
     for i in range(len(source)):
         data: Any = source.read(i)
         image = open_image(data)
@@ -72,8 +72,8 @@ def main() -> None:
     config = tyro.cli(Config)
     source = open_labelled(config.data)
     count = min(config.count, len(source))
-    chosen = np.random.default_rng(0).choice(len(source), count, replace=False)
-    source = select(source, np.sort(chosen))
+    indices = np.random.default_rng(0).choice(len(source), count, replace=False)
+    source = select(source, np.sort(indices))
     with tempfile.TemporaryDirectory() as folder:
         if config.enlarge > 1:
             write_enlarged(folder, source, config.enlarge)
@@ -82,10 +82,10 @@ def main() -> None:
 
 
 def measure(config: Config, source: Source) -> None:
-    """Prints what the ways take."""
+    """Time every way to read the images, and print the report as JSON."""
     preprocess, cores = Preprocess(), os.cpu_count() or 1
 
-    def whole(data: Any) -> np.ndarray:
+    def decode_fully(data: Any) -> np.ndarray:
         image = Image.open(io.BytesIO(data)).convert("RGB")
         side, resize = preprocess.size, preprocess.resize
         scale = resize / min(image.size)
@@ -98,32 +98,32 @@ def measure(config: Config, source: Source) -> None:
         for i in range(len(source)):
             function(source.read(i))
 
-    def ours(workers: int) -> None:
+    def load(workers: int) -> None:
         batches = load_batches(
             source, preprocess, batch_size=config.batch_size, workers=workers, on_bad_image="fail"
         )
         for _ in batches:
             pass
 
-    def theirs() -> None:
-        data = Decoded(source, whole)
+    def load_in_torch() -> None:
+        data = Decoded(source, decode_fully)
         for _ in torch.utils.data.DataLoader(data, config.batch_size, num_workers=cores):
             pass
 
     rows: dict[str, Any] = take_turns(
         {
-            "Pillow": lambda: each(whole),
+            "Pillow": lambda: each(decode_fully),
             "decode": lambda: each(lambda data: decode(data, preprocess)),
-            "loader, threads": lambda: ours(0),
-            "loader, processes": lambda: ours(cores),
-            "torch loader, processes": theirs,
+            "loader, threads": lambda: load(0),
+            "loader, processes": lambda: load(cores),
+            "torch loader, processes": load_in_torch,
         },
         config.rounds,
     )
     for name, row in rows.items():
         row["images_per_second"] = round(len(source) / row["seconds"], 1)
-        used = cores if "loader" in name else 1
-        row["images_per_second_and_core"] = round(len(source) / row["seconds"] / used, 1)
+        workers = cores if "loader" in name else 1
+        row["images_per_second_and_core"] = round(len(source) / row["seconds"] / workers, 1)
     report = {
         "environment": environment(),
         "data": Path(config.data).name,

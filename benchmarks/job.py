@@ -1,9 +1,9 @@
-"""How long is it from a folder of photographs to a classifier, beside the loops that courses teach?
+"""Measure the time from a folder of images to a classifier, against usual loops; print JSON.
 
-Prints one JSON object. Each side is a process of its own, from its start to its end, imports and
-compilation included. Ours is `tljax train --recipe probe`, report and all. Theirs freeze the
-same network, put a new linear head on it, and send every photograph through both for ten epochs of
-Adam. Of these ten epochs two are run, and the rest is reckoned to last as long as the second.
+Each side is a process of its own, timed from its start to its end, including imports and
+compilation. tljax runs `tljax train --recipe probe`, including the report. The loops in torch and
+Keras freeze the same network, add a linear head and run every image through both for ten epochs of
+Adam. Two of the ten epochs are run; the others are assumed to take as long as the second.
 
     python benchmarks/job.py FOLDER --weights resnet18.tv_in1k
 """
@@ -31,8 +31,8 @@ from tljax.train.run_directory import environment
 
 Peer = Literal["torch", "keras"]
 
-RUN = 2
-"""Epochs of the loops that are really run."""
+EPOCHS_RUN = 2
+"""Number of epochs of the loops that are run."""
 
 
 @dataclass(frozen=True)
@@ -40,23 +40,23 @@ class Config:
     """Seconds from folder to classifier, and the accuracy reached."""
 
     data: Annotated[str, tyro.conf.Positional]
-    """As for tljax train."""
+    """The data set, as in tljax train."""
     weights: str = "efficientnet_lite0.in1k"
-    """EfficientNet-Lite0 or ResNet-18."""
+    """Pretrained weights of an EfficientNet-Lite0 or a ResNet-18."""
     epochs: int = 10
-    """Of the loops."""
+    """Number of epochs of the loops."""
     batch_size: int = 32
-    """Images a step."""
+    """Images per step."""
     learning_rate: float = 1e-3
-    """Of Adam."""
+    """Learning rate of Adam in the loops."""
     peers: tuple[Peer, ...] = ("torch", "keras")
-    """Beside whom."""
+    """The frameworks to compare with."""
     alone: Peer | None = None
-    """For the processes that this one starts."""
+    """Run only this side, in this process; set by the benchmark itself."""
 
 
-class Photographs:
-    """Batches of pixels in [0, 1], decoded again each time, as the loops do it."""
+class Images:
+    """Batches of images in [0, 1], decoded every time they are read, as the loops do it."""
 
     def __init__(self, source: Source, preprocess: Preprocess, batch_size: int) -> None:
         self.source, self.preprocess, self.batch_size = source, preprocess, batch_size
@@ -72,7 +72,7 @@ class Photographs:
 
 
 def in_tljax(config: Config) -> dict[str, Any]:
-    """What a user runs for the first time: nothing is compiled, no feature is kept."""
+    """Run tljax as at a first start: without compiled programs or cached features."""
     script = Path(__file__).parents[1] / "scripts" / "train.py"
     options = ["--data", config.data, "--weights", config.weights, "--recipe", "probe"]
     options += ["--cache", "memory", "--json"]
@@ -83,7 +83,7 @@ def in_tljax(config: Config) -> dict[str, Any]:
 
 
 def in_torch(config: Config) -> dict[str, Any]:
-    """The loop of torch's tutorial on transfer learning: the whole network in every epoch."""
+    """Run the loop of torch's tutorial on transfer learning: the whole network in every epoch."""
     import torch
     from peers import TorchNetwork, torch_batches
 
@@ -92,14 +92,14 @@ def in_torch(config: Config) -> dict[str, Any]:
     splits = open_splits(config.data)
     network = TorchNetwork(pretrained)
     head = network.new_head(len(splits.train.classes))
-    seen: list[torch.Tensor] = []
-    head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+    features: list[torch.Tensor] = []
+    head.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0].detach()))
 
     def batches(source: Source) -> Iterator[list[torch.Tensor]]:
-        photographs = Photographs(source, pretrained.model.preprocess, config.batch_size)
+        images = Images(source, pretrained.model.preprocess, config.batch_size)
         if source is splits.train:
-            np.random.default_rng().shuffle(photographs.order)
-        return torch_batches(photographs)
+            np.random.default_rng().shuffle(images.order)
+        return torch_batches(images)
 
     optimizer = torch.optim.Adam(head.parameters(), config.learning_rate)
 
@@ -111,37 +111,37 @@ def in_torch(config: Config) -> dict[str, Any]:
 
     @torch.inference_mode()
     def accuracy(run: Callable[[torch.Tensor], torch.Tensor], parts: Any) -> float:
-        right = [(run(inputs).argmax(1) == labels).float() for inputs, labels in parts]
-        return float(torch.cat(right).mean())
+        correct = [(run(inputs).argmax(1) == labels).float() for inputs, labels in parts]
+        return float(torch.cat(correct).mean())
 
     @torch.no_grad()
-    def look(inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def extract(inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         network(inputs)
         return labels
 
     seconds, top1 = [], 0.0
-    for _ in range(RUN):
+    for _ in range(EPOCHS_RUN):
         began = time.perf_counter()
         train(network, batches(splits.train))
         top1 = accuracy(network, batches(splits.val))
         seconds.append(time.perf_counter() - began)
     ended = time.time()
-    # The other epochs see the same features: for the accuracy alone they are kept.
-    kept = []
+    # The other epochs have the same features: they are cached, to know the accuracy.
+    cached = []
     for source in (splits.train, splits.val):
-        seen.clear()
-        labels = torch.cat([look(*batch) for batch in batches(source)])
-        kept.append((torch.cat(seen), labels))
-    (features, labels), val = kept
-    for _ in range(RUN, config.epochs):
+        features.clear()
+        labels = torch.cat([extract(*batch) for batch in batches(source)])
+        cached.append((torch.cat(features), labels))
+    (inputs, labels), val = cached
+    for _ in range(EPOCHS_RUN, config.epochs):
         parts = torch.randperm(len(labels), device=labels.device).split(config.batch_size)
-        train(head, [(features[rows], labels[rows]) for rows in parts])
+        train(head, [(inputs[rows], labels[rows]) for rows in parts])
         top1 = accuracy(head, [val])
     return {"val_top1": round(top1, 4), "epochs": seconds, "ended": ended}
 
 
 def in_keras(config: Config) -> dict[str, Any]:
-    """The same with `fit`. Random weights, which are as fast: the accuracy says nothing."""
+    """Run the loop with Keras' `fit`, with random weights, so that no accuracy is reported."""
     from keras_networks import classifier, compiled, keras
 
     pretrained = load_pretrained(config.weights)
@@ -152,35 +152,37 @@ def in_keras(config: Config) -> dict[str, Any]:
         layer.trainable = False
     network = compiled(network, keras.optimizers.Adam(config.learning_rate))
 
-    class Data(Photographs, keras.utils.PyDataset):
+    class Data(Images, keras.utils.PyDataset):
         def __init__(self, source: Source) -> None:
             keras.utils.PyDataset.__init__(self, workers=os.cpu_count() or 1)
-            Photographs.__init__(self, source, preprocess, config.batch_size)
+            Images.__init__(self, source, preprocess, config.batch_size)
 
-    marks: list[float] = []
+    times: list[float] = []
 
-    def mark(*_: Any) -> None:
-        marks.append(time.perf_counter())
+    def record_time(*_: Any) -> None:
+        times.append(time.perf_counter())
 
     network.fit(
         Data(splits.train),
         validation_data=Data(splits.val),
-        epochs=RUN,
-        callbacks=[keras.callbacks.LambdaCallback(on_epoch_begin=mark, on_epoch_end=mark)],
+        epochs=EPOCHS_RUN,
+        callbacks=[
+            keras.callbacks.LambdaCallback(on_epoch_begin=record_time, on_epoch_end=record_time)
+        ],
         verbose=0,  # pyright: ignore[reportArgumentType]
     )
-    return {"val_top1": None, "epochs": np.diff(marks)[::2].tolist(), "ended": time.time()}
+    return {"val_top1": None, "epochs": np.diff(times)[::2].tolist(), "ended": time.time()}
 
 
 def timed(config: Config, side: Literal["tljax"] | Peer) -> dict[str, Any]:
-    """Runs one side."""
+    """Run one side and return its accuracy and seconds."""
     began = time.time()
     alone = [__file__, *sys.argv[1:], "--alone", side]
     row = in_tljax(config) if side == "tljax" else python(*alone)
     seconds = row.pop("ended") - began
     if epochs := row.pop("epochs", None):
         row |= {"measured_seconds": round(seconds, 1), "second_epoch": round(epochs[1], 1)}
-        seconds += (config.epochs - RUN) * epochs[1]
+        seconds += (config.epochs - EPOCHS_RUN) * epochs[1]
     return row | {"seconds": round(seconds, 1)}
 
 

@@ -1,4 +1,4 @@
-"""Our networks as one has them in Keras on JAX, some written out; random weights."""
+"""Networks in Keras on JAX, with random weights, as a reference."""
 
 import os
 import subprocess
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, Literal
 
-os.environ["KERAS_BACKEND"] = "jax"  # it is read when keras is imported
+os.environ["KERAS_BACKEND"] = "jax"  # read when keras is imported
 
 import keras
 import numpy as np
@@ -18,7 +18,7 @@ from tljax.runtime.types import Preprocess
 
 
 def resnet18(size: int) -> keras.Model:
-    """He et al., 2015."""
+    """Build a ResNet-18 without head (He et al. 2015)."""
 
     def conv(x: Any, width: int, k: int, stride: int = 1) -> Any:
         x = layers.ZeroPadding2D(k // 2)(x)
@@ -40,7 +40,7 @@ def resnet18(size: int) -> keras.Model:
 
 
 def efficientnet_lite0(size: int) -> keras.Model:
-    """Google's EfficientNet-Lite: no squeeze-and-excitation, ReLU6."""
+    """Build an EfficientNet-Lite0 without head: no squeeze-and-excitation, ReLU6."""
 
     def norm(x: Any, *, active: bool = True) -> Any:
         x = layers.BatchNormalization(epsilon=1e-3)(x)
@@ -65,7 +65,7 @@ def efficientnet_lite0(size: int) -> keras.Model:
 
 
 def application(name: str) -> Callable[[int], keras.Model]:
-    """A backbone of keras.applications."""
+    """Return a function that builds a backbone of keras.applications."""
     build = getattr(keras.applications, name)
     return lambda size: build(include_top=False, weights=None, input_shape=(size, size, 3))
 
@@ -79,7 +79,7 @@ BUILDERS: dict[str, Callable[[int], keras.Model]] = {
 
 
 def classifier(name: str, preprocess: Preprocess, num_classes: int) -> keras.Model:
-    """Images in [0, 1] to logits; batch norm on its running statistics."""
+    """Build a classifier of images in [0, 1], with running batch-norm statistics."""
     base = BUILDERS[name](preprocess.size)
     inputs = keras.Input((preprocess.size, preprocess.size, 3))
     variance = [std**2 for std in preprocess.std]
@@ -89,7 +89,7 @@ def classifier(name: str, preprocess: Preprocess, num_classes: int) -> keras.Mod
 
 
 def compiled(network: keras.Model, optimizer: keras.Optimizer) -> keras.Model:
-    """With the loss of a classifier."""
+    """Compile a classifier with its loss."""
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     network.compile(optimizer, loss, metrics=["accuracy"])
     return network
@@ -98,14 +98,14 @@ def compiled(network: keras.Model, optimizer: keras.Optimizer) -> keras.Model:
 def in_its_own_process(
     question: Literal["forward", "step"], model: Model, batch_size: int
 ) -> Callable[[], str]:
-    """A batch a call, with JAX as Keras' users have it: without the flags of `tljax.configure`.
+    """Return a function that processes a batch in a process without the flags of tljax.configure.
 
     Args:
-        question: ``step`` is of SGD with momentum and trains everything.
+        question: ``forward``, or ``step`` for SGD with momentum that trains all parameters.
         model: one of `BUILDERS`.
-        batch_size: images at once.
+        batch_size: images per batch.
     """
-    flagless = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
     numbers = model.preprocess.size, model.num_classes, batch_size
     arguments = [__file__, question, model.name, *map(str, numbers)]
     process = subprocess.Popen(
@@ -113,23 +113,23 @@ def in_its_own_process(
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env=flagless,
+        env=environment,
     )
-    asked, answered = process.stdin, process.stdout
-    assert asked is not None
-    assert answered is not None
+    requests, answers = process.stdin, process.stdout
+    assert requests is not None
+    assert answers is not None
 
     def call() -> str:
-        print("another", file=asked, flush=True)
-        if not (answer := answered.readline()):
-            raise SystemExit("Keras' process has ended")
+        print("run", file=requests, flush=True)
+        if not (answer := answers.readline()):
+            raise SystemExit("the process of Keras has ended: see its error above")
         return answer
 
     return call
 
 
 def serve(question: str, name: str, size: int, num_classes: int, batch_size: int) -> None:
-    """Does its work whenever it is asked for on stdin, and says so on stdout."""
+    """Process a batch for every line on stdin, and print a line when it is done."""
     preprocess = build_model(name).preprocess.with_size(size)
     network = classifier(name, preprocess, num_classes)
     network = compiled(network, keras.optimizers.SGD(1e-6, momentum=0.9))

@@ -1,4 +1,4 @@
-"""The same networks in torch, and turns for all that is compared."""
+"""The networks of tljax in torch, and the function that times both in turns."""
 
 import os
 import statistics
@@ -36,9 +36,9 @@ __all__ = [
 
 
 class TorchNetwork(torch.nn.Module):
-    """Pixels ``[n, 3, height, width]`` in [0, 1] to logits, normalised like ours.
+    """The network of tljax in torch: pixels ``[n, 3, height, width]`` in [0, 1] to logits.
 
-    Evaluation mode, channels last, on a GPU if there is one. Its parameters ask for no gradient.
+    In evaluation mode, channels last, on a GPU if there is one. No parameter requires a gradient.
     """
 
     mean: torch.Tensor
@@ -48,7 +48,9 @@ class TorchNetwork(torch.nn.Module):
         super().__init__()
         preprocess = pretrained.model.preprocess
         if preprocess.channel_order != "rgb":
-            raise SystemExit("only of networks that take RGB")
+            raise SystemExit(
+                f"{pretrained.model.name} takes BGR images: use a network that takes RGB"
+            )
         self.register_buffer("mean", torch.tensor(preprocess.mean)[:, None, None])
         self.register_buffer("std", torch.tensor(preprocess.std)[:, None, None])
         self.network = _same_weights(pretrained)
@@ -56,22 +58,22 @@ class TorchNetwork(torch.nn.Module):
         self.to(device(), memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """The logits ``[n, classes]``."""
+        """Compute the logits ``[n, classes]``."""
         output = self.network((pixels - self.mean) / self.std)
         return output if isinstance(output, torch.Tensor) else output.logits
 
     def new_head(self, classes: int) -> torch.nn.Linear:
-        """Puts a linear head of ``classes`` in the place of the last layer; to be trained."""
-        *_, (where, old) = (
+        """Replace the last linear layer by a new one for ``classes``, and return the new one."""
+        *_, (name, last) = (
             (name, part) for name, part in self.named_modules() if isinstance(part, torch.nn.Linear)
         )
-        head = torch.nn.Linear(old.in_features, classes).to(device())
-        self.set_submodule(where, head)
+        head = torch.nn.Linear(last.in_features, classes).to(device())
+        self.set_submodule(name, head)
         return head
 
 
 def stages_by_key(model: Model) -> dict[str, str]:
-    """The stage of every tensor of the torch network, by its key."""
+    """Return the stage of every tensor of the torch network, by its key."""
     rules = layout_rules(model.name, _layout(model.name))
     return {rule.key: rule.path.split("/")[1] for rule in rules}
 
@@ -80,7 +82,9 @@ def _layout(name: str) -> str:
     for layout in ("huggingface", "efficientnet_pytorch"):
         if layout in LAYOUTS[name]:
             return layout
-    raise SystemExit(f"there is no {name} in torch here")
+    raise SystemExit(
+        f"no torch network of {name}: use one with weights of transformers or EfficientNet-Lite"
+    )
 
 
 def _same_weights(pretrained: Pretrained) -> torch.nn.Module:
@@ -96,17 +100,17 @@ def _same_weights(pretrained: Pretrained) -> torch.nn.Module:
 
 
 def device() -> torch.device:
-    """Where torch computes."""
+    """Return the device of torch."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def torch_pixels(images: np.ndarray) -> torch.Tensor:
-    """Images ``[n, height, width, 3]`` as torch takes them, where it computes."""
+    """Convert images ``[n, height, width, 3]`` to the layout and device of torch."""
     return to_torch(images).to(device(), memory_format=torch.channels_last)
 
 
 def torch_batches(batches: Any) -> Iterator[list[torch.Tensor]]:
-    """Batches ``([n, height, width, 3], [n])`` read by torch's processes, put where it computes."""
+    """Read batches ``([n, height, width, 3], [n])`` in processes of torch, and move them to it."""
     cores = os.cpu_count() or 1
     for images, labels in torch.utils.data.DataLoader(batches, batch_size=None, num_workers=cores):
         pixels = images.permute(0, 3, 1, 2)
@@ -114,7 +118,7 @@ def torch_batches(batches: Any) -> Iterator[list[torch.Tensor]]:
 
 
 def environment() -> dict[str, str]:
-    """Versions and devices of both sides."""
+    """Return the versions and devices of both sides."""
     return {
         **run_directory.environment(),
         "torch": torch.__version__,
@@ -123,16 +127,20 @@ def environment() -> dict[str, str]:
 
 
 def finish() -> None:
-    """Waits for what a GPU still does."""
+    """Wait until the GPU is done."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def take_turns(work: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, dict[str, float]]:
-    """Seconds of each: the first call, which compiles, and the median of the others.
+    """Time functions in turns, so that noise on the machine affects all of them alike.
 
-    One after the other, round by round, so that a noisy machine is noisy for all. Each must return
-    only when its work is done.
+    Args:
+        work: functions that return when their work is done.
+        rounds: number of timed calls of each, after a first call that compiles.
+
+    Returns:
+        For each function the seconds of the first call, and the median and minimum of the others.
     """
     first: dict[str, float] = {}
     seconds: dict[str, list[float]] = {name: [] for name in work}
@@ -140,12 +148,12 @@ def take_turns(work: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, 
         for name, call in work.items():
             began = time.perf_counter()
             call()
-            took = time.perf_counter() - began
-            print(f"{name}: {took:.2f} s", file=sys.stderr, flush=True)
+            elapsed = time.perf_counter() - began
+            print(f"{name}: {elapsed:.2f} s", file=sys.stderr, flush=True)
             if i:
-                seconds[name].append(took)
+                seconds[name].append(elapsed)
             else:
-                first[name] = round(took, 3)
+                first[name] = round(elapsed, 3)
     return {
         name: {
             "first_call_seconds": first[name],

@@ -1,9 +1,8 @@
-"""How long does the L2 sweep of a linear probe take, beside scikit-learn's LogisticRegression?
+"""Compare the speed of a probe's L2 sweep with scikit-learn's LogisticRegression; print JSON.
 
-Prints one JSON object. Both minimise the same objective on the same standardised features.
-scikit-learn takes one L2 value after another. Its default tolerance of 1e-4 on the gradient can be
-far from the optimum, so it also runs with a tight one, and the objectives are compared, in float64
-by one formula.
+Both minimize the same objective on the same standardized features; scikit-learn solves one L2
+penalty after another. Its default tolerance of 1e-4 on the gradient can be far from the optimum, so
+``--tight`` also runs it with 1e-8. The objectives are compared in float64, by one formula.
 
     python benchmarks/probe.py --sklearn-values 5
 """
@@ -27,13 +26,15 @@ from sklearn.linear_model import LogisticRegression
 from tljax.features.logistic import fit_logistic
 from tljax.features.probe import L2_VALUES
 
-SKLEARN_MAX_ITERATIONS = 1000  # its default of 100 stops weak L2 values long before the tolerance
+SKLEARN_MAX_ITERATIONS = (
+    1000  # the default of 100 stops small L2 penalties long before the tolerance
+)
 
 
 def synthetic_features(
     examples: int, dimensions: int, classes: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Standardised features like a pooled ResNet's: rectified, correlated, power-law spectrum."""
+    """Draw standardized features like a ResNet's: rectified, correlated, power-law spectrum."""
     rng = np.random.default_rng(0)
     labels = np.arange(examples) % classes
     spectrum = np.arange(1, dimensions + 1) ** -0.5
@@ -76,8 +77,8 @@ def time_tljax(features, labels, classes) -> tuple[dict, list[float]]:
     return report, objectives
 
 
-def time_sklearn(features, labels, values, ours, tolerance) -> dict:
-    """``values`` are indices into L2_VALUES, ``ours`` the objectives of tljax at all of them."""
+def time_sklearn(features, labels, values, objectives, tolerance) -> dict:
+    """Time scikit-learn at the L2 penalties of the indices ``values``."""
     runs = []
     for value in values:
         l2 = L2_VALUES[value]
@@ -89,7 +90,9 @@ def time_sklearn(features, labels, values, ours, tolerance) -> dict:
             warnings.simplefilter("ignore", ConvergenceWarning)
             model.fit(features, labels)
         seconds = time.perf_counter() - start
-        excess = objective(features, labels, model.coef_.T, model.intercept_, l2) / ours[value] - 1
+        excess = (
+            objective(features, labels, model.coef_.T, model.intercept_, l2) / objectives[value] - 1
+        )
         runs.append(
             {
                 "l2": l2,
@@ -110,18 +113,20 @@ def time_sklearn(features, labels, values, ours, tolerance) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--examples", type=int, default=10_000)
-    parser.add_argument("--dimensions", type=int, default=2048)
-    parser.add_argument("--classes", type=int, default=100)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--examples", type=int, default=10_000, help="number of examples")
+    parser.add_argument("--dimensions", type=int, default=2048, help="number of features")
+    parser.add_argument("--classes", type=int, default=100, help="number of classes")
     parser.add_argument(
         "--sklearn-values",
         type=int,
         default=len(L2_VALUES),
-        help="how many of the 45, evenly spread, scikit-learn solves; the rest is extrapolated",
+        help="number of the 45 penalties that scikit-learn solves; the total is extrapolated",
     )
     parser.add_argument(
-        "--tight", action="store_true", help="scikit-learn also in float32 and at tolerance 1e-8"
+        "--tight",
+        action="store_true",
+        help="also run scikit-learn in float32, and with tolerance 1e-8",
     )
     args = parser.parse_args()
     features, labels = synthetic_features(args.examples, args.dimensions, args.classes)

@@ -1,4 +1,4 @@
-"""Processes of their own, for what is timed from the start of Python."""
+"""Python subprocesses, for benchmarks that include the start of Python."""
 
 import json
 import os
@@ -8,11 +8,11 @@ from typing import Any
 
 
 def python(*command: object, **environment: str) -> dict[str, Any]:
-    """The JSON object that a Python process prints on its last line.
+    """Run a Python process and return the JSON object that it prints on its last line.
 
     Args:
         command: a script and its arguments.
-        environment: variables to change.
+        environment: environment variables to set.
     """
     run = subprocess.run(
         [sys.executable, *map(str, command)],

@@ -1,4 +1,4 @@
-"""What is each recipe worth on a folder of images, and how long does it take? JSON on stdout.
+"""Measure the accuracy and duration of training recipes on a folder of images; print JSON.
 
 python benchmarks/recipes.py FOLDER --recipes probe lp-ft finetune scratch --seeds 3
 """
@@ -27,25 +27,25 @@ from tljax.train.run_directory import environment
 
 @dataclass(frozen=True)
 class Config:
-    """Validation accuracy and seconds of recipes on a folder of images, over seeds."""
+    """Validation accuracy and seconds of training recipes, over several seeds."""
 
     data: Annotated[str, tyro.conf.Positional]
-    """As for tljax train."""
+    """The data set, as in tljax train."""
     weights: str = "efficientnet_lite0.in1k"
-    """As for tljax train."""
+    """Pretrained weights, as in tljax train."""
     recipes: tuple[Recipe, ...] = ("probe", "lp-ft", "finetune", "scratch")
-    """What to compare."""
+    """The recipes to run."""
     seeds: int = 3
-    """How many runs of each."""
+    """Number of runs per recipe, with seeds 0, 1, ...."""
     image_size: int | None = None
-    """As for tljax train."""
+    """Side of the square images, in pixels; by default what the weights expect."""
     batch_size: int = 32
-    """As for tljax train."""
+    """Images per step."""
     fit: tyro.conf.OmitArgPrefixes[FitConfig] = field(default_factory=FitConfig)
 
 
 def main() -> None:
-    """Prints one JSON object."""
+    """Run the benchmark and print its report as JSON."""
     config = tyro.cli(Config)
     pretrained = load_pretrained(config.weights).with_size(config.image_size)
     splits = open_splits(config.data)
@@ -74,7 +74,7 @@ def main() -> None:
             "val_top1_before_training": first,
             "epochs": epochs,
             "seconds_median": round(statistics.median(seconds), 1),
-            # What other programs on the machine take does not count here.
+            # Unlike wall-clock time, it does not depend on other programs on the machine.
             "processor_seconds_median": round(statistics.median(processor), 1),
         }
     report = {

@@ -1,4 +1,4 @@
-"""How little does it take to fool a network? Robust accuracy over epsilon; JSON on stdout.
+"""Measure the robust accuracy of a network over epsilon; print JSON.
 
 python benchmarks/robustness.py FOLDER --weights resnet18.tv_in1k --count 200 --curve curve.png
 """
@@ -35,64 +35,64 @@ class Config:
     """Robust accuracy of a network under FGSM, PGD-20 and AutoAttack, whose first part is APGD."""
 
     data: Annotated[str, tyro.conf.Positional]
-    """A folder of class folders; or foolbox: the 20 ImageNet photographs in foolbox's wheel."""
+    """A folder with one subfolder per class; or foolbox, for the 20 ImageNet images it has."""
     weights: str = "efficientnet_lite0.in1k"
-    """As for tljax attack."""
+    """Pretrained weights, as in tljax train."""
     attacks: tuple[Literal["fgsm", "pgd-20", "apgd-ce", "autoattack"], ...] = (
         "fgsm",
         "pgd-20",
         "autoattack",
     )
-    """Which; AutoAttack takes most of the time."""
+    """The attacks to run; autoattack takes most of the time."""
     count: int = 200
-    """How many of the images."""
+    """Number of images."""
     epsilons: tuple[float, ...] = (0.25, 0.5, 1, 2, 4)
-    """Linf radii, in units of 1/255."""
+    """Radii of the Linf ball, in units of 1/255."""
     steps: int = 100
-    """Of APGD and FAB; AutoAttack's own number is 100."""
+    """Number of steps of APGD and FAB; standard AutoAttack uses 100."""
     queries: int = 5000
-    """Of Square, likewise."""
+    """Number of queries of Square; standard AutoAttack uses 5000."""
     curve: Path | None = None
-    """Where to draw the curve, a PNG file."""
+    """A PNG file for the plot of accuracy over epsilon; by default none is drawn."""
     loading: tyro.conf.OmitArgPrefixes[Loading] = field(default_factory=Loading)
 
 
 def foolbox_folder(folder: Path) -> Path:
-    """Copies foolbox's photographs into class folders; their names end in the class index."""
+    """Copy the images of foolbox, whose names end in the class index, into class folders."""
     from foolbox import utils
 
     for path in sorted((Path(utils.__file__).parent / "data").glob("imagenet_*")):
         index = re.fullmatch(r"imagenet_\d+_(\d+)\.\w+", path.name)
         if index:
-            of_class = folder / imagenet_wordnet_ids()[int(index[1])]
-            of_class.mkdir(exist_ok=True)
-            shutil.copy(path, of_class)
+            class_folder = folder / imagenet_wordnet_ids()[int(index[1])]
+            class_folder.mkdir(exist_ok=True)
+            shutil.copy(path, class_folder)
     return folder
 
 
 def main() -> None:
-    """Prints one JSON object, and the table on stderr."""
+    """Run the benchmark; print its report as JSON, and its table on stderr."""
     config = tyro.cli(Config)
     network = load_pretrained(config.weights)
     with tempfile.TemporaryDirectory() as folder:
         is_foolbox = config.data == "foolbox"
         source = open_folder(str(foolbox_folder(Path(folder))) if is_foolbox else config.data)
         victims = attacks.read_victims(network, source, config.loading, count=config.count)
-    known = {
+    all_attacks = {
         "fgsm": fgsm,
         "pgd-20": partial(pgd, num_steps=20),
         "apgd-ce": partial(apgd, num_steps=config.steps, stop_early=True),
         "autoattack": partial(auto_attack, num_steps=config.steps, num_queries=config.queries),
     }
-    chosen = {name: known[name] for name in config.attacks}
+    chosen = {name: all_attacks[name] for name in config.attacks}
     radii = [epsilon / 255 for epsilon in config.epsilons]
     began = time.perf_counter()
-    found = attacks.attack(network, victims, chosen, radii, config.loading, nested=True)
+    result = attacks.attack(network, victims, chosen, radii, config.loading, nested=True)
     seconds = time.perf_counter() - began
-    print(attacks.table(found), file=sys.stderr)
+    print(attacks.table(result), file=sys.stderr)
     if config.curve:
-        shares = {name: found.accuracy(name) for name in found.outcomes}
-        figure = robustness_curve(found.epsilons * 255, float(found.clean.mean()), shares)
+        shares = {name: result.accuracy(name) for name in result.outcomes}
+        figure = robustness_curve(result.epsilons * 255, float(result.clean.mean()), shares)
         write_figure(config.curve, figure)
     report = {
         "environment": environment(),
@@ -102,7 +102,7 @@ def main() -> None:
         "steps": config.steps,
         "queries": config.queries,
         "seconds": round(seconds, 1),
-        **attacks.summary(found),
+        **attacks.summary(result),
     }
     print(json.dumps(report, indent=2))
 

@@ -1,6 +1,6 @@
-"""How fast are forward pass, input gradient and training step beside the same network in torch?
+"""Compare the speed of a forward pass, input gradient and training step with torch; print JSON.
 
-Prints one JSON object, with seconds per batch. A GPU runs more calls a turn, and in bfloat16:
+The report has seconds per batch. On a GPU, time several calls at once, in bfloat16:
 
     python benchmarks/speed.py --weights microsoft/resnet-50 --batch-size 32
     python benchmarks/speed.py --model resnet50 --batch-size 256 --dtype bfloat16 \
@@ -54,39 +54,40 @@ Work = dict[str, Callable[[], Any]]
 
 @dataclass(frozen=True)
 class Config:
-    """Seconds of a batch in tljax and in torch, and their ratio."""
+    """Seconds per batch in tljax and torch, and their ratio."""
 
     questions: tuple[Question, ...] = ("forward", "input-gradient", "step", "suffix")
-    """``step`` trains everything on running statistics, ``step-batch-norm`` on those of the batch;
-    ``suffix`` trains ``--freeze-to``'s successors, with their input cached and without."""
+    """``step`` trains all parameters with running batch-norm statistics, ``step-batch-norm`` with
+    those of the batch; ``suffix`` trains the stages after ``--freeze-to``, with and without cached
+    activations."""
     weights: str = "efficientnet_lite0.in1k"
-    """As for tljax train."""
+    """Pretrained weights, as in tljax train."""
     model: str | None = None
-    """A network with random weights instead."""
+    """A network with random weights, instead of --weights."""
     freeze_to: str | None = None
-    """By default the last stage but one that has parameters trains, and the head."""
+    """The last frozen stage of ``suffix``; by default the last stage and the head train."""
     image_size: int | None = None
-    """As for tljax train."""
+    """Side of the square images, in pixels; by default what the weights expect."""
     batch_size: int = 16
-    """Images at once."""
+    """Images per batch."""
     dtype: Dtype = "float32"
-    """What both compute in; torch by autocast."""
+    """The dtype of the computation; in torch by autocast."""
     compiled: bool = False
-    """Also compare with torch.compile, which folds frozen weights into forward."""
+    """Also compare with torch.compile, which folds frozen weights into the forward pass."""
     onnx: bool = False
-    """Also compare forward with onnxruntime in float32; pip install onnxruntime onnxscript."""
+    """Also compare forward with onnxruntime, in float32; pip install onnxruntime onnxscript."""
     keras: bool = False
-    """Also compare forward and step with Keras on JAX, random weights, in float32."""
+    """Also compare forward and step with Keras on JAX, in float32 and with random weights."""
     flax: bool = False
-    """Likewise with the network as one writes it in Flax; of depthwise convolutions only."""
+    """Also compare them with plain Flax; only for networks of depthwise convolutions."""
     rounds: int = 5
-    """Timed turns of each."""
+    """Number of timed rounds."""
     calls: int = 1
-    """Calls a turn."""
+    """Number of calls that are timed together."""
 
 
 class Bench:
-    """One network in both frameworks, and the work of each question."""
+    """One network in both frameworks, and the functions to time for each question."""
 
     def __init__(self, config: Config, pretrained: Pretrained) -> None:
         self.config = config
@@ -100,7 +101,7 @@ class Bench:
         self.network = TorchNetwork(pretrained)
 
     def questions(self) -> dict[Question, Callable[[], Work]]:
-        """What can be asked."""
+        """Return the function that prepares each question."""
         return {
             "forward": self.forward,
             "input-gradient": self.input_gradient,
@@ -110,7 +111,7 @@ class Bench:
         }
 
     def forward(self) -> Work:
-        """Images to logits."""
+        """Prepare the computation of logits."""
         run = jax.jit(lambda v, x: apply(self.model, v, x).logits)
         ours: Work = {"tljax": lambda: run(self.variables, self.images)}
         if self.config.keras:
@@ -120,17 +121,17 @@ class Bench:
         if self.config.onnx:
             ours["onnxruntime"] = self.in_onnxruntime()
 
-        def theirs(network: torch.nn.Module) -> Callable[[], Any]:
+        def in_torch(network: torch.nn.Module) -> Callable[[], Any]:
             def call() -> torch.Tensor:
                 with torch.inference_mode(), self.autocast():
                     return network(self.pixels)
 
             return call
 
-        return self.turns(ours, theirs)
+        return self.turns(ours, in_torch)
 
     def input_gradient(self) -> Work:
-        """What an attack computes."""
+        """Prepare the gradient of the loss with respect to the images, as attacks compute it."""
 
         def loss(x: jax.Array, variables: Any) -> jax.Array:
             logits = apply(self.model, variables, x).logits
@@ -138,7 +139,7 @@ class Bench:
 
         run = jax.jit(jax.grad(loss))
 
-        def theirs(network: torch.nn.Module) -> Callable[[], Any]:
+        def in_torch(network: torch.nn.Module) -> Callable[[], Any]:
             def call() -> Any:
                 pixels = self.pixels.clone().requires_grad_()
                 with self.autocast():
@@ -150,10 +151,10 @@ class Bench:
 
             return call
 
-        return self.turns({"tljax": lambda: run(self.images, self.variables)}, theirs)
+        return self.turns({"tljax": lambda: run(self.images, self.variables)}, in_torch)
 
     def step(self, *, batch_norm: bool) -> Work:
-        """Everything trains."""
+        """Prepare a step that trains all parameters."""
         training = frozenset(self.model.stage_names) if batch_norm else frozenset[str]()
         step = partial(repeated_step, self.model, self.variables, *self.batch)
         ours: Work = {"tljax": step(training=training)}
@@ -161,10 +162,10 @@ class Bench:
             ours["keras"] = self.in_keras("step")
         if self.config.flax and not batch_norm:
             _, ours["flax"] = in_flax(self.model, *self.batch)
-        return self.turns(ours, lambda net: self.their_step(net, batch_norm=batch_norm))
+        return self.turns(ours, lambda net: self.torch_step(net, batch_norm=batch_norm))
 
     def suffix(self) -> Work:
-        """The last stages train."""
+        """Prepare a step that trains the last stages."""
         with_params = [name for name in self.model.stage_names if name in self.variables["params"]]
         freeze_to = self.config.freeze_to or with_params[-3]
         start = with_params[with_params.index(freeze_to) + 1]
@@ -176,17 +177,17 @@ class Bench:
             "tljax": step(table=table),
             "tljax everything": step(),
         }
-        return self.turns(ours, lambda net: self.their_step(net, stages=stages))
+        return self.turns(ours, lambda net: self.torch_step(net, stages=stages))
 
     def in_keras(self, question: Literal["forward", "step"]) -> Callable[[], Any]:
-        """The same network in Keras on JAX."""
+        """Return a function that runs the same network in Keras on JAX."""
         from keras_networks import in_its_own_process
 
         return in_its_own_process(question, self.model, self.config.batch_size)
 
     def in_onnxruntime(self) -> Callable[[], Any]:
-        """The torch network, exported, wherever onnxruntime computes fastest."""
-        import onnxruntime  # pyright: ignore[reportMissingImports] - where asked for
+        """Export the torch network, and return a function that runs it in onnxruntime."""
+        import onnxruntime  # pyright: ignore[reportMissingImports] - with --onnx only
 
         pixels = self.pixels.cpu().contiguous()
         with tempfile.TemporaryDirectory() as folder:
@@ -198,14 +199,14 @@ class Bench:
             )
         return lambda: session.run(None, {"x": pixels.numpy()})
 
-    def their_step(
+    def torch_step(
         self,
         network: torch.nn.Module,
         *,
         batch_norm: bool = False,
         stages: tuple[str, ...] | None = None,
     ) -> Callable[[], Any]:
-        """The same; the layers before the ``stages`` ask for no gradient."""
+        """Return the step in torch; only the parameters of ``stages`` require a gradient."""
         stage_of = stages_by_key(self.pretrained.model)
         trained = []
         for name, parameter in network.named_parameters():
@@ -224,13 +225,13 @@ class Bench:
         return call
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Torch's mixed precision, where asked for."""
+        """Return the context of torch's mixed precision; in float32 it does nothing."""
         if self.config.dtype == "float32":
             return contextlib.nullcontext()
         return torch.autocast(device().type, torch.bfloat16)
 
-    def turns(self, ours: Work, theirs: Callable[[torch.nn.Module], Callable[[], Any]]) -> Work:
-        """Each repeated as often as asked, and waited for."""
+    def turns(self, ours: Work, in_torch: Callable[[torch.nn.Module], Callable[[], Any]]) -> Work:
+        """Repeat each call ``config.calls`` times and wait for the results."""
 
         def jax_turn(call: Callable[[], Any]) -> Callable[[], Any]:
             return lambda: jax.block_until_ready([call() for _ in range(self.config.calls)])
@@ -244,33 +245,33 @@ class Bench:
             return turn
 
         work: Work = {name: jax_turn(call) for name, call in ours.items()}
-        work["torch"] = torch_turn(theirs(copy.deepcopy(self.network)))
+        work["torch"] = torch_turn(in_torch(copy.deepcopy(self.network)))
         if self.config.compiled:
             torch._inductor.config.freezing = True
             network = copy.deepcopy(self.network)
-            work["torch.compile"] = torch_turn(theirs(torch.compile(network)))  # pyright: ignore[reportArgumentType]
+            work["torch.compile"] = torch_turn(in_torch(torch.compile(network)))  # pyright: ignore[reportArgumentType]
         return work
 
 
 def gflop(network: torch.nn.Module, pixels: torch.Tensor) -> float:
-    """Of a forward pass: products and convolutions, counted as they are written."""
+    """Count the GFLOP of a forward pass: all products and convolutions."""
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         network(pixels)
     return counter.get_total_flops() / 1e9
 
 
 def peak(dtype: Dtype) -> float:
-    """GFLOP a second of a large product of square matrices, the better of both sides' best."""
+    """Measure the GFLOP/s of a large matrix product, the faster of JAX and torch."""
     side = 2048 if device().type == "cpu" else 8192
-    ours = jnp.ones((side, side), dtype)
-    theirs = torch.ones((side, side), dtype=getattr(torch, dtype), device=device())
+    matrix = jnp.ones((side, side), dtype)
+    torch_matrix = torch.ones((side, side), dtype=getattr(torch, dtype), device=device())
     multiply = jax.jit(jnp.matmul)
 
     def in_torch() -> None:
-        torch.matmul(theirs, theirs)
+        torch.matmul(torch_matrix, torch_matrix)
         finish()
 
-    work = {"tljax": lambda: jax.block_until_ready(multiply(ours, ours)), "torch": in_torch}
+    work = {"tljax": lambda: jax.block_until_ready(multiply(matrix, matrix)), "torch": in_torch}
     rows = take_turns(work, rounds=10)
     return 2 * side**3 / 1e9 / min(row["fastest_seconds"] for row in rows.values())
 
@@ -281,7 +282,7 @@ def main() -> None:
     pretrained = (random or load_pretrained(config.weights)).with_size(config.image_size)
     bench = Bench(config, pretrained)
     answers: dict[str, Any] = {}
-    most, counted = peak(config.dtype), gflop(bench.network, bench.pixels)
+    peak_rate, forward_gflop = peak(config.dtype), gflop(bench.network, bench.pixels)
     for question in config.questions:
         rows: dict[str, Any] = take_turns(bench.questions()[question](), config.rounds)
         for row in rows.values():
@@ -296,8 +297,8 @@ def main() -> None:
         "batch_size": config.batch_size,
         "dtype": config.dtype,
         "calls": config.calls,
-        "gflop_of_a_forward_pass": round(counted, 1),
-        "gflop_per_second_of_a_large_product": round(most, 1),
+        "gflop_of_a_forward_pass": round(forward_gflop, 1),
+        "gflop_per_second_of_a_large_product": round(peak_rate, 1),
         "questions": answers,
     }
     print(json.dumps(report, indent=2))

@@ -1,8 +1,8 @@
-"""How long is it from the start of Python to a trained batch, and what memory does it take?
+"""Measure time and memory from the start of Python to a training step; print JSON.
 
-Prints one JSON object. Each side is a process of its own that imports what it needs, loads the same
-network, looks at a batch, and trains everything on it once and once more. Ours comes twice: with
-nothing compiled, and with the programs that the first time left in the cache.
+Each side is a process of its own that imports what it needs, loads the same network, runs a forward
+pass, and takes two steps that train all parameters. tljax runs twice: with an empty compilation
+cache, and with the cache that the first run filled.
 
     python benchmarks/startup.py --weights microsoft/resnet-50
 """
@@ -25,44 +25,44 @@ Side = Literal["tljax", "tljax again", "torch"]
 
 @dataclass(frozen=True)
 class Config:
-    """Seconds since the start of the process, and its memory, in tljax and in torch."""
+    """Seconds since the start of the process, and its peak memory, in tljax and torch."""
 
     weights: str = "microsoft/resnet-18"
-    """A network that transformers has, as for tljax train."""
+    """Pretrained weights, as in tljax train, of a network that transformers has."""
     image_size: int = 224
-    """As for tljax train."""
+    """Side of the square images, in pixels; by default what the weights expect."""
     batch_size: int = 16
-    """Images at once."""
+    """Images per batch."""
     rounds: int = 3
-    """How often each side is started."""
+    """Number of starts per side."""
     alone: Side | None = None
-    """For the processes that this one starts."""
+    """Run only this side, in this process; set by the benchmark itself."""
     began: float = 0
-    """Likewise."""
+    """Start of the process, in seconds since the epoch; set by the benchmark itself."""
     folder: Path = Path()
-    """Likewise."""
+    """The weights as transformers reads them; set by the benchmark itself."""
 
 
 class Marks:
-    """When what was done, and how much memory had been taken by then."""
+    """Seconds and peak memory at each event of a process."""
 
     def __init__(self, began: float) -> None:
         self.began = began
-        self.found: dict[str, dict[str, float]] = {}
+        self.events: dict[str, dict[str, float]] = {}
 
-    def __call__(self, what: str) -> None:
-        """Notes that it has been done."""
-        # Not getrusage, which counts the parent's memory too.
+    def __call__(self, event: str) -> None:
+        """Record the time and the peak memory."""
+        # Not getrusage, which also counts the memory of the parent process.
         status = Path("/proc/self/status").read_text("utf-8").split()
         peak = int(status[status.index("VmHWM:") + 1])
-        self.found[what] = {
+        self.events[event] = {
             "seconds": round(time.time() - self.began, 2),
             "peak_gib": round(peak / 2**20, 2),
         }
 
 
 def in_tljax(config: Config, mark: Marks) -> None:
-    """What every command of ours does."""
+    """Run a forward pass and two steps in tljax."""
     import tljax
 
     tljax.configure()
@@ -87,7 +87,7 @@ def in_tljax(config: Config, mark: Marks) -> None:
 
 
 def in_torch(config: Config, mark: Marks) -> None:
-    """Eager, channels last."""
+    """Run them in torch, eager and channels last."""
     import torch
     from transformers import AutoModelForImageClassification
 
@@ -110,18 +110,18 @@ def in_torch(config: Config, mark: Marks) -> None:
 
 
 def turn(network: str) -> dict[Side, Any]:
-    """What a process of each side says of itself."""
+    """Start a process of each side and return its events."""
     arguments = [__file__, *sys.argv[1:], "--folder", network]
     with tempfile.TemporaryDirectory() as compiled:
-        found = {
+        events = {
             side: python(
                 *(*arguments, "--alone", side, "--began", time.time()),
                 JAX_COMPILATION_CACHE_DIR=compiled,
             )
             for side in get_args(Side)
         }
-    print(found, file=sys.stderr, flush=True)
-    return found
+    print(events, file=sys.stderr, flush=True)
+    return events
 
 
 def main() -> None:
@@ -130,7 +130,7 @@ def main() -> None:
         mark = Marks(config.began)
         work: Callable[[Config, Marks], None] = in_torch if config.alone == "torch" else in_tljax
         work(config, mark)
-        print(json.dumps(mark.found))
+        print(json.dumps(mark.events))
         return
     from peers import environment
 

@@ -1,4 +1,4 @@
-"""The results of the last runs as Markdown, for README.md beside this file.
+"""Print the committed results as Markdown tables, for README.md in this folder.
 
 python benchmarks/tables.py
 """
@@ -14,38 +14,38 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def results(kind: str) -> Iterable[dict[str, Any]]:
-    """The JSON files of one benchmark, in the order of their names."""
+    """Read the reports of one benchmark, sorted by file name."""
     for path in sorted(RESULTS.glob(f"{kind}-*.json")):
         yield json.loads(path.read_text("utf-8"))
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A Markdown table."""
+    """Format a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 def batch(report: dict[str, Any]) -> str:
-    """Images at once, and their side."""
+    """Format the batch size and the side of the images."""
     return f"{report['batch_size']} x {report['image_size']} px"
 
 
 def network(report: dict[str, Any]) -> str:
-    """The beginning of the weights' name."""
+    """Return the name of the network, which begins the name of its weights."""
     return report["weights"].partition(".")[0]
 
 
 def ratio(value: float) -> str:
-    """What one looks for."""
+    """Format the ratio of two durations."""
     return f"**{value:.2f}**"
 
 
 OURS = {"tljax": "", "tljax cached": " cached"}
-"""Ours of speed.py, and what the table adds to the question."""
+"""The rows of tljax in the reports of speed.py, and what the table appends to the question."""
 
 
 def speed() -> str:
-    """Seconds of a batch, and how many times as long others take."""
+    """Tabulate seconds per batch, and how many times as long other libraries take."""
     peers = ("torch", "torch.compile", "onnxruntime", "keras", "flax")
     rows = []
     for report in results("speed"):
@@ -53,22 +53,22 @@ def speed() -> str:
             for name, suffix in OURS.items():
                 if name in turns:
                     ours = turns[name]["seconds"]
-                    theirs = [turns[peer]["seconds"] if peer in turns else None for peer in peers]
+                    others = [turns[peer]["seconds"] if peer in turns else None for peer in peers]
                     jax = report["environment"]["jax"]
-                    what = [report["model"], question + suffix, batch(report), report["dtype"], jax]
-                    times = (seconds and ratio(seconds / ours) for seconds in theirs)
+                    work = [report["model"], question + suffix, batch(report), report["dtype"], jax]
+                    times = (seconds and ratio(seconds / ours) for seconds in others)
                     cells = f"{ours:.2f}", share_of_peak(report, question, ours)
-                    rows.append([*what, *cells, *(cell or "" for cell in times)])
-    known = "network", "question", "batch", "computes in", "jax"
-    return table([*known, "tljax, s", "of the peak", *peers], rows)
+                    rows.append([*work, *cells, *(cell or "" for cell in times)])
+    header = "network", "question", "batch", "dtype", "jax"
+    return table([*header, "tljax, s", "of the peak", *peers], rows)
 
 
 PASSES = {"forward": 1, "input-gradient": 2, "step": 3, "step-batch-norm": 3}
-"""What a question takes, in forward passes: each gradient is as much work again."""
+"""The work of each question in forward passes; a gradient counts as one more pass each."""
 
 
 def share_of_peak(report: dict[str, Any], question: str, seconds: float) -> str:
-    """The work as it is usually counted, a second, over what one large product reaches."""
+    """Format the FLOP rate as a share of the rate of a large matrix product."""
     peak = report.get("gflop_per_second_of_a_large_product")
     if peak is None or question not in PASSES:
         return ""
@@ -76,33 +76,29 @@ def share_of_peak(report: dict[str, Any], question: str, seconds: float) -> str:
 
 
 def attacks() -> str:
-    """Seconds of whole attacks beside those of other libraries."""
+    """Tabulate the seconds of attacks, compared with other libraries."""
     rows = []
     for report in results("attacks"):
         turns = report["attacks"]
         for name, row in turns.items():
             library, attack = name.split(" ")
             if library != "tljax":
-                ours, theirs = turns[f"tljax {attack}"]["seconds"], row["seconds"]
-                what = [
-                    network(report),
-                    f"{attack.upper()}, {report['steps']} steps",
-                    batch(report),
-                ]
-                times = [f"{ours:.1f}", f"{theirs:.1f}", ratio(theirs / ours)]
-                rows.append([*what, library, *times])
-    header = ["network", "attack", "batch", "beside", "tljax, s", "theirs, s", "times as fast"]
+                ours, other = turns[f"tljax {attack}"]["seconds"], row["seconds"]
+                title = f"{attack.upper()}, {report['steps']} steps"
+                times = [f"{ours:.1f}", f"{other:.1f}", ratio(other / ours)]
+                rows.append([network(report), title, batch(report), library, *times])
+    header = ["network", "attack", "batch", "library", "tljax, s", "library, s", "times as fast"]
     return table(header, rows)
 
 
 def robustness() -> str:
-    """Accuracy under attack, with its standard error; of one network there may be several runs."""
+    """Tabulate the accuracy under attack in percent; reports of the same network are merged."""
     shares: dict[tuple[str, str, int, str], dict[float, float]] = {}
     for report in results("robustness"):
         for attack, row in report["robust"].items():
-            what = network(report), report["data"], report["examples"], attack
-            known = shares.setdefault(what, {})
-            known |= {0.0: report["clean"]} | {float(key): share for key, share in row.items()}
+            key = network(report), report["data"], report["examples"], attack
+            accuracies = {float(epsilon): share for epsilon, share in row.items()}
+            shares.setdefault(key, {}).update({0.0: report["clean"]} | accuracies)
     epsilons = sorted({epsilon for row in shares.values() for epsilon in row})
     rows = [
         [name, f"{count} of {data}", attack, *(percent(row.get(e), count) for e in epsilons)]
@@ -112,7 +108,7 @@ def robustness() -> str:
 
 
 def percent(share: float | None, count: int) -> str:
-    """With its standard error; nothing where nothing was measured."""
+    """Format a share in percent with its standard error; empty if it was not measured."""
     if share is None:
         return ""
     error = standard_error(share, count)
@@ -120,7 +116,7 @@ def percent(share: float | None, count: int) -> str:
 
 
 def jobs() -> str:
-    """Whole jobs beside the loops of courses."""
+    """Tabulate the seconds from a folder to a classifier."""
     rows = []
     for report in results("job"):
         for side, row in report["sides"].items():
@@ -133,39 +129,39 @@ def jobs() -> str:
 
 
 def inputs() -> str:
-    """Images a second from files to batches."""
+    """Tabulate the images per second from files to batches."""
     rows = []
     for report in results("input"):
-        for way, row in report["ways"].items():
+        for reader, row in report["ways"].items():
             side = 256 * report["enlarge"]
             cells = [row[f"images_per_second{suffix}"] for suffix in ("", "_and_core")]
-            rows.append([f"{side} px", way, *(f"{cell:.0f}" for cell in cells)])
-    return table(["short side", "way", "images/s", "a core"], rows)
+            rows.append([f"{side} px", reader, *(f"{cell:.0f}" for cell in cells)])
+    return table(["short side", "reader", "images/s", "images/s per core"], rows)
 
 
 def parity() -> str:
-    """The largest difference from the reference, over the scale of its stage; folded away."""
-    known = json.loads((RESULTS / "parity.json").read_text("utf-8"))["pairs"]
+    """Tabulate the largest difference from the reference, relative to the scale of its stage."""
+    pairs = json.loads((RESULTS / "parity.json").read_text("utf-8"))["pairs"]
     networks: dict[str, list[dict[str, Any]]] = {}
-    for pair in known:
+    for pair in pairs:
         networks.setdefault(pair["model"], []).append(pair)
     rows = [
         [
             name,
-            ", ".join(pair["layout"] for pair in pairs),
-            ", ".join(sorted({f"{h} x {w}" for pair in pairs for h, w in pair["sizes"]})),
-            f"{max(pair['largest'] for pair in pairs):.1e}",
+            ", ".join(pair["layout"] for pair in group),
+            ", ".join(sorted({f"{h} x {w}" for pair in group for h, w in pair["sizes"]})),
+            f"{max(pair['largest'] for pair in group):.1e}",
         ]
-        for name, pairs in networks.items()
+        for name, group in networks.items()
     ]
-    worst = max(pair["largest"] for pair in known)
-    summary = f"{len(known)} pairs of network and format, {worst:.1e} at most"
+    worst = max(pair["largest"] for pair in pairs)
+    summary = f"{len(pairs)} pairs of network and format, {worst:.1e} at most"
     body = table(["network", "formats", "images", "difference"], rows)
     return f"<details><summary>{summary}</summary>\n\n{body}\n\n</details>"
 
 
 def starts() -> str:
-    """Seconds since the start of the process, and its memory."""
+    """Tabulate the seconds since the start of the process, and its peak memory."""
     rows = []
     for report in results("startup"):
         for side, marks in report["sides"].items():
@@ -177,19 +173,19 @@ def starts() -> str:
 
 
 def devices() -> str:
-    """Seconds of a step over several devices."""
+    """Tabulate the seconds of a step over several devices."""
     rows = []
     for report in results("devices"):
-        found = report["devices"]
-        for count in (name.split()[1] for name in found if name.startswith("tljax")):
-            ours, theirs = (found[f"{side} {count}"]["seconds"] for side in ("tljax", "pmap"))
-            times = [f"{ours:.2f}", f"{theirs:.2f}", ratio(theirs / ours)]
+        turns = report["devices"]
+        for count in (name.split()[1] for name in turns if name.startswith("tljax")):
+            ours, pmap = (turns[f"{side} {count}"]["seconds"] for side in ("tljax", "pmap"))
+            times = [f"{ours:.2f}", f"{pmap:.2f}", ratio(pmap / ours)]
             rows.append([network(report), batch(report), count, *times])
     return table(["network", "batch", "devices", "tljax, s", "pmap, s", "times as fast"], rows)
 
 
 def accelerators() -> str:
-    """Milliseconds of each program on one chip; what others take is a multiple of the first."""
+    """Tabulate milliseconds per program on one chip, and how many times as long torch takes."""
     peers = ("torch", "torch.compile")
     rows = []
     for report in results("accelerator"):
@@ -201,24 +197,24 @@ def accelerators() -> str:
                         continue
                     first = name in ("tljax", next(iter(sides)))
                     times = [sides.get(peer, {}).get("takes_times_as_long") for peer in peers]
-                    what = title if name == "tljax" else f"{title}: {name}"
+                    program = title if name == "tljax" else f"{title}: {name}"
                     figures = f"{1e3 * row['seconds']:.2f}", f"{row['examples_per_second']:.0f}"
                     cells = [ratio(time) if time and first else "" for time in times]
-                    rows.append([record["device"], what, *figures, *cells])
-    header = ["device", "program, images at once", "tljax, ms", "images/s", *peers]
+                    rows.append([record["device"], program, *figures, *cells])
+    header = ["device", "program, batch size", "tljax, ms", "images/s", *peers]
     return table(header, rows)
 
 
-MAKERS = (speed, accelerators, attacks, jobs, starts, devices, inputs, robustness, parity)
+TABLES = (speed, accelerators, attacks, jobs, starts, devices, inputs, robustness, parity)
 
 
 def main() -> None:
-    """Prints the tables, with what they were measured on."""
+    """Print all tables, with the device and the versions they were measured with."""
     environment = next(iter(results("speed")))["environment"]
     versions = ", ".join(f"{name} {environment[name]}" for name in ("jax", "torch"))
     print(f"Measured on {environment['devices']}, {versions}.\n")
-    made = [make() for make in MAKERS]
-    print("\n\n".join(text for text in made if text.count("\n") > 1))
+    texts = [make_table() for make_table in TABLES]
+    print("\n\n".join(text for text in texts if text.count("\n") > 1))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The benchmark of one accelerator, tried on a CPU: what it needs, and that its JSON is whole."""
+"""The benchmark of one accelerator, run on a CPU: its dependencies and its report."""
 
 import json
 import subprocess
@@ -8,27 +8,27 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "benchmarks" / "accelerator.py"
 
-# What a bare machine with an accelerator lacks.
+# Runs a script as if the packages in ``missing`` were not installed.
 WITHOUT = """
 import runpy, sys
 
 class Absent:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in {missing}:
-            raise ImportError(f"{{name}} is not here")
+            raise ImportError(f"{{name}} is not installed")
 
 sys.meta_path.insert(0, Absent())
 runpy.run_path({script!r})
 """
 
 
-def test_it_begins_where_only_jax_and_its_kin_are_installed() -> None:
+def test_it_starts_with_jax_flax_and_optax_alone() -> None:
     missing = {"grain", "tyro", "datasets", "matplotlib", "h5py", "safetensors", "torch", "PIL"}
     code = WITHOUT.format(missing=missing, script=str(SCRIPT))
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT.parent)
 
 
-def test_a_part_leaves_its_figures_and_one_without_time_its_reason(tmp_path: Path) -> None:
+def test_a_part_records_its_numbers_and_a_skipped_part_its_reason(tmp_path: Path) -> None:
     out = tmp_path / "report.json"
     command = [sys.executable, SCRIPT, "--quick", "--out", out, "--parts", "device"]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout

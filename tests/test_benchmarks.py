@@ -1,4 +1,4 @@
-"""What the benchmarks' README shows is what the committed results say."""
+"""The tables in the README of the benchmarks are those of the committed results."""
 
 import subprocess
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
-def test_the_tables_are_those_of_the_results():
+def test_the_readme_has_the_tables_of_the_committed_results():
     printed = subprocess.run(
         [sys.executable, BENCHMARKS / "tables.py"], capture_output=True, text=True, check=True
     ).stdout

@@ -1,4 +1,4 @@
-"""The model card: what the hub and a Markdown reader make of it, whatever the names are."""
+"""The model card, parsed as the Hub and a Markdown reader do it, with ordinary and odd names."""
 
 import ast
 import shlex
@@ -38,8 +38,8 @@ def parse(card: str) -> list[Token]:
     return MarkdownIt("commonmark").enable("table").parse(body)
 
 
-def shown(tokens: list[Token]) -> list[str]:
-    """The text of every heading, paragraph, item and cell, as a reader sees it."""
+def visible_texts(tokens: list[Token]) -> list[str]:
+    """Return the text of every heading, paragraph, item and cell, as a reader sees it."""
     texts = []
     for token in tokens:
         if token.type == "inline":
@@ -53,7 +53,7 @@ def code(card: str) -> list[str]:
     return [token.content for token in parse(card) if token.type == "fence"]
 
 
-def test_the_front_matter_is_the_hub_s():
+def test_the_hub_reads_the_front_matter():
     data = ModelCard(model_card(replace(RUN, base_model="timm/resnet18.tv_in1k"))).data
     assert data.license == "apache-2.0"
     assert data.base_model == "timm/resnet18.tv_in1k"
@@ -69,66 +69,72 @@ def test_the_front_matter_is_the_hub_s():
 
 
 @pytest.mark.parametrize("data", ["digits", "tfds:oxford_iiit_pet", "hf:food101"])
-def test_a_data_set_with_a_name_is_no_folder(data: str):
+def test_a_data_set_with_a_name_is_not_an_image_folder(data: str):
     (result,) = ModelCard(model_card(replace(RUN, data=data))).data.eval_results or ()
     assert (result.dataset_type, result.dataset_name) == (data.removeprefix("hf:"), data)
 
 
 @pytest.mark.parametrize(
-    ("licence", "license_", "name"),
+    ("source", "license_", "name"),
     [("MIT", "mit", None), ("unknown", "unknown", None), ("LicenseRef-X: y", "other", True)],
 )
-def test_licences_that_the_hub_does_not_list_are_named(licence: str, license_: str, name: object):
-    card = model_card(replace(RUN, weights=replace(RUN.weights, licence=licence)))
+def test_licenses_that_the_hub_does_not_list_are_named(source: str, license_: str, name: object):
+    card = model_card(replace(RUN, weights=replace(RUN.weights, licence=source)))
     data = ModelCard(card).data
     assert data.license == license_
-    assert getattr(data, "license_name", None) == (licence if name else None)
-    assert ("is not known" in card) == (licence == "unknown")
+    assert getattr(data, "license_name", None) == (source if name else None)
+    assert ("is unknown" in card) == (source == "unknown")
 
 
 def test_the_numbers_are_those_of_the_run():
-    texts = shown(parse(model_card(RUN)))
+    texts = visible_texts(parse(model_card(RUN)))
     assert texts[0] == "ants and bees"
     assert "245 training and 153 validation images." in " ".join(texts)
-    at = texts.index("top-1 accuracy")
-    assert texts[at + 1] == "90.2%, standard error 2.4%"
-    at = texts.index("most often taken for")
-    assert texts[at + 1 : at + 9] == [
+    position = texts.index("top-1 accuracy")
+    assert texts[position + 1] == "90.2%, standard error 2.4%"
+    position = texts.index("most often taken for")
+    assert texts[position + 1 : position + 9] == [
         *("ants", "60 of 70", "85.7%", "bees"),
         *("bees", "78 of 83", "94.0%", "ants"),
     ]
     assert texts[-2:] == ["jax", "0.10.2"]
 
 
-def test_what_was_not_measured_is_not_said():
-    headings = ["Data", "Training", "Results", "Limits", "Use", "Licence of the weights"]
-    texts = shown(parse(model_card(RUN)))
+def test_what_was_not_measured_is_left_out():
+    headings = ["Data", "Training", "Results", "Limits", "Use", "License of the weights"]
+    texts = visible_texts(parse(model_card(RUN)))
     assert [text for text in texts if text in {*headings, "Calibration"}] == headings
-    assert "was not looked for" in " ".join(texts)
+    assert "were not searched for" in " ".join(texts)
     card = model_card(replace(RUN, confusion=np.zeros((2, 2), int)))
     assert "nan" not in card
     assert "model-index" not in card
-    assert "nothing is known of its accuracy" in card
+    assert "the accuracy was not measured" in card
 
 
 def test_calibration_has_its_table():
-    found = calibrate(LOGITS, np.arange(60) % 4)
-    texts = shown(parse(model_card(replace(RUN, calibration=found))))
-    at = texts.index("as it is")
-    assert texts[at + 1 : at + 3] == [f"{found.before.error:.1%}", f"{found.loss_before:.3f}"]
-    assert texts[at + 4 : at + 6] == [f"{found.after.error:.1%}", f"{found.loss_after:.3f}"]
+    expected = calibrate(LOGITS, np.arange(60) % 4)
+    texts = visible_texts(parse(model_card(replace(RUN, calibration=expected))))
+    position = texts.index("uncalibrated")
+    assert texts[position + 1 : position + 3] == [
+        f"{expected.before.error:.1%}",
+        f"{expected.loss_before:.3f}",
+    ]
+    assert texts[position + 4 : position + 6] == [
+        f"{expected.after.error:.1%}",
+        f"{expected.loss_after:.3f}",
+    ]
 
 
 def test_limits_follow_from_the_facts():
     def limits(**facts: object) -> str:
-        return " ".join(shown(parse(model_card(replace(RUN, **facts)))))  # pyright: ignore[reportArgumentType]
+        return " ".join(visible_texts(parse(model_card(replace(RUN, **facts)))))  # pyright: ignore[reportArgumentType]
 
     assert "fewer than 30" not in limits()
-    assert "1 of 2 classes had fewer" in limits(confusion=np.array([[9, 0], [0, 50]]))
-    assert "None of the validation images" in limits(seen_in_training=0)
-    assert "3 of the 153 validation images were found" in limits(seen_in_training=3)
-    assert "flatter" not in limits()
-    assert "flatter" in limits(chosen_on_validation=True)
+    assert "1 of 2 classes have fewer" in limits(confusion=np.array([[9, 0], [0, 50]]))
+    assert "None of them was found among the training images" in limits(seen_in_training=0)
+    assert "3 of them are also training images" in limits(seen_in_training=3)
+    assert "results are optimistic" not in limits()
+    assert "results are optimistic" in limits(chosen_on_validation=True)
 
 
 def test_without_validation_images_no_accuracy_is_published():
@@ -138,38 +144,40 @@ def test_without_validation_images_no_accuracy_is_published():
     data = ModelCard(card).data
     assert not data.eval_results
     assert getattr(data, "metrics", None) is None
-    assert "245 training images and none for validation." in card
+    assert "245 training images and no validation images." in card
     assert "On the 153 training images:" in card
-    assert "The training images also decided which epoch was kept" in card
-    assert "validation images" not in card
+    assert "The epoch was selected by its accuracy on the training images" in card
+    assert card.count("validation images") == 1
 
 
 @pytest.mark.parametrize(
     ("origin", "words"),
     [
-        ("tuned", "the pretrained network resnet18.ktb_in1k, transferred to data/hymenoptera"),
+        ("tuned", "the pretrained network resnet18.ktb_in1k, fine-tuned on data/hymenoptera"),
         ("probe", "a linear head on the frozen features of the pretrained network resnet18"),
         ("scratch", "trained on data/hymenoptera from random weights"),
     ],
 )
-def test_it_says_what_the_network_is_made_of(origin: str, words: str):
+def test_it_states_the_origin_of_the_network(origin: str, words: str):
     card = model_card(replace(RUN, origin=origin))
-    assert words in " ".join(shown(parse(card)))
-    assert ("transferred" in card) == (origin == "tuned")
+    assert words in " ".join(visible_texts(parse(card)))
+    assert ("fine-tuned" in card) == (origin == "tuned")
     assert ("transfer-learning" in card) == (origin != "scratch")
-    assert ("Licence of the weights" in card) == (origin != "scratch")
+    assert ("License of the weights" in card) == (origin != "scratch")
 
 
-def test_many_classes_are_cut_to_the_weakest():
+def test_of_many_classes_only_the_lowest_accuracies_are_listed():
     confusion = np.diag(np.arange(100, 0, -1))
     confusion[:, 0] += 5
     names = tuple(f"n{i}" for i in range(100))
     weights = replace(RUN.weights, classes=names)
-    texts = shown(parse(model_card(replace(RUN, weights=weights, confusion=confusion, top5=0.75))))
-    assert "The 10 weakest classes:" in texts
+    texts = visible_texts(
+        parse(model_card(replace(RUN, weights=weights, confusion=confusion, top5=0.75)))
+    )
+    assert "The 10 classes with the lowest accuracy:" in texts
     assert texts[texts.index("top-5 accuracy") + 1] == "75.0%"
-    at = texts.index("most often taken for")
-    assert texts[at + 1 : at + 41 : 4] == [f"n{i}" for i in range(99, 89, -1)]
+    position = texts.index("most often taken for")
+    assert texts[position + 1 : position + 41 : 4] == [f"n{i}" for i in range(99, 89, -1)]
 
 
 anything = st.text(st.characters(exclude_characters="\0"), min_size=1)
@@ -216,7 +224,7 @@ def check_any_text(text: str):
 
     text_card, plain_card = card(text), card("plain")
     text_card.encode("utf-8")
-    assume("license: other" in text_card)  # hypothesis reads our sources, and tries their licences
+    assume("license: other" in text_card)  # hypothesis reads our sources, and tries their licenses
     data, plain = (yaml.safe_load(c.split("\n---\n")[0]) for c in (text_card, plain_card))
     assert data.keys() == plain.keys()
     name = data["license_name"]
@@ -224,9 +232,9 @@ def check_any_text(text: str):
 
     tokens, expected = parse(text_card), parse(plain_card)
     assert [token.type for token in tokens] == [token.type for token in expected]
-    words = [found.replace("plain", name.strip()) for found in shown(expected)]
-    assert [" ".join(found.split()) for found in shown(tokens)] == [
-        " ".join(found.split()) for found in words
+    words = [text.replace("plain", name.strip()) for text in visible_texts(expected)]
+    assert [" ".join(text.split()) for text in visible_texts(tokens)] == [
+        " ".join(text.split()) for text in words
     ]
     assert name == " ".join(name.split())
     if text.isprintable():

@@ -1,4 +1,4 @@
-"""The pictures: where pixels land, what lines hold, and that odd input draws."""
+"""Plots and grids: the positions of pixels, the data of lines, and unusual input."""
 
 import subprocess
 import sys
@@ -30,19 +30,19 @@ RED, GREEN, NAVY = (255, 0, 0), (0, 255, 0), (0, 0, 128)
 FILL, WHITE = (242, 242, 242), (255, 255, 255)
 
 
-def flat(height: int, width: int, colour: tuple[int, int, int]) -> np.ndarray:
-    return np.full((height, width, 3), colour, np.uint8)
+def flat(height: int, width: int, color: tuple[int, int, int]) -> np.ndarray:
+    return np.full((height, width, 3), color, np.uint8)
 
 
 def render(figure: Figure) -> np.ndarray:
-    """``[height, width, 3]`` floats in [0, 1]; warnings, such as of a missing glyph, are errors."""
+    """Return ``[height, width, 3]`` floats in [0, 1]; a missing glyph is an error."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3] / 255
 
 
-def has_colour(picture: np.ndarray, colour: str) -> bool:
-    return bool((np.abs(picture - to_rgb(colour)).max(-1) < 0.02).any())
+def has_color(picture: np.ndarray, color: str) -> bool:
+    return bool((np.abs(picture - to_rgb(color)).max(-1) < 0.02).any())
 
 
 # Grids
@@ -53,8 +53,8 @@ def test_grid_places_images_row_by_row():
         [flat(40, 40, RED), flat(30, 90, GREEN), flat(90, 30, NAVY)], columns=2, cell=40
     )
     assert grid.size == (2 + 2 * 42, 2 + 2 * 42)  # cells of 40 and gaps of 2
-    centres = [(22, 22), (64, 22), (22, 64), (64, 64)]
-    assert [grid.getpixel(at) for at in centres] == [RED, GREEN, NAVY, WHITE]
+    centers = [(22, 22), (64, 22), (22, 64), (64, 64)]
+    assert [grid.getpixel(at) for at in centers] == [RED, GREEN, NAVY, WHITE]
     # The wide image fills its cell from side to side, the tall one from top to bottom.
     assert [grid.getpixel(at) for at in [(44, 22), (83, 22), (64, 2)]] == [GREEN, GREEN, FILL]
     assert [grid.getpixel(at) for at in [(22, 44), (22, 83), (2, 64)]] == [NAVY, NAVY, FILL]
@@ -95,20 +95,20 @@ def test_each_line_of_a_caption_has_its_place():
     one, two = (image_grid([image], [text]) for text in ("a", "a\nb"))
     line_height = two.height - one.height
     assert line_height > 10
-    # The first lines are the same picture; the second line is new ink below.
+    # The first lines are the same picture; the second line is below.
     first = np.asarray(two)[: one.height - 8]
     np.testing.assert_array_equal(first, np.asarray(one)[: one.height - 8])
     assert (np.asarray(two)[one.height - 8 :] < 100).any()
 
 
 @pytest.mark.parametrize("text", ["日", "\udce9", "\x07", "\u202e", "\U0001fae0"])
-def test_what_the_font_lacks_becomes_a_replacement_character(text: str):
+def test_characters_without_a_glyph_become_a_replacement_character(text: str):
     image = flat(8, 8, RED)
     assert image_grid([image], [text]) == image_grid([image], ["\ufffd"])
     assert image_grid([image], [text]) != image_grid([image], [""])
 
 
-def test_accents_survive_however_they_are_composed():
+def test_composed_and_decomposed_accents_look_the_same():
     image = flat(8, 8, RED)
     composed, decomposed, plain = (
         image_grid([image], [text]) for text in ("é", "e\N{COMBINING ACUTE ACCENT}", "e")
@@ -116,7 +116,7 @@ def test_accents_survive_however_they_are_composed():
     assert composed == decomposed != plain
 
 
-def test_grid_refuses_what_it_cannot_lay_out():
+def test_grid_rejects_no_images_and_too_few_captions():
     with pytest.raises(RequestError, match="no images"):
         image_grid([])
     with pytest.raises(RequestError, match="1 captions for 2 images"):
@@ -144,10 +144,10 @@ def test_curves_connect_missing_keys_and_break_at_nan():
 
 
 def test_training_and_validation_are_compared_by_the_same_loss():
-    """Where the objective is another: it is smoothed, say."""
+    # train_loss is of the objective, which may be smoothed.
     history = [
         {"epoch": 1, "train_loss": 3.0, "train_cross_entropy": 2.0, "val_loss": 2.5},
-        {"epoch": 2, "train_loss": 2.0, "val_loss": 1.5},  # of an older run
+        {"epoch": 2, "train_loss": 2.0, "val_loss": 1.5},  # from an older run
     ]
     training, validation = curves(history).axes[0].lines
     np.testing.assert_array_equal(training.get_ydata(), [2, 2])
@@ -168,7 +168,7 @@ def test_a_line_separates_phases():
     render(figure)
 
 
-def test_without_validation_images_no_curve_is_called_so():
+def test_without_validation_images_no_curve_is_called_validation():
     history = [{"epoch": 1, "train_loss": 1.0, "val_loss": 0.9, "val_robust_loss": 1.2}]
     names = [
         [
@@ -197,7 +197,7 @@ def test_a_single_epoch_is_visible():
     x, y = axes.transData.transform((3, 0.7)).round().astype(int)
     assert 0 < x < width
     around = picture[height - y - 3 : height - y + 3, x - 3 : x + 3]
-    assert has_colour(around, BLUE)
+    assert has_color(around, BLUE)
 
 
 @pytest.mark.parametrize(
@@ -210,13 +210,13 @@ def test_a_single_epoch_is_visible():
         [{"epoch": 1, "train_loss": float("inf")}],
     ],
 )
-def test_nothing_to_plot_says_so(history: list):
+def test_without_data_the_plot_says_not_logged(history: list):
     figure = curves(history)
     assert [axes.texts[0].get_text() for axes in figure.axes] == ["not logged"] * 2
     render(figure)
 
 
-def test_a_diverged_run_draws():
+def test_a_diverged_run_can_be_plotted():
     losses = [1.0, 1e30, float("inf"), float("nan")]
     render(curves([{"epoch": i, "train_loss": loss} for i, loss in enumerate(losses)]))
 
@@ -250,7 +250,7 @@ def test_the_reliability_diagram_shows_the_filled_bins():
     one, three = axes.collections[0].get_sizes()
     assert three > one > 0
     texts = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert texts == ["as it is: error 55.0%", "after temperature scaling: error 10.0%"]
+    assert texts == ["uncalibrated: error 55.0%", "after temperature scaling: error 10.0%"]
     render(figure)
 
 
@@ -273,7 +273,9 @@ def test_confusion_shares_are_of_rows_and_counts_are_written():
 @pytest.mark.parametrize(
     ("count", "cell_text", "names"), [(20, True, True), (21, False, True), (61, False, False)]
 )
-def test_text_gives_way_as_classes_grow(count: int, cell_text: bool, names: bool):
+def test_many_classes_have_no_counts_and_more_have_no_names(
+    count: int, cell_text: bool, names: bool
+):
     axes = confusion_matrix(np.eye(count, dtype=int), [f"n{i}" for i in range(count)]).axes[0]
     assert bool(axes.texts) == cell_text
     assert ([t.get_text() for t in axes.get_xticklabels()] == [f"n{i}" for i in range(count)]) == (
@@ -293,7 +295,7 @@ def test_one_confusion_among_a_thousand_classes_can_be_seen():
 
 
 @pytest.mark.parametrize("name", ["$\\frac{", "日本", "caf\udce9", "a\nb", "", "x" * 500])
-def test_any_class_name_draws(name: str):
+def test_any_class_name_can_be_drawn(name: str):
     picture = render(confusion_matrix(np.eye(2, dtype=int), [name, "b"]))
     assert max(picture.shape) < 600
 
@@ -303,10 +305,10 @@ def test_confusion_must_fit_its_classes():
         confusion_matrix(np.zeros((2, 3), int), ["a", "b"])
 
 
-# The room
+# Others
 
 
-def test_the_room_opens_quickly_and_leaves_pyplot_alone():
+def test_matplotlib_is_imported_when_a_plot_is_drawn_and_pyplot_never():
     code = (
         "import sys, tljax.report.figures as report\n"
         "assert 'matplotlib' not in sys.modules\n"
@@ -322,18 +324,19 @@ def test_robustness_begins_at_the_clean_accuracy():
     first, second = (container.lines[0] for container in axes.containers)
     assert first.get_xydata().tolist() == [[0, 0.9], [0.5, 0.5], [2, 0.2]]
     assert second.get_ydata().tolist() == [0.9, 1, 1]
-    assert has_colour(render(figure), BLUE)
+    assert has_color(render(figure), BLUE)
     at_zero = robustness_curve([0, 2], 0.9, {"fgsm": [(0.9, 0), (0.2, 0.05)]})
     assert len(at_zero.axes[0].containers[0].lines[0].get_xdata()) == 2
 
 
-def test_accuracy_and_speed_joins_those_that_nothing_beats() -> None:
-    def one(name: str, top1: float, speed: float) -> Candidate:
+def test_accuracy_and_speed_joins_the_networks_that_no_other_exceeds() -> None:
+    def candidate(name: str, top1: float, speed: float) -> Candidate:
         return Candidate(name, name, top1, 0.02, speed, 5_000_000, 512, 224)
 
-    found = [one("good", 0.9, 10), one("$slow_", 0.7, 5), one("fast", 0.8, 100)]
-    figure = accuracy_and_speed(found)
+    figure = accuracy_and_speed(
+        [candidate("good", 0.9, 10), candidate("$slow_", 0.7, 5), candidate("fast", 0.8, 100)]
+    )
     axes = figure.axes[0]
     assert axes.lines[0].get_xydata().tolist() == [[10, 0.9], [100, 0.8]]
     assert [text.get_text() for text in axes.texts] == ["good", "$slow_", "fast"]
-    assert has_colour(render(figure), BLUE)
+    assert has_color(render(figure), BLUE)

@@ -1,6 +1,7 @@
-"""The page: what it holds, that nothing can break out of it, and that it is never half-written."""
+"""The report: its contents, the escaping of all text, and files that are complete or absent."""
 
 import base64
+import hashlib
 import io
 import re
 from collections import Counter
@@ -19,19 +20,19 @@ from tljax.report.page import (
     ClassResult,
     Mistake,
     Report,
-    SeenInTraining,
     Sweep,
     per_class,
+    worst_pairs,
     write_report,
 )
 from tljax.runtime.errors import RequestError
 
-VOID = {"meta", "img"}
+VOID = {"meta", "img", "input"}
 EVIL = "<script>alert(1)</script>"
 
 
 class Page(HTMLParser):
-    """Reads a page back, and fails where tags do not match."""
+    """Parse a page, and fail if tags do not match."""
 
     def __init__(self, path: Path):
         super().__init__()
@@ -54,14 +55,14 @@ class Page(HTMLParser):
     def handle_data(self, data: str) -> None:
         self.texts.append((" ".join(self.open), data))
 
-    def of(self, tag: str) -> list[str]:
+    def texts_of(self, tag: str) -> list[str]:
         return [text for path, text in self.texts if path.endswith(f" {tag}")]
 
-    def all_in(self, tag: str) -> str:
+    def text_inside(self, tag: str) -> str:
         return "".join(text for path, text in self.texts if f" {tag}" in path)
 
     def pictures(self) -> list[tuple[dict[str, str | None], Image.Image]]:
-        found = []
+        pictures = []
         for tag, attributes in self.tags:
             if tag == "img":
                 source = attributes["src"] or ""
@@ -69,8 +70,8 @@ class Page(HTMLParser):
                 image = Image.open(io.BytesIO(base64.b64decode(data, validate=True)))
                 image.load()
                 assert head == f"data:image/{(image.format or '').lower()};base64"
-                found.append((attributes, image))
-        return found
+                pictures.append((attributes, image))
+        return pictures
 
 
 def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -104,9 +105,9 @@ def page(report: Report, tmp_path_factory: pytest.TempPathFactory) -> Page:
     return Page(path)
 
 
-def test_everything_is_there_in_order(report: Report, page: Page):
-    assert page.of("title") == page.of("h1") == ["resnet50 on ants & bees"]
-    assert page.of("h2") == [
+def test_all_sections_are_there_in_order(report: Report, page: Page):
+    assert page.texts_of("title") == page.texts_of("h1") == ["resnet50 on ants & bees"]
+    assert page.texts_of("h2") == [
         "Training",
         "Confusion matrix",
         "Classes",
@@ -115,64 +116,72 @@ def test_everything_is_there_in_order(report: Report, page: Page):
         "Details",
         "What to do next",
     ]
-    assert list(zip(page.of("dt"), page.of("dd"), strict=True)) == report.headline
-    assert page.of("p") == report.notes
-    assert page.of("pre") == report.next_steps
-    text = " ".join(page.all_in("body").split())
-    assert f"val/1.jpg: was ants, said {EVIL} (98.7%)" in text
-    assert "caf\\udce9.jpg: was" in text
-    cells = page.of("td")
+    assert list(zip(page.texts_of("dt"), page.texts_of("dd"), strict=True)) == report.headline
+    assert page.texts_of("p") == report.notes
+    assert page.texts_of("pre") == report.next_steps
+    text = " ".join(page.text_inside("body").split())
+    assert f"val/1.jpg is ants, predicted {EVIL} (98.7%)" in text
+    assert "caf\\udce9.jpg is" in text
+    cells = page.texts_of("td")
     assert cells[:4] == ["ants", "8 of 10", "80.0%", EVIL]
     assert cells[4:8] == [EVIL, "9 of 10", "90.0%", "ants"]
     assert cells[8:10] == list(report.skipped[0])
     assert cells[10:] == ["name", "resnet50", "input", "224 x 224"]
 
 
-def test_the_page_needs_nothing_else(page: Page):
-    assert not {"script", "link", "iframe", "object", "base"} & {tag for tag, _ in page.tags}
+def test_the_page_requests_nothing_and_allows_no_script_but_its_own(page: Page):
+    tags = [tag for tag, _ in page.tags]
+    assert not {"link", "iframe", "object", "base"} & set(tags)
     for _, attributes in page.tags:
         assert not {"href", "srcset", "action"} & attributes.keys()
         assert not [name for name in attributes if name.startswith("on")]
         assert (attributes.get("src") or "data:").startswith("data:")
     assert not re.search(r"https?:|url\(|@import", page.html)
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-    assert policy in [attributes.get("content") for tag, attributes in page.tags if tag == "meta"]
+    (script,) = page.texts_of("script")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src"
+    contents = [attributes.get("content") or "" for tag, attributes in page.tags if tag == "meta"]
+    assert f"{policy} 'sha256-{digest}'" in [" ".join(content.split()) for content in contents]
 
 
 def test_pictures_decode_and_have_their_sizes(report: Report, page: Page):
-    *plots, (_, photo), (attributes, digit) = page.pictures()
+    *plots, (photo_attributes, photo), (digit_attributes, digit) = page.pictures()
     assert len(plots) == 3
-    for said, plot in plots:
-        said_size = [2 * int(said[side] or 0) for side in ("width", "height")]
-        np.testing.assert_allclose(plot.size, said_size, atol=2)
-        assert said["alt"]
+    for attributes, plot in plots:
+        size = [2 * int(attributes[side] or 0) for side in ("width", "height")]
+        np.testing.assert_allclose(plot.size, size, atol=2)
+        assert attributes["alt"]
         assert plot.getchannel("A").getextrema() == (0, 255)  # dark pages show through
     assert photo.size == (320, 213)
     assert photo.format == "JPEG"
-    assert attributes["class"] == "pixels"
+    assert photo_attributes["alt"] == "Image of class ants"
+    assert digit_attributes["class"] == "pixels"
     np.testing.assert_array_equal(np.asarray(digit), report.mistakes[1].image)
 
 
-def test_what_is_left_out_has_no_section(tmp_path: Path):
+def test_empty_fields_have_no_section(tmp_path: Path):
     write_report(tmp_path / "report.html", Report(title="nothing"))
     page = Page(tmp_path / "report.html")
-    assert page.all_in("body").split() == ["nothing"]
+    assert [text for path, text in page.texts if path.endswith("body")] == ["\n", "\n", "\n"]
+    assert page.texts_of("h1") == ["nothing"]
+    assert not page.texts_of("h2")
     assert not page.pictures()
 
 
-def test_calibration_and_leaks_are_shown(tmp_path: Path):
+def test_calibration_and_duplicates_are_shown(tmp_path: Path):
     logits = np.random.default_rng(0).normal(0, 3, (60, 4))
-    found = calibrate(logits, np.arange(60) % 4)
-    pairs = [SeenInTraining(f"val/{i}.jpg", EVIL, "mirrored", 0.9876) for i in range(21)]
+    calibration = calibrate(logits, np.arange(60) % 4)
+    pairs = [(f"val/{i}.jpg", EVIL, "mirrored", 0.9876) for i in range(21)]
     path = tmp_path / "report.html"
-    write_report(path, Report(title="leaky", calibration=found, duplicates=pairs))
+    write_report(path, Report(title="leaky", calibration=calibration, duplicates=pairs))
     page = Page(path)
-    assert page.of("h2") == ["Calibration", "Seen in training"]
+    assert page.texts_of("h2") == ["Calibration", "Seen in training"]
     ((attributes, _),) = page.pictures()
     assert attributes["alt"] == "Accuracy over confidence"
-    assert f"the temperature {found.temperature:.3g} makes" in page.of("p")[0]
-    assert page.of("td")[:4] == ["val/0.jpg", EVIL, "mirrored", "0.988"]
-    assert page.of("summary") == ["1 more"]
+    text, filter_ = page.texts_of("p")
+    assert f"by the temperature {calibration.temperature:.3g} to" in text
+    assert filter_ == "Validation images seen in training: 21 rows"
+    assert page.texts_of("td")[:4] == ["val/0.jpg", EVIL, "mirrored", "0.988"]
 
 
 def test_classes_without_examples(tmp_path: Path):
@@ -180,14 +189,24 @@ def test_classes_without_examples(tmp_path: Path):
         tmp_path / "report.html",
         Report(title="empty", classes=["a", "b"], confusion=np.array([[0, 0], [1, 0]])),
     )
-    assert Page(tmp_path / "report.html").of("td") == [
+    assert Page(tmp_path / "report.html").texts_of("td") == [
         *("b", "0 of 1", "0.0%", "a"),
         *("a", "0 of 0", "none"),
     ]
 
 
 anything = st.text(st.characters(exclude_characters="\0"), min_size=1) | st.sampled_from(
-    [EVIL, "</title>", "&lt;", "{body}", "'\"><img src=x onerror=alert(1)>", "caf\udce9", "]]>"]
+    [
+        EVIL,
+        "</title>",
+        "&lt;",
+        "{body}",
+        "'\"><img src=x onerror=alert(1)>",
+        "caf\udce9",
+        "]]>",
+        "\u202egpj.exe",
+        "x" * 300,
+    ]
 )
 
 
@@ -206,16 +225,18 @@ def test_any_text_is_shown_as_it_is(tmp_path_factory: pytest.TempPathFactory, te
     )
     write_report(path, report)
     page = Page(path)
-    shown = text.encode("utf-8", "backslashreplace").decode()
+    visible = text.encode("utf-8", "backslashreplace").decode()
     for tag, times in [("h1", 1), ("dt", 1), ("dd", 1), ("p", 1), ("b", 2), ("h3", 1), ("pre", 1)]:
-        assert page.of(tag) == [shown] * times
-    assert page.of("td") == [shown] * 4
-    assert page.of("bdi") == [shown + ":"]
+        assert page.texts_of(tag) == [visible] * times
+    assert page.texts_of("td") == [visible] * 4
+    assert page.texts_of("bdi") == [visible]
     plain = replace(report, title="", headline=[("", "")], notes=[""], skipped=[("", "")])
     plain = replace(plain, details={"": {"": ""}}, next_steps=[""])
     plain = replace(plain, mistakes=[Mistake(noise(2, 2), "", "", "", 0.5)])
     write_report(path, plain)
-    assert page.tags == Page(path).tags
+    assert [tag for tag, _ in page.tags] == [tag for tag, _ in Page(path).tags]
+    labels = [attributes.get("aria-label") for _, attributes in page.tags]
+    assert {name for name in labels if name} <= {"Skipped files", visible}
 
 
 @settings(deadline=None)
@@ -246,16 +267,57 @@ def test_per_class_puts_the_more_certain_failure_first():
     ]
 
 
-def test_a_thousand_classes_are_all_there_but_folded(tmp_path: Path):
-    confusion = np.random.default_rng(0).multinomial(50, [0.001] * 1000, 1000)
-    write_report(
-        tmp_path / "report.html",
-        Report(title="many", classes=[f"n{i}" for i in range(1000)], confusion=confusion),
+def test_worst_pairs_are_sorted_by_count_then_by_share():
+    confusion = np.array([[5, 2, 0], [3, 0, 2], [0, 2, 20]])
+    assert worst_pairs(confusion, ["a", "b", EVIL]) == [
+        ("b", "a", 3, 3 / 5),
+        ("b", EVIL, 2, 2 / 5),
+        ("a", "b", 2, 2 / 7),
+        (EVIL, "b", 2, 2 / 22),
+    ]
+    assert worst_pairs(np.eye(2, dtype=int), ["a", "b"]) == []
+
+
+def imagenet_like(rng: np.random.Generator) -> np.ndarray:
+    """Return the confusion of 50,000 images of 1,000 classes, a quarter of them wrong."""
+    confusion = np.zeros((1000, 1000), int)
+    for label in range(1000):
+        similar = (label + np.arange(1, 20)) % 1000
+        predicted = np.where(rng.random(50) < 0.75, label, rng.choice(similar, 50))
+        np.add.at(confusion[label], predicted, 1)
+    return confusion
+
+
+def test_a_thousand_classes_and_50000_images_stay_below_5_mb(tmp_path: Path):
+    rng = np.random.default_rng(0)
+    confusion = imagenet_like(rng)
+    assert confusion.sum() == 50_000
+    classes = [f"n{i:08d} a common name of class number {i}" for i in range(1000)]
+    classes[:3] = [EVIL, "\u202eright to left\u202c", "x" * 300]
+    report = Report(
+        title="many",
+        history=[{"epoch": i, "train_loss": 1 / (1 + i), "val_top1": 0.5} for i in range(300)],
+        classes=classes,
+        confusion=confusion,
+        mistakes=[Mistake(noise(224, 224, i), f"{i}.jpg", "a", "b", 0.5) for i in range(16)],
+        duplicates=[(f"val/{i:05d}.jpeg", f"train/{i}.jpeg", "near", 0.9) for i in range(9_000)],
+        skipped=[(f"train/{i:05d}.jpeg", "not an image") for i in range(50_000)],
     )
+    write_report(tmp_path / "report.html", report)
+    assert (tmp_path / "report.html").stat().st_size < 5e6
     page = Page(tmp_path / "report.html")
-    rows = [path for path, text in page.texts if path.endswith(" td") and " of 50" in text]
-    assert ["details" in path for path in rows] == [False] * 20 + [True] * 980
-    assert page.of("summary") == ["980 more"]
+    pairs = len(worst_pairs(confusion, classes))
+    assert [text for text in page.texts_of("p") if "rows" in text] == [
+        f"Confused classes, the most frequent first: {pairs:,} rows, 1,000 shown",
+        "Classes, the lowest accuracy first: 1,000 rows",
+        "Validation images seen in training: 9,000 rows, 1,000 shown",
+        "Skipped files: 50,000 rows, 1,000 shown",
+    ]
+    assert len([text for text in page.texts_of("td") if " of 50" in text]) == 1000
+    worst = page.texts_of("td")[:2]
+    label, predicted = map(classes.index, worst)
+    np.fill_diagonal(confusion, 0)
+    assert confusion[label, predicted] == confusion.max()
 
 
 def test_a_hundred_classes_with_pictures_stay_small(tmp_path: Path, report: Report):
@@ -271,7 +333,7 @@ def test_a_hundred_classes_with_pictures_stay_small(tmp_path: Path, report: Repo
 
 
 @pytest.mark.parametrize("failing", ["write_text", "replace"])
-def test_a_failing_write_leaves_the_old_page(
+def test_a_write_that_fails_leaves_the_old_page(
     failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     path = tmp_path / "report.html"
@@ -289,11 +351,11 @@ def test_a_failing_write_leaves_the_old_page(
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_page_is_replaced_whole(tmp_path: Path):
+def test_a_page_is_replaced_completely(tmp_path: Path):
     path = tmp_path / "report.html"
     for title in ("old", "new"):
         write_report(path, Report(title=title))
-    assert Page(path).of("h1") == ["new"]
+    assert Page(path).texts_of("h1") == ["new"]
     assert list(tmp_path.iterdir()) == [path]
 
 

@@ -1,4 +1,4 @@
-"""What the page and the card of a run say: what was done and measured, and nothing else."""
+"""The report and the model card state what was done and measured, and nothing else."""
 
 import html
 import re
@@ -13,7 +13,7 @@ from engine import LOADING, config, source, train
 from tljax.data.options import AugmentConfig
 from tljax.data.sources import Splits
 from tljax.pretrained import Card
-from tljax.report.runs import remarks, write_training_report
+from tljax.report.runs import first_epoch_drop, remarks, write_training_report
 from tljax.train.fit import FitResult
 from tljax.train.options import AdversaryConfig, FitConfig
 
@@ -26,7 +26,7 @@ PLAIN = AugmentConfig(crop=False)
 
 
 class Written(NamedTuple):
-    """A report as its readers see it."""
+    """The files of a report, as a reader sees them."""
 
     result: FitResult
     card: str
@@ -36,10 +36,10 @@ class Written(NamedTuple):
     skipped: str
 
 
-def write(folder: Path, what: FitConfig, splits: Splits = APART) -> Written:
-    result = train(what, splits, loading=LOADING)
-    asked = {"data": "noise", "seed": 0, "batch_size": 4, "fit": asdict(what)}
-    write_training_report(folder, result, splits, asked, CARD, 1.0)
+def write(folder: Path, fit: FitConfig, splits: Splits = APART) -> Written:
+    result = train(fit, splits, loading=LOADING)
+    options = {"data": "noise", "seed": 0, "batch_size": 4, "fit": asdict(fit)}
+    write_training_report(folder, result, splits, options, CARD, 1.0)
     text = (folder / "README.md").read_text()
     front, card = text.removeprefix("---\n").split("\n---\n", 1)
     card = card.replace("\\", "")
@@ -50,90 +50,120 @@ def write(folder: Path, what: FitConfig, splits: Splits = APART) -> Written:
     return Written(result, card, html.unescape(page), yaml.safe_load(front), cells, skipped)
 
 
-def test_a_probe_is_not_called_fine_tuned_and_has_no_settings_of_training(tmp_path):
-    what = FitConfig("probe", augmentation=PLAIN, epochs=3)
-    found = write(tmp_path, what)
-    assert found.settings.keys() == {"setting", "---", "recipe", "cache", "cache_dtype"}
-    assert "a linear head on the frozen features of the pretrained network tiny.web" in found.card
-    assert "transferred" not in found.card
-    assert "decided which epoch" not in found.card
-    for text in (found.card, found.page):
+def test_a_probe_is_not_called_fine_tuned_and_has_no_training_settings(tmp_path):
+    fit = FitConfig("probe", augmentation=PLAIN, epochs=3)
+    written = write(tmp_path, fit)
+    assert written.settings.keys() == {"setting", "---", "recipe", "cache", "cache_dtype"}
+    assert "a linear head on the frozen features of the pretrained network tiny.web" in written.card
+    assert "fine-tuned on" not in written.card
+    assert "The epoch was selected" not in written.card
+    for text in (written.card, written.page):
         assert "fine-tuned" not in text
         assert not re.search("mixup|epsilon|momentum|learning_rate|epochs", text)
 
 
 def test_a_fine_tuned_network_has_the_settings_that_took_effect(tmp_path):
-    found = write(tmp_path, config("finetune", freeze_to="stem", rate=0.02, epochs=8))
-    assert not remarks(found.result)
-    assert "the pretrained network tiny.web, transferred to noise" in found.card
-    assert found.settings["optimizer/learning_rate"] == "0.02"
-    assert found.settings["freeze_to"] == "stem"
-    assert "fine-tuned accuracy" in found.page
-    assert "attacked" not in found.card + found.page
+    written = write(tmp_path, config("finetune", freeze_to="stem", rate=0.02, epochs=8))
+    assert not remarks(written.result)
+    assert "the pretrained network tiny.web, fine-tuned on noise" in written.card
+    assert written.settings["optimizer/learning_rate"] == "0.02"
+    assert written.settings["freeze_to"] == "stem"
+    assert "fine-tuned accuracy" in written.page
+    assert "attacked" not in written.card + written.page
     idle = {"augmentation/mixup", "adversary/epsilon", "optimizer/momentum", "cache_views"}
-    assert not idle & found.settings.keys()
-    assert not re.search("mixup|epsilon|momentum", found.page)
-    # What was not asked for is no setting.
-    assert not {"train", "rates", "head_after"} & found.settings.keys()
+    assert not idle & written.settings.keys()
+    assert not re.search("mixup|epsilon|momentum", written.page)
+    # Settings that were not set are left out.
+    assert not {"train", "rates", "head_after"} & written.settings.keys()
 
 
-def test_mixup_is_said_where_images_were_mixed(tmp_path):
+def test_mixup_is_listed_if_images_were_mixed(tmp_path):
     mixed = replace(PLAIN, mixup=0.4)
-    what = config("finetune", augment=True, augmentation=mixed, optimizer="sgd", epochs=1)
-    found = write(tmp_path, what)
-    assert found.settings["augmentation/mixup"] == "0.4"
-    assert found.settings["optimizer/momentum"] == "0.9"
-    assert not {"augmentation/scale", "frozen_dtype", "cache"} & found.settings.keys()
+    fit = config("finetune", augment=True, augmentation=mixed, optimizer="sgd", epochs=1)
+    written = write(tmp_path, fit)
+    assert written.settings["augmentation/mixup"] == "0.4"
+    assert written.settings["optimizer/momentum"] == "0.9"
+    assert not {"augmentation/scale", "frozen_dtype", "cache"} & written.settings.keys()
 
 
-def test_a_network_from_scratch_is_nobody_s(tmp_path):
-    found = write(tmp_path, config("scratch", augmentation=PLAIN, epochs=1))
-    assert "trained on noise from random weights" in found.card
-    assert found.front["tags"] == ["jax", "tiny"]
-    assert "trained accuracy" in found.page
-    for text in (found.card, found.page):
+def test_a_network_from_scratch_names_no_pretrained_network(tmp_path):
+    written = write(tmp_path, config("scratch", augmentation=PLAIN, epochs=1))
+    assert "trained on noise from random weights" in written.card
+    assert written.front["tags"] == ["jax", "tiny"]
+    assert "trained accuracy" in written.page
+    for text in (written.card, written.page):
         assert "fine-tuned" not in text
-        assert "transferred" not in text
-    assert "Licence" not in found.card
-    assert "pretrained network" not in found.card
+    assert "License" not in written.card
+    assert "pretrained network" not in written.card
 
 
-def test_without_validation_images_every_figure_is_of_the_training_images(tmp_path):
-    found = write(tmp_path, config("lp-ft", epochs=1, augmentation=PLAIN), ALONE)
-    assert "10 training images and none for validation" in found.card
-    assert "On the 10 training images:" in found.card
-    assert not re.search(r"validation images|validation set", found.card)
-    assert "model-index" not in found.front
-    assert "metrics" not in found.front
-    assert re.search(r"validation images\s+none", found.page)
-    assert "Seen in training" not in found.page
-    assert found.skipped.count("image 4") == 1
+def test_without_validation_images_every_number_is_of_the_training_images(tmp_path):
+    written = write(tmp_path, config("lp-ft", epochs=1, augmentation=PLAIN), ALONE)
+    assert "10 training images and no validation images" in written.card
+    assert "On the 10 training images:" in written.card
+    assert not re.search(r"(?<!no )validation (images|set)", written.card)
+    assert "model-index" not in written.front
+    assert "metrics" not in written.front
+    assert re.search(r"validation images\s+none", written.page)
+    assert "Seen in training" not in written.page
+    assert written.skipped.count("image 4") == 1
 
 
-def test_what_an_attack_left_is_measured_and_said(tmp_path):
+def test_the_accuracy_under_attack_is_measured_and_shown(tmp_path):
     fast = AdversaryConfig("fast", 16.0)
-    found = write(tmp_path, config("finetune", epochs=1, augmentation=PLAIN, adversary=fast))
-    assert found.result.robust is not None
-    robust = f"{found.result.robust.top1:.1%}"
-    assert f"| top-1 accuracy under PGD, 20 steps, epsilon 16/255 | {robust} |" in found.card
-    assert "changed on purpose by another attack" in found.card
-    assert found.settings["adversary/epsilon"] == "16.0"
-    assert "adversary/attack_steps" not in found.settings  # fast takes one
+    written = write(tmp_path, config("finetune", epochs=1, augmentation=PLAIN, adversary=fast))
+    assert written.result.robust is not None
+    robust = f"{written.result.robust.top1:.1%}"
+    assert f"| top-1 accuracy under PGD, 20 steps, epsilon 16/255 | {robust} |" in written.card
+    assert "or under another attack was not measured" in written.card
+    assert written.settings["adversary/epsilon"] == "16.0"
+    assert "adversary/attack_steps" not in written.settings  # fast takes one
 
 
-def test_a_run_whose_training_was_in_vain_says_so(tmp_path):
-    """With a learning rate of 0 no epoch is better than the head of zeros, which is kept."""
-    found = write(tmp_path, config("finetune", rate=0.0, epochs=1, augmentation=PLAIN))
-    (remark,) = remarks(found.result)
+def test_a_run_in_which_no_epoch_was_better_says_so(tmp_path):
+    # With a learning rate of 0, no epoch is better than the head of zeros.
+    written = write(tmp_path, config("finetune", rate=0.0, epochs=1, augmentation=PLAIN))
+    (remark,) = remarks(written.result)
     assert "no epoch was better" in remark.lower()
-    assert remark in found.card
-    assert remark in found.page
+    assert remark in written.card
+    assert remark in written.page
 
 
-def test_images_that_could_not_be_read_are_not_counted_as_trained_on(tmp_path):
-    found = write(tmp_path, FitConfig("probe"))
-    assert "10 training and 6 validation images" in found.card
-    assert re.search(r"training images\s+10\s", found.page)
-    assert re.search(r"validation images\s+6\s", found.page)
-    assert "image 4" in found.skipped
-    assert "image 2" in found.skipped
+def test_unreadable_images_are_not_counted_as_training_images(tmp_path):
+    written = write(tmp_path, FitConfig("probe"))
+    assert "10 training and 6 validation images" in written.card
+    assert re.search(r"training images\s+10\s", written.page)
+    assert re.search(r"validation images\s+6\s", written.page)
+    assert "image 4" in written.skipped
+    assert "image 2" in written.skipped
+
+
+def history(*accuracies: float, start: str = "probe", kind: str = "val") -> list[dict]:
+    phases = [start, *["train"] * (len(accuracies) - 1)]
+    return [
+        {"phase": phase, "epoch": epoch, "val_top1": 0.5, "val_loss": 1.0, f"{kind}_top1": accuracy}
+        | {f"{kind}_loss": 1.0}
+        for epoch, (phase, accuracy) in enumerate(zip(phases, accuracies, strict=True))
+    ]
+
+
+def test_a_first_epoch_below_the_probe_is_noticed_beyond_one_standard_error():
+    assert first_epoch_drop(history(0.96, 0.92, 0.97), 1000) == (0.96, 0.92)
+    # One standard error of 96% on 400 images is 0.98%.
+    assert first_epoch_drop(history(0.96, 0.9503), 400) is None
+    assert first_epoch_drop(history(0.96, 0.95), 400) == (0.96, 0.95)
+    assert first_epoch_drop(history(0.96, 0.97, 0.5), 1000) is None
+    assert first_epoch_drop(history(0.96), 1000) is None
+    assert first_epoch_drop(history(0.96, 0.92, start="zeros"), 1000) is None
+    assert first_epoch_drop(history(0.6, 0.4, kind="val_robust"), 1000) == (0.6, 0.4)
+
+
+def test_a_first_epoch_below_the_probe_is_explained(tmp_path):
+    written = write(tmp_path, config("lp-ft", freeze_to="stem", rate=0.5, epochs=1))
+    before, after = (entry["val_top1"] for entry in written.result.history)
+    assert before > after, "this learning rate is meant to be much too large"
+    *_, remark = remarks(written.result)
+    assert f"fell from {before:.1%} (probe) to {after:.1%}" in remark
+    assert "--warmup" in remark
+    assert remark in written.page
+    assert remark in written.card

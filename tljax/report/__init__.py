@@ -1,1 +1,1 @@
-"""What people look at after a run: pictures, plots, and the page that holds them all."""
+"""Plots, image grids, the HTML report and the model card of a run."""

@@ -1,17 +1,18 @@
-# ruff: noqa: PLC0415 - matplotlib takes a second to import: only what draws a plot should wait for it
-"""Plots of a run: curves, the L2 sweep, the confusion matrix and others.
+# ruff: noqa: PLC0415 - matplotlib takes a second to import, so it is imported when a plot is drawn
+"""Plots of a run: training curves, the L2 sweep, the confusion matrix and others.
 
-Matplotlib figures that belong to no global state; the caller saves them:
+Every function returns a Matplotlib figure without global state, for the caller to save:
 ``curves(history).savefig("curves.svg")``.
 """
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from itertools import cycle, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float, Integer
+from scipy.ndimage import maximum_filter
 
 from tljax.metrics.calibration import Calibration, CalibrationBins
 from tljax.report.grid import INK, printable
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     import matplotlib.axis
     import matplotlib.figure
 
-# The blue and vermilion of Okabe and Ito (2008), which colour-blind readers tell apart.
+# The blue and vermilion of Okabe and Ito (2008), which color-blind readers can tell apart.
 BLUE, VERMILION = "#0072b2", "#d55e00"
 PALE = "#767676"
 
@@ -34,21 +35,21 @@ MOST_CLASSES_WITH_NAMES = 60
 LONGEST_CLASS_NAME = 24  # characters on an axis
 
 LogEntry = Mapping[str, Any]
-"""One logged row: ``epoch`` and whatever was measured then; see `curves`."""
+"""An entry of the log: ``epoch`` and the measurements of that epoch; see `curves`."""
 
 
 def curves(history: Sequence[LogEntry], *, validated: bool = True) -> "matplotlib.figure.Figure":
-    """Draws loss and accuracy over the epochs, side by side.
+    """Plot loss and accuracy over the epochs, side by side.
 
     Args:
-        history: what was logged, in order. Each row holds ``epoch``, which counts on through all
-            phases and may be a fraction, and any of ``train_loss``, ``val_loss``, ``train_top1``,
+        history: the log, in order. Each entry has ``epoch``, which increases through all phases and
+            may be a fraction, and any of ``train_loss``, ``val_loss``, ``train_top1``,
             ``val_top1``, ``val_robust_loss``, ``val_robust_top1`` (accuracies in [0, 1]) and
             ``phase``. A missing key means not measured then; a NaN or None leaves a gap in the
-            line. Where there is a ``train_cross_entropy`` it is drawn instead of ``train_loss``,
-            which may be smoothed or weighed and does not compare with the others. Other keys and
-            rows without an epoch are ignored.
-        validated: whether ``val`` is of validation images, and not of those of training.
+            line. ``train_cross_entropy`` is plotted instead of ``train_loss`` where it exists,
+            because a smoothed or weighted loss is not comparable with ``val_loss``. Other keys and
+            entries without an epoch are ignored.
+        validated: False if ``val`` was measured on the training images.
     """
     history = [
         {**entry, "train_loss": entry["train_cross_entropy"]}
@@ -63,7 +64,7 @@ def curves(history: Sequence[LogEntry], *, validated: bool = True) -> "matplotli
     measured = "validation" if validated else "training, after the epoch"
     for axes, title, metric in zip(panels, ("Loss", "Accuracy"), ("loss", "top1"), strict=True):
         _style(axes, title)
-        for split, name, colour in _SPLITS:
+        for split, name, color in _SPLITS:
             key = f"{split}_{metric}"
             entries = [entry for entry in history if key in entry]
             values = np.array([entry[key] for entry in entries], float)
@@ -71,7 +72,7 @@ def curves(history: Sequence[LogEntry], *, validated: bool = True) -> "matplotli
                 epochs = np.array([entry["epoch"] for entry in entries], float)
                 marker = "o" if len(values) <= 40 else None
                 label = name.format(measured)
-                axes.plot(epochs, values, color=colour, marker=marker, markersize=4, label=label)
+                axes.plot(epochs, values, color=color, marker=marker, markersize=4, label=label)
         if axes.lines:
             axes.set_xlabel("epoch")
             axes.legend(frameon=False, fontsize=10, labelcolor=INK)
@@ -97,7 +98,7 @@ _SPLITS = (
 
 
 def _phases(history: Sequence[LogEntry]) -> list[tuple[float, str]]:
-    """The name of each phase and the epoch where it begins, halfway between two logged ones."""
+    """Return the start, halfway between two epochs, and the name of each phase."""
     named = [
         (float(entry["epoch"]), str(entry["phase"])) for entry in history if entry.get("phase")
     ]
@@ -109,29 +110,30 @@ def _phases(history: Sequence[LogEntry]) -> list[tuple[float, str]]:
 
 
 def _mark_phases(axes: "matplotlib.axes.Axes", phases: Sequence[tuple[float, str]]) -> None:
-    """Draws a faint line between two phases, with their names above."""
+    """Draw a faint line between two phases, with their names above."""
     if len(phases) < 2:
         return
     axes.set_title(axes.get_title("left"), loc="left", pad=20)
-    for x, _ in phases[1:]:
-        axes.axvline(x, color="0.8", linewidth=1, zorder=0)
-    # The first phase may be a single epoch: its name ends at the line instead of beginning there.
-    labels = [
-        (phases[1][0], phases[0][1], -3, "right"),
-        *((x, name, 3, "left") for x, name in phases[1:]),
-    ]
-    for x, name, shift, side in labels:
-        axes.annotate(
-            printable(name),
-            (x, 1),
-            (shift, 3),
-            xycoords=("data", "axes fraction"),
-            textcoords="offset points",
-            ha=side,
-            fontsize=9,
-            color=PALE,
-            parse_math=False,
-        )
+    for number, (start, name) in enumerate(phases):
+        if number:
+            axes.axvline(start, color="0.8", linewidth=1, zorder=0)
+        # The first phase may be a single epoch, so its name ends at the line.
+        side = "left" if number else "right"
+        position = phases[max(number, 1)][0], 1
+        offset = (3 if number else -3), 3
+        coordinates = "data", "axes fraction"
+        _annotate(axes, name, position, offset, xycoords=coordinates, ha=side, color=PALE)
+
+
+def _annotate(axes: "matplotlib.axes.Axes", text: str, *positions: Any, **options: Any) -> None:
+    axes.annotate(
+        printable(text),
+        *positions,
+        textcoords="offset points",
+        fontsize=9,
+        parse_math=False,
+        **options,
+    )
 
 
 def sweep_curve(
@@ -139,51 +141,36 @@ def sweep_curve(
     held_out_accuracy: Sequence[float] | Float[np.ndarray, " sweep"],
     chosen: float,
 ) -> "matplotlib.figure.Figure":
-    """Draws the held-out accuracy of a linear probe over the strength of its L2 penalty.
+    """Plot the held-out accuracy of a linear probe over its L2 penalty.
 
     Args:
         l2_values: the penalties that were tried, positive, in any order.
         held_out_accuracy: the accuracy at each, in [0, 1].
-        chosen: the penalty that the final probe uses, one of ``l2_values``.
+        chosen: the penalty of the final probe, one of ``l2_values``.
     """
     order = np.argsort(l2_values)
     l2 = np.asarray(l2_values, float)[order]
     accuracy = np.asarray(held_out_accuracy, float)[order]
     best = int(np.argmin(np.abs(l2 - chosen)))
 
-    figure = _figure(5, 3.4)
-    axes = figure.subplots()
-    _style(axes, "L2 sweep of the probe")
-    axes.set_xscale("log")
-    axes.set_xlabel("L2 penalty")
-    axes.set_ylabel("held-out accuracy", fontsize=10, color=INK)
+    figure, axes = _plot(5, 3.4, "L2 sweep of the probe")
+    axes.set(xscale="log", xlabel="L2 penalty", ylabel="held-out accuracy")
     axes.plot(l2, accuracy, color=BLUE, marker="o", markersize=4)
-    axes.plot(
-        l2[best],
-        accuracy[best],
-        color=VERMILION,
-        marker="D",
-        markersize=8,
-        linestyle="none",
-        label=f"chosen: {l2[best]:.2g}, {accuracy[best]:.1%}",
-    )
+    label = f"chosen: {l2[best]:.2g}, {accuracy[best]:.1%}"
+    axes.plot(l2[best], accuracy[best], "D", color=VERMILION, markersize=8, label=label)
     axes.legend(frameon=False, fontsize=10, labelcolor=INK)
     _percent(axes.yaxis)
     return figure
 
 
 def learning_rates(test: RangeTest) -> "matplotlib.figure.Figure":
-    """The smoothed training loss over the learning rate, and the rate that is suggested."""
-    figure = _figure(6, 3.4)
-    axes = figure.add_subplot()
+    """Plot the smoothed training loss over the learning rate, with the suggested learning rate."""
+    figure, axes = _plot(6, 3.4, f"suggested: {test.suggestion:.1e}")
     axes.plot(test.rates, test.losses, color=BLUE)
     axes.axvline(test.suggestion, color=VERMILION, linestyle="--", linewidth=1)
-    axes.set_xscale("log")
     lowest = np.nanmin(test.losses)
     axes.set_ylim(0.95 * lowest, 1.05 * max(test.losses[0], 2 * lowest))
-    axes.set_xlabel("learning rate")
-    axes.set_ylabel("training loss, smoothed")
-    _style(axes, f"suggested: {test.suggestion:.1e}")
+    axes.set(xscale="log", xlabel="learning rate", ylabel="training loss, smoothed")
     return figure
 
 
@@ -192,114 +179,87 @@ def robustness_curve(
     clean: float,
     robust: Mapping[str, Sequence[tuple[float, float]]],
 ) -> "matplotlib.figure.Figure":
-    """Draws the accuracy under each attack over epsilon, with bars of one standard error.
+    """Plot the accuracy under each attack over epsilon, with bars of one standard error.
 
     Args:
         epsilons: ascending, in units of 1/255.
-        clean: accuracy without an attack, in [0, 1]; the curves begin there.
-        robust: for each attack (accuracy, standard error) at every epsilon.
+        clean: accuracy without an attack, in [0, 1], plotted at epsilon 0.
+        robust: for each attack, (accuracy, standard error) at every epsilon.
     """
-    figure = _figure(6, 3.6)
-    axes = figure.subplots()
-    _style(axes, "Accuracy under attack")
+    figure, axes = _plot(6, 3.6, "Accuracy under attack")
+    axes.set(xlabel="epsilon, in units of 1/255", ylabel="accuracy", ylim=(-0.02, 1.02))
     radii = [0, *epsilons] if epsilons[0] > 0 else list(epsilons)
-    colours = (BLUE, VERMILION, "#009e73", "#cc79a7", "#e69f00", "#56b4e9", INK)
-    for number, (name, shares) in enumerate(robust.items()):
+    colors = (BLUE, VERMILION, "#009e73", "#cc79a7", "#e69f00", "#56b4e9", INK)
+    styles = zip(cycle(colors), cycle("osD^v<>"), strict=True)
+    for (name, shares), (color, marker) in zip(robust.items(), styles, strict=False):
         start = [(clean, 0.0)] * (len(radii) - len(shares))
         values, errors = np.array([*start, *shares], float).T
         axes.errorbar(
-            radii,
-            values,
-            errors,
-            color=colours[number % len(colours)],
-            marker="osD^v<>"[number % 7],
-            markersize=4,
-            capsize=2,
-            label=name,
+            radii, values, errors, color=color, marker=marker, markersize=4, capsize=2, label=name
         )
-    axes.set_xlabel("epsilon, in units of 1/255")
-    axes.set_ylabel("accuracy", fontsize=10, color=INK)
-    axes.set_ylim(-0.02, 1.02)
     axes.legend(frameon=False, fontsize=10, labelcolor=INK)
     _percent(axes.yaxis)
     return figure
 
 
 def accuracy_and_speed(candidates: Sequence[Candidate]) -> "matplotlib.figure.Figure":
-    """Draws the accuracy of networks over their speed; the area of a dot is its parameters.
+    """Plot the accuracy of networks over their speed; the area of a dot shows its parameters.
 
-    Up and to the right is better. A line joins those that no other beats in both.
+    A line joins the networks that no other network exceeds in both accuracy and speed.
     """
-    figure = _figure(7, 4.5)
-    axes = figure.subplots()
-    _style(axes, "Accuracy against speed")
-    best = [
-        one
-        for one in sorted(candidates, key=lambda one: one.images_per_second)
+    figure, axes = _plot(7, 4.5, "Accuracy against speed")
+    pareto = [
+        network
+        for network in sorted(candidates, key=lambda network: network.images_per_second)
         if not any(
-            other.val_top1 > one.val_top1 and other.images_per_second > one.images_per_second
+            other.val_top1 > network.val_top1
+            and other.images_per_second > network.images_per_second
             for other in candidates
         )
     ]
-    axes.plot(
-        [one.images_per_second for one in best],
-        [one.val_top1 for one in best],
-        color="0.8",
-        linewidth=1,
-        zorder=0,
-    )
-    for one in candidates:
-        at = one.images_per_second, one.val_top1
-        colour = BLUE if one in best else PALE
-        axes.errorbar(*at, yerr=one.error, color=colour, linewidth=1, capsize=2)
-        axes.scatter(*at, 20 + 4 * one.parameters / 1e6, color=colour, alpha=0.6, linewidths=0)
-        axes.annotate(
-            _shorten(printable(one.name)),
-            at,
-            xytext=(6, 4),
-            textcoords="offset points",
-            fontsize=9,
-            color=INK,
-            parse_math=False,  # pyright: ignore[reportArgumentType]
-        )
-    axes.set_xscale("log")
+    speeds = [network.images_per_second for network in pareto]
+    axes.plot(speeds, [network.val_top1 for network in pareto], color="0.8", linewidth=1, zorder=0)
+    for network in candidates:
+        position = network.images_per_second, network.val_top1
+        color = BLUE if network in pareto else PALE
+        axes.errorbar(*position, yerr=network.error, color=color, linewidth=1, capsize=2)
+        area = 20 + 4 * network.parameters / 1e6
+        axes.scatter(*position, area, color=color, alpha=0.6, linewidths=0)
+        _annotate(axes, _shorten(network.name), position, (6, 4), color=INK)
+    axes.set(xscale="log", xlabel="feature extraction, images/s", ylabel="linear probe accuracy")
     for format_axis in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
         format_axis(lambda value, _: f"{value:g}")
-    axes.set_xlabel("images/s of the features")
-    axes.set_ylabel("accuracy of a linear probe", fontsize=10, color=INK)
     axes.margins(x=0.15, y=0.15)
     _percent(axes.yaxis)
     return figure
 
 
 def write_figure(path: Path, figure: "matplotlib.figure.Figure") -> None:
-    """Writes a whole PNG file or none."""
+    """Write a figure as a PNG file; the file appears when it is complete."""
     with written_whole(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
 
 
-def reliability_diagram(found: Calibration) -> "matplotlib.figure.Figure":
-    """Draws accuracy over confidence, before and after temperature scaling (Guo et al. 2017).
+def reliability_diagram(calibration: Calibration) -> "matplotlib.figure.Figure":
+    """Plot accuracy over confidence, before and after temperature scaling (Guo et al. 2017).
 
-    A dot is a bin, its area the share of the examples; on the diagonal the network is right as
-    often as it says. Below it, it is too sure of itself.
+    The area of a dot is the share of the examples in its bin. On the diagonal the network is
+    calibrated, below it overconfident.
     """
-    figure = _figure(4.6, 4.6)
-    axes = figure.subplots()
-    _style(axes, "Calibration")
+    figure, axes = _plot(4.6, 4.6, "Calibration")
+    axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), aspect="equal")
+    axes.set(xlabel="confidence", ylabel="accuracy")
     axes.plot([0, 1], [0, 1], color="0.8", linewidth=1, zorder=0)
 
-    def draw(bins: CalibrationBins, name: str, colour: str) -> None:
+    def draw(bins: CalibrationBins, name: str, color: str) -> None:
         filled = bins.examples > 0
         x, y = bins.confidence[filled], bins.accuracy[filled]
         area = 12 + 300 * bins.examples[filled] / bins.examples.sum()
-        axes.plot(x, y, color=colour, linewidth=1, label=f"{name}: error {bins.error:.1%}")
-        axes.scatter(x, y, area, color=colour, alpha=0.6, linewidths=0)
+        axes.plot(x, y, color=color, linewidth=1, label=f"{name}: error {bins.error:.1%}")
+        axes.scatter(x, y, area, color=color, alpha=0.6, linewidths=0)
 
-    draw(found.before, "as it is", BLUE)
-    draw(found.after, "after temperature scaling", VERMILION)
-    axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), aspect="equal", xlabel="confidence")
-    axes.set_ylabel("accuracy", fontsize=10, color=INK)
+    draw(calibration.before, "uncalibrated", BLUE)
+    draw(calibration.after, "after temperature scaling", VERMILION)
     axes.legend(frameon=False, fontsize=10, labelcolor=INK)
     _percent(axes.xaxis)
     _percent(axes.yaxis)
@@ -309,12 +269,12 @@ def reliability_diagram(found: Calibration) -> "matplotlib.figure.Figure":
 def confusion_matrix(
     matrix: Integer[np.ndarray, "classes classes"], classes: Sequence[str]
 ) -> "matplotlib.figure.Figure":
-    """Draws which class was taken for which.
+    """Draw a confusion matrix.
 
-    The colour is the share of a row, that is, of the examples of one class. Up to 20 classes have
-    their counts written into the cells (zeros are left blank), up to 60 their names at the axes.
-    From 400 on, where a cell would be too fine to see, each is drawn a few cells wide, and where
-    two meet the larger share shows.
+    The color of a cell is its share of the row, that is, of the examples of the true class. Up to
+    20 classes have their counts in the cells (zeros are left blank), up to 60 their names at the
+    axes. From 400 classes on, a cell is drawn several cells wide so that it can be seen; where two
+    overlap, the larger share is shown.
 
     Args:
         matrix: the number of examples of class ``row`` that were predicted as class ``column``.
@@ -332,17 +292,14 @@ def confusion_matrix(
             f"expected {(count, count)}"
         )
     share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    if blur := count // 400:
-        window = 2 * blur + 1
-        padded = np.pad(share, blur)
-        share = np.lib.stride_tricks.sliding_window_view(padded, (window, window)).max((2, 3))
+    share = maximum_filter(share, 2 * (count // 400) + 1, mode="constant")
     with_counts = count <= MOST_CLASSES_WITH_COUNTS
     cell = min(0.9, max(0.45, 3 / count)) if with_counts else 7 / count  # inches
     side = count * cell + 1.6
 
     figure = _figure(side if with_counts else side + 1, side)
     axes = figure.subplots()
-    # The square root shows a confusion of one example in a hundred, which would else look white.
+    # With the square root, a confusion of one example in a hundred does not look white.
     image = axes.imshow(share, cmap="Blues", norm=PowerNorm(0.5, 0, 1))
     axes.set_xlabel("predicted", fontsize=11, color=INK)
     axes.set_ylabel("true class", fontsize=11, color=INK)
@@ -355,9 +312,9 @@ def confusion_matrix(
         axes.set_yticks(range(count), names, parse_math=False)
     if with_counts:
         for row, column in zip(*matrix.nonzero(), strict=True):
-            colour = "white" if share[row, column] > 0.4 else INK
+            color = "white" if share[row, column] > 0.4 else INK
             text = str(matrix[row, column])
-            axes.text(column, row, text, ha="center", va="center", fontsize=9, color=colour)
+            axes.text(column, row, text, ha="center", va="center", fontsize=9, color=color)
     else:
         bar = figure.colorbar(image, shrink=0.5, aspect=30, pad=0.02, ticks=[0, 0.01, 0.1, 0.5, 1])
         bar.set_label("share of the class", fontsize=10, color=INK)
@@ -377,12 +334,22 @@ def _figure(width: float, height: float) -> "matplotlib.figure.Figure":
     return Figure(figsize=(width, height), layout="constrained", facecolor="white")
 
 
+def _plot(
+    width: float, height: float, title: str
+) -> "tuple[matplotlib.figure.Figure, matplotlib.axes.Axes]":
+    figure = _figure(width, height)
+    axes = figure.subplots()
+    _style(axes, title)
+    return figure, axes
+
+
 def _style(axes: "matplotlib.axes.Axes", title: str) -> None:
     axes.set_title(title, loc="left", fontsize=12, color=INK, pad=8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["bottom", "left"]].set_color("0.6")
     axes.tick_params(labelsize=10, color="0.6", labelcolor=INK)
-    axes.xaxis.label.set(fontsize=10, color=INK)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.label.set(fontsize=10, color=INK)
     axes.grid(axis="y", color="0.92")
     axes.set_axisbelow(True)
 

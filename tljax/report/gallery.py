@@ -1,4 +1,4 @@
-"""Captioned pictures on paper: grids, PNG files, and the folder that they go to."""
+"""Grids of captioned pictures, and the PNG files and folders they are written to."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +17,14 @@ from tljax.studies.robustness import Painting
 
 
 def grid(pictures: Sequence[Picture], columns: int, *, smallest: int = 0) -> Image.Image:
-    """All pictures with their captions, in cells as large as the tallest, or as ``smallest``."""
+    """Arrange pictures with their captions in a grid of square cells.
+
+    Args:
+        pictures: any sizes.
+        columns: number of cells in a row.
+        smallest: lower bound of a cell's side, in pixels; otherwise the height of the tallest
+            picture.
+    """
     return image_grid(
         [picture.pixels for picture in pictures],
         [picture.caption for picture in pictures],
@@ -27,34 +34,39 @@ def grid(pictures: Sequence[Picture], columns: int, *, smallest: int = 0) -> Ima
 
 
 def write_png(path: Path, image: Image.Image | np.ndarray) -> None:
-    """Writes a whole PNG file or none; arrays are ``[height, width, 3]`` uint8."""
+    """Write an image or a ``[height, width, 3]`` uint8 array as PNG; it appears when complete."""
     with written_whole(path) as temporary:
         (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(temporary, "PNG")
 
 
 def open_output(folder: Path) -> None:
-    """Make a folder for pictures that is never read as data.
+    """Create an output folder, marked so that it is never read as data.
 
     Raises:
-        RequestError: it cannot be written, or holds images that tljax did not write.
+        RequestError: if it cannot be written, or contains images that tljax did not write.
     """
-    if found := first_image(folder):
-        raise RequestError(f"{folder} holds images, {found}: choose another --out")
+    if image := first_image(folder):
+        raise RequestError(f"{folder} holds images, such as {image}: choose another --out")
     mark_output(folder)
 
 
 def write_attack_pictures(
-    out: Path, found: Robustness, paintings: Sequence[Painting]
+    out: Path, robustness: Robustness, paintings: Sequence[Painting]
 ) -> list[Path]:
-    """Writes the curve, the grid, and for each painting the perturbation and the adversarial PNG.
+    """Write the robustness curve, a grid of all pictures, and the attack's pictures one by one.
+
+    Args:
+        out: the folder.
+        robustness: the accuracies for the curve.
+        paintings: the pictures of each attacked image; the unattacked image is only in the grid.
 
     Returns:
-        The files, in that order.
+        The files that were written: ``curve.png``, ``grid.png``, then one for each picture.
     """
     curve = robustness_curve(
-        found.epsilons * 255,
-        float(found.clean.mean()),
-        {name: found.accuracy(name) for name in found.outcomes},
+        robustness.epsilons * 255,
+        float(robustness.clean.mean()),
+        {name: robustness.accuracy(name) for name in robustness.outcomes},
     )
     pictures = [picture for painting in paintings for picture in painting.pictures]
     paths = [out / "curve.png", out / "grid.png"]

@@ -1,5 +1,5 @@
-# ruff: noqa: PLC0415 - matplotlib takes a second to import: only what draws text should wait for it
-"""Images in rows of cells, each with its caption."""
+# ruff: noqa: PLC0415 - matplotlib takes a second to import, so it is imported when text is drawn
+"""Grids of images with captions."""
 
 import math
 import unicodedata
@@ -23,26 +23,29 @@ def image_grid(
     columns: int | None = None,
     cell: int = 160,
 ) -> Image.Image:
-    """Lays images out in rows of square cells, each with its caption below.
+    """Arrange images in rows of square cells, each with its caption below.
 
-    An image keeps its proportions and is centred in its cell. One that fits more than twice is
-    enlarged by a whole number with hard edges, so that the pixels of an 8 x 8 digit can be counted.
+    An image keeps its proportions and is centered in its cell. If its side is at most half of the
+    cell it is enlarged by a whole number with hard edges, so that its pixels can be counted.
 
     Args:
         images: RGB images of any sizes.
-        captions: one for each image. Newlines break lines, long lines end in an ellipsis, and what
-            the font cannot print becomes a replacement character.
-        columns: cells in a row; a nearly square grid if None.
+        captions: one for each image. Newlines break lines, long lines end in an ellipsis, and
+            characters without a glyph become a replacement character.
+        columns: number of cells in a row; None makes a nearly square grid.
         cell: side of a cell, in pixels.
+
+    Returns:
+        An RGB image.
 
     Raises:
         RequestError: if there are no images, or not as many captions as images.
     """
     if not images:
-        raise RequestError("image grid: no images to show; pass at least one")
+        raise RequestError("image grid: no images: pass at least one")
     if captions is not None and len(captions) != len(images):
         raise RequestError(
-            f"image grid: {len(captions)} captions for {len(images)} images; pass one for each"
+            f"image grid: {len(captions)} captions for {len(images)} images: pass one for each"
         )
     font = _font(max(9, round(cell / 13)))
     lines = [text.split("\n") for text in captions] if captions else [[]] * len(images)
@@ -61,7 +64,7 @@ def image_grid(
         draw.rectangle((x, y, x + cell - 1, y + cell - 1), "#f2f2f2")
         grid.paste(image, (x + (cell - image.width) // 2, y + (cell - image.height) // 2))
         for j, line in enumerate(lines[i]):
-            text = _ellipsise(printable(line), font, cell)
+            text = _ellipsize(printable(line), font, cell)
             draw.text((x, y + cell + 1 + j * line_height), text, INK, font)
     return grid
 
@@ -75,7 +78,7 @@ def _fit(image: Image.Image, cell: int) -> Image.Image:
     return image.resize((width, height), filter_)
 
 
-def _ellipsise(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+def _ellipsize(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "…") > width:
@@ -102,7 +105,7 @@ def _glyphs() -> frozenset[int]:
 
 
 def printable(text: str) -> str:
-    """The text with a replacement character for all that DejaVu Sans has no glyph for."""
+    """Replace the characters for which DejaVu Sans has no glyph by a replacement character."""
     return "".join(
         c
         if ord(c) in _glyphs() and unicodedata.category(c)[0] != "C"

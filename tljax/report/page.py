@@ -1,9 +1,10 @@
-"""The page about a run: one HTML file that needs nothing else, no network and no JavaScript."""
+"""The report of a run: one HTML file that needs no other file and no network."""
 
 import base64
+import hashlib
 import html
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -15,6 +16,7 @@ from PIL import Image
 
 from tljax.metrics.calibration import Calibration
 from tljax.report.figures import (
+    MOST_CLASSES_WITH_COUNTS,
     LogEntry,
     confusion_matrix,
     curves,
@@ -26,8 +28,9 @@ from tljax.runtime.files import written_whole
 if TYPE_CHECKING:
     import matplotlib.figure
 
-MOST_ROWS_IN_SIGHT = 20  # longer tables fold the rest away
-LARGEST_PIXEL_ART = 64  # the side, in pixels, up to which an image is enlarged with hard edges
+MOST_ROWS = 1_000  # per table, so that a report of many classes stays small
+MOST_ROWS_IN_SIGHT = 20  # a longer table scrolls and can be filtered
+LARGEST_PIXEL_ART = 64  # largest side, in pixels, of an image that is enlarged with hard edges
 PHOTO_SIDE = 320  # twice the width at which the page shows a photo
 
 
@@ -36,10 +39,10 @@ class Mistake(NamedTuple):
 
     Attributes:
         image: ``[height, width, 3]`` RGB.
-        name: which image it was, such as its path.
+        name: the name of the image, such as its path.
         label: the true class.
-        predicted: the class the network said.
-        probability: the network's probability for ``predicted``, in [0, 1].
+        predicted: the predicted class.
+        probability: the network's probability of ``predicted``, in [0, 1].
     """
 
     image: UInt8[np.ndarray, "_height _width 3"]
@@ -49,24 +52,8 @@ class Mistake(NamedTuple):
     probability: float
 
 
-class SeenInTraining(NamedTuple):
-    """A validation image that is also in the training set; see `tljax.studies.duplicates`.
-
-    Attributes:
-        val: which image it is, such as its path.
-        train: which training image it equals.
-        kind: ``exact``, ``near`` or ``mirrored``.
-        similarity: at most 1.
-    """
-
-    val: str
-    train: str
-    kind: str
-    similarity: float
-
-
 class Sweep(NamedTuple):
-    """How the L2 penalty of a linear probe was chosen; see `tljax.report.figures.sweep_curve`."""
+    """Held-out accuracies of a linear probe; see `tljax.report.figures.sweep_curve`."""
 
     l2_values: Sequence[float] | Float[np.ndarray, " sweep"]
     held_out_accuracy: Sequence[float] | Float[np.ndarray, " sweep"]
@@ -74,12 +61,12 @@ class Sweep(NamedTuple):
 
 
 class ClassResult(NamedTuple):
-    """How well one class was recognised.
+    """The accuracy of one class.
 
     Attributes:
         name: the class.
-        examples: how many examples it had.
-        correct: how many of them were recognised.
+        examples: number of its examples.
+        correct: number of its examples that were classified correctly.
         taken_for: the wrong class that was predicted most often; None if there was no mistake.
     """
 
@@ -91,23 +78,24 @@ class ClassResult(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """All that the page shows. What is left out has no section.
+    """The contents of the page. An empty field has no section.
 
     Attributes:
-        title: what was done.
-        headline: the few numbers that matter, as (label, value).
+        title: the heading of the page.
+        headline: the most important numbers, as (label, value).
         notes: sentences that the reader must know, such as a warning about a tiny split.
-        history: what was logged; see `tljax.report.figures.curves`.
-        validated: whether there were validation images, apart from those of training.
-        sweep: how the probe's L2 penalty was chosen.
+        history: the log of the training, one entry per epoch; see `tljax.report.figures.curves`.
+        validated: True if the validation images are not the training images.
+        sweep: the accuracies from which the probe's L2 penalty was chosen.
         classes: the name of each class.
         confusion: the number of examples of class ``row`` predicted as class ``column``.
-        mistakes: wrong predictions, the worst first.
-        calibration: how far confidence and accuracy are apart.
-        duplicates: the validation images that were seen in training.
+        mistakes: wrong predictions, the most confident first.
+        calibration: the calibration before and after temperature scaling.
+        duplicates: the validation images that are also in the training set, as (validation image,
+            training image, kind, similarity); see `tljax.studies.duplicates.Duplicate`.
         skipped: the images that could not be used, as (name, reason).
         details: for each group, such as "model" or "environment", its keys and values.
-        next_steps: shell commands to go on with.
+        next_steps: shell commands that the reader may want to run next.
     """
 
     title: str
@@ -120,7 +108,7 @@ class Report:
     confusion: Integer[np.ndarray, "classes classes"] | None = None
     mistakes: Sequence[Mistake] = ()
     calibration: Calibration | None = None
-    duplicates: Sequence[SeenInTraining] = ()
+    duplicates: Sequence[tuple[str, str, str, float]] = ()
     skipped: Sequence[tuple[str, str]] = ()
     details: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     next_steps: Sequence[str] = ()
@@ -129,9 +117,8 @@ class Report:
 def per_class(
     confusion: Integer[np.ndarray, "classes classes"], classes: Sequence[str]
 ) -> list[ClassResult]:
-    """The result of each class, the lowest accuracy first; classes without examples come last."""
-    wrong = confusion.copy()
-    np.fill_diagonal(wrong, 0)
+    """Return the result of each class, the lowest accuracy first, classes without examples last."""
+    wrong = confusion - np.diag(np.diag(confusion))
     results = [
         ClassResult(
             name,
@@ -145,41 +132,52 @@ def per_class(
 
 
 def write_report(path: Path, report: Report) -> None:
-    """Writes the report as one HTML file; an older file stays whole until the new one is complete.
+    """Write the report as one HTML file; an older file is replaced once the new one is complete.
 
     Raises:
-        RequestError: if the confusion matrix does not fit the classes.
-        OSError: if the file cannot be written.
+        RequestError: if the confusion matrix does not fit the classes or the file cannot be
+            written.
     """
+    sections = {
+        "Training": _training(report),
+        "Confusion matrix": _confusion(report),
+        "Classes": _classes(report),
+        "Worst mistakes": _mistakes(report.mistakes),
+        "Calibration": _calibration(report.calibration),
+        "Seen in training": _duplicates(report.duplicates),
+        "Skipped files": _table(
+            "Skipped files", ("file", "reason"), [_cells(*row) for row in report.skipped]
+        ),
+        "Details": _details(report.details),
+        "What to do next": "".join(f"<pre>{_text(line)}</pre>\n" for line in report.next_steps),
+    }
+    notes = "".join(f'<p class="note">{_text(note)}</p>\n' for note in report.notes)
     body = "".join(
-        (
-            f"<h1>{_text(report.title)}</h1>\n",
-            _headline(report.headline),
-            "".join(f'<p class="note">{_text(note)}</p>\n' for note in report.notes),
-            _section("Training", _training(report)),
-            _section("Confusion matrix", _confusion(report)),
-            _section("Classes", _classes(report)),
-            _section("Worst mistakes", _mistakes(report.mistakes)),
-            _section("Calibration", _calibration(report.calibration)),
-            _section("Seen in training", _duplicates(report.duplicates)),
-            _section("Skipped files", _table(("file", "reason"), map(_cells, report.skipped))),
-            _section("Details", _details(report.details)),
-            _section("What to do next", "".join(map(_command, report.next_steps))),
-        )
+        f"<section>\n<h2>{title}</h2>\n{content}</section>\n"
+        for title, content in sections.items()
+        if content
     )
-    style = files("tljax.report").joinpath("page.css").read_text("utf-8")
-    page = _PAGE.format(title=_text(report.title), style=style, body=body)
+    style, script = (
+        files("tljax.report").joinpath(name).read_text("utf-8") for name in ("page.css", "page.js")
+    )
+    page = _PAGE.format(
+        title=_text(report.title),
+        style=style,
+        script=script,
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        body=_headline(report.headline) + notes + body,
+    )
     with written_whole(path) as temporary:
         temporary.write_text(page, "utf-8")
 
 
+def encodable(text: str) -> str:
+    """Escape the bytes of a file name that are not Unicode."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def _text(text: str) -> str:
-    """Makes any string safe to show, also the name of a file that is not valid Unicode."""
-    return html.escape(text.encode("utf-8", "backslashreplace").decode())
-
-
-def _section(title: str, body: str) -> str:
-    return f"<section>\n<h2>{title}</h2>\n{body}</section>\n" if body else ""
+    return html.escape(encodable(text))
 
 
 def _headline(headline: Sequence[tuple[str, str]]) -> str:
@@ -192,18 +190,49 @@ def _headline(headline: Sequence[tuple[str, str]]) -> str:
 def _training(report: Report) -> str:
     body = ""
     if report.history:
-        body += _plot(
-            curves(report.history, validated=report.validated), "Loss and accuracy over the epochs"
-        )
+        figure = curves(report.history, validated=report.validated)
+        body += _plot(figure, "Loss and accuracy after each epoch")
     if report.sweep:
-        body += _plot(sweep_curve(*report.sweep), "Held-out accuracy over the L2 penalty")
+        body += _plot(sweep_curve(*report.sweep), "Held-out accuracy for each L2 penalty")
     return body
 
 
 def _confusion(report: Report) -> str:
     if report.confusion is None:
         return ""
-    return _plot(confusion_matrix(report.confusion, report.classes), "True and predicted classes")
+    description = f"Confusion matrix of {len(report.classes)} classes: true in rows, predicted in"
+    plot = _plot(confusion_matrix(report.confusion, report.classes), f"{description} columns")
+    if len(report.classes) <= MOST_CLASSES_WITH_COUNTS:
+        return plot
+    rows = [
+        _cells(label, predicted) + _numbers(f"{examples}", f"{share:.1%}")
+        for label, predicted, examples, share in worst_pairs(report.confusion, report.classes)
+    ]
+    header = "true class", "predicted as", "images", "share of the class"
+    return plot + _table("Confused classes, the most frequent first", header, rows)
+
+
+def worst_pairs(
+    confusion: Integer[np.ndarray, "classes classes"], classes: Sequence[str]
+) -> list[tuple[str, str, int, float]]:
+    """Return the pairs of classes that were confused, the most frequent first.
+
+    Args:
+        confusion: the number of examples of class ``row`` predicted as class ``column``.
+        classes: the name of each class.
+
+    Returns:
+        For each pair the true class, the predicted class, the number of examples, and their share
+        of the examples of the true class.
+    """
+    wrong = confusion - np.diag(np.diag(confusion))
+    rows, columns = wrong.nonzero()
+    examples = wrong[rows, columns]
+    shares = examples / confusion.sum(1)[rows]
+    return [
+        (classes[rows[i]], classes[columns[i]], int(examples[i]), float(shares[i]))
+        for i in np.lexsort((-shares, -examples))
+    ]
 
 
 def _classes(report: Report) -> str:
@@ -214,116 +243,132 @@ def _classes(report: Report) -> str:
         share = result.correct / max(result.examples, 1)
         accuracy = f"{share:.1%}" if result.examples else "none"
         rows.append(
-            f"<td>{_text(result.name)}</td>"
-            f'<td class="number">{result.correct} of {result.examples}</td>'
-            f'<td class="number">{accuracy}</td>'
-            f'<td class="bar"><i style="width:{share:.1%}"></i></td>'
-            f"<td>{_text(result.taken_for or '')}</td>"
+            _cells(result.name)
+            + _numbers(f"{result.correct} of {result.examples}", accuracy)
+            + f'<td class="bar"><i style="width:{share:.1%}"></i></td>'
+            + _cells(result.taken_for or "")
         )
-    return _table(("class", "correct", "accuracy", "", "most often taken for"), rows)
+    header = "class", "correct", "accuracy", "", "most often taken for"
+    return _table("Classes, the lowest accuracy first", header, rows)
 
 
 def _mistakes(mistakes: Sequence[Mistake]) -> str:
     figures = "".join(
-        f"<figure>{_photo(mistake.image)}<figcaption><bdi>{_text(mistake.name)}:</bdi> "
-        f"was <b>{_text(mistake.label)}</b>, said <b>{_text(mistake.predicted)}</b> "
+        f"<figure>{_photo(mistake.image, f'Image of class {mistake.label}')}"
+        f"<figcaption><bdi>{_text(mistake.name)}</bdi> "
+        f"is <b>{_text(mistake.label)}</b>, predicted <b>{_text(mistake.predicted)}</b> "
         f"({mistake.probability:.1%})</figcaption></figure>\n"
         for mistake in mistakes
     )
     return figures and f'<div class="photos">\n{figures}</div>\n'
 
 
-def _calibration(found: Calibration | None) -> str:
-    if found is None:
+def _calibration(calibration: Calibration | None) -> str:
+    if calibration is None:
         return ""
-    plot = _plot(reliability_diagram(found), "Accuracy over confidence")
+    plot = _plot(reliability_diagram(calibration), "Accuracy over confidence")
     return (
-        f"{plot}<p>Dividing the logits by the temperature {found.temperature:.3g} makes the network"
-        " as sure as it is right. The orange line was measured with temperatures fitted on other"
-        " images than its own.</p>\n"
+        f"{plot}<p>Divide the logits by the temperature {calibration.temperature:.3g} to calibrate"
+        " the probabilities. The orange line was measured with temperatures that were fitted to"
+        " other images.</p>\n"
     )
 
 
-def _duplicates(duplicates: Sequence[SeenInTraining]) -> str:
-    rows = (
-        f'{_cells((one.val, one.train, one.kind))}<td class="number">{one.similarity:.3f}</td>'
-        for one in duplicates
-    )
-    return _table(("validation image", "training image", "kind", "similarity"), rows)
+def _duplicates(duplicates: Sequence[tuple[str, str, str, float]]) -> str:
+    header = "validation image", "training image", "kind", "similarity"
+    rows = [_cells(*names) + _numbers(f"{similarity:.3f}") for *names, similarity in duplicates]
+    return _table("Validation images seen in training", header, rows)
 
 
 def _details(details: Mapping[str, Mapping[str, str]]) -> str:
     groups = "".join(
-        f"<div><h3>{_text(name)}</h3>\n{_table((), map(_cells, group.items()))}</div>\n"
+        f"<div><h3>{_text(name)}</h3>\n"
+        f"{_table(name, (), [_cells(*item) for item in group.items()])}</div>\n"
         for name, group in details.items()
     )
     return groups and f'<div class="details">\n{groups}</div>\n'
 
 
-def _command(command: str) -> str:
-    return f"<pre>{_text(command)}</pre>\n"
-
-
-def _cells(texts: Sequence[str]) -> str:
+def _cells(*texts: str) -> str:
     return "".join(f"<td>{_text(text)}</td>" for text in texts)
 
 
-def _table(header: Sequence[str], rows: Iterable[str]) -> str:
-    """A table whose later rows are folded away; ``rows`` are cells in HTML."""
-    rows = list(rows)
+def _numbers(*texts: str) -> str:
+    return "".join(f'<td class="number">{text}</td>' for text in texts)
+
+
+def _table(title: str, header: Sequence[str], rows: Sequence[str]) -> str:
+    """Return a table in a box that scrolls, with a field to filter its rows if there are many.
+
+    Args:
+        title: the contents and the order of the rows.
+        header: the heading of each column; without one the table has no filter.
+        rows: for each row, its cells in HTML; only the first `MOST_ROWS` are shown.
+    """
     if not rows:
         return ""
-    head = "".join(f"<th>{title}</th>" for title in header)
-    head = f"<thead><tr>{head}</tr></thead>\n" if head else ""
+    head = "".join(f"<th>{text}</th>" for text in header)
+    head = head and f"<thead><tr>{head}</tr></thead>\n"
+    body = "".join(f"<tr>{cells}</tr>\n" for cells in rows[:MOST_ROWS])
+    box = _box("table", title, f"<table>\n{head}<tbody>\n{body}</tbody></table>")
+    if len(rows) <= MOST_ROWS_IN_SIGHT or not header:
+        return box
+    cut = f", {MOST_ROWS:,} shown" if len(rows) > MOST_ROWS else ""
+    label = _text(title)
+    return (
+        f'<p class="filter">{label}: {len(rows):,} rows{cut}<input type="search" hidden'
+        f' placeholder="filter" aria-label="Filter the rows: {label}"></p>\n{box}'
+    )
 
-    def table(rows: Sequence[str]) -> str:
-        body = "".join(f"<tr>{cells}</tr>\n" for cells in rows)
-        return f'<div class="table"><table>\n{head}<tbody>\n{body}</tbody></table></div>\n'
 
-    shown, folded = rows[:MOST_ROWS_IN_SIGHT], rows[MOST_ROWS_IN_SIGHT:]
-    if not folded:
-        return table(shown)
-    summary = f"<summary>{len(folded)} more</summary>"
-    return f"{table(shown)}<details>{summary}\n{table(folded)}</details>\n"
+def _box(kind: str, label: str, content: str) -> str:
+    """Return a box that scrolls, also by keyboard."""
+    label = _text(label)
+    return f'<div class="{kind}" role="group" tabindex="0" aria-label="{label}">{content}</div>\n'
 
 
 def _plot(figure: "matplotlib.figure.Figure", description: str) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=192, transparent=True)
     width, height = np.round(96 * figure.get_size_inches()).astype(int)
-    size = f'width="{width}" height="{height}" alt="{description}"'
-    return f'<div class="plot"><img {size} src="{_data_uri(buffer, "png")}"></div>\n'
+    # On a narrow screen, a plot scrolls instead of becoming too small to read.
+    size = f'width="{width}" height="{height}" style="min-width:{0.6 * width:.0f}px"'
+    image = f'<img {size} alt="{description}" src="{_data_uri(buffer, "png")}">'
+    return _box("plot", "Plot", image)
 
 
-def _photo(pixels: UInt8[np.ndarray, "_height _width 3"]) -> str:
+def _photo(pixels: UInt8[np.ndarray, "_height _width 3"], description: str) -> str:
     image = Image.fromarray(pixels)
     buffer = io.BytesIO()
+    alt = _text(description)
     if max(image.size) <= LARGEST_PIXEL_ART:
         image.save(buffer, "PNG")
-        return f'<img class="pixels" alt="" src="{_data_uri(buffer, "png")}">'
+        return f'<img class="pixels" alt="{alt}" src="{_data_uri(buffer, "png")}">'
     image.thumbnail((PHOTO_SIDE, PHOTO_SIDE))
     image.save(buffer, "JPEG", quality=85)
-    return f'<img alt="" src="{_data_uri(buffer, "jpeg")}">'
+    return f'<img alt="{alt}" src="{_data_uri(buffer, "jpeg")}">'
 
 
 def _data_uri(buffer: io.BytesIO, kind: str) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-# The policy forbids whatever the page does not need: should a name ever slip through unescaped, it
-# still cannot run or fetch anything.
+# The policy allows no script but the one of this package and no request: a name that should ever
+# slip through unescaped can neither run nor fetch anything.
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:;
+ style-src 'unsafe-inline'; script-src 'sha256-{script_hash}'">
 <title>{title}</title>
 <style>{style}</style>
 </head>
 <body>
-{body}</body>
+<h1>{title}</h1>
+{body}<script>{script}</script>
+</body>
 </html>
 """

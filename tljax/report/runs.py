@@ -1,4 +1,4 @@
-"""From the results of a run to its page."""
+"""Write the report and the model card of a run or an evaluation."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -11,9 +11,10 @@ from tljax.data.sources import Source, Splits
 from tljax.features.evaluate import Evaluation
 from tljax.features.extract import Outputs
 from tljax.metrics.calibration import Calibration, calibrate
+from tljax.metrics.classification import standard_error
 from tljax.pretrained import Card
 from tljax.report.card import RunFacts, model_card
-from tljax.report.page import Mistake, Report, SeenInTraining, Sweep, write_report
+from tljax.report.page import Mistake, Report, Sweep, write_report
 from tljax.runtime.files import written_whole
 from tljax.runtime.settings import idle, settings
 from tljax.runtime.trees import flatten
@@ -23,53 +24,76 @@ from tljax.train import run_directory
 from tljax.train.adversary import PROOF_STEPS
 from tljax.train.fit import FitResult, best_epoch
 from tljax.train.options import FIT_CONDITIONS
+from tljax.train.setup import History
 
-LOOKED_THROUGH = 20_000
-"""Data sets of up to so many images are searched for validation images that are in the training."""
+MOST_IMAGES_COMPARED = 20_000
+"""Largest number of images among which duplicates of training images are searched for."""
 
 
 def percent(share: float) -> str:
-    """``0.9481`` as ``94.8%``."""
+    """Format a share in [0, 1] as a percentage: ``0.9481`` as ``94.8%``."""
     return f"{100 * share:.1f}%"
 
 
 def worst_mistakes(
     evaluation: Evaluation, source: Source, classes: Sequence[str], count: int = 16
 ) -> list[Mistake]:
-    """The most confident wrong predictions with their pictures, cut to a square."""
-    mistakes = []
-    for row in evaluation.worst(count):
-        index, label, predicted = (
-            int(column[row])
-            for column in (evaluation.indices, evaluation.labels, evaluation.predicted)
+    """Return the most confident wrong predictions, with images of 224 x 224 pixels."""
+    return [
+        Mistake(
+            decode(source.read(int(evaluation.indices[row])), Preprocess(224, 224)),
+            source.names[int(evaluation.indices[row])],
+            classes[evaluation.labels[row]],
+            classes[evaluation.predicted[row]],
+            float(evaluation.probability[row]),
         )
-        mistakes.append(
-            Mistake(
-                decode(source.read(index), Preprocess(224, 224)),
-                source.names[index],
-                classes[label],
-                classes[predicted],
-                float(evaluation.probability[row]),
-            )
-        )
-    return mistakes
+        for row in evaluation.worst(count)
+    ]
 
 
 def accuracies(result: FitResult) -> dict[str, Evaluation]:
-    """Names what was measured of a run."""
+    """Return the evaluations of a run by the name of their accuracy."""
     names = {"probe": "probe accuracy", "scratch": "trained accuracy"}
-    found = {
+    evaluations = {
         "probe accuracy": result.probe_evaluation,
         names.get(result.config.recipe, "fine-tuned accuracy"): result.evaluation,
         "attacked accuracy": result.robust,
     }
-    return {name: evaluation for name, evaluation in found.items() if evaluation}
+    return {name: evaluation for name, evaluation in evaluations.items() if evaluation}
 
 
-def remarks(result: FitResult) -> Sequence[str]:
-    """Says what those accuracies do not."""
-    in_vain = len(result.history) > 1 and best_epoch(result.history) == 0
-    return ("No epoch was better than what training started from, which is kept.",) * in_vain
+def remarks(result: FitResult) -> list[str]:
+    """Return sentences that the reader of the accuracies must know."""
+    history, remarks = result.history, []
+    if len(history) > 1 and best_epoch(history) == 0:
+        remarks.append("No epoch was better than the network before training, which was kept.")
+    if drop := first_epoch_drop(history, result.evaluation.examples):
+        remarks.append(
+            f"In the first epoch the accuracy fell from {percent(drop[0])} (probe) to"
+            f" {percent(drop[1])}: its steps changed the pretrained features more than the head"
+            " could follow. A lower --learning-rate or a longer --warmup makes the drop smaller."
+        )
+    return remarks
+
+
+def first_epoch_drop(history: History, examples: int) -> tuple[float, float] | None:
+    """Return the accuracies of the probe and of the first epoch if the epoch is clearly worse.
+
+    Args:
+        history: the entries of a run, the state before training first. Robust accuracies are
+            compared where they were measured.
+        examples: number of validation images.
+
+    Returns:
+        Two accuracies in [0, 1]; None without a probe or an epoch, or if the second is not lower
+        than the first by more than one standard error.
+    """
+    if len(history) < 2 or history[0]["phase"] != "probe":
+        return None
+    key = "val_robust_top1" if "val_robust_top1" in history[0] else "val_top1"
+    probe, first = history[0][key], history[1][key]
+    error = standard_error(probe, examples)
+    return (probe, first) if probe - first > error else None
 
 
 def write_training_report(
@@ -80,7 +104,16 @@ def write_training_report(
     card: Card,
     seconds: float,
 ) -> None:
-    """Writes ``skipped.csv``, ``report.html`` and ``README.md`` of a run."""
+    """Write ``skipped.csv``, ``report.html`` and ``README.md`` of a run.
+
+    Args:
+        workdir: the run directory.
+        result: what was trained and measured.
+        splits: the images of the run.
+        config: ``data``, ``seed``, ``batch_size`` and ``fit``, as requested.
+        card: the card of the pretrained weights, with the classes of the new network.
+        seconds: the duration of the run.
+    """
     unused = idle(result.config, FIT_CONDITIONS, settings(result.config))
     recipe = {
         path: str(value)
@@ -88,19 +121,19 @@ def write_training_report(
         if path.rpartition("/")[2] not in unused and value not in (None, ())
     }
     origins = {"probe": "tuned" if best_epoch(result.history) else "probe", "random": "scratch"}
-    trained_on = len(splits.train) - len(result.skipped[0])
+    train_examples = len(splits.train) - len(result.skipped[0])
     validated = splits.val is not splits.train
-    sources = (splits.train, splits.val)[: 1 + validated]
-    looked = validated and len(splits.train) + len(splits.val) <= LOOKED_THROUGH
-    seen = find_duplicates(splits.train.examples, splits.val.examples) if looked else None
+    few = len(splits.train) + len(splits.val) <= MOST_IMAGES_COMPARED
+    duplicates = None
+    if validated and few:
+        duplicates = find_duplicates(splits.train.examples, splits.val.examples)
+    seen = "not searched for" if duplicates is None else str(len(duplicates))
     calibration = calibrated(result.logits)
-    skipped = [
-        row
-        for source, reasons in zip(sources, result.skipped, strict=False)
-        for row in run_directory.skipped_rows(source, reasons)
-    ]
+    skipped = run_directory.skipped_rows(splits.train, result.skipped[0])
+    if validated:
+        skipped += run_directory.skipped_rows(splits.val, result.skipped[1])
     run_directory.write_csv(workdir / "skipped.csv", ("name", "reason"), skipped)
-    headline = [(name, percent(found.top1)) for name, found in accuracies(result).items()]
+    headline = [(name, percent(measured.top1)) for name, measured in accuracies(result).items()]
     if calibration:
         headline.append(("calibration error", percent(calibration.before.error)))
     headline.append(("seconds", f"{seconds:.0f}"))
@@ -119,25 +152,21 @@ def write_training_report(
         skipped=skipped,
         calibration=calibration,
         duplicates=[
-            SeenInTraining(
-                splits.val.names[d.val], splits.train.names[d.train], d.kind, d.similarity
-            )
-            for d in seen or ()
+            (splits.val.names[pair.val], splits.train.names[pair.train], *pair[2:])
+            for pair in duplicates or ()
         ],
         details={
             "Data": {
-                "training images": str(trained_on),
+                "training images": str(train_examples),
                 "validation images": str(result.evaluation.examples) if validated else "none",
                 "classes": str(len(card.classes)),
                 "skipped images": str(len(skipped)),
-                "validation images seen in training": "not looked for"
-                if seen is None
-                else str(len(seen)),
+                "validation images seen in training": seen,
             },
             "Network": {
                 "architecture": model.name,
                 "pretrained weights": card.source,
-                "licence of the weights": card.licence,
+                "license of the weights": card.licence,
                 "SHA-256 of the weights": card.sha256,
                 "image size": f"{model.preprocess.size} px",
             },
@@ -156,7 +185,7 @@ def write_training_report(
         weights=card,
         preprocess=model.preprocess,
         data=str(config["data"]),
-        train_examples=trained_on,
+        train_examples=train_examples,
         recipe=recipe,
         confusion=result.evaluation.confusion,
         origin=origins.get(result.history[0]["phase"], "tuned"),
@@ -166,7 +195,7 @@ def write_training_report(
         top5=result.evaluation.top5,
         calibration=calibration,
         chosen_on_validation=config["fit"]["recipe"] != "probe",
-        seen_in_training=None if seen is None else len(seen),
+        seen_in_training=None if duplicates is None else len(duplicates),
         environment=run_directory.environment(),
         workdir=workdir,
     )
@@ -175,7 +204,7 @@ def write_training_report(
 
 
 def calibrated(logits: Outputs) -> Calibration | None:
-    """Calibration on labelled images; None where there are fewer than two."""
+    """Return the calibration on labelled images; None if there are fewer than two."""
     return calibrate(logits.values, logits.labels) if len(logits.labels) > 1 else None
 
 
@@ -189,7 +218,18 @@ def write_evaluation_report(
     notes: Sequence[str],
     skipped: Sequence[tuple[str, str]],
 ) -> None:
-    """Writes the page of ``tljax evaluate``."""
+    """Write the report of ``tljax evaluate``.
+
+    Args:
+        path: the HTML file.
+        title: its heading.
+        evaluation: the result.
+        calibration: None leaves its section out.
+        source: the images of ``evaluation``.
+        card: names the classes.
+        notes: sentences that the reader must know.
+        skipped: the images that could not be read, as (name, reason).
+    """
     report = Report(
         title=title,
         headline=[

@@ -1,6 +1,5 @@
 """Configuration of JAX's compiler, which must happen before JAX is imported."""
 
-import hashlib
 import os
 import platform
 import sys
@@ -11,7 +10,7 @@ from mmap import ACCESS_READ, mmap
 from pathlib import Path
 
 from tljax.runtime.errors import RequestError
-from tljax.runtime.files import cache_dir
+from tljax.runtime.files import cache_dir, sha256
 from tljax.runtime.settings import Dtype, Platform
 
 # On a CPU jaxlib computes convolutions and matrix products with YNNPACK. With its convolutions a
@@ -69,4 +68,4 @@ def _machine() -> str:
     if cpu.exists():  # one line is enough: all cores have the same features
         with cpu.open(encoding="utf-8", errors="replace") as lines:
             features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    return hashlib.sha256(f"{platform.machine()} {features}".encode()).hexdigest()[:16]
+    return sha256(f"{platform.machine()} {features}".encode())[:16]
