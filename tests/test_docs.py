@@ -1,4 +1,4 @@
-"""README.md and docs/: commands parse and run, Python runs, links lead somewhere, the site builds."""
+"""The code blocks of README.md and docs/ run, links lead somewhere, and the site builds."""
 
 import importlib
 import inspect
@@ -51,7 +51,7 @@ class Block(NamedTuple):
 
 @cache
 def blocks(page: Path) -> tuple[Block, ...]:
-    """Return the fenced blocks of a page in order; directives such as ``{toctree}`` are left out."""
+    """Return the fenced blocks of a page in order, without directives such as ``{toctree}``."""
     result, lines = [], page.read_text("utf-8").splitlines()
     opened, language = None, ""
     for number, line in enumerate(lines):
@@ -77,19 +77,22 @@ def name_of(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
-def commands(line: str) -> Iterator[list[str]]:
-    """Find calls of tljax in a line of a shell, also within quoted commands."""
+def shell_lines(code: str) -> list[str]:
+    """Return the lines of a shell block: continued ones joined, here-documents left out."""
+    return re.sub(r"(?ms)<<'END'.*?^END$", "", code).replace("\\\n", " ").splitlines()
+
+
+def tljax_calls(line: str) -> Iterator[list[str]]:
+    """Return the arguments of every call of tljax in a shell line, also in quoted commands."""
+    line = re.sub(r"\$\((?:[^()]|\([^()]*\))*\)", "OUTPUT", line)
     words = shlex.split(line, comments=True)
     for position, word in enumerate(words):
-        if " " in word and "tljax " in word:
-            yield from commands(word)
-        if word == "tljax" or word.endswith("/tljax"):
+        if "tljax " in word:
+            yield from tljax_calls(word)
+        is_call = position == 0 or words[position - 1] == "&&" or "=" in words[position - 1]
+        if word.endswith(".venv/bin/tljax") or (word == "tljax" and is_call):
             rest = words[position + 1 :]
-            end = next((i for i, w in enumerate(rest) if w in ("&&", "||", "|", ";", "&")), None)
-            if rest[:end] and not (
-                position and words[position - 1] in ("cd", "-d", "clone", "URL")
-            ):
-                yield rest[:end]
+            yield rest[: next((i for i, x in enumerate(rest) if x in ("&&", "&", "|")), None)]
 
 
 def config_type(command: str) -> Any:
@@ -120,26 +123,16 @@ def test_blocks_that_are_not_run_give_a_reason():
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_every_command_line_parses(page: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("COLUMNS", "200")
-    for block in blocks(page):
-        if block.language != "sh":
-            continue
-        for line in re.sub(
-            r"\\\n", " ", re.sub(r"<<'END'.*?^END$", "", block.code, flags=re.M | re.S)
-        ).splitlines():
-            if line.strip() in ("do", "done", "wait", "") or line.startswith("for "):
+    shell = [block for block in blocks(page) if block.language == "sh"]
+    for where, line in ((block.line, x) for block in shell for x in shell_lines(block.code)):
+        for command, *options in tljax_calls(line):
+            if command in NOT_YET:
                 continue
-            for command, *options in commands(
-                re.sub(r"\$\([^()]*(\([^)]*\)[^()]*)*\)", "X", line).rstrip("& ")
-            ):
-                if command in NOT_YET or command.startswith("--"):
-                    continue
-                assert command in COMMANDS, f"{name_of(page)}:{block.line}: tljax {command}"
-                try:
-                    tyro.cli(config_type(command), args=options)
-                except SystemExit as error:
-                    pytest.fail(
-                        f"{name_of(page)}:{block.line}: {line}: {error.__context__ or error}"
-                    )
+            assert command in COMMANDS, f"{name_of(page)}:{where}: {line}"
+            try:
+                tyro.cli(config_type(command), args=options)
+            except SystemExit:
+                pytest.fail(f"{name_of(page)}:{where}: {line}")
 
 
 @pytest.fixture
@@ -198,13 +191,17 @@ def test_readme_is_short_and_has_three_pictures():
 # --- links --------------------------------------------------------------------------------------
 
 
+def without_blocks(page: Path) -> str:
+    return re.sub(r"(?ms)^```.*?^```$", "", page.read_text("utf-8"))
+
+
 @cache
 def anchors(page: Path) -> set[str]:
     """Return the anchors of the headings of a page, as GitHub and MyST make them."""
-    text = re.sub(r"^```.*?^```$", "", page.read_text("utf-8"), flags=re.M | re.S)
+    text = without_blocks(page)
     return {
         re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-")
-        for heading in re.findall(r"^#+ (.*)$", text, flags=re.M)
+        for heading in re.findall(r"(?m)^#+ (.*)$", text)
     }
 
 
@@ -214,7 +211,7 @@ def anchors(page: Path) -> set[str]:
     ids=name_of,
 )
 def test_every_link_leads_to_a_file_and_a_heading(page: Path):
-    text = re.sub(r"^```.*?^```$", "", page.read_text("utf-8"), flags=re.M | re.S)
+    text = without_blocks(page)
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if target.startswith("https://"):
             continue
@@ -226,7 +223,7 @@ def test_every_link_leads_to_a_file_and_a_heading(page: Path):
 
 def test_every_page_is_in_the_table_of_contents():
     index = (DOCS / "index.md").read_text("utf-8")
-    toctree = set(re.findall(r"^[\w/]+$", index, flags=re.M))
+    toctree = set(re.findall(r"(?m)^[\w/]+$", index))
     pages = {str(p.relative_to(DOCS).with_suffix("")) for p in (*DOCS.glob("*.md"), *NOTEBOOKS)}
     assert toctree == pages - {"index"}
 
@@ -236,7 +233,7 @@ def test_every_page_is_in_the_table_of_contents():
 
 def test_the_api_reference_has_every_public_name():
     text = (DOCS / "api.md").read_text("utf-8")
-    listed = re.findall(r"^\.\. auto\w+:: (?:[\w.]+\.)?(\w+)$", text, flags=re.M)
+    listed = re.findall(r"(?m)^\.\. auto\w+:: (?:[\w.]+\.)?(\w+)$", text)
     for module in (tljax, *map(importlib.import_module, ("tljax.attack", "tljax.explain"))):
         names = getattr(module, "__all__", None) or [
             name
