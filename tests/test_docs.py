@@ -84,7 +84,7 @@ def shell_lines(code: str) -> list[str]:
 
 def tljax_calls(line: str) -> Iterator[list[str]]:
     """Return the arguments of every call of tljax in a shell line, also in quoted commands."""
-    line = re.sub(r"\$\((?:[^()]|\([^()]*\))*\)", "OUTPUT", line)
+    line = re.sub(r"\$\((?:[^()]|\([^()]*\))*\)|\$\{[^}]*\}", "VALUE", line)
     words = shlex.split(line, comments=True)
     for position, word in enumerate(words):
         if "tljax " in word:
