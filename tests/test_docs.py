@@ -141,7 +141,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     rng = np.random.default_rng(0)
     for name, color in {"cat": (200, 120, 60), "dog": (60, 120, 200)}.items():
         (tmp_path / "FOLDER" / name).mkdir(parents=True)
-        for i in range(20):
+        for i in range(10):
             pixels = rng.integers(-60, 60, (40, 48, 3)) + np.array(color)
             image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
             image.save(tmp_path / "FOLDER" / name / f"{i}.jpg", quality=95)
