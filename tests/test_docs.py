@@ -11,7 +11,7 @@ import unittest.mock
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import pytest
@@ -27,8 +27,8 @@ PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 NOTEBOOKS = sorted((DOCS / "notebooks").glob("*.md"))
 LANGUAGES = {"sh", "python", "text"}
 NOT_RUN = re.compile(r"<!-- not run: (\S.*) -->")
-NOT_YET = {"doctor"}
-"""Commands that the pages show before this tree has them."""
+NOT_YET = {"doctor", "--platform"}
+"""Commands and options that the pages show before this tree has them."""
 
 
 class Block(NamedTuple):
@@ -133,6 +133,28 @@ def test_every_command_line_parses(page: Path, monkeypatch: pytest.MonkeyPatch):
                 tyro.cli(config_type(command), args=options)
             except SystemExit:
                 pytest.fail(f"{name_of(page)}:{where}: {line}")
+
+
+def options(command: str, capsys: pytest.CaptureFixture[str]) -> set[str]:
+    """Return every option that the help of a command and its subcommands lists."""
+    kind, text = config_type(command), ""
+    for each in get_args(kind) or (kind,):
+        with pytest.raises(SystemExit):
+            tyro.cli(each, args=["--help"])
+        text += capsys.readouterr().out
+    return set(re.findall(r"--[a-z][\w-]*", text))
+
+
+def test_every_option_in_the_text_exists(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("COLUMNS", "200")
+    known = {*NOT_YET, "--help"}.union(*(options(name, capsys) for name in COMMANDS))
+    for page in PAGES:
+        for code in re.findall(r"`([^`]+)`", without_blocks(page)):
+            if not code.startswith(("#SBATCH", "benchmarks/")):
+                named = set(re.findall(r"(?<!\S)--[a-z][\w-]*", code))
+                assert named <= known, f"{name_of(page)}: {code}"
 
 
 @pytest.fixture
