@@ -1,8 +1,8 @@
-"""BitFit: train the biases and the norms alone, and the head; every kernel stays as it was.
+"""BitFit: train biases, norm scales and the head; every other kernel stays frozen.
 
 Ben Zaken, Ravfogel and Goldberg 2021, "BitFit: Simple Parameter-efficient Fine-tuning for
-Transformer-based Masked Language-models", https://arxiv.org/abs/2106.10199. What trains is a list
-of patterns of parameter paths, so there is nothing to write but that.
+Transformer-based Masked Language-models", https://arxiv.org/abs/2106.10199. A list of patterns of
+parameter paths says what trains; no other code is needed.
 
     python examples/bitfit.py FOLDER
     tljax train --data FOLDER --train '*/bias' '*/scale' head
@@ -18,17 +18,18 @@ BITFIT = ("*/bias", "*/scale", "head")
 
 
 def count(model: tljax.Model, variables: tljax.Variables) -> tuple[int, int]:
-    """Count the parameters that train, and all."""
+    """Return the number of trainable parameters and the number of all parameters."""
     rates = tljax.label(variables["params"], tljax.freeze_table(model, train=BITFIT))
-    changing, _ = tljax.split(variables, rates, ())
-    one, both = (
-        sum(leaf.size for leaf in jax.tree.leaves(tree["params"])) for tree in (changing, variables)
+    trainable, _ = tljax.split(variables, rates, ())
+    trained, total = (
+        sum(leaf.size for leaf in jax.tree.leaves(tree["params"]))
+        for tree in (trainable, variables)
     )
-    return one, both
+    return trained, total
 
 
 def main(data: str, image_size: int = 96, epochs: int = 4) -> tljax.FitResult:
-    """Start from a linear probe, as what moves little should."""
+    """Fit a linear probe, then train biases, norm scales and the head from it."""
     model, variables, _ = tljax.load_pretrained("efficientnet_lite0.in1k").with_size(image_size)
     config = tljax.FitConfig(
         train=BITFIT, epochs=epochs, optimizer=tljax.OptimizerConfig(learning_rate=1e-3)

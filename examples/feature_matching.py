@@ -1,8 +1,8 @@
-"""Feature matching: a stage that trains stays close to what the pretrained network said there.
+"""Feature matching: keep the output of a trained stage close to the pretrained features.
 
 After Romero et al. 2015, "FitNets", https://arxiv.org/abs/1412.6550, and Li et al. 2019, "DELTA",
-https://arxiv.org/abs/1901.09229, which keeps features rather than weights near their start. The
-pretrained network sees every image once; its features travel with the images from then on.
+https://arxiv.org/abs/1901.09229, which keeps features, not weights, near their starting values. The
+pretrained network runs once per image; its features are then stored beside the images.
 
     python examples/feature_matching.py FOLDER
 """
@@ -20,11 +20,12 @@ import tljax
 
 
 def feature_matching(stage: str = "pool", strength: float = 1.0) -> tljax.Objective:
-    """Make the objective.
+    """Make an objective: cross-entropy plus the squared distance to the pretrained features.
 
     Args:
-        stage: whose output is matched, averaged over its positions; one that trains, or follows.
-        strength: weight of the squared distance, a mean over the channels.
+        stage: name of the stage whose output is matched, averaged over its positions. It must
+            train, or follow a stage that does.
+        strength: weight of the squared distance, which is a mean over the channels.
     """
 
     def objective(forward: tljax.Forward, batch: tljax.Batch, _: jax.Array) -> Any:
@@ -43,18 +44,18 @@ def feature_matching(stage: str = "pool", strength: float = 1.0) -> tljax.Object
 def with_features(
     source: tljax.Source, model: tljax.Model, variables: tljax.Variables, stage: str = "pool"
 ) -> tljax.Source:
-    """Put the features of a network beside the examples; unreadable ones keep zeros."""
+    """Return the source with pooled features of every example; zeros if unreadable."""
     stop = model.stage_names[model.position(stage) + 1]
-    found = tljax.compute_features(model, variables, source, tljax.Loading(), stop=stop).pooled()
-    features = np.zeros((len(source), found.values.shape[1]), np.float32)
-    features[found.indices] = found.values
+    computed = tljax.compute_features(model, variables, source, tljax.Loading(), stop=stop).pooled()
+    features = np.zeros((len(source), computed.values.shape[1]), np.float32)
+    features[computed.indices] = computed.values
     return replace(source, extra={**source.extra, "features": features})
 
 
 def main(
     data: str, image_size: int = 96, epochs: int = 4, strength: float = 1.0
 ) -> tljax.FitResult:
-    """Fine-tune the last stages, from a linear probe."""
+    """Fit a linear probe, then fine-tune the last stages from it."""
     model, variables, _ = tljax.load_pretrained("efficientnet_lite0.in1k").with_size(image_size)
     splits = tljax.open_splits(data)
     splits = splits._replace(train=with_features(splits.train, model, variables))

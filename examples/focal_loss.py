@@ -1,4 +1,4 @@
-"""Focal loss: examples that are classified well already count for less.
+"""Focal loss: give less weight to examples that are already classified well.
 
 Lin et al. 2017, "Focal Loss for Dense Object Detection", https://arxiv.org/abs/1708.02002: the
 cross-entropy of an example times ``(1 - p) ** gamma``, where ``p`` is the probability of its class.
@@ -18,7 +18,7 @@ import tljax
 
 
 def focal_loss(gamma: float = 2.0) -> tljax.Objective:
-    """Make the objective; ``gamma`` 0 is the cross-entropy."""
+    """Make the objective; with ``gamma`` 0 it is the cross-entropy."""
 
     def objective(forward: tljax.Forward, batch: tljax.Batch, _: jax.Array) -> Any:
         logits = forward(batch.inputs).logits
@@ -34,7 +34,7 @@ extension = {"objective": focal_loss()}
 
 
 def main(data: str, image_size: int = 96, epochs: int = 4, gamma: float = 2.0) -> tljax.FitResult:
-    """Fine-tune the last stages, from a linear probe."""
+    """Fit a linear probe, then fine-tune the last stages from it."""
     model, variables, _ = tljax.load_pretrained("efficientnet_lite0.in1k").with_size(image_size)
     config = tljax.FitConfig(epochs=epochs)
     splits = tljax.open_splits(data)

@@ -1,7 +1,7 @@
-"""A network of tljax inside Flax NNX: `tljax.apply` is a pure function of the variables.
+"""A tljax network as a Flax NNX module, trained by NNX.
 
-They are held by an ``nnx.Module``, like any others, and so are trained and saved by whatever trains
-and saves its models. What was trained can go back: see the last lines of `main`.
+`tljax.apply` is a pure function of the variables, so an ``nnx.Module`` can hold them like any other
+parameters. The last lines of `main` turn the trained parameters back into tljax variables.
 
     python examples/inside_nnx.py FOLDER
 """
@@ -18,23 +18,23 @@ import tljax
 
 
 class Backbone(nnx.Module):
-    """The stages before the head: photographs to features ``[batch, features]``."""
+    """The stages before the head: images ``[b, h, w, 3]`` to features ``[b, features]``."""
 
     def __init__(self, model: tljax.Model, variables: tljax.Variables) -> None:
-        """Hold the variables as NNX does."""
+        """Wrap parameters and running statistics in NNX variables."""
         self.model = model
         self.params = nnx.data(jax.tree.map(nnx.Param, variables["params"]))
         self.batch_stats = nnx.data(jax.tree.map(nnx.BatchStat, variables["batch_stats"]))
 
     def __call__(self, images: jax.Array) -> jax.Array:
-        """Run the network as a function of what is held."""
+        """Return the pooled features ``[batch, features]`` of images ``[batch, h, w, 3]``."""
         variables = nnx.as_pure({"params": self.params, "batch_stats": self.batch_stats})
         return tljax.apply(self.model, variables, images, stop=-1).value
 
 
 @nnx.jit
 def train_step(network: nnx.Sequential, optimizer: nnx.Optimizer, batch: tljax.Batch) -> jax.Array:
-    """Step along the gradient of the cross-entropy; return that."""
+    """Take one optimizer step; return the mean cross-entropy of the batch, in nats."""
 
     def loss(network: nnx.Sequential) -> jax.Array:
         logits = network(batch.inputs)
@@ -47,7 +47,7 @@ def train_step(network: nnx.Sequential, optimizer: nnx.Optimizer, batch: tljax.B
 
 
 def main(data: str, image_size: int = 96, epochs: int = 4) -> tuple[tljax.Pretrained, list[float]]:
-    """Train everything, under a linear map of NNX; return the network, and the losses."""
+    """Train all parameters under an NNX linear head; return the network and the losses."""
     model, variables, card = tljax.load_pretrained("efficientnet_lite0.in1k").with_size(image_size)
     train, val, _ = tljax.open_splits(data)
     model, variables = tljax.replace_head(model, variables, len(train.classes))

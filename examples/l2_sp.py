@@ -1,8 +1,8 @@
-"""L2-SP: pull the weights towards where they started, not towards zero.
+"""L2-SP: pull the weights toward their pretrained values instead of toward zero.
 
 Li, Grandvalet and Davoine 2018, "Explicit Inductive Bias for Transfer Learning with Convolutional
 Networks", https://arxiv.org/abs/1802.01483. The penalty ``strength / 2 * ||w - w0||^2`` adds
-``strength * (w - w0)`` to the gradient, so all of it is one Optax transformation.
+``strength * (w - w0)`` to the gradient, so the method is one Optax transformation.
 
     python examples/l2_sp.py FOLDER
     tljax train --data FOLDER --weight-decay 0 --extension examples/l2_sp.py
@@ -19,7 +19,7 @@ import tljax
 
 
 def l2_sp(strength: float) -> optax.GradientTransformation:
-    """Add the gradient of the penalty; its state is the starting point."""
+    """Make a transformation that adds the gradient of the penalty; its state is ``w0``."""
 
     def update(updates: Any, state: Any, params: Any = None, **_: Any) -> tuple[Any, Any]:
         pull = jax.tree.map(lambda g, w, w0: g + strength * (w - w0), updates, params, state)
@@ -37,7 +37,7 @@ def main(
     epochs: int = 4,
     strengths: tuple[float, ...] = (0.0, 0.1),
 ) -> dict[float, tljax.FitResult]:
-    """Fine-tune by each strength, from the same probe."""
+    """Fine-tune once for each strength, from the same linear probe."""
     model, variables, _ = tljax.load_pretrained("efficientnet_lite0.in1k").with_size(image_size)
     splits = tljax.open_splits(data)
     config = tljax.FitConfig(

@@ -1,8 +1,9 @@
-"""Training from arrays: images and labels that are in memory already.
+"""NumPy arrays: train on images and labels that are already in memory.
 
     python examples/numpy_arrays.py ARRAYS.npz
 
-with ``images``, ``[n, height, width, 3]`` uint8 RGB, and ``labels``, ``[n]`` integers from 0.
+The file holds ``images``, ``[n, height, width, 3]`` uint8 RGB, and ``labels``, ``[n]`` integers
+from 0.
 """
 
 import sys
@@ -16,7 +17,14 @@ import tljax
 def open_arrays(
     images: np.ndarray, labels: np.ndarray, classes: Sequence[str] = (), val_fraction: float = 0.2
 ) -> tljax.Splits:
-    """Make a data set of arrays; a share of it, drawn at random, is for validation."""
+    """Make a data set of arrays.
+
+    Args:
+        images: ``[n, height, width, 3]`` uint8 RGB.
+        labels: ``[n]`` class indices, from 0.
+        classes: name of each class; by default its index.
+        val_fraction: share of the examples, drawn at random, that is held out for validation.
+    """
     whole = tljax.Source(
         examples=images,
         labels=labels.astype(np.int32),
@@ -29,7 +37,7 @@ def open_arrays(
 
 
 def main(data: str, image_size: int = 96, epochs: int = 4) -> tljax.FitResult:
-    """Fine-tune the last stages, from a linear probe."""
+    """Fit a linear probe, then fine-tune the last stages from it."""
     arrays = np.load(data)
     model, variables, _ = tljax.load_pretrained("efficientnet_lite0.in1k").with_size(image_size)
     splits = open_arrays(arrays["images"], arrays["labels"])

@@ -1,6 +1,6 @@
-"""A loop of one's own: everything that `tljax.fit` does for a plain fine-tuning, in sight.
+"""A training loop of your own: what `tljax.fit` does for plain fine-tuning, step by step.
 
-Try it with
+Run it with
 
     python examples/own_loop.py FOLDER
 """
@@ -17,30 +17,30 @@ import tljax
 def main(
     data: str, image_size: int = 96, epochs: int = 4, freeze_to: str = "stage5", seed: int = 0
 ) -> tuple[tljax.Pretrained, list[float]]:
-    """Train the stages after ``freeze_to``; return the network, and the loss of every step."""
+    """Train the stages after ``freeze_to``; return the network and the loss of every step."""
     splits, loading = tljax.open_splits(data), tljax.Loading()
     model, variables, card = tljax.load_pretrained("efficientnet_lite0.in1k").with_size(image_size)
     model, variables = tljax.replace_head(model, variables, len(splits.train.classes))
 
-    # What trains, and what stays: only the former has gradients and a place in the optimizer.
+    # Only the trainable part has gradients and optimizer state.
     optimizer = optax.adam(1e-3)
     rates = tljax.label(variables["params"], tljax.freeze_table(model, freeze_to=freeze_to))
-    changing, staying = jax.device_put(tljax.split(variables, rates, ()))
-    state = tljax.init_state(changing["params"], changing["batch_stats"], optimizer)
+    trainable, frozen = jax.device_put(tljax.split(variables, rates, ()))
+    state = tljax.init_state(trainable["params"], trainable["batch_stats"], optimizer)
     step = tljax.make_train_step(model, optimizer)
 
     losses = []
-    keys = jax.random.key(seed), jax.random.key(seed + 1)  # of augmentation, and of noise
+    keys = jax.random.key(seed), jax.random.key(seed + 1)  # for augmentation and for dropout
     for epoch in range(1, epochs + 1):
         batches = tljax.load_batches(
             splits.train, model.preprocess, batch_size=32, seed=seed, epoch=epoch
         )
         for batch in batches:
-            state, metrics = step(state, staying, batch, keys)
+            state, metrics = step(state, frozen, batch, keys)
             total, count = metrics["loss"]
-            losses.append(total / count)  # on the device: to read it would be to wait for it
+            losses.append(total / count)  # stays on the device: reading it would wait for the step
 
-        variables = tljax.join(state.changing, staying)
+        variables = tljax.join(state.changing, frozen)
         logits = tljax.compute_features(model, variables, splits.val, loading, stop=None)
         right = (logits.values.argmax(1) == logits.labels).mean()
         print(f"epoch {epoch}: loss {losses[-1]:.3f}, validation accuracy {right:.3f}")

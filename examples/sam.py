@@ -1,8 +1,8 @@
-"""SAM: sharpness-aware minimisation, which steps by the gradient of a point a little uphill.
+"""SAM: sharpness-aware minimization, a step along the gradient at a point slightly uphill.
 
 Foret et al. 2020, "Sharpness-Aware Minimization for Efficiently Improving Generalization",
-https://arxiv.org/abs/2010.01412. A function of the optimizer that returns another one, which is
-given ``grad_fn``, the gradient of the same batch at other parameters.
+https://arxiv.org/abs/2010.01412. It wraps the optimizer. The wrapper is given ``grad_fn``, which
+returns the gradient of the same batch at other parameters.
 
     python examples/sam.py FOLDER
     tljax train --data FOLDER --extension examples/sam.py
@@ -21,7 +21,7 @@ import tljax
 def sam(
     rho: float = 0.05,
 ) -> Callable[[optax.GradientTransformation], optax.GradientTransformationExtraArgs]:
-    """Make the function; ``rho`` is the distance uphill, in the norm of all that trains."""
+    """Make the wrapper; ``rho`` is the L2 distance uphill, over all trainable parameters."""
 
     def around(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
         inner = optax.with_extra_args_support(inner)
@@ -40,7 +40,7 @@ extension = {"transform": sam()}
 
 
 def main(data: str, image_size: int = 96, epochs: int = 4, rho: float = 0.05) -> tljax.FitResult:
-    """Fine-tune the last stages, from a linear probe."""
+    """Fit a linear probe, then fine-tune the last stages from it."""
     model, variables, _ = tljax.load_pretrained("efficientnet_lite0.in1k").with_size(image_size)
     config = tljax.FitConfig(epochs=epochs)
     result = tljax.fit(model, variables, tljax.open_splits(data), config, transform=sam(rho))

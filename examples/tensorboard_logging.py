@@ -1,6 +1,6 @@
-"""TensorBoard: the numbers of every step and every epoch, as it reads them.
+"""TensorBoard: log the metrics of every step and every epoch.
 
-The files are written by tensorboardX, which needs neither torch nor TensorFlow.
+tensorboardX writes the files; it needs neither torch nor TensorFlow.
 
     python examples/tensorboard_logging.py FOLDER
     tljax train --data FOLDER --log-every 10 --extension examples/tensorboard_logging.py
@@ -15,14 +15,14 @@ import tljax
 
 
 def log_to_tensorboard(folder: str) -> dict[str, Any]:
-    """Make what `tljax.fit` calls; nothing is written before it does."""
+    """Return the callbacks for `tljax.fit`; the first call opens the log in ``folder``."""
 
     @cache
     def writer() -> Any:
         try:
             from tensorboardX import SummaryWriter  # noqa: PLC0415  # pyright: ignore[reportMissingImports]
         except ImportError as error:
-            raise SystemExit("tensorboardX writes the files: pip install tensorboardX") from error
+            raise SystemExit("this example needs tensorboardX: pip install tensorboardX") from error
         return SummaryWriter(folder)
 
     def on_step(step: int, metrics: dict[str, float]) -> None:
@@ -45,7 +45,7 @@ extension = log_to_tensorboard("tensorboard_logs")
 def main(
     data: str, image_size: int = 96, epochs: int = 4, folder: str = "tensorboard_logs"
 ) -> tljax.FitResult:
-    """Fine-tune the last stages, from a linear probe."""
+    """Fit a linear probe, then fine-tune the last stages from it."""
     model, variables, _ = tljax.load_pretrained("efficientnet_lite0.in1k").with_size(image_size)
     config = tljax.FitConfig(epochs=epochs)
     return tljax.fit(

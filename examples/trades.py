@@ -1,8 +1,9 @@
-"""TRADES: robust training that trades accuracy on clean images against stability around them.
+"""TRADES: adversarial training that balances clean accuracy against robustness.
 
 Zhang et al. 2019, "Theoretically Principled Trade-off between Robustness and Accuracy",
-https://arxiv.org/abs/1901.08573: the cross-entropy of the image, and ``beta`` times the divergence
-from there to the most different prediction within ``epsilon`` of it, by projected sign steps.
+https://arxiv.org/abs/1901.08573: the cross-entropy of the clean image plus ``beta`` times the
+divergence between its prediction and the most different prediction within ``epsilon`` of it, which
+projected gradient ascent finds.
 
     python examples/trades.py FOLDER
     tljax train --data FOLDER --cache none --extension examples/trades.py
@@ -19,28 +20,34 @@ import tljax
 
 
 def trades(beta: float = 6.0, epsilon: float = 4 / 255, steps: int = 10) -> tljax.Objective:
-    """Make the objective; ``epsilon`` is the largest change of a pixel in [0, 1]."""
+    """Make the objective.
+
+    Args:
+        beta: weight of the divergence.
+        epsilon: largest change of a pixel value in [0, 1] (Linf).
+        steps: number of gradient ascent steps of size ``epsilon / 4``.
+    """
 
     def objective(forward: tljax.Forward, batch: tljax.Batch, key: jax.Array) -> Any:
         if forward.start is not None:
-            raise ValueError("it needs photographs, not cached activations: --cache none")
+            raise ValueError("TRADES needs images, not cached activations: pass --cache none")
         images = jnp.asarray(batch.inputs)
         if images.dtype == jnp.uint8:
             images = images.astype(jnp.float32) / 255
         low, high = jnp.maximum(images - epsilon, 0), jnp.minimum(images + epsilon, 1)
-        still = jax.nn.log_softmax(forward.evaluate(images).logits)
+        reference = jax.nn.log_softmax(forward.evaluate(images).logits)
 
-        def difference(moved: jax.Array) -> jax.Array:
-            found = jax.nn.log_softmax(forward.evaluate(moved).logits)
-            return optax.losses.kl_divergence_with_log_targets(found, still).sum()
+        def divergence_from_clean(x: jax.Array) -> jax.Array:
+            prediction = jax.nn.log_softmax(forward.evaluate(x).logits)
+            return optax.losses.kl_divergence_with_log_targets(prediction, reference).sum()
 
-        def climb(moved: jax.Array, _: None) -> tuple[jax.Array, None]:
-            ahead = moved + epsilon / 4 * jnp.sign(jax.grad(difference)(moved))
-            return jnp.clip(ahead, low, high), None
+        def ascend(x: jax.Array, _: None) -> tuple[jax.Array, None]:
+            x = x + epsilon / 4 * jnp.sign(jax.grad(divergence_from_clean)(x))
+            return jnp.clip(x, low, high), None
 
-        # At the image itself the gradient is zero.
+        # The gradient is zero at the clean image, so start beside it.
         start = images + 0.001 * jax.random.normal(key, images.shape)
-        attacked, _ = jax.lax.scan(climb, jnp.clip(start, low, high), length=steps)
+        attacked, _ = jax.lax.scan(ascend, jnp.clip(start, low, high), length=steps)
 
         natural = forward(images).logits
         robust = jax.nn.log_softmax(forward(jax.lax.stop_gradient(attacked)).logits)
@@ -59,7 +66,7 @@ extension = {"objective": trades()}
 
 
 def main(data: str, image_size: int = 96, epochs: int = 4) -> tljax.FitResult:
-    """Fine-tune the last stages, from a linear probe."""
+    """Fit a linear probe, then fine-tune the last stages from it."""
     model, variables, _ = tljax.load_pretrained("efficientnet_lite0.in1k").with_size(image_size)
     config = tljax.FitConfig(cache="none", epochs=epochs)
     splits = tljax.open_splits(data)

@@ -1,9 +1,9 @@
-"""A head of one's own: two hidden layers instead of a linear map, saved and served again.
+"""A head of your own: two hidden layers instead of a linear map, saved and loaded again.
 
 Any Flax module ``module(x, mode)`` can be the last stage of a network. This one is the classifier
-that many courses put on top of MobileNet: global average pooling (the stage before), 1,024 and
-1,024 rectified units, softmax. A file names the class of its module and never imports anything, so
-whoever reads it supplies the class.
+that many courses put on top of MobileNet: global average pooling (the stage before), two layers of
+1,024 rectified units, softmax. A saved network names the class of each module and never imports
+anything, so pass the class when you load it.
 
     python examples/two_layer_head.py FOLDER
     tljax train --data FOLDER --recipe finetune --train head --extension examples/two_layer_head.py
@@ -21,13 +21,13 @@ import tljax
 
 
 class TwoLayerHead(nn.Module):
-    """``[batch, features] -> [batch, num_classes]``."""
+    """A classifier with two hidden layers, ``[batch, features] -> [batch, num_classes]``."""
 
     num_classes: int
     width: int = 1024
 
     @nn.compact
-    def __call__(self, x: jax.Array, mode: tljax.Mode) -> jax.Array:  # noqa: ARG002 - of a stage
+    def __call__(self, x: jax.Array, mode: tljax.Mode) -> jax.Array:  # noqa: ARG002 - the signature of a stage
         """Compute the logits."""
         for _ in range(2):
             x = nn.relu(nn.Dense(self.width)(x))
@@ -37,7 +37,7 @@ class TwoLayerHead(nn.Module):
 def two_layer_head(
     model: tljax.Model, variables: tljax.Variables, classes: int
 ) -> tuple[tljax.Model, tljax.Variables]:
-    """Put the new head, at random, in the place of the old one."""
+    """Replace the head by one with two hidden layers and random parameters."""
     *body, old = model.stages
     head = tljax.Stage(old.name, TwoLayerHead(classes), "vector")
     size = model.preprocess.size
@@ -56,7 +56,7 @@ extension = {"new_head": two_layer_head, "modules": {"TwoLayerHead": TwoLayerHea
 def main(
     data: str, image_size: int = 96, epochs: int = 10, out: str = "two_layer_head.safetensors"
 ) -> tuple[tljax.FitResult, tljax.Pretrained]:
-    """Train the head alone, save the network, and load what was saved."""
+    """Train only the head, save the network, and load the saved file."""
     model, variables, card = tljax.load_pretrained("efficientnet_lite0.in1k").with_size(image_size)
     splits = tljax.open_splits(data)
     config = tljax.FitConfig("finetune", train=("head",), epochs=epochs)

@@ -1,8 +1,8 @@
-"""Two views: the network is to say the same of two random crops of one image.
+"""Two views: train for equal predictions on two random crops of each image.
 
 After Sajjadi, Javanmardi and Tasdizen 2016, "Regularization With Stochastic Transformations and
-Perturbations for Deep Semi-Supervised Learning", https://arxiv.org/abs/1606.04586. The views are
-made in the objective, on the device, so it is given whole photographs: nothing may be cached.
+Perturbations for Deep Semi-Supervised Learning", https://arxiv.org/abs/1606.04586. The objective
+makes the views itself, on the device, so it needs images: activations must not be cached.
 
     python examples/two_views.py FOLDER
     tljax train --data FOLDER --cache none --extension examples/two_views.py
@@ -19,21 +19,22 @@ import tljax
 
 
 def two_views(weight: float = 1.0, config: tljax.AugmentConfig | None = None) -> tljax.Objective:
-    """Make the objective: the mean cross-entropy of two views, and their disagreement.
+    """Make an objective: the mean cross-entropy of two views plus their squared difference.
 
     Args:
-        weight: of the squared distance between the two vectors of probabilities.
-        config: how each view varies; by default as `tljax.AugmentConfig` says.
+        weight: weight of the squared distance between the two probability vectors.
+        config: the augmentation of each view; by default `tljax.AugmentConfig()`.
     """
-    varied = config or tljax.AugmentConfig()
+    augmentation = config or tljax.AugmentConfig()
 
     def objective(forward: tljax.Forward, batch: tljax.Batch, key: jax.Array) -> Any:
         if forward.start is not None:
-            raise ValueError("it needs photographs, not cached activations: --cache none")
+            raise ValueError("two_views needs images, not cached activations: pass --cache none")
 
         def view(key: jax.Array) -> jax.Array:
             size = forward.model.preprocess.size
-            return forward(tljax.augment(batch.inputs, batch.indices, key, size, varied)).logits
+            images = tljax.augment(batch.inputs, batch.indices, key, size, augmentation)
+            return forward(images).logits
 
         one, other = (view(each) for each in jax.random.split(key))
         shares = tljax.class_shares(batch.targets, one.shape[1])
@@ -49,7 +50,7 @@ extension = {"objective": two_views()}
 
 
 def main(data: str, image_size: int = 96, epochs: int = 4) -> tljax.FitResult:
-    """Fine-tune the last stages, from a linear probe."""
+    """Fit a linear probe, then fine-tune the last stages from it."""
     model, variables, _ = tljax.load_pretrained("efficientnet_lite0.in1k").with_size(image_size)
     config = tljax.FitConfig(cache="none", epochs=epochs)
     splits = tljax.open_splits(data)

@@ -1,6 +1,6 @@
-"""Weights & Biases: the numbers of every step and every epoch, kept offline until they are sent.
+"""Weights & Biases: log the metrics of every step and every epoch, offline until you sync.
 
-Try it with
+Run one of these, then the last line:
 
     python examples/wandb_logging.py FOLDER
     tljax train --data FOLDER --log-every 10 --extension examples/wandb_logging.py
@@ -15,14 +15,14 @@ import tljax
 
 
 def log_to_wandb(project: str) -> dict[str, Any]:
-    """Make what `tljax.fit` calls; the run begins when it first does."""
+    """Return the callbacks for `tljax.fit`; the first call starts the run."""
 
     @cache
     def run() -> Any:
         try:
             import wandb  # noqa: PLC0415  # pyright: ignore[reportMissingImports]
         except ImportError as error:
-            raise SystemExit("wandb keeps the numbers: pip install wandb") from error
+            raise SystemExit("this example needs wandb: pip install wandb") from error
         return wandb.init(project=project, mode="offline")
 
     def on_step(step: int, metrics: dict[str, float]) -> None:
@@ -38,7 +38,7 @@ extension = log_to_wandb("tljax")
 
 
 def main(data: str, image_size: int = 96, epochs: int = 4) -> tljax.FitResult:
-    """Fine-tune the last stages, from a linear probe."""
+    """Fit a linear probe, then fine-tune the last stages from it."""
     model, variables, _ = tljax.load_pretrained("efficientnet_lite0.in1k").with_size(image_size)
     config = tljax.FitConfig(epochs=epochs)
     return tljax.fit(model, variables, tljax.open_splits(data), config, **log_to_wandb("tljax"))

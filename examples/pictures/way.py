@@ -1,6 +1,8 @@
-"""Draws way.svg: what a photograph passes on its way to a gradient.
+"""Draw way.svg: the path of an image from its file through one training step.
 
-python examples/pictures/way.py
+Run it with
+
+    python examples/pictures/way.py
 """
 
 from html import escape
@@ -36,23 +38,23 @@ STYLE = """
     .tip { fill: #9da7b1 }
   }
 """
-"""Every colour stands here, once for a light page and once for a dark one."""
+"""The style sheet, with colors for light pages and for dark ones."""
 
 
 def rectangle(x: int, y: int, width: int, height: int, kind: str) -> str:
-    """A rectangle with round corners."""
+    """Return a rectangle with round corners."""
     place = f'x="{x}" y="{y}" width="{width}" height="{height}"'
     return f'<rect class="{kind}" {place} rx="6"/>'
 
 
-def text(x: int, y: int, words: str, kind: str = "", anchor: str = "start") -> str:
-    """One line, of which ``y`` is the base line."""
-    about = f' class="{kind}"' if kind else ""
-    return f'<text{about} x="{x}" y="{y}" text-anchor="{anchor}">{escape(words)}</text>'
+def text(x: int, y: int, content: str, kind: str = "", anchor: str = "start") -> str:
+    """Return one line of text whose baseline is at ``y``."""
+    css_class = f' class="{kind}"' if kind else ""
+    return f'<text{css_class} x="{x}" y="{y}" text-anchor="{anchor}">{escape(content)}</text>'
 
 
 def box(x: int, y: int, width: int, height: int, file: str, *lines: str) -> str:
-    """Draw who does something; a line that begins with ``=`` is the value that comes out."""
+    """Return a labeled box; a line that begins with ``=`` names a value that the file produces."""
     parts = [rectangle(x, y, width, height, "box"), text(x + 10, y + 20, file, "file")]
     for i, line in enumerate(lines):
         kind = "value" if line.startswith("=") else ""
@@ -61,12 +63,9 @@ def box(x: int, y: int, width: int, height: int, file: str, *lines: str) -> str:
 
 
 def arrow(*points: tuple[int, int]) -> str:
-    """A line through the points, with its tip at the last one."""
-    return f'<polyline class="line" marker-end="url(#tip)" points="{_spelled(points)}"/>'
-
-
-def _spelled(points: tuple[tuple[int, int], ...]) -> str:
-    return " ".join(f"{x},{y}" for x, y in points)
+    """Return a line through the points with an arrowhead at the last one."""
+    path = " ".join(f"{x},{y}" for x, y in points)
+    return f'<polyline class="line" marker-end="url(#tip)" points="{path}"/>'
 
 
 STAGES = ("stem", "layer1", "layer2", "layer3", "layer4", "head")
@@ -74,7 +73,7 @@ TRAINABLE = ("layer4", "head")
 
 
 def stages(x: int, y: int) -> str:
-    """Draw a network, with what trains in another colour, and say so."""
+    """Return the stages of a network, trainable ones in another color, with a legend."""
     parts = []
     for name in STAGES:
         parts.append(rectangle(x, y, 56, 26, "trainable" if name in TRAINABLE else "frozen"))
@@ -87,11 +86,11 @@ def stages(x: int, y: int) -> str:
 
 
 def host() -> list[str]:
-    """From a photograph to a batch."""
+    """Return the part on the host, from an image file to a batch."""
     return [
         text(24, 33, "Host", "title"),
         text(66, 33, "threads or processes, ahead of the device", "faint"),
-        box(24, 46, 150, 86, "photograph", "a file of a Source:", "JPEG, PNG, WebP ...", "=bytes"),
+        box(24, 46, 150, 86, "image file", "one example of a Source", "JPEG, PNG, ...", "=bytes"),
         box(
             *(214, 46, 240, 86, "data/decode.py"),
             *("upright, RGB, short side resized,", "central square", "=uint8 [h, w, 3]"),
@@ -103,20 +102,20 @@ def host() -> list[str]:
         ),
         box(
             *(344, 162, 492, 80, "train/inputs.py"),
-            *("computes the frozen prefix once and serves it in every epoch, if",),
-            *("nothing before the first trainable stage changes (no augmentation)",),
+            *("computes the frozen prefix once and reuses it in every epoch, if",),
+            *("nothing before the first trainable stage varies (no augmentation)",),
         ),
         arrow((174, 89), (212, 89)),
         arrow((454, 89), (492, 89)),
         arrow((520, 132), (520, 147), (48, 147), (48, 312)),
         arrow((700, 132), (700, 160)),
-        text(60, 206, "photographs"),
+        text(60, 206, "images"),
         text(60, 224, "inputs uint8 [b, h, w, 3]", "value"),
     ]
 
 
 def device() -> list[str]:
-    """From a batch to the next state."""
+    """Return the part on the device, from a batch to the next state."""
     return [
         text(64, 299, "Device", "title"),
         text(124, 299, "train/step.py", "file"),
@@ -126,7 +125,7 @@ def device() -> list[str]:
             *("random crop, flip, RandAugment,", "mixup, CutMix", "=inputs float32 [b, s, s, 3]"),
             "=targets [b, classes]",
         ),
-        box(300, 314, 536, 104, "models/model.py", "apply: normalises, then runs the stages"),
+        box(300, 314, 536, 104, "models/model.py", "apply: normalizes, then runs the stages"),
         stages(316, 362),
         text(312, 408, "logits [b, classes]", "value"),
         arrow((260, 375), (314, 375)),
@@ -140,7 +139,7 @@ def device() -> list[str]:
         ),
         box(
             *(282, 456, 240, 86, "train/step.py"),
-            *("mean loss over the rows of mask,", "gradient of what trains, alone"),
+            *("mean loss over the rows of mask,", "gradient of the trainable part"),
             "=grads, like state.params",
         ),
         box(
@@ -148,7 +147,7 @@ def device() -> list[str]:
             *("Optax: rates by stage, decay,", "schedule, clipping", "=updates, like grads"),
         ),
         box(24, 566, 498, 50, "state", "=step, params, batch_stats, opt_state, ema"),
-        text(80, 586, "after the step; the next one begins with it"),
+        text(80, 586, "the input of the next step"),
         arrow((698, 418), (698, 454)),
         text(708, 441, "logits, captured"),
         arrow((560, 499), (524, 499)),
@@ -161,13 +160,13 @@ def device() -> list[str]:
 
 
 def reading() -> list[str]:
-    """From sums on the device to lines in a file."""
+    """Return the part on the host that reads metrics and writes them to files."""
     return [
         text(24, 663, "Host", "title"),
-        text(66, 663, "reads metrics some steps later: no step waits", "faint"),
+        text(66, 663, "reads metrics some steps later, so no step waits", "faint"),
         box(
             *(560, 678, 276, 72, "train/loop.py"),
-            *("adds up an epoch, saves checkpoints", "={name: float}"),
+            *("averages an epoch, saves checkpoints", "={name: float}"),
         ),
         box(
             282,
@@ -175,7 +174,7 @@ def reading() -> list[str]:
             240,
             72,
             "on_step, on_epoch",
-            "functions of the caller",
+            "callbacks of the caller",
             "=step, {name: float}",
         ),
         box(
@@ -184,7 +183,7 @@ def reading() -> list[str]:
             220,
             72,
             "train/run_directory.py",
-            "a line an epoch, or N steps",
+            "a line per epoch or N steps",
             "=metrics.jsonl",
         ),
         arrow((560, 714), (524, 714)),
@@ -200,7 +199,7 @@ def drawing() -> str:
     view = f'viewBox="0 0 {WIDTH} {HEIGHT}"'
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" {size} {view} role="img">',
-        "<title>What a photograph passes on its way to a gradient</title>",
+        "<title>The path of an image through a training step</title>",
         f"<style>{STYLE}</style>",
         f"<defs>{tip}</defs>",
         f'<rect class="page" {size} rx="10"/>',
