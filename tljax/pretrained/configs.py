@@ -50,10 +50,10 @@ class Description(NamedTuple):
     """Contents of the configuration files beside the weights.
 
     Attributes:
-        classes: Class names, one per logit.
-        preprocess: Preprocessing that the weights expect; None if no file says.
-        licence: License as the files name it, or "unknown".
-        notes: A remark if the class names of the files do not match the logits.
+        classes: class names, one per logit.
+        preprocess: preprocessing that the weights expect; None if no file says.
+        licence: license as the files name it, or "unknown".
+        notes: a remark if the class names of the files do not match the logits.
     """
 
     classes: tuple[str, ...]
@@ -66,11 +66,11 @@ def read_configs(folder: Path, model: Model) -> Description:
     """Read config.json and preprocessor_config.json, where they exist.
 
     Args:
-        folder: A folder written by ``save_pretrained`` of transformers or timm.
-        model: The network that the tensors in the folder fit.
+        folder: a folder written by ``save_pretrained`` of transformers or timm.
+        model: the network that the tensors in the folder fit.
 
     Raises:
-        RequestError: A file is not JSON, or a value in it is invalid or not supported.
+        RequestError: a file is not JSON, or a value in it is invalid or not supported.
     """
     config = _read(folder / "config.json")
     timm = config.section("pretrained_cfg")
@@ -97,7 +97,7 @@ def read_architecture(folder: Path) -> str | None:
     Networks that differ in geometry alone cannot be told apart by their tensors.
 
     Raises:
-        RequestError: The network was built with arguments that tljax does not support.
+        RequestError: the network was built with arguments that tljax does not support.
     """
     config = _read(folder / "config.json")
     _check_arguments(config)
@@ -114,9 +114,9 @@ def write_configs(folder: Path, model: Model, classes: tuple[str, ...]) -> None:
     """Write config.json and preprocessor_config.json for transformers' ``from_pretrained``.
 
     Args:
-        folder: Folder of the weights.
-        model: The network; its preprocessing is written too.
-        classes: Class names, one per logit; empty for a backbone without a head.
+        folder: folder of the weights.
+        model: the network; its preprocessing is written too.
+        classes: class names, one per logit; empty for a backbone without a head.
     """
     config = LAYOUTS[model.name]["huggingface"].config(model.name)
     if classes:
@@ -153,8 +153,8 @@ class _Section:
     """A JSON object whose values are validated when they are read.
 
     Attributes:
-        where: File, and key within the file, for error messages.
-        values: The object; empty if it is absent.
+        where: file, and key within the file, for error messages.
+        values: the object; empty if it is absent.
     """
 
     where: str

@@ -48,13 +48,13 @@ def export_stablehlo(
     (https://docs.jax.dev/en/latest/export/export.html#compatibility-guarantees).
 
     Args:
-        folder: Output folder; created if missing. Existing files of these names are replaced.
-        pretrained: The network to export.
-        batch: Fixed batch size; None allows any.
-        platforms: Platforms to compile for, out of `PLATFORMS`.
+        folder: output folder; created if missing. Existing files of these names are replaced.
+        pretrained: the network to export.
+        batch: fixed batch size; None allows any.
+        platforms: platforms to compile for, out of `PLATFORMS`.
 
     Raises:
-        RequestError: A platform is unknown, or the folder cannot be written.
+        RequestError: a platform is unknown, or the folder cannot be written.
     """
     if unknown := sorted({*platforms} - {*PLATFORMS}):
         known = ", ".join(PLATFORMS)
@@ -83,13 +83,13 @@ def export_onnx(path: Path, pretrained: Pretrained) -> None:
     holds the class names and the preprocessing as JSON, under ``tljax``. jax2onnx builds the graph.
 
     Args:
-        path: Output file; an existing one is replaced.
-        pretrained: The network to export.
+        path: output file; an existing one is replaced.
+        pretrained: the network to export.
 
     Raises:
         RequestError: jax2onnx is not installed or does not support an operation, or the file
             cannot be written.
-        VerificationError: The logits of ONNX Runtime and JAX differ by more than 1e-4 of the
+        VerificationError: the logits of ONNX Runtime and JAX differ by more than 1e-4 of the
             largest absolute logit; nothing is written.
     """
     try:

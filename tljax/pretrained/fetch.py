@@ -18,7 +18,7 @@ def fetch(name: str) -> Path:
     """Return the local file or folder of a catalog entry, downloaded once and checked by its hash.
 
     Raises:
-        RequestError: The weights cannot be fetched, or are not the published file.
+        RequestError: the weights cannot be fetched, or are not the published file.
     """
     entry = CATALOG[name]
     if entry.source.startswith("hub:"):
@@ -45,7 +45,7 @@ def fetch_url(url: str) -> Path:
     not count as digits of a hash.
 
     Raises:
-        RequestError: The file cannot be fetched, or does not match the hash in its name.
+        RequestError: the file cannot be fetched, or does not match the hash in its name.
     """
     name = re.split("[?#]", url)[0].rpartition("/")[2] or "weights"
     key = sha256(url.encode())[:16]
@@ -82,7 +82,7 @@ def fetch_hub(repository: str) -> Path:
     `huggingface_hub` downloads them and keeps them in its cache.
 
     Raises:
-        RequestError: The repository cannot be fetched and is not in the cache.
+        RequestError: the repository cannot be fetched and is not in the cache.
     """
     from huggingface_hub import snapshot_download  # noqa: PLC0415 - slow to import
 

@@ -59,10 +59,10 @@ class Step(NamedTuple):
     """One operation of a graph.
 
     Attributes:
-        operation: For example ``Conv2D(padding='same', strides=2)``, ``relu6`` or ``Add``.
-        inputs: Offsets back to the steps whose outputs it takes; an offset to before the first step
+        operation: for example ``Conv2D(padding='same', strides=2)``, ``relu6`` or ``Add``.
+        inputs: offsets back to the steps whose outputs it takes; an offset to before the first step
             stands for the image.
-        layer: Name of the layer in the file.
+        layer: name of the layer in the file.
     """
 
     operation: str
@@ -74,11 +74,11 @@ class _Layer(NamedTuple):
     """A layer in the file.
 
     Attributes:
-        name: Its name, with the names of the models that contain it as a prefix.
-        kind: Its Keras class.
-        config: Its settings and the keyword arguments of its call.
-        inputs: Names of the layers whose outputs it takes.
-        numbers: Constants that it takes beside them.
+        name: its name, with the names of the models that contain it as a prefix.
+        kind: its Keras class.
+        config: its settings and the keyword arguments of its call.
+        inputs: names of the layers whose outputs it takes.
+        numbers: constants that it takes beside them.
     """
 
     name: str
@@ -92,9 +92,9 @@ class _Value(NamedTuple):
     """The output of a layer.
 
     Attributes:
-        step: Index of the step that computes it; -1 for the image.
-        size: Height and width; None where unknown.
-        padding: A ZeroPadding2D layer that is still to be applied, if any.
+        step: index of the step that computes it; -1 for the image.
+        size: height and width; None where unknown.
+        padding: a ZeroPadding2D layer that is still to be applied, if any.
     """
 
     step: int
@@ -106,9 +106,9 @@ class Graph:
     """The operations of a Keras model in topological order.
 
     Attributes:
-        steps: See `Step`.
-        size: Height and width of the image in pixels; None where any size is accepted.
-        scaling: Factor and offset that the graph first applies to an image in [0, 255].
+        steps: see `Step`.
+        size: height and width of the image in pixels; None where any size is accepted.
+        scaling: factor and offset that the graph first applies to an image in [0, 255].
     """
 
     def __init__(self, config: dict[str, Any], *, same: bool) -> None:
@@ -116,7 +116,7 @@ class Graph:
 
         Args:
             config: ``class_name``, and ``config`` as `keras.Model.get_config` returns it.
-            same: Treat a ZeroPadding2D layer that pads like SAME as part of the convolution.
+            same: treat a ZeroPadding2D layer that pads like SAME as part of the convolution.
         """
         self._same = same
         self.steps: list[Step] = []
@@ -178,9 +178,9 @@ def _layers(
     """Return the layers by name, and the name of the one whose output is the model's.
 
     Args:
-        model: A model. The layers of models inside it are listed among its own.
-        prefix: Prefix for the names of its layers.
-        model_inputs: Names of the layers whose outputs a model inside another one takes.
+        model: a model. The layers of models inside it are listed among its own.
+        prefix: prefix for the names of its layers.
+        model_inputs: names of the layers whose outputs a model inside another one takes.
     """
     graph = model["config"]
     items = graph["layers"] if isinstance(graph, dict) else graph  # a list in old Sequential models
@@ -292,16 +292,16 @@ def read_graph(text: str, where: str, model: Model) -> tuple[Model, bool]:
     """Compare the graph in a file with that of a network, and take over its preprocessing.
 
     Args:
-        text: Configuration of a Keras model, JSON.
-        where: Name of the file, for error messages.
-        model: The network that the tensors of the file fit.
+        text: configuration of a Keras model, JSON.
+        where: name of the file, for error messages.
+        model: the network that the tensors of the file fit.
 
     Returns:
         The network with the image size and pixel scaling of the graph, and whether the graph scales
         the pixels.
 
     Raises:
-        RequestError: The graph computes something else; the message names the layer.
+        RequestError: the graph computes something else; the message names the layer.
     """
     try:
         graph = Graph(json.loads(text), same=model.name.startswith("tf_"))

@@ -41,12 +41,12 @@ class Card:
     """Metadata of weights; their preprocessing belongs to the model.
 
     Attributes:
-        classes: Class names, one per logit; empty for a backbone without a head.
-        source: Origin of the weights: a catalog name, hub id, URL or path.
+        classes: class names, one per logit; empty for a backbone without a head.
+        source: origin of the weights: a catalog name, hub id, URL or path.
         licence: SPDX identifier of the license, or "unknown".
         sha256: SHA-256 of the file that was read; of the pretrained file for a fine-tuned network.
-        layout: Layout of the keys in the file: one of `LAYOUTS`, or ``tljax``.
-        notes: Assumptions made while loading, one line each, to be shown to the user; not saved.
+        layout: layout of the keys in the file: one of `LAYOUTS`, or ``tljax``.
+        notes: assumptions made while loading, one line each, to be shown to the user; not saved.
     """
 
     classes: tuple[str, ...]
@@ -60,11 +60,11 @@ class Card:
         """Return the index of a class's logit.
 
         Args:
-            name: Name of the class. An exact match is preferred to one in another case. If no class
+            name: name of the class. An exact match is preferred to one in another case. If no class
                 has this name, the index itself is accepted, unless all class names are numbers.
 
         Raises:
-            RequestError: No class has this name, or several do; the message gives the nearest name,
+            RequestError: no class has this name, or several do; the message gives the nearest name,
                 or their indices.
         """
         name, *classes = (unicodedata.normalize("NFC", each) for each in (name, *self.classes))
@@ -87,9 +87,9 @@ class Pretrained(NamedTuple):
     """A model, its variables (float32, on the host) and their metadata.
 
     Attributes:
-        model: The network.
-        variables: Its parameters and batch statistics.
-        card: Class names, origin and license of the weights.
+        model: the network.
+        variables: its parameters and batch statistics.
+        card: class names, origin and license of the weights.
     """
 
     model: Model
@@ -107,7 +107,7 @@ class Pretrained(NamedTuple):
         """Return the network unchanged if its outputs are the logits of named classes.
 
         Raises:
-            RequestError: The network is a backbone without a head, or has more or fewer outputs
+            RequestError: the network is a backbone without a head, or has more or fewer outputs
                 than class names.
         """
         outputs, names = self.model.num_classes, len(self.card.classes)
@@ -134,16 +134,16 @@ def load_pretrained(
     """Load pretrained weights, detecting their format and architecture.
 
     Args:
-        weights: A name of `CATALOG` (``resnet50.tv_in1k``, ``keras:VGG16``,
+        weights: a name of `CATALOG` (``resnet50.tv_in1k``, ``keras:VGG16``,
             ``torchvision:resnet50``); a Hugging Face hub id (``microsoft/resnet-50``,
             ``timm/resnet50.tv_in1k``); a file or its URL (safetensors, ``.pth``, ``.h5``,
             ``.keras``; also xz-compressed); a folder written by ``save_pretrained`` of transformers
             or timm; or a run directory of ``tljax train``.
-        model: Required architecture, a key of `MODELS`; None detects it. It is needed for a single
+        model: required architecture, a key of `MODELS`; None detects it. It is needed for a single
             file whose tensors fit two networks. (A timm ResNet with blurred or averaged strides,
             such as resnetblur50 and resnetaa50, has the same tensors as tljax's and can be told
             apart only by its config.json.)
-        normalization: Key of `NORMALIZATIONS` that a single file without such information expects;
+        normalization: key of `NORMALIZATIONS` that a single file without such information expects;
             None means the default of its architecture and format.
         modules: Flax classes by name for the user-defined stages of a file in tljax's format. A
             file by itself never imports code.
@@ -154,7 +154,7 @@ def load_pretrained(
         backbone: ``num_classes`` is 0, and `apply` returns its features.
 
     Raises:
-        RequestError: The weights are not found, cannot be fetched, do not fit any network or the
+        RequestError: the weights are not found, cannot be fetched, do not fit any network or the
             required one, or fit several; or their metadata describes an unsupported network or
             another normalization.
     """
@@ -391,11 +391,11 @@ def save(path: Path, pretrained: Pretrained) -> None:
     The file describes all stages, user-defined ones too; see `tljax.models.spec`.
 
     Args:
-        path: Output file; an existing one is replaced.
-        pretrained: The network to save.
+        path: output file; an existing one is replaced.
+        pretrained: the network to save.
 
     Raises:
-        RequestError: A setting of a stage is not serializable, the variables do not fit the model,
+        RequestError: a setting of a stage is not serializable, the variables do not fit the model,
             or the file cannot be written.
     """
     model, variables, card = pretrained
@@ -415,14 +415,14 @@ def export(path: Path, pretrained: Pretrained, layout: str) -> None:
     """Write a network in the layout of another project.
 
     Args:
-        path: Output file, ``.safetensors`` or ``.pth``. For ``huggingface``, a folder for
+        path: output file, ``.safetensors`` or ``.pth``. For ``huggingface``, a folder for
             ``from_pretrained`` of transformers; for ``keras``, a file for ``load_weights`` of
             Keras, ``.weights.h5`` or ``.h5``.
-        pretrained: The network to export.
-        layout: One of the model's `LAYOUTS`, or ``tljax``.
+        pretrained: the network to export.
+        layout: one of the model's `LAYOUTS`, or ``tljax``.
 
     Raises:
-        RequestError: The model has no such layout or other stages than it, or the suffix of the
+        RequestError: the model has no such layout or other stages than it, or the suffix of the
             file is unknown.
     """
     model, variables, card = pretrained

@@ -31,12 +31,12 @@ class Rule(NamedTuple):
     linear layer that reads a flattened feature map, or is stored as a 1x1 convolution.
 
     Attributes:
-        key: Key in the source file.
-        path: Path in tljax's variables: ``params/layer1/block0/conv1/kernel``.
-        axes: Permutation of the source's axes; empty for none.
-        shape: Shape in the source, unless it is a permutation of tljax's; -1 stands for the number
+        key: key in the source file.
+        path: path in tljax's variables: ``params/layer1/block0/conv1/kernel``.
+        axes: permutation of the source's axes; empty for none.
+        shape: shape in the source, unless it is a permutation of tljax's; -1 stands for the number
             of classes.
-        view: Shape of the source before the permutation, if it is another one; -1 as above.
+        view: shape of the source before the permutation, if it is another one; -1 as above.
     """
 
     key: str
@@ -80,9 +80,9 @@ def conv_norm(conv: str, norm: str, path: str) -> Rules:
     """Return the rules of a torch convolution without bias and the batch norm that follows it.
 
     Args:
-        conv: Prefix of the convolution's keys in the source file.
-        norm: Prefix of the batch norm's keys.
-        path: Path of the layer in tljax, e.g. ``layer1/block0/conv1``.
+        conv: prefix of the convolution's keys in the source file.
+        norm: prefix of the batch norm's keys.
+        path: path of the layer in tljax, e.g. ``layer1/block0/conv1``.
     """
     return (
         Rule(f"{conv}.weight", f"params/{path}/kernel", CONV),
@@ -123,14 +123,13 @@ class Layout(NamedTuple):
     """The way one project stores a network.
 
     Attributes:
-        table: Returns the key table of a model, by its name.
-        preprocess: Default preprocessing of weights in this layout, if it is not the model's.
-        ignore: Prefixes of optional keys that import drops, such as an auxiliary head's.
-        config: Returns the settings that config.json must hold where it holds them, by the name of
-            the model: tensors do not determine the geometry. Export writes those of
-            ``huggingface``.
-        twins: Returns the networks that have the same tensors in this layout but compute something
-            else, by the name of the model; tljax may not have them.
+        table: function from the name of a model to its key table.
+        preprocess: default preprocessing of weights in this layout, if it is not the model's.
+        ignore: prefixes of optional keys that import drops, such as an auxiliary head's.
+        config: function from the name of a model to the settings that its config.json must agree
+            with: tensors do not determine the geometry. Export writes those of ``huggingface``.
+        twins: function from the name of a model to the networks that have the same tensors in this
+            layout but compute something else; tljax may not have them.
     """
 
     table: Callable[[str], Rules]
@@ -144,9 +143,9 @@ class Difference(NamedTuple):
     """Differences between a file and a network; all empty if the file fits.
 
     Attributes:
-        missing: Keys of the table that the file lacks.
-        leftover: Keys of the file that the table lacks.
-        shapes: One line for each tensor of another shape.
+        missing: keys of the table that the file lacks.
+        leftover: keys of the file that the table lacks.
+        shapes: one line for each tensor of another shape.
     """
 
     missing: tuple[str, ...]
@@ -168,8 +167,8 @@ def counted(keys: Iterable[str], ignore: tuple[str, ...] = ()) -> Iterator[str]:
     """Return the keys of a file that a table must contain.
 
     Args:
-        keys: Keys of the file.
-        ignore: Prefixes of keys that the network does not need.
+        keys: keys of the file.
+        ignore: prefixes of keys that the network does not need.
     """
     return (key for key in keys if not key.endswith(NUM_BATCHES) and not key.startswith(ignore))
 
@@ -183,10 +182,10 @@ def compare(
     """Compare the keys and shapes of a file with those of a network.
 
     Args:
-        rules: Key table, with exactly one rule for each variable of the skeleton.
-        arrays: Tensors of the file by key.
-        skeleton: Shapes of the network's variables.
-        ignore: Prefixes of keys that the network does not need.
+        rules: key table, with exactly one rule for each variable of the skeleton.
+        arrays: tensors of the file by key.
+        skeleton: shapes of the network's variables.
+        ignore: prefixes of keys that the network does not need.
     """
     expected = flatten(skeleton)
     if wrong := sorted(expected.keys() ^ {rule.path for rule in rules}):
@@ -209,12 +208,12 @@ def own_rules(arrays: Mapping[str, Any], skeleton: Variables, misfit: str) -> Ru
     """Return the table of tljax's own format, whose keys are paths, after comparing the shapes.
 
     Args:
-        arrays: Tensors by path.
-        skeleton: Shapes of the network's variables.
-        misfit: Beginning of the error message.
+        arrays: tensors by path.
+        skeleton: shapes of the network's variables.
+        misfit: beginning of the error message.
 
     Raises:
-        RequestError: The arrays do not fit the skeleton.
+        RequestError: the arrays do not fit the skeleton.
     """
     rules = tuple(Rule(path, path) for path in flatten(skeleton))
     difference = compare(rules, arrays, skeleton)
@@ -229,13 +228,13 @@ def apply_rules(
     """Convert the tensors of a file to tljax's variables, float32.
 
     Args:
-        rules: Key table.
-        arrays: Tensors of a file that fits (see `compare`), by key.
-        skeleton: Shapes of the network's variables.
-        where: Name of the file, for error messages.
+        rules: key table.
+        arrays: tensors of a file that fits (see `compare`), by key.
+        skeleton: shapes of the network's variables.
+        where: name of the file, for error messages.
 
     Raises:
-        RequestError: A tensor holds NaN or infinity, or a running variance is negative.
+        RequestError: a tensor holds NaN or infinity, or a running variance is negative.
     """
     flat, expected = {}, flatten(skeleton)
     for rule in rules:

@@ -35,10 +35,10 @@ class LayerDifference(NamedTuple):
     """Difference of a layer from the reference.
 
     Attributes:
-        layer: Path of the layer, e.g. ``layer3/block0/conv2``.
-        difference: Largest absolute difference of the outputs, relative to the largest absolute
+        layer: path of the layer, e.g. ``layer3/block0/conv2``.
+        difference: largest absolute difference of the outputs, relative to the largest absolute
             output of the reference; infinite if the shapes differ.
-        reason: Output shapes, or the layer's tensors, if these differ; otherwise empty.
+        reason: output shapes, or the layer's tensors, if these differ; otherwise empty.
     """
 
     layer: str
@@ -50,8 +50,8 @@ def verify(pretrained: Pretrained, reference: str | None = None) -> list[LayerDi
     """Compare the outputs of all layers with those of the reference, on random images.
 
     Args:
-        pretrained: The loaded network.
-        reference: Folder or hub id for ``from_pretrained`` of transformers, or a file for
+        pretrained: the loaded network.
+        reference: folder or hub id for ``from_pretrained`` of transformers, or a file for
             ``load_weights`` of Keras. None means the source of the network, or torchvision's
             network for a file with torchvision's keys.
 
@@ -60,7 +60,7 @@ def verify(pretrained: Pretrained, reference: str | None = None) -> list[LayerDi
         the network.
 
     Raises:
-        RequestError: The reference implementation is not installed, or there is none for this
+        RequestError: the reference implementation is not installed, or there is none for this
             network.
     """
     is_keras = pretrained.card.layout == "keras"

@@ -36,8 +36,8 @@ class Layer(NamedTuple):
     """A layer of a reference.
 
     Attributes:
-        output: Its output ``[batch, ...]``.
-        activation: The activation that is part of the output, but a separate layer in tljax.
+        output: its output ``[batch, ...]``.
+        activation: the activation that is part of the output, but a separate layer in tljax.
     """
 
     output: np.ndarray
@@ -58,9 +58,9 @@ def application(model: Model, size: tuple[int, int], weights: Path | None) -> An
     """Build the model of `keras.applications` that returns logits, with the weights of a file.
 
     Args:
-        model: The network in tljax.
-        size: Height and width of the images in pixels.
-        weights: File for ``load_weights``; None for random weights.
+        model: the network in tljax.
+        size: height and width of the images in pixels.
+        weights: file for ``load_weights``; None for random weights.
 
     Raises:
         RequestError: keras is not installed, or cannot load the file.
@@ -116,7 +116,7 @@ def tensors(rules: Rules, network: Any) -> dict[str, np.ndarray]:
     """Return the weights of a Keras model by the keys of a table.
 
     Raises:
-        RequestError: The model has other weights than the table.
+        RequestError: the model has other weights than the table.
     """
     weights = network.get_weights()
     nested = [layer.name for layer in _weighted_layers(network) if hasattr(layer, "layers")]
@@ -133,9 +133,9 @@ def outputs(rules: Rules, network: Any, pixels: Pixels) -> dict[str, Layer]:
     """Compute the outputs of all layers that have weights.
 
     Args:
-        rules: Key table of the network.
+        rules: key table of the network.
         network: Keras model.
-        pixels: Preprocessed images ``[batch, height, width, 3]``.
+        pixels: preprocessed images ``[batch, height, width, 3]``.
 
     Returns:
         The layers by their paths in tljax; the layer of a `ConvNorm` is its norm. Separable

@@ -41,16 +41,16 @@ def download(
     other. A transfer that breaks off is resumed where the server supports it.
 
     Args:
-        url: Address, http or https.
-        path: Local file.
-        check: Called with a file; raises a `ValueError` if its content is wrong.
-        limit: Largest allowed size in bytes.
-        ask: When the server is asked for a newer version of a copy that passes the check:
+        url: address, http or https.
+        path: local file.
+        check: called with a file; raises a `ValueError` if its content is wrong.
+        limit: largest allowed size in bytes.
+        ask: when the server is asked for a newer version of a copy that passes the check:
             ``always``; ``by tag`` only if the copy came with an ETag or date (otherwise a note on
             stderr says that it may be old); ``never``, for files that a hash identifies.
 
     Raises:
-        RequestError: The file cannot be fetched or written, or fails the check.
+        RequestError: the file cannot be fetched or written, or fails the check.
     """
     tags_path = path.with_name(f"{path.name}.json")
     copy = _cached_copy(path, tags_path, check)
@@ -93,7 +93,7 @@ def is_html(data: bytes) -> bool:
     """Return whether a file that begins with these bytes is a web page, for example a login page.
 
     Args:
-        data: The file, or its first kilobyte.
+        data: the file, or its first kilobyte.
     """
     head = data[:1024].removeprefix(codecs.BOM_UTF8).lstrip().lower()
     return head.startswith((b"<!doctype html", b"<html"))
