@@ -275,7 +275,7 @@ def test_examples_without_a_label_and_classes_without_an_example_are_left_out(hf
     assert examples_of(val) == examples(6, 8, 9)
     assert notes == (
         "left out 2 examples without a label",
-        "left out 1 classes without training examples: dog",
+        "left out classes without training examples: dog",
         "left out 1 examples of unknown classes: dog",
     )
 
@@ -338,7 +338,7 @@ def test_the_column_named_label_is_preferred(hf, tmp_path):
             "hf:broken",
             "hf:broken cannot be opened: .* not a parquet file; check the name, the files",
         ),
-        ("hf:parts", "hf:parts has no training split: rename one of test, extra to train"),
+        ("hf:parts", "hf:parts has no split named train, only test, extra: rename one"),
         ("tfds:nonesuch", "nonesuch cannot be opened: Dataset nonesuch not found; check the name"),
         ("tfds:mnist:1.0.0", "mnist:1.0.0 cannot be opened: .* cannot be loaded at version 1.0.0"),
     ],

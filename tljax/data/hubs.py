@@ -46,9 +46,7 @@ def open_hub_splits(spec: str, val_fraction: float) -> Splits:
     parts = _open(spec)
     names = [name for name in TRAIN if name in parts] or list(parts)
     if names[0] not in TRAIN and len(names) > 1:
-        raise RequestError(
-            f"{spec} has no training split: rename one of {shortened(names)} to train"
-        )
+        raise RequestError(f"{spec} has no split named train, only {shortened(names)}: rename one")
     train, notes = _trainable(parts[names[0]](), f"{spec} {names[0]}")
     val = _validation({name: part for name, part in parts.items() if name != names[0]})
     if val is None:
@@ -101,9 +99,7 @@ def _trainable(source: Source, where: str) -> tuple[Source, list[str]]:
     if unlabeled:
         notes.append(f"left out {unlabeled} examples without a label")
     if unused:
-        notes.append(
-            f"left out {len(unused)} classes without training examples: {shortened(unused)}"
-        )
+        notes.append(f"left out classes without training examples: {shortened(unused)}")
     return (match_classes(source, used)[0] if notes else source), notes
 
 

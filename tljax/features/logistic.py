@@ -250,13 +250,13 @@ class _Memory(NamedTuple):
         steps: ``[m, c, r]`` ring buffer: pair ``i`` is in entry ``i % m``.
         changes: ``[m, c, r]`` changes of the gradient along the steps.
         rho: ``[m]`` 1 / <step, change>; 0 for a pair that is not used.
-        count: number of pairs written so far.
+        num_pairs: number of pairs written so far.
     """
 
     steps: Float[jax.Array, "m c r"]
     changes: Float[jax.Array, "m c r"]
     rho: Float[jax.Array, " m"]
-    count: Int[jax.Array, ""]
+    num_pairs: Int[jax.Array, ""]
 
 
 @jax.jit
@@ -354,12 +354,12 @@ def _remember(memory, step, change):
     product = jnp.vdot(step, change)
     # A product within rounding error of 0 would make the direction far too long.
     usable = product > 1e-6 * jnp.linalg.norm(step) * jnp.linalg.norm(change)
-    entry = memory.count % _HISTORY
+    entry = memory.num_pairs % _HISTORY
     return _Memory(
         memory.steps.at[entry].set(step),
         memory.changes.at[entry].set(change),
         memory.rho.at[entry].set(jnp.where(usable, 1 / product, 0)),
-        memory.count + 1,
+        memory.num_pairs + 1,
     )
 
 
@@ -373,7 +373,7 @@ def _lower_penalty(memory, difference):
 
 def _direction(gradient, memory, inverse_hessian):
     """Compute minus the L-BFGS inverse Hessian times the gradient, by the two-loop recursion."""
-    newest = (memory.count - 1) % _HISTORY
+    newest = (memory.num_pairs - 1) % _HISTORY
     order = (newest - jnp.arange(_HISTORY)) % _HISTORY
     steps, changes, rho = memory.steps, memory.changes, memory.rho
 
