@@ -230,7 +230,7 @@ def worst_pairs(
     examples = wrong[rows, columns]
     shares = examples / confusion.sum(1)[rows]
     return [
-        (classes[rows[i]], classes[columns[i]], int(examples[i]), float(shares[i]))
+        (classes[int(rows[i])], classes[int(columns[i])], int(examples[i]), float(shares[i]))
         for i in np.lexsort((-shares, -examples))
     ]
 

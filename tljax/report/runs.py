@@ -43,8 +43,8 @@ def worst_mistakes(
         Mistake(
             decode(source.read(int(evaluation.indices[row])), Preprocess(224, 224)),
             source.names[int(evaluation.indices[row])],
-            classes[evaluation.labels[row]],
-            classes[evaluation.predicted[row]],
+            classes[int(evaluation.labels[row])],
+            classes[int(evaluation.predicted[row])],
             float(evaluation.probability[row]),
         )
         for row in evaluation.worst(count)
