@@ -10,6 +10,8 @@ from pathlib import Path
 
 import yaml
 
+from tljax.runtime.packages import EXTRAS
+
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 
@@ -35,6 +37,12 @@ def test_the_citation_matches_the_metadata():
 def test_the_changelog_lists_unreleased_changes_above_this_version():
     text = (ROOT / "CHANGELOG.md").read_text("utf-8")
     assert re.findall(r"^## (\S+)", text, re.MULTILINE)[:2] == ["Unreleased", PROJECT["version"]]
+
+
+def test_every_optional_package_is_in_the_extra_that_messages_name():
+    declared = PROJECT["optional-dependencies"]
+    for package, extra in EXTRAS.items():
+        assert package in {re.split(r"[^\w-]", line)[0] for line in declared[extra]}
 
 
 def test_every_package_imported_at_the_top_of_a_module_is_declared():

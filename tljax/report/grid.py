@@ -101,7 +101,7 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 def _glyphs() -> frozenset[int]:
     from matplotlib.ft2font import FT2Font
 
-    return frozenset(FT2Font(_font_path()).get_charmap())
+    return frozenset(FT2Font(str(_font_path())).get_charmap())
 
 
 def printable(text: str) -> str:
