@@ -69,7 +69,7 @@ def test_a_cached_prefix_does_not_change_the_result(indices, feature_cache):
     assert actual["memory"][1] == actual["none"][1]
     rows = [row for epoch in range(1, 5) for row in batch_rows(11, 4, 0, epoch).tolist()]
     assert actual["none"][1] == [[i for i in row if i not in (-1, 4)] for row in rows]
-    # And it is training that is compared.
+    # Training has changed the loss, so the comparison is not vacuous.
     assert actual["none"][0][-1][0] < 0.9 * actual["none"][0][0][0]
 
 
@@ -107,7 +107,7 @@ def lives(monkeypatch):
         left[-1] -= 1
 
     def make_train_step(model, optimizer, objective, materialize, **settings):
-        # A life of its own would trace and compile the same step again.
+        # A resumed run reuses the step, which saves compiling it again.
         key = model, *settings.items()
         step = made[key] = made.get(key) or make(
             model, optimizer, objective, materialize, **settings
@@ -120,7 +120,7 @@ def lives(monkeypatch):
         return counted
 
     monkeypatch.setattr(setup_module, "make_train_step", make_train_step)
-    # Neither is the probe what this is about, nor is it quick to compile.
+    # The probe takes long to compile and does not matter here.
     rng = np.random.default_rng(0)
     probe = SimpleNamespace(kernel=rng.normal(0, 0.1, (12, 3)), bias=np.zeros(3))
     probe = SimpleNamespace(**{k: v.astype(np.float32) for k, v in vars(probe).items()})
@@ -163,7 +163,7 @@ def test_a_run_that_is_killed_and_resumed_gives_the_same_result(name, lives, tmp
             continue
     assert len(left) > 3
     assert everything(result, tmp_path / "killed") == expected
-    # Finished is finished: once more takes no step.
+    # Resuming a finished run takes no step.
     left.append(0)
     again = train(fit_config, folder=tmp_path / "killed")
     assert everything(again, tmp_path / "killed") == expected

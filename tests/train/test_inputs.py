@@ -77,9 +77,7 @@ def full(*_args, **_how):
     [(Path, "touch"), (store, "array_bytes"), (Path, "write_text"), (os, "link")],
     ids=["the first file", "values", "about.json", "its name"],
 )
-def test_a_disk_that_becomes_full_is_reported_in_one_line(
-    tiny, folder, monkeypatch, where, name
-):
+def test_a_disk_that_becomes_full_is_reported_in_one_line(tiny, folder, monkeypatch, where, name):
     with monkeypatch.context() as patch:
         patch.setattr(where, name, full)
         with pytest.raises(
