@@ -79,7 +79,7 @@ def test_copies_are_found_whichever_side_was_changed(train: np.ndarray, name: st
 def test_different_images_are_not_duplicates(train: np.ndarray):
     others = np.stack([picture(seed) for seed in range(100, 130)])
     assert find_duplicates(train, others) == []
-    upside_down = train[:, ::-1]  # which no mirror makes of it
+    upside_down = train[:, ::-1]  # not a mirror image
     assert find_duplicates(train, upside_down) == []
 
 

@@ -30,7 +30,7 @@ def seen(variables, images: np.ndarray) -> jax.Array:
 def network() -> Pretrained:
     card = Card(("ant", "bee", "cat"), "somewhere", "MIT", "0" * 64, "torchvision")
     variables = jax.tree.map(np.array, tiny.random_variables())
-    # So that every class is some image's best.
+    # Every class is the prediction for some image.
     noise = np.random.default_rng(1).uniform(0, 1, (20, 16, 16, 3)).astype("f")
     variables["params"]["head"]["bias"] -= np.asarray(seen(variables, noise)).mean(0)
     return Pretrained(tiny.MODEL, variables, card)

@@ -205,7 +205,7 @@ def test_no_checkpoint_is_deleted_when_all_are_damaged(good, tmp_path):
     shutil.copytree(good, folder)
     for number in ("2", "3"):
         damage(folder / number)
-    for _ in range(2):  # the second time, they are known by their marks
+    for _ in range(2):  # the second time, they are recognized by their markers
         with pytest.raises(
             RequestError, match=r"no checkpoint is intact: .* 3 .*; .* 2 is damaged"
         ):
@@ -463,7 +463,7 @@ def test_an_intact_checkpoint_is_restored_wherever_the_disk_becomes_full(tmp_pat
     assert restored[40] == 0
     assert restored[1200] == 4
     assert errors[1200] is None
-    # Tidying up after the last one may fail, too.
+    # Cleaning up after the last one may fail, too.
     assert all(errors[size] for size in sizes if restored[size] < 4)
 
 
@@ -540,7 +540,7 @@ def log(history):
     print("entry", len(history), flush=True)
 
 def objective(forward, batch, key):
-    # Of an extension: the cross-entropy, and two draws of the dropout kept together.
+    # A custom objective: cross-entropy, plus the difference of two draws of dropout.
     losses, metrics = tljax.cross_entropy()(forward, batch, key)
     views = [forward(batch.inputs).logits for _ in range(2)]
     return losses + jax.numpy.square(views[0] - views[1]).sum(1), metrics
@@ -596,7 +596,7 @@ def test_a_process_that_is_killed_twenty_times_gives_the_same_result(tmp_path, r
                 process.stdout.readline()  # it has begun
                 time.sleep(rng.uniform(0, seconds / 30))
                 while kills % 2 and not is_saving() and process.poll() is None:
-                    pass  # every other one dies while it writes
+                    pass  # every other one is killed while it writes
                 process.kill()
                 kills += 1
             process.stdout.read()

@@ -16,7 +16,7 @@ from flax import linen as nn
 
 import tljax.train.fit as fit_module
 import tljax.train.loop as loop_module
-import tljax.train.setup as setup_module
+import tljax.train.setup as train_setup
 from tljax.data.loader import batch_rows
 from tljax.data.options import AugmentConfig, Loading
 from tljax.models import replace_head
@@ -69,7 +69,7 @@ def test_a_cached_prefix_does_not_change_the_result(indices, feature_cache):
     assert actual["memory"][1] == actual["none"][1]
     rows = [row for epoch in range(1, 5) for row in batch_rows(11, 4, 0, epoch).tolist()]
     assert actual["none"][1] == [[i for i in row if i not in (-1, 4)] for row in rows]
-    # And it is training that is compared.
+    # Training has changed the loss, so the comparison is not vacuous.
     assert actual["none"][0][-1][0] < 0.9 * actual["none"][0][0][0]
 
 
@@ -99,7 +99,7 @@ class KilledError(Exception):
 def lives(monkeypatch):
     """After ``left.append(n)``, stop the run after n more steps or history entries."""
     left: list[int] = []
-    make, made = setup_module.make_train_step, {}
+    make, made = train_setup.make_train_step, {}
 
     def once():
         if not left[-1]:
@@ -107,7 +107,7 @@ def lives(monkeypatch):
         left[-1] -= 1
 
     def make_train_step(model, optimizer, objective, materialize, **settings):
-        # A life of its own would trace and compile the same step again.
+        # A resumed run reuses the step, which saves compiling it again.
         key = model, *settings.items()
         step = made[key] = made.get(key) or make(
             model, optimizer, objective, materialize, **settings
@@ -119,12 +119,12 @@ def lives(monkeypatch):
 
         return counted
 
-    monkeypatch.setattr(setup_module, "make_train_step", make_train_step)
-    # Neither is the probe what this is about, nor is it quick to compile.
+    monkeypatch.setattr(train_setup, "make_train_step", make_train_step)
+    # The probe takes long to compile and does not matter here.
     rng = np.random.default_rng(0)
     probe = SimpleNamespace(kernel=rng.normal(0, 0.1, (12, 3)), bias=np.zeros(3))
     probe = SimpleNamespace(**{k: v.astype(np.float32) for k, v in vars(probe).items()})
-    monkeypatch.setattr(setup_module, "fit_probe", lambda *_, **__: probe)
+    monkeypatch.setattr(train_setup, "fit_probe", lambda *_, **__: probe)
     longest = 1
 
     def log(history):
@@ -163,7 +163,7 @@ def test_a_run_that_is_killed_and_resumed_gives_the_same_result(name, lives, tmp
             continue
     assert len(left) > 3
     assert everything(result, tmp_path / "killed") == expected
-    # Finished is finished: once more takes no step.
+    # Resuming a finished run takes no step.
     left.append(0)
     again = train(fit_config, folder=tmp_path / "killed")
     assert everything(again, tmp_path / "killed") == expected
@@ -229,14 +229,14 @@ def test_the_batch_size_is_at_most_the_size_of_the_training_set(indices, monkeyp
 
 def test_a_plan_that_freezes_trained_parameters_is_refused(monkeypatch):
     """A checkpoint of the second phase would not hold them."""
-    make_plan = setup_module.make_plan
+    make_plan = train_setup.make_plan
 
     def there_and_back(*arguments):
         plan = make_plan(*arguments)
         tables = ([("layer1/*", 1.0), ("*", 0.0)], [("head/*", 1.0), ("*", 0.0)])
         return plan._replace(phases=tuple(Phase("x", table, 1) for table in tables))
 
-    monkeypatch.setattr(setup_module, "make_plan", there_and_back)
+    monkeypatch.setattr(train_setup, "make_plan", there_and_back)
     with pytest.raises(RequestError, match=r"layer1/\S+ is trained, then frozen"):
         train(config())
 
@@ -341,7 +341,7 @@ def test_the_network_after_the_last_step_is_checked():
 
 def test_a_network_that_is_not_finite_is_never_saved(tmp_path, monkeypatch):
     """Not even within an epoch, and earlier checkpoints are kept."""
-    make = setup_module.make_train_step
+    make = train_setup.make_train_step
 
     def make_train_step(*args, **settings):
         step = make(*args, **settings)
@@ -353,7 +353,7 @@ def test_a_network_that_is_not_finite_is_never_saved(tmp_path, monkeypatch):
 
         return poisoned
 
-    monkeypatch.setattr(setup_module, "make_train_step", make_train_step)
+    monkeypatch.setattr(train_setup, "make_train_step", make_train_step)
     fit_config = config(ema_decay=0.5)
     with pytest.raises(DivergenceError, match=r"step 5, .*; earlier checkpoints are kept"):
         train(fit_config, folder=tmp_path)
@@ -404,7 +404,7 @@ def test_balanced_class_weights_are_inverse_to_the_class_frequencies():
 
 def train_weights(data):
     run = SimpleNamespace(config=config(class_weights="balanced"), splits=data)
-    return setup_module._class_weights(run)
+    return train_setup._class_weights(run)
 
 
 def test_a_profile_traces_some_steps(tmp_path):

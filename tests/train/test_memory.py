@@ -6,7 +6,7 @@ import pytest
 from engine import LOADING, config, splits, train
 from tiny import MODEL, random_variables
 
-import tljax.train.setup as setup_module
+import tljax.train.setup as train_setup
 from tljax.runtime.errors import RequestError
 from tljax.runtime.parallel import shard
 from tljax.train import memory
@@ -55,7 +55,7 @@ def test_the_batch_size_is_halved_until_it_fits(arguments):
     ],
 )
 def test_a_step_without_enough_memory_is_reported_with_advice(monkeypatch, limit, advice):
-    make = setup_module.make_train_step
+    make = train_setup.make_train_step
 
     class Exhausted:
         def __init__(self, step):
@@ -64,7 +64,7 @@ def test_a_step_without_enough_memory_is_reported_with_advice(monkeypatch, limit
         def __call__(self, *_):
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
 
-    monkeypatch.setattr(setup_module, "make_train_step", lambda *a, **k: Exhausted(make(*a, **k)))
+    monkeypatch.setattr(train_setup, "make_train_step", lambda *a, **k: Exhausted(make(*a, **k)))
     monkeypatch.setattr(memory, "device_memory", lambda: limit)
     with pytest.raises(RequestError, match=f"out of device memory at --batch-size 4: {advice}"):
         train(config())

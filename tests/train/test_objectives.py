@@ -331,7 +331,7 @@ def test_fit_takes_an_objective_and_calls_callbacks_in_order(tmp_path):
     assert entry["train_loss"] > entry["train_cross_entropy"]
     plain = train(fit_config)
     assert everything(result)["variables"] != everything(plain)["variables"]
-    # Who listens changes nothing.
+    # Callbacks do not change the result.
     assert everything(train(fit_config, objective=confident)) == everything(result)
 
 

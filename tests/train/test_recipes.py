@@ -189,9 +189,9 @@ def test_a_cache_without_views_and_a_cache_of_mixed_images_are_refused():
 )
 def test_an_option_without_effect_is_noted_and_not_refused(options, note, capsys, monkeypatch):
     """One configuration may serve several recipes."""
-    import tljax.train.setup as setup_module
+    import tljax.train.setup as train_setup
 
-    monkeypatch.setattr(setup_module, "make_plan", mock.Mock(side_effect=RequestError("enough")))
+    monkeypatch.setattr(train_setup, "make_plan", mock.Mock(side_effect=RequestError("enough")))
     with pytest.raises(RequestError, match="enough"):
         train(FitConfig(**options))
     stderr = capsys.readouterr().err
@@ -202,11 +202,11 @@ def test_an_option_without_effect_is_noted_and_not_refused(options, note, capsys
 @pytest.mark.usefixtures("compilation_cache")
 @pytest.mark.parametrize("recipe", ["lp-ft", "gradual", "finetune", "bit", "scratch"])
 def test_every_recipe_learns(recipe, monkeypatch):
-    import tljax.train.setup as setup_module
+    import tljax.train.setup as train_setup
 
     # An untrained probe leaves something to learn, and takes no time to compile.
     probe = type("Probe", (), {"kernel": np.zeros((12, 3), "f"), "bias": np.zeros(3, "f")})
-    monkeypatch.setattr(setup_module, "fit_probe", lambda *_, **__: probe)
+    monkeypatch.setattr(train_setup, "fit_probe", lambda *_, **__: probe)
     options = config(recipe, rate=0.02, epochs=8, augmentation=AugmentConfig(crop=False))
     result = train(options, splits(24), loading=LOADING)
     losses = [entry["train_loss"] for entry in result.history[1:]]

@@ -115,7 +115,7 @@ def test_frozen_parameters_and_statistics_keep_their_bytes(variables):
     for kind in ("params", "batch_stats"):
         before, after = variables[kind]["stem"], frozen[kind]["stem"]
         jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b, strict=True), before, after)
-    # And what trains has moved, its statistics too.
+    # Trainable parameters and their statistics have changed.
     assert not np.array_equal(
         variables["batch_stats"]["layer1"]["conv"]["mean"],
         state.batch_stats["layer1"]["conv"]["mean"],

@@ -26,7 +26,7 @@ from tljax.runtime.errors import RequestError
 from tljax.runtime.parallel import data_mesh
 from tljax.runtime.progress import track
 from tljax.runtime.tables import format_table
-from tljax.runtime.types import Variables
+from tljax.runtime.types import Array, Variables
 from tljax.studies.pictures import Picture
 from tljax.train.run_directory import skipped_lines
 
@@ -390,7 +390,7 @@ def _is_ensemble(attack: Any) -> bool:
 
 
 def _towards(
-    attack: Any, target: int, logits_fn: LogitsFn, images: jax.Array, *args: Any, **options: Any
+    attack: Any, target: int, logits_fn: LogitsFn, images: Array, *args: Any, **options: Any
 ) -> jax.Array:
     """Run an attack with the same target class for all images."""
     return attack(logits_fn, images, *args, targets=jnp.full(len(images), target), **options)
