@@ -24,7 +24,7 @@ from PIL import Image
 
 from tljax.data.decode import decode, open_image
 from tljax.data.loader import load_batches
-from tljax.data.sources import Source, open_labelled, select
+from tljax.data.sources import Source, open_labeled, select
 from tljax.runtime.types import Preprocess
 
 
@@ -70,14 +70,14 @@ def write_enlarged(folder: str, source: Source, times: int) -> None:
 
 def main() -> None:
     config = tyro.cli(Config)
-    source = open_labelled(config.data)
+    source = open_labeled(config.data)
     count = min(config.count, len(source))
     indices = np.random.default_rng(0).choice(len(source), count, replace=False)
     source = select(source, np.sort(indices))
     with tempfile.TemporaryDirectory() as folder:
         if config.enlarge > 1:
             write_enlarged(folder, source, config.enlarge)
-            source = open_labelled(folder)
+            source = open_labeled(folder)
         measure(config, source)
 
 

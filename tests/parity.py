@@ -23,7 +23,7 @@ from references import REFERENCES, Reference
 
 from tljax.models import Model, apply, normalize
 from tljax.pretrained import Pretrained, load_pretrained
-from tljax.runtime.files import written_whole
+from tljax.runtime.files import atomic_write
 from tljax.runtime.types import Variables
 from tljax.train.run_directory import environment
 
@@ -70,7 +70,7 @@ def main(path: Path, names: list[str]) -> None:
             }
         )
         print(f"{name:28}{layout:22}{worst:.1e}", file=sys.stderr, flush=True)
-        with written_whole(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_text(
                 json.dumps({"environment": environment(), "pairs": rows}, indent=1)
             )

@@ -13,7 +13,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.status, self.body, self.headers = 200, b"first", dict[str, str]()
-        self.asked: list[str | None] = []
+        self.requested: list[str | None] = []
         self.url = f"http://127.0.0.1:{self.server_port}/net.bin"
 
 
@@ -21,8 +21,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         server = self.server
         assert isinstance(server, Server)
-        server.asked.append(self.headers["If-None-Match"] or self.headers["If-Modified-Since"])
-        current = server.asked[-1] in server.headers.values()
+        server.requested.append(self.headers["If-None-Match"] or self.headers["If-Modified-Since"])
+        current = server.requested[-1] in server.headers.values()
         self.send_response(304 if current and server.status == 200 else server.status)
         length = {} if "Content-Length" in server.headers else {"Content-Length": len(server.body)}
         for name, value in {**server.headers, **length}.items():

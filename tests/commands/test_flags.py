@@ -26,7 +26,7 @@ from tljax.data.options import AugmentConfig, Loading
 from tljax.runtime.errors import RequestError
 from tljax.runtime.files import CONFIG_VERSION
 from tljax.runtime.ranges import Range, ranges
-from tljax.runtime.settings import idle, settings
+from tljax.runtime.settings import find_unused_settings, settings
 from tljax.studies.robustness import ATTACKS
 from tljax.train.options import AdversaryConfig, FitConfig, OptimizerConfig
 
@@ -465,7 +465,7 @@ def test_options_with_an_effect_are_accepted(tmp_path, monkeypatch, script, line
     monkeypatch.chdir(tmp_path)
     config = tyro.cli(PARSED[script], args=line.split())
     with mock.patch.object(sys, "argv", [script, *line.split()]):
-        assert idle(config, config.conditions, cli.explicit_options()) == {}
+        assert find_unused_settings(config, config.conditions, cli.explicit_options()) == {}
 
 
 def test_all_options_without_effect_are_named_at_once(capsys, tmp_path, monkeypatch):

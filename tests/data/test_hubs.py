@@ -23,7 +23,7 @@ from PIL import Image
 
 from tljax.data import hubs
 from tljax.data.loader import load_batches
-from tljax.data.sources import Source, has_validation, open_labelled, open_splits, select
+from tljax.data.sources import Source, has_validation, open_labeled, open_splits, select
 from tljax.runtime.errors import RequestError, UnreadableImageError
 from tljax.runtime.types import Preprocess
 
@@ -161,7 +161,7 @@ def test_examples_are_the_stored_files_under_their_labels(spec):
     assert train.classes == val.classes == tuple(CLASSES)
     assert notes == ()
     assert train.names[3] == f"{spec} train[3]"
-    assert examples_of(open_labelled(spec)) == examples_of(val)
+    assert examples_of(open_labeled(spec)) == examples_of(val)
 
 
 @pytest.mark.parametrize(
@@ -247,14 +247,14 @@ def test_one_split_is_split_by_content(hf, tmp_path):
     assert examples_of(val) == examples(*in_val)
     assert examples_of(train) == examples(*{*range(50)} - {*in_val})
     assert notes == (f"split by content: {len(train)} to train on, {len(val)} to validate on",)
-    assert examples_of(open_labelled(spec)) == examples_of(open_splits(spec).val)
+    assert examples_of(open_labeled(spec)) == examples_of(open_splits(spec).val)
 
     rows(hf, range(50)).save_to_disk(tmp_path / "nameless")
     nameless = open_splits(f"hf:{tmp_path / 'nameless'}", val_fraction=0.3)
     assert examples_of(nameless.val) == examples_of(val)
 
     spec = save_to_disk(hf, tmp_path / "test", Test=rows(hf, range(50)))
-    assert len(open_labelled(spec)) == 50  # the only split is used as a whole
+    assert len(open_labeled(spec)) == 50  # the only split is used as a whole
     assert examples_of(open_splits(spec, val_fraction=0.3).train) == examples_of(train)
 
 
@@ -433,7 +433,7 @@ def test_float_images_are_refused(tfds):
 )
 def test_a_missing_package_is_named_with_its_extra(monkeypatch, spec, package, extra):
     monkeypatch.setitem(sys.modules, package, None)
-    for opens in (open_splits, open_labelled):
+    for opens in (open_splits, open_labeled):
         with pytest.raises(RequestError, match=rf'pip install "tljax\[{extra}\]"$'):
             opens(spec)
 

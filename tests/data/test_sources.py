@@ -20,12 +20,12 @@ from servers import Server
 
 from tljax.data.sources import (
     Source,
-    ambiguous,
+    find_ambiguous_names,
     has_validation,
     match_classes,
     open_folder,
     open_images,
-    open_labelled,
+    open_labeled,
     open_splits,
     select,
 )
@@ -380,7 +380,7 @@ def test_a_training_folder_without_a_validation_folder_is_split(tmp_path, beside
     assert notes == (note, *alone.notes)
     assert not has_validation(str(tmp_path))
     assert open_folder(tmp_path).names == open_folder(tmp_path / "train").names
-    assert len(open_labelled(str(tmp_path))) == 60
+    assert len(open_labeled(str(tmp_path))) == 60
 
 
 def test_val_is_preferred_to_a_test_without_classes(tmp_path):
@@ -413,7 +413,7 @@ def test_names_are_compared_in_a_normal_form_of_unicode(tmp_path):
         f"left out 2 examples of unknown classes: {COMPOSED}, zebra",
     )
     network = ["zebra", COMPOSED, "hf", DECOMPOSED]
-    assert ambiguous(source.classes, network) == {COMPOSED: [1, 3]}
+    assert find_ambiguous_names(source.classes, network) == {COMPOSED: [1, 3]}
     write(tmp_path / "split", f"train/{COMPOSED}/1", "train/b/2", f"val/{DECOMPOSED}/3")
     assert open_splits(str(tmp_path / "split")).val.labels.tolist() == [1]
 
@@ -454,7 +454,7 @@ def test_a_path_may_begin_with_a_tilde_and_end_with_a_slash(tmp_path, monkeypatc
     monkeypatch.setenv("HOME", str(write(tmp_path, "data/a/1", "data/b/2")))
     for spec in ("~/data", "~/data/"):
         assert open_splits(spec, val_fraction=0).train.classes == ("a", "b")
-        assert open_folder(spec).classes == open_labelled(spec).classes == ("a", "b")
+        assert open_folder(spec).classes == open_labeled(spec).classes == ("a", "b")
         assert len(open_images([spec])) == 2
     for spec in ("~nobody/data", "x" * 300):
         with pytest.raises(RequestError, match="is neither a folder nor digits"):
@@ -462,7 +462,7 @@ def test_a_path_may_begin_with_a_tilde_and_end_with_a_slash(tmp_path, monkeypatc
         with pytest.raises(RequestError, match="does not exist"):
             open_images([spec])
         with pytest.raises(RequestError, match=r"does not exist|too long"):
-            open_labelled(spec)
+            open_labeled(spec)
         assert not has_validation(spec)
 
 

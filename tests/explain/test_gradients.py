@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from tljax.explain import (
+    class_score,
     input_gradient,
     integrated_gradients,
     saliency,
-    score_of,
     smooth_grad,
 )
 from tljax.runtime.errors import RequestError
@@ -75,7 +75,7 @@ def test_integrated_gradients_match_captum(kind, baseline, request):
 def test_integrated_gradients_sum_to_the_difference_of_the_logits(smooth_twin):
     twin = smooth_twin
     baselines = np.random.default_rng(3).uniform(0, 0.4, twin.images.shape).astype(np.float32)
-    score = score_of(twin.logits, twin.labels)
+    score = class_score(twin.logits, twin.labels)
     difference = score(twin.images) - score(baselines)
     assert float(jnp.abs(difference).min()) > 1e-3
     shares = integrated_gradients(twin.logits, twin.images, twin.labels, baselines=baselines)

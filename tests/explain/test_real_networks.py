@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tljax.explain import FOURIER, PIXELS, score_of, to_pixels, total_variation, visualize
+from tljax.explain import FOURIER, PIXELS, class_score, to_pixels, total_variation, visualize
 from tljax.models import apply
 from tljax.pretrained import load_pretrained
 
@@ -36,7 +36,7 @@ def test_a_visualized_class_is_recognized_and_total_variation_smooths_it(
             return apply(model, variables, x).logits
 
         return visualize(
-            score_of(logits_fn, np.array([CAT, CAT])), keys, size=224, num_steps=64,
+            class_score(logits_fn, np.array([CAT, CAT])), keys, size=224, num_steps=64,
             parametrization=parametrization, tv_weight=jnp.array([0, 1e-3]),
         )  # fmt: skip
 

@@ -7,10 +7,10 @@ import pytest
 
 from tljax.explain import (
     FOURIER,
+    NO_TRANSFORMS,
     PIXELS,
-    STILL,
     channel_mean,
-    score_of,
+    class_score,
     total_variation,
     visualize,
 )
@@ -81,7 +81,7 @@ def seen(images):
 
 @pytest.mark.parametrize("parametrization", [FOURIER, PIXELS], ids=["fourier", "pixels"])
 def test_the_objective_increases_within_the_bounds(parametrization):
-    options = {"size": 16, "parametrization": parametrization, "transforms": STILL}
+    options = {"size": 16, "parametrization": parametrization, "transforms": NO_TRANSFORMS}
     start = visualize(seen, KEYS, num_steps=0, **options)
     np.testing.assert_array_equal(
         start, [parametrization.image(parametrization.init(key, 16), 16) for key in KEYS]
@@ -97,7 +97,7 @@ def test_one_step_matches_adam():
     """Adam's first step is the learning rate along the sign of the gradient."""
     start = PIXELS.init(KEYS[0], 6)
     result = visualize(
-        seen, KEYS[:1], size=6, parametrization=PIXELS, transforms=STILL, num_steps=1,
+        seen, KEYS[:1], size=6, parametrization=PIXELS, transforms=NO_TRANSFORMS, num_steps=1,
         learning_rate=0.25,
     )  # fmt: skip
     sign = np.where(np.arange(6) < 3, 1, -1)[:, None]
@@ -122,7 +122,12 @@ def test_many_steps_match_adam():
     def smooth(images):
         return -jnp.square(images - 0.8).sum((1, 2, 3))
 
-    options = {"parametrization": PIXELS, "transforms": STILL, "num_steps": 12, "tv_weight": 0.01}
+    options = {
+        "parametrization": PIXELS,
+        "transforms": NO_TRANSFORMS,
+        "num_steps": 12,
+        "tv_weight": 0.01,
+    }
     result = visualize(smooth, KEYS[:1], size=5, learning_rate=0.1, **options)
     plain = adam_plainly(PIXELS.init(KEYS[0], 5)[None], smooth, 0.01, 12, 0.1)
     np.testing.assert_allclose(result, plain, rtol=0, atol=1e-4)
@@ -130,7 +135,7 @@ def test_many_steps_match_adam():
 
 @pytest.mark.parametrize("parametrization", [FOURIER, PIXELS], ids=["fourier", "pixels"])
 def test_the_total_variation_weight_smooths_the_image(parametrization, relu_twin):
-    objective = score_of(relu_twin.logits, np.array([1, 1]))
+    objective = class_score(relu_twin.logits, np.array([1, 1]))
     pictures = visualize(
         objective, jnp.stack([KEYS[0]] * 2), size=24, parametrization=parametrization,
         num_steps=40, tv_weight=jnp.array([0, 1e-3]),
@@ -141,7 +146,7 @@ def test_the_total_variation_weight_smooths_the_image(parametrization, relu_twin
 
 def test_an_image_depends_on_its_key_alone(relu_twin):
     def ideal(keys, labels):
-        return visualize(score_of(relu_twin.logits, labels), keys, size=17, num_steps=5)
+        return visualize(class_score(relu_twin.logits, labels), keys, size=17, num_steps=5)
 
     labels = np.array([2, 4])
     compiled = jax.jit(ideal)
@@ -161,12 +166,12 @@ def test_a_constant_objective_gives_a_finite_image():
 
 def test_channels_are_visualized_like_classes(relu_twin):
     channels = np.array([1, 6])
-    objective = score_of(channel_mean(relu_twin.features), channels)
+    objective = class_score(channel_mean(relu_twin.features), channels)
     images = jnp.asarray(relu_twin.images[:2])
     maps = relu_twin.features(images)
     np.testing.assert_allclose(
         objective(images), [maps[0, ..., 1].mean(), maps[1, ..., 6].mean()], rtol=1e-5
     )
-    draw = partial(visualize, objective, KEYS, size=24, transforms=STILL, num_steps=60)
+    draw = partial(visualize, objective, KEYS, size=24, transforms=NO_TRANSFORMS, num_steps=60)
     before, after = (objective(draw(learning_rate=rate)) for rate in (0.0, 0.1))
     assert (np.asarray(after) > 1.3 * np.asarray(before)).all()

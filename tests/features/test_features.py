@@ -14,7 +14,13 @@ from tljax.data.options import Loading
 from tljax.data.sources import Source, Splits
 from tljax.features import store
 from tljax.features.evaluate import evaluate
-from tljax.features.extract import Outputs, advance, compute_features, feature_bytes, over_source
+from tljax.features.extract import (
+    Outputs,
+    compute_features,
+    feature_bytes,
+    over_source,
+    run_from_stage,
+)
 from tljax.models import apply
 from tljax.runtime.errors import RequestError
 from tljax.runtime.trees import flatten
@@ -127,7 +133,7 @@ def test_advance_equals_running_all_stages_at_once(tiny):
     model, variables = tiny
     whole = compute_features(model, variables, source(), LOADING, stop=None)
     prefix = compute_features(model, variables, source(), LOADING, stop="layer1")
-    onward = advance(model, variables, prefix, LOADING, start="layer1")
+    onward = run_from_stage(model, variables, prefix, LOADING, start="layer1")
     np.testing.assert_allclose(onward.values, whole.values, rtol=1e-5, atol=1e-6)
     assert prefix.values.nbytes == feature_bytes(model, 10, "layer1")
 

@@ -37,7 +37,7 @@ import sys
 from tljax.models import MODELS
 from tljax.features import store
 for name in sys.argv[1:]:
-    print(name, store.folder(MODELS[name](num_classes=2), {}, "head", ("source", None)).name)
+    print(name, store.entry_folder(MODELS[name](num_classes=2), {}, "head", ("source", None)).name)
 """
 
 
@@ -61,7 +61,7 @@ def test_every_network_has_the_same_cache_key_in_every_process():
     assert len(set(first.values())) == len(FAMILIES)
     # Also in this process, which has imported and compiled other things.
     model = MODELS["efficientnet_lite0"](num_classes=2)
-    key = store.folder(model, {}, "head", ("source", None)).name
+    key = store.entry_folder(model, {}, "head", ("source", None)).name
     assert key == first["efficientnet_lite0"]
 
 
@@ -110,7 +110,7 @@ class Activation(nn.Module):
 
 def key_of(**settings):
     stages = (Stage("stem", Activation(**settings)), *tiny.MODEL.stages[1:])
-    return store.folder(replace(tiny.MODEL, stages=stages), {}, "layer1", ()).name
+    return store.entry_folder(replace(tiny.MODEL, stages=stages), {}, "layer1", ()).name
 
 
 def test_the_settings_of_a_stage_are_part_of_the_cache_key():

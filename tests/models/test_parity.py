@@ -28,7 +28,7 @@ from tljax.features.evaluate import evaluate
 from tljax.features.extract import compute_features
 from tljax.models import normalize
 from tljax.pretrained import export, load_pretrained
-from tljax.pretrained.catalog import names_like
+from tljax.pretrained.catalog import match_class_names
 from tljax.pretrained.tables.layouts import layout_rules
 from tljax.pretrained.verify import INPUTS, verify
 from tljax.runtime.types import Preprocess
@@ -117,7 +117,7 @@ def test_a_real_resnet18_is_as_accurate_as_in_torch(
     model, variables, card = pretrained
     assert model.preprocess == Preprocess(224, 256, "bilinear")
     source = open_folder(shared_data / "imagenet_samples")
-    source, notes = match_classes(source, names_like(card.classes, source.classes))
+    source, notes = match_classes(source, match_class_names(card.classes, source.classes))
     assert notes == ()
     logits = compute_features(model, variables, source, Loading(), stop=None)
     evaluation = evaluate(logits)

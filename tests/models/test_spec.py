@@ -28,7 +28,7 @@ from tljax.models import (
 from tljax.models.layers import ConvNorm, Dense, GlobalAveragePool, LinearHead, Mode
 from tljax.models.spec import from_json, to_json
 from tljax.runtime.errors import RequestError
-from tljax.runtime.types import HALF, Preprocess
+from tljax.runtime.types import INCEPTION_PREPROCESS, Preprocess
 
 QUICK = (
     *("resnet18", "keras_resnet50v2", "resnetv2_50x1_bit", "inception_v3", "keras_xception"),
@@ -102,7 +102,11 @@ RESNET = build_model("resnet18")
         with_head(RESNET, 0),
         with_head(RESNET, 3, after="layer2", dropout=0.25),
         with_head(build_model("vgg11"), 3, after="block2"),
-        replace(RESNET, dtype="bfloat16", preprocess=replace(HALF, size=64, channel_order="bgr")),
+        replace(
+            RESNET,
+            dtype="bfloat16",
+            preprocess=replace(INCEPTION_PREPROCESS, size=64, channel_order="bgr"),
+        ),
         replace(RESNET, name="mine", stages=tiny.MODEL.stages),
         tiny.MODEL,
         custom_head(RESNET),

@@ -187,7 +187,7 @@ def test_a_configuration_with_classes_for_a_backbone_is_refused(
 
 def test_functions_that_need_classes_refuse_a_backbone(resnet18: Pretrained) -> None:
     with pytest.raises(RequestError, match="is a backbone without a head, so it has no classes"):
-        resnet18.with_classes()
+        resnet18.require_classes()
     with pytest.raises(RequestError, match="is a backbone without a head, so it has no classes"):
         ideal_pictures(resnet18, ["zebra"])
 

@@ -44,7 +44,7 @@ from tljax.pretrained.formats import read_tensors, write_safetensors
 from tljax.pretrained.rules import invert_rules
 from tljax.pretrained.tables.layouts import LAYOUTS, layout_rules
 from tljax.runtime.errors import RequestError
-from tljax.runtime.types import CAFFE, HALF, Preprocess, Variables
+from tljax.runtime.types import CAFFE_PREPROCESS, INCEPTION_PREPROCESS, Preprocess, Variables
 
 
 @pytest.fixture
@@ -150,7 +150,7 @@ def test_a_file_without_preprocessing_takes_the_given_normalization(
     export(path, resnet18, "torchvision")
     usual = load_pretrained(path).model.preprocess
     assert load_pretrained(path, normalization="torch").model.preprocess == usual
-    for normalization, expected in (("caffe", CAFFE), ("tf", HALF)):
+    for normalization, expected in (("caffe", CAFFE_PREPROCESS), ("tf", INCEPTION_PREPROCESS)):
         loaded = load_pretrained(path, normalization=normalization).model.preprocess
         assert loaded == replace(usual, **normalization_of(expected))
     with pytest.raises(RequestError, match="no normalization 'bgr'; choose from torch, tf, caffe"):
@@ -259,7 +259,7 @@ def custom_head() -> Pretrained:
 def test_a_user_defined_head_is_saved_and_loaded(custom_head: Pretrained, tmp_path: Path) -> None:
     path = tmp_path / "own.safetensors"
     save(path, custom_head)
-    loaded = load_pretrained(path, modules={"Hidden": Hidden}).with_classes()
+    loaded = load_pretrained(path, modules={"Hidden": Hidden}).require_classes()
     assert (loaded.model, loaded.card) == (custom_head.model, custom_head.card)
     assert_same_variables(loaded.variables, custom_head.variables)
     with pytest.raises(RequestError) as caught:
@@ -277,7 +277,7 @@ def test_a_head_with_unnamed_outputs_is_not_a_classifier(
     with pytest.raises(
         RequestError, match="has 3 outputs but 2 class names: it is not a classifier"
     ):
-        custom_head._replace(card=card).with_classes()
+        custom_head._replace(card=card).require_classes()
 
 
 def test_one_output_of_a_user_defined_head_is_not_a_sigmoid(

@@ -33,11 +33,11 @@ def refuse_html(path: Path) -> None:
 def get(
     url: str,
     path: Path,
-    ask: Literal["always", "by tag", "never"] = "always",
+    revalidate: Literal["always", "by tag", "never"] = "always",
     check: Callable[[Path], object] = refuse_html,
     limit: int = 1000,
 ) -> bytes:
-    download(url, path, check, limit=limit, ask=ask)
+    download(url, path, check, limit=limit, revalidate=revalidate)
     return path.read_bytes()
 
 
@@ -45,21 +45,21 @@ def test_a_changed_file_is_fetched_again(server: Server, tmp_path: Path, capsys)
     assert get(server.url, tmp_path / "x") == b"first"
     server.body = b"second"
     assert get(server.url, tmp_path / "x") == b"second"
-    assert server.asked == [None, None]
+    assert server.requested == [None, None]
     assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("tag", TAGS)
-@pytest.mark.parametrize("ask", ["always", "by tag"])
+@pytest.mark.parametrize("revalidate", ["always", "by tag"])
 def test_a_file_with_a_tag_is_fetched_again_only_if_the_tag_changed(
-    server: Server, tmp_path: Path, ask, tag
+    server: Server, tmp_path: Path, revalidate, tag
 ):
     server.headers = {tag: TAGS[tag]}
     for _ in range(3):
-        assert get(server.url, tmp_path / "x", ask) == b"first"
-    assert server.asked == [None, TAGS[tag], TAGS[tag]]
+        assert get(server.url, tmp_path / "x", revalidate) == b"first"
+    assert server.requested == [None, TAGS[tag], TAGS[tag]]
     server.body, server.headers = b"second", {tag: "Fri, 27 Nov 2026 03:00:00 GMT"}
-    assert get(server.url, tmp_path / "x", ask) == b"second"
+    assert get(server.url, tmp_path / "x", revalidate) == b"second"
 
 
 def test_a_tag_is_not_used_for_another_file(server: Server, tmp_path: Path):
@@ -68,7 +68,7 @@ def test_a_tag_is_not_used_for_another_file(server: Server, tmp_path: Path):
     get(server.url, tmp_path / "x")
     (tmp_path / "x").write_bytes(b"from another process")
     assert get(server.url, tmp_path / "x") == b"first"
-    assert server.asked == [None, None]
+    assert server.requested == [None, None]
     for damage in (b"", b"[]", b"{}", b"\xff"):
         (tmp_path / "x.json").write_bytes(damage)
         assert get(server.url, tmp_path / "x") == b"first"
@@ -77,7 +77,7 @@ def test_a_tag_is_not_used_for_another_file(server: Server, tmp_path: Path):
 def test_a_note_gives_the_date_of_a_copy_without_a_tag(server: Server, tmp_path: Path, capsys):
     for _ in range(2):
         assert get(server.url, tmp_path / "x", "by tag") == b"first"
-    assert len(server.asked) == 1
+    assert len(server.requested) == 1
     notes = capsys.readouterr().err
     assert notes.startswith(f"note: {server.url}: the copy of 20")
     assert f"delete {tmp_path / 'x'} to fetch it again" in notes
@@ -95,7 +95,7 @@ def test_a_file_with_a_known_hash_is_fetched_again_only_if_it_is_damaged(
         assert get(server.url, tmp_path / "x", "never", check) == b"first"
     (tmp_path / "x").write_bytes(b"damaged")
     assert get(server.url, tmp_path / "x", "never", check) == b"first"
-    assert len(server.asked) == 2
+    assert len(server.requested) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
     assert capsys.readouterr().err == ""
     (tmp_path / "x").write_bytes(b"damaged")
@@ -167,7 +167,7 @@ class Unreliable(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         server = self.server
         assert isinstance(server, Server)
-        server.asked.append(self.headers["Range"])
+        server.requested.append(self.headers["Range"])
         is_current = self.headers["If-Range"] == server.headers.get("ETag")
         is_range = server.status == 206 and self.headers["Range"] and is_current
         start = int(self.headers["Range"][len("bytes=") : -1]) if is_range else 0
@@ -193,7 +193,7 @@ def unreliable(server: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
 
 def test_a_transfer_that_breaks_off_is_resumed(unreliable: Server, tmp_path: Path, capsys):
     assert get(unreliable.url, tmp_path / "x") == b"0123456789"
-    assert unreliable.asked == [None, "bytes=5-", "bytes=8-"]
+    assert unreliable.requested == [None, "bytes=5-", "bytes=8-"]
     assert capsys.readouterr().err == ""
 
 
@@ -201,7 +201,7 @@ def test_a_transfer_is_resumed_a_limited_number_of_times(unreliable: Server, tmp
     unreliable.body = b"0123456789" * 4
     with pytest.raises(RequestError, match="the connection closed before the end"):
         get(unreliable.url, tmp_path / "x")
-    assert len(unreliable.asked) == 3
+    assert len(unreliable.requested) == 3
     assert list(tmp_path.iterdir()) == []
 
 
@@ -214,7 +214,7 @@ def test_parts_of_two_versions_are_not_joined(
     monkeypatch.setattr("tljax.runtime.download.time.sleep", replace_file)
     with pytest.raises(RequestError, match="the connection closed before the end"):
         get(unreliable.url, tmp_path / "x")
-    assert unreliable.asked == [None, "bytes=5-"]
+    assert unreliable.requested == [None, "bytes=5-"]
     assert list(tmp_path.iterdir()) == []
 
 

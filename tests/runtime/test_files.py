@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from tljax.runtime.errors import RequestError, WriteError
-from tljax.runtime.files import cache_dir, sha256, written_whole
+from tljax.runtime.files import atomic_write, cache_dir, sha256
 
 
 def write(path, text, **options):
-    with written_whole(path, **options) as temporary:
+    with atomic_write(path, **options) as temporary:
         temporary.write_text(text)
 
 
@@ -72,7 +72,7 @@ def test_exactly_one_of_several_exclusive_writers_succeeds(tmp_path, monkeypatch
 
 
 def fail(path, error, **options):
-    with written_whole(path, **options) as temporary:
+    with atomic_write(path, **options) as temporary:
         temporary.write_text("half")
         raise error
 
@@ -149,13 +149,13 @@ FULL = """
 import resource, signal, sys
 from pathlib import Path
 from tljax.runtime.errors import RequestError
-from tljax.runtime.files import written_whole
+from tljax.runtime.files import atomic_write
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 for exclusive in (True, False):
     try:
-        with written_whole(Path(sys.argv[1]), exclusive=exclusive) as temporary:
+        with atomic_write(Path(sys.argv[1]), exclusive=exclusive) as temporary:
             temporary.write_text("x" * 5000)
     except RequestError as error:
         print(error)
@@ -173,14 +173,14 @@ def test_a_full_disk_is_reported_in_one_line(tmp_path):
 def test_the_target_of_a_symbolic_link_is_written(tmp_path):
     (tmp_path / "there").mkdir()
     (tmp_path / "link.txt").symlink_to(tmp_path / "there" / "file.txt")
-    with written_whole(tmp_path / "link.txt") as temporary:
+    with atomic_write(tmp_path / "link.txt") as temporary:
         temporary.write_text("new")
     assert (tmp_path / "link.txt").is_symlink()
     assert (tmp_path / "there" / "file.txt").read_text() == "new"
     (tmp_path / "folder").symlink_to(tmp_path / "there")
     with (
         pytest.raises(RequestError, match="cannot be written"),
-        written_whole(tmp_path / "folder") as temporary,
+        atomic_write(tmp_path / "folder") as temporary,
     ):
         temporary.write_text("new")
     assert (tmp_path / "folder").is_dir()

@@ -28,7 +28,7 @@ jax.config.update("jax_disable_most_optimizations", True)
 import engine
 from dataclasses import replace
 from tljax.data.options import AugmentConfig, Loading
-from tljax.runtime.parallel import is_writer
+from tljax.runtime.parallel import is_main_process
 from tljax.train.fit import fit
 
 data = engine.splits(25, broken=(4, 17), val_broken=(2,))
@@ -48,7 +48,7 @@ for size in map(int, sizes):
         "scores": [scores.top1, scores.top5, scores.examples],
         "loss": scores.loss,
         "skipped": [sorted(part) for part in result.skipped],
-        "writer": is_writer(),
+        "writer": is_main_process(),
         "devices": jax.device_count(),
     }
     print(json.dumps(record))
@@ -70,7 +70,7 @@ class Config(cli.Common):
 
 def run(config):
     from tljax.runtime.errors import RequestError
-    from tljax.runtime.parallel import Preemption, is_writer, join
+    from tljax.runtime.parallel import Preemption, is_main_process, join
     join()
     import jax
     jax.config.update("jax_disable_most_optimizations", True)
@@ -78,10 +78,10 @@ def run(config):
 
     def log(history):
         print(len(history), flush=True)
-        if is_writer() and fails == "disk" and len(history) == 3:
+        if is_main_process() and fails == "disk" and len(history) == 3:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-        if not is_writer() and fails == "other" and len(history) == 3:
+        if not is_main_process() and fails == "other" and len(history) == 3:
             raise RequestError("simulated failure")
 
     options = engine.config(epochs=4000, rate=1e-6)
@@ -155,7 +155,7 @@ fit_config = config(optimizer="sgd", ema_decay=0.9, cache="none", epochs=3)
 preemption = Preemption()
 
 def stop(step, metrics):
-    preemption.asked = step == 2
+    preemption.requested = step == 2
 
 try:
     train(fit_config, folder=folder / "first", loading=Loading(8, devices=1), on_step=stop,

@@ -278,7 +278,7 @@ from pathlib import Path
 import numpy as np
 import orbax.checkpoint as ocp
 from tljax.runtime.errors import RequestError
-from tljax.runtime.parallel import gather_json, is_writer, join
+from tljax.runtime.parallel import gather_json, is_main_process, join
 from tljax.train.checkpoint import Checkpoints
 
 join()
@@ -301,7 +301,7 @@ restored()
 restore = ocp.CheckpointManager.restore
 for writer, error in ((True, OSError(5, "Ouch")), (False, OSError(5, "Oh")), (False, KeyError(1))):
     def failing(*args, **how):
-        if is_writer() == writer:
+        if is_main_process() == writer:
             raise error
         return restore(*args, **how)
 
@@ -309,7 +309,7 @@ for writer, error in ((True, OSError(5, "Ouch")), (False, OSError(5, "Oh")), (Fa
     restored()
 ocp.CheckpointManager.restore = restore
 gather_json(None)
-if is_writer():
+if is_main_process():
     (folder / "2" / "position" / "metadata").write_text("{")
 gather_json(None)
 restored()

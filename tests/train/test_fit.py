@@ -183,7 +183,7 @@ def test_a_run_that_is_asked_to_stop_saves_its_last_step(tmp_path, monkeypatch):
 
         def counted(batch, mesh, steps=steps, preemption=preemption):
             taken.append(batch)
-            preemption.asked = len(taken) == steps
+            preemption.requested = len(taken) == steps
             return shard(batch, mesh)
 
         monkeypatch.setattr(loop_module, "shard", counted)
@@ -198,7 +198,7 @@ def test_the_first_signal_waits_for_the_step_and_the_second_does_not():
     def again(preemption):
         with preemption.deferred():
             signal.raise_signal(signal.SIGTERM)
-            assert preemption.asked
+            assert preemption.requested
             signal.raise_signal(signal.SIGTERM)
             pytest.fail("the second one waited, too")
 

@@ -159,11 +159,11 @@ def test_auto_chooses_memory_then_disk_then_none(folder, monkeypatch):
 def test_the_cache_is_limited_by_the_disk_and_the_setting(folder, monkeypatch):
     usage = namedtuple("usage", ["free"])
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(2**30))
-    assert store.room() == 2**30
+    assert store.available_bytes() == 2**30
     monkeypatch.setenv("TLJAX_FEATURE_CACHE_GIB", "0.5")
-    assert store.room() == 2**29
+    assert store.available_bytes() == 2**29
     monkeypatch.setenv("TLJAX_CACHE", str(folder / "not" / "there"))
-    assert store.room() == 2**29
+    assert store.available_bytes() == 2**29
 
 
 def test_a_cache_that_cannot_be_written_is_skipped_by_auto_and_refused_by_disk(monkeypatch, capsys):

@@ -10,7 +10,7 @@ from tiny import MODEL, Unit
 
 from tljax.data.augment import epoch_key
 from tljax.metrics.classification import cross_entropies, ranks
-from tljax.metrics.sums import add_up, means, merge
+from tljax.metrics.sums import masked_sum, means, merge
 from tljax.models import Model, Stage, apply, init
 from tljax.models.layers import GlobalAveragePool, LinearHead
 from tljax.runtime.errors import RequestError
@@ -219,7 +219,7 @@ def test_metrics_merge_exactly_and_ignore_the_mask():
 
     def measure(logits, labels, mask):
         actual = {"loss": cross_entropies(logits, labels), "top1": ranks(logits, labels) < 1}
-        sums = {name: add_up(values, mask) for name, values in actual.items()}
+        sums = {name: masked_sum(values, mask) for name, values in actual.items()}
         return {name: (float(total), float(count)) for name, (total, count) in sums.items()}
 
     whole = measure(logits, labels, np.ones(50, bool))

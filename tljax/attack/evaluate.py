@@ -16,7 +16,7 @@ from tljax.attack.losses import mean_logits
 from tljax.attack.types import LogitsFn
 from tljax.metrics.classification import standard_error
 from tljax.runtime.errors import RequestError
-from tljax.runtime.parallel import data_mesh, divisible, local_rows, replicate, shard
+from tljax.runtime.parallel import data_mesh, local_shards, replicate, round_up_to_devices, shard
 from tljax.runtime.progress import track
 from tljax.runtime.types import Array
 
@@ -172,12 +172,15 @@ def evaluate(
     if labels.max() >= classes:
         raise RequestError(f"evaluate: label {labels.max()}, but the network has {classes} classes")
     mesh = mesh or data_mesh()
-    size = divisible(min(batch_size, len(images)), mesh)
+    size = round_up_to_devices(min(batch_size, len(images)), mesh)
     networks = [as_partial(network) for network in (logits_fn, other) if network is not None]
     networks = replicate(networks, mesh)
 
     def run(function: Any, rows: np.ndarray, *arguments: Any, name: str) -> list[np.ndarray]:
-        results, parts = [], _split(rows, size, divisible(max(size // _SMALL_BATCHES, 1), mesh))
+        results, parts = (
+            [],
+            _split(rows, size, round_up_to_devices(max(size // _SMALL_BATCHES, 1), mesh)),
+        )
         for part, length in track(
             parts, description=name, total=len(rows), size=lambda part: len(part[0]), quiet=quiet
         ):
@@ -185,7 +188,7 @@ def evaluate(
             y = np.full(length, -1, np.int32)  # padding counts as fooled from the start
             x[: len(part)], y[: len(part)] = images[part], labels[part]
             outputs = function(networks, *shard((x, y), mesh), *arguments)
-            results.append([local_rows(output)[: len(part)] for output in outputs])
+            results.append([local_shards(output)[: len(part)] for output in outputs])
         return [np.concatenate(parts) for parts in zip(*results, strict=True)]
 
     clean, *others = run(_clean, np.arange(len(images)), name="clean")

@@ -59,7 +59,7 @@ class Config(cli.Common):
 
 def run(config: Config) -> dict[str, Any]:
     """Print a table of accuracies; with ``--out`` also write pictures."""
-    from tljax.data.sources import as_path, exists, open_folder, open_images, open_labelled
+    from tljax.data.sources import exists, expand_path, open_folder, open_images, open_labeled
     from tljax.report import gallery
     from tljax.runtime.errors import RequestError
     from tljax.studies import robustness as attacks
@@ -69,16 +69,16 @@ def run(config: Config) -> dict[str, Any]:
         raise RequestError("--attacks and --epsilons need at least one value each")
     notes: tuple[str, ...] = ()
     if config.images:
-        path = as_path(config.images[0])
+        path = expand_path(config.images[0])
         one_folder = len(config.images) == 1 and exists(path) and path.is_dir()
         source = open_folder(config.images[0]) if one_folder else open_images(config.images)
     elif config.data:
-        source = open_labelled(config.data)
+        source = open_labeled(config.data)
     elif config.workdir:
         source, notes = run_directory.open_validation(config.workdir)
     else:
         raise RequestError("no images to attack: name some, or add --data FOLDER or --workdir RUN")
-    network = config.load(config.workdir).with_classes()
+    network = config.load(config.workdir).require_classes()
     target = None if config.target is None else network.card.index_of(config.target)
     chosen = attacks.choose_attacks(
         config.attacks, norm=config.norm, num_steps=config.steps, target=target

@@ -25,7 +25,14 @@ from tljax.runtime.files import read_config, to_json
 from tljax.runtime.hardware import require_backend, require_plugin
 from tljax.runtime.process import configure
 from tljax.runtime.ranges import Amount, Checked, Count, Pixels, Seed
-from tljax.runtime.settings import Conditions, Dtype, Normalization, Platform, idle, settings
+from tljax.runtime.settings import (
+    Conditions,
+    Dtype,
+    Normalization,
+    Platform,
+    find_unused_settings,
+    settings,
+)
 
 if TYPE_CHECKING:
     from tljax.commands.extension import Extension
@@ -244,9 +251,9 @@ def _main(config_type: Any, run: Callable[[Any], dict[str, Any]]) -> int:
         message, code = _explain(error, config)
         _print_error(message, code)
         if getattr(config, "distributed", False) and not isinstance(error, StoppedError):
-            from tljax.runtime.parallel import leave
+            from tljax.runtime.parallel import exit_all_processes
 
-            leave(message, code)
+            exit_all_processes(message, code)
         return code
     return 1 if result and result.get("problems") else 0
 
@@ -391,7 +398,7 @@ def _refuse_idle(config: Output) -> None:
     for name, value in settings(config).items():
         if isinstance(value, tuple) and words.count(f"--{name}") > 1:
             raise RequestError(f"--{name} is given twice: write all its values after one --{name}")
-    if lines := idle(config, config.conditions, explicit_options()):
+    if lines := find_unused_settings(config, config.conditions, explicit_options()):
         raise RequestError("; ".join(lines.values()))
 
 

@@ -27,24 +27,24 @@ class Config(cli.Common):
 
 def run(config: Config) -> dict[str, Any]:
     """Print accuracies; with a run directory also write a report of the mistakes."""
-    from tljax.data.loader import refuse_none
-    from tljax.data.sources import ambiguous, match_classes, open_labelled
-    from tljax.features.evaluate import evaluate, settle
+    from tljax.data.loader import require_readable_image
+    from tljax.data.sources import find_ambiguous_names, match_classes, open_labeled
+    from tljax.features.evaluate import evaluate, resolve_ambiguous_labels
     from tljax.features.extract import compute_features
-    from tljax.pretrained.catalog import names_like
+    from tljax.pretrained.catalog import match_class_names
     from tljax.report.runs import calibrated, percent, write_evaluation_report
     from tljax.runtime.errors import RequestError
     from tljax.train import run_directory
 
     if config.data:
-        source, data_notes = open_labelled(config.data), ()
+        source, data_notes = open_labeled(config.data), ()
     elif config.workdir:
         source, data_notes = run_directory.open_validation(config.workdir)
     else:
         raise RequestError("no images to measure on: add --data FOLDER or --workdir RUN")
-    model, variables, card = config.load(config.workdir).with_classes()
-    names = names_like(card.classes, source.classes)
-    same = ambiguous(source.classes, names)
+    model, variables, card = config.load(config.workdir).require_classes()
+    names = match_class_names(card.classes, source.classes)
+    same = find_ambiguous_names(source.classes, names)
     source, class_notes = match_classes(source, names)
     notes = (*data_notes, *class_notes)
     print("\n".join(notes))
@@ -54,8 +54,8 @@ def run(config: Config) -> dict[str, Any]:
         model, variables, source, config.loading, stop=None, description="evaluate"
     )
     seconds = time.perf_counter() - began
-    refuse_none(source, logits.skipped)
-    logits = logits._replace(labels=settle(logits.labels, logits.values, same))
+    require_readable_image(source, logits.skipped)
+    logits = logits._replace(labels=resolve_ambiguous_labels(logits.labels, logits.values, same))
     evaluation = evaluate(logits)
     for label, value in (("top-1", evaluation.top1), ("top-5", evaluation.top5)):
         print(f"{label}  {percent(value)}  of {evaluation.examples} images")

@@ -9,6 +9,7 @@ from traceback import extract_tb
 from types import ModuleType
 from typing import Any, TypedDict
 
+from tljax.data.folders import suggest_path
 from tljax.runtime.errors import RequestError
 from tljax.runtime.files import sha256
 
@@ -54,14 +55,14 @@ def load_extension(spec: str) -> tuple[Extension, str]:
     Raises:
         RequestError: the file is missing or raises an error, or NAME is missing or no extension.
     """
-    from tljax.data.folders import as_path, suggestion
+    from tljax.data.folders import expand_path
 
     file, name = split_name(spec)
-    path = as_path(file)
+    path = expand_path(file)
     try:
         code = path.read_bytes()
     except FileNotFoundError as error:
-        raise RequestError(f"--extension: {file} does not exist{suggestion(path)}") from error
+        raise RequestError(f"--extension: {file} does not exist{suggest_path(path)}") from error
     except OSError as error:
         raise RequestError(f"--extension: {file} cannot be read: {error.strerror}") from error
     digest = sha256(code)

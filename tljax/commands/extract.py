@@ -10,7 +10,7 @@ import tyro
 
 from tljax.commands import cli
 from tljax.runtime.errors import RequestError
-from tljax.runtime.files import written_whole
+from tljax.runtime.files import atomic_write
 from tljax.runtime.packages import install_command
 
 if TYPE_CHECKING:
@@ -42,12 +42,12 @@ class Config(cli.Common):
 
 def run(config: Config) -> dict[str, Any]:
     """Write the file, and print its shape and the images that could not be read."""
-    from tljax.data.loader import refuse_none
-    from tljax.data.sources import as_path, exists, open_folder, open_labelled
+    from tljax.data.loader import require_readable_image
+    from tljax.data.sources import exists, expand_path, open_folder, open_labeled
     from tljax.features.extract import compute_features
     from tljax.train.run_directory import skipped_lines, skipped_rows
 
-    out, folder = config.out, as_path(config.data.removeprefix("hf:"))
+    out, folder = config.out, expand_path(config.data.removeprefix("hf:"))
     if out.suffix not in _SUFFIXES:
         raise RequestError(f"--out {out}: choose a file that ends with {', '.join(_SUFFIXES)}")
     if out.suffix == ".parquet" and not find_spec("pyarrow"):
@@ -61,13 +61,13 @@ def run(config: Config) -> dict[str, Any]:
     network = config.load()
     model, position = network.model, network.model.position(config.stage)
     stop = (*model.stage_names, None)[position + 1]
-    named = config.data == "digits" or not exists(as_path(config.data))
-    source = (open_labelled if named else open_folder)(config.data)
-    with written_whole(out) as temporary:
+    named = config.data == "digits" or not exists(expand_path(config.data))
+    source = (open_labeled if named else open_folder)(config.data)
+    with atomic_write(out) as temporary:
         features = compute_features(
             *network[:2], source, config.loading, stop=stop, description="extract"
         )
-        refuse_none(source, features.skipped)
+        require_readable_image(source, features.skipped)
         if not config.maps:
             features = features.pooled(model.stages[position].prefix_tokens)
         texts: dict[str, list[Any]] = {

@@ -27,7 +27,7 @@ def run(config: Config) -> dict[str, Any]:
     import jax
     import numpy as np
 
-    from tljax.data.loader import refuse_none
+    from tljax.data.loader import require_readable_image
     from tljax.data.sources import open_images
     from tljax.features.extract import compute_features
     from tljax.runtime.errors import RequestError
@@ -35,11 +35,11 @@ def run(config: Config) -> dict[str, Any]:
     if not config.images:
         raise RequestError("name at least one file, folder or URL")
     source = open_images(config.images)
-    model, variables, card = config.load().with_classes()
+    model, variables, card = config.load().require_classes()
     logits = compute_features(
         model, variables, source, config.loading, stop=None, description="predict"
     )
-    refuse_none(source, logits.skipped)
+    require_readable_image(source, logits.skipped)
     probabilities = np.asarray(jax.nn.softmax(logits.values))
     images = []
     for index, row in zip(logits.indices, probabilities, strict=True):

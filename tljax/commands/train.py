@@ -19,7 +19,7 @@ from tljax.commands.extension import split_name
 from tljax.data.options import Loading
 from tljax.runtime.errors import RequestError, StoppedError
 from tljax.runtime.files import CONFIG_VERSION, read_config
-from tljax.runtime.ranges import Amount, NotNegative, Share, spelled
+from tljax.runtime.ranges import Amount, NotNegative, Share, format_flag
 from tljax.runtime.settings import settings
 from tljax.train.options import ASKED_CONDITIONS, FitConfig
 
@@ -118,7 +118,7 @@ class Config(cli.Common):
         different = [n for n in old if n in compared and _place(n, new[n]) != _place(n, old[n])]
         if different:
             values = new if self.resume else old
-            flags = ", ".join(spelled(name, values[name]) for name in different)
+            flags = ", ".join(format_flag(name, values[name]) for name in different)
             raise RequestError(
                 f"{workdir} continues with its own options: leave out {flags}, or start a new run"
                 if self.resume
@@ -148,7 +148,7 @@ def run(config: Config) -> dict[str, Any]:
     from tljax.data.sources import open_splits
     from tljax.models import with_head
     from tljax.pretrained.catalog import catalog_name
-    from tljax.runtime.parallel import Preemption, is_writer, join
+    from tljax.runtime.parallel import Preemption, is_main_process, join
     from tljax.train import run_directory
     from tljax.train.dry_run import dry_run
     from tljax.train.recipes import make_plan
@@ -184,7 +184,7 @@ def run(config: Config) -> dict[str, Any]:
             check_traceable(steps if plan.phases else 0)
         workdir = config.workdir or run_directory.new_workdir(splits)
         config = replace(config, workdir=workdir)
-        with run_directory.occupied(workdir, splits) if is_writer() else nullcontext():
+        with run_directory.occupied(workdir, splits) if is_main_process() else nullcontext():
             return train(config, workdir, pretrained, splits, preemption, began)
 
 
@@ -200,7 +200,7 @@ def train(
     from tljax.commands.extension import load_extension
     from tljax.pretrained import save
     from tljax.report.runs import write_training_report
-    from tljax.runtime.parallel import is_writer
+    from tljax.runtime.parallel import is_main_process
     from tljax.runtime.trees import tree_digest
     from tljax.train import run_directory
     from tljax.train.checkpoint import Checkpoints
@@ -212,7 +212,7 @@ def train(
         code = load_extension(config.extension)[1]
         extension = code, split_name(config.extension)[1]
     continues = False
-    if is_writer():
+    if is_main_process():
         options = {"version": CONFIG_VERSION, **asdict(config)}
         if continues := run_directory.open_run(workdir, options, splits, weights, code):
             print(f"note: the run in {workdir} is continued", file=sys.stderr)
@@ -259,7 +259,7 @@ def train(
         "skipped": unread,
         "seconds": round(seconds, 1),
     }
-    if not is_writer():
+    if not is_main_process():
         return summary
     card = replace(pretrained.card, classes=splits.train.classes)
     if config.fit.recipe == "scratch":
@@ -320,7 +320,7 @@ def suggest_learning_rate(
 ) -> dict[str, Any]:
     """Print a learning rate for the recipe, and draw the loss over learning rates."""
     from tljax.report.figures import learning_rates, write_figure
-    from tljax.runtime.parallel import is_writer
+    from tljax.runtime.parallel import is_main_process
     from tljax.studies.learning_rate import find_learning_rate
     from tljax.train import run_directory
 
@@ -334,7 +334,7 @@ def suggest_learning_rate(
         **config.training_hooks(),
     )
     curve = (config.workdir or Path("runs")) / "learning_rate.png"
-    if is_writer():
+    if is_main_process():
         run_directory.mark(curve.parent, splits)
         write_figure(curve, learning_rates(test))
         print(f"suggested            --learning-rate {test.suggestion:.1e}")

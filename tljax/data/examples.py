@@ -146,7 +146,7 @@ def match_classes(source: Source, classes: Sequence[str]) -> tuple[Source, tuple
     """Relabel a source with a network's class indices, matching classes by name.
 
     Classes with the same name are matched in order. If the source has fewer of them than the
-    network, the first of the network gets all their examples; see `ambiguous`.
+    network, the first of the network gets all their examples; see `find_ambiguous_names`.
 
     Args:
         source: examples labeled with their own list of classes.
@@ -166,7 +166,7 @@ def match_classes(source: Source, classes: Sequence[str]) -> tuple[Source, tuple
     labels = np.array([*matches, -1], np.int32)[source.labels]
     retained = np.flatnonzero(labels >= 0)
     if not retained.size:
-        lists = f"the data has {shortened(source.classes)}; the network has {shortened(classes)}"
+        lists = f"the data has {join_names(source.classes)}; the network has {join_names(classes)}"
         raise RequestError(f"the data and the network have no class in common: {lists}")
     missing = [name for name in network_names if name not in data_names]
     unknown = [name for name in data_names if name not in network_names]
@@ -174,21 +174,23 @@ def match_classes(source: Source, classes: Sequence[str]) -> tuple[Source, tuple
     notes = [
         f"{len(indices)} classes are called {name} ({' and '.join(map(str, indices))}):"
         " each of its images is labeled with the most probable one"
-        for name, indices in ambiguous(source.classes, classes).items()
+        for name, indices in find_ambiguous_names(source.classes, classes).items()
     ]
     notes += [
-        f"{len(names)} of {len(classes)} classes {fault}: {shortened(names)}"
+        f"{len(names)} of {len(classes)} classes {fault}: {join_names(names)}"
         for names, fault in ((missing, "not in the data"), (empty, "without an example"))
         if names
     ]
     if unknown:
         excluded = len(source) - retained.size
-        notes.append(f"left out {excluded} examples of unknown classes: {shortened(unknown)}")
+        notes.append(f"left out {excluded} examples of unknown classes: {join_names(unknown)}")
     selected = select(source, retained)
     return replace(selected, labels=labels[retained], classes=tuple(classes)), tuple(notes)
 
 
-def ambiguous(data_classes: Sequence[str], classes: Sequence[str]) -> dict[str, list[int]]:
+def find_ambiguous_names(
+    data_classes: Sequence[str], classes: Sequence[str]
+) -> dict[str, list[int]]:
     """Find names that more classes of a network have than of the data, and their indices.
 
     ImageNet, for example, has two classes named crane and two named maillot.
@@ -230,7 +232,7 @@ def split_by_content(source: Source, where: str, val_fraction: float) -> Splits:
     advice = "add images, change --val-fraction, or divide the folder into train/ and val/"
     if lost := without_example(train):
         raise RequestError(
-            f"{where}: all images of {shortened(lost)} fall into the validation fraction of"
+            f"{where}: all images of {join_names(lost)} fall into the validation fraction of"
             f" {val_fraction}: {advice}"
         )
     if not len(val):
@@ -240,7 +242,7 @@ def split_by_content(source: Source, where: str, val_fraction: float) -> Splits:
         )
     notes = [f"split by content: {len(train)} to train on, {len(val)} to validate on"]
     if unseen := without_example(val):
-        notes.append(f"no validation image of {shortened(unseen)}")
+        notes.append(f"no validation image of {join_names(unseen)}")
     return Splits(train, val, tuple(notes))
 
 
@@ -284,7 +286,7 @@ def printable(path: str | PathLike[str]) -> str:
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
-def shortened(names: Sequence[str]) -> str:
+def join_names(names: Sequence[str]) -> str:
     """Join the first five names and the number of further ones."""
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return (", ".join(names[:5]) or "none") + more

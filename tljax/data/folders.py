@@ -14,10 +14,10 @@ import numpy as np
 from tljax.data.examples import (
     Source,
     Splits,
+    join_names,
     match_classes,
     normal,
     printable,
-    shortened,
     split_by_content,
     without_example,
 )
@@ -75,7 +75,7 @@ def open_folder_splits(path: Path, val_fraction: float) -> Splits:
     if unknown := [name for name in val.classes if name not in train.classes]:
         raise RequestError(
             f"{printable(val_folder)} has classes that {printable(train_folder)} lacks:"
-            f" {shortened(unknown)}; add them to the latter or remove them from the former"
+            f" {join_names(unknown)}; add them to the latter or remove them from the former"
         )
     return Splits(train, *match_classes(val, train.classes))
 
@@ -90,7 +90,7 @@ def open_folder(path: str | PathLike[str]) -> Source:
     Raises:
         RequestError: the folder does not exist, has no file, or has ``train/`` and ``val/``.
     """
-    path, val = train_and_val(as_path(path)) or (as_path(path), None)
+    path, val = train_and_val(expand_path(path)) or (expand_path(path), None)
     if val is not None:
         raise RequestError(
             f"{printable(path.parent)} has a training and a validation folder:"
@@ -129,9 +129,9 @@ def open_images(items: Sequence[str | PathLike[str]]) -> Source:
             paths.append(_fetch(str(item)))
             names.append(str(item))
             continue
-        path = as_path(item)
+        path = expand_path(item)
         if not exists(path):
-            raise RequestError(f"{printable(path)} does not exist{suggestion(path)}")
+            raise RequestError(f"{printable(path)} does not exist{suggest_path(path)}")
         files = _files_of(path) if path.is_dir() else [path]
         paths += files
         names += map(printable, files)
@@ -143,7 +143,9 @@ def _fetch(url: str) -> Path:
     from tljax.data.decode import open_image  # noqa: PLC0415 - decode imports this module
 
     path = cache_dir() / "images" / sha256(url.encode())
-    download(url, path, lambda file: open_image(file.read_bytes()), limit=MAX_BYTES, ask="always")
+    download(
+        url, path, lambda file: open_image(file.read_bytes()), limit=MAX_BYTES, revalidate="always"
+    )
     return path
 
 
@@ -151,7 +153,7 @@ def _open_training(path: Path) -> Source:
     source = _open_classes(path)
     if len(source.classes) < 2:
         raise RequestError(
-            f"{printable(path)} has one class folder, {shortened(source.classes)}: training"
+            f"{printable(path)} has one class folder, {join_names(source.classes)}: training"
             " needs two or more, or train/ and val/ with class folders inside"
         )
     if empty := without_example(source):
@@ -215,7 +217,7 @@ def train_and_val(path: Path) -> tuple[Path, Path | None] | None:
     return train, None if val.name.lower() == "test" and not common else val
 
 
-def as_path(item: str | PathLike[str]) -> Path:
+def expand_path(item: str | PathLike[str]) -> Path:
     """Convert to a path and expand a leading ``~`` if the user has a home folder."""
     return Path(os.path.expanduser(item))  # noqa: PTH111 - Path.expanduser raises if there is none
 
@@ -294,7 +296,7 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
                 if not (_is_folder(entry) and _is_output(entry.path))
             ]
     except FileNotFoundError as error:
-        raise RequestError(f"{printable(folder)} does not exist{suggestion(folder)}") from error
+        raise RequestError(f"{printable(folder)} does not exist{suggest_path(folder)}") from error
     except NotADirectoryError as error:
         raise RequestError(f"{printable(folder)} is a file: choose a folder") from error
     except OSError as error:
@@ -303,7 +305,7 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
     return sorted(visible, key=lambda entry: os.fsencode(normal(entry.name)))
 
 
-def suggestion(path: Path) -> str:
+def suggest_path(path: Path) -> str:
     """Suggest an existing path with a similar name, as the end of an error; empty if none is."""
     missing = next(part for part in (*reversed(path.parents), path) if not exists(part))
     try:

@@ -17,12 +17,12 @@ import numpy as np
 from tljax.data.examples import (
     Source,
     Splits,
+    join_names,
     match_classes,
-    shortened,
     split_by_content,
     without_example,
 )
-from tljax.data.folders import TRAIN, VAL, suggestion
+from tljax.data.folders import TRAIN, VAL, suggest_path
 from tljax.runtime.errors import RequestError, UnreadableImageError
 from tljax.runtime.files import sha256
 from tljax.runtime.packages import install_command
@@ -46,7 +46,7 @@ def open_hub_splits(spec: str, val_fraction: float) -> Splits:
     parts = _open(spec)
     names = [name for name in TRAIN if name in parts] or list(parts)
     if names[0] not in TRAIN and len(names) > 1:
-        raise RequestError(f"{spec} has no split named train, only {shortened(names)}: rename one")
+        raise RequestError(f"{spec} has no split named train, only {join_names(names)}: rename one")
     train, notes = _trainable(parts[names[0]](), f"{spec} {names[0]}")
     val = _validation({name: part for name, part in parts.items() if name != names[0]})
     if val is None:
@@ -94,12 +94,14 @@ def _trainable(source: Source, where: str) -> tuple[Source, list[str]]:
     unused = without_example(source)
     used = [name for name in source.classes if name not in unused]
     if len(used) < 2:
-        raise RequestError(f"{where} has examples of {shortened(used)}: training needs two classes")
+        raise RequestError(
+            f"{where} has examples of {join_names(used)}: training needs two classes"
+        )
     notes = []
     if unlabeled:
         notes.append(f"left out {unlabeled} examples without a label")
     if unused:
-        notes.append(f"left out classes without training examples: {shortened(unused)}")
+        notes.append(f"left out classes without training examples: {join_names(unused)}")
     return (match_classes(source, used)[0] if notes else source), notes
 
 
@@ -117,7 +119,7 @@ def _feature(
     if len(candidates) != 1:
         existing = names or [f"{name}: {type(value).__name__}" for name, value in features.items()]
         raise RequestError(
-            f"{where} has {len(names) or 'no'} {kind.__name__} features ({shortened(existing)});"
+            f"{where} has {len(names) or 'no'} {kind.__name__} features ({join_names(existing)});"
             f" {advice}"
         )
     return candidates[0]
@@ -228,7 +230,7 @@ def _hf_parts(spec: str, name: str) -> _Parts:
     base, _, config = (name, "", "") if Path(name).expanduser().is_dir() else name.partition(":")
     path = Path(base).expanduser()
     if not path.is_dir() and base.startswith(("/", "./", "../", "~")):
-        raise RequestError(f"{spec}: {path} is not a folder{suggestion(path)}")
+        raise RequestError(f"{spec}: {path} is not a folder{suggest_path(path)}")
     with _explained(spec, "check the name, the files or the connection"):
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             opened = datasets.load_from_disk(path)

@@ -89,7 +89,7 @@ def load_batches(
     return _iterate(source, rows, decoded, on_bad_image, skipped)
 
 
-def refuse_none(source: Source, skipped: dict[int, str]) -> None:
+def require_readable_image(source: Source, skipped: dict[int, str]) -> None:
     """Check that at least one image of a source could be read.
 
     Args:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from tljax.runtime.errors import RequestError
-from tljax.runtime.ranges import Amount, Checked, Count, NotNegative, Range, Ratio, spelled
+from tljax.runtime.ranges import Amount, Checked, Count, NotNegative, Range, Ratio, format_flag
 
 
 @dataclass(frozen=True)
@@ -64,5 +64,5 @@ class AugmentConfig(Checked):
         super().__post_init__()
         if self.scale[0] > self.scale[1]:
             raise RequestError(
-                f"{spelled('scale', self.scale)}: the first number must not be above the second"
+                f"{format_flag('scale', self.scale)}: the first number must not be above the second"
             )

@@ -9,20 +9,20 @@ from tljax.data.examples import (
     Examples,
     Source,
     Splits,
-    ambiguous,
+    find_ambiguous_names,
     match_classes,
     printable,
     select,
     split_by_content,
 )
 from tljax.data.folders import (
-    as_path,
     exists,
+    expand_path,
     open_folder,
     open_folder_splits,
     open_images,
     open_labeled_folder,
-    suggestion,
+    suggest_path,
     train_and_val,
 )
 from tljax.data.hubs import hub_has_validation, is_hub, open_hub_splits, open_labeled_hub
@@ -33,14 +33,14 @@ __all__ = [
     "Examples",
     "Source",
     "Splits",
-    "ambiguous",
-    "as_path",
     "exists",
+    "expand_path",
+    "find_ambiguous_names",
     "has_validation",
     "match_classes",
     "open_folder",
     "open_images",
-    "open_labelled",
+    "open_labeled",
     "open_splits",
     "select",
 ]
@@ -80,10 +80,10 @@ def open_splits(spec: str, *, val_fraction: float = VAL_FRACTION) -> Splits:
         return split_by_content(_digits(), spec, val_fraction)
     if is_hub(spec):
         return open_hub_splits(spec, val_fraction)
-    path = as_path(spec)
+    path = expand_path(spec)
     if not exists(path):
         kinds = "neither a folder nor digits, tfds:NAME or hf:NAME"
-        raise RequestError(f"{printable(spec)} is {kinds}{suggestion(path)}")
+        raise RequestError(f"{printable(spec)} is {kinds}{suggest_path(path)}")
     return open_folder_splits(path, val_fraction)
 
 
@@ -91,12 +91,12 @@ def has_validation(spec: str) -> bool:
     """Return True if a data set has a validation part, so that `open_splits` does not split it."""
     if is_hub(spec):
         return hub_has_validation(spec)
-    path = as_path(spec)
+    path = expand_path(spec)
     parts = train_and_val(path) if exists(path) and path.is_dir() else None
     return parts is not None and parts[1] is not None
 
 
-def open_labelled(spec: str) -> Source:
+def open_labeled(spec: str) -> Source:
     """Open the labeled images to evaluate on.
 
     Args:
@@ -110,7 +110,7 @@ def open_labelled(spec: str) -> Source:
         return open_splits(spec).val
     if is_hub(spec):
         return open_labeled_hub(spec, VAL_FRACTION)
-    return open_labeled_folder(as_path(spec))
+    return open_labeled_folder(expand_path(spec))
 
 
 def _digits() -> Source:

@@ -6,10 +6,10 @@ nothing else in tljax and work with any JAX model.
 
 from tljax.explain.dream import deep_dream as deep_dream
 from tljax.explain.dream import mean_square as mean_square
+from tljax.explain.gradients import class_score as class_score
 from tljax.explain.gradients import input_gradient as input_gradient
 from tljax.explain.gradients import integrated_gradients as integrated_gradients
 from tljax.explain.gradients import saliency as saliency
-from tljax.explain.gradients import score_of as score_of
 from tljax.explain.gradients import smooth_grad as smooth_grad
 from tljax.explain.parametrization import FOURIER as FOURIER
 from tljax.explain.parametrization import PIXELS as PIXELS
@@ -22,8 +22,8 @@ from tljax.explain.pictures import strongest_channels as strongest_channels
 from tljax.explain.pictures import to_pixels as to_pixels
 from tljax.explain.regions import grad_cam as grad_cam
 from tljax.explain.regions import occlusion as occlusion
-from tljax.explain.transforms import MOVING as MOVING
-from tljax.explain.transforms import STILL as STILL
+from tljax.explain.transforms import DEFAULT_TRANSFORMS as DEFAULT_TRANSFORMS
+from tljax.explain.transforms import NO_TRANSFORMS as NO_TRANSFORMS
 from tljax.explain.transforms import Transforms as Transforms
 from tljax.explain.visualize import Objective as Objective
 from tljax.explain.visualize import channel_mean as channel_mean

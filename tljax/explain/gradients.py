@@ -38,7 +38,7 @@ def as_images(images: Images) -> jax.Array:
     return jnp.asarray(images)
 
 
-def score_of(logits_fn: LogitsFn, labels: Labels) -> Callable[[jax.Array], jax.Array]:
+def class_score(logits_fn: LogitsFn, labels: Labels) -> Callable[[jax.Array], jax.Array]:
     """Return a function that computes the logit of one given class for each image.
 
     Compose ``logits_fn`` with `jax.nn.log_softmax` or `jax.nn.softmax` to explain a probability.
@@ -81,7 +81,7 @@ def input_gradient(
     Raises:
         RequestError: the images are not floating point, or there is not one label per image.
     """
-    score = score_of(logits_fn, labels)
+    score = class_score(logits_fn, labels)
     return jax.grad(lambda x: score(x).sum())(as_images(images))
 
 

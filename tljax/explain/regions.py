@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from tljax.explain.gradients import Images, Labels, LogitsFn, as_images, input_gradient, score_of
+from tljax.explain.gradients import Images, Labels, LogitsFn, as_images, class_score, input_gradient
 from tljax.runtime.errors import RequestError
 from tljax.runtime.types import Array
 
@@ -92,7 +92,7 @@ def occlusion(
         raise RequestError(f"stride {stride} must lie between 1 and the window {window}")
     images = as_images(images)
     height, width = images.shape[1:3]
-    score = score_of(logits_fn, labels)
+    score = class_score(logits_fn, labels)
     uncovered = score(images)
     corners = np.indices([math.ceil(max(n - window, 0) / stride) + 1 for n in (height, width)])
     y, x = jnp.arange(height)[:, None], jnp.arange(width)

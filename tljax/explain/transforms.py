@@ -40,7 +40,7 @@ class Transforms:
         Returns:
             ``[height, width, channels]`` in [0, 1]; 0.5 outside of the image.
         """
-        if self == STILL:
+        if self == NO_TRANSFORMS:
             return image
         draws = jax.random.uniform(key, (5,), minval=-1.0)
         angle = jnp.deg2rad(self.rotate * draws[0])
@@ -51,10 +51,10 @@ class Transforms:
         return warp(image, matrix / zoom, self.jitter * draws[2:4])
 
 
-MOVING = Transforms()
+DEFAULT_TRANSFORMS = Transforms()
 """The default ranges."""
 
-STILL = Transforms(0, 0, 0)
+NO_TRANSFORMS = Transforms(0, 0, 0)
 """No transformation."""
 
 

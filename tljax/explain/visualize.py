@@ -5,7 +5,7 @@ Wrapped in `jax.jit`, with the variables as an argument, all steps are one compi
     @jax.jit
     def ideal(variables, labels, keys):
         logits_fn = lambda x: tljax.apply(model, variables, x).logits
-        return visualize(score_of(logits_fn, labels), keys, size=224, tv_weight=1e-3)
+        return visualize(class_score(logits_fn, labels), keys, size=224, tv_weight=1e-3)
 
     siamese_cat, zebra = ideal(variables, jnp.array([284, 340]), jax.random.split(key))
 """
@@ -20,7 +20,7 @@ from jaxtyping import Float
 
 from tljax.explain.gradients import Images
 from tljax.explain.parametrization import FOURIER, Parametrization
-from tljax.explain.transforms import MOVING, Transforms
+from tljax.explain.transforms import DEFAULT_TRANSFORMS, Transforms
 from tljax.runtime.types import Array
 
 Objective = Callable[[jax.Array], jax.Array]
@@ -47,7 +47,7 @@ def channel_mean(features_fn: Callable[[jax.Array], jax.Array]) -> Callable[[jax
     """Return a function that computes the spatial mean of each channel of a feature map.
 
     To visualize channels ``[batch]`` instead of classes, use the objective
-    ``score_of(channel_mean(features_fn), channels)``.
+    ``class_score(channel_mean(features_fn), channels)``.
 
     Args:
         features_fn: maps images to ``[batch, h, w, channels]``.
@@ -64,7 +64,7 @@ def visualize(
     *,
     size: int,
     parametrization: Parametrization = FOURIER,
-    transforms: Transforms = MOVING,
+    transforms: Transforms = DEFAULT_TRANSFORMS,
     tv_weight: float | Array = 0.0,
     num_steps: int = 512,
     learning_rate: float = 0.05,
@@ -78,7 +78,7 @@ def visualize(
     Montreal, 2009; Simonyan, Vedaldi and Zisserman, 2014 (arXiv 1312.6034).
 
     Args:
-        objective: see `Objective`; for a class, ``score_of(logits_fn, labels)``.
+        objective: see `Objective`; for a class, ``class_score(logits_fn, labels)``.
         keys: ``[batch]`` random keys, one per image.
         size: side of the images, in pixels.
         parametrization: `FOURIER` or `PIXELS`.

@@ -42,13 +42,15 @@ class Evaluation(NamedTuple):
         return wrong[np.argsort(-self.probability[wrong], kind="stable")][:count]
 
 
-def settle(labels: np.ndarray, logits: np.ndarray, same: Mapping[str, Sequence[int]]) -> np.ndarray:
+def resolve_ambiguous_labels(
+    labels: np.ndarray, logits: np.ndarray, same: Mapping[str, Sequence[int]]
+) -> np.ndarray:
     """Replace each label that may mean any of several classes by the most probable one of them.
 
     Args:
         labels: ``[n]`` class indices.
         logits: ``[n, classes]``.
-        same: the indices of the classes that share a name, by that name; see `ambiguous`.
+        same: indices of the classes that share a name, by name; see `find_ambiguous_names`.
 
     Returns:
         ``[n]`` class indices.

@@ -26,11 +26,11 @@ from tljax.models import Model, abstract_variables, apply
 from tljax.runtime.errors import WriteError
 from tljax.runtime.parallel import (
     data_mesh,
-    divisible,
     gather,
     gather_json,
-    local_rows,
+    local_shards,
     replicate,
+    round_up_to_devices,
     shard,
 )
 from tljax.runtime.progress import track
@@ -113,7 +113,9 @@ def compute_features(
         WriteError: the cache cannot be written, or has not enough space.
     """
     cache = cache and jax.process_count() == 1
-    folder = store.folder(model, variables, stop, (source.digest, dtype, view)) if cache else None
+    folder = (
+        store.entry_folder(model, variables, stop, (source.digest, dtype, view)) if cache else None
+    )
     if folder:
         stored = store.read(folder)
         if stored is not None and not (stored[2] and loading.on_bad_image == "fail"):
@@ -127,7 +129,7 @@ def compute_features(
         lambda variables, batch: forward(variables, *shard((batch.inputs, batch.indices), mesh)),
         variables,
         source,
-        (augmentable(model) if view else model).preprocess,
+        (with_crop_margin(model) if view else model).preprocess,
         loading,
         skipped,
     )
@@ -188,7 +190,7 @@ def split_features(
 def images_per_second(model: Model, variables: Variables, loading: Loading) -> float:
     """Measure the throughput of pooled features: the median of five batches, after compilation."""
     mesh = data_mesh(loading.devices)
-    size, side = divisible(loading.batch_size, mesh), model.preprocess.size
+    size, side = round_up_to_devices(loading.batch_size, mesh), model.preprocess.size
     images = np.random.default_rng(0).integers(0, 256, (size, side, side, 3)).astype(np.uint8)
     arguments = replicate(variables, mesh), *shard((images, np.arange(size, dtype=np.int32)), mesh)
     forward = partial(_forward, model, mesh, None, -1, "float32", None, None)
@@ -197,7 +199,7 @@ def images_per_second(model: Model, variables: Variables, loading: Loading) -> f
     return size / float(np.median(seconds))
 
 
-def advance(
+def run_from_stage(
     model: Model,
     variables: Variables,
     features: Outputs,
@@ -221,7 +223,7 @@ def advance(
     forward = partial(_forward, model, mesh, start, stop, "float32", None, None)
     rows = batch_rows(len(features.labels), loading.batch_size, multiple=mesh.size)
     outputs = [
-        gather(local_rows(forward(variables, *shard((inputs, indices), mesh))))
+        gather(local_shards(forward(variables, *shard((inputs, indices), mesh))))
         for inputs, _, indices in feature_rows(features, process_rows(rows))
     ]
     return features._replace(values=np.concatenate(outputs)[rows.ravel() >= 0])
@@ -263,7 +265,7 @@ def feature_bytes(
     return count * value.size * jnp.dtype(dtype).itemsize
 
 
-def augmentable(model: Model) -> Model:
+def with_crop_margin(model: Model) -> Model:
     """Return the model with preprocessing that keeps the margin around the crop, for `augment`."""
     preprocess = model.preprocess
     return replace(model, preprocess=replace(preprocess, size=preprocess.resize))
@@ -320,13 +322,13 @@ def over_source(
     for batch in load_batches(
         source,
         preprocess,
-        batch_size=divisible(min(loading.batch_size, enough), mesh),
+        batch_size=round_up_to_devices(min(loading.batch_size, enough), mesh),
         shard=process_shard(),
         workers=loading.workers,
         on_bad_image=loading.on_bad_image,
         skipped=skipped,
     ):
-        values = gather(local_rows(forward(variables, batch)))
+        values = gather(local_shards(forward(variables, batch)))
         mask = gather(np.asarray(batch.mask))
         yield values[mask], gather(np.asarray(batch.indices))[mask]
 

@@ -30,7 +30,7 @@ import numpy as np
 import tljax
 from tljax.models import Model
 from tljax.runtime.errors import RequestError, WriteError
-from tljax.runtime.files import cache_dir, remove_abandoned, sha256, written_whole
+from tljax.runtime.files import atomic_write, cache_dir, remove_stale_files, sha256
 from tljax.runtime.trees import array_bytes, tree_digest
 from tljax.runtime.types import Variables
 
@@ -38,7 +38,7 @@ Stored = tuple[np.ndarray, np.ndarray, dict[int, str]]
 """Memory-mapped values; positions in the source; and the reason by position of skipped images."""
 
 
-def folder(
+def entry_folder(
     model: Model, variables: Variables, stop: str | int | None, others: tuple[Any, ...]
 ) -> Path:
     """Return the folder of a cache entry; it is the same in every process.
@@ -157,7 +157,7 @@ def _write_values(
     path: Path, batches: Iterator[tuple[np.ndarray, np.ndarray]], skipped: dict[int, str]
 ) -> list[Any]:
     digest, indices, values = hashlib.sha256(), [], np.empty(0)
-    with written_whole(path) as temporary, temporary.open("wb") as file:
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
         for values, rows in batches:
             data = array_bytes(values)
             digest.update(data)
@@ -173,13 +173,13 @@ def _publish(folder: Path, about: list[Any]) -> Stored | None:
     """Publish an entry, or return the one that another process published first."""
     path, text = folder / "about.json", json.dumps(about)
     try:
-        with written_whole(path, exclusive=True) as temporary:
+        with atomic_write(path, exclusive=True) as temporary:
             temporary.write_text(text, "utf-8")
     except FileExistsError:
         if (existing := read(folder)) is not None:
             return existing
         damaged = _entry_files(folder)
-        with written_whole(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_text(text, "utf-8")
         _remove(folder, damaged[1:])
     return None
@@ -210,7 +210,7 @@ def _open(folder: Path, about: list[Any]) -> Stored:
     return values, np.asarray(indices, np.int32), dict(skipped)
 
 
-def room() -> int:
+def available_bytes() -> int:
     """Return the number of bytes that can be cached: the limit, or free disk space if less."""
     with suppress(OSError, WriteError):
         path = cache_dir()
@@ -229,7 +229,7 @@ def _make_room(parent: Path, size: int) -> None:
     entries, total = [], size
     for folder in parent.glob("*"):
         names = _entry_files(folder)
-        remove_abandoned(path for path in folder.glob("*") if path.name not in names)
+        remove_stale_files(path for path in folder.glob("*") if path.name not in names)
         with suppress(OSError):  # another process may remove the files
             entry_size = sum(file.stat().st_size for file in folder.iterdir())
             total += entry_size
@@ -239,7 +239,7 @@ def _make_room(parent: Path, size: int) -> None:
         if total > allowed:
             _remove(folder, _entry_files(folder))
             total -= entry_size
-    if size > (free := room()):
+    if size > (free := available_bytes()):
         raise WriteError(f"{needed} and {parent} has {free / 2**30:.1f} free: {_ADVICE}")
 
 

@@ -25,7 +25,7 @@ class Weighted(NamedTuple):
     weights: Float[Array, " batch"]
 
 
-def add_up(
+def masked_sum(
     values: Float[Array, " batch"] | Weighted, mask: Bool[Array, " batch"]
 ) -> tuple[jax.Array, jax.Array]:
     """Sum per-example values and their weights over the examples of the mask.

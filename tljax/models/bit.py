@@ -16,7 +16,7 @@ from jax import Array
 from tljax.models.convolution import max_pool
 from tljax.models.layers import Conv, GroupNorm, Mode
 from tljax.models.model import Model, Stage, pooled_classifier
-from tljax.runtime.types import HALF
+from tljax.runtime.types import INCEPTION_PREPROCESS
 
 _conv = partial(Conv, use_bias=False, standardize=True)
 
@@ -114,4 +114,6 @@ def bit(name: str, num_classes: int = 1000) -> Model:
         for i, depth in enumerate(depths)
     )
     stages = Stage("stem", Stem(64 * width)), *layers, Stage("norm", Norm())
-    return pooled_classifier(name, stages, num_classes, replace(HALF, size=size, resize=size))
+    return pooled_classifier(
+        name, stages, num_classes, replace(INCEPTION_PREPROCESS, size=size, resize=size)
+    )

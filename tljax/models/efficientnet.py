@@ -12,7 +12,7 @@ from flax import linen as nn
 
 from tljax.models.depthwise import ConvAct, Convention, Run, stages
 from tljax.models.model import Model, Stage, pooled_classifier
-from tljax.runtime.types import HALF, Preprocess
+from tljax.runtime.types import INCEPTION_PREPROCESS, Preprocess
 
 _CONVENTION = Convention("SAME", epsilon=1e-3, momentum=0.99)
 
@@ -29,7 +29,7 @@ def _preprocess(
     size: int, crop: float, interpolation: Literal["bilinear", "bicubic"] = "bicubic"
 ) -> Preprocess:
     resize = math.floor(size / crop)
-    return replace(HALF, size=size, resize=resize, interpolation=interpolation)
+    return replace(INCEPTION_PREPROCESS, size=size, resize=resize, interpolation=interpolation)
 
 
 VARIANTS = {

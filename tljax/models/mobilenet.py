@@ -15,7 +15,7 @@ from jax import Array
 from tljax.models.depthwise import ConvAct, Convention, Run, round_width, stages
 from tljax.models.layers import Dense, GlobalAveragePool, LinearHead, Mode
 from tljax.models.model import Model, Stage, pooled_classifier
-from tljax.runtime.types import HALF, Preprocess
+from tljax.runtime.types import INCEPTION_PREPROCESS, Preprocess
 
 
 class Separable(nn.Module):
@@ -156,7 +156,7 @@ _KERAS_V1 = Convention("keras", epsilon=1e-3, momentum=0.99)
 _SLIM = Convention("SAME", epsilon=1e-3, momentum=0.997)
 
 _TIMM = Preprocess(interpolation="bicubic")
-_TIMM_V1 = replace(HALF, interpolation="bicubic")
+_TIMM_V1 = replace(INCEPTION_PREPROCESS, interpolation="bicubic")
 
 
 def _variants(
@@ -170,18 +170,18 @@ def _variants(
 
 V1_VARIANTS = {
     **_variants("mobilenetv1", (100,), _TORCH, _TIMM_V1),
-    **_variants("tf_mobilenetv1", (25, 50, 75, 100), _SLIM_V1, HALF),
-    **_variants("keras_mobilenetv1", (25, 50, 75, 100), _KERAS_V1, HALF),
+    **_variants("tf_mobilenetv1", (25, 50, 75, 100), _SLIM_V1, INCEPTION_PREPROCESS),
+    **_variants("keras_mobilenetv1", (25, 50, 75, 100), _KERAS_V1, INCEPTION_PREPROCESS),
 }
 V2_VARIANTS = {
     **_variants("mobilenetv2", (50, 100, 140), _TORCH, _TIMM),
-    **_variants("tf_mobilenetv2", (35, 50, 75, 100, 130, 140), _SLIM, HALF),
+    **_variants("tf_mobilenetv2", (35, 50, 75, 100, 130, 140), _SLIM, INCEPTION_PREPROCESS),
 }
 V3_VARIANTS = {
     **_variants("mobilenetv3_large", (75, 100), _TORCH, _TIMM),
     **_variants("mobilenetv3_small", (50, 75, 100), _TORCH, _TIMM),
     **_variants("tv_mobilenetv3_large", (100,), _TORCHVISION_V3, Preprocess()),
     **_variants("tv_mobilenetv3_small", (100,), _TORCHVISION_V3, Preprocess()),
-    **_variants("tf_mobilenetv3_large", (75, 100), _SLIM, HALF),
-    **_variants("tf_mobilenetv3_small", (75, 100), _SLIM, HALF),
+    **_variants("tf_mobilenetv3_large", (75, 100), _SLIM, INCEPTION_PREPROCESS),
+    **_variants("tf_mobilenetv3_small", (75, 100), _SLIM, INCEPTION_PREPROCESS),
 }

@@ -17,7 +17,7 @@ from jax import Array
 from tljax.models.convolution import avg_pool, max_pool
 from tljax.models.layers import ConvNorm, Mode
 from tljax.models.model import Model, Stage, pooled_classifier
-from tljax.runtime.types import CAFFE, Preprocess
+from tljax.runtime.types import CAFFE_PREPROCESS, Preprocess
 
 
 class Variant(NamedTuple):
@@ -159,7 +159,7 @@ VARIANTS |= {  # ResNet-D of timm
 _keras_conv_norm = partial(ConvNorm, use_bias=True, epsilon=1.001e-5, momentum=0.99)
 VARIANTS |= {  # version 1 of Keras
     f"keras_{name}": VARIANTS[name]._replace(
-        stride_first=True, conv_norm=_keras_conv_norm, preprocess=CAFFE
+        stride_first=True, conv_norm=_keras_conv_norm, preprocess=CAFFE_PREPROCESS
     )
     for name in ("resnet50", "resnet101", "resnet152")
 }

@@ -12,7 +12,7 @@ from jax import Array
 from tljax.models.convolution import max_pool
 from tljax.models.layers import BatchNorm, Conv, ConvNorm, Mode
 from tljax.models.model import Model, Stage, pooled_classifier
-from tljax.runtime.types import HALF
+from tljax.runtime.types import INCEPTION_PREPROCESS
 
 _KERAS = {"epsilon": 1.001e-5, "momentum": 0.99}
 _conv_norm = partial(ConvNorm, **_KERAS)
@@ -91,4 +91,4 @@ def resnetv2(name: str, num_classes: int = 1000) -> Model:
         for i, depth in enumerate(DEPTHS[name])
     )
     stages = Stage("stem", Stem()), *layers, Stage("norm", Norm())
-    return pooled_classifier(name, stages, num_classes, HALF)
+    return pooled_classifier(name, stages, num_classes, INCEPTION_PREPROCESS)

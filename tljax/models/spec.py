@@ -114,7 +114,7 @@ def _model(spec: Any, modules: Modules) -> Model:
             raise ValueError(f"{name!r:.80} is not a valid name")
     if len({*model.stage_names}) < len(stages) or "/" in "".join(model.stage_names):
         raise ValueError("duplicate stage names, or a name with a slash")
-    if not is_sound(preprocess) or model.dtype not in get_args(Dtype):
+    if not is_valid_preprocess(preprocess) or model.dtype not in get_args(Dtype):
         raise ValueError((preprocess, model.dtype))
     return model
 
@@ -149,7 +149,7 @@ def _value(value: Any, modules: Modules) -> Any:
 # --- checks of values that a file contains --------------------------------------------------------
 
 
-def is_sound(preprocess: Preprocess) -> bool:
+def is_valid_preprocess(preprocess: Preprocess) -> bool:
     """Return True if all values have the right type and range; a file may contain any values."""
     size, resize, interpolation, mean, std, channel_order = astuple(preprocess)
     return (

@@ -16,7 +16,7 @@ from jax import Array
 from tljax.models.convolution import Padding, max_pool
 from tljax.models.layers import Conv, ConvNorm, Mode
 from tljax.models.model import Model, Stage, pooled_classifier
-from tljax.runtime.types import HALF
+from tljax.runtime.types import INCEPTION_PREPROCESS
 
 
 class Variant(NamedTuple):
@@ -103,7 +103,7 @@ VARIANTS = {
     "keras_xception": Variant(partial(ConvNorm, epsilon=1e-3, momentum=0.99), pool_padding="SAME"),
 }
 
-PREPROCESS = replace(HALF, size=299, resize=333, interpolation="bicubic")
+PREPROCESS = replace(INCEPTION_PREPROCESS, size=299, resize=333, interpolation="bicubic")
 """Preprocessing of the published weights."""
 
 

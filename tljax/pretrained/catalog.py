@@ -108,7 +108,7 @@ def default_classes(count: int) -> tuple[str, ...]:
     return imagenet_classes() if count == 1000 else tuple(f"class {i}" for i in range(count))
 
 
-def names_like(classes: tuple[str, ...], names: tuple[str, ...]) -> tuple[str, ...]:
+def match_class_names(classes: tuple[str, ...], names: tuple[str, ...]) -> tuple[str, ...]:
     """Rename ImageNet classes to WordNet ids if a data set names its classes so.
 
     Args:

@@ -17,7 +17,7 @@ from tljax.models.spec import is_number, is_side
 from tljax.pretrained.catalog import default_classes
 from tljax.pretrained.tables.layouts import LAYOUTS
 from tljax.runtime.errors import RequestError
-from tljax.runtime.files import written_whole
+from tljax.runtime.files import atomic_write
 from tljax.runtime.types import Preprocess
 
 _PILLOW_FILTERS = {2: "bilinear", 3: "bicubic"}
@@ -144,7 +144,7 @@ def write_configs(folder: Path, model: Model, classes: tuple[str, ...]) -> None:
         "image_std": preprocess.std,
     }
     for name, value in (("config.json", config), ("preprocessor_config.json", processor)):
-        with written_whole(folder / name) as temporary:
+        with atomic_write(folder / name) as temporary:
             temporary.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
 
 

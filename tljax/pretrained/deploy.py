@@ -19,7 +19,7 @@ from tljax.models import apply
 from tljax.models.convolution import backend
 from tljax.pretrained.load import Pretrained
 from tljax.runtime.errors import RequestError, VerificationError
-from tljax.runtime.files import written_whole
+from tljax.runtime.files import atomic_write
 from tljax.runtime.packages import install_command
 from tljax.runtime.types import Array
 
@@ -71,7 +71,7 @@ def export_stablehlo(
         script = files("tljax.pretrained").joinpath("predict_exported.txt")
         contents["predict.py"] = script.read_bytes()
     for name, data in contents.items():
-        with written_whole(folder / name) as temporary:
+        with atomic_write(folder / name) as temporary:
             temporary.write_bytes(data)
 
 
@@ -125,7 +125,7 @@ def export_onnx(path: Path, pretrained: Pretrained) -> None:
         raise VerificationError(
             f"{path}: ONNX Runtime's logits differ from JAX's by {difference:.2g}; nothing written"
         )
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_bytes(data)
 
 

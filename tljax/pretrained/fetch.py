@@ -62,7 +62,7 @@ def _download(url: str, path: Path, expected: str, origin: str) -> Path:
                 raise RequestError(f"{url} leads to a web page, not to weights")
         _check_digest(file, url, expected, origin)
 
-    download(url, path, check, limit=_MAX_BYTES, ask="never" if expected else "by tag")
+    download(url, path, check, limit=_MAX_BYTES, revalidate="never" if expected else "by tag")
     return path
 
 

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from tljax.models import MODELS, Model, abstract_variables, build_model, with_head
-from tljax.models.spec import Modules, from_json, is_sound, to_json
+from tljax.models.spec import Modules, from_json, is_valid_preprocess, to_json
 from tljax.pretrained.catalog import CATALOG, Entry, catalog_name, default_classes
 from tljax.pretrained.configs import read_architecture, read_configs, write_configs
 from tljax.pretrained.fetch import fetch, fetch_hub, fetch_url
@@ -27,7 +27,7 @@ from tljax.pretrained.formats import (
     write_torch,
 )
 from tljax.pretrained.keras_graph import read_graph
-from tljax.pretrained.rules import Rule, Rules, apply_rules, compare, invert_rules, own_rules
+from tljax.pretrained.rules import Rule, Rules, apply_rules, compare, invert_rules, native_rules
 from tljax.pretrained.tables.keras import layer_names
 from tljax.pretrained.tables.layouts import LAYOUTS, Identity, check, identify, table
 from tljax.runtime.errors import RequestError
@@ -103,7 +103,7 @@ class Pretrained(NamedTuple):
         preprocess = self.model.preprocess.with_size(size)
         return self._replace(model=replace(self.model, preprocess=preprocess))
 
-    def with_classes(self) -> "Pretrained":
+    def require_classes(self) -> "Pretrained":
         """Return the network unchanged if its outputs are the logits of named classes.
 
         Raises:
@@ -366,7 +366,7 @@ def _load_native(
     if model not in (None, built.name):
         raise RequestError(f"{path} holds {built.name}, not {model}")
     expected = abstract_variables(built)
-    rules = own_rules(tensors.arrays, expected, f"{path} does not fit {built.name}")
+    rules = native_rules(tensors.arrays, expected, f"{path} does not fit {built.name}")
     return Pretrained(built, apply_rules(rules, tensors.arrays, expected, str(path)), card)
 
 
@@ -378,7 +378,7 @@ def _first_version(header: dict[str, Any], num_classes: int) -> Model:
     dtype = np.dtype(header.get("dtype", "float32")).name
     dropout = float(header.get("dropout", 0))
     after = None if header.get("head_after") is None else str(header["head_after"])
-    if not (is_sound(preprocess) and 0 <= dropout < 1 and dtype in get_args(Dtype)):
+    if not (is_valid_preprocess(preprocess) and 0 <= dropout < 1 and dtype in get_args(Dtype)):
         raise ValueError((preprocess, dtype, dropout))
     whole = build_model(str(header["model"]))
     built = with_head(whole, num_classes, after=after, dropout=dropout)
@@ -404,7 +404,7 @@ def save(path: Path, pretrained: Pretrained) -> None:
     header = {"version": _VERSION, "model": to_json(model), "card": saved_card}
     flat = {key: np.asarray(value) for key, value in flatten(variables).items()}
     misfit = f"{path} is not written, as its variables do not fit {model.name}"
-    own_rules(flat, abstract_variables(model), misfit)
+    native_rules(flat, abstract_variables(model), misfit)
     write_safetensors(path, flat, {"tljax": json.dumps(header)})
 
 

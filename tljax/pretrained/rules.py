@@ -154,16 +154,18 @@ class Difference(NamedTuple):
 
     def __str__(self) -> str:
         parts = (("missing", self.missing), ("left over", self.leftover), ("shape", self.shapes))
-        return "; ".join(f"{len(items)} {name}: {few(items)}" for name, items in parts if items)
+        return "; ".join(
+            f"{len(items)} {name}: {shorten_list(items)}" for name, items in parts if items
+        )
 
 
-def few(items: Sequence[str], count: int = 3) -> str:
+def shorten_list(items: Sequence[str], count: int = 3) -> str:
     """Return the first few of the names in a file, shortened, and the number of the others."""
     more = f", ... ({len(items) - count} more)" if len(items) > count else ""
     return ", ".join(f"{' '.join(item.split()):.60}" for item in items[:count]) + more
 
 
-def counted(keys: Iterable[str], ignore: tuple[str, ...] = ()) -> Iterator[str]:
+def required_keys(keys: Iterable[str], ignore: tuple[str, ...] = ()) -> Iterator[str]:
     """Return the keys of a file that a table must contain.
 
     Args:
@@ -199,12 +201,12 @@ def compare(
                 shapes.append(f"{rule.key} is {list(shape)}, not {list(needed)}")
     return Difference(
         tuple(rule.key for rule in rules if rule.key not in arrays),
-        tuple(key for key in counted(arrays, ignore) if key not in keys),
+        tuple(key for key in required_keys(arrays, ignore) if key not in keys),
         tuple(shapes),
     )
 
 
-def own_rules(arrays: Mapping[str, Any], skeleton: Variables, misfit: str) -> Rules:
+def native_rules(arrays: Mapping[str, Any], skeleton: Variables, misfit: str) -> Rules:
     """Return the table of tljax's own format, whose keys are paths, after comparing the shapes.
 
     Args:

@@ -19,7 +19,7 @@ from tljax.pretrained.formats import read_tensors
 from tljax.pretrained.keras_graph import Graph
 from tljax.pretrained.load import Pretrained
 from tljax.pretrained.rules import Rules, invert_rules
-from tljax.pretrained.tables.layouts import LAYOUTS, bias_of_head, check, layout_rules, table
+from tljax.pretrained.tables.layouts import LAYOUTS, check, head_bias_key, layout_rules, table
 from tljax.pretrained.verify_keras import Layer, Pixels, load_errors
 from tljax.runtime.errors import RequestError
 from tljax.runtime.types import Array, Variables
@@ -132,7 +132,7 @@ def _match_outputs(
 ) -> tuple[Model, Variables]:
     """Return the network with the reference's single output if loading turned that into two."""
     model, variables, _ = pretrained
-    outputs = tensors[bias_of_head(rules)].size if model.num_classes else 0
+    outputs = tensors[head_bias_key(rules)].size if model.num_classes else 0
     if outputs == model.num_classes or outputs != 1:
         return model, variables
     head = {k: x[..., 1:] - x[..., :1] for k, x in variables["params"]["head"].items()}
@@ -190,7 +190,7 @@ def _torchvision(pretrained: Pretrained) -> Any:
             "pass another --reference, a folder or hub id that transformers can load"
         ) from None
     arrays = check(read_tensors(_file(card.source)).arrays, card.source, model.name).arrays
-    head = arrays.get(bias_of_head(layout_rules(model.name, "torchvision")))
+    head = arrays.get(head_bias_key(layout_rules(model.name, "torchvision")))
     network = getattr(torchvision.models, model.name)(num_classes=1 if head is None else head.size)
     tensors = {key: torch.from_numpy(np.array(a)) for key, a in arrays.items()}
     network.load_state_dict(tensors, strict=head is not None)

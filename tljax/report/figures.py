@@ -17,7 +17,7 @@ from scipy.ndimage import maximum_filter
 from tljax.metrics.calibration import Calibration, CalibrationBins
 from tljax.report.grid import INK, printable
 from tljax.runtime.errors import RequestError
-from tljax.runtime.files import written_whole
+from tljax.runtime.files import atomic_write
 from tljax.studies.compare import Candidate
 from tljax.studies.learning_rate import RangeTest
 
@@ -236,7 +236,7 @@ def accuracy_and_speed(candidates: Sequence[Candidate]) -> "matplotlib.figure.Fi
 
 def write_figure(path: Path, figure: "matplotlib.figure.Figure") -> None:
     """Write a figure as a PNG file; the file appears when it is complete."""
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
 
 

@@ -11,7 +11,7 @@ from tljax.data.folders import first_image
 from tljax.report.figures import robustness_curve, write_figure
 from tljax.report.grid import image_grid
 from tljax.runtime.errors import RequestError
-from tljax.runtime.files import mark_output, written_whole
+from tljax.runtime.files import atomic_write, mark_output
 from tljax.studies.pictures import Picture
 from tljax.studies.robustness import Painting
 
@@ -35,7 +35,7 @@ def grid(pictures: Sequence[Picture], columns: int, *, smallest: int = 0) -> Ima
 
 def write_png(path: Path, image: Image.Image | np.ndarray) -> None:
     """Write an image or a ``[height, width, 3]`` uint8 array as PNG; it appears when complete."""
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(temporary, "PNG")
 
 

@@ -23,7 +23,7 @@ from tljax.report.figures import (
     reliability_diagram,
     sweep_curve,
 )
-from tljax.runtime.files import written_whole
+from tljax.runtime.files import atomic_write
 
 if TYPE_CHECKING:
     import matplotlib.figure
@@ -167,7 +167,7 @@ def write_report(path: Path, report: Report) -> None:
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         body=_headline(report.headline) + notes + body,
     )
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(page, "utf-8")
 
 

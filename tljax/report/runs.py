@@ -15,8 +15,8 @@ from tljax.metrics.classification import standard_error
 from tljax.pretrained import Card
 from tljax.report.card import RunFacts, model_card
 from tljax.report.page import Mistake, Report, Sweep, write_report
-from tljax.runtime.files import written_whole
-from tljax.runtime.settings import idle, settings
+from tljax.runtime.files import atomic_write
+from tljax.runtime.settings import find_unused_settings, settings
 from tljax.runtime.trees import flatten
 from tljax.runtime.types import Preprocess
 from tljax.studies.duplicates import find_duplicates
@@ -114,7 +114,7 @@ def write_training_report(
         card: the card of the pretrained weights, with the classes of the new network.
         seconds: the duration of the run.
     """
-    unused = idle(result.config, FIT_CONDITIONS, settings(result.config))
+    unused = find_unused_settings(result.config, FIT_CONDITIONS, settings(result.config))
     recipe = {
         path: str(value)
         for path, value in flatten(asdict(result.config)).items()
@@ -199,7 +199,7 @@ def write_training_report(
         environment=run_directory.environment(),
         workdir=workdir,
     )
-    with written_whole(workdir / "README.md") as temporary:
+    with atomic_write(workdir / "README.md") as temporary:
         temporary.write_text(model_card(facts), "utf-8")
 
 

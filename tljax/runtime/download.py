@@ -14,7 +14,7 @@ from urllib.parse import quote, urlsplit
 from urllib.request import Request, urlopen
 
 from tljax.runtime.errors import RequestError
-from tljax.runtime.files import written_whole
+from tljax.runtime.files import atomic_write
 from tljax.runtime.progress import track
 
 _RESUME_DELAYS = (1, 5, None)
@@ -30,7 +30,7 @@ def download(
     check: Callable[[Path], object],
     *,
     limit: int,
-    ask: Literal["always", "by tag", "never"],
+    revalidate: Literal["always", "by tag", "never"],
 ) -> None:
     """Download a file, or reuse the cached copy at ``path`` if it is current.
 
@@ -45,7 +45,7 @@ def download(
         path: local file.
         check: called with a file; raises a `ValueError` if its content is wrong.
         limit: largest allowed size in bytes.
-        ask: when the server is asked for a newer version of a copy that passes the check:
+        revalidate: when the server is asked for a newer version of a copy that passes the check:
             ``always``; ``by tag`` only if the copy came with an ETag or date (otherwise a note on
             stderr says that it may be old); ``never``, for files that a hash identifies.
 
@@ -54,8 +54,8 @@ def download(
     """
     tags_path = path.with_name(f"{path.name}.json")
     copy = _cached_copy(path, tags_path, check)
-    if copy and (ask == "never" or (ask == "by tag" and not copy[1])):
-        if ask == "by tag":
+    if copy and (revalidate == "never" or (revalidate == "by tag" and not copy[1])):
+        if revalidate == "by tag":
             _note_copy(url, copy, f"delete {path} to fetch it again")
         return
     try:
@@ -64,13 +64,13 @@ def download(
             raise ValueError("an address begins with http://HOST/ or https://HOST/")  # noqa: TRY301
         headers = {"User-Agent": "tljax", **(copy[1] if copy else {})}
         request = Request(quote(url, string.punctuation), headers=headers)  # noqa: S310 - see above
-        with urlopen(request, timeout=30) as response, written_whole(path) as temporary:  # noqa: S310
+        with urlopen(request, timeout=30) as response, atomic_write(path) as temporary:  # noqa: S310
             _receive(response, request, temporary, Path(parts.path).name, limit)
             check(temporary)
             written = temporary.stat().st_mtime_ns
-        if ask != "never":
+        if revalidate != "never":
             tags = {k: v for k, tag in _VALIDATORS.items() if (v := response.headers[tag])}
-            with written_whole(tags_path) as temporary:
+            with atomic_write(tags_path) as temporary:
                 temporary.write_text(json.dumps({"written": written, "tags": tags}), "utf-8")
     except RequestError:
         raise

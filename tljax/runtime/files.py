@@ -44,7 +44,7 @@ def mark_output(folder: Path) -> None:
         RequestError: the folder cannot be written.
     """
     if not (folder / MARKER).exists():
-        with suppress(FileExistsError), written_whole(folder / MARKER, exclusive=True) as temporary:
+        with suppress(FileExistsError), atomic_write(folder / MARKER, exclusive=True) as temporary:
             temporary.write_text("written by tljax: not read as data\n", "utf-8")
 
 
@@ -108,7 +108,7 @@ def sha256(content: Path | bytes) -> str:
 
 
 @contextmanager
-def written_whole(path: Path, *, exclusive: bool = False) -> Iterator[Path]:
+def atomic_write(path: Path, *, exclusive: bool = False) -> Iterator[Path]:
     """Write a file atomically: yield a temporary path that replaces ``path`` after the block.
 
     Readers see the old file or the new one, never a partial one. After an error in the block the
@@ -128,7 +128,7 @@ def written_whole(path: Path, *, exclusive: bool = False) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{uuid4().hex}.part")
     try:
         _create(temporary)
-        remove_abandoned(path.parent.glob(f".{glob.escape(path.name)}.*.part"))
+        remove_stale_files(path.parent.glob(f".{glob.escape(path.name)}.*.part"))
         yield temporary
         if exclusive:
             _rename_exclusively(temporary, path)
@@ -145,7 +145,7 @@ def written_whole(path: Path, *, exclusive: bool = False) -> Iterator[Path]:
             temporary.unlink()
 
 
-def remove_abandoned(paths: Iterable[Path]) -> None:
+def remove_stale_files(paths: Iterable[Path]) -> None:
     """Remove the files that were last modified more than a day ago; ignore errors."""
     for path in paths:
         with suppress(OSError):  # another process may have removed it

@@ -51,7 +51,7 @@ def join() -> None:
     Thread(target=_follow, args=(_client(),), daemon=True).start()
 
 
-def leave(message: str, code: int) -> NoReturn:
+def exit_all_processes(message: str, code: int) -> NoReturn:
     """Exit all processes; without this one the others would wait forever.
 
     Args:
@@ -94,7 +94,7 @@ def _exit_together(client: Any, code: int) -> NoReturn:
 _EXIT_KEY = "tljax/left"
 
 
-def is_writer() -> bool:
+def is_main_process() -> bool:
     """Return True in the one process that writes files, process 0."""
     return jax.process_index() == 0
 
@@ -117,7 +117,7 @@ def data_mesh(devices: int | None = None) -> Mesh:
     return jax.make_mesh((len(selected),), ("data",), axis_types=(AxisType.Auto,), devices=selected)
 
 
-def divisible(batch_size: int, mesh: Mesh) -> int:
+def round_up_to_devices(batch_size: int, mesh: Mesh) -> int:
     """Return the batch size rounded up to a multiple of the number of devices."""
     return -(-batch_size // mesh.size) * mesh.size
 
@@ -153,7 +153,7 @@ def replicate(tree: Tree, mesh: Mesh) -> Tree:
     )
 
 
-def local_rows(x: jax.Array) -> np.ndarray:
+def local_shards(x: jax.Array) -> np.ndarray:
     """Copy this process's rows of an array sharded by `shard` to the host."""
     shards = sorted(x.addressable_shards, key=lambda shard: shard.index[0].start or 0)
     return np.concatenate([np.asarray(shard.data) for shard in shards])
@@ -166,7 +166,7 @@ def gather(rows: np.ndarray) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(rows)).reshape(-1, *rows.shape[1:])
 
 
-def agree(due: bool, stop: bool) -> tuple[bool, bool]:
+def sync_flags(due: bool, stop: bool) -> tuple[bool, bool]:
     """Agree on two decisions: ``due`` as process 0 says, ``stop`` if any process says so."""
     flags = gather(np.array([[due, stop]]))
     return bool(flags[0, 0]), bool(flags[:, 1].any())
@@ -175,12 +175,12 @@ def agree(due: bool, stop: bool) -> tuple[bool, bool]:
 class Preemption:
     """Context manager that handles SIGTERM, which schedulers send before they kill a process.
 
-    Inside `deferred` the signal only sets ``asked``, which the training loop checks after every
+    Inside `deferred` the signal only sets ``requested``, which the training loop checks after every
     step. Elsewhere, and on the second signal, it raises `StoppedError` immediately.
     """
 
     def __init__(self) -> None:
-        self.asked = self._deferred = False
+        self.requested = self._deferred = False
 
     def __enter__(self) -> Self:
         self._before = signal.signal(signal.SIGTERM, self._stop)
@@ -197,18 +197,18 @@ class Preemption:
             yield
         finally:
             self._deferred = False
-        if self.asked:
+        if self.requested:
             raise StoppedError
 
     def _stop(self, *_: object) -> None:
-        immediately = self.asked or not self._deferred
-        self.asked = True
+        immediately = self.requested or not self._deferred
+        self.requested = True
         if not immediately:
             return
         if jax.process_count() > 1:
             message = str(StoppedError())
             print(f"error: {message}", file=sys.stderr)
-            leave(message, StoppedError.CODE)
+            exit_all_processes(message, StoppedError.CODE)
         raise StoppedError
 
 

@@ -71,10 +71,10 @@ class Checked:
             for number, (kind, allowed) in zip(values, cycle(ranges(field.type)), strict=False):
                 if number is not None and not allowed.holds(number, kind):
                     noun = "a whole number" if kind is int else "a number"
-                    raise RequestError(f"{spelled(field.name, value)}: choose {noun} {allowed}")
+                    raise RequestError(f"{format_flag(field.name, value)}: choose {noun} {allowed}")
 
 
-def spelled(name: str, value: Any) -> str:
+def format_flag(name: str, value: Any) -> str:
     """Format a setting as a command-line flag with its value."""
     flag = name.replace("_", "-")
     if isinstance(value, bool):

@@ -8,7 +8,7 @@ from dataclasses import fields, is_dataclass
 from types import SimpleNamespace
 from typing import Any, Literal
 
-from tljax.runtime.ranges import spelled
+from tljax.runtime.ranges import format_flag
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -34,7 +34,9 @@ def settings(config: Any) -> dict[str, Any]:
     return values
 
 
-def idle(config: Any, conditions: Conditions, names: Iterable[str]) -> dict[str, str]:
+def find_unused_settings(
+    config: Any, conditions: Conditions, names: Iterable[str]
+) -> dict[str, str]:
     """Find the settings among ``names`` that have no effect.
 
     Returns:
@@ -45,5 +47,5 @@ def idle(config: Any, conditions: Conditions, names: Iterable[str]) -> dict[str,
     for condition_names, has_effect, reason in conditions:
         for name in set(names).intersection(condition_names.split()) - messages.keys():
             if not has_effect(namespace):
-                messages[name] = f"{spelled(name, values[name])} has no effect {reason}"
+                messages[name] = f"{format_flag(name, values[name])} has no effect {reason}"
     return {name: messages[name] for name in values if name in messages}

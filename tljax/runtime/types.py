@@ -71,10 +71,10 @@ class Preprocess:
         )
 
 
-HALF = Preprocess(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+INCEPTION_PREPROCESS = Preprocess(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 """Preprocessing of networks that expect values in [-1, 1]."""
 
-CAFFE = Preprocess(
+CAFFE_PREPROCESS = Preprocess(
     mean=(123.68 / 255, 116.779 / 255, 103.939 / 255),
     std=(1 / 255, 1 / 255, 1 / 255),
     channel_order="bgr",
@@ -84,8 +84,8 @@ CAFFE = Preprocess(
 
 NORMALIZATIONS: dict[Normalization, Preprocess] = {
     "torch": Preprocess(),
-    "tf": HALF,
-    "caffe": CAFFE,
+    "tf": INCEPTION_PREPROCESS,
+    "caffe": CAFFE_PREPROCESS,
 }
 """Common normalizations by their names in keras.applications.
 

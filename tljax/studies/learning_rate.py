@@ -16,7 +16,7 @@ from tljax.data.sources import Splits
 from tljax.metrics.sums import means
 from tljax.models import Model
 from tljax.runtime.errors import RequestError
-from tljax.runtime.parallel import is_writer, shard
+from tljax.runtime.parallel import is_main_process, shard
 from tljax.runtime.progress import track
 from tljax.runtime.types import Variables
 from tljax.train.options import FitConfig
@@ -92,7 +92,7 @@ def find_learning_rate(
         total=steps,
         size=lambda _: 1,
         unit="steps",
-        quiet=not is_writer(),
+        quiet=not is_main_process(),
     ):
         keys = epoch_key(seed, epoch), run_key
         state, metrics = step(state, frozen, shard(batch, run.mesh), keys)

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float, Shaped, UInt8
 
 from tljax import explain
-from tljax.data.loader import load_batches, refuse_none
+from tljax.data.loader import load_batches, require_readable_image
 from tljax.data.sources import open_images
 from tljax.models import Model, apply
 from tljax.pretrained import Pretrained
@@ -62,7 +62,7 @@ def read_photographs(
         for name, batch in zip(source.names, batches, strict=True)
         if batch.mask[0]
     ]
-    refuse_none(source, skipped)
+    require_readable_image(source, skipped)
     return photographs, {source.names[index]: reason for index, reason in skipped.items()}
 
 
@@ -93,7 +93,7 @@ def ideal_pictures(
     Raises:
         RequestError: no class is target_index, or one is unknown.
     """
-    model, variables, card = network.with_classes()
+    model, variables, card = network.require_classes()
     if not classes:
         raise RequestError("name at least one class")
     labels = np.repeat([card.index_of(name) for name in classes], 2)
@@ -110,7 +110,7 @@ def ideal_pictures(
             num_steps=num_steps,
         )
         images = jax.jit(
-            lambda v, k: synthesize(explain.score_of(partial(_logits, model, v), labels), k)  # noqa: B023
+            lambda v, k: synthesize(explain.class_score(partial(_logits, model, v), labels), k)  # noqa: B023
         )(variables, keys)
         pixels = explain.to_pixels(images)
         probabilities = np.asarray(jax.nn.softmax(_logits(model, variables, pixels)))
@@ -147,7 +147,7 @@ def explanation_pictures(
     Raises:
         RequestError: the class is unknown.
     """
-    model, variables, card = network.with_classes()
+    model, variables, card = network.require_classes()
     after = model.stage_names[model.position(map_stages(model)[-1]) + 1]
     window = max(1, model.preprocess.size // 7)
 
@@ -294,7 +294,7 @@ def channel_pictures(
     @jax.jit
     def synthesize(variables: Variables, keys: jax.Array) -> jax.Array:
         means = explain.channel_mean(partial(features_fn, variables))
-        objective = explain.score_of(means, np.asarray(channels))
+        objective = explain.class_score(means, np.asarray(channels))
         return explain.visualize(objective, keys, size=size, num_steps=num_steps)
 
     images = synthesize(variables, jax.random.split(jax.random.key(seed), len(channels)))

@@ -15,13 +15,13 @@ from tljax import attack as library
 from tljax.attack.contract import Attack, LogitsFn
 from tljax.attack.ensemble import title
 from tljax.attack.evaluate import Robustness, Share, share
-from tljax.data.loader import load_batches, refuse_none
+from tljax.data.loader import load_batches, require_readable_image
 from tljax.data.options import Loading
-from tljax.data.sources import Source, ambiguous, match_classes, select
-from tljax.features.evaluate import settle
+from tljax.data.sources import Source, find_ambiguous_names, match_classes, select
+from tljax.features.evaluate import resolve_ambiguous_labels
 from tljax.models import Model, apply
 from tljax.pretrained import Pretrained
-from tljax.pretrained.catalog import names_like
+from tljax.pretrained.catalog import match_class_names
 from tljax.runtime.errors import RequestError
 from tljax.runtime.parallel import data_mesh
 from tljax.runtime.progress import track
@@ -160,8 +160,8 @@ def read_victims(
     notes: list[str] = []
     ambiguous_classes: dict[str, list[int]] = {}
     if source.classes:
-        names = names_like(card.classes, source.classes)
-        ambiguous_classes = ambiguous(source.classes, names)
+        names = match_class_names(card.classes, source.classes)
+        ambiguous_classes = find_ambiguous_names(source.classes, names)
         source, remarks = match_classes(source, names)
         notes += remarks
     if count is not None and count < len(source):
@@ -185,9 +185,9 @@ def read_victims(
             labels = np.asarray(_predict(predict, batch.inputs).argmax(-1))
         elif ambiguous_classes:
             logits = np.asarray(_predict(predict, batch.inputs))
-            labels = settle(labels, logits, ambiguous_classes)
+            labels = resolve_ambiguous_labels(labels, logits, ambiguous_classes)
         parts.append([np.asarray(a)[batch.mask] for a in (batch.inputs, labels, batch.indices)])
-    refuse_none(source, skipped)
+    require_readable_image(source, skipped)
     images, labels, indices = map(np.concatenate, zip(*parts, strict=True))
     notes += skipped_lines(source, skipped)
     return Victims(images, labels.astype(np.int32), [source.names[int(i)] for i in indices], notes)

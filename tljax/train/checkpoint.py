@@ -21,8 +21,8 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import PolicyCheckpointInfo
 
 from tljax.runtime.errors import RequestError, WriteError
-from tljax.runtime.files import written_whole
-from tljax.runtime.parallel import gather_json, is_writer
+from tljax.runtime.files import atomic_write
+from tljax.runtime.parallel import gather_json, is_main_process
 from tljax.runtime.trees import array_bytes
 
 Tree = TypeVar("Tree")
@@ -87,7 +87,7 @@ class Checkpoints:
                 options=ocp.CheckpointManagerOptions(
                     preservation_policy=_LastTwoIntact(self._damaged),
                     create=False,
-                    cleanup_tmp_directories=is_writer(),
+                    cleanup_tmp_directories=is_main_process(),
                     multiprocessing_options=alone,
                 ),
             )
@@ -108,7 +108,7 @@ class Checkpoints:
         Raises:
             RequestError: the previous write failed.
         """
-        if not is_writer():
+        if not is_main_process():
             return
         leaves = [np.array(leaf) for leaf in jax.tree.leaves(state)]
         about = {"position": position, "identity": self._identity}
@@ -179,8 +179,8 @@ class Checkpoints:
             self._damaged.add(number)
             marker = self._folder / f"{number}.damaged"
             text = f"{reason}\nDelete this file to read checkpoint {number} again.\n"
-            if is_writer():
-                with suppress(WriteError), written_whole(marker) as temporary:
+            if is_main_process():
+                with suppress(WriteError), atomic_write(marker) as temporary:
                     temporary.write_text(text, "utf-8")
             return None
         if reasons := [reason for _, reason in outcomes if reason]:

@@ -16,7 +16,7 @@ from tljax.features.evaluate import Evaluation, evaluate
 from tljax.features.extract import Outputs
 from tljax.features.probe import Probe
 from tljax.models import Model, abstract_variables
-from tljax.pretrained.rules import own_rules
+from tljax.pretrained.rules import native_rules
 from tljax.runtime.errors import RequestError
 from tljax.runtime.parallel import Preemption, replicate
 from tljax.runtime.trees import flatten
@@ -150,7 +150,7 @@ def fit(
 
     initial = materialized(variables)
     mismatch = f"materialize made variables that do not fit {model.name}"
-    own_rules(flatten(initial), abstract_variables(model), mismatch)
+    native_rules(flatten(initial), abstract_variables(model), mismatch)
     first = evaluate(inputs.logits(model, initial))
     metrics = validation_metrics(first, _robust_evaluation(run, initial))
     history: History = [{"phase": run.plan.start, "epoch": 0, **metrics}]
@@ -239,7 +239,7 @@ def train_phase(
         without_gain = len(history) - 1 - best_epoch(history)
         if 0 < run.config.patience <= min(in_phase, without_gain):
             break
-        total_epoch = phase.before + epoch
+        total_epoch = phase.epochs_before + epoch
         position = {"phase": number, "epoch": epoch, "pass": total_epoch, "history": history}
         start = {**position, "batch": batch, "sums": sums}
         keys = epoch_key(run.seed, total_epoch), run_key

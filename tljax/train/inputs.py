@@ -16,13 +16,13 @@ from tljax.features import store
 from tljax.features.extract import (
     Outputs,
     View,
-    advance,
-    augmentable,
     compute_features,
     feature_bytes,
     feature_rows,
     process_rows,
     process_shard,
+    run_from_stage,
+    with_crop_margin,
 )
 from tljax.models import Model
 from tljax.runtime.errors import RequestError, WriteError
@@ -76,7 +76,7 @@ class Inputs:
         if not self.train:
             return load_batches(
                 self.splits.train,
-                (augmentable(model) if self.config.augment else model).preprocess,
+                (with_crop_margin(model) if self.config.augment else model).preprocess,
                 batch_size=size,
                 seed=self.seed,
                 epoch=epoch,
@@ -102,7 +102,7 @@ class Inputs:
             RequestError: no validation image can be read.
         """
         if self.val is not None and self.start is not None:
-            return advance(model, variables, self.val, self.loading, start=self.start)
+            return run_from_stage(model, variables, self.val, self.loading, start=self.start)
         logits = compute_features(
             model, variables, self.splits.val, self.loading, stop=None, description="validation"
         )
@@ -116,7 +116,7 @@ class Inputs:
         if self.start is not None and not self.config.augment:
             if self.start == head:
                 return self.train[0]
-            return advance(
+            return run_from_stage(
                 model, variables, self.train[0], self.loading, start=self.start, stop=head
             )
         features = compute_features(
@@ -235,4 +235,4 @@ def cache_place(model: Model, splits: Splits, config: FitConfig, start: str) -> 
     size = cache_bytes(model, splits, config, start)
     if size <= min(gather_json(free_memory())) / 2:
         return "memory"
-    return "disk" if jax.process_count() == 1 and size <= store.room() else "none"
+    return "disk" if jax.process_count() == 1 and size <= store.available_bytes() else "none"

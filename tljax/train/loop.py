@@ -9,7 +9,7 @@ import numpy as np
 
 from tljax.metrics.sums import means
 from tljax.runtime.errors import DivergenceError, StoppedError
-from tljax.runtime.parallel import agree, is_writer, shard
+from tljax.runtime.parallel import is_main_process, shard, sync_flags
 from tljax.runtime.progress import track
 from tljax.runtime.types import Variables
 from tljax.train.inputs import Inputs
@@ -67,7 +67,7 @@ def train_epoch(
         description=f"epoch {epoch}",
         total=len(run.splits.train) - first * run.loading.batch_size,
         size=lambda batch: int((batch.indices >= 0).sum()) * jax.process_count(),
-        quiet=not is_writer(),
+        quiet=not is_main_process(),
     )
     log = StepLog(run, phase, (epoch - 1) * run.steps_per_epoch + first, position["sums"])
     interruptible = run.checkpoints is not None or run.preemption is not None
@@ -83,8 +83,8 @@ def train_epoch(
             state, metrics = step(*arguments)
         log.append(metrics)
         late = time.monotonic() - saved >= run.checkpoint_seconds
-        stop_asked = run.preemption is not None and run.preemption.asked
-        due, stop = agree(late, stop_asked) if interruptible else (False, False)
+        stop_asked = run.preemption is not None and run.preemption.requested
+        due, stop = sync_flags(late, stop_asked) if interruptible else (False, False)
         if due or stop:
             sums = log.read()
             save(run, phase, inputs, {**position, "batch": done, "sums": sums}, state, best)
@@ -92,7 +92,7 @@ def train_epoch(
         if stop:
             raise StoppedError
         requested = time.monotonic()
-    if inputs.start is None and is_writer():
+    if inputs.start is None and is_main_process():
         share = waited / (time.monotonic() - began)
         print(f"  {share:.0%} of the time waiting for data", file=sys.stderr)
     return state, means(log.read())

@@ -20,7 +20,7 @@ class Phase(NamedTuple):
         name: name in the history.
         table: learning rate multiple by path pattern, see `tljax.train.freeze`.
         epochs: number of epochs.
-        before: number of epochs of all earlier phases.
+        epochs_before: number of epochs of all earlier phases.
         rates: learning rate multiple of every parameter; {} until the table is applied to a
             network.
     """
@@ -28,7 +28,7 @@ class Phase(NamedTuple):
     name: str
     table: Table
     epochs: int
-    before: int = 0
+    epochs_before: int = 0
     rates: Variables = {}  # noqa: RUF012 - a field of a tuple, never mutated
 
 

@@ -21,11 +21,11 @@ from typing import Any
 
 import jax
 
-from tljax.data.examples import printable, shortened
+from tljax.data.examples import join_names, printable
 from tljax.data.sources import Source, Splits, open_splits
 from tljax.runtime.errors import DivergenceError, RequestError, StoppedError, WriteError
-from tljax.runtime.files import MARKER, mark_output, read_config, sha256, to_json, written_whole
-from tljax.runtime.parallel import is_writer
+from tljax.runtime.files import MARKER, atomic_write, mark_output, read_config, sha256, to_json
+from tljax.runtime.parallel import is_main_process
 
 BEST = Path("best") / "model.safetensors"
 """Path of the network of the best epoch within a run directory, for `load_pretrained`."""
@@ -153,7 +153,7 @@ def attempt(workdir: Path, *, new: bool) -> Iterator[None]:
     except (DivergenceError, StoppedError):
         raise
     except Exception:
-        if new and is_writer() and not any((workdir / "checkpoints").glob("[0-9]*")):
+        if new and is_main_process() and not any((workdir / "checkpoints").glob("[0-9]*")):
             for name in ("config.json", "split.csv"):
                 (workdir / name).unlink(missing_ok=True)
         raise
@@ -203,7 +203,7 @@ def _compare_split(workdir: Path, saved: dict[str, Any], spec: str, split: bytes
             if any(before[name].get(key, now[name][key]) != now[name][key] for key in columns)
         },
     }
-    if changes := [f"{len(n)} {d} ({shortened(sorted(n))})" for d, n in differences.items() if n]:
+    if changes := [f"{len(n)} {d} ({join_names(sorted(n))})" for d, n in differences.items() if n]:
         raise RequestError(
             f"{workdir}: the images of {spec} have changed: {'; '.join(changes)}: restore them or "
             "start a new run"
@@ -238,7 +238,7 @@ class MetricsFile:
 
     def on_step(self, step: int, metrics: dict[str, float]) -> None:
         """Append a line, and remove those of later steps, which an interrupted process wrote."""
-        if not is_writer():
+        if not is_main_process():
             return
         earlier = [entry for entry in self._steps if entry[1] < step]
         rewrite, self._steps = len(earlier) < len(self._steps), earlier
@@ -255,7 +255,7 @@ class MetricsFile:
 
     def on_epoch(self, history: Sequence[dict[str, Any]]) -> None:
         """Write the whole history and the lines of steps; it holds no times."""
-        if is_writer():
+        if is_main_process():
             self._epochs = [to_json(entry) for entry in history]
             self._write_all()
 
@@ -346,5 +346,5 @@ def _csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> bytes:
 
 
 def _write(path: Path, content: bytes, *, exclusive: bool = False) -> None:
-    with written_whole(path, exclusive=exclusive) as temporary:
+    with atomic_write(path, exclusive=exclusive) as temporary:
         temporary.write_bytes(content)

@@ -20,8 +20,8 @@ from tljax.data.sources import Splits
 from tljax.features.probe import Probe, fit_probe
 from tljax.models import Model, init, replace_head
 from tljax.runtime.errors import RequestError
-from tljax.runtime.parallel import Preemption, data_mesh, is_writer, replicate
-from tljax.runtime.settings import Conditions, idle, settings
+from tljax.runtime.parallel import Preemption, data_mesh, is_main_process, replicate
+from tljax.runtime.settings import Conditions, find_unused_settings, settings
 from tljax.runtime.trees import flatten
 from tljax.runtime.types import Variables
 from tljax.train.adversary import adversarial
@@ -131,7 +131,11 @@ def prepare(
     loading = replace(loading, batch_size=min(loading.batch_size, len(splits.train)))
     config = config or FitConfig()
     changed = {name for name, _ in settings(config).items() - settings(FitConfig()).items()}
-    for note in idle(config, ASKED_CONDITIONS, changed).values() if is_writer() else ():
+    for note in (
+        find_unused_settings(config, ASKED_CONDITIONS, changed).values()
+        if is_main_process()
+        else ()
+    ):
         print(f"note: {note}", file=sys.stderr)
     _check_replaced(config, changed, run_options.get("objective"), new_head)
     classes = len(splits.train.classes)
@@ -184,7 +188,7 @@ def _check_replaced(
         ("label_smoothing class_weights", lambda _: objective is None, "with a custom objective"),
         ("dropout head_after", lambda _: new_head is None, "with a custom head"),
     )
-    if lines := idle(config, conditions, changed):
+    if lines := find_unused_settings(config, conditions, changed):
         raise RequestError("; ".join(lines.values()))
 
 

@@ -17,7 +17,7 @@ from tljax.data.augment import augment as augmented
 from tljax.data.augment import mix
 from tljax.data.options import AugmentConfig
 from tljax.metrics.classification import class_shares
-from tljax.metrics.sums import Weighted, add_up
+from tljax.metrics.sums import Weighted, masked_sum
 from tljax.models import Model, Output, apply
 from tljax.runtime.errors import RequestError
 from tljax.runtime.types import Array, Batch, Variables
@@ -247,7 +247,7 @@ def make_train_step(
             noise=noise,
         )
         losses, named = _checked(objective(forward, batch, keys[1]), len(batch.mask))
-        metrics = {name: add_up(x, batch.mask) for name, x in {"loss": losses, **named}.items()}
+        metrics = {name: masked_sum(x, batch.mask) for name, x in {"loss": losses, **named}.items()}
         stats = {name: forward.batch_stats[name] for name in batch_stats}
         return metrics["loss"][0], (stats, metrics)
 

@@ -21,7 +21,7 @@ class StepLog:
     def __init__(self, run: Run, phase: Phase, step: int, sums: Sums) -> None:
         """Start after ``step`` steps of the run, with the ``sums`` of this epoch so far."""
         self._run, self._step, self._sums, self._schedule = run, step, sums, run.schedule(phase)
-        self._first = phase.before * run.steps_per_epoch
+        self._first = phase.epochs_before * run.steps_per_epoch
         self._pending: list[tuple[float, StepMetrics]] = []
         self._read = self._began = time.monotonic()
         self._window: Sums = {}

@@ -22,7 +22,7 @@ import safetensors.numpy
 from tljax.pretrained.formats import keras_file, torch_file
 from tljax.pretrained.formats.torch_pickle import DamagedError
 from tljax.runtime.errors import RequestError
-from tljax.runtime.files import written_whole
+from tljax.runtime.files import atomic_write
 
 # numpy names of the dtypes; safetensors' numpy reader copies, and lacks bfloat16 and float8.
 _DTYPES = {
@@ -106,7 +106,7 @@ def write_safetensors(
     """
     # The library ignores strides: it writes the memory of a transposed array without reordering.
     arrays = {key: np.asarray(array, order="C") for key, array in arrays.items()}
-    with written_whole(Path(path)) as temporary:
+    with atomic_write(Path(path)) as temporary:
         mode = temporary.stat().st_mode
         try:
             safetensors.numpy.save_file(arrays, temporary, dict(metadata) if metadata else None)
@@ -128,7 +128,7 @@ def write_torch(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray]) 
         RequestError: torch does not support a dtype, or the file cannot be written.
     """
     path = Path(path)
-    with written_whole(path) as temporary, temporary.open("wb") as file:
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
         try:
             torch_file.write_zip(file, arrays)
         except ValueError as error:
@@ -152,7 +152,7 @@ def write_keras(
         RequestError: the file cannot be written.
     """
     path = Path(path)
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         keras_file.write(temporary, arrays, names, legacy=not path.name.endswith(".weights.h5"))
 
 
@@ -226,7 +226,7 @@ def _read(path: Path, data: mmap.mmap) -> Tensors:
             return _parse(path, data)
         # The arrays keep the unpacked file mapped after its name is removed.
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-            with written_whole(Path(folder, "unpacked")) as unpacked:
+            with atomic_write(Path(folder, "unpacked")) as unpacked:
                 unpacked.write_bytes(_unpack(data))
             return _parse(Path(folder, "unpacked"), _map(Path(folder, "unpacked")))
     except DamagedError as error:

@@ -13,7 +13,7 @@ from tljax.models import inception, mobilenet, resnet, resnetv2, vgg, xception
 from tljax.models.depthwise import round_width
 from tljax.pretrained.rules import Layout, Rule, Rules
 from tljax.pretrained.tables import block_indices, depthwise
-from tljax.runtime.types import CAFFE
+from tljax.runtime.types import CAFFE_PREPROCESS
 
 
 class Layer(NamedTuple):
@@ -277,7 +277,7 @@ def keras(model: str) -> Rules:
     )
 
 
-_PREPROCESS = {"vgg16": CAFFE, "vgg19": CAFFE}
+_PREPROCESS = {"vgg16": CAFFE_PREPROCESS, "vgg19": CAFFE_PREPROCESS}
 """Preprocessing of Keras' weights, where it differs from that of the model."""
 
 LAYOUTS: dict[str, dict[str, Layout]] = {

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tljax.models import MODELS, Model, abstract_variables, build_model, with_head
-from tljax.pretrained.rules import Difference, Layout, Rules, compare, counted, few
+from tljax.pretrained.rules import Difference, Layout, Rules, compare, required_keys, shorten_list
 from tljax.pretrained.tables import (
     bit,
     efficientnet,
@@ -79,7 +79,7 @@ class Identity(NamedTuple):
 
     def notes(self, where: str) -> tuple[str, ...]:
         """Return a note about the ignored keys of the file ``where``, if there are any."""
-        left_out = f"left out what {self.model.name} does without: {few(self.ignored)}"
+        left_out = f"left out what {self.model.name} does without: {shorten_list(self.ignored)}"
         return (f"{where}: {left_out}{self.under}",) if self.ignored else ()
 
     @property
@@ -96,7 +96,11 @@ def identify(arrays: Mapping[str, np.ndarray], model: str | None = None) -> Iden
         model: name of the only model to consider; by default all.
     """
     candidates = [
-        (len({*counted(arrays, details.ignore)} ^ _part(arrays, name, layout).keys), name, layout)
+        (
+            len({*required_keys(arrays, details.ignore)} ^ _part(arrays, name, layout).keys),
+            name,
+            layout,
+        )
         for name in ([model] if model else MODELS)
         for layout, details in LAYOUTS[name].items()
     ]
@@ -161,7 +165,7 @@ def _part(arrays: Mapping[str, np.ndarray], model: str, layout: str) -> _Part:
     return next((part for part in parts if not part.last.isdisjoint(arrays)), parts[-1])
 
 
-def bias_of_head(rules: Rules) -> str:
+def head_bias_key(rules: Rules) -> str:
     """Return the key of the head's bias, whose size is the number of classes."""
     return next(rule.key for rule in rules if rule.path == "params/head/bias")
 
@@ -170,7 +174,7 @@ def _compare(arrays: Mapping[str, np.ndarray], name: str, layout: str) -> Identi
     rules = layout_rules(name, layout)
     part, details = _part(arrays, name, layout), LAYOUTS[name][layout]
     arrays = {part.omitted + key: array for key, array in arrays.items()}
-    head = bias_of_head(rules)
+    head = head_bias_key(rules)
     model = build_model(name, arrays[head].size if head in arrays else 1000)
     if part.after:
         model = with_head(model, 0, after=part.after)
@@ -247,7 +251,7 @@ def _identify_under(prefix: str, arrays: Mapping[str, np.ndarray], model: str | 
 
     ignored = [key for key in identity.difference.leftover if is_ignored(key)]
     leftover = tuple(key for key in identity.difference.leftover if not is_ignored(key))
-    outside = counted(key for key in arrays if not key.startswith(prefix))
+    outside = required_keys(key for key in arrays if not key.startswith(prefix))
     return identity._replace(
         difference=identity.difference._replace(leftover=leftover),
         prefix=prefix,
