@@ -41,7 +41,7 @@ $(VENV)/.demo: pyproject.toml | $(BIN)/python
 	touch $@
 
 $(VENV)/.test: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --no-compile --editable ".[demo,test]"
+	$(BIN)/python -m pip install --quiet --no-compile --editable ".[demo,docs,test]"
 	@# torchattacks declares old versions and torchvision, and needs neither.
 	$(BIN)/python -m pip install --quiet --no-deps torchattacks==3.5.1
 	touch $@

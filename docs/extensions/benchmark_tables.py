@@ -72,7 +72,7 @@ def epochs() -> str:
 TABLES = {
     "recipes": recipes,
     "epochs": epochs,
-    **{maker.__name__: maker for maker in tables.MAKERS},
+    **{maker.__name__: maker for maker in tables.TABLES},
 }
 
 

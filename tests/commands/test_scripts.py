@@ -343,7 +343,7 @@ def test_a_file_that_fits_two_networks_needs_an_option(cache: Path, tmp_path: Pa
     assert f"--model mobilenetv3_small_075 or --model {name}" in done.stderr
     done = call_script(cache, *command, "--layout", "tljax", "--model", name)
     assert done.stdout == f"{name} written to {tmp_path / 'x.safetensors'}\n"
-    assert done.stderr.startswith(f"note: {tmp_path / 'bare.safetensors'}: its one output")
+    assert done.stderr.startswith(f"note: {tmp_path / 'bare.safetensors'}: its single output")
 
 
 def test_probe(cache: Path, photographs: Path):
@@ -380,7 +380,7 @@ def test_another_process_reuses_cached_features(photographs: Path, tmp_path: Pat
     assert sorted((tmp_path / "features").iterdir()) == kept
     for path in kept:
         assert f"from {path}" in again.stderr
-        assert f"kept in {path}" in first.stderr
+        assert f"cached in {path}" in first.stderr
     without = {"seconds": 0}
     assert {**answer(first), **without} == {**answer(again), **without}
 

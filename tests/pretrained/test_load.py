@@ -408,7 +408,7 @@ def test_loading_traces_a_network_once(
 
     build = network._build
     monkeypatch.setattr(network, "_build", trace)
-    network._traced.cache_clear()
+    network._trace_cached.cache_clear()
     load_pretrained(tmp_path / "x.safetensors")
     assert len(traced) == 1
 

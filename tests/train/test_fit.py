@@ -391,7 +391,7 @@ def test_unreadable_images_are_listed_and_a_class_without_images_is_refused():
             train(fit_config, splits(val_broken=range(7)))
         with pytest.raises(RequestError, match="no image of class 'b' in the training data"):
             train(fit_config, splits(broken=range(1, 11, 3)))
-        with pytest.raises(RequestError, match=r"image \d: .*skip bad images"):
+        with pytest.raises(RequestError, match=r"image \d: .*skip it"):
             train(fit_config, loading=replace(LOADING, on_bad_image="fail"))
 
 

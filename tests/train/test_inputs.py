@@ -142,7 +142,7 @@ def test_auto_chooses_memory_then_disk_then_none(folder, monkeypatch):
     size = cache_bytes(tiny_network.MODEL, splits(), fit_config, "layer1")
     memory, disk = [0], [0]
     monkeypatch.setattr(inputs, "free_memory", lambda: memory[0])
-    monkeypatch.setattr(store, "room", lambda: disk[0])
+    monkeypatch.setattr(store, "available_bytes", lambda: disk[0])
 
     def place(cache="auto"):
         return cache_place(tiny_network.MODEL, splits(), config(cache=cache), "layer1")
@@ -169,7 +169,7 @@ def test_the_cache_is_limited_by_the_disk_and_the_setting(folder, monkeypatch):
 def test_a_cache_that_cannot_be_written_is_skipped_by_auto_and_refused_by_disk(monkeypatch, capsys):
     monkeypatch.setenv("TLJAX_CACHE", "/dev/null/cache")
     monkeypatch.setattr(inputs, "free_memory", lambda: 0)
-    monkeypatch.setattr(store, "room", lambda: 2**30)
+    monkeypatch.setattr(store, "available_bytes", lambda: 2**30)
     assert open_cached("auto").start is None
     assert "note: nothing is cached: /dev/null/cache/" in capsys.readouterr().err
     with pytest.raises(RequestError, match=r"cannot be written .*, or --cache none$"):

@@ -9,7 +9,6 @@ from traceback import extract_tb
 from types import ModuleType
 from typing import Any, TypedDict
 
-from tljax.data.folders import suggest_path
 from tljax.runtime.errors import RequestError
 from tljax.runtime.files import sha256
 
@@ -55,7 +54,7 @@ def load_extension(spec: str) -> tuple[Extension, str]:
     Raises:
         RequestError: the file is missing or raises an error, or NAME is missing or no extension.
     """
-    from tljax.data.folders import expand_path
+    from tljax.data.folders import expand_path, suggest_path
 
     file, name = split_name(spec)
     path = expand_path(file)

@@ -151,10 +151,10 @@ def prepare(
         raise RequestError("log_every must be at least 1 step")
     head = model.stage_names[-1]
     plan = make_plan(model, config, len(splits.train), loading.batch_size)
-    epochs_before = accumulate((phase.epochs for phase in plan.phases), initial=0)
+    counts = accumulate((phase.epochs for phase in plan.phases), initial=0)
     phases = tuple(
-        phase._replace(rates=label(variables["params"], phase.table), before=before)
-        for phase, before in zip(plan.phases, epochs_before, strict=False)
+        phase._replace(rates=label(variables["params"], phase.table), epochs_before=count)
+        for phase, count in zip(plan.phases, counts, strict=False)
     )
     plan = plan._replace(phases=phases)
     for rates, later in pairwise(flatten(phase.rates) for phase in phases):
