@@ -13,7 +13,7 @@ from engine import LOADING, config, source, train
 from tljax.data.options import AugmentConfig
 from tljax.data.sources import Splits
 from tljax.pretrained import Card
-from tljax.report.runs import first_epoch_drop, remarks, write_training_report
+from tljax.report.runs import remarks, write_training_report
 from tljax.train.fit import FitResult
 from tljax.train.options import AdversaryConfig, FitConfig
 
@@ -136,26 +136,6 @@ def test_unreadable_images_are_not_counted_as_training_images(tmp_path):
     assert re.search(r"validation images\s+6\s", written.page)
     assert "image 4" in written.skipped
     assert "image 2" in written.skipped
-
-
-def history(*accuracies: float, start: str = "probe", kind: str = "val") -> list[dict]:
-    phases = [start, *["train"] * (len(accuracies) - 1)]
-    return [
-        {"phase": phase, "epoch": epoch, "val_top1": 0.5, "val_loss": 1.0, f"{kind}_top1": accuracy}
-        | {f"{kind}_loss": 1.0}
-        for epoch, (phase, accuracy) in enumerate(zip(phases, accuracies, strict=True))
-    ]
-
-
-def test_a_first_epoch_below_the_probe_is_noticed_beyond_one_standard_error():
-    assert first_epoch_drop(history(0.96, 0.92, 0.97), 1000) == (0.96, 0.92)
-    # One standard error of 96% on 400 images is 0.98%.
-    assert first_epoch_drop(history(0.96, 0.9503), 400) is None
-    assert first_epoch_drop(history(0.96, 0.95), 400) == (0.96, 0.95)
-    assert first_epoch_drop(history(0.96, 0.97, 0.5), 1000) is None
-    assert first_epoch_drop(history(0.96), 1000) is None
-    assert first_epoch_drop(history(0.96, 0.92, start="zeros"), 1000) is None
-    assert first_epoch_drop(history(0.6, 0.4, kind="val_robust"), 1000) == (0.6, 0.4)
 
 
 def test_a_first_epoch_below_the_probe_is_explained(tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tljax.train.history import best_epoch, dropped_below_probe
+from tljax.train.history import best_epoch, first_epoch_drop
 
 
 def history(*top1, phase="probe", **metrics):
@@ -13,17 +13,20 @@ def history(*top1, phase="probe", **metrics):
 
 
 @pytest.mark.parametrize(
-    ("entries", "expected"),
+    ("entries", "examples", "expected"),
     [
-        (history(0.9, 0.8, 0.95), (0.9, 0.8)),
-        (history(0.9, 0.9, 0.8), None),
-        (history(0.9), None),
-        (history(0.9, 0.8, phase="zeros"), None),
-        (history(0.9, 0.8, val_robust_top1=0.5, val_robust_loss=1.0), None),
+        (history(0.9, 0.8, 0.95), 1000, (0.9, 0.8)),
+        # One standard error of 96% on 400 images is 0.98%.
+        (history(0.96, 0.9503), 400, None),
+        (history(0.96, 0.95), 400, (0.96, 0.95)),
+        (history(0.96, 0.97, 0.5), 1000, None),
+        (history(0.9), 1000, None),
+        (history(0.9, 0.8, phase="zeros"), 1000, None),
+        (history(0.9, 0.8, val_robust_top1=0.5, val_robust_loss=1.0), 1000, None),
     ],
 )
-def test_a_first_epoch_below_the_probe_is_recognized(entries, expected):
-    assert dropped_below_probe(entries) == expected
+def test_a_first_epoch_clearly_below_the_probe_is_recognized(entries, examples, expected):
+    assert first_epoch_drop(entries, examples) == expected
 
 
 def test_the_best_epoch_has_the_highest_accuracy_and_then_a_clearly_lower_loss():

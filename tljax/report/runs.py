@@ -11,7 +11,6 @@ from tljax.data.sources import Source, Splits
 from tljax.features.evaluate import Evaluation
 from tljax.features.extract import Outputs
 from tljax.metrics.calibration import Calibration, calibrate
-from tljax.metrics.classification import standard_error
 from tljax.pretrained import Card
 from tljax.report.card import RunFacts, model_card
 from tljax.report.page import Mistake, Report, Sweep, write_report
@@ -22,9 +21,9 @@ from tljax.runtime.types import Preprocess
 from tljax.studies.duplicates import find_duplicates
 from tljax.train import run_directory
 from tljax.train.adversary import PROOF_STEPS
-from tljax.train.fit import FitResult, best_epoch
+from tljax.train.fit import FitResult
+from tljax.train.history import best_epoch, first_epoch_drop
 from tljax.train.options import FIT_CONDITIONS
-from tljax.train.setup import History
 
 MOST_IMAGES_COMPARED = 20_000
 """Largest number of images among which duplicates of training images are searched for."""
@@ -71,29 +70,9 @@ def remarks(result: FitResult) -> list[str]:
         remarks.append(
             f"In the first epoch the accuracy fell from {percent(drop[0])} (probe) to"
             f" {percent(drop[1])}: its steps changed the pretrained features more than the head"
-            " could follow. A lower --learning-rate or a longer --warmup makes the drop smaller."
+            " could follow. A lower --learning-rate or --layer-decay makes the drop smaller."
         )
     return remarks
-
-
-def first_epoch_drop(history: History, examples: int) -> tuple[float, float] | None:
-    """Return the accuracies of the probe and of the first epoch if the epoch is clearly worse.
-
-    Args:
-        history: the entries of a run, the state before training first. Robust accuracies are
-            compared where they were measured.
-        examples: number of validation images.
-
-    Returns:
-        Two accuracies in [0, 1]; None without a probe or an epoch, or if the second is not lower
-        than the first by more than one standard error.
-    """
-    if len(history) < 2 or history[0]["phase"] != "probe":
-        return None
-    key = "val_robust_top1" if "val_robust_top1" in history[0] else "val_top1"
-    probe, first = history[0][key], history[1][key]
-    error = standard_error(probe, examples)
-    return (probe, first) if probe - first > error else None
 
 
 def write_training_report(

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from tljax.features.evaluate import Evaluation
+from tljax.metrics.classification import standard_error
 
 History = list[dict[str, Any]]
 """One JSON object per epoch: ``phase``, ``epoch`` (0 before training), ``learning_rate``,
@@ -48,15 +49,21 @@ def best_epoch(history: History) -> int:
     return best
 
 
-def dropped_below_probe(history: History) -> tuple[float, float] | None:
-    """Return the accuracies of the probe and of the first epoch after it, if the latter is lower.
+def first_epoch_drop(history: History, examples: int) -> tuple[float, float] | None:
+    """Return the accuracies of the probe and of the first epoch if the epoch is clearly worse.
 
-    With adversarial training, robust accuracies are compared.
+    Args:
+        history: the entries of a run. With adversarial training, robust accuracies are compared.
+        examples: number of validation images.
+
+    Returns:
+        Two accuracies in [0, 1]; None without a probe or an epoch, or if the second is not lower
+        than the first by more than one standard error.
     """
     if len(history) < 2 or history[0]["phase"] != "probe":
         return None
     probe, first = _compared(history[:2], "top1")
-    return (probe, first) if first < probe else None
+    return (probe, first) if probe - first > standard_error(probe, examples) else None
 
 
 def _compared(history: History, name: str) -> list[float]:
