@@ -41,7 +41,6 @@ def run(config: Config) -> dict[str, Any]:
     """Print a table of the networks, the most accurate first."""
     from tljax.data.sources import open_splits
     from tljax.report import figures
-    from tljax.report.runs import percent
     from tljax.runtime.errors import DivergenceError, RequestError
     from tljax.runtime.hardware import require_plugin
     from tljax.runtime.tables import format_table
@@ -71,7 +70,7 @@ def run(config: Config) -> dict[str, Any]:
     rows = [
         (
             one.name,
-            f"{percent(one.val_top1)} +- {percent(one.error)}",
+            f"{one.val_top1:.1%} +- {one.error:.1%}",
             f"{one.images_per_second:.1f}",
             f"{one.parameters / 1e6:.1f} M",
             one.features,

@@ -32,7 +32,7 @@ def run(config: Config) -> dict[str, Any]:
     from tljax.features.evaluate import evaluate, resolve_ambiguous_labels
     from tljax.features.extract import compute_features
     from tljax.pretrained.catalog import match_class_names
-    from tljax.report.runs import calibrated, percent, write_evaluation_report
+    from tljax.report.runs import calibrated, write_evaluation_report
     from tljax.runtime.errors import RequestError
     from tljax.train import run_directory
 
@@ -58,11 +58,11 @@ def run(config: Config) -> dict[str, Any]:
     logits = logits._replace(labels=resolve_ambiguous_labels(logits.labels, logits.values, same))
     evaluation = evaluate(logits)
     for label, value in (("top-1", evaluation.top1), ("top-5", evaluation.top5)):
-        print(f"{label}  {percent(value)}  of {evaluation.examples} images")
+        print(f"{label}  {value:.1%}  of {evaluation.examples} images")
     calibration = calibrated(logits)
     if calibration:
         before, after = calibration.before.error, calibration.after.error
-        print(f"calibration error  {percent(before)}, {percent(after)} after temperature scaling")
+        print(f"calibration error  {before:.1%}, {after:.1%} after temperature scaling")
     for line in run_directory.skipped_lines(source, logits.skipped):
         print(line)
     if config.workdir:

@@ -35,7 +35,6 @@ def run(config: Config) -> dict[str, Any]:
     from tljax.data.sources import open_splits
     from tljax.features.extract import split_features
     from tljax.features.probe import fit_probe, knn_predict, predict_logits
-    from tljax.report.runs import percent
     from tljax.train.run_directory import skipped_lines
 
     began = time.perf_counter()
@@ -52,8 +51,8 @@ def run(config: Config) -> dict[str, Any]:
     )
     nearest = (neighbours.argmax(1) == val.labels).mean()
     seconds = time.perf_counter() - began
-    print(f"linear probe         {percent(float(linear))}  (l2 {probe.l2:.2g})")
-    print(f"nearest neighbors    {percent(float(nearest))}  (k {config.neighbours})")
+    print(f"linear probe         {float(linear):.1%}  (l2 {probe.l2:.2g})")
+    print(f"nearest neighbors    {float(nearest):.1%}  (k {config.neighbours})")
     print(f"{len(train.labels)} training and {len(val.labels)} validation images, {seconds:.0f} s")
     for source, features in ((splits.train, train), (splits.val, val)):
         for line in skipped_lines(source, features.skipped):

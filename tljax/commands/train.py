@@ -275,10 +275,10 @@ def train(
 
 def print_result(result: "FitResult", unread: int, workdir: Path, seconds: float) -> None:
     """Print accuracies, remarks and where the report is."""
-    from tljax.report.runs import accuracies, percent, remarks
+    from tljax.report.runs import accuracies, remarks
 
     for name, evaluation in accuracies(result).items():
-        print(f"{name:20} {percent(evaluation.top1)}")
+        print(f"{name:20} {evaluation.top1:.1%}")
     for remark in remarks(result):
         print(f"note                 {remark}")
     if unread:

@@ -29,11 +29,6 @@ MOST_IMAGES_COMPARED = 20_000
 """Largest number of images among which duplicates of training images are searched for."""
 
 
-def percent(share: float) -> str:
-    """Format a share in [0, 1] as a percentage: ``0.9481`` as ``94.8%``."""
-    return f"{100 * share:.1f}%"
-
-
 def worst_mistakes(
     evaluation: Evaluation, source: Source, classes: Sequence[str], count: int = 16
 ) -> list[Mistake]:
@@ -68,8 +63,8 @@ def remarks(result: FitResult) -> list[str]:
         remarks.append("No epoch was better than the network before training, which was kept.")
     if drop := first_epoch_drop(history, result.evaluation.examples):
         remarks.append(
-            f"In the first epoch the accuracy fell from {percent(drop[0])} (probe) to"
-            f" {percent(drop[1])}: its steps changed the pretrained features more than the head"
+            f"In the first epoch the accuracy fell from {drop[0]:.1%} (probe) to"
+            f" {drop[1]:.1%}: its steps changed the pretrained features more than the head"
             " could follow. A lower --learning-rate or --layer-decay makes the drop smaller."
         )
     return remarks
@@ -112,9 +107,9 @@ def write_training_report(
     if validated:
         skipped += run_directory.skipped_rows(splits.val, result.skipped[1])
     run_directory.write_csv(workdir / "skipped.csv", ("name", "reason"), skipped)
-    headline = [(name, percent(measured.top1)) for name, measured in accuracies(result).items()]
+    headline = [(name, f"{measured.top1:.1%}") for name, measured in accuracies(result).items()]
     if calibration:
-        headline.append(("calibration error", percent(calibration.before.error)))
+        headline.append(("calibration error", f"{calibration.before.error:.1%}"))
     headline.append(("seconds", f"{seconds:.0f}"))
     attack = f"PGD, {PROOF_STEPS} steps, epsilon {result.config.adversary.epsilon:g}/255"
     model, probe = result.model, result.probe
@@ -212,8 +207,8 @@ def write_evaluation_report(
     report = Report(
         title=title,
         headline=[
-            ("top-1", percent(evaluation.top1)),
-            ("top-5", percent(evaluation.top5)),
+            ("top-1", f"{evaluation.top1:.1%}"),
+            ("top-5", f"{evaluation.top5:.1%}"),
             ("images", str(evaluation.examples)),
         ],
         notes=notes,
