@@ -224,7 +224,7 @@ def test_a_bfloat16_network_raises_no_flag():
 
     assert check_network(rounding, IMAGES, LABELS) == {}
     exact = lambda x: logits_fn(x) + 0.02 * len(x)  # noqa: E731
-    assert "randomised" in check_network(exact, IMAGES, LABELS)
+    assert "randomized" in check_network(exact, IMAGES, LABELS)
 
 
 def test_check_network_uses_32_images_and_compiles_the_network():

@@ -171,11 +171,11 @@ def test_faulty_networks_raise_flags():
 def test_randomized_networks_raise_a_flag():
     draws = iter(range(100))
     noise = lambda x: jax.random.normal(jax.random.key(next(draws)), x.shape)  # noqa: E731
-    assert names_of_flags(lambda x: victim()(x + 0.01 * noise(x))) == ["randomised"]
+    assert names_of_flags(lambda x: victim()(x + 0.01 * noise(x))) == ["randomized"]
     fixed = lambda x: jax.random.normal(KEY, x.shape)  # noqa: E731
-    assert names_of_flags(lambda x: victim()(x + 0.01 * fixed(x))) == ["randomised"]
+    assert names_of_flags(lambda x: victim()(x + 0.01 * fixed(x))) == ["randomized"]
     assert names_of_flags(lambda x: victim()(x - x.mean(0))) == [
-        "randomised"
+        "randomized"
     ]  # depends on the batch
 
 

@@ -91,7 +91,7 @@ def test_the_file_holds_the_computed_features(place, tmp_path, suffix, options, 
 @pytest.mark.parametrize("suffix", ["npz", "parquet", "safetensors"])
 def test_without_class_folders_there_are_no_labels(place, tmp_path, suffix):
     out = tmp_path / f"x.{suffix}"
-    assert not answer(extract(place, place / "photographs" / "red", out, "--json"))["labelled"]
+    assert not answer(extract(place, place / "photographs" / "red", out, "--json"))["labeled"]
     names, labels, values = read(out)
     assert len(names) == len(values) == 3
     assert labels is None

@@ -55,7 +55,7 @@ ALWAYS = {
     "evaluate Config": {*(NETWORK | DATA), "data", "workdir"},
     "extract Config": {*(NETWORK | DATA), "weights", "data", "out", "stage", "maps"},
     "predict Config": {*(NETWORK | DATA), "weights", "images", "top"},
-    "probe Config": {*(NETWORK | DATA), "weights", "data", "stage", "neighbours"},
+    "probe Config": {*(NETWORK | DATA), "weights", "data", "stage", "neighbors"},
     # A dry run speaks of the command as it stands, so nothing but another mode is idle in it.
     "train Config": {
         *(NETWORK | DATA),
@@ -209,7 +209,7 @@ WRONG = {
         *OF_PARSER,
     ],
     "probe Config": [
-        "--data nowhere", "--neighbors 3", "--neighbours 1.5", "--val-fraction all", "folder",
+        "--data nowhere", "--nieghbors 3", "--neighbors 1.5", "--val-fraction all", "folder",
         *OF_PARSER,
     ],
     "compare Config": [

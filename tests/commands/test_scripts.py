@@ -348,7 +348,7 @@ def test_a_file_that_fits_two_networks_needs_an_option(cache: Path, tmp_path: Pa
 
 def test_probe(cache: Path, photographs: Path):
     done = call_script(
-        cache, "probe", "--data", photographs, "--image-size", "64", "--neighbours", "3",
+        cache, "probe", "--data", photographs, "--image-size", "64", "--neighbors", "3",
         "--stage", "stage4", "--json",
     )  # fmt: skip
     result = answer(done)

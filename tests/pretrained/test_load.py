@@ -441,7 +441,7 @@ def test_a_note_names_the_tensors_that_are_left_out(resnet18: Pretrained, tmp_pa
         ({}, ()),
         (
             {"criterion.weight": torch.ones(7)},
-            (f"{path}: left out what resnet18 does without: criterion.weight",),
+            (f"{path}: ignored tensors that resnet18 does not use: criterion.weight",),
         ),
     ):
         torch.save({"state_dict": {**state_dict, **others}, "args": args, "epoch": 3}, path)

@@ -255,7 +255,7 @@ def test_a_note_lists_additional_tensors(prefix: str, others: Arrays, listed: st
     assert identity.model.name == "resnet18"
     assert {key: identity.arrays[key] for key in arrays} == arrays
     [note] = identity.notes("net.pth")
-    assert note.startswith(f"net.pth: left out what resnet18 does without: {listed}")
+    assert note.startswith(f"net.pth: ignored tensors that resnet18 does not use: {listed}")
 
 
 @pytest.mark.parametrize(

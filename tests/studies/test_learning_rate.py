@@ -61,7 +61,7 @@ def test_a_probe_has_no_learning_rate():
 def test_weights_that_are_not_finite_are_refused():
     variables = jax.device_get(init(MODEL, jax.random.key(0)))
     broken = jax.tree.map(lambda x: np.full_like(x, np.nan), variables)
-    with pytest.raises(RequestError, match="not finite at first"):
+    with pytest.raises(RequestError, match="not finite at the first rate"):
         find_learning_rate(MODEL, broken, splits(24), SGD, loading=LOADING)
 
 

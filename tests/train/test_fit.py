@@ -237,7 +237,7 @@ def test_a_plan_that_freezes_trained_parameters_is_refused(monkeypatch):
         return plan._replace(phases=tuple(Phase("x", table, 1) for table in tables))
 
     monkeypatch.setattr(train_setup, "make_plan", there_and_back)
-    with pytest.raises(RequestError, match=r"layer1/\S+ is trained, then frozen"):
+    with pytest.raises(RequestError, match=r"layer1/\S+ is trained in one phase and frozen"):
         train(config())
 
 

@@ -1,4 +1,4 @@
-"""DeviceImages attacks, and the evaluation of robust accuracy.
+"""Adversarial attacks, and the evaluation of robust accuracy.
 
 An attack is a pure function ``attack(logits_fn, images, labels, key, *, epsilon, ...) -> images``.
 It does not depend on tljax's networks: any JAX classifier can be attacked.

@@ -219,8 +219,8 @@ def round_inward(
 ) -> Float[jax.Array, "..."]:
     """Round adversarial images in [0, 1] to 8-bit levels, towards the original images.
 
-    If the original image has 8-bit levels, the result stays in the ball. A pixel without a level
-    between its two values is rounded to the nearest level.
+    If the original image has 8-bit levels, the result stays in the ball. If no level lies
+    between the two values of a pixel, it is rounded to the nearest level.
     """
     tolerance = 1e-4  # in levels, for the float32 rounding of 8-bit values
     x, origin = (

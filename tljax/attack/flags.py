@@ -27,7 +27,7 @@ def check_network(logits_fn: LogitsFn, images: Images, labels: Labels) -> dict[s
     Returns:
         The flags by name, each with one line that explains it and says what to do:
 
-        * ``randomised``: the logits of an image differ between calls, or depend on the batch;
+        * ``randomized``: the logits of an image differ between calls, or depend on the batch;
         * ``probabilities``: the outputs are probabilities instead of logits;
         * ``zero_gradient``: the gradient of the cross-entropy is 0 for some images;
         * ``few_classes``: there are too few classes for the DLR losses.
@@ -48,7 +48,7 @@ def check_network(logits_fn: LogitsFn, images: Images, labels: Labels) -> dict[s
     others = np.asarray(_logits(network, jnp.concatenate([x[::-1], 1 - x])))[:n][::-1]
     change = np.abs(others - logits).max()
     if len(shape) == 2 and change > tolerance * max(np.abs(logits).max(), 1e-6):
-        flags["randomised"] = (
+        flags["randomized"] = (
             f"the logits of an image change by up to {change:.2g} between calls or batches: turn "
             "off training mode, or wrap the network in eot() and use the 'rand' ensemble"
         )

@@ -35,7 +35,11 @@ def cross_entropy(logits: Logits, labels: Classes, targets: Classes | None = Non
 
 
 def margin(logits: Logits, labels: Classes, targets: Classes | None = None) -> Values:
-    """Compute the margin of the best other class over the label, or of the target over the rest."""
+    """Compute the highest other logit minus the label's, or the target's minus the highest other.
+
+    Returns ``[batch]``, in logits; positive where the attack succeeds. With targets, labels are
+    ignored.
+    """
     if targets is not None:
         return _gather(logits, targets) - _best_other(logits, targets)
     return _best_other(logits, labels) - _gather(logits, labels)
@@ -101,7 +105,13 @@ def make_goal(loss: str | Loss, labels: Classes, targets: Array | None = None) -
 
 
 def mean_logits(logits_fn: LogitsFn, images: jax.Array) -> Logits:
-    """Compute logits ``[batch, classes]`` in float32 or wider, averaged over the samples if any."""
+    """Compute logits ``[batch, classes]`` of images ``[batch, ...]``, in at least float32.
+
+    The samples of a randomized network are averaged.
+
+    Raises:
+        RequestError: the network returns another shape.
+    """
     logits = sample_logits(logits_fn, images)
     return logits[0] if len(logits) == 1 else logits.mean(0)
 

@@ -57,7 +57,7 @@ def pgd(
         logits_fn: maps images ``[batch, ...]`` to logits ``[batch, classes]``, preprocessing
             included. Use the same function object in all calls, because each new one is compiled;
             for large networks use ``jax.tree_util.Partial(function, variables)`` (see
-            `tljax.attack.contract.LogitsFn`).
+            `tljax.attack.types.LogitsFn`).
         images: ``[batch, height, width, 3]`` or any ``[batch, ...]``, floating point in ``bounds``.
         labels: ``[batch]`` integers, the true classes.
         key: random key. The same key gives the same adversarial images.
@@ -166,7 +166,7 @@ def bim(
 ) -> DeviceImages:
     """Run `pgd` from the image itself: the basic iterative method (BIM, I-FGSM).
 
-    Source: Kurakin et al., "DeviceImages examples in the physical world", 2017 (arXiv 1607.02533).
+    Source: Kurakin et al., "Adversarial examples in the physical world", 2017 (arXiv 1607.02533).
     Arguments and errors are those of `pgd`. The key is unused.
     """
     options: Any = {"ids": ids, "targets": targets, "norm": norm, "loss": loss, "bounds": bounds}

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from tljax.commands.extension import Extension
     from tljax.pretrained import Pretrained
 
-RENAMED = {"--average": "--ema-decay"}
+RENAMED = {"--average": "--ema-decay", "--neighbours": "--neighbors"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +118,7 @@ class Network(Extended):
             expect.
         precision: Dtype of activations; parameters, batch statistics and logits stay in float32. By
             default the dtype that was saved with the weights.
-        seed: Seed of the random number generator; it has no effect where nothing is random.
+        seed: Seed of the random number generator; commands that draw no random numbers ignore it.
     """
 
     weights: str = "efficientnet_lite0.in1k"
@@ -436,7 +436,7 @@ def from_json(config_type: Any, values: Mapping[str, Any]) -> Any:
     defaults = {field.name: getattr(config_type(), field.name) for field in fields(config_type)}
     if defaults.keys() != values.keys():
         difference = sorted(defaults.keys() ^ values.keys())
-        raise RequestError(f"it is of another version of tljax: '{difference[0]}'")
+        raise RequestError(f"its options are of another version of tljax: '{difference[0]}'")
 
     def convert(default: Any, value: Any, name: str) -> Any:
         if is_dataclass(default):

@@ -22,7 +22,7 @@ class Config(cli.Extended, cli.Batches):
         image_size: Side of the square input of all networks, in pixels; by default the size that
             each network's weights expect.
         val_fraction: Share of the images, from 0 to below 1, that are held out for validation if
-            the data has no validation part. With 0, all figures are of the training images.
+            the data has no validation part. With 0, accuracies are measured on the training images.
         seed: Seed of the random number generator that assigns images to the folds of the probe.
         out: PNG file for a plot of accuracy against speed; by default none is drawn.
     """

@@ -16,9 +16,9 @@ from tljax.runtime.packages import EXTRAS, install_command
 
 @dataclass(frozen=True)
 class Config(cli.Output):
-    """Check versions, devices, memory and the cache folder, and print how to mend problems.
+    """Check versions, devices, memory and the cache folder, and print how to fix problems.
 
-    The exit code is 0 if all is well and 1 if something must be mended.
+    The exit code is 0 if all is well and 1 if there is a problem.
     """
 
 
@@ -27,7 +27,7 @@ _GIB = 2**30
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Print the state of the installation, and a line for each problem that mends it."""
+    """Print the state of the installation, and for each problem a line that says how to fix it."""
     import psutil
 
     from tljax.runtime.tables import format_table

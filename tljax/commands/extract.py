@@ -85,7 +85,7 @@ def run(config: Config) -> dict[str, Any]:
         "out": str(out),
         "stage": config.stage,
         "shape": list(features.values.shape),
-        "labelled": "labels" in texts,
+        "labeled": "labels" in texts,
         "skipped": dict(skipped_rows(source, features.skipped)),
     }
 

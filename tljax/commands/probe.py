@@ -17,14 +17,14 @@ class Config(cli.Common):
             tfds:NAME or hf:NAME.
         stage: Stage whose input is probed; the default probes the pooled features. Feature maps are
             averaged over all positions.
-        neighbours: Number of neighbors that vote in the nearest-neighbor classifier.
+        neighbors: Number of neighbors that vote in the nearest-neighbor classifier.
         val_fraction: Share of the images, from 0 to below 1, that are held out for validation if
-            the data has no validation part. With 0, all figures are of the training images.
+            the data has no validation part. With 0, accuracies are measured on the training images.
     """
 
     data: str = "digits"
     stage: str = "head"
-    neighbours: Count = 20
+    neighbors: Count = 20
     val_fraction: Share = 0.2
 
     conditions = cli.SPLIT_CONDITIONS
@@ -46,13 +46,13 @@ def run(config: Config) -> dict[str, Any]:
     classes = len(splits.train.classes)
     probe = fit_probe(train.values, train.labels, num_classes=classes, seed=config.seed)
     linear = (predict_logits(probe, val.values).argmax(1) == val.labels).mean()
-    neighbours = knn_predict(
-        train.values, train.labels, val.values, num_classes=classes, k=config.neighbours
+    neighbors = knn_predict(
+        train.values, train.labels, val.values, num_classes=classes, k=config.neighbors
     )
-    nearest = (neighbours.argmax(1) == val.labels).mean()
+    nearest = (neighbors.argmax(1) == val.labels).mean()
     seconds = time.perf_counter() - began
     print(f"linear probe         {float(linear):.1%}  (l2 {probe.l2:.2g})")
-    print(f"nearest neighbors    {float(nearest):.1%}  (k {config.neighbours})")
+    print(f"nearest neighbors    {float(nearest):.1%}  (k {config.neighbors})")
     print(f"{len(train.labels)} training and {len(val.labels)} validation images, {seconds:.0f} s")
     for source, features in ((splits.train, train), (splits.val, val)):
         for line in skipped_lines(source, features.skipped):

@@ -51,7 +51,7 @@ class Config(cli.Common):
             If the images, weights or extension file were moved, --data, --weights and --extension
             say where they are now.
         val_fraction: Share of the images, from 0 to below 1, that are held out for validation if
-            the data has no validation part. With 0, all figures are of the training images.
+            the data has no validation part. With 0, accuracies are measured on the training images.
         on_bad_image: Action on an image that cannot be read: skip leaves it out and lists it in
             skipped.csv, fail stops.
         checkpoint_minutes: Minutes between checkpoints within an epoch; 0 writes one at every step.
@@ -102,8 +102,8 @@ class Config(cli.Common):
         if (version := saved.pop("version", None)) != CONFIG_VERSION:
             which = "another" if version else "an earlier"
             raise RequestError(
-                f"{workdir / 'config.json'}: it is of {which} version of tljax, which alone can "
-                "continue it; predict, evaluate and attack accept it"
+                f"{workdir / 'config.json'}: only {which} version of tljax can continue this run; "
+                "predict, evaluate and attack can still use it"
             )
         saved.pop("fingerprint", None)
         try:
@@ -284,7 +284,7 @@ def print_result(result: "FitResult", unread: int, workdir: Path, seconds: float
     if unread:
         print(f"not read             {unread} images, listed in {workdir / 'skipped.csv'}")
     print(f"report               {workdir / 'report.html'}  ({seconds:.0f} s in all)")
-    print("your own images      tljax train --data FOLDER  (one subfolder a class)")
+    print("your own images      tljax train --data FOLDER  (one subfolder per class)")
 
 
 def _both(one: Callable[..., None], other: Callable[..., None] | None) -> Callable[..., None]:
@@ -338,5 +338,5 @@ def suggest_learning_rate(
         run_directory.mark(curve.parent, splits)
         write_figure(curve, learning_rates(test))
         print(f"suggested            --learning-rate {test.suggestion:.1e}")
-        print(f"its curve            {curve}")
+        print(f"plot                 {curve}")
     return {"learning_rate": test.suggestion, "curve": str(curve)}

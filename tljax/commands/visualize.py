@@ -42,7 +42,8 @@ class Ideal(Common):
     Attributes:
         classes: Names or indices of classes.
         steps: Number of gradient steps.
-        tv_weight: Weight of the total variation in the loss; 0 is no penalty.
+        tv_weight: Weight of the total variation, summed over pixels, in the pictures that are
+            penalized; 0 is no penalty.
     """
 
     classes: Annotated[tuple[str, ...], tyro.conf.Positional] = ("Siamese cat", "zebra")
@@ -77,7 +78,8 @@ class Dream(OfImages):
     """Amplify in images what a stage responds to (DeepDream).
 
     Attributes:
-        stage: Stage whose output is amplified; by default one in the middle of the network.
+        stage: Stage whose output is amplified; by default the one at two thirds of the stages that
+            return feature maps.
         steps: Number of gradient steps at each of three image sizes.
     """
 
@@ -91,7 +93,8 @@ class Channel(Common):
 
     Attributes:
         channels: Indices of channels, from 0.
-        stage: Stage whose output channels are drawn; by default one in the middle of the network.
+        stage: Stage whose output channels are drawn; by default the one at two thirds of the stages
+            that return feature maps.
         steps: Number of gradient steps.
     """
 

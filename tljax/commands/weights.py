@@ -114,9 +114,9 @@ def run(command: Config) -> dict[str, Any]:
             detail = f": {first.reason}" if first.reason else ""
             raise VerificationError(
                 f"{first.layer} is the first of {len(wrong)} layers that differ from the "
-                f"reference, by {first.difference:.1e} of its scale{detail}"
+                f"reference, by {first.difference:.1e} of its largest value{detail}"
             )
-        print(f"every layer agrees to {TOLERANCE:g} of its scale")
+        print(f"every layer agrees to {TOLERANCE:g} of its largest value")
         return {"layers": {layer.layer: layer.difference for layer in layers}}
     if isinstance(command, Import):
         save(command.path, pretrained)

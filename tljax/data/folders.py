@@ -74,8 +74,8 @@ def open_folder_splits(path: Path, val_fraction: float) -> Splits:
     val = _open_classes(val_folder)
     if unknown := [name for name in val.classes if name not in train.classes]:
         raise RequestError(
-            f"{printable(val_folder)} has classes that {printable(train_folder)} lacks:"
-            f" {join_names(unknown)}; add them to the latter or remove them from the former"
+            f"{printable(val_folder)} has classes without training images, {join_names(unknown)}:"
+            f" add them to {printable(train_folder)} or remove them"
         )
     return Splits(train, *match_classes(val, train.classes))
 

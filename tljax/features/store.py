@@ -129,7 +129,7 @@ def write(
     """Write an entry, or read the one that another process has written in the meantime.
 
     Args:
-        folder: folder of the entry, from `folder`.
+        folder: folder of the entry, from `entry_folder`.
         batches: values and positions in the source.
         size: upper bound of the size of all values, in bytes.
         skipped: the reason by position of skipped images, complete at the end of ``batches``.

@@ -64,8 +64,8 @@ def remarks(result: FitResult) -> list[str]:
     if drop := first_epoch_drop(history, result.evaluation.examples):
         remarks.append(
             f"In the first epoch the accuracy fell from {drop[0]:.1%} (probe) to"
-            f" {drop[1]:.1%}: its steps changed the pretrained features more than the head"
-            " could follow. A lower --learning-rate or --layer-decay makes the drop smaller."
+            f" {drop[1]:.1%}: the first steps changed the features faster than the head adapted to"
+            " them. A lower --learning-rate or --layer-decay makes the drop smaller."
         )
     return remarks
 
@@ -178,7 +178,7 @@ def write_training_report(
 
 
 def calibrated(logits: Outputs) -> Calibration | None:
-    """Return the calibration on labelled images; None if there are fewer than two."""
+    """Return the calibration on labeled images; None if there are fewer than two."""
     return calibrate(logits.values, logits.labels) if len(logits.labels) > 1 else None
 
 

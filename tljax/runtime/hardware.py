@@ -90,11 +90,11 @@ def require_backend(platform: Platform | None, backend: str) -> None:
     """Refuse JAX's default backend if it is not the requested one or ignores an accelerator.
 
     Args:
-        platform: as of `require_plugin`.
+        platform: as for `require_plugin`.
         backend: JAX's default backend.
 
     Raises:
-        RequestError: the backend is another one than ``platform``; or it is cpu, a GPU or TPU is
+        RequestError: the backend differs from ``platform``; or it is cpu, a GPU or TPU is
             present, and neither ``platform`` nor ``JAX_PLATFORMS`` is set.
     """
     present = find_accelerator()

@@ -74,7 +74,7 @@ def _client() -> Any:
 
 
 def _follow(client: Any) -> None:
-    """Check every second whether another process has called `leave`, and exit if so."""
+    """Check every second whether another process called `exit_all_processes`, and exit if so."""
     while True:
         time.sleep(1)  # polling, because a thread blocked in the client breaks Python's exit
         with suppress(RuntimeError):  # the key is not set
@@ -95,7 +95,7 @@ _EXIT_KEY = "tljax/left"
 
 
 def is_main_process() -> bool:
-    """Return True in the one process that writes files, process 0."""
+    """Return True in process 0, the only one that writes files."""
     return jax.process_index() == 0
 
 

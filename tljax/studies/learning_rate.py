@@ -104,7 +104,7 @@ def find_learning_rate(
             break
     finite = np.isfinite(losses)
     if finite.sum() < 2:
-        raise RequestError("the loss is not finite at first: check the weights and the images")
+        raise RequestError("the loss is not finite at the first rate: check weights and images")
     rates = lowest * ratio ** np.arange(len(losses))
     suggestion = rates[np.argmin(np.where(finite, losses, np.inf))] / 10
     return RangeTest(rates, np.array(losses), float(suggestion))

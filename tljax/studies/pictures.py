@@ -91,7 +91,7 @@ def ideal_pictures(
         8-bit picture, and its total variation.
 
     Raises:
-        RequestError: no class is target_index, or one is unknown.
+        RequestError: no class is given, or one is unknown.
     """
     model, variables, card = network.require_classes()
     if not classes:

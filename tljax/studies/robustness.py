@@ -12,9 +12,10 @@ from jax.tree_util import Partial
 from jaxtyping import Int32, UInt8
 
 from tljax import attack as library
-from tljax.attack.contract import Attack, LogitsFn
+from tljax.attack.contract import Attack
 from tljax.attack.ensemble import title
 from tljax.attack.evaluate import Robustness, Share, share
+from tljax.attack.types import LogitsFn
 from tljax.data.loader import load_batches, require_readable_image
 from tljax.data.options import Loading
 from tljax.data.sources import Source, find_ambiguous_names, match_classes, select

@@ -1,1 +1,1 @@
-"""From a network, images and options to a trained network: recipes, epochs, steps, runs."""
+"""Training: recipes, phases, epochs, steps, checkpoints and run directories."""

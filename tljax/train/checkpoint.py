@@ -72,7 +72,7 @@ class Checkpoints:
             logging.getLogger(library).setLevel(logging.CRITICAL)
         self._identity = identity
         self._folder = folder
-        # Each process on its own: at a barrier, all would wait for one that cannot read or write.
+        # Each process saves and reads alone: with a barrier, all would wait for one that fails.
         me = jax.process_index()
         alone = ocp.options.MultiprocessingOptions(
             primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process {me}"

@@ -105,7 +105,7 @@ def fitting_batch_size(
         try:
             if _bytes(lowered.compile()) <= limit:
                 return size
-        except jax.errors.JaxRuntimeError as error:  # some backends refuse while they compile
+        except jax.errors.JaxRuntimeError as error:  # some backends run out while compiling
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
         size = size // 2 // multiple * multiple

@@ -73,8 +73,8 @@ class FitConfig(Checked):
             all other options.
         layer_decay: Factor between the learning rates of a stage and of the stage after it; 1 is no
             decay.
-        epochs: Number of epochs, all phases together; by default 10, for scratch 30, and for bit as
-            many as make 500, 10,000 or 20,000 steps.
+        epochs: Number of epochs, all phases together; by default 10, for scratch 30, and for bit
+            enough for 500 steps (10,000 from 20,000 images on, 20,000 from 500,000 on).
         batch_norm: Statistics that batch norm uses in trainable stages: the running ones, or those
             of the batch. By default running, for scratch batch.
         head_after: Stage whose output the new head reads; later stages are dropped. By default the

@@ -142,7 +142,7 @@ def prepare(
     add_head = new_head or partial(replace_head, after=config.head_after, dropout=config.dropout)
     model, variables = add_head(model, variables, classes)
     if not classes or (splits.val.labels < 0).any():
-        raise RequestError("a validation image has no class: label all, to compare epochs")
+        raise RequestError("a validation image has no label: label all, to compare epochs")
     if model.num_classes != classes:
         raise RequestError(
             f"new_head made {model.num_classes} outputs, not {classes}, one per class"
@@ -160,7 +160,8 @@ def prepare(
     for rates, later in pairwise(flatten(phase.rates) for phase in phases):
         if frozen := [path for path, rate in rates.items() if rate and not later[path]]:
             # A checkpoint holds the trainable parameters of its own phase only.
-            raise RequestError(f"{frozen[0]} is trained, then frozen: keep it trainable")
+            fault = "is trained in one phase and frozen in the next"
+            raise RequestError(f"{frozen[0]} {fault}: keep it trainable")
     if plan.start == "probe" and not model.has_linear_head:
         raise RequestError(
             f"--recipe {config.recipe} starts with a probe, which needs a linear head: choose "

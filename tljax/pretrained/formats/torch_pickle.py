@@ -173,7 +173,7 @@ _GLOBALS: dict[str, Callable[..., object] | np.dtype] = {
     "collections.OrderedDict": _dictionary,
 }
 
-# Honest checkpoints refer to these modules of the standard library, which describe data, and to
+# Ordinary checkpoints refer to these modules of the standard library, which describe data, and to
 # two functions, whose calls represent annotations and bytes.
 _DATA_MODULES = {
     *("argparse", "array", "builtins", "collections", "copyreg", "dataclasses", "datetime"),

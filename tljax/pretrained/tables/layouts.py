@@ -79,7 +79,8 @@ class Identity(NamedTuple):
 
     def notes(self, where: str) -> tuple[str, ...]:
         """Return a note about the ignored keys of the file ``where``, if there are any."""
-        left_out = f"left out what {self.model.name} does without: {shorten_list(self.ignored)}"
+        names = shorten_list(self.ignored)
+        left_out = f"ignored tensors that {self.model.name} does not use: {names}"
         return (f"{where}: {left_out}{self.under}",) if self.ignored else ()
 
     @property
