@@ -20,8 +20,9 @@ from typing import Annotated
 import numpy as np
 import tyro
 
+from tljax.data.examples import Splits
 from tljax.data.options import Loading
-from tljax.data.sources import Splits, open_splits
+from tljax.data.sources import open_splits
 from tljax.features.extract import Outputs, compute_features
 from tljax.features.probe import L2_VALUES, fit_probe, predict_logits
 from tljax.pretrained import Pretrained, load_pretrained

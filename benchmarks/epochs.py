@@ -22,8 +22,9 @@ import jax
 import tyro
 
 from tljax.data.augment import epoch_key
+from tljax.data.examples import Source, Splits, select
 from tljax.data.options import Loading
-from tljax.data.sources import Source, Splits, open_splits, select
+from tljax.data.sources import open_splits
 from tljax.models import Model
 from tljax.pretrained import load_pretrained
 from tljax.runtime.parallel import shard

@@ -23,8 +23,9 @@ from peers import environment, take_turns
 from PIL import Image
 
 from tljax.data.decode import decode, open_image
+from tljax.data.examples import Source, select
 from tljax.data.loader import load_batches
-from tljax.data.sources import Source, open_labeled, select
+from tljax.data.sources import open_labeled
 from tljax.runtime.types import Preprocess
 
 

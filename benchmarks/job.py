@@ -24,7 +24,8 @@ import tyro
 from processes import python
 
 from tljax.data.decode import decode
-from tljax.data.sources import Source, open_splits
+from tljax.data.examples import Source
+from tljax.data.sources import open_splits
 from tljax.pretrained import load_pretrained
 from tljax.runtime.types import Preprocess
 from tljax.train.run_directory import environment

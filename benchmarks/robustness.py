@@ -21,8 +21,8 @@ from typing import Annotated, Literal
 import tyro
 
 from tljax.attack import apgd, auto_attack, fgsm, pgd
+from tljax.data.folders import open_folder
 from tljax.data.options import Loading
-from tljax.data.sources import open_folder
 from tljax.pretrained import load_pretrained
 from tljax.pretrained.catalog import imagenet_wordnet_ids
 from tljax.report.figures import robustness_curve, write_figure
@@ -77,7 +77,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         is_foolbox = config.data == "foolbox"
         source = open_folder(str(foolbox_folder(Path(folder))) if is_foolbox else config.data)
-        victims = attacks.read_victims(network, source, config.loading, count=config.count)
+        victims = attacks.read_attacked_images(network, source, config.loading, count=config.count)
     all_attacks = {
         "fgsm": fgsm,
         "pgd-20": partial(pgd, num_steps=20),

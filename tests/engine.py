@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import tiny
 
+from tljax.data.examples import Source, Splits
 from tljax.data.options import Loading
-from tljax.data.sources import Source, Splits
 from tljax.runtime.trees import flatten
 from tljax.train.checkpoint import Checkpoints
 from tljax.train.fit import FitResult, fit

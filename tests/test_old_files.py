@@ -21,8 +21,8 @@ import numpy as np
 import pytest
 
 from tljax.commands import main
+from tljax.data.folders import open_images
 from tljax.data.options import Loading
-from tljax.data.sources import open_images
 from tljax.features.extract import compute_features
 from tljax.models.layers import LinearHead
 from tljax.pretrained import Pretrained, load_pretrained, save

@@ -6,10 +6,10 @@ from .data.decode import read_images as read_images  # image files -> one uint8 
 from .data.examples import Source as Source  # labeled examples by index, with extra arrays
 from .data.examples import Splits as Splits  # a training and a validation source
 from .data.examples import select as select  # a subset of a source
+from .data.folders import open_images as open_images  # unlabeled files, folders and URLs
 from .data.loader import load_batches as load_batches  # batches of a fixed shape from a source
 from .data.options import AugmentConfig as AugmentConfig  # options of data augmentation
 from .data.options import Loading as Loading  # options of how images are read
-from .data.sources import open_images as open_images  # unlabeled files, folders and URLs
 from .data.sources import open_splits as open_splits  # class folders -> train and val
 from .features.extract import (
     compute_features as compute_features,  # features or logits of every image of a source

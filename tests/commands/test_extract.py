@@ -11,8 +11,8 @@ from networks import random_pretrained
 from safetensors import safe_open
 from test_scripts import answer, call_script, messages, paint
 
+from tljax.data.folders import open_folder
 from tljax.data.options import Loading
-from tljax.data.sources import open_folder
 from tljax.features.extract import compute_features
 from tljax.pretrained import load_pretrained, save
 

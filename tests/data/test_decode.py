@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageFile, ImageOps
 
 from tljax.data.decode import MAX_PIXELS, decode, open_image, read_images
-from tljax.data.sources import open_folder
+from tljax.data.folders import open_folder
 from tljax.runtime.errors import RequestError, UnreadableImageError
 from tljax.runtime.types import Preprocess
 

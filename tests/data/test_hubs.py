@@ -22,8 +22,9 @@ import pytest
 from PIL import Image
 
 from tljax.data import hubs
+from tljax.data.examples import Source, select
 from tljax.data.loader import load_batches
-from tljax.data.sources import Source, has_validation, open_labeled, open_splits, select
+from tljax.data.sources import has_validation, open_labeled, open_splits
 from tljax.runtime.errors import RequestError, UnreadableImageError
 from tljax.runtime.types import Preprocess
 

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tljax.data.decode import decode
+from tljax.data.examples import Source
+from tljax.data.folders import open_folder
 from tljax.data.loader import load_batches, num_batches
-from tljax.data.sources import Source, open_folder
 from tljax.runtime.errors import RequestError
 from tljax.runtime.types import Batch, Preprocess
 

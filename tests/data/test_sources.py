@@ -18,17 +18,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from servers import Server
 
-from tljax.data.sources import (
-    Source,
-    find_ambiguous_names,
-    has_validation,
-    match_classes,
-    open_folder,
-    open_images,
-    open_labeled,
-    open_splits,
-    select,
-)
+from tljax.data.examples import Source, find_ambiguous_names, match_classes, select
+from tljax.data.folders import open_folder, open_images
+from tljax.data.sources import has_validation, open_labeled, open_splits
 from tljax.runtime.errors import RequestError, UnreadableImageError
 from tljax.runtime.files import mark_output
 

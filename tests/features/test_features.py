@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import tljax.features.extract as features_module
+from tljax.data.examples import Source, Splits
 from tljax.data.options import Loading
-from tljax.data.sources import Source, Splits
 from tljax.features import store
 from tljax.features.evaluate import evaluate
 from tljax.features.extract import (

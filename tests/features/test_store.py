@@ -16,8 +16,8 @@ import tiny
 from flax import linen as nn
 
 import tljax
+from tljax.data.examples import Source
 from tljax.data.options import Loading
-from tljax.data.sources import Source
 from tljax.features import store
 from tljax.features.extract import compute_features
 from tljax.models import MODELS, Stage

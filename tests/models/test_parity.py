@@ -22,8 +22,9 @@ from networks import (
 from transformers import ResNetForImageClassification
 
 from tljax.data.decode import decode
+from tljax.data.examples import Source, match_classes
+from tljax.data.folders import open_folder
 from tljax.data.options import Loading
-from tljax.data.sources import Source, match_classes, open_folder
 from tljax.features.evaluate import evaluate
 from tljax.features.extract import compute_features
 from tljax.models import normalize

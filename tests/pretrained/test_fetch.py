@@ -15,8 +15,8 @@ from networks import assert_same_variables, random_images, random_pretrained, ru
 from tljax.pretrained import CATALOG, Pretrained, export, imagenet_classes, load_pretrained
 from tljax.pretrained.catalog import catalog_name
 from tljax.pretrained.fetch import fetch
-from tljax.pretrained.formats import sha256
 from tljax.runtime.errors import RequestError
+from tljax.runtime.files import sha256
 from tljax.runtime.types import Preprocess
 
 

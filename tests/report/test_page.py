@@ -247,12 +247,12 @@ def test_per_class_counts_examples(pairs: list[tuple[int, int]]):
         confusion[pair] += 1
     results = per_class(confusion, ["a", "b", "c", "d"])
     assert sorted(result.name for result in results) == ["a", "b", "c", "d"]
-    for name, examples, correct, taken_for in results:
+    for name, examples, correct, most_confused_with in results:
         label = "abcd".index(name)
         predictions = Counter("abcd"[p] for t, p in pairs if t == label)
         assert examples == predictions.total()
         assert correct == predictions.pop(name, 0)
-        assert predictions[taken_for or ""] == max(predictions.values(), default=0)
+        assert predictions[most_confused_with or ""] == max(predictions.values(), default=0)
     with_examples = [r.correct / r.examples for r in results if r.examples]
     assert with_examples == sorted(with_examples)
     assert not any(r.examples for r in results[len(with_examples) :])

@@ -10,8 +10,8 @@ import pytest
 import yaml
 from engine import LOADING, config, source, train
 
+from tljax.data.examples import Splits
 from tljax.data.options import AugmentConfig
-from tljax.data.sources import Splits
 from tljax.pretrained import Card
 from tljax.report.runs import remarks, write_training_report
 from tljax.train.fit import FitResult

@@ -9,8 +9,8 @@ import pytest
 import tiny
 from PIL import Image
 
+from tljax.data.folders import open_folder
 from tljax.data.options import Loading
-from tljax.data.sources import open_folder
 from tljax.models import apply
 from tljax.pretrained import Card, Pretrained
 from tljax.report.gallery import write_attack_pictures
@@ -52,7 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def attacked(network, folder):
     """Return the images of the folder without labels."""
     source = replace(open_folder(folder), classes=(), labels=np.full(7, -1, np.int32))
-    victims = attacks.read_victims(network, source, LOADING)
+    victims = attacks.read_attacked_images(network, source, LOADING)
     chosen = attacks.choose_attacks(["fgsm", "pgd"], num_steps=3)
     actual = attacks.attack(network, victims, chosen, [24 / 255, 4 / 255], LOADING)
     return victims, chosen, actual
@@ -63,11 +63,11 @@ def predicted(network: Pretrained, images: np.ndarray) -> np.ndarray:
 
 
 def test_labels_are_those_of_the_folder_or_predictions(network, folder, attacked):
-    victims = attacks.read_victims(network, open_folder(folder), LOADING)
+    victims = attacks.read_attacked_images(network, open_folder(folder), LOADING)
     assert victims.labels.tolist() == [1, 1, 1, 2, 2, 2]
     assert any("not read: " in note and "bad.png" in note for note in victims.notes)
     np.testing.assert_array_equal(attacked[0].labels, predicted(network, victims.images))
-    few = attacks.read_victims(network, open_folder(folder), LOADING, count=3, seed=1)
+    few = attacks.read_attacked_images(network, open_folder(folder), LOADING, count=3, seed=1)
     assert len(few.images) < 4
     assert set(few.names) < set(victims.names) | {"cat/bad.png"}
 
@@ -76,12 +76,14 @@ def test_the_first_reason_is_reported_when_no_image_can_be_read(network, tmp_pat
     for name in "abc":
         (tmp_path / name).touch()
     with pytest.raises(RequestError, match=r"no image can be read; .*a: the file is empty$"):
-        attacks.read_victims(network, open_folder(tmp_path), LOADING)
+        attacks.read_attacked_images(network, open_folder(tmp_path), LOADING)
 
 
 def test_the_more_probable_of_two_classes_with_the_same_name_is_the_label(network, folder):
     card = replace(network.card, classes=("bee", "bee", "cat"))
-    victims = attacks.read_victims(network._replace(card=card), open_folder(folder), LOADING)
+    victims = attacks.read_attacked_images(
+        network._replace(card=card), open_folder(folder), LOADING
+    )
     logits = np.asarray(seen(network.variables, victims.images))
     assert victims.labels.tolist() == [*logits[:3, :2].argmax(1), 2, 2, 2]
     assert "2 classes are called bee (0 and 1)" in victims.notes[0]

@@ -12,7 +12,7 @@ from tljax.data.options import AugmentConfig
 from tljax.features.evaluate import evaluate
 from tljax.models import apply
 from tljax.runtime.errors import RequestError
-from tljax.train.adversary import PROOF_STEPS, attacked, robust_logits
+from tljax.train.adversary import EVALUATION_STEPS, attacked, robust_logits
 from tljax.train.history import best_epoch
 from tljax.train.options import AdversaryConfig
 from tljax.train.recipes import make_plan
@@ -57,7 +57,7 @@ def test_robust_logits_are_those_of_pgd():
         jax.random.key(3),
         epsilon=16 / 255,
         ids=retained,
-        num_steps=PROOF_STEPS,
+        num_steps=EVALUATION_STEPS,
     )
     np.testing.assert_allclose(actual.values, logits_fn(moved), rtol=1e-3, atol=1e-3)
 

@@ -7,7 +7,7 @@ from engine import config, splits
 from tiny import MODEL
 
 import tljax.train.dry_run as dry_run_module
-from tljax.data.sources import Source
+from tljax.data.examples import Source
 from tljax.features.extract import feature_bytes
 from tljax.runtime.errors import RequestError
 from tljax.train.dry_run import dry_run

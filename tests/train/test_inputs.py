@@ -16,7 +16,7 @@ from tljax.features import store
 from tljax.features.extract import compute_features, split_features
 from tljax.runtime.errors import RequestError, WriteError
 from tljax.train import inputs
-from tljax.train.inputs import cache_bytes, cache_place, open_inputs
+from tljax.train.inputs import cache_bytes, cache_location, open_inputs
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
@@ -145,7 +145,7 @@ def test_auto_chooses_memory_then_disk_then_none(folder, monkeypatch):
     monkeypatch.setattr(store, "available_bytes", lambda: disk[0])
 
     def place(cache="auto"):
-        return cache_place(tiny_network.MODEL, splits(), config(cache=cache), "layer1")
+        return cache_location(tiny_network.MODEL, splits(), config(cache=cache), "layer1")
 
     for memory[0], disk[0], expected in (
         (2 * size, 0, "memory"),

@@ -10,8 +10,8 @@ import pytest
 from engine import config, everything, source, splits, train
 from tiny import MODEL, random_variables
 
+from tljax.data.examples import Splits, select
 from tljax.data.options import AugmentConfig
-from tljax.data.sources import Splits, select
 from tljax.metrics.classification import class_shares
 from tljax.metrics.sums import Weighted, means
 from tljax.models import apply, replace_head

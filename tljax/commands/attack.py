@@ -59,7 +59,8 @@ class Config(cli.Common):
 
 def run(config: Config) -> dict[str, Any]:
     """Print a table of accuracies; with ``--out`` also write pictures."""
-    from tljax.data.sources import exists, expand_path, open_folder, open_images, open_labeled
+    from tljax.data.folders import exists, expand_path, open_folder, open_images
+    from tljax.data.sources import open_labeled
     from tljax.report import gallery
     from tljax.runtime.errors import RequestError
     from tljax.studies import robustness as attacks
@@ -83,7 +84,7 @@ def run(config: Config) -> dict[str, Any]:
     chosen = attacks.choose_attacks(
         config.attacks, norm=config.norm, num_steps=config.steps, target=target
     )
-    victims = attacks.read_victims(
+    victims = attacks.read_attacked_images(
         network, source, config.loading, count=config.count, seed=config.seed
     )
     for note in (*notes, *victims.notes):

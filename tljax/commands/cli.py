@@ -177,8 +177,8 @@ def print_devices(config: Output, precision: str) -> None:
     backend, kind = jax.default_backend(), devices[0].device_kind
     require_backend(config.platform, backend)
     if jax.process_index() == 0:
-        of_kind = "" if kind == backend else f" ({kind})"
-        line = f"{backend}: {_plural(len(devices), 'device')}{of_kind}, {precision}"
+        kind_text = "" if kind == backend else f" ({kind})"
+        line = f"{backend}: {_plural(len(devices), 'device')}{kind_text}, {precision}"
         print(f"{line}, {_plural(jax.process_count(), 'process', 'es')}", file=sys.stderr)
 
 
@@ -237,7 +237,7 @@ def _main(config_type: Any, run: Callable[[Any], dict[str, Any]]) -> int:
     try:
         config = _parse(config_type).completed()
         configure(getattr(config, "precision", None) or "float32", config.platform)
-        _refuse_idle(config)
+        _reject_unused_options(config)
         result = run(config)
         if config.json:
             print(to_json(result))
@@ -392,7 +392,7 @@ def explicit_options() -> set[str]:
     return {flag[2:].replace("-", "_").removeprefix("no_") for flag in flags}
 
 
-def _refuse_idle(config: Output) -> None:
+def _reject_unused_options(config: Output) -> None:
     """Refuse options that have no effect, and options of several values that are repeated."""
     words = [word.partition("=")[0] for word in sys.argv]
     for name, value in settings(config).items():

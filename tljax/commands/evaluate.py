@@ -27,8 +27,9 @@ class Config(cli.Common):
 
 def run(config: Config) -> dict[str, Any]:
     """Print accuracies; with a run directory also write a report of the mistakes."""
+    from tljax.data.examples import find_ambiguous_names, match_classes
     from tljax.data.loader import require_readable_image
-    from tljax.data.sources import find_ambiguous_names, match_classes, open_labeled
+    from tljax.data.sources import open_labeled
     from tljax.features.evaluate import evaluate, resolve_ambiguous_labels
     from tljax.features.extract import compute_features
     from tljax.pretrained.catalog import match_class_names

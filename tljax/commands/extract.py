@@ -42,8 +42,9 @@ class Config(cli.Common):
 
 def run(config: Config) -> dict[str, Any]:
     """Write the file, and print its shape and the images that could not be read."""
+    from tljax.data.folders import exists, expand_path, open_folder
     from tljax.data.loader import require_readable_image
-    from tljax.data.sources import exists, expand_path, open_folder, open_labeled
+    from tljax.data.sources import open_labeled
     from tljax.features.extract import compute_features
     from tljax.train.run_directory import skipped_lines, skipped_rows
 

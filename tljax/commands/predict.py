@@ -27,8 +27,8 @@ def run(config: Config) -> dict[str, Any]:
     import jax
     import numpy as np
 
+    from tljax.data.folders import open_images
     from tljax.data.loader import require_readable_image
-    from tljax.data.sources import open_images
     from tljax.features.extract import compute_features
     from tljax.runtime.errors import RequestError
 

@@ -21,19 +21,19 @@ from tljax.runtime.errors import RequestError, StoppedError
 from tljax.runtime.files import CONFIG_VERSION, read_config
 from tljax.runtime.ranges import Amount, NotNegative, Share, format_flag
 from tljax.runtime.settings import settings
-from tljax.train.options import ASKED_CONDITIONS, FitConfig
+from tljax.train.options import REQUEST_CONDITIONS, FitConfig
 
 if TYPE_CHECKING:
-    from tljax.data.sources import Splits
+    from tljax.data.examples import Splits
     from tljax.pretrained import Pretrained
     from tljax.runtime.parallel import Preemption
     from tljax.train.fit import FitResult
 
 
-_IDLE_WHEN_FINDING = (
+_UNUSED_IN_RANGE_TEST = (
     "learning_rate schedule warmup patience ema_decay checkpoint_minutes log_every profile"
 )
-_FINDING = "with --find-learning-rate"
+_IN_RANGE_TEST = "with --find-learning-rate"
 _NOT_RESUMED = "workers devices distributed json debug platform resume dry_run find_learning_rate"
 
 
@@ -81,11 +81,11 @@ class Config(cli.Common):
     distributed: bool = False
 
     conditions = (
-        *ASKED_CONDITIONS,
+        *REQUEST_CONDITIONS,
         *cli.SPLIT_CONDITIONS,
         ("find_learning_rate profile", lambda s: not s.dry_run, "with --dry-run"),
-        ("epochs", lambda s: not s.find_learning_rate or s.recipe == "gradual", _FINDING),
-        (_IDLE_WHEN_FINDING, lambda s: not s.find_learning_rate, _FINDING),
+        ("epochs", lambda s: not s.find_learning_rate or s.recipe == "gradual", _IN_RANGE_TEST),
+        (_UNUSED_IN_RANGE_TEST, lambda s: not s.find_learning_rate, _IN_RANGE_TEST),
         ("checkpoint_minutes log_every", lambda s: s.recipe != "probe", "with --recipe probe"),
     )
 

@@ -22,7 +22,7 @@ class Common(cli.Network):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OfImages(Common):
+class ImageOptions(Common):
     """Options of the subcommands that read images.
 
     Attributes:
@@ -52,7 +52,7 @@ class Ideal(Common):
 
 
 @dataclass(frozen=True)
-class Explain(OfImages):
+class Explain(ImageOptions):
     """Draw which regions of images are evidence for a class, by five attribution methods.
 
     Attributes:
@@ -63,7 +63,7 @@ class Explain(OfImages):
 
 
 @dataclass(frozen=True)
-class Features(OfImages):
+class Features(ImageOptions):
     """Draw the channels of every stage with the strongest response to each image.
 
     Attributes:
@@ -74,7 +74,7 @@ class Features(OfImages):
 
 
 @dataclass(frozen=True)
-class Dream(OfImages):
+class Dream(ImageOptions):
     """Amplify in images what a stage responds to (DeepDream).
 
     Attributes:

@@ -15,7 +15,7 @@ from jaxtyping import UInt8
 from PIL import ExifTags, Image, ImageChops, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
-from tljax.data.sources import open_images
+from tljax.data.folders import open_images
 from tljax.runtime.download import is_html
 from tljax.runtime.errors import UnreadableImageError
 from tljax.runtime.types import Preprocess

@@ -12,7 +12,7 @@ from absl import flags
 from jaxtyping import Int
 
 from tljax.data.decode import decode, print_remarks
-from tljax.data.sources import Source
+from tljax.data.examples import Source
 from tljax.runtime.errors import RequestError, UnreadableImageError
 from tljax.runtime.types import Batch, Preprocess
 

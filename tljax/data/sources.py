@@ -6,21 +6,15 @@ Nothing is decoded: a source gives random access to encoded files or pixels, wit
 import numpy as np
 
 from tljax.data.examples import (
-    Examples,
     Source,
     Splits,
-    find_ambiguous_names,
-    match_classes,
     printable,
-    select,
     split_by_content,
 )
 from tljax.data.folders import (
     exists,
     expand_path,
-    open_folder,
     open_folder_splits,
-    open_images,
     open_labeled_folder,
     suggest_path,
     train_and_val,
@@ -28,22 +22,6 @@ from tljax.data.folders import (
 from tljax.data.hubs import hub_has_validation, is_hub, open_hub_splits, open_labeled_hub
 from tljax.runtime.errors import RequestError
 from tljax.runtime.packages import install_command
-
-__all__ = [
-    "Examples",
-    "Source",
-    "Splits",
-    "exists",
-    "expand_path",
-    "find_ambiguous_names",
-    "has_validation",
-    "match_classes",
-    "open_folder",
-    "open_images",
-    "open_labeled",
-    "open_splits",
-    "select",
-]
 
 VAL_FRACTION = 0.2
 

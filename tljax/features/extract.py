@@ -18,9 +18,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int, Key, Shaped
 
 from tljax.data.augment import augment, epoch_key
+from tljax.data.examples import Source, Splits
 from tljax.data.loader import BatchRows, batch_rows, load_batches, shard_rows
 from tljax.data.options import AugmentConfig, Loading
-from tljax.data.sources import Source, Splits
 from tljax.features import store
 from tljax.models import Model, abstract_variables, apply
 from tljax.runtime.errors import WriteError

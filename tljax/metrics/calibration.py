@@ -142,7 +142,6 @@ def calibrate(
     logits: Float[np.ndarray, "examples classes"],
     labels: Integer[np.ndarray, " examples"],
     *,
-    bins: int = 15,
     seed: int = 0,
 ) -> Calibration:
     """Measure calibration before and after temperature scaling, by two-fold cross-validation.
@@ -154,7 +153,6 @@ def calibrate(
         logits: ``[examples, classes]`` of examples that the network was not trained on; at least
             two examples.
         labels: ``[examples]`` class indices.
-        bins: number of confidence bins; see `calibration_bins`.
         seed: seed of the random split.
 
     Raises:
@@ -168,16 +166,16 @@ def calibrate(
     scaled = np.empty_like(logits)
     for half, other in (halves, halves[::-1]):
         scaled[half] = logits[half] / fit_temperature(logits[other], labels[other])
-    before, loss_before = _measure(logits, labels, bins)
-    after, loss_after = _measure(scaled, labels, bins)
+    before, loss_before = _measure(logits, labels)
+    after, loss_after = _measure(scaled, labels)
     return Calibration(fit_temperature(logits, labels), before, after, loss_before, loss_after)
 
 
-def _measure(logits: np.ndarray, labels: np.ndarray, bins: int) -> tuple[CalibrationBins, float]:
+def _measure(logits: np.ndarray, labels: np.ndarray) -> tuple[CalibrationBins, float]:
     probabilities = softmax(logits, axis=1)
     correct = probabilities.argmax(1) == labels
     loss = (logsumexp(logits, axis=1) - logits[np.arange(len(labels)), labels]).mean()
-    return calibration_bins(probabilities.max(1), correct, bins), float(loss)
+    return calibration_bins(probabilities.max(1), correct), float(loss)
 
 
 def _checked(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -43,7 +43,7 @@ _IGNORED_ARGUMENTS = (
 )
 
 # From this size on transformers' ConvNext processor ignores the aspect ratio.
-_SQUASHED = 384
+_SQUASHED_FROM_SIDE = 384
 
 
 class Description(NamedTuple):
@@ -324,9 +324,9 @@ def _huggingface_preprocess(processor: _Section, default_kind: str) -> Preproces
         processor.get("do_center_crop", lambda value: value is False, "false", default=False)
         share = processor.get("crop_pct", _is_fraction, "a number above 0, at most 1", 224 / 256)
         crop, resize = edge, math.floor(edge / share)
-        if edge >= _SQUASHED:
+        if edge >= _SQUASHED_FROM_SIDE:
             raise processor.error(
-                f"from {_SQUASHED} px on this image processor ignores the aspect ratio, "
+                f"from {_SQUASHED_FROM_SIDE} px on this image processor ignores the aspect ratio, "
                 "which tljax does not support; choose a smaller size"
             )
     else:

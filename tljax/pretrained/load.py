@@ -20,8 +20,8 @@ from tljax.pretrained.configs import read_architecture, read_configs, write_conf
 from tljax.pretrained.fetch import fetch, fetch_hub, fetch_url
 from tljax.pretrained.formats import (
     Tensors,
+    digest,
     read_tensors,
-    sha256,
     write_keras,
     write_safetensors,
     write_torch,
@@ -279,7 +279,7 @@ def _load_file(
     variables = apply_rules(rules, identity.arrays, abstract_variables(identity.model), name)
     notes = identity.notes(name) + (_twin_notes(identity, name) if model is None else ())
     classes = default_classes(built.num_classes)
-    card = Card(classes, name, "unknown", sha256(path), identity.layout, notes)
+    card = Card(classes, name, "unknown", digest(path, "sha256"), identity.layout, notes)
     return Pretrained(built, variables, card), has_preprocess
 
 

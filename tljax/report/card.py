@@ -21,7 +21,7 @@ from tljax.pretrained import Card
 from tljax.report.page import encodable, per_class
 from tljax.runtime.types import Preprocess
 
-MOST_CLASSES = 10
+MAX_CLASSES = 10
 """Number of classes that the card lists, the lowest accuracies first; the report has all."""
 
 # The licenses of pretrained weights that have an identifier on the Hub, from
@@ -182,15 +182,15 @@ def _results(run: RunFacts, examples: int, top1: float) -> str:
     if run.attacked is not None:
         rows.append((f"top-1 accuracy under {run.attacked[1]}", f"{run.attacked[0]:.1%}"))
     results = per_class(run.confusion, run.weights.classes)
-    listed = [result for result in results if result.examples][:MOST_CLASSES]
+    listed = [result for result in results if result.examples][:MAX_CLASSES]
     title = f"The {len(listed)} classes with the lowest accuracy:"
     if len(listed) == len(results):
         title = "By class:"
     by_class = _table(
         ("class", "correct", "accuracy", "most often taken for"),
         (
-            (name, f"{correct} of {count}", f"{correct / count:.1%}", taken_for or "")
-            for name, count, correct, taken_for in listed
+            (name, f"{correct} of {count}", f"{correct / count:.1%}", most_confused_with or "")
+            for name, count, correct, most_confused_with in listed
         ),
     )
     measured = f"On the {examples} {run.measured}:"

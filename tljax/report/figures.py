@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 BLUE, VERMILION = "#0072b2", "#d55e00"
 PALE = "#767676"
 
-MOST_CLASSES_WITH_COUNTS = 20
-MOST_CLASSES_WITH_NAMES = 60
+MAX_CLASSES_WITH_COUNTS = 20
+MAX_CLASSES_WITH_NAMES = 60
 LONGEST_CLASS_NAME = 24  # characters on an axis
 
 LogEntry = Mapping[str, Any]
@@ -293,7 +293,7 @@ def confusion_matrix(
         )
     share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     share = maximum_filter(share, 2 * (count // 400) + 1, mode="constant")
-    with_counts = count <= MOST_CLASSES_WITH_COUNTS
+    with_counts = count <= MAX_CLASSES_WITH_COUNTS
     cell = min(0.9, max(0.45, 3 / count)) if with_counts else 7 / count  # inches
     side = count * cell + 1.6
 
@@ -305,7 +305,7 @@ def confusion_matrix(
     axes.set_ylabel("true class", fontsize=11, color=INK)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0, labelsize=10 if with_counts else 8, labelcolor=INK)
-    if count <= MOST_CLASSES_WITH_NAMES:
+    if count <= MAX_CLASSES_WITH_NAMES:
         names = [_shorten(printable(name)) for name in classes]
         upright = 0.09 * max(map(len, names)) > cell
         axes.set_xticks(range(count), names, rotation=90 if upright else 0, parse_math=False)

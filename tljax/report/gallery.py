@@ -13,7 +13,7 @@ from tljax.report.grid import image_grid
 from tljax.runtime.errors import RequestError
 from tljax.runtime.files import atomic_write, mark_output
 from tljax.studies.pictures import Picture
-from tljax.studies.robustness import Painting
+from tljax.studies.robustness import AttackPictures
 
 
 def grid(pictures: Sequence[Picture], columns: int, *, smallest: int = 0) -> Image.Image:
@@ -51,7 +51,7 @@ def open_output(folder: Path) -> None:
 
 
 def write_attack_pictures(
-    out: Path, robustness: Robustness, paintings: Sequence[Painting]
+    out: Path, robustness: Robustness, paintings: Sequence[AttackPictures]
 ) -> list[Path]:
     """Write the robustness curve, a grid of all pictures, and the attack's pictures one by one.
 

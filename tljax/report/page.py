@@ -16,7 +16,7 @@ from PIL import Image
 
 from tljax.metrics.calibration import Calibration
 from tljax.report.figures import (
-    MOST_CLASSES_WITH_COUNTS,
+    MAX_CLASSES_WITH_COUNTS,
     LogEntry,
     confusion_matrix,
     curves,
@@ -28,8 +28,8 @@ from tljax.runtime.files import atomic_write
 if TYPE_CHECKING:
     import matplotlib.figure
 
-MOST_ROWS = 1_000  # per table, so that a report of many classes stays small
-MOST_ROWS_IN_SIGHT = 20  # a longer table scrolls and can be filtered
+MAX_ROWS = 1_000  # per table, so that a report of many classes stays small
+MAX_ROWS_WITHOUT_FILTER = 20  # a longer table scrolls and can be filtered
 LARGEST_PIXEL_ART = 64  # largest side, in pixels, of an image that is enlarged with hard edges
 PHOTO_SIDE = 320  # twice the width at which the page shows a photo
 
@@ -67,13 +67,13 @@ class ClassResult(NamedTuple):
         name: the class.
         examples: number of its examples.
         correct: number of its examples that were classified correctly.
-        taken_for: the wrong class that was predicted most often; None if there was no mistake.
+        most_confused_with: the most frequent wrong prediction; None without a mistake.
     """
 
     name: str
     examples: int
     correct: int
-    taken_for: str | None
+    most_confused_with: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,7 +202,7 @@ def _confusion(report: Report) -> str:
         return ""
     description = f"Confusion matrix of {len(report.classes)} classes: true in rows, predicted in"
     plot = _plot(confusion_matrix(report.confusion, report.classes), f"{description} columns")
-    if len(report.classes) <= MOST_CLASSES_WITH_COUNTS:
+    if len(report.classes) <= MAX_CLASSES_WITH_COUNTS:
         return plot
     rows = [
         _cells(label, predicted) + _numbers(f"{examples}", f"{share:.1%}")
@@ -246,7 +246,7 @@ def _classes(report: Report) -> str:
             _cells(result.name)
             + _numbers(f"{result.correct} of {result.examples}", accuracy)
             + f'<td class="bar"><i style="width:{share:.1%}"></i></td>'
-            + _cells(result.taken_for or "")
+            + _cells(result.most_confused_with or "")
         )
     header = "class", "correct", "accuracy", "", "most often taken for"
     return _table("Classes, the lowest accuracy first", header, rows)
@@ -303,17 +303,17 @@ def _table(title: str, header: Sequence[str], rows: Sequence[str]) -> str:
     Args:
         title: the contents and the order of the rows.
         header: the heading of each column; without one the table has no filter.
-        rows: for each row, its cells in HTML; only the first `MOST_ROWS` are shown.
+        rows: for each row, its cells in HTML; only the first `MAX_ROWS` are shown.
     """
     if not rows:
         return ""
     head = "".join(f"<th>{text}</th>" for text in header)
     head = head and f"<thead><tr>{head}</tr></thead>\n"
-    body = "".join(f"<tr>{cells}</tr>\n" for cells in rows[:MOST_ROWS])
+    body = "".join(f"<tr>{cells}</tr>\n" for cells in rows[:MAX_ROWS])
     box = _box("table", title, f"<table>\n{head}<tbody>\n{body}</tbody></table>")
-    if len(rows) <= MOST_ROWS_IN_SIGHT or not header:
+    if len(rows) <= MAX_ROWS_WITHOUT_FILTER or not header:
         return box
-    cut = f", {MOST_ROWS:,} shown" if len(rows) > MOST_ROWS else ""
+    cut = f", {MAX_ROWS:,} shown" if len(rows) > MAX_ROWS else ""
     label = _text(title)
     return (
         f'<p class="filter">{label}: {len(rows):,} rows{cut}<input type="search" hidden'

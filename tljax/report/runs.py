@@ -7,7 +7,7 @@ from shlex import quote
 from typing import Any
 
 from tljax.data.decode import decode
-from tljax.data.sources import Source, Splits
+from tljax.data.examples import Source, Splits
 from tljax.features.evaluate import Evaluation
 from tljax.features.extract import Outputs
 from tljax.metrics.calibration import Calibration, calibrate
@@ -20,12 +20,12 @@ from tljax.runtime.trees import flatten
 from tljax.runtime.types import Preprocess
 from tljax.studies.duplicates import find_duplicates
 from tljax.train import run_directory
-from tljax.train.adversary import PROOF_STEPS
+from tljax.train.adversary import EVALUATION_STEPS
 from tljax.train.fit import FitResult
 from tljax.train.history import best_epoch, first_epoch_drop
 from tljax.train.options import FIT_CONDITIONS
 
-MOST_IMAGES_COMPARED = 20_000
+MAX_IMAGES_COMPARED = 20_000
 """Largest number of images among which duplicates of training images are searched for."""
 
 
@@ -97,7 +97,7 @@ def write_training_report(
     origins = {"probe": "tuned" if best_epoch(result.history) else "probe", "random": "scratch"}
     train_examples = len(splits.train) - len(result.skipped[0])
     validated = splits.val is not splits.train
-    few = len(splits.train) + len(splits.val) <= MOST_IMAGES_COMPARED
+    few = len(splits.train) + len(splits.val) <= MAX_IMAGES_COMPARED
     duplicates = None
     if validated and few:
         duplicates = find_duplicates(splits.train.examples, splits.val.examples)
@@ -111,7 +111,7 @@ def write_training_report(
     if calibration:
         headline.append(("calibration error", f"{calibration.before.error:.1%}"))
     headline.append(("seconds", f"{seconds:.0f}"))
-    attack = f"PGD, {PROOF_STEPS} steps, epsilon {result.config.adversary.epsilon:g}/255"
+    attack = f"PGD, {EVALUATION_STEPS} steps, epsilon {result.config.adversary.epsilon:g}/255"
     model, probe = result.model, result.probe
     report = Report(
         title=f"{config['data']} with {card.source}",

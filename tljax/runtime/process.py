@@ -17,7 +17,10 @@ from tljax.runtime.settings import Dtype, Platform
 # training step takes up to twice as long as with XLA's own; its reductions are fast, and so are its
 # matrix products in bfloat16, but not in float32. Measured with jaxlib 0.10.2 and 0.12.0.
 _FLAG = "xla_cpu_experimental_ynn_fusion_type"
-_LEFT_TO_IT = {"float32": "LIBRARY_FUSION_TYPE_REDUCE", "bfloat16": "-individual_convolution"}
+_YNNPACK_OPERATIONS = {
+    "float32": "LIBRARY_FUSION_TYPE_REDUCE",
+    "bfloat16": "-individual_convolution",
+}
 _PLATFORMS = {"cpu": "cpu", "gpu": "cuda,cpu", "tpu": "tpu,cpu"}
 
 
@@ -39,7 +42,7 @@ def configure(precision: Dtype = "float32", platform: Platform | None = None) ->
     flags = os.environ.get("XLA_FLAGS", "")
     settings: dict[str, str] = {}
     if "_ynn_" not in flags and _is_known(_FLAG):
-        settings["XLA_FLAGS"] = f"{flags} --{_FLAG}={_LEFT_TO_IT[precision]}".strip()
+        settings["XLA_FLAGS"] = f"{flags} --{_FLAG}={_YNNPACK_OPERATIONS[precision]}".strip()
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         with suppress(RequestError):  # without a home folder there is no cache
             settings["JAX_COMPILATION_CACHE_DIR"] = str(cache_dir() / "compiled" / _machine())

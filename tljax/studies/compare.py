@@ -5,8 +5,8 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from tljax.data.examples import Splits
 from tljax.data.options import Loading
-from tljax.data.sources import Splits
 from tljax.features.extract import images_per_second, split_features
 from tljax.features.probe import fit_probe, predict_logits
 from tljax.metrics.classification import standard_error

@@ -25,7 +25,7 @@ from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
 from tljax.data.decode import open_image
-from tljax.data.sources import Examples
+from tljax.data.examples import Examples
 from tljax.runtime.errors import UnreadableImageError
 from tljax.runtime.files import sha256
 

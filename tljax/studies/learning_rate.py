@@ -11,8 +11,8 @@ import numpy as np
 from jaxtyping import Float
 
 from tljax.data.augment import epoch_key
+from tljax.data.examples import Splits
 from tljax.data.options import Loading
-from tljax.data.sources import Splits
 from tljax.metrics.sums import means
 from tljax.models import Model
 from tljax.runtime.errors import RequestError
@@ -90,7 +90,6 @@ def find_learning_rate(
         islice(batches, steps),
         description="learning rates",
         total=steps,
-        size=lambda _: 1,
         unit="steps",
         quiet=not is_main_process(),
     ):

@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import Float, Shaped, UInt8
 
 from tljax import explain
+from tljax.data.folders import open_images
 from tljax.data.loader import load_batches, require_readable_image
-from tljax.data.sources import open_images
 from tljax.models import Model, apply
 from tljax.pretrained import Pretrained
 from tljax.runtime.errors import RequestError

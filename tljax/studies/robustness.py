@@ -16,9 +16,9 @@ from tljax.attack.contract import Attack
 from tljax.attack.ensemble import title
 from tljax.attack.evaluate import Robustness, Share, share
 from tljax.attack.types import LogitsFn
+from tljax.data.examples import Source, find_ambiguous_names, match_classes, select
 from tljax.data.loader import load_batches, require_readable_image
 from tljax.data.options import Loading
-from tljax.data.sources import Source, find_ambiguous_names, match_classes, select
 from tljax.features.evaluate import resolve_ambiguous_labels
 from tljax.models import Model, apply
 from tljax.pretrained import Pretrained
@@ -51,7 +51,7 @@ _NORMS = {"cw": ("l2",)} | dict.fromkeys(("fgsm", "bim", "mi-fgsm", "pgd"), ("li
 """Norms that an attack supports, if these are not Linf and L2."""
 
 
-class Victims(NamedTuple):
+class AttackedImages(NamedTuple):
     """Images to attack.
 
     Attributes:
@@ -68,7 +68,7 @@ class Victims(NamedTuple):
     notes: list[str]
 
 
-class Painting(NamedTuple):
+class AttackPictures(NamedTuple):
     """Pictures of one attacked image.
 
     Attributes:
@@ -137,14 +137,14 @@ def _parameters(name: str) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(ATTACKS[name]).parameters
 
 
-def read_victims(
+def read_attacked_images(
     network: Pretrained,
     source: Source,
     loading: Loading,
     *,
     count: int | None = None,
     seed: int = 0,
-) -> Victims:
+) -> AttackedImages:
     """Read images to attack, with labels of the data or else predictions of the network.
 
     Args:
@@ -191,12 +191,14 @@ def read_victims(
     require_readable_image(source, skipped)
     images, labels, indices = map(np.concatenate, zip(*parts, strict=True))
     notes += skipped_lines(source, skipped)
-    return Victims(images, labels.astype(np.int32), [source.names[int(i)] for i in indices], notes)
+    return AttackedImages(
+        images, labels.astype(np.int32), [source.names[int(i)] for i in indices], notes
+    )
 
 
 def attack(
     network: Pretrained,
-    victims: Victims,
+    victims: AttackedImages,
     attacks: Mapping[str, Attack],
     epsilons: Sequence[float],
     loading: Loading,
@@ -288,14 +290,14 @@ def summary(robustness: Robustness) -> dict[str, Any]:
 
 def paint(
     network: Pretrained,
-    victims: Victims,
+    victims: AttackedImages,
     attacks: Mapping[str, Attack],
     robustness: Robustness,
     *,
     count: int = 8,
     target: int | None = None,
     seed: int = 0,
-) -> list[Painting]:
+) -> list[AttackPictures]:
     """Draw 8-bit adversarial images of the last attack.
 
     Each uses the smallest epsilon at which the 8-bit image fools the network, or the largest
@@ -371,7 +373,7 @@ def paint(
             f"{victims.names[row]}: {one_line['before']}; {radius}: {one_line['exact']}; "
             f"as PNG: {one_line['after']}"
         )
-        paintings.append(Painting(pictures, line, facts))
+        paintings.append(AttackPictures(pictures, line, facts))
     return paintings
 
 

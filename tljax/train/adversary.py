@@ -14,8 +14,8 @@ from jaxtyping import Float, Int, Shaped
 
 from tljax.attack import fgsm, pgd
 from tljax.attack.contract import as_float
+from tljax.data.examples import Source
 from tljax.data.options import Loading
-from tljax.data.sources import Source
 from tljax.features.extract import Outputs, collect, over_source
 from tljax.models import Model, apply
 from tljax.runtime.parallel import data_mesh, shard
@@ -25,7 +25,7 @@ from tljax.train.objectives import Objective
 from tljax.train.options import AdversaryConfig
 from tljax.train.step import Forward
 
-PROOF_STEPS = 20
+EVALUATION_STEPS = 20
 """Number of PGD steps for measuring robust accuracy, more than for training."""
 
 
@@ -87,7 +87,7 @@ def robust_logits(
     config: AdversaryConfig,
     seed: int,
 ) -> Outputs:
-    """Compute the logits of a source under PGD of `PROOF_STEPS` steps at the epsilon of training.
+    """Compute the logits of a source under PGD of `EVALUATION_STEPS` steps, at training's epsilon.
 
     Args:
         model: the network.
@@ -98,7 +98,9 @@ def robust_logits(
         seed: seed of the random starts.
     """
     mesh = data_mesh(loading.devices)
-    forward = partial(_attacked_logits, model, AdversaryConfig("pgd", config.epsilon, PROOF_STEPS))
+    forward = partial(
+        _attacked_logits, model, AdversaryConfig("pgd", config.epsilon, EVALUATION_STEPS)
+    )
     key = jax.random.key(seed)
     skipped: dict[int, str] = {}
     batches = track(

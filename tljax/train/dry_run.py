@@ -8,15 +8,15 @@ import numpy as np
 import optax
 
 from tljax.data.augment import epoch_key
+from tljax.data.examples import Splits
 from tljax.data.loader import num_batches
-from tljax.data.sources import Splits
 from tljax.models import Model, abstract_variables, apply, replace_head
 from tljax.runtime.tables import format_table
 from tljax.runtime.trees import flatten
 from tljax.runtime.types import Batch, Variables
 from tljax.train.adversary import adversarial
 from tljax.train.freeze import FROZEN, first_trainable_stage, label, partition
-from tljax.train.inputs import cache_bytes, cache_place
+from tljax.train.inputs import cache_bytes, cache_location
 from tljax.train.objectives import cross_entropy
 from tljax.train.optimizer import build_optimizer
 from tljax.train.options import FitConfig
@@ -52,7 +52,7 @@ def dry_run(model: Model, splits: Splits, config: FitConfig, batch_size: int) ->
     for phase in plan.phases:
         labels = label(variables["params"], phase.table)
         start = first_trainable_stage(model, labels)
-        place = cache_place(model, splits, plan.config, start)
+        place = cache_location(model, splits, plan.config, start)
         cached = None if place == "none" else start
         flops = step_flops(model, variables, labels, plan.config, batch_size, cached)
         cost = f"{flops / 1e9:.1f} GFLOP, {flops / full:.0%} of training all stages"

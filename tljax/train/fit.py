@@ -10,8 +10,8 @@ import numpy as np
 import optax
 
 from tljax.data.augment import epoch_key
+from tljax.data.examples import Splits
 from tljax.data.options import Loading
-from tljax.data.sources import Splits
 from tljax.features.evaluate import Evaluation, evaluate
 from tljax.features.extract import Outputs
 from tljax.features.probe import Probe

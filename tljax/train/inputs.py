@@ -9,9 +9,9 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
+from tljax.data.examples import Source, Splits
 from tljax.data.loader import batch_rows, load_batches
 from tljax.data.options import Loading
-from tljax.data.sources import Source, Splits
 from tljax.features import store
 from tljax.features.extract import (
     Outputs,
@@ -165,7 +165,7 @@ def open_inputs(
         RequestError: no image of a class, or no validation image, can be read.
         WriteError: the configured cache on disk cannot be written.
     """
-    place = cache_place(model, splits, config, start)
+    place = cache_location(model, splits, config, start)
     images = Inputs(splits, config, loading, seed, None, (), None, ({}, {}))
     if place == "none":
         return images
@@ -221,7 +221,7 @@ def cache_bytes(model: Model, splits: Splits, config: FitConfig, start: str) -> 
     return feature_bytes(model, count, start, config.cache_dtype)
 
 
-def cache_place(model: Model, splits: Splits, config: FitConfig, start: str) -> Place:
+def cache_location(model: Model, splits: Splits, config: FitConfig, start: str) -> Place:
     """Choose where to cache the activations that enter ``start``, alike on all processes.
 
     ``none`` if they change from epoch to epoch. ``auto`` takes memory if half of the free memory

@@ -163,9 +163,9 @@ FIT_CONDITIONS: Conditions = (
 )
 """Conditions under which options have an effect, once a recipe has filled in the defaults."""
 
-_HYPERRULE = "optimizer weight_decay schedule warmup clip_norm mixup"
-ASKED_CONDITIONS: Conditions = (
-    (_HYPERRULE, lambda s: s.recipe != "bit", "with --recipe bit: its HyperRule sets it"),
+_SET_BY_BIT = "optimizer weight_decay schedule warmup clip_norm mixup"
+REQUEST_CONDITIONS: Conditions = (
+    (_SET_BY_BIT, lambda s: s.recipe != "bit", "with --recipe bit: its HyperRule sets it"),
     *FIT_CONDITIONS,
 )
 """Conditions under which options have an effect, before a recipe fills in the defaults."""

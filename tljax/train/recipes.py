@@ -87,9 +87,7 @@ def make_plan(model: Model, config: FitConfig, examples: int, batch_size: int) -
     if scratch and any(rate == FROZEN for _, rate in table):
         raise RequestError("--recipe scratch must train all stages: remove the options that freeze")
     if config.augment and config.cache_views == 0 and config.cache not in ("auto", "none"):
-        raise RequestError(
-            "--augment changes the inputs that --cache needs: add --cache-views 8"
-        )
+        raise RequestError("--augment changes the inputs that --cache needs: add --cache-views 8")
     mixed = config.augmentation.mixup or config.augmentation.cutmix
     if config.augment and config.cache_views and mixed:
         raise RequestError("Mixup and CutMix cannot mix cached views: choose --cache-views 0")

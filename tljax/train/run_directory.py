@@ -21,8 +21,8 @@ from typing import Any
 
 import jax
 
-from tljax.data.examples import join_names, printable
-from tljax.data.sources import Source, Splits, open_splits
+from tljax.data.examples import Source, Splits, join_names, printable
+from tljax.data.sources import open_splits
 from tljax.runtime.errors import DivergenceError, RequestError, StoppedError, WriteError
 from tljax.runtime.files import MARKER, atomic_write, mark_output, read_config, sha256, to_json
 from tljax.runtime.parallel import is_main_process

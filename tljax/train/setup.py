@@ -14,9 +14,9 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from tljax.data.examples import Splits
 from tljax.data.loader import num_batches
 from tljax.data.options import Loading
-from tljax.data.sources import Splits
 from tljax.features.probe import Probe, fit_probe
 from tljax.models import Model, init, replace_head
 from tljax.runtime.errors import RequestError
@@ -31,7 +31,7 @@ from tljax.train.history import History
 from tljax.train.inputs import Inputs, open_inputs
 from tljax.train.objectives import Objective, cross_entropy
 from tljax.train.optimizer import OptimizerWrapper, build_optimizer, learning_rate_schedule
-from tljax.train.options import ASKED_CONDITIONS, FitConfig
+from tljax.train.options import REQUEST_CONDITIONS, FitConfig
 from tljax.train.recipes import Phase, Plan, make_plan
 from tljax.train.step import Materialize, TrainState, TrainStep, init_state, make_train_step
 
@@ -132,7 +132,7 @@ def prepare(
     config = config or FitConfig()
     changed = {name for name, _ in settings(config).items() - settings(FitConfig()).items()}
     for note in (
-        find_unused_settings(config, ASKED_CONDITIONS, changed).values()
+        find_unused_settings(config, REQUEST_CONDITIONS, changed).values()
         if is_main_process()
         else ()
     ):

@@ -156,11 +156,6 @@ def write_keras(
         keras_file.write(temporary, arrays, names, legacy=not path.name.endswith(".weights.h5"))
 
 
-def sha256(path: str | os.PathLike[str]) -> str:
-    """Return the SHA-256 of a file as 64 hexadecimal digits; see `digest`."""
-    return digest(path, "sha256")
-
-
 def digest(path: str | os.PathLike[str], algorithm: str) -> str:
     """Return the hash of a file in hexadecimal digits, with constant memory use.
 

@@ -89,7 +89,7 @@ class File:
         text = self.read(at, min(end, at + max_size, len(self.span)) - at)
         return _decode(text.partition(b"\0")[0])
 
-    def in_heap(self, heap: int, index: int, size: int, max_size: int = _MAX_TEXT) -> bytes:
+    def heap_object(self, heap: int, index: int, size: int, max_size: int = _MAX_TEXT) -> bytes:
         """Return an object of a global heap, where variable-length texts are stored."""
         if heap not in self._heaps:
             self._heaps[heap] = self._global_heap(heap)
@@ -240,7 +240,7 @@ class Object:
         if kind % 16 == _STRING:
             return [file.text(at, at + size, max_size) for at in places]
         return [
-            _decode(file.in_heap(heap, index, length, max_size))
+            _decode(file.heap_object(heap, index, length, max_size))
             for length, heap, index in (file.unpack("<IQI", at) for at in places)
         ]
 

@@ -24,9 +24,9 @@ def torchvision(name: str) -> Rules:
     else:
         rules = conv_norm("conv1", "bn1", "stem/conv1")
     conv, norm = (1, 2) if variant.pooled_shortcut else (0, 1)
-    for layer, block in block_indices(VARIANTS[name].depths):
+    for layer, block in block_indices(variant.depths):
         key, path = f"layer{layer + 1}.{block}", f"layer{layer + 1}/block{block}"
-        for i in range(VARIANTS[name].block.convolutions):
+        for i in range(variant.block.convolutions):
             rules += conv_norm(f"{key}.conv{i + 1}", f"{key}.bn{i + 1}", f"{path}/conv{i + 1}")
         if _has_shortcut(name, layer, block):
             shortcut = f"{key}.downsample"
@@ -39,10 +39,8 @@ def huggingface(name: str) -> Rules:
     unit = huggingface_conv_norm
     rules = unit("resnet.embedder.embedder", "stem/conv1")
     for layer, block in block_indices(VARIANTS[name].depths):
-        key, path = (
-            f"resnet.encoder.stages.{layer}.layers.{block}",
-            f"layer{layer + 1}/block{block}",
-        )
+        key = f"resnet.encoder.stages.{layer}.layers.{block}"
+        path = f"layer{layer + 1}/block{block}"
         for i in range(VARIANTS[name].block.convolutions):
             rules += unit(f"{key}.layer.{i}", f"{path}/conv{i + 1}")
         if _has_shortcut(name, layer, block):
