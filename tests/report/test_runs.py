@@ -144,6 +144,6 @@ def test_a_first_epoch_below_the_probe_is_explained(tmp_path):
     assert before > after, "this learning rate is meant to be much too large"
     *_, remark = remarks(written.result)
     assert f"fell from {before:.1%} (probe) to {after:.1%}" in remark
-    assert "--warmup" in remark
+    assert "--layer-decay" in remark
     assert remark in written.page
     assert remark in written.card
