@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# So that Python, started beside the checkout, does not take its folder for the package.
+COMPAT := --config-settings editable_mode=compat
 
 .PHONY: demo test test-quick test-all lint docs clean
 
@@ -37,17 +39,17 @@ $(BIN)/python:
 
 # With --no-compile only imported modules are compiled to bytecode, when they are imported.
 $(VENV)/.demo: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --no-compile --editable ".[demo]"
+	$(BIN)/python -m pip install --quiet --no-compile $(COMPAT) --editable ".[demo]"
 	touch $@
 
 $(VENV)/.test: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --no-compile --editable ".[demo,docs,test]"
+	$(BIN)/python -m pip install --quiet --no-compile $(COMPAT) --editable ".[demo,docs,test]"
 	@# torchattacks declares old versions and torchvision, and needs neither.
 	$(BIN)/python -m pip install --quiet --no-deps torchattacks==3.5.1
 	touch $@
 
 $(VENV)/.docs: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --no-compile --editable ".[docs]"
+	$(BIN)/python -m pip install --quiet --no-compile $(COMPAT) --editable ".[docs]"
 	touch $@
 
 clean:

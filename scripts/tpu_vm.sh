@@ -27,7 +27,7 @@ if ! [ -x "$venv/bin/python" ] || ! "$venv/bin/python" -m pip --version >/dev/nu
     python=$(find_python)
     "$python" -m venv --clear "$venv"
 fi
-"$venv/bin/python" -m pip install --quiet --editable ".[$extras]"
+"$venv/bin/python" -m pip install --quiet --config-settings editable_mode=compat --editable ".[$extras]"
 if [ -z "${NO_DOCTOR:-}" ]; then
     "$venv/bin/tljax" doctor
 fi

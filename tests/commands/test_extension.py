@@ -210,7 +210,7 @@ def test_a_run_of_an_earlier_version_predicts_and_cannot_be_continued(tmp_path):
         done = call_script(tmp_path, "train", flag, tmp_path / "run")
         assert (done.returncode, done.stdout) == (2, "")
         (line,) = done.stderr.splitlines()
-        assert "config.json: it is of an earlier version of tljax" in line
+        assert "config.json: only an earlier version of tljax can continue" in line
     paint(tmp_path / "x.png", (200, 60, 60), 1)
     options = ("--weights", tmp_path / "run", "--image-size", "32", "--json")
     assert (

@@ -13,6 +13,7 @@ import threading
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -22,7 +23,8 @@ from networks import random_pretrained
 from PIL import Image
 
 from tljax.commands import main
-from tljax.pretrained import export, load_pretrained, save
+from tljax.commands.weights import default_layout
+from tljax.pretrained import Pretrained, export, load_pretrained, save
 from tljax.runtime.errors import RequestError
 from tljax.train.run_directory import open_validation
 
@@ -334,6 +336,20 @@ def test_any_of_the_classes_of_one_name_counts(cache: Path, trained: Path, tmp_p
     assert "classes are called red (0 and 1" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("model", "path", "layout"),
+    [
+        ("resnet18", "x.onnx", "onnx"),
+        ("resnet18", "x.safetensors", "torchvision"),
+        ("efficientnet_lite0", "x.pth", "timm"),
+        ("tiny", "x.safetensors", "tljax"),
+    ],
+)
+def test_the_default_layout_of_an_export_is_one_that_the_network_has(model, path, layout):
+    network = Pretrained(SimpleNamespace(name=model), {}, None)
+    assert default_layout(Path(path), network) == layout
+
+
 def test_a_file_that_fits_two_networks_needs_an_option(cache: Path, tmp_path: Path):
     name = "tf_mobilenetv3_small_075"
     export(tmp_path / "bare.safetensors", random_pretrained(name, 1), "timm")
@@ -407,7 +423,7 @@ def test_a_fine_tuned_network_is_exported_and_imported(cache: Path, trained: Pat
         (("--model", "resnet18"), "efficientnet_lite0"),
         (("--freeze-to", "layer3"), "efficientnet_lite0 has no stage 'layer3'"),
         (("--workdir", "{tmp}/evil.pth/run"), "cannot be written"),
-        (("--workdir", "{tmp}"), "config.json: it is of an earlier version of tljax"),
+        (("--workdir", "{tmp}"), "config.json: only an earlier version of tljax can continue"),
         (("--data", "{tmp}/photos", "--workdir", "{tmp}/photos"), "holds images"),
         (("--train", "layer9"), "efficientnet_lite0 has no stage 'layer9'"),
         (("--rates", "head"), "write PATTERN=RATE"),

@@ -25,7 +25,7 @@ from tljax.data import hubs
 from tljax.data.examples import Source, select
 from tljax.data.loader import load_batches
 from tljax.data.sources import has_validation, open_labeled, open_splits
-from tljax.runtime.errors import RequestError, UnreadableImageError
+from tljax.runtime.errors import RequestError, StoppedError, UnreadableImageError
 from tljax.runtime.types import Preprocess
 
 CLASSES = ["cat", "dog", "fox"]
@@ -450,3 +450,12 @@ def test_the_packages_are_imported_lazily_and_import_no_framework(hf, tmp_path):
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.split() == ["set()", "set()"]
+
+
+def test_sigterm_while_a_data_set_is_opened_is_not_a_fault_of_the_data(monkeypatch):
+    def stop(*_, **__):
+        raise StoppedError
+
+    monkeypatch.setattr("tensorflow_datasets.builder", stop)
+    with pytest.raises(StoppedError):
+        open_splits("tfds:mnist")

@@ -216,6 +216,19 @@ def test_a_folder_that_holds_the_images_is_refused_as_run_directory(data, tmp_pa
     run_directory.mark(data / "runs", splits)
 
 
+def test_a_folder_whose_files_a_run_would_overwrite_is_refused(data, tmp_path):
+    readme = tmp_path / "project" / "README.md"
+    readme.parent.mkdir()
+    readme.write_text("notes")
+    with (
+        pytest.raises(RequestError, match=r"is not a run of tljax, .* overwrite its README.md"),
+        run_directory.occupied(readme.parent, open_splits(str(data))),
+    ):
+        pass
+    assert [path.name for path in readme.parent.iterdir()] == ["README.md"]
+    assert readme.read_text() == "notes"
+
+
 def test_lines_of_steps_precede_their_epoch_and_are_written_once(tmp_path):
     """Even if a process was killed after its last checkpoint, in the middle of a line."""
     file = MetricsFile(tmp_path)

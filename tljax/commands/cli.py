@@ -245,7 +245,7 @@ def _main(config_type: Any, run: Callable[[Any], dict[str, Any]]) -> int:
         return 0
     except KeyboardInterrupt:
         return _print_error("interrupted", 130)
-    except Exception as error:
+    except (Exception, StoppedError) as error:
         if "--debug" in sys.argv:
             raise
         message, code = _explain(error, config)
@@ -320,7 +320,7 @@ _CODES = {
 }
 
 
-def _explain(error: Exception, config: Any) -> tuple[str, int]:
+def _explain(error: BaseException, config: Any) -> tuple[str, int]:
     """Return the message of an error as one line, and the exit code."""
     text = " ".join(str(error).split())
     for kind, code in _CODES.items():

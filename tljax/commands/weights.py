@@ -2,12 +2,15 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from tljax.commands import cli
 from tljax.runtime.settings import Normalization
+
+if TYPE_CHECKING:
+    from tljax.pretrained import Pretrained
 
 
 @dataclass(frozen=True)
@@ -63,11 +66,12 @@ class Export(Source):
             for the layouts huggingface and stablehlo.
         layout: Format to write: the keys of torchvision, timm, huggingface, keras,
             efficientnet_pytorch or tljax; or onnx; or stablehlo, a program that runs with JAX
-            alone.
+            alone. By default onnx for a path that ends in .onnx, otherwise torchvision, or else the
+            first one that the network has.
     """
 
     path: Annotated[Path, tyro.conf.Positional]
-    layout: str = "torchvision"
+    layout: str | None = None
 
 
 Config = List | Verify | Import | Export
@@ -120,11 +124,20 @@ def run(command: Config) -> dict[str, Any]:
         return {"layers": {layer.layer: layer.difference for layer in layers}}
     if isinstance(command, Import):
         save(command.path, pretrained)
-    elif command.layout == "stablehlo":
+    elif (layout := command.layout or default_layout(command.path, pretrained)) == "stablehlo":
         export_stablehlo(command.path, pretrained)
-    elif command.layout == "onnx":
+    elif layout == "onnx":
         export_onnx(command.path, pretrained)
     else:
-        export(command.path, pretrained, command.layout)
+        export(command.path, pretrained, layout)
     print(f"{pretrained.model.name} written to {command.path}")
     return {"model": pretrained.model.name, "path": str(command.path)}
+
+
+def default_layout(path: Path, pretrained: "Pretrained") -> str:
+    """Return the layout to export to if none is named."""
+    from tljax.pretrained.tables.layouts import LAYOUTS
+
+    names = LAYOUTS.get(pretrained.model.name, {"tljax": None})
+    by_suffix = "onnx" if path.suffix == ".onnx" else None
+    return by_suffix or ("torchvision" if "torchvision" in names else next(iter(names)))

@@ -24,8 +24,12 @@ class DivergenceError(ArithmeticError):
     """Training diverged, its loss is NaN or infinite: one line; commands exit with code 1."""
 
 
-class StoppedError(Exception):
-    """Training was stopped early and can be resumed: one line; commands exit with `CODE`."""
+class StoppedError(BaseException):
+    """Training was stopped early and can be resumed: one line; commands exit with `CODE`.
+
+    Like `KeyboardInterrupt` it is not an `Exception`: SIGTERM may raise it anywhere, and code that
+    treats every `Exception` as a damaged file must not catch it.
+    """
 
     CODE = 75  # EX_TEMPFAIL: schedulers run the job again
 

@@ -23,12 +23,15 @@ import jax
 
 from tljax.data.examples import Source, Splits, join_names, printable
 from tljax.data.sources import open_splits
-from tljax.runtime.errors import DivergenceError, RequestError, StoppedError, WriteError
+from tljax.runtime.errors import DivergenceError, RequestError, WriteError
 from tljax.runtime.files import MARKER, atomic_write, mark_output, read_config, sha256, to_json
 from tljax.runtime.parallel import is_main_process
 
 BEST = Path("best") / "model.safetensors"
 """Path of the network of the best epoch within a run directory, for `load_pretrained`."""
+
+_FILES = ("env.json", "classes.json", "split.csv", "skipped.csv", "metrics.jsonl", "report.html")
+_FILES += ("README.md", "checkpoints", "best", "eval")
 
 
 def new_workdir(splits: Splits) -> Path:
@@ -67,9 +70,15 @@ def occupied(workdir: Path, splits: Splits) -> Iterator[None]:
     without locks there is none.
 
     Raises:
-        RequestError: another process trains in the folder, it holds images of the data, or it
-            cannot be written.
+        RequestError: another process trains in the folder, it holds images of the data or files
+            that a run would overwrite, or it cannot be written.
     """
+    is_run = (workdir / MARKER).exists() or (workdir / "config.json").exists()
+    if not is_run and (names := [name for name in _FILES if (workdir / name).exists()]):
+        raise RequestError(
+            f"{workdir} is not a run of tljax, which would overwrite its {names[0]}: choose "
+            "another --workdir"
+        )
     mark(workdir, splits)
     with (workdir / MARKER).open("a") as marker:
         try:
@@ -150,7 +159,7 @@ def attempt(workdir: Path, *, new: bool) -> Iterator[None]:
     """
     try:
         yield
-    except (DivergenceError, StoppedError):
+    except DivergenceError:
         raise
     except Exception:
         if new and is_main_process() and not any((workdir / "checkpoints").glob("[0-9]*")):
