@@ -152,7 +152,7 @@ def test_every_option_in_the_text_exists(
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with the files that the pages name: FOLDER and PHOTO.jpg."""
+    """Make a working directory with the files that the pages name: FOLDER and PHOTO.jpg."""
     rng = np.random.default_rng(0)
     for name, color in {"cat": (200, 120, 60), "dog": (60, 120, 200)}.items():
         (tmp_path / "FOLDER" / name).mkdir(parents=True)

@@ -26,7 +26,7 @@ PREPROCESSES = {
 
 
 def network_behind(preprocess: Preprocess):
-    """The same function of the pixels for every preprocessing: its first convolution undoes it."""
+    """Return a network that computes the same function of the pixels for every preprocessing."""
     rng = np.random.default_rng(0)
     kernel = rng.normal(0, 0.3, (3, 3, 3, 8))
     head = rng.normal(0, 0.2, (8 * 8 * 8, CLASSES)).astype("f")

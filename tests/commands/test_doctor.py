@@ -16,7 +16,7 @@ from tljax.runtime import hardware
 
 @pytest.fixture
 def with_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An NVIDIA GPU, and a JAX that has only a CPU."""
+    """Fake an NVIDIA GPU and a JAX that has only a CPU."""
     (tmp_path / "dev").mkdir()
     (tmp_path / "dev" / "nvidia0").touch()
     monkeypatch.setattr(hardware, "DEV", tmp_path / "dev")

@@ -24,7 +24,7 @@ VARIANTS = {
 
 
 def torch_bit(name: str, num_classes: int = 7) -> BitForImageClassification:
-    """The residual branches are weak, as in `torch_resnet`."""
+    """Build a network with weak residual branches, as in `torch_resnet`."""
     depths, width = VARIANTS[name]
     torch.manual_seed(0)
     config = BitConfig(
@@ -43,7 +43,7 @@ def torch_bit(name: str, num_classes: int = 7) -> BitForImageClassification:
 
 
 def timm_key(key: str) -> str:
-    """What timm calls a tensor of transformers."""
+    """Return timm's name of a tensor of transformers."""
     key = key.replace("bit.embedder.convolution", "stem.conv").replace("classifier.1", "head.fc")
     key = re.sub(r"bit\.encoder\.stages\.(\d)\.layers", r"stages.\1.blocks", key)
     return key.replace("bit.norm", "norm")

@@ -121,7 +121,7 @@ APPLICATIONS = {
 
 
 def network(name: str, size: tuple[int, int] = (224, 224), weights: Path | None = None) -> Any:
-    """The Keras model for images of one size, with 7 classes, up to the logits."""
+    """Build the Keras model for images of one size, with 7 classes, up to the logits."""
     build, *_, options = APPLICATIONS[name]
     return build(
         input_shape=(*size, 3), weights=weights, classes=7, classifier_activation=None, **options

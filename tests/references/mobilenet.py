@@ -218,7 +218,7 @@ class TorchMobileNet(nn.Module):
 
     @torch.no_grad()
     def stages(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The output of every stage of ours."""
+        """Return the output of every stage of ours."""
         outputs = {}
         for i, layer in enumerate(self.features):
             x = layer(x)
@@ -309,7 +309,7 @@ Transformer = MobileNetV1ForImageClassification | MobileNetV2ForImageClassificat
 
 
 def transformer(name: str, num_classes: int = 7) -> Transformer:
-    """The network of transformers with random weights."""
+    """Build the network of transformers with random weights."""
     torch.manual_seed(0)
     width = int(name[-3:]) / 100
     settings = {"depth_multiplier": width, "num_labels": num_classes}

@@ -47,7 +47,7 @@ class TorchVgg(nn.Module):
 
     @torch.no_grad()
     def stages(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The output of every stage of ours."""
+        """Return the output of every stage of ours."""
         outputs: dict[str, torch.Tensor] = {}
         for layer in self.features:
             x = layer(x)
@@ -61,7 +61,7 @@ class TorchVgg(nn.Module):
 
 
 def timm_state(network: TorchVgg) -> dict[str, torch.Tensor]:
-    """The same tensors under timm's names, the hidden layers as convolutions."""
+    """Return the same tensors under timm's names, the hidden layers as convolutions."""
     state = {}
     for key, value in network.state_dict().items():
         match key.split("."):

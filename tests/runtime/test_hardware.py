@@ -17,7 +17,7 @@ from tljax.runtime.hardware import (
 
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A machine without accelerators, whose files are below a folder."""
+    """Fake a machine without accelerators, whose files are below a folder."""
     monkeypatch.setattr(hardware, "DEV", tmp_path / "dev")
     monkeypatch.setattr(hardware, "PCI", tmp_path / "pci")
     monkeypatch.setattr(hardware, "NVIDIA_VERSION", tmp_path / "version")

@@ -17,9 +17,10 @@ def eot(
         logits_fn = eot(lambda images, key: network(noisy(images, key)), jax.random.key(0))
         adversarial = apgd(logits_fn, images, labels, key, epsilon=8 / 255)
 
-    Losses, gradients and logits are means over the samples. Each sample of each image has its own
-    key, derived from ``key`` and the image's values. So every iteration draws new random numbers,
-    but the same image gives the same logits at any position in any batch.
+    Losses, gradients and logits are means over the samples, which cost ``samples`` times the time
+    and memory. Each sample of each image has its own key, derived from ``key`` and the image's
+    values: an iteration that changes the image draws new random numbers, and the same image gives
+    the same logits at any position in any batch.
 
     Source: Athalye et al., "Synthesizing robust adversarial examples", 2018 (arXiv 1707.07397).
 

@@ -56,13 +56,13 @@ class Config(cli.Common):
             skipped.csv, fail stops.
         checkpoint_minutes: Minutes between checkpoints within an epoch; 0 writes one at every step.
             One is always written at the end of an epoch.
-        log_every: Number of steps between lines of metrics.jsonl within an epoch; 0 writes one line
-            for each epoch.
+        log_every: Number of steps between lines of metrics.jsonl within an epoch, beside that of
+            each epoch; 0 writes only that one.
         find_learning_rate: Run a hundred steps at rising learning rates, suggest one, and train
             nothing.
         dry_run: Print what would be trained, its cost and what would be cached, and train nothing.
-        profile: Write a trace of ten steps of the first epoch to the run directory, for TensorBoard
-            or Perfetto.
+        profile: Write a trace of steps 3 to 12 of the first epoch to profile/ in the run directory,
+            for TensorBoard or Perfetto.
         distributed: Run as one of several processes; start the same command on every host, with the
             same --workdir.
     """

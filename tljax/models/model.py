@@ -207,7 +207,10 @@ def init(model: Model, key: PRNGKeyArray) -> Variables:
     """Initialize the variables of every stage at random, in float32.
 
     Kernels are drawn from He's normal distribution (He et al. 2015, arXiv 1502.01852); the head is
-    zero.
+    zero. Running means are 0, variances 1 and biases 0.
+
+    Returns:
+        ``{"params": {stage: ...}, "batch_stats": {stage: ...}}``.
     """
     # Under jit the activations are not computed, because the result does not depend on them.
     return jax.jit(lambda key: _build(model, key)[0])(key)
