@@ -2,9 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-import tyro
+from typing import Any, Literal
 
 from tljax.commands import cli
 from tljax.runtime.ranges import Count, Positive
@@ -37,7 +35,7 @@ class Config(cli.Common):
         pictures: Number of adversarial images to write, those with the smallest perturbation first.
     """
 
-    images: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    images: cli.Images = ()
     data: str | None = None
     workdir: Path | None = None
     count: Count | None = None

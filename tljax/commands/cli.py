@@ -15,7 +15,7 @@ from shutil import get_terminal_size
 from threading import Timer, current_thread, main_thread
 from traceback import walk_tb
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 import tyro
 
@@ -37,6 +37,8 @@ from tljax.runtime.settings import (
 if TYPE_CHECKING:
     from tljax.commands.extension import Extension
     from tljax.pretrained import Pretrained
+
+Images = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[IMAGE ...]")]
 
 RENAMED = {"--average": "--ema-decay", "--neighbours": "--neighbors"}
 

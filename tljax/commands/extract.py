@@ -34,7 +34,7 @@ class Config(cli.Common):
             file holds them flattened, and their shape in its metadata.
     """
 
-    data: Annotated[str, tyro.conf.Positional]
+    data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
     out: Path
     stage: str = "pool"
     maps: bool = False

@@ -1,9 +1,7 @@
 """The command ``tljax predict``: classify images."""
 
 from dataclasses import dataclass
-from typing import Annotated, Any
-
-import tyro
+from typing import Any
 
 from tljax.commands import cli
 from tljax.runtime.ranges import Count
@@ -18,7 +16,7 @@ class Config(cli.Common):
         top: Number of classes to print for each image.
     """
 
-    images: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    images: cli.Images = ()
     top: Count = 5
 
 

@@ -29,7 +29,7 @@ class ImageOptions(Common):
         images: Image files, folders of images or URLs.
     """
 
-    images: Annotated[tuple[str, ...], tyro.conf.Positional]
+    images: cli.Images
 
 
 @dataclass(frozen=True)

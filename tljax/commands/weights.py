@@ -27,7 +27,7 @@ class Source(cli.Extended):
         model: Architecture that the weights must have; by default it is read from the weights.
     """
 
-    weights: Annotated[str, tyro.conf.Positional]
+    weights: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="WEIGHTS")]
     model: str | None = None
 
 
