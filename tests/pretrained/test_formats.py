@@ -24,8 +24,8 @@ import torch
 
 from tljax.pretrained.formats import (
     Tensors,
+    digest,
     read_tensors,
-    sha256,
     torch_file,
     write_safetensors,
     write_torch,
@@ -251,11 +251,11 @@ def test_published_resnet_files_are_read(shared_weights: Path) -> None:
             np.testing.assert_array_equal(array, expected[key].numpy(), strict=True)
 
 
-def test_sha256_matches_hashlib(tmp_path: Path) -> None:
+def test_the_digest_matches_hashlib(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"weights" * 1_000_000)
-    assert sha256(tmp_path / "x") == hashlib.sha256(b"weights" * 1_000_000).hexdigest()
+    assert digest(tmp_path / "x", "sha256") == hashlib.sha256(b"weights" * 1_000_000).hexdigest()
     with pytest.raises(RequestError, match="no such file"):
-        sha256(tmp_path / "y")
+        digest(tmp_path / "y", "sha256")
 
 
 # Shards.

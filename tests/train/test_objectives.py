@@ -230,7 +230,7 @@ def test_invalid_hooks_are_refused_before_the_first_step(fit_config, hooks, mess
 def test_validation_images_without_labels_are_refused():
     data = splits()
     data = data._replace(val=replace(data.val, labels=np.full(7, -1, np.int32)))
-    with pytest.raises(RequestError, match="a validation image has no class"):
+    with pytest.raises(RequestError, match="a validation image has no label"):
         train(config(), data)
 
 

@@ -171,7 +171,7 @@ def test_given_options_override_the_defaults_of_a_recipe():
 
 
 def test_a_cache_without_views_and_a_cache_of_mixed_images_are_refused():
-    with pytest.raises(RequestError, match="try --cache-views 8"):
+    with pytest.raises(RequestError, match="add --cache-views 8"):
         plan(augment=True, cache="disk")
     with pytest.raises(RequestError, match="cannot mix cached views"):
         plan(augment=True, cache_views=2, augmentation=AugmentConfig(mixup=0.2))
