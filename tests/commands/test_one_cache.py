@@ -80,7 +80,7 @@ def test_a_cache_that_cannot_be_written_is_a_note(photographs, tmp_path):
     assert found == good
     notes = [line for line in err.splitlines() if line.startswith("note: ")]
     assert len(notes) == 2
-    assert all("are not kept" in note and "set TLJAX_CACHE" in note for note in notes)
+    assert all("are not cached" in note and "set TLJAX_CACHE" in note for note in notes)
     asked = (*TRAIN, "--cache", "disk", "--workdir", tmp_path / "run")
     refused = start("train", photographs, tmp_path / "file", *asked)
     _, err = refused.communicate(timeout=600)
