@@ -1,6 +1,6 @@
 """Sphinx configuration.
 
-Build the pages without executing the notebooks, or with them (about five minutes on two cores):
+Build the pages without executing the notebooks, or with them (two to three minutes on two cores):
 
     sphinx-build -W --keep-going -D nb_execution_mode=off docs docs/build/html
     sphinx-build -W --keep-going docs docs/build/html

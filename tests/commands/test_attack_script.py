@@ -39,7 +39,10 @@ def test_images_are_attacked_and_drawn(cache: Path, tmp_path: Path):
     ("arguments", "message"),
     [
         ((), "no images to attack: name some, or add --data FOLDER or --workdir RUN"),
-        (("--data", "digits", "--attacks", "pdg"), "there is no attack 'pdg': choose from fgsm"),
+        (
+            ("--data", "digits", "--attacks", "pdg"),
+            "there is no attack 'pdg': choose from fgsm, bim",
+        ),
         (("nowhere.jpg",), "nowhere.jpg does not exist"),
         (("--data", "digits", "--target", "siamese cta"), "did you mean Siamese cat?"),
         (

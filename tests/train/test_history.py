@@ -12,6 +12,12 @@ def history(*top1, phase="probe", **metrics):
     ]
 
 
+ROBUST_DROP = [
+    entry | {"val_robust_top1": top1, "val_robust_loss": 1.0}
+    for entry, top1 in zip(history(0.9, 0.9), (0.6, 0.4), strict=True)
+]
+
+
 @pytest.mark.parametrize(
     ("entries", "examples", "expected"),
     [
@@ -23,6 +29,7 @@ def history(*top1, phase="probe", **metrics):
         (history(0.9), 1000, None),
         (history(0.9, 0.8, phase="zeros"), 1000, None),
         (history(0.9, 0.8, val_robust_top1=0.5, val_robust_loss=1.0), 1000, None),
+        (ROBUST_DROP, 1000, (0.6, 0.4)),
     ],
 )
 def test_a_first_epoch_clearly_below_the_probe_is_recognized(entries, examples, expected):

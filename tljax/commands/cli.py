@@ -179,9 +179,14 @@ def print_devices(config: Output, precision: str) -> None:
     backend, kind = jax.default_backend(), devices[0].device_kind
     require_backend(config.platform, backend)
     if jax.process_index() == 0:
-        kind_text = "" if kind == backend else f" ({kind})"
-        line = f"{backend}: {_plural(len(devices), 'device')}{kind_text}, {precision}"
+        count = _plural(len(devices), "device")
+        line = f"{backend}: {count}{format_kind(backend, kind)}, {precision}"
         print(f"{line}, {_plural(jax.process_count(), 'process', 'es')}", file=sys.stderr)
+
+
+def format_kind(backend: str, kind: str) -> str:
+    """Return the kind of a device as a suffix of its backend; empty if it says nothing more."""
+    return "" if kind == backend else f" ({kind})"
 
 
 def _plural(count: int, noun: str, ending: str = "s") -> str:

@@ -8,7 +8,7 @@ from tempfile import TemporaryFile
 from typing import Any
 
 from tljax.commands import cli
-from tljax.runtime.errors import RequestError
+from tljax.runtime.errors import RequestError, first_line
 from tljax.runtime.files import cache_dir
 from tljax.runtime.hardware import require_backend
 from tljax.runtime.packages import EXTRAS, install_command
@@ -94,8 +94,7 @@ def check_devices(config: cli.Output) -> tuple[list[dict[str, Any]], list[str]]:
 
         devices, backend = jax.devices(), jax.default_backend()
     except (AssertionError, ImportError, RuntimeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        return [], [f"JAX does not start: {reason}"]
+        return [], [f"JAX does not start: {first_line(error)}"]
     records = []
     for device in devices:
         limit = (device.memory_stats() or {}).get("bytes_limit")
@@ -111,8 +110,7 @@ def describe_device(record: dict[str, Any]) -> str:
     """Return a record of `check_devices` as text."""
     memory = record["memory_bytes"]
     size = f", {memory / _GIB:.1f} GiB for JAX" if memory else ""
-    kind = "" if record["kind"] == record["backend"] else f" ({record['kind']})"
-    return f"{record['backend']}{kind}{size}"
+    return f"{record['backend']}{cli.format_kind(record['backend'], record['kind'])}{size}"
 
 
 def check_cache() -> tuple[str, list[str]]:

@@ -138,6 +138,7 @@ def default_layout(path: Path, pretrained: "Pretrained") -> str:
     """Return the layout to export to if none is named."""
     from tljax.pretrained.tables.layouts import LAYOUTS
 
-    names = LAYOUTS.get(pretrained.model.name, {"tljax": None})
-    by_suffix = "onnx" if path.suffix == ".onnx" else None
-    return by_suffix or ("torchvision" if "torchvision" in names else next(iter(names)))
+    if path.suffix == ".onnx":
+        return "onnx"
+    layouts = list(LAYOUTS.get(pretrained.model.name, ["tljax"]))
+    return "torchvision" if "torchvision" in layouts else layouts[0]

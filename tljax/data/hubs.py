@@ -23,7 +23,7 @@ from tljax.data.examples import (
     without_example,
 )
 from tljax.data.folders import TRAIN, VAL, suggest_path
-from tljax.runtime.errors import RequestError, UnreadableImageError
+from tljax.runtime.errors import RequestError, UnreadableImageError, first_line
 from tljax.runtime.files import sha256
 from tljax.runtime.packages import install_command
 
@@ -131,7 +131,7 @@ def _explained(spec: str, advice: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+        reason = first_line(error).rstrip(".")
         raise RequestError(f"{spec} cannot be opened: {reason}; {advice}") from error
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from tljax.pretrained.catalog import CATALOG
 from tljax.pretrained.formats import digest
 from tljax.runtime.download import download, is_html
-from tljax.runtime.errors import RequestError
+from tljax.runtime.errors import RequestError, first_line
 from tljax.runtime.files import cache_dir, sha256
 from tljax.runtime.packages import install_command
 
@@ -90,8 +90,7 @@ def fetch_hub(repository: str) -> Path:
     try:
         return Path(snapshot_download(repository, allow_patterns=patterns))
     except Exception as error:  # noqa: BLE001 - the hub's errors have no common base
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise RequestError(
-            f"could not fetch {repository} from the Hugging Face hub ({reason}); "
+            f"could not fetch {repository} from the Hugging Face hub ({first_line(error)}); "
             "download it on another machine and pass the folder"
         ) from None

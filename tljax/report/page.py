@@ -118,7 +118,7 @@ def per_class(
     confusion: Integer[np.ndarray, "classes classes"], classes: Sequence[str]
 ) -> list[ClassResult]:
     """Return the result of each class, the lowest accuracy first, classes without examples last."""
-    wrong = confusion - np.diag(np.diag(confusion))
+    wrong = _off_diagonal(confusion)
     results = [
         ClassResult(
             name,
@@ -129,6 +129,11 @@ def per_class(
         for i, name in enumerate(classes)
     ]
     return sorted(results, key=lambda r: (r.correct / r.examples if r.examples else 2, -r.examples))
+
+
+def _off_diagonal(confusion: np.ndarray) -> np.ndarray:
+    """Return the confusion matrix without the correct predictions."""
+    return confusion - np.diag(np.diag(confusion))
 
 
 def write_report(path: Path, report: Report) -> None:
@@ -225,7 +230,7 @@ def worst_pairs(
         For each pair the true class, the predicted class, the number of examples, and their share
         of the examples of the true class.
     """
-    wrong = confusion - np.diag(np.diag(confusion))
+    wrong = _off_diagonal(confusion)
     rows, columns = wrong.nonzero()
     examples = wrong[rows, columns]
     shares = examples / confusion.sum(1)[rows]

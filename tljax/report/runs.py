@@ -113,10 +113,11 @@ def write_training_report(
     headline.append(("seconds", f"{seconds:.0f}"))
     attack = f"PGD, {EVALUATION_STEPS} steps, epsilon {result.config.adversary.epsilon:g}/255"
     model, probe = result.model, result.probe
+    result_remarks, environment = remarks(result), run_directory.environment()
     report = Report(
         title=f"{config['data']} with {card.source}",
         headline=headline,
-        notes=(*splits.notes, *remarks(result)),
+        notes=(*splits.notes, *result_remarks),
         history=result.history,
         validated=validated,
         sweep=probe and Sweep(probe.l2_values, probe.held_out_accuracy, float(probe.l2)),
@@ -145,7 +146,7 @@ def write_training_report(
                 "image size": f"{model.preprocess.size} px",
             },
             "Recipe": {name: str(config[name]) for name in ("seed", "batch_size")} | recipe,
-            "Environment": run_directory.environment(),
+            "Environment": environment,
         },
         next_steps=[
             f"tljax predict PHOTO.jpg --weights {quote(str(workdir))}",
@@ -164,13 +165,13 @@ def write_training_report(
         confusion=result.evaluation.confusion,
         origin=origins.get(result.history[0]["phase"], "tuned"),
         validated=validated,
-        remarks=remarks(result),
+        remarks=result_remarks,
         attacked=result.robust and (result.robust.top1, attack),
         top5=result.evaluation.top5,
         calibration=calibration,
         chosen_on_validation=config["fit"]["recipe"] != "probe",
         seen_in_training=None if duplicates is None else len(duplicates),
-        environment=run_directory.environment(),
+        environment=environment,
         workdir=workdir,
     )
     with atomic_write(workdir / "README.md") as temporary:

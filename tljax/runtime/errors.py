@@ -35,3 +35,8 @@ class StoppedError(BaseException):
 
     def __init__(self, message: str = "stopped by SIGTERM") -> None:
         super().__init__(message)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the name of its type if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -20,7 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from tljax.runtime.errors import RequestError, StoppedError
+from tljax.runtime.errors import RequestError, StoppedError, first_line
 
 Tree = TypeVar("Tree")
 
@@ -43,10 +43,9 @@ def join() -> None:
         )
         jax.distributed.initialize(num_processes=num_processes, process_id=process_id)
     except (RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise RequestError(
-            f"--distributed: {reason} Outside TPU pods and Slurm, set JAX_COORDINATOR_ADDRESS, "
-            "JAX_NUM_PROCESSES and JAX_PROCESS_ID"
+            f"--distributed: {first_line(error)} Outside TPU pods and Slurm, set "
+            "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
         ) from error
     Thread(target=_follow, args=(_client(),), daemon=True).start()
 
