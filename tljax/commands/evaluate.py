@@ -27,12 +27,10 @@ class Config(cli.Common):
 
 def run(config: Config) -> dict[str, Any]:
     """Print accuracies; with a run directory also write a report of the mistakes."""
-    from tljax.data.examples import find_ambiguous_names, match_classes
     from tljax.data.loader import require_readable_image
     from tljax.data.sources import open_labeled
-    from tljax.features.evaluate import evaluate, resolve_ambiguous_labels
+    from tljax.features.evaluate import evaluate, match_network, resolve_ambiguous_labels
     from tljax.features.extract import compute_features
-    from tljax.pretrained.catalog import match_class_names
     from tljax.report.runs import calibrated, write_evaluation_report
     from tljax.runtime.errors import RequestError
     from tljax.train import run_directory
@@ -44,9 +42,7 @@ def run(config: Config) -> dict[str, Any]:
     else:
         raise RequestError("no images to measure on: add --data FOLDER or --workdir RUN")
     model, variables, card = config.load(config.workdir).require_classes()
-    names = match_class_names(card.classes, source.classes)
-    same = find_ambiguous_names(source.classes, names)
-    source, class_notes = match_classes(source, names)
+    source, same, class_notes = match_network(source, card.classes)
     notes = (*data_notes, *class_notes)
     print("\n".join(notes))
 

@@ -7,8 +7,10 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
+from tljax.data.examples import Source, find_ambiguous_names, match_classes
 from tljax.features.extract import Outputs
 from tljax.metrics.classification import cross_entropies, ranks
+from tljax.pretrained.catalog import match_class_names
 
 
 class Evaluation(NamedTuple):
@@ -42,6 +44,27 @@ class Evaluation(NamedTuple):
         return wrong[np.argsort(-self.probability[wrong], kind="stable")][:count]
 
 
+def match_network(
+    source: Source, classes: tuple[str, ...]
+) -> tuple[Source, dict[str, list[int]], tuple[str, ...]]:
+    """Label a source by the classes of a network, which have the same names.
+
+    Args:
+        source: examples labeled with their own list of classes.
+        classes: the network's classes, in the order of its logits.
+
+    Returns:
+        The examples of known classes; names that several of the network's classes share, for
+        `resolve_ambiguous_labels`; and notes to print, one line each.
+
+    Raises:
+        RequestError: no example belongs to a class of the network.
+    """
+    names = match_class_names(classes, source.classes)
+    matched, notes = match_classes(source, names)
+    return matched, find_ambiguous_names(source.classes, names), notes
+
+
 def resolve_ambiguous_labels(
     labels: np.ndarray, logits: np.ndarray, same: Mapping[str, Sequence[int]]
 ) -> np.ndarray:
@@ -50,7 +73,7 @@ def resolve_ambiguous_labels(
     Args:
         labels: ``[n]`` class indices.
         logits: ``[n, classes]``.
-        same: indices of the classes that share a name, by name; see `find_ambiguous_names`.
+        same: indices of the classes that share a name, by name; see `match_network`.
 
     Returns:
         ``[n]`` class indices.

@@ -16,13 +16,12 @@ from tljax.attack.contract import Attack
 from tljax.attack.ensemble import title
 from tljax.attack.evaluate import Robustness, Share, share
 from tljax.attack.types import LogitsFn
-from tljax.data.examples import Source, find_ambiguous_names, match_classes, select
+from tljax.data.examples import Source, select
 from tljax.data.loader import load_batches, require_readable_image
 from tljax.data.options import Loading
-from tljax.features.evaluate import resolve_ambiguous_labels
+from tljax.features.evaluate import match_network, resolve_ambiguous_labels
 from tljax.models import Model, apply
 from tljax.pretrained import Pretrained
-from tljax.pretrained.catalog import match_class_names
 from tljax.runtime.errors import RequestError
 from tljax.runtime.parallel import data_mesh
 from tljax.runtime.progress import track
@@ -161,9 +160,7 @@ def read_attacked_images(
     notes: list[str] = []
     ambiguous_classes: dict[str, list[int]] = {}
     if source.classes:
-        names = match_class_names(card.classes, source.classes)
-        ambiguous_classes = find_ambiguous_names(source.classes, names)
-        source, remarks = match_classes(source, names)
+        source, ambiguous_classes, remarks = match_network(source, card.classes)
         notes += remarks
     if count is not None and count < len(source):
         chosen = np.random.default_rng(seed).choice(len(source), count, replace=False)
