@@ -26,6 +26,7 @@ esac
 
 VENV = "stub -m venv --clear .venv"
 INSTALL = "python -m pip install --quiet --config-settings editable_mode=compat --editable .[tpu]"
+OPTIONS = ("EXTRAS", "NO_DOCTOR", "PYTHON", "VENV")
 CHECK = "python -m pip --version"
 
 
@@ -42,10 +43,12 @@ def run(checkout: Path, **variables: str) -> tuple[int, list[str]]:
     """Run the script from another folder; return its exit code and the commands that it ran."""
     log = checkout / "log"
     log.write_text("")
+    # What the caller of the tests exports (`make VENV=...` does) must not reach the script.
+    inherited = {name: value for name, value in os.environ.items() if name not in OPTIONS}
     environment = {"PYTHON": str(checkout / "stub"), "LOG": str(log), **variables}
     done = subprocess.run(
         [checkout / "scripts" / "tpu_vm.sh"], capture_output=True, text=True, check=False, cwd="/",
-        env={**os.environ, **environment},
+        env={**inherited, **environment},
     )  # fmt: skip
     calls = [line for line in log.read_text().splitlines() if " -c " not in line]
     return done.returncode, calls if done.returncode != 2 else [done.stderr]
