@@ -231,9 +231,9 @@ def with_header(path: Path, header: str, source: Path = FIRST) -> Path:
 
 
 def test_a_file_of_a_later_version_is_refused(tmp_path: Path) -> None:
-    path = with_header(tmp_path / "x.safetensors", json.dumps(header_of(FIRST) | {"version": 3}))
+    path = with_header(tmp_path / "x.safetensors", json.dumps(header_of(FIRST) | {"version": 4}))
     with pytest.raises(
-        RequestError, match=r"x.safetensors is version 3 .* reads up to version 2: upgr"
+        RequestError, match=r"x.safetensors is version 4 .* reads up to version 3: upgr"
     ):
         load_pretrained(path)
 

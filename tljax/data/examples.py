@@ -18,6 +18,7 @@ import numpy as np
 
 from tljax.runtime.errors import RequestError, UnreadableImageError
 from tljax.runtime.files import sha256
+from tljax.runtime.task import CLASSIFICATION, Task
 from tljax.runtime.types import Array, Batch
 
 
@@ -39,12 +40,17 @@ class Source:
 
     Attributes:
         examples: the images, read on access.
-        labels: ``[n]`` int32 indices into ``classes``; -1 for an example without a label.
-        classes: the names of the classes; empty if there are no labels.
+        labels: ``[n]`` int32 indices into ``classes``, -1 for an example without a label; for the
+            task ``multilabel`` ``[n, classes]`` float32 of 0 and 1, for ``regression`` ``[n,
+            classes]`` float32 numbers, where NaN is unknown.
+        classes: the names of the classes, labels or numbers; empty if there are no labels.
         names: the name of each example in reports; printable text.
         targets: training targets, a tree of arrays ``[n, ...]``; None trains on ``labels``.
-        extra: further arrays ``[n, ...]`` by name, such as a teacher's logits, weights or boxes;
-            objectives receive them as ``batch.extra``.
+        extra: further arrays ``[n, ...]`` by name, such as a teacher's logits or boxes; objectives
+            receive them as ``batch.extra``. ``weight`` is the weight of each example in the loss.
+        task: what the labels are.
+        groups: ``[n]`` int32 number of the group of each example, such as a patient; None if every
+            example is a group of its own.
     """
 
     examples: Examples
@@ -53,6 +59,8 @@ class Source:
     names: Sequence[str]
     targets: Any = None
     extra: Mapping[str, np.ndarray] = field(default_factory=dict)
+    task: Task = CLASSIFICATION
+    groups: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -131,14 +139,16 @@ def select(source: Source, indices: Sequence[int] | np.ndarray) -> Source:
     examples, positions = source.examples, indices
     if isinstance(examples, _Subset):  # not nested, so that equal selections have equal digests
         examples, positions = examples.examples, examples.indices[indices]
-    targets, extra = jax.tree.map(lambda x: x[indices], (source.targets, dict(source.extra)))
-    return Source(
-        _Subset(examples, positions),
-        source.labels[indices],
-        source.classes,
-        [source.names[int(index)] for index in indices],
-        targets,
-        extra,
+    arrays = source.labels, source.targets, dict(source.extra), source.groups
+    labels, targets, extra, groups = jax.tree.map(lambda x: x[indices], arrays)
+    return replace(
+        source,
+        examples=_Subset(examples, positions),
+        labels=labels,
+        names=[source.names[int(index)] for index in indices],
+        targets=targets,
+        extra=extra,
+        groups=groups,
     )
 
 
@@ -268,7 +278,12 @@ def _hashes(source: Source) -> list[bytes]:
 
 
 def without_example(source: Source) -> list[str]:
-    """List the classes of a source that have no example."""
+    """List the classes of a source that have no example, the labels that apply to none."""
+    if source.task.kind == "regression":
+        return []
+    if source.labels.ndim == 2:
+        applies = (source.labels == 1).any(0)
+        return [name for name, any_ in zip(source.classes, applies, strict=True) if not any_]
     counts = np.bincount(source.labels[source.labels >= 0], minlength=len(source.classes))
     return [name for name, count in zip(source.classes, counts, strict=True) if not count]
 

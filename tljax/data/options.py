@@ -1,10 +1,12 @@
 """Options of how images are loaded and augmented. Imports nothing heavy: --help reads this."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 from tljax.runtime.errors import RequestError
 from tljax.runtime.ranges import Amount, Checked, Count, NotNegative, Range, Ratio, format_flag
+from tljax.runtime.settings import Kind
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,41 @@ class Loading(Checked):
     workers: Amount = 0
     devices: Count | None = None
     on_bad_image: Literal["skip", "fail"] = "skip"
+
+
+@dataclass(frozen=True)
+class LabelOptions(Checked):
+    """Options of how labels are read, from a table above all.
+
+    Attributes:
+        root: Folder that the paths in a table are relative to; by default the folder of the table.
+        target: Columns of a table with what is to be learned, separated by commas; of a tfds or hf
+            data set one feature. By default the only column, or feature, that can be a label.
+        task: Kind of label; by default it is inferred from the values. classification: one of
+            several classes; multilabel: any number of labels; regression: numbers; ordinal: classes
+            with an order, see --order.
+        order: Names of ordered classes from the lowest to the highest, separated by commas; implies
+            --task ordinal. By default ordered classes are sorted, as numbers if all names are.
+        units: Units of the numbers of --task regression, separated by commas, for reports.
+        group: Column of a table, or regular expression whose first group is searched for in every
+            path, such as '(.*)_[0-9]+'. Images of a group, such as a patient or a video, are never
+            divided between training and validation. By default every image is a group of its own.
+        path_column: Column with the paths of the images; by default the first whose values are
+            paths of existing files.
+        split_column: Column that says which part a row belongs to: train, or val, valid, validation
+            or test. By default a column named split, if its values are such names.
+        weight_column: Column with the weight of each row in the loss; by default all are 1.
+    """
+
+    root: Path | None = None
+    target: str | None = None
+    task: Kind | None = None
+    order: str | None = None
+    units: str | None = None
+    group: str | None = None
+    path_column: str | None = None
+    split_column: str | None = None
+    weight_column: str | None = None
 
 
 @dataclass(frozen=True)

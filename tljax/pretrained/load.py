@@ -1,11 +1,12 @@
 """Loading, saving and exporting of pretrained networks."""
 
 import json
+import math
 import re
 import shlex
 import unicodedata
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -31,7 +32,8 @@ from tljax.pretrained.rules import Rule, Rules, apply_rules, compare, invert_rul
 from tljax.pretrained.tables.keras import layer_names
 from tljax.pretrained.tables.layouts import LAYOUTS, Identity, check, identify, table
 from tljax.runtime.errors import RequestError
-from tljax.runtime.settings import Dtype
+from tljax.runtime.settings import Dtype, Kind
+from tljax.runtime.task import CLASSIFICATION, Task
 from tljax.runtime.trees import flatten
 from tljax.runtime.types import NORMALIZATIONS, Preprocess, Variables
 
@@ -41,12 +43,14 @@ class Card:
     """Metadata of weights; their preprocessing belongs to the model.
 
     Attributes:
-        classes: class names, one per logit; empty for a backbone without a head.
+        classes: names of the classes, labels or numbers that the network predicts; empty for a
+            backbone without a head.
         source: origin of the weights: a catalog name, hub id, URL or path.
         licence: SPDX identifier of the license, or "unknown".
         sha256: SHA-256 of the file that was read; of the pretrained file for a fine-tuned network.
         layout: layout of the keys in the file: one of `LAYOUTS`, or ``tljax``.
         notes: assumptions made while loading, one line each, to be shown to the user; not saved.
+        task: what the network predicts and how its outputs are read.
     """
 
     classes: tuple[str, ...]
@@ -55,6 +59,7 @@ class Card:
     sha256: str
     layout: str
     notes: tuple[str, ...] = ()
+    task: Task = CLASSIFICATION
 
     def index_of(self, name: str) -> int:
         """Return the index of a class's logit.
@@ -111,12 +116,13 @@ class Pretrained(NamedTuple):
                 than class names.
         """
         outputs, names = self.model.num_classes, len(self.card.classes)
+        expected = self.card.task.num_outputs(names)
         if not outputs:
             raise RequestError(
                 f"{self.card.source} is a backbone without a head, so it has no classes; add a "
                 "head for yours with tljax train"
             )
-        if outputs != names:
+        if outputs != expected:
             raise RequestError(
                 f"{self.card.source} has {outputs} outputs but {names} class names: it is not a "
                 "classifier"
@@ -210,7 +216,7 @@ def _find(
 def _with_two_classes(pretrained: Pretrained) -> Pretrained:
     """Turn a single logit into two: the sigmoid of x is the softmax of (0, x)."""
     model, variables, card = pretrained
-    if not model.has_linear_head or model.num_classes != 1:
+    if card.task != CLASSIFICATION or not model.has_linear_head or model.num_classes != 1:
         return pretrained
     model, name = with_head(model, 2), model.stage_names[-1]
     head = {k: np.insert(leaf, 0, 0, axis=-1) for k, leaf in variables["params"][name].items()}
@@ -338,7 +344,7 @@ def _twin_notes(identity: Identity, where: str) -> tuple[str, ...]:
 # --- tljax's own format: safetensors whose keys are paths, with the metadata in the header -------
 
 
-_VERSION = 2
+_VERSION = 3  # 3 adds the task to version 2
 
 
 def _load_native(
@@ -347,7 +353,8 @@ def _load_native(
     try:
         header = json.loads(tensors.metadata["tljax"])
         classes = tuple(map(str, header["card"]["classes"]))
-        card = Card(**{**header["card"], "classes": classes, "notes": ()})
+        task = _read_task(header["card"].get("task", {}), len(classes))
+        card = Card(**{**header["card"], "classes": classes, "notes": (), "task": task})
         version = int(header.get("version", 1))
         built = _first_version(header, len(classes)) if version == 1 else None
     except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
@@ -368,6 +375,26 @@ def _load_native(
     expected = abstract_variables(built)
     rules = native_rules(tensors.arrays, expected, f"{path} does not fit {built.name}")
     return Pretrained(built, apply_rules(rules, tensors.arrays, expected, str(path)), card)
+
+
+def _read_task(values: dict[str, Any], names: int) -> Task:
+    """Build the task that a header describes.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+    lists = {name: tuple(x) for name, x in values.items() if isinstance(x, list)}
+    task = Task(**{**values, **lists})
+    numbers = (*task.thresholds, *task.mean, *task.scale)
+    if (
+        task.kind not in get_args(Kind)
+        or not all(isinstance(x, tuple) and len(x) in (0, names) for x in astuple(task)[1:])
+        or not all(isinstance(x, int | float) and math.isfinite(x) for x in numbers)
+        or not all(isinstance(x, str) for x in task.units)
+        or not all(x > 0 for x in task.scale)
+    ):
+        raise ValueError(task)
+    return task
 
 
 def _first_version(header: dict[str, Any], num_classes: int) -> Model:
@@ -401,7 +428,11 @@ def save(path: Path, pretrained: Pretrained) -> None:
     model, variables, card = pretrained
     saved_card = {**asdict(card), "layout": "tljax"}
     del saved_card["notes"]
-    header = {"version": _VERSION, "model": to_json(model), "card": saved_card}
+    version = _VERSION
+    if card.task == CLASSIFICATION:  # so that earlier versions of tljax read the file
+        version = 2
+        del saved_card["task"]
+    header = {"version": version, "model": to_json(model), "card": saved_card}
     flat = {key: np.asarray(value) for key, value in flatten(variables).items()}
     misfit = f"{path} is not written, as its variables do not fit {model.name}"
     native_rules(flat, abstract_variables(model), misfit)

@@ -16,6 +16,9 @@ Platform = Literal["cpu", "gpu", "tpu"]
 
 Normalization = Literal["torch", "tf", "caffe"]
 
+Kind = Literal["classification", "multilabel", "regression", "ordinal"]
+"""Kinds of tasks; see `tljax.runtime.task.Task`."""
+
 Conditions = tuple[tuple[str, Callable[[Any], Any], str], ...]
 """Conditions under which settings have an effect.
 
