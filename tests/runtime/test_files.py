@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import stat
 import subprocess
 import sys
 import threading
@@ -190,3 +191,20 @@ def test_sha256_of_a_file_equals_that_of_its_bytes(tmp_path):
     for data in (b"", b"abc", b"weights" * 1_000_000):
         (tmp_path / "file").write_bytes(data)
         assert sha256(tmp_path / "file") == sha256(data) == hashlib.sha256(data).hexdigest()
+
+
+def test_a_device_or_pipe_is_written_and_not_replaced(tmp_path: Path):
+    """`--out /dev/stdout` writes to stdout, and root does not replace /dev/null by a file."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    with atomic_write(pipe) as temporary:
+        temporary.write_bytes(b"text")
+    assert os.read(reader, 100) == b"text"
+    os.close(reader)
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    assert [*tmp_path.iterdir()] == [pipe]
+    code = "from pathlib import Path; from tljax.runtime.files import atomic_write\n"
+    code += "with atomic_write(Path('/dev/stdout')) as file: file.write_text('text')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert done.stdout == b"text"

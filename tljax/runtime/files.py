@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from uuid import uuid4
 
@@ -68,7 +69,7 @@ def read_config(workdir: Path) -> dict[str, Any]:
     return config
 
 
-CONFIG_VERSION = 2
+CONFIG_VERSION = 3
 """Version of a run's config.json. Version 1 has no number and calls ``ema_decay`` ``average``."""
 
 _TYPES = {"data": str, "weights": str, "val_fraction": int | float, "fingerprint": dict}
@@ -116,13 +117,22 @@ def atomic_write(path: Path, *, exclusive: bool = False) -> Iterator[Path]:
     for this path are removed after a day.
 
     Args:
-        path: file to write; the target of a symbolic link is written, not the link.
+        path: file to write; the target of a symbolic link is written, not the link. A device or
+            pipe, such as /dev/stdout, is written after the block, not replaced.
         exclusive: never replace an existing file; of several concurrent writers the first wins.
 
     Raises:
         FileExistsError: ``exclusive`` is set and the file exists.
         WriteError: the file cannot be written, for example because the disk is full.
     """
+    if os.path.exists(path) and not (path.is_file() or path.is_dir()):  # noqa: PTH110
+        with TemporaryDirectory() as folder:
+            temporary = Path(folder, path.name)
+            temporary.touch()
+            yield temporary
+            with path.open("wb") as device:
+                device.write(temporary.read_bytes())
+        return
     if os.path.islink(path):  # noqa: PTH114 - Path.is_symlink raises if a name is too long
         path = path.resolve()
     temporary = path.with_name(f".{path.name}.{uuid4().hex}.part")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from scipy.special import expit, softmax
 
 from tljax.runtime.settings import Kind
@@ -64,6 +64,34 @@ class Task:
         above = np.minimum.accumulate(probabilities, axis=1)
         above = np.pad(above, ((0, 0), (1, 1)), constant_values=((0, 0), (1, 0)))
         return above[:, :-1] - above[:, 1:]
+
+    def predict(self, outputs: Float[np.ndarray, "n outputs"]) -> Shaped[np.ndarray, "n ..."]:
+        """Convert outputs to predictions.
+
+        Args:
+            outputs: ``[n, outputs]`` outputs of the network.
+
+        Returns:
+            ``[n]`` indices of the most probable class or of the median of ordered classes; ``[n,
+            labels]`` bool; or ``[n, numbers]``.
+        """
+        if self.kind == "classification":
+            return outputs.argmax(1)
+        if self.kind == "ordinal":
+            return (np.minimum.accumulate(outputs, axis=1) >= 0).sum(1)
+        decoded = self.decode(outputs)
+        return self.applies(decoded) if self.kind == "multilabel" else decoded
+
+    def standardize(self, values: Float[np.ndarray, "n names"]) -> Float[np.ndarray, "n names"]:
+        """Divide numbers by ``scale`` after subtracting ``mean``; return others unchanged.
+
+        Args:
+            values: ``[n, names]`` labels, or what `decode` returned.
+
+        Returns:
+            ``[n, names]`` float64.
+        """
+        return (values - np.asarray(self.mean or 0.0)) / np.asarray(self.scale or 1.0)
 
     def applies(self, probabilities: Float[np.ndarray, "n labels"]) -> np.ndarray:
         """Return ``[n, labels]`` bool: which labels reach their thresholds."""
