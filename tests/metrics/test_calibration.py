@@ -5,11 +5,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
-from scipy.special import log_softmax, softmax
+from scipy.special import expit, log_softmax, softmax
 
 from tljax.metrics.calibration import (
     TEMPERATURES,
     calibrate,
+    calibrate_labels,
     calibration_bins,
     fit_temperature,
 )
@@ -162,3 +163,47 @@ def test_invalid_confidences_are_refused():
         calibration_bins(np.array([0.5, np.nan]), np.array([True, False]))
     with pytest.raises(RequestError, match="softmax first"):
         calibration_bins(np.array([3.0]), np.array([True]))
+
+
+def labels_network(temperature: float, count: int, labels: int = 3):
+    """Logits whose labels apply with the sigmoid of ``logits / temperature``."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(-1, 2, (count, labels))
+    targets = (rng.random(logits.shape) < expit(logits)).astype(np.float64)
+    return temperature * logits, targets
+
+
+def test_labels_get_the_temperature_by_which_their_logits_are_too_large():
+    logits, targets = labels_network(3.0, 4000)
+    result = calibrate_labels(logits, targets)
+    assert result.temperature == pytest.approx(3, rel=0.05)
+    assert result.before.error > 0.1
+    assert result.after.error < 0.02
+    assert result.loss_after < result.loss_before
+    assert result.before.examples.sum() == targets.size
+    expected = calibration_bins(expit(logits).ravel(), targets.ravel() == 1)
+    for actual, wanted in zip(result.before, expected, strict=True):
+        np.testing.assert_allclose(actual, wanted)
+
+
+def test_unknown_labels_do_not_count():
+    logits, targets = labels_network(2.0, 300, 1)
+    wide = np.concatenate([logits, 100 - logits], axis=1)
+    blank = np.concatenate([targets, np.full_like(targets, np.nan)], axis=1)
+    for half, whole in zip(
+        calibrate_labels(logits, targets), calibrate_labels(wide, blank), strict=True
+    ):
+        np.testing.assert_allclose(half, whole)
+
+
+def test_of_many_labels_a_part_of_the_images_is_used():
+    logits, targets = labels_network(2.0, 300)
+    result = calibrate_labels(logits, targets, max_cells=150)
+    assert result.before.examples.sum() == 150
+
+
+def test_labels_without_two_known_images_cannot_be_calibrated():
+    logits, targets = labels_network(2.0, 3)
+    targets[1:] = np.nan
+    with pytest.raises(RequestError, match="two examples with a known label; got 1"):
+        calibrate_labels(logits, targets)

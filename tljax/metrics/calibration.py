@@ -4,6 +4,7 @@ Guo, Pleiss, Sun and Weinberger, "On Calibration of Modern Neural Networks", ICM
 https://arxiv.org/abs/1706.04599. All functions compute in float64 with NumPy, on the host.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -161,21 +162,73 @@ def calibrate(
     logits, labels = _checked(logits, labels)
     if len(labels) < 2:
         raise RequestError("calibration needs at least two labeled examples; got one")
-    order = np.random.default_rng(seed).permutation(len(labels))
-    halves = order[::2], order[1::2]
+    first = np.zeros(len(labels), bool)
+    first[np.random.default_rng(seed).permutation(len(labels))[::2]] = True
+    return _calibrate(logits, labels, first, _confidence_bins)
+
+
+def calibrate_labels(
+    logits: Float[np.ndarray, "examples labels"],
+    targets: Float[np.ndarray, "examples labels"],
+    *,
+    seed: int = 0,
+    max_cells: int = 1_000_000,
+) -> Calibration:
+    """Measure the calibration of the probabilities of several labels, all labels together.
+
+    As `calibrate`, with one temperature for all labels, by which logits are divided before the
+    sigmoid. The bins compare the probability that a label applies (``confidence``) with how often
+    it does (``accuracy``), over every image and label that is known.
+
+    Args:
+        logits: ``[examples, labels]`` of examples that the network was not trained on.
+        targets: ``[examples, labels]`` 0, 1 or NaN (unknown); at least two examples have a known
+            label.
+        seed: seed of the random split, by examples, into two halves.
+        max_cells: number of logits from which only a random part of the examples is used.
+
+    Raises:
+        RequestError: fewer than two examples have a known label, or a logit is not finite.
+    """
+    logits, targets = np.asarray(logits, np.float64), np.asarray(targets, np.float64)
+    usable = np.flatnonzero((~np.isnan(targets)).any(1))
+    if len(usable) < 2:
+        raise RequestError(f"calibration needs two examples with a known label; got {len(usable)}")
+    order = np.random.default_rng(seed).permutation(usable)
+    order = order[: max(2, max_cells // targets.shape[1])]
+    rows, columns = np.nonzero(~np.isnan(targets[order]))
+    cells = order[rows], columns
+    # The sigmoid of a logit is the softmax of 0 and the logit.
+    pairs = np.stack([np.zeros(len(rows)), logits[cells]], axis=1)
+    pairs, applies = _checked(pairs, targets[cells].astype(np.int64))
+    return _calibrate(pairs, applies, rows % 2 == 0, _label_bins)
+
+
+def _calibrate(
+    logits: np.ndarray,
+    labels: np.ndarray,
+    first: np.ndarray,
+    bins: Callable[[np.ndarray, np.ndarray], CalibrationBins],
+) -> Calibration:
+    """Fit a temperature to the ``first`` half and to the other, and measure each on the other."""
     scaled = np.empty_like(logits)
-    for half, other in (halves, halves[::-1]):
-        scaled[half] = logits[half] / fit_temperature(logits[other], labels[other])
-    before, loss_before = _measure(logits, labels)
-    after, loss_after = _measure(scaled, labels)
-    return Calibration(fit_temperature(logits, labels), before, after, loss_before, loss_after)
+    for half in (first, ~first):
+        scaled[half] = logits[half] / fit_temperature(logits[~half], labels[~half])
+    losses = (
+        float((logsumexp(x, axis=1) - x[np.arange(len(labels)), labels]).mean())
+        for x in (logits, scaled)
+    )
+    temperature = fit_temperature(logits, labels)
+    before, after = (bins(softmax(x, axis=1), labels) for x in (logits, scaled))
+    return Calibration(temperature, before, after, *losses)
 
 
-def _measure(logits: np.ndarray, labels: np.ndarray) -> tuple[CalibrationBins, float]:
-    probabilities = softmax(logits, axis=1)
-    correct = probabilities.argmax(1) == labels
-    loss = (logsumexp(logits, axis=1) - logits[np.arange(len(labels)), labels]).mean()
-    return calibration_bins(probabilities.max(1), correct), float(loss)
+def _confidence_bins(probabilities: np.ndarray, labels: np.ndarray) -> CalibrationBins:
+    return calibration_bins(probabilities.max(1), probabilities.argmax(1) == labels)
+
+
+def _label_bins(probabilities: np.ndarray, applies: np.ndarray) -> CalibrationBins:
+    return calibration_bins(probabilities[:, 1], applies == 1)
 
 
 def _checked(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
