@@ -18,11 +18,19 @@ from hypothesis import strategies as st
 from PIL import Image
 from servers import Server
 
-from tljax.data.examples import Source, find_ambiguous_names, match_classes, select
+from tljax.data.examples import (
+    Source,
+    find_ambiguous_names,
+    match_classes,
+    select,
+)
 from tljax.data.folders import open_folder, open_images
 from tljax.data.sources import has_validation, open_labeled, open_splits
+from tljax.data.splits import split_source
 from tljax.runtime.errors import RequestError, UnreadableImageError
 from tljax.runtime.files import mark_output
+from tljax.runtime.settings import Kind
+from tljax.runtime.task import Task
 
 
 def write(root: Path, *files: str) -> Path:
@@ -201,8 +209,8 @@ def test_files_keep_their_order(tmp_path):
 @pytest.mark.parametrize(
     ("files", "spec", "message"),
     [
-        ([], "digts", "digts is neither a folder nor digits, tfds:NAME or hf:NAME"),
-        ([], "./tfds:mnist", "./tfds:mnist is neither a folder nor"),
+        ([], "digts", "digts is neither a folder, a table nor digits, tfds:NAME or hf:NAME"),
+        ([], "./tfds:mnist", "./tfds:mnist is neither a folder, a table nor"),
         (["hymenoptera/x"], "hymenopterra/train", "hf:NAME; did you mean .*hymenoptera\\?"),
         (["file"], "file", "file is a file: choose a folder"),
         (["x/1.jpg"], "x", "x has no class folders: put the images of each class into a folder"),
@@ -449,7 +457,7 @@ def test_a_path_may_begin_with_a_tilde_and_end_with_a_slash(tmp_path, monkeypatc
         assert open_folder(spec).classes == open_labeled(spec).classes == ("a", "b")
         assert len(open_images([spec])) == 2
     for spec in ("~nobody/data", "x" * 300):
-        with pytest.raises(RequestError, match="is neither a folder nor digits"):
+        with pytest.raises(RequestError, match="is neither a folder, a table nor digits"):
             open_splits(spec)
         with pytest.raises(RequestError, match="does not exist"):
             open_images([spec])
@@ -609,6 +617,83 @@ def test_matching_keeps_the_class_name_of_every_example(data, network, known, la
     assert [
         (matched.read(i), matched.classes[label]) for i, label in enumerate(matched.labels)
     ] == expected
+
+
+def with_columns(labels: list[list[float]], names: str, kind: Kind = "multilabel") -> Source:
+    files = [str(index).encode() for index in range(len(labels))]
+    values = np.array(labels, np.float32)
+    return Source(files, values, tuple(names), [*map(repr, files)], task=Task(kind))
+
+
+@pytest.mark.parametrize("kind", ["multilabel", "regression"])
+def test_labels_and_numbers_are_matched_by_name(kind):
+    source = with_columns([[1, 0, np.nan], [0, 1, 1]], "abc", kind)
+    matched, notes = match_classes(source, ["c", "x", "a"])
+    assert matched.classes == ("c", "x", "a")
+    expected = np.float32([[np.nan, np.nan, 1], [1, np.nan, 0]])
+    np.testing.assert_array_equal(matched.labels, expected)
+    assert matched.labels.dtype == np.float32
+    assert len(matched) == 2
+    word = "numbers" if kind == "regression" else "labels"
+    assert notes == (
+        f"1 of 3 {word} not in the data: x",
+        f"left out {word} that the network does not have: b",
+    )
+    assert match_classes(source, "abc")[1] == ()
+    np.testing.assert_array_equal(match_classes(source, "abc")[0].labels, source.labels)
+    with pytest.raises(RequestError, match=f"none of the {word} in common: the data has a, b, c;"):
+        match_classes(source, "xyz")
+
+
+@given(data=st.permutations("abcdef"), network=st.permutations("abcdef"), known=st.integers(1, 6))
+def test_matching_keeps_the_column_of_every_label(data, network, known):
+    source = with_columns([[ord(name) for name in data]], "".join(data))
+    matched, notes = match_classes(source, network[:known])
+    assert matched.labels[0].tolist() == [ord(name) for name in network[:known]]
+    assert len(notes) == (known < 6)
+
+
+def test_ordered_classes_are_matched_as_classes_and_stay_ordered():
+    source = replace(in_memory([b"0", b"1", b"2"], [0, 1, 2], "abx"), task=Task("ordinal"))
+    matched, _ = match_classes(source, "ba")
+    assert (matched.labels.tolist(), matched.task.kind) == ([1, 0], "ordinal")
+
+
+def test_a_split_by_content_notes_labels_without_an_example_and_says_nothing_of_numbers():
+    names = [str(index) for index in range(60)]
+    files = [name.encode() for name in names]
+    in_val = np.array([fraction(file) < 0.3 for file in files])
+    labels = np.stack([in_val, ~in_val, np.zeros(60)], 1).astype(np.float32)
+    source = Source(files, labels, tuple("abc"), names, task=Task("multilabel"))
+    train, val, notes = split_source(source, "x", 0.3)
+    assert notes[1:] == ("no training image of a", "no validation image of b")
+    assert (len(train), len(val)) == ((~in_val).sum(), in_val.sum())
+    numbers = replace(source, task=Task("regression"))
+    assert len(split_source(numbers, "x", 0.3).notes) == 1
+    with pytest.raises(RequestError, match="x: none of the"):
+        split_source(select(numbers, np.flatnonzero(~in_val)), "x", 0.3)
+    with pytest.raises(RequestError, match=r"x: all \d+ images fall into the validation fraction"):
+        split_source(select(numbers, np.flatnonzero(in_val)), "x", 0.3)
+
+
+def test_a_step_of_a_scale_that_no_example_has_is_not_missed():
+    source = in_memory([str(i).encode() for i in range(60)], [0, 2] * 30, "abc")
+    assert len(split_source(replace(source, task=Task("ordinal")), "x", 0.3).notes) == 1
+
+
+def test_digests_of_other_tasks_and_unknown_labels_differ():
+    sources = [
+        with_columns([[1, 0], [0, 1]], "ab"),
+        with_columns([[1, 0], [0, 1]], "ab", "regression"),
+        with_columns([[1, np.nan], [0, 1]], "ab"),
+        with_columns([[np.nan, 0], [0, 1]], "ab"),
+        with_columns([[1, 0], [0, 0]], "ab"),
+    ]
+    ordered = in_memory([b"0"], [0])
+    sources += [ordered, replace(ordered, task=Task("ordinal"))]
+    weighted = replace(ordered, extra={"weight": np.ones(1, np.float32)})
+    sources += [weighted, replace(ordered, extra={"weight": np.zeros(1, np.float32)})]
+    assert len({source.digest for source in sources}) == len(sources)
 
 
 def test_an_error_about_no_common_class_lists_both_lists():

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
+from jaxtyping import Float
 
 from tljax.runtime.errors import RequestError, UnreadableImageError
 from tljax.runtime.files import sha256
@@ -89,7 +90,7 @@ class Source:
 
     @cached_property
     def digest(self) -> str:
-        """Compute a SHA-256 hex digest of the examples in their order, the labels and the classes.
+        """Compute a SHA-256 hex digest of the examples in their order, and of all that labels them.
 
         Every example is read, unless ``examples`` has a fingerprint. That is hashed instead, so the
         digest may then change although no content does.
@@ -97,13 +98,17 @@ class Source:
         header = json.dumps([self.classes, self.labels.tolist()]).encode()
         for path, leaf in jax.tree.leaves_with_path((self.targets, dict(self.extra))):
             header += f"{path} {leaf.dtype} {leaf.shape}".encode() + np.asarray(leaf).tobytes()
+        if self.task.kind != "classification":  # digests of class folders are as they ever were
+            header += self.task.kind.encode()
+        if self.groups is not None:
+            header += b"groups" + np.asarray(self.groups, np.int64).tobytes()
         examples, indices = self.examples, np.arange(len(self))
         if isinstance(examples, _Subset):
             examples, indices = examples.examples, examples.indices
         if fingerprint := getattr(examples, "fingerprint", None):
             contents = fingerprint.encode() + indices.tobytes()
         else:
-            contents = b"".join(_hashes(self))
+            contents = b"".join(hash_examples(self))
         return sha256(header + contents)
 
 
@@ -153,22 +158,25 @@ def select(source: Source, indices: Sequence[int] | np.ndarray) -> Source:
 
 
 def match_classes(source: Source, classes: Sequence[str]) -> tuple[Source, tuple[str, ...]]:
-    """Relabel a source with a network's class indices, matching classes by name.
+    """Relabel a source with a network's classes, labels or numbers, matching them by name.
 
-    Classes with the same name are matched in order. If the source has fewer of them than the
-    network, the first of the network gets all their examples; see `find_ambiguous_names`.
+    Those with the same name are matched in order. If the source has fewer classes of a name than
+    the network, the first of the network gets all their examples; see `find_ambiguous_names`.
 
     Args:
         source: examples labeled with their own list of classes.
-        classes: the network's classes, in the order of its logits.
+        classes: the network's classes, labels or numbers, in the order of its outputs.
 
     Returns:
-        The examples whose class the network has, labeled with indices into ``classes``; and notes
-        to print, one line each, on the differences between the two lists.
+        The examples whose class the network has, labeled with indices into ``classes``; or all
+        examples, with one column per label or number of the network, NaN if the source does not
+        have it. And notes to print, one line each, on the differences between the two lists.
 
     Raises:
-        RequestError: no example belongs to a class of the network.
+        RequestError: no example belongs to a class of the network, or they have no label in common.
     """
+    if not source.task.has_classes:
+        return _match_columns(source, classes)
     network_names, data_names = [*map(normal, classes)], [*map(normal, source.classes)]
     position = {key: index for index, key in enumerate(_numbered(network_names))}
     matches = [position.get(key, position.get((key[0], 0), -1)) for key in _numbered(data_names)]
@@ -198,6 +206,73 @@ def match_classes(source: Source, classes: Sequence[str]) -> tuple[Source, tuple
     return replace(selected, labels=labels[retained], classes=tuple(classes)), tuple(notes)
 
 
+def _match_columns(source: Source, names: Sequence[str]) -> tuple[Source, tuple[str, ...]]:
+    """Put the columns of labels or numbers into a network's order; NaN for those that it lacks."""
+    word = "numbers" if source.task.kind == "regression" else "labels"
+    network_keys, data_keys = (
+        _numbered([*map(normal, names)]),
+        _numbered([*map(normal, source.classes)]),
+    )
+    position = {key: column for column, key in enumerate(data_keys)}
+    columns = [position.get(key, -1) for key in network_keys]
+    if max(columns, default=-1) < 0:
+        lists = f"the data has {join_names(source.classes)}; the network has {join_names(names)}"
+        raise RequestError(f"the data and the network have none of the {word} in common: {lists}")
+    # The column behind the last one, at -1, is unknown.
+    unknown = np.full((len(source), 1), np.nan, np.float32)
+    labels = np.concatenate([source.labels, unknown], 1)[:, columns]
+    missing = [name for name, column in zip(names, columns, strict=True) if column < 0]
+    unused = [
+        name for name, key in zip(source.classes, data_keys, strict=True) if key not in network_keys
+    ]
+    notes = []
+    if missing:
+        notes.append(
+            f"{len(missing)} of {len(names)} {word} not in the data: {join_names(missing)}"
+        )
+    if unused:
+        notes.append(f"left out {word} that the network does not have: {join_names(unused)}")
+    return replace(source, labels=labels, classes=tuple(names)), tuple(notes)
+
+
+def match_part(part: Source, train: Source, *, by_name: bool) -> tuple[Source, tuple[str, ...]]:
+    """Relabel the validation part of a data set with the names of its training part.
+
+    Unlike `match_classes`, this knows that both parts were labeled alike. So if labels are names
+    that an image is given, in folders, cells or lists, one that no image of the part is given
+    applies to none of them; `match_classes` must take it for unknown, as must this for columns.
+
+    Args:
+        part: the validation part, read as the same task. Examples without a label are left out.
+        train: the training part.
+        by_name: whether labels of the task ``multilabel`` are names, not columns of 0 and 1.
+
+    Returns:
+        The part, and notes to print.
+
+    Raises:
+        RequestError: the two have no class in common, or not the same numbers.
+    """
+    part = replace(select(part, np.flatnonzero(is_labeled(part))), task=train.task)
+    if train.task.has_classes:
+        return match_classes(part, train.classes)
+    if part.classes == train.classes:
+        return part, ()
+    if train.task.kind == "regression":
+        raise RequestError(
+            f"the validation part has the numbers {join_names(part.classes)}, the training part"
+            f" {join_names(train.classes)}: they must be the same"
+        )
+    if not by_name:
+        return match_classes(part, train.classes)
+    # The column behind the last one, at -1, is of labels that no image is given.
+    columns = [part.classes.index(x) if x in part.classes else -1 for x in train.classes]
+    labels = np.concatenate([part.labels, np.zeros((len(part), 1), np.float32)], 1)[:, columns]
+    unknown = [name for name in part.classes if name not in train.classes]
+    note = f"left out unknown labels of the validation part: {join_names(unknown)}"
+    return replace(part, labels=labels, classes=train.classes), (note,) * bool(unknown)
+
+
 def find_ambiguous_names(
     data_classes: Sequence[str], classes: Sequence[str]
 ) -> dict[str, list[int]]:
@@ -222,41 +297,7 @@ def _numbered(names: Sequence[str]) -> list[tuple[str, int]]:
     return [(name, next(counters[name])) for name in names]
 
 
-def split_by_content(source: Source, where: str, val_fraction: float) -> Splits:
-    """Split a source by a hash of each example's content, as described in `open_splits`.
-
-    Args:
-        source: labeled examples; all are read.
-        where: the name of the source in errors.
-        val_fraction: fraction of the examples to validate on, in [0, 1). With 0, the training
-            images are also the validation images.
-
-    Raises:
-        RequestError: a class has no training example, or there is no validation example.
-    """
-    if not val_fraction:
-        note = f"no validation images: metrics are computed on the {len(source)} training images"
-        return Splits(source, source, (note,))
-    in_val = np.array([int.from_bytes(h[:6]) / 2**48 < val_fraction for h in _hashes(source)], bool)
-    train, val = select(source, np.flatnonzero(~in_val)), select(source, np.flatnonzero(in_val))
-    advice = "add images, change --val-fraction, or divide the folder into train/ and val/"
-    if lost := without_example(train):
-        raise RequestError(
-            f"{where}: all images of {join_names(lost)} fall into the validation fraction of"
-            f" {val_fraction}: {advice}"
-        )
-    if not len(val):
-        raise RequestError(
-            f"{where}: none of the {len(source)} images falls into the validation fraction of"
-            f" {val_fraction}: {advice}, or validate on the training images with --val-fraction 0"
-        )
-    notes = [f"split by content: {len(train)} to train on, {len(val)} to validate on"]
-    if unseen := without_example(val):
-        notes.append(f"no validation image of {join_names(unseen)}")
-    return Splits(train, val, tuple(notes))
-
-
-def _hashes(source: Source) -> list[bytes]:
+def hash_examples(source: Source) -> list[bytes]:
     """Compute the SHA-256 of each example; one that cannot be read is hashed as empty."""
 
     def hash_one(index: int) -> bytes:
@@ -277,6 +318,13 @@ def _hashes(source: Source) -> list[bytes]:
         return [digest for chunk in pool.map(hash_chunk, chunks) for digest in chunk]
 
 
+def is_labeled(source: Source) -> np.ndarray:
+    """Return ``[n]`` bool: whether anything is known of each example."""
+    if source.labels.ndim == 2:
+        return np.asarray(~np.isnan(source.labels).all(1))
+    return source.labels >= 0
+
+
 def without_example(source: Source) -> list[str]:
     """List the classes of a source that have no example, the labels that apply to none."""
     if source.task.kind == "regression":
@@ -286,6 +334,47 @@ def without_example(source: Source) -> list[str]:
         return [name for name, any_ in zip(source.classes, applies, strict=True) if not any_]
     counts = np.bincount(source.labels[source.labels >= 0], minlength=len(source.classes))
     return [name for name, count in zip(source.classes, counts, strict=True) if not count]
+
+
+def format_labels(source: Source, labels: np.ndarray) -> list[str]:
+    """Return labels as text: the name of a class, names of labels, or numbers, joined by ``|``.
+
+    A label that is unknown is followed by a question mark; a number that is unknown is empty.
+
+    Args:
+        source: names the labels, and says what they are.
+        labels: labels of some examples in the form of ``source.labels``.
+    """
+    names = source.classes
+    if labels.ndim == 1:
+        return [names[label] if label >= 0 else "" for label in labels.tolist()]
+    if source.task.kind == "regression":
+        return ["|".join("" if x != x else f"{x:.7g}" for x in row) for row in labels.tolist()]  # noqa: PLR0124
+    marks = {0.0: None, 1.0: ""}
+    return [
+        "|".join(
+            name + mark
+            for name, x in zip(names, row, strict=True)
+            if (mark := marks.get(x, "?")) is not None
+        )
+        for row in labels.tolist()
+    ]
+
+
+def balancing_weights(source: Source) -> Float[np.ndarray, " n"]:
+    """Return a weight per example with which all classes have the same sum, with mean 1.
+
+    With several labels an example has the mean weight of those that apply to it, each weighted by
+    the inverse of its number of examples; examples to which none applies count as one more label.
+    """
+    labels = source.labels
+    if labels.ndim == 1:
+        weights = 1 / np.maximum(np.bincount(labels), 1)[labels]
+    else:
+        applies = labels == 1
+        applies = np.concatenate([applies, ~applies.any(1, keepdims=True)], axis=1)
+        weights = (applies / np.maximum(applies.sum(0), 1)).sum(1) / applies.sum(1)
+    return weights / weights.mean()
 
 
 def normal(name: str) -> str:

@@ -4,10 +4,11 @@ import difflib
 import os
 import re
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,12 +16,14 @@ from tljax.data.examples import (
     Source,
     Splits,
     join_names,
-    match_classes,
+    match_part,
     normal,
     printable,
-    split_by_content,
     without_example,
 )
+from tljax.data.folder_labels import label_folders
+from tljax.data.options import LabelOptions
+from tljax.data.splits import group_parts, refuse_constants, search_groups, split_source
 from tljax.runtime.download import download
 from tljax.runtime.errors import RequestError, UnreadableImageError
 from tljax.runtime.files import MARKER, cache_dir, sha256
@@ -40,14 +43,16 @@ _IGNORED = re.compile(
 
 
 @dataclass(frozen=True)
-class _Files:
-    paths: tuple[Path, ...]
+class Files:
+    """Files as examples. Paths may be text, which a million rows make faster than `Path`."""
+
+    paths: Sequence[Path | str]
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> bytes:
-        path = self.paths[index]
+        path = Path(self.paths[index])
         try:
             info = path.stat()
             if not stat.S_ISREG(info.st_mode):
@@ -59,25 +64,89 @@ class _Files:
             raise UnreadableImageError(f"cannot be read: {error.strerror}") from error
 
 
-def open_folder_splits(path: Path, val_fraction: float) -> Splits:
-    """Open the train and validation folders of a folder, or split it by content if it has none.
+IMAGE_SUFFIXES = {
+    *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".jp2", ".avif")
+}
+
+_TABLE_OPTIONS = "root target path_column split_column weight_column"
+
+
+class _ClassFolders(NamedTuple):
+    folder: Path
+    source: Source
+    entries: list[os.DirEntry[str]]
+
+    def label(self, labels: LabelOptions) -> tuple[Source, tuple[str, ...]]:
+        return label_folders(self.source, self.entries, labels)
+
+
+def open_folder_splits(
+    path: Path, val_fraction: float, labels: LabelOptions | None = None
+) -> Splits:
+    """Open the train and validation folders of a folder, or split it if it has none.
+
+    One image in folders of several classes, by links or copies, is noted; for the task
+    ``multilabel`` it has several labels. See `tljax.data.folder_labels.label_folders` for what the
+    names of the folders are for each task, and `tljax.data.folder_labels.find_same_files` for
+    which copies are found.
 
     Raises:
         RequestError: the folder does not exist or cannot be trained on.
     """
+    labels = labels or LabelOptions()
+    labels.refuse(_TABLE_OPTIONS, printable(path))
     train_folder, val_folder = train_and_val(path) or (path, None)
-    train = _open_training(train_folder)
-    if val_folder is None:
-        splits = split_by_content(train, printable(train_folder), val_fraction)
-        note = f"{printable(train_folder)} is split, as no folder beside it has its classes"
-        return splits._replace(notes=(note,) * (train_folder != path) + splits.notes)
-    val = _open_classes(val_folder)
-    if unknown := [name for name in val.classes if name not in train.classes]:
-        raise RequestError(
-            f"{printable(val_folder)} has classes without training images, {join_names(unknown)}:"
-            f" add them to {printable(train_folder)} or remove them"
+    opened = _open_training(train_folder)
+    train, notes = opened.label(labels)
+    if train.task.kind == "regression":
+        refuse_constants(train, printable(train_folder))
+    parts = [(train_folder, train)]
+    if val_folder is not None:
+        val, more = _label_validation(
+            _open_classes(val_folder), opened.source.classes, train, labels
         )
-    return Splits(train, *match_classes(val, train.classes))
+        notes += more
+        parts.append((val_folder, val))
+    elif train_folder != path:
+        note = f"{printable(train_folder)} is split, as no folder beside it has its classes"
+        notes = (note, *notes)
+    sources, group_names, more = _group(parts, labels, printable(path))
+    if val_folder is not None:
+        return Splits(sources[0], sources[1], notes + more)
+    splits = split_source(sources[0], printable(train_folder), val_fraction, group_names)
+    return splits._replace(notes=notes + more + splits.notes)
+
+
+def _label_validation(
+    opened: _ClassFolders, classes: Sequence[str], train: Source, labels: LabelOptions
+) -> tuple[Source, tuple[str, ...]]:
+    folder = printable(opened.folder)
+    unknown = [name for name in opened.source.classes if name not in classes]
+    if unknown and train.task.kind != "regression":
+        raise RequestError(
+            f"{folder} has classes without training images, {join_names(unknown)}: add them to the"
+            " training folder or remove them"
+        )
+    # The order of the classes is that of the training folder, which has all of them.
+    task = None if train.task.has_classes else labels.task
+    val, notes = opened.label(replace(labels, order=None, task=task))
+    val, more = match_part(val, train, by_name=True)
+    return val, (*(f"{folder}: {note}" for note in notes), *more)
+
+
+def _group(
+    parts: Sequence[tuple[Path, Source]], labels: LabelOptions, where: str
+) -> tuple[list[Source], list[str] | None, tuple[str, ...]]:
+    """Group images by ``labels.group``, an expression over their paths in their folder."""
+    sources = [source for _, source in parts]
+    if labels.group is None:
+        return sources, None, ()
+    paths = [
+        name.removeprefix(f"{printable(folder)}/").replace("\\", "/")
+        for folder, source in parts
+        for name in source.names
+    ]
+    return group_parts(sources, search_groups(labels.group, paths, where), paths)
 
 
 def open_folder(path: str | PathLike[str]) -> Source:
@@ -96,20 +165,29 @@ def open_folder(path: str | PathLike[str]) -> Source:
             f"{printable(path.parent)} has a training and a validation folder:"
             f" choose {printable(path)} or {printable(val)}"
         )
-    return _open_classes(path) if _folders(path) else _file_source(_files_of(path))
+    return _open_classes(path).source if _folders(path) else _file_source(_files_of(path))
 
 
-def open_labeled_folder(path: Path) -> Source:
+def open_labeled_folder(path: Path, labels: LabelOptions | None = None) -> Source:
     """Open the validation folder of a folder or, if it has none, the folder itself.
+
+    Args:
+        path: folder of class folders, or with ``train/`` and a validation folder.
+        labels: what the class folders are; see `open_folder_splits`.
 
     Raises:
         RequestError: the folder does not exist, or has no file or no class folders.
     """
-    _, val = train_and_val(path) or (path, None)
+    labels = labels or LabelOptions()
+    labels.refuse(_TABLE_OPTIONS, printable(path))
+    train, val = train_and_val(path) or (path, None)
     source = open_folder(val or path)
     if not source.classes:
         raise RequestError(f"{printable(path)} has no class folders: evaluation needs labels")
-    return source
+    folder = val or train
+    if labels.kind is not None:
+        source, _ = _open_classes(folder).label(labels)
+    return _group([(folder, source)], labels, printable(path))[0][0]
 
 
 def open_images(items: Sequence[str | PathLike[str]]) -> Source:
@@ -149,8 +227,9 @@ def _fetch(url: str) -> Path:
     return path
 
 
-def _open_training(path: Path) -> Source:
-    source = _open_classes(path)
+def _open_training(path: Path) -> _ClassFolders:
+    opened = _open_classes(path)
+    source = opened.source
     if len(source.classes) < 2:
         raise RequestError(
             f"{printable(path)} has one class folder, {join_names(source.classes)}: training"
@@ -160,10 +239,10 @@ def _open_training(path: Path) -> Source:
         raise RequestError(
             f"class {empty[0]!r} in {printable(path)} has no file: add images or remove the folder"
         )
-    return source
+    return opened
 
 
-def _open_classes(path: Path) -> Source:
+def _open_classes(path: Path) -> _ClassFolders:
     folders = _folders(path)
     if not folders:
         raise RequestError(
@@ -178,25 +257,26 @@ def _open_classes(path: Path) -> Source:
     position = {name: index for index, name in enumerate(dict.fromkeys(names))}
     folder_labels = np.array([position[name] for name in names], np.int32)
     labels = np.repeat(folder_labels, [*map(len, files)])
-    paths = _nonempty(path, [file for class_files in files for file in class_files])
-    return _file_source(paths, labels, tuple(position))
+    entries = [entry for class_files in files for entry in class_files]
+    source = _file_source(_nonempty(path, entries), labels, tuple(position))
+    return _ClassFolders(path, source, entries)
 
 
 def _file_source(
     paths: Sequence[Path], labels: np.ndarray | None = None, classes: tuple[str, ...] = ()
 ) -> Source:
     labels = np.full(len(paths), -1, np.int32) if labels is None else labels
-    return Source(_Files(tuple(paths)), labels, classes, tuple(map(printable, paths)))
+    return Source(Files(tuple(paths)), labels, classes, tuple(map(printable, paths)))
 
 
 def _files_of(path: Path) -> list[Path]:
-    return _nonempty(path, list(_walk(path, set())))
+    return _nonempty(path, _walk(path, set()))
 
 
-def _nonempty(path: Path, files: list[Path]) -> list[Path]:
-    if not files:
-        raise RequestError(f"{printable(path)} has no file: put images into it")
-    return files
+def _nonempty(path: Path, entries: Iterable[os.DirEntry[str]]) -> list[Path]:
+    if paths := [Path(entry.path) for entry in entries]:
+        return paths
+    raise RequestError(f"{printable(path)} has no file: put images into it")
 
 
 def train_and_val(path: Path) -> tuple[Path, Path | None] | None:
@@ -227,7 +307,7 @@ def exists(path: Path) -> bool:
     return os.path.exists(path)  # noqa: PTH110 - Path.exists raises for a name that is too long
 
 
-def _walk(folder: Path, seen: set[Path]) -> Iterator[Path]:
+def _walk(folder: Path, seen: set[Path]) -> Iterator[os.DirEntry[str]]:
     """Yield the files below a folder in the byte order of their names; no real folder twice."""
     real = folder.resolve()
     if real in seen:
@@ -237,7 +317,7 @@ def _walk(folder: Path, seen: set[Path]) -> Iterator[Path]:
         if _is_folder(entry):
             yield from _walk(Path(entry.path), seen)
         elif _is_example(entry):
-            yield Path(entry.path)
+            yield entry
 
 
 def _folders(path: Path) -> list[Path]:
@@ -251,8 +331,10 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 def _is_example(entry: os.DirEntry[str]) -> bool:
     """Return True for a file and for a broken link, which is reported when it is read."""
+    if not entry.is_symlink():
+        return entry.is_file()
     path = Path(entry.path)
-    return (path.is_file() or not exists(path)) if entry.is_symlink() else entry.is_file()
+    return path.is_file() or not exists(path)
 
 
 _RUN_FILES = ("config.json", "split.csv", "metrics.jsonl")
@@ -275,11 +357,9 @@ def first_image(folder: Path) -> str | None:
     """Find a file with the extension of an image that is not in an output folder of tljax."""
     if not folder.is_dir() or _is_output(str(folder)):
         return None
-    paths = (path for path in _walk(folder, set()) if path.suffix.lower() in _EXTENSIONS)
+    paths = (Path(entry.path) for entry in _walk(folder, set()))
+    paths = (path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES)
     return next(map(printable, paths), None)
-
-
-_EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".jp2", ".avif"}
 
 
 def _is_visible(entry: os.DirEntry[str]) -> bool:

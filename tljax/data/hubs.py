@@ -6,28 +6,85 @@ one.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from tljax.data.examples import (
+    Examples,
     Source,
     Splits,
+    is_labeled,
     join_names,
     match_classes,
-    split_by_content,
+    match_part,
+    select,
     without_example,
 )
 from tljax.data.folders import TRAIN, VAL, suggest_path
+from tljax.data.hub_labels import (
+    Feature,
+    Values,
+    choose_features,
+    read_feature,
+    read_features,
+)
+from tljax.data.labels import label_source, read_labels, read_weights
+from tljax.data.options import LabelOptions
+from tljax.data.splits import check_training, group_parts, split_source
+from tljax.data.table_files import Table, require_column
 from tljax.runtime.errors import RequestError, UnreadableImageError, first_line
 from tljax.runtime.files import sha256
 from tljax.runtime.packages import install_command
 
-_Parts = Mapping[str, Callable[[], Source]]  # opened when needed: reading the labels can be slow
+
+class _Split(NamedTuple):
+    """A split whose labels have not been read.
+
+    Attributes:
+        examples: its images.
+        features: its features by name; of one that cannot be a label the name of its type.
+        read: returns the values of features, as Python objects.
+        preferred: the name of the feature to choose among several that can be labels.
+        advice: the end of the error if no feature can be a label.
+    """
+
+    examples: Examples
+    features: Mapping[str, Feature | str]
+    read: Callable[[Sequence[str]], Mapping[str, list[Any]]]
+    preferred: object
+    advice: str
+
+
+class _Part(NamedTuple):
+    """A split whose labels have been read.
+
+    Attributes:
+        source: its examples with their labels.
+        columns: the features that were read as labels.
+        notes: remarks to print.
+        by_name: see `Labels`.
+        groups: the name of the group of each example, empty if it has none; None without groups.
+    """
+
+    source: Source
+    columns: tuple[str, ...]
+    notes: tuple[str, ...]
+    by_name: bool
+    groups: tuple[str, ...] | None
+
+    def select(self, rows: np.ndarray) -> "_Part":
+        """Select examples by their indices."""
+        groups = None if self.groups is None else tuple(self.groups[i] for i in rows.tolist())
+        return self._replace(source=select(self.source, rows), groups=groups)
+
+
+_Splits = Mapping[str, Callable[[], _Split]]  # opened when needed
+_Parts = Mapping[str, Callable[[LabelOptions], _Part]]  # reading the labels can be slow
 
 
 def is_hub(spec: str) -> bool:
@@ -35,85 +92,135 @@ def is_hub(spec: str) -> bool:
     return spec.startswith(tuple(f"{kind}:" for kind in _KINDS))
 
 
-def open_hub_splits(spec: str, val_fraction: float) -> Splits:
+def open_hub_splits(spec: str, val_fraction: float, labels: LabelOptions | None = None) -> Splits:
     """Open the training and validation splits of a data set, or split its only split by content.
 
-    Examples without a label and classes without a training example are left out.
+    The labels are those of the features that ``labels.target`` names or, without it, of the only
+    feature that can be a label. `tljax.data.hub_labels.read_features` says what is read from each
+    type of feature. Examples without a label, classes without a training example and labels that
+    apply to none are left out. A split with ``labels.group`` keeps groups together.
 
     Raises:
-        RequestError: the data set or a package is missing, or it cannot be trained on.
+        RequestError: the data set, a feature or a package is missing, or it cannot be trained on.
     """
-    parts = _open(spec)
+    labels = labels or LabelOptions()
+    parts = _open(spec, labels)
     names = [name for name in TRAIN if name in parts] or list(parts)
     if names[0] not in TRAIN and len(names) > 1:
         raise RequestError(f"{spec} has no split named train, only {join_names(names)}: rename one")
-    train, notes = _trainable(parts[names[0]](), f"{spec} {names[0]}")
-    val = _validation({name: part for name, part in parts.items() if name != names[0]})
-    if val is None:
-        train, val, more = split_by_content(train, spec, val_fraction)
+    part = _trainable(parts[names[0]](labels), f"{spec} {names[0]}")
+    others = {name: other for name, other in parts.items() if name != names[0]}
+    # The validation split is read as the training split was.
+    same = replace(labels, task=part.source.task.kind, target=",".join(part.columns))
+    val_part = _validation(others, same)
+    both = [part] if val_part is None else [part, val_part]
+    sources, group_names, notes = [one.source for one in both], None, part.notes
+    if labels.group is not None:
+        groups = [name for one in both for name in one.groups or ()]
+        rows = [name for source in sources for name in source.names]
+        sources, group_names, ungrouped = group_parts(sources, groups, rows)
+        notes += ungrouped
+    if val_part is None:
+        train, val, more = split_source(sources[0], spec, val_fraction, group_names)
     else:
-        val, more = match_classes(val, train.classes)
-    return Splits(train, val, (*notes, *more))
+        train = sources[0]
+        val, more = match_part(sources[1], train, by_name=part.by_name)
+    return Splits(train, val, notes + more)
 
 
-def hub_has_validation(spec: str) -> bool:
+def hub_has_validation(spec: str, labels: LabelOptions | None = None) -> bool:
     """Return True if a data set has a validation split with labels.
 
     Raises:
-        RequestError: the data set or a package is missing.
+        RequestError: the data set, a feature or a package is missing.
     """
-    parts = _open(spec)
-    return len(parts) > 1 and _validation(parts) is not None
+    labels = labels or LabelOptions()
+    parts = _open(spec, labels)
+    return len(parts) > 1 and _validation(parts, labels) is not None
 
 
-def open_labeled_hub(spec: str, val_fraction: float) -> Source:
+def open_labeled_hub(spec: str, val_fraction: float, labels: LabelOptions | None = None) -> Source:
     """Open the validation split of a data set or, if it has none, that of a split by content.
 
     Raises:
-        RequestError: the data set or a package is missing, or no example has a label.
+        RequestError: the data set, a feature or a package is missing, or no example has a label.
     """
-    val = _validation(_open(spec))
-    return open_hub_splits(spec, val_fraction).val if val is None else val
+    labels = labels or LabelOptions()
+    part = _validation(_open(spec, labels), labels)
+    if part is None:
+        return open_hub_splits(spec, val_fraction, labels).val
+    if part.groups is None:
+        return part.source
+    return group_parts([part.source], part.groups, part.source.names)[0][0]
 
 
-def _open(spec: str) -> _Parts:
+def _open(spec: str, labels: LabelOptions) -> _Parts:
     kind, _, name = spec.partition(":")
     if not name:
         raise RequestError(f"{spec} has no name: write {kind}:NAME")
-    return {split.lower(): part for split, part in _KINDS[kind](spec, name).items()}
+    labels.refuse("root path_column split_column", spec)
+    return {
+        split.lower(): partial(_read_part, f"{spec} {split}", open_split)
+        for split, open_split in _KINDS[kind](spec, name).items()
+    }
 
 
-def _validation(parts: _Parts) -> Source | None:
+def _validation(parts: _Parts, labels: LabelOptions) -> _Part | None:
     """Open the first validation split with labels; test splits of competitions have none."""
-    sources = (parts[name]() for name in VAL if name in parts)
-    return next((source for source in sources if (source.labels >= 0).any()), None)
+    opened = (parts[name](labels) for name in VAL if name in parts)
+    return next((part for part in opened if is_labeled(part.source).any()), None)
 
 
-def _trainable(source: Source, where: str) -> tuple[Source, list[str]]:
-    unlabeled = np.count_nonzero(source.labels < 0)
-    unused = without_example(source)
-    used = [name for name in source.classes if name not in unused]
-    if len(used) < 2:
-        raise RequestError(
-            f"{where} has examples of {join_names(used)}: training needs two classes"
-        )
-    notes = []
-    if unlabeled:
-        notes.append(f"left out {unlabeled} examples without a label")
-    if unused:
-        notes.append(f"left out classes without training examples: {join_names(unused)}")
-    return (match_classes(source, used)[0] if notes else source), notes
+def _trainable(part: _Part, where: str) -> _Part:
+    """Leave out what cannot be learned: examples, classes and labels without the others."""
+    labeled, notes = is_labeled(part.source), part.notes
+    if not labeled.all():
+        notes += (f"left out {np.count_nonzero(~labeled)} examples without a label",)
+        part = part.select(np.flatnonzero(labeled))
+    source = part.source
+    never = without_example(source)
+    used = [name for name in source.classes if name not in never]
+    if not used or not len(source):
+        raise RequestError(f"{where} has no example with a label: training needs some")
+    if source.task.kind == "classification" and never:
+        notes += (f"left out classes without training examples: {join_names(never)}",)
+        source, _ = match_classes(source, used)
+    elif source.task.kind == "multilabel" and never:
+        notes += (f"left out labels that apply to no training example: {join_names(never)}",)
+        columns = [source.classes.index(name) for name in used]
+        source = replace(source, labels=source.labels[:, columns], classes=tuple(used))
+    return part._replace(source=source, notes=notes + check_training(source, where))
 
 
-def _source(spec: str, split: str, examples: Any, labels: np.ndarray, feature: Any) -> Source:
-    names = tuple(f"{spec} {split}[{index}]" for index in range(len(labels)))
-    return Source(examples, labels.astype(np.int32), tuple(feature.names), names)
+def _read_part(where: str, open_split: Callable[[], _Split], labels: LabelOptions) -> _Part:
+    split = open_split()
+    chosen = choose_features(where, split.features, labels, split.preferred, split.advice)
+    options = (("--group", labels.group), ("--weight-column", labels.weight_column))
+    others = [require_column(name, split.features, where, flag) for flag, name in options if name]
+    rows = split.read([*dict.fromkeys([*chosen, *others])])
+    table = Table(where, {}, range(1, 1 + len(split.examples)), unit="row")
+    features = {name: x for name in chosen if isinstance(x := split.features[name], Feature)}
+    columns, kind = read_features(table, features, rows, labels.kind)
+    read = read_labels(columns, labels, kind)
+    names = tuple(f"{where}[{index}]" for index in range(len(split.examples)))
+    source = label_source(Source(split.examples, np.zeros(len(names)), (), names), read)
+    plain = all(feature.values == "class" and not feature.many for feature in features.values())
+    # Nothing is to be said if there was no choice: the feature says itself what it is.
+    notes = (read.note,) * (not plain or labels.target is not None or labels.kind is not None)
+    more = {name: read_feature(table, name, split.features[name], rows[name]) for name in others}
+    groups = None
+    if labels.group is not None:
+        cells = np.array(more[labels.group].cells, object)
+        groups = tuple(more[labels.group].rows(cells).tolist())
+    if labels.weight_column is not None:
+        source = replace(source, extra={"weight": read_weights(more[labels.weight_column])})
+    return _Part(source, tuple(chosen), notes, read.by_name, groups)
 
 
-def _feature(
+def _image_feature(
     where: str, features: Mapping[str, object], kind: type, advice: str, preferred: object = None
 ) -> str:
-    """Find the name of the only feature of a kind, or of the preferred one."""
+    """Find the name of the only image feature, or of the preferred one."""
     names = [name for name, feature in features.items() if isinstance(feature, kind)]
     candidates = [name for name in names if name == preferred] or names
     if len(candidates) != 1:
@@ -166,7 +273,7 @@ def _hf_image(name: str, row: Mapping[str, Any]) -> bytes:
         raise UnreadableImageError(f"cannot be read: {error.strerror}") from error
 
 
-def _tfds_parts(spec: str, name: str) -> _Parts:
+def _tfds_parts(spec: str, name: str) -> _Splits:
     try:
         # Its type annotations are wrong, and the type checker should not need it.
         tfds: Any = import_module("tensorflow_datasets")
@@ -185,32 +292,74 @@ def _tfds_parts(spec: str, name: str) -> _Parts:
         features = dict(builder.info.features)
     keys = builder.info.supervised_keys or (None, None)
     other = "choose a data set for image classification"
-    image = _feature(spec, features, tfds.features.Image, other, keys[0])
-    label = _feature(spec, features, tfds.features.ClassLabel, other, keys[1])
+    image = _image_feature(spec, features, tfds.features.Image, other, keys[0])
     if features[image].np_dtype == np.float32:  # TFDS stores their bits as RGBA
         raise RequestError(f"{spec} has float32 images: choose a data set with uint8 images")
 
-    def open_part(split: str) -> Source:
-        # Parsing a single feature does not decode the others, such as masks.
+    described = {
+        name: _tfds_feature(tfds, feature) for name, feature in features.items() if name != image
+    }
+
+    def open_split(split: str) -> _Split:
+        # Parsing some features does not decode the others, such as masks.
         parse_image = partial(
             tfds.features.FeaturesDict({image: features[image]}).deserialize_example_np,
             decoders={image: tfds.decode.SkipDecoding()},
         )
-        parse_label = tfds.features.FeaturesDict({label: features[label]}).deserialize_example_np
         with _explained(f"{spec} {split}", advice):
             records = builder.as_data_source(
                 split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
             )
-            labels = np.fromiter((parse_label(record)[label] for record in records), np.int32)
-        # The version alone does not identify the content: a builder under development changes it.
-        # Nor do modification times, which copying changes.
-        shards = list(map(_shard_identity, builder.info.splits[split].filepaths))
+            # The version alone does not identify the content: a builder under development changes
+            # it. Nor do modification times, which copying changes.
+            shards = list(map(_shard_identity, builder.info.splits[split].filepaths))
+
+        def read(names: Sequence[str]) -> dict[str, list[Any]]:
+            parse = tfds.features.FeaturesDict({name: features[name] for name in names})
+            with _explained(f"{spec} {split}", advice):
+                rows = [parse.deserialize_example_np(record) for record in records]
+            return {name: [_python_value(row[name]) for row in rows] for name in names}
+
         identity = repr((builder.info.full_name, split, image, shards))
         fingerprint = sha256(identity.encode())
         examples = _Rows(records, partial(_tfds_image, parse_image, image), fingerprint)
-        return _source(spec, split, examples, labels, features[label])
+        return _Split(examples, described, read, keys[1], other)
 
-    return {split: partial(open_part, split) for split in builder.info.splits}
+    return {split: partial(open_split, split) for split in builder.info.splits}
+
+
+def _tfds_feature(tfds: Any, feature: Any) -> Feature | str:
+    """Describe a feature; return the name of its type if it cannot be a label."""
+    if isinstance(feature, tfds.features.Sequence):
+        inner = _tfds_feature(tfds, feature.feature)
+        if isinstance(inner, Feature) and not inner.many:
+            return inner._replace(many=True)
+    elif isinstance(feature, tfds.features.ClassLabel):
+        return Feature("class", tuple(feature.names or ()))
+    elif isinstance(feature, tfds.features.Text):
+        return Feature("text")
+    elif isinstance(feature, tfds.features.Tensor) and _is_row(feature.shape):
+        kind = np.dtype(feature.np_dtype).kind
+        if values := _TENSOR_VALUES.get(kind):
+            return Feature(values, many=bool(feature.shape))
+    return type(feature).__name__
+
+
+_TENSOR_VALUES: dict[str, Values] = {"b": "bool", "i": "int", "u": "int", "f": "float"}
+
+
+def _is_row(shape: tuple[int | None, ...]) -> bool:
+    """Return True for the shape of one value, or of a row or column of values."""
+    sizes = [size for size in shape if size != 1]
+    return None not in sizes and len(sizes) < 2
+
+
+def _python_value(value: Any) -> Any:
+    """Convert an array or string of TFDS to lists, numbers and str."""
+    value = value.tolist() if isinstance(value, np.ndarray | np.generic) else value
+    if isinstance(value, list):
+        return [_python_value(item) for item in value]
+    return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else value
 
 
 def _shard_identity(shard: Any) -> tuple[str, int, str]:
@@ -222,7 +371,7 @@ def _shard_identity(shard: Any) -> tuple[str, int, str]:
         return shard.name, length, sha256(begin + file.read())
 
 
-def _hf_parts(spec: str, name: str) -> _Parts:
+def _hf_parts(spec: str, name: str) -> _Splits:
     try:
         datasets: Any = import_module("datasets")
     except ImportError as error:
@@ -238,23 +387,65 @@ def _hf_parts(spec: str, name: str) -> _Parts:
             opened = datasets.load_dataset(str(path) if path.is_dir() else base, config or None)
     parts = opened if isinstance(opened, dict) else {str(opened.split or "all"): opened}
 
-    def open_part(split: str, dataset: Any) -> Source:
+    def open_split(split: str, dataset: Any) -> _Split:
         dataset = dataset.with_format(None)  # save_to_disk stores the format
         where = f"{spec} {split}"
         advice = (
             "give it one Image and one ClassLabel feature with the datasets library, write it with"
             " save_to_disk(FOLDER), and open hf:FOLDER"
         )
-        image = _feature(where, dataset.features, datasets.Image, advice)
-        label = _feature(where, dataset.features, datasets.ClassLabel, advice, "label")
-        column = dataset.select_columns(label).with_format("arrow")[:].column(0)
+        image = _image_feature(where, dataset.features, datasets.Image, advice)
+
+        def read(names: Sequence[str]) -> dict[str, list[Any]]:
+            with _explained(where, "check the files"):
+                table = dataset.select_columns([*names]).with_format("arrow")[:]
+                return {name: table.column(name).to_pylist() for name in names}
+
+        described = {
+            name: _hf_feature(datasets, feature)
+            for name, feature in dataset.features.items()
+            if name != image
+        }
         rows = dataset.select_columns(image).cast_column(image, datasets.Image(decode=False))
         fingerprint = f"{dataset._fingerprint} {image}"
         examples = _Rows(rows, partial(_hf_image, image), fingerprint)
-        labels = column.fill_null(-1).to_numpy()
-        return _source(spec, split, examples, labels, dataset.features[label])
+        return _Split(examples, described, read, "label", advice)
 
-    return {split: partial(open_part, split, dataset) for split, dataset in parts.items()}
+    return {split: partial(open_split, split, dataset) for split, dataset in parts.items()}
 
+
+def _hf_feature(datasets: Any, feature: Any) -> Feature | str:
+    """Describe a feature; return the name of its type if it cannot be a label."""
+    arrays = (datasets.Array2D, datasets.Array3D, datasets.Array4D, datasets.Array5D)
+    if isinstance(feature, datasets.List | datasets.LargeList):
+        inner = _hf_feature(datasets, feature.feature)
+        if isinstance(inner, Feature) and not inner.many:
+            return inner._replace(many=True)
+    elif isinstance(feature, datasets.ClassLabel):
+        return Feature("class", tuple(feature.names or ()))
+    elif isinstance(feature, datasets.Value) and (values := _value_kind(feature.dtype)):
+        return Feature(values)
+    elif isinstance(feature, arrays) and _is_row(feature.shape):
+        values = _value_kind(feature.dtype)
+        if values and values != "text":
+            return Feature(values, many=True)
+    return feature.dtype if isinstance(feature, datasets.Value) else type(feature).__name__
+
+
+def _value_kind(dtype: str) -> Values | None:
+    """Return what the values of an Arrow type are, None if they cannot be labels."""
+    return _ARROW_VALUES.get(dtype.rstrip("0123456789"))
+
+
+_ARROW_VALUES: dict[str, Values] = {
+    "bool": "bool",
+    "int": "int",
+    "uint": "int",
+    "float": "float",
+    "double": "float",
+    "string": "text",
+    "large_string": "text",
+    "string_view": "text",
+}
 
 _KINDS = {"tfds": _tfds_parts, "hf": _hf_parts}

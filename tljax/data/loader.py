@@ -9,7 +9,7 @@ from typing import Literal
 import grain
 import numpy as np
 from absl import flags
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from tljax.data.decode import decode, print_remarks
 from tljax.data.examples import Source
@@ -36,6 +36,7 @@ def load_batches(
     start: int = 0,
     shard: tuple[int, int] = (0, 1),
     multiple: int = 1,
+    frequencies: Float[np.ndarray, " n"] | None = None,
     workers: int = 0,
     on_bad_image: Literal["skip", "fail"] = "skip",
     skipped: dict[int, str] | None = None,
@@ -57,6 +58,7 @@ def load_batches(
             batches of ``batch_size // processes`` rows; concatenated in the order of the processes,
             they are the batches of a single process.
         multiple: pad batches to a multiple of this number of rows, to divide them among devices.
+        frequencies: how often each example is drawn, relative to the others; see `batch_rows`.
         workers: number of processes that decode images; 0 decodes in threads. Processes take
             seconds to start and are faster for large sources, where threads contend for the
             interpreter. A script that uses them needs the ``if __name__ == "__main__"`` guard.
@@ -82,7 +84,8 @@ def load_batches(
         raise RequestError(f"seed {seed}: choose 0 or more")
     if start < 0:
         raise RequestError(f"first batch {start}: choose 0 or more")
-    rows = shard_rows(batch_rows(len(source), batch_size, seed, epoch, multiple)[start:], shard)
+    rows = batch_rows(len(source), batch_size, seed, epoch, multiple, frequencies)
+    rows = shard_rows(rows[start:], shard)
     if not len(rows):
         return iter(())
     decoded = _dataset(_Decoded(source, preprocess, rows.ravel()), rows.shape[1], workers)
@@ -105,11 +108,26 @@ def require_readable_image(source: Source, skipped: dict[int, str]) -> None:
 
 
 def batch_rows(
-    n: int, batch_size: int, seed: int | None = None, epoch: int = 0, multiple: int = 1
+    n: int,
+    batch_size: int,
+    seed: int | None = None,
+    epoch: int = 0,
+    multiple: int = 1,
+    frequencies: Float[np.ndarray, " n"] | None = None,
 ) -> BatchRows:
     """Assign ``n`` examples to the batches of a pass.
 
-    The assignment never changes between versions. The other arguments are those of `load_batches`.
+    The assignment never changes between versions.
+
+    Args:
+        n: number of examples.
+        batch_size: number of rows of a batch.
+        seed: seed of the shuffling; None keeps the order.
+        epoch: index of the pass.
+        multiple: pad batches to a multiple of this number of rows.
+        frequencies: ``[n]`` how often each example is drawn, relative to the others: ``n`` examples
+            are drawn with replacement, each as often as its share of the sum, rounded up or down at
+            random (systematic sampling). By default each is drawn once. Needs a seed.
 
     Returns:
         ``[batches, rows]`` int32 indices of examples, -1 for padding, where ``rows`` is the batch
@@ -120,6 +138,10 @@ def batch_rows(
         # numpy guarantees the raw bits of a generator across versions, but not its permutations.
         bits = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(n)
         order = bits.argsort(kind="stable")
+        if frequencies is not None:
+            ends = np.cumsum(frequencies, dtype=np.float64)
+            points = (np.arange(n) + bits[0] / 2**64) * (ends[-1] / n)
+            order = np.minimum(np.searchsorted(ends, points, side="right"), n - 1)[order]
     rows = np.full((num_batches(n, batch_size), batch_size), -1, np.int32)
     rows.flat[:n] = order
     return np.pad(rows, ((0, 0), (0, -batch_size % multiple)), constant_values=-1)

@@ -36,7 +36,8 @@ class LabelOptions(Checked):
     Attributes:
         root: Folder that the paths in a table are relative to; by default the folder of the table.
         target: Columns of a table with what is to be learned, separated by commas; of a tfds or hf
-            data set one feature. By default the only column, or feature, that can be a label.
+            data set one feature. By default the only column, or feature, that can be a label, or
+            all columns that have only 0 and 1.
         task: Kind of label; by default it is inferred from the values. classification: one of
             several classes; multilabel: any number of labels; regression: numbers; ordinal: classes
             with an order, see --order.
@@ -44,10 +45,11 @@ class LabelOptions(Checked):
             --task ordinal. By default ordered classes are sorted, as numbers if all names are.
         units: Units of the numbers of --task regression, separated by commas, for reports.
         group: Column of a table, or regular expression whose first group is searched for in every
-            path, such as '(.*)_[0-9]+'. Images of a group, such as a patient or a video, are never
-            divided between training and validation. By default every image is a group of its own.
-        path_column: Column with the paths of the images; by default the first whose values are
-            paths of existing files.
+            path relative to the data, such as '(.*)_[0-9]+'. Images of a group, such as a patient
+            or a video, are never divided between training and validation. By default every image is
+            a group of its own.
+        path_column: Column with the paths of the images; by default the one in which most of 100
+            rows name existing files.
         split_column: Column that says which part a row belongs to: train, or val, valid, validation
             or test. By default a column named split, if its values are such names.
         weight_column: Column with the weight of each row in the loss; by default all are 1.
@@ -62,6 +64,34 @@ class LabelOptions(Checked):
     path_column: str | None = None
     split_column: str | None = None
     weight_column: str | None = None
+
+    @property
+    def kind(self) -> Kind | None:
+        """The kind of labels that is asked for; None if it is to be inferred.
+
+        Raises:
+            RequestError: ``--order`` and another kind than ordinal are asked for.
+        """
+        if self.order is None:
+            return self.task
+        if self.task not in (None, "ordinal"):
+            raise RequestError(f"--order {self.order} has no effect with --task {self.task}")
+        return "ordinal"
+
+    def refuse(self, names: str, where: str) -> None:
+        """Refuse options that have no meaning for a data set.
+
+        Args:
+            names: the names of the options without a meaning, separated by spaces.
+            where: the name of the data set in the error.
+
+        Raises:
+            RequestError: one of the options has a value.
+        """
+        for name in names.split():
+            if (value := getattr(self, name)) is not None:
+                flag = format_flag(name, value)
+                raise RequestError(f"{flag} has no effect on {where}: leave it out")
 
 
 @dataclass(frozen=True)
