@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import StratifiedKFold
 from sklearn.preprocessing import StandardScaler
 
-from tljax.features import probe
+from tljax.features import folds, probe
+from tljax.features.folds import held_out_by_class
 from tljax.features.logistic import fit_logistic
 from tljax.features.probe import L2_VALUES, fit_probe, knn_predict, predict_logits
 from tljax.runtime.errors import DivergenceError, RequestError
@@ -270,14 +270,14 @@ def test_probe_chooses_by_accuracy_then_by_loss():
 
 @pytest.mark.parametrize(
     ("limit", "l2_values"),
-    [(probe._CROSS_VALIDATION_LIMIT, NINE_VALUES), (EXAMPLES - 1, L2_VALUES)],
+    [(folds._CROSS_VALIDATION_LIMIT, NINE_VALUES), (EXAMPLES - 1, L2_VALUES)],
 )
 def test_held_out_metrics_equal_sklearn(monkeypatch, limit, l2_values):
-    monkeypatch.setattr(probe, "_CROSS_VALIDATION_LIMIT", limit)
+    monkeypatch.setattr(folds, "_CROSS_VALIDATION_LIMIT", limit)
     features, labels = random()
     fitted = fit_probe(features, labels, num_classes=CLASSES, l2_values=l2_values, seed=3)
     standardized = StandardScaler().fit_transform(features)
-    held_out = probe._held_out(labels, seed=3)
+    held_out = held_out_by_class(labels, None, seed=3)
     assert len(held_out) == (5 if limit >= EXAMPLES else 1)
     for row in range(2, len(l2_values), 3):
         l2 = l2_values[row]
@@ -292,28 +292,6 @@ def test_held_out_metrics_equal_sklearn(monkeypatch, limit, l2_values):
             correct.extend(model.predict(standardized[out]) == labels[out])
         np.testing.assert_allclose(fitted.held_out_accuracy[row], np.mean(correct), rtol=1e-6)
         np.testing.assert_allclose(fitted.held_out_loss[row], -np.mean(log_probability), rtol=2e-3)
-
-
-@settings(max_examples=50, deadline=None)
-@given(labels=st.lists(st.integers(0, 6), min_size=1, max_size=60), seed=st.integers(0, 99))
-def test_folds_are_stratified_and_never_hold_out_the_only_example_of_a_class(labels, seed):
-    labels = np.array(labels)
-    held_out = probe._held_out(labels, seed)
-    counts = np.bincount(labels)
-    np.testing.assert_array_equal(held_out.sum(0), counts[labels] > 1)
-    per_class = held_out @ np.eye(7)[labels][:, counts.nonzero()[0]]
-    assert (np.ptp(per_class, axis=0) <= 1).all()
-    several = labels[counts[labels] > 1]
-    if len(several) == len(labels):
-        assert np.ptp(held_out.sum(1)) <= 1
-
-
-def test_folds_hold_out_as_much_of_each_class_as_sklearns():
-    labels = np.random.default_rng(0).integers(0, 7, 101)
-    ours = probe._held_out(labels, 0) @ np.eye(7)[labels]
-    folds = StratifiedKFold(5).split(labels, labels)
-    reference = np.array([np.bincount(labels[test], minlength=7) for _, test in folds])
-    np.testing.assert_array_equal(np.sort(ours, axis=0), np.sort(reference, axis=0))
 
 
 def test_probe_is_finite_with_a_lone_example_and_constant_features():

@@ -22,10 +22,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int, Integer, Shaped
 
+from tljax.features.lbfgs import (
+    Memory,
+    empty_memory,
+    lbfgs_direction,
+    line_search,
+    lower_penalty,
+    remember,
+)
 from tljax.runtime.errors import DivergenceError, RequestError
 from tljax.runtime.types import Array
 
-_HISTORY = 10  # number of pairs in the L-BFGS memory
 _ABSENT = 1e-12  # frequency assumed for a class without examples, so that its bias is finite
 
 
@@ -107,9 +114,7 @@ def fit_logistic(
         DivergenceError: the values are finite, but too large to compute with.
     """
     features, labels = check_training_data(features, labels, num_classes)
-    l2 = np.asarray(l2, np.float32)
-    if l2.ndim != 1 or not l2.size or not (np.isfinite(l2) & (l2 > 0)).all():
-        raise RequestError(f"l2 must be a list of positive numbers, got {l2}")
+    l2 = check_l2(l2)
     weights = np.ones(len(labels)) if weights is None else np.asarray(weights)
     rows = np.atleast_2d(weights)
     if rows.shape[1:] != labels.shape or (rows < 0).any() or not rows.any(1).all():
@@ -121,7 +126,7 @@ def fit_logistic(
 
     path = np.argsort(-l2, kind="stable")
     with jax.default_matmul_precision("highest"):
-        basis = _eigenbasis(features)
+        basis = eigenbasis(features)
         onehot = jax.nn.one_hot(labels, num_classes, axis=0)
         params, *rest = _solve(basis, onehot, rows, l2[path], tolerance, max_iterations)
         kernel = jnp.einsum("dr,fkcr->fkdc", basis.rotation, params[..., :-1])
@@ -132,16 +137,37 @@ def fit_logistic(
         kernel = jnp.where(present, kernel - shift, 0)
         bias = params[..., -1] - basis.mean @ kernel
         bias -= bias.mean(-1, keepdims=True)
-    if not np.isfinite(kernel).all():
-        raise DivergenceError(
-            f"logistic regression diverged on features of up to {np.abs(features).max():.1e}: "
-            f"{_ADVICE}"
-        )
+    check_fitted(kernel, features)
     results = [x[:, np.argsort(path)] for x in (kernel, bias, *rest)]
     return LogisticFit(*(x if weights.ndim > 1 else x[0] for x in results))
 
 
 _ADVICE = "check the weights and the preprocessing of the network that computed them"
+
+
+def check_l2(l2: Float[Array, " k"] | Sequence[float]) -> Float[np.ndarray, " k"]:
+    """Convert L2 values to float32.
+
+    Raises:
+        RequestError: they are not a list of positive numbers.
+    """
+    l2 = np.asarray(l2, np.float32)
+    if l2.ndim != 1 or not l2.size or not (np.isfinite(l2) & (l2 > 0)).all():
+        raise RequestError(f"l2 must be a list of positive numbers, got {l2}")
+    return l2
+
+
+def check_fitted(kernel: Float[Array, "..."], features: Float[np.ndarray, "n d"]) -> None:
+    """Check that the kernel of a fit is finite.
+
+    Raises:
+        DivergenceError: it is not.
+    """
+    if not np.isfinite(kernel).all():
+        raise DivergenceError(
+            f"logistic regression diverged on features of up to {np.abs(features).max():.1e}: "
+            f"{_ADVICE}"
+        )
 
 
 def check_features(features: Shaped[Array, "n d"]) -> Float[np.ndarray, "n d"]:
@@ -186,7 +212,7 @@ def check_training_data(
     return features, labels.astype(np.int32)
 
 
-class _Eigenbasis(NamedTuple):
+class Eigenbasis(NamedTuple):
     """Centered features in the basis of their principal axes, with a column of ones for the bias.
 
     Attributes:
@@ -204,7 +230,8 @@ class _Eigenbasis(NamedTuple):
 
 
 @jax.jit
-def _eigenbasis(features: Float[Array, "n d"]) -> _Eigenbasis:
+def eigenbasis(features: Float[Array, "n d"]) -> Eigenbasis:
+    """Center features and rotate them to their principal axes."""
     n, d = features.shape
     mean = features.mean(0)
     centered = features - mean
@@ -218,7 +245,7 @@ def _eigenbasis(features: Float[Array, "n d"]) -> _Eigenbasis:
     else:
         rotation = principal_axes(centered)
     design = jnp.concatenate([centered @ rotation, jnp.ones((n, 1))], axis=1)
-    return _Eigenbasis(design, jnp.mean(design**2, 0), rotation, mean)
+    return Eigenbasis(design, jnp.mean(design**2, 0), rotation, mean)
 
 
 class _State(NamedTuple):
@@ -239,24 +266,8 @@ class _State(NamedTuple):
     objective: Float[jax.Array, ""]
     gradient: Float[jax.Array, "c r"]
     curvature: Float[jax.Array, "c 1"]
-    memory: "_Memory"
+    memory: Memory
     iterations: Int[jax.Array, ""]
-
-
-class _Memory(NamedTuple):
-    """The last ``m`` pairs of L-BFGS.
-
-    Attributes:
-        steps: ``[m, c, r]`` ring buffer: pair ``i`` is in entry ``i % m``.
-        changes: ``[m, c, r]`` changes of the gradient along the steps.
-        rho: ``[m]`` 1 / <step, change>; 0 for a pair that is not used.
-        num_pairs: number of pairs written so far.
-    """
-
-    steps: Float[jax.Array, "m c r"]
-    changes: Float[jax.Array, "m c r"]
-    rho: Float[jax.Array, " m"]
-    num_pairs: Int[jax.Array, ""]
 
 
 @jax.jit
@@ -282,13 +293,14 @@ def _solve(basis, onehot, weights, l2, tolerance, max_iterations):
 
         def iterate(state):
             initial = 1 / (spectrum * state.curvature + penalty)
-            direction = _direction(state.gradient, state.memory, initial)
+            direction = lbfgs_direction(state.gradient, state.memory, initial)
             margins = _margins(design, onehot, direction)
-            length = _line_search(weight, penalty, state, direction, margins)
+            slopes = _slopes(weight, penalty, state, direction, margins)
+            length = line_search(slopes, jnp.vdot(state.gradient, direction))
             params = state.params + length * direction
             margins = state.margins + length * margins
             objective, gradient, curvature = evaluate(params, margins)
-            memory = _remember(state.memory, params - state.params, gradient - state.gradient)
+            memory = remember(state.memory, params - state.params, gradient - state.gradient)
             # A step of length 0 means that the memory gave a bad direction: clear it.
             memory = memory._replace(rho=jnp.where(length > 0, memory.rho, 0))
             return _State(
@@ -314,7 +326,7 @@ def _solve(basis, onehot, weights, l2, tolerance, max_iterations):
         def advance(carry, l2):
             params, velocity, last_l2, memory = carry
             ratio = jnp.log(last_l2 / l2)
-            memory = _lower_penalty(memory, jnp.where(is_kernel, last_l2 - l2, 0))
+            memory = lower_penalty(memory, jnp.where(is_kernel, last_l2 - l2, 0))
             result, memory = solve(weight, l2, params, params + ratio * velocity, memory)
             velocity = jnp.where(ratio > 0, (result[0] - params) / ratio, velocity)
             return (result[0], velocity, l2, memory), result
@@ -322,8 +334,7 @@ def _solve(basis, onehot, weights, l2, tolerance, max_iterations):
         # A kernel of zeros and the optimal bias for it: the logarithm of the class frequencies.
         bias = jnp.log(jnp.maximum(onehot @ weight, _ABSENT))
         params = jnp.zeros((len(onehot), len(spectrum))).at[:, -1].set(bias)
-        ring = jnp.zeros((_HISTORY, *params.shape))
-        memory = _Memory(ring, ring, jnp.zeros(_HISTORY), jnp.zeros((), int))
+        memory = empty_memory(params.shape)
         return jax.lax.scan(advance, (params, jnp.zeros_like(params), l2[0], memory), l2)[1]
 
     return jax.lax.map(follow, weights)
@@ -350,52 +361,8 @@ def _evaluate(design, onehot, weight, penalty, params, margins):
     return objective, gradient, jnp.maximum(curvature, _ABSENT)[:, None]
 
 
-def _remember(memory, step, change):
-    product = jnp.vdot(step, change)
-    # A product within rounding error of 0 would make the direction far too long.
-    usable = product > 1e-6 * jnp.linalg.norm(step) * jnp.linalg.norm(change)
-    entry = memory.num_pairs % _HISTORY
-    return _Memory(
-        memory.steps.at[entry].set(step),
-        memory.changes.at[entry].set(change),
-        memory.rho.at[entry].set(jnp.where(usable, 1 / product, 0)),
-        memory.num_pairs + 1,
-    )
-
-
-def _lower_penalty(memory, difference):
-    """Correct the changes of the gradient for a penalty that is smaller by ``difference``."""
-    changes = memory.changes - difference * memory.steps
-    product = jnp.sum(memory.steps * changes, (1, 2))
-    usable = (memory.rho > 0) & (product > 0)
-    return memory._replace(changes=changes, rho=jnp.where(usable, 1 / product, 0))
-
-
-def _direction(gradient, memory, inverse_hessian):
-    """Compute minus the L-BFGS inverse Hessian times the gradient, by the two-loop recursion."""
-    newest = (memory.num_pairs - 1) % _HISTORY
-    order = (newest - jnp.arange(_HISTORY)) % _HISTORY
-    steps, changes, rho = memory.steps, memory.changes, memory.rho
-
-    def subtract(vector, i):
-        alpha = rho[i] * jnp.vdot(steps[i], vector)
-        return vector - alpha * changes[i], alpha
-
-    def add(vector, i_alpha):
-        i, alpha = i_alpha
-        return vector + (alpha - rho[i] * jnp.vdot(changes[i], vector)) * steps[i], None
-
-    vector, alphas = jax.lax.scan(subtract, gradient, order)
-    # The initial matrix is accurate up to a factor, which the newest pair determines.
-    scale = rho[newest] * jnp.vdot(changes[newest], inverse_hessian * changes[newest])
-    vector = inverse_hessian * vector / jnp.where(scale > 0, scale, 1)
-    vector, _ = jax.lax.scan(add, vector, (order, alphas), reverse=True)
-    return -vector
-
-
-def _line_search(weight, penalty, state, direction, margin_direction):
-    """Find the step length that reduces the slope to a tenth, by bracketed Newton iteration."""
-    initial_slope = jnp.vdot(state.gradient, direction)
+def _slopes(weight, penalty, state, direction, margin_direction):
+    """Return the first two derivatives of the objective along a direction, as a function."""
     slope_penalty = jnp.vdot(penalty * direction, state.params)
     curvature_penalty = jnp.vdot(penalty * direction, direction)
 
@@ -406,20 +373,4 @@ def _line_search(weight, penalty, state, direction, margin_direction):
         slope = weight @ mean + slope_penalty + length * curvature_penalty
         return slope, weight @ variance + curvature_penalty
 
-    def refine(search):
-        trial, length, low, high, slope, curvature = search
-        low, high = jnp.where(slope < 0, length, low), jnp.where(slope < 0, high, length)
-        newton = jnp.minimum(length - slope / curvature, 10 * length)
-        middle = jnp.where(jnp.isinf(high), 10 * length, (low + high) / 2)
-        length = jnp.where((low < newton) & (newton < high), newton, middle)
-        return trial + 1, length, low, high, *derivatives(length)
-
-    _, length, low, _, slope, _ = jax.lax.while_loop(
-        lambda s: (s[0] < 10) & (jnp.abs(s[4]) > 0.1 * jnp.abs(initial_slope)),
-        refine,
-        (0, 1.0, 0.0, jnp.inf, *derivatives(1.0)),
-    )
-    # If the loop did not converge, the last trial may be far too long; the low end of the bracket
-    # is not. If rounding makes the initial slope positive, the step length is 0.
-    converged = jnp.abs(slope) <= 0.1 * jnp.abs(initial_slope)
-    return jnp.where(initial_slope < 0, jnp.where(converged, length, low), 0)
+    return derivatives
