@@ -26,6 +26,7 @@ from tljax.runtime.trees import flatten
 from tljax.train import run_directory
 from tljax.train.checkpoint import Checkpoints
 from tljax.train.inputs import Inputs
+from tljax.train.objectives import class_weights
 from tljax.train.recipes import Phase
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
@@ -124,7 +125,7 @@ def lives(monkeypatch):
     rng = np.random.default_rng(0)
     probe = SimpleNamespace(kernel=rng.normal(0, 0.1, (12, 3)), bias=np.zeros(3))
     probe = SimpleNamespace(**{k: v.astype(np.float32) for k, v in vars(probe).items()})
-    monkeypatch.setattr(train_setup, "fit_probe", lambda *_, **__: probe)
+    monkeypatch.setattr(train_setup, "fit_source_probe", lambda *_, **__: probe)
     longest = 1
 
     def log(history):
@@ -294,9 +295,14 @@ def test_patience_stops_the_run_and_the_best_epoch_is_returned(measured, monkeyp
     """Accuracy improves once, then drops: the run stops after two epochs without improvement."""
     top1 = iter([0.2, 0.4, 0.8, 0.6, 0.8, 0.9, 1.0])
     evaluate = fit_module.evaluate
-    monkeypatch.setattr(
-        fit_module, "evaluate", lambda actual: evaluate(actual)._replace(top1=next(top1), loss=1.0)
-    )
+
+    def scripted(*arguments):
+        evaluation, value = evaluate(*arguments), next(top1, 1.0)
+        monkeypatch.setattr(type(evaluation), "metric", lambda self, name: self.values[name])
+        object.__setattr__(evaluation, "values", {"top1": value, "loss": 1.0})
+        return evaluation
+
+    monkeypatch.setattr(fit_module, "evaluate", scripted)
     result = train(config(epochs=6, patience=2))
     # The tie of epoch 4 is not better, so two epochs have passed since epoch 2.
     assert [entry["val_top1"] for entry in result.history] == [0.2, 0.4, 0.8, 0.6, 0.8]
@@ -396,15 +402,9 @@ def test_unreadable_images_are_listed_and_a_class_without_images_is_refused():
 
 
 def test_balanced_class_weights_are_inverse_to_the_class_frequencies():
-    data = splits(9, broken=())
     labels = np.array([0, 0, 0, 0, 0, 0, 1, 1, 2], np.int32)
-    data = data._replace(train=replace(data.train, labels=labels))
-    assert train_weights(data) == pytest.approx((0.5, 1.5, 3.0))
-
-
-def train_weights(data):
-    run = SimpleNamespace(config=config(class_weights="balanced"), splits=data)
-    return train_setup._class_weights(run)
+    data = replace(splits(9, broken=()).train, labels=labels)
+    assert class_weights(data) == pytest.approx((0.5, 1.5, 3.0))
 
 
 def test_a_profile_traces_some_steps(tmp_path):

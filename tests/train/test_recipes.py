@@ -206,7 +206,7 @@ def test_every_recipe_learns(recipe, monkeypatch):
 
     # An untrained probe leaves something to learn, and takes no time to compile.
     probe = type("Probe", (), {"kernel": np.zeros((12, 3), "f"), "bias": np.zeros(3, "f")})
-    monkeypatch.setattr(train_setup, "fit_probe", lambda *_, **__: probe)
+    monkeypatch.setattr(train_setup, "fit_source_probe", lambda *_, **__: probe)
     options = config(recipe, rate=0.02, epochs=8, augmentation=AugmentConfig(crop=False))
     result = train(options, splits(24), loading=LOADING)
     losses = [entry["train_loss"] for entry in result.history[1:]]

@@ -36,8 +36,10 @@ def dry_run(model: Model, splits: Splits, config: FitConfig, batch_size: int) ->
     Raises:
         RequestError: as for `tljax.train.fit.fit`.
     """
+    source = splits.train
+    outputs = source.task.num_outputs(len(source.classes))
     model, variables = replace_head(
-        model, abstract_variables(model), len(splits.train.classes), after=config.head_after
+        model, abstract_variables(model), outputs, after=config.head_after
     )
     variables = jax.eval_shape(lambda: variables)
     batch_size = min(batch_size, len(splits.train))

@@ -12,13 +12,14 @@ import optax
 from tljax.data.augment import epoch_key
 from tljax.data.examples import Splits
 from tljax.data.options import Loading
-from tljax.features.evaluate import Evaluation, evaluate
+from tljax.features.evaluate import Evaluation, choose_thresholds, evaluate
 from tljax.features.extract import Outputs
 from tljax.features.probe import Probe
 from tljax.models import Model, abstract_variables
 from tljax.pretrained.rules import native_rules
 from tljax.runtime.errors import RequestError
 from tljax.runtime.parallel import Preemption, replicate
+from tljax.runtime.task import Task
 from tljax.runtime.trees import flatten
 from tljax.runtime.types import Variables
 from tljax.train.adversary import robust_logits
@@ -52,6 +53,8 @@ class FitResult(NamedTuple):
             of the training images, which compares with ``val_loss``.
         skipped: {position: reason} of the unreadable training and validation images.
         config: the configuration with all defaults filled in.
+        task: what the outputs mean: with the mean and scale of numbers, and with the thresholds of
+            labels that have the highest F1 on the validation images.
     """
 
     model: Model
@@ -64,6 +67,7 @@ class FitResult(NamedTuple):
     history: History
     skipped: tuple[dict[int, str], dict[int, str]]
     config: FitConfig
+    task: Task
 
 
 def fit(
@@ -151,8 +155,9 @@ def fit(
     initial = materialized(variables)
     mismatch = f"materialize made variables that do not fit {model.name}"
     native_rules(flatten(initial), abstract_variables(model), mismatch)
-    first = evaluate(inputs.logits(model, initial))
-    metrics = validation_metrics(first, _robust_evaluation(run, initial))
+    first = evaluate(inputs.logits(model, initial), run.task)
+    robust = _robust_evaluation(run, initial)
+    metrics = validation_metrics(first, robust, run.choose_by)
     history: History = [{"phase": run.plan.start, "epoch": 0, **metrics}]
     if problem := non_finite_loss(history[0]):
         raise RequestError(f"{problem} before the first step: check the weights and the images")
@@ -176,17 +181,19 @@ def fit(
 
     best = jax.device_get(materialized(best))
     logits = inputs.logits(model, best)
+    task = choose_thresholds(evaluate(logits, run.task))
     return FitResult(
         model,
         best,
         run.probe,
-        first if run.probe is not None else None,
-        evaluate(logits),
+        evaluate(first.outputs, choose_thresholds(first)) if run.probe is not None else None,
+        evaluate(logits, task),
         _robust_evaluation(run, best),
         logits,
         history,
         inputs.all_skipped(),
         run.config,
+        task,
     )
 
 
@@ -236,7 +243,7 @@ def train_phase(
 
     for epoch in range(epoch, phase.epochs + 1):  # noqa: B020 - resumes where it stopped
         in_phase = sum(entry["phase"] == phase.name for entry in history)
-        without_gain = len(history) - 1 - best_epoch(history)
+        without_gain = len(history) - 1 - best_epoch(history, run.choose_by)
         if 0 < run.config.patience <= min(in_phase, without_gain):
             break
         total_epoch = phase.epochs_before + epoch
@@ -248,19 +255,19 @@ def train_phase(
         batch, sums = 0, {}
         changing = state.ema or state.changing
         current = join(changing, frozen, materialize)
-        evaluation = evaluate(inputs.logits(model, current))
+        evaluation = evaluate(inputs.logits(model, current), run.task)
         entry = {
             "phase": phase.name,
             "epoch": total_epoch,
             "learning_rate": float(np.asarray(schedule(int(state.step) - 1))),
             "train_loss": means["loss"],
             **{f"train_{name}": mean for name, mean in means.items() if name not in RESERVED},
-            **validation_metrics(evaluation, _robust_evaluation(run, current)),
+            **validation_metrics(evaluation, _robust_evaluation(run, current), run.choose_by),
         }
         if problem := non_finite_loss(entry):
             raise divergence_error(run, phase, state, problem)
         history = [*history, entry]
-        if best_epoch(history) == len(history) - 1:
+        if best_epoch(history, run.choose_by) == len(history) - 1:
             best = jax.device_get(changing)
         run.report(history)
         end = {"epoch": epoch + 1, "pass": total_epoch + 1, "history": history}

@@ -5,21 +5,38 @@ from typing import Any
 
 import numpy as np
 
-from tljax.features.evaluate import Evaluation
+from tljax.features.evaluate import METRICS, Evaluation, main_metric
 from tljax.metrics.classification import standard_error
+from tljax.runtime.settings import Kind
+from tljax.train.options import ChooseBy
 
 History = list[dict[str, Any]]
 """One JSON object per epoch: ``phase``, ``epoch`` (0 before training), ``learning_rate``,
-``train_loss``, the objective's metrics as ``train_NAME``, ``val_loss`` and ``val_top1``; with
-adversarial training ``val_robust_loss`` and ``val_robust_top1``, too."""
+``train_loss``, metrics of the objective as ``train_NAME``, ``val_loss``, the main metric of
+the task, such as ``val_top1``, and the metric by which the best epoch is chosen; with adversarial
+training ``val_robust_loss`` and ``val_robust_top1``, too."""
 
 MIN_DELTA = 1e-3
 """Decrease of the validation loss, in nats, that counts as better at the same accuracy."""
 
 
-def validation_metrics(clean: Evaluation, robust: Evaluation | None) -> dict[str, float]:
+def default_choice(kind: Kind) -> ChooseBy:
+    """Return the metric by which the best epoch is chosen, if none is requested."""
+    choices: dict[Kind, ChooseBy] = {
+        "classification": "top1",
+        "multilabel": "map",
+        "regression": "loss",
+        "ordinal": "kappa",
+    }
+    return choices[kind]
+
+
+def validation_metrics(
+    clean: Evaluation, robust: Evaluation | None, choose_by: str
+) -> dict[str, float]:
     """Return the validation metrics of a history entry."""
-    metrics = {"val_loss": clean.loss, "val_top1": clean.top1}
+    names = dict.fromkeys(("loss", main_metric(clean.task.kind), choose_by))
+    metrics = {f"val_{name}": clean.metric(name) for name in names}
     if robust is not None:
         metrics |= {"val_robust_loss": robust.loss, "val_robust_top1": robust.top1}
     return metrics
@@ -33,20 +50,31 @@ def non_finite_loss(entry: Mapping[str, Any]) -> str | None:
     return next((f"{name} is {value}" for name, value in losses if not np.isfinite(value)), None)
 
 
-def best_epoch(history: History) -> int:
-    """Return the index of the best entry: the highest accuracy, then the lowest loss.
+def best_epoch(history: History, choose_by: str = "top1") -> int:
+    """Return the index of the best entry: the best value of a metric, then the lowest loss.
 
-    At equal accuracy, the loss must be lower by at least `MIN_DELTA`: otherwise a network that has
-    stopped improving would be replaced by ever more confident ones. With adversarial training,
-    robust accuracy and robust loss are compared.
+    At equal values, the loss must be lower by at least `MIN_DELTA`: otherwise a network that has
+    stopped improving would be replaced by ever more confident ones. A metric that is undefined on
+    the validation images, NaN, is ignored. With adversarial training, robust accuracy and robust
+    loss are compared.
+
+    Args:
+        history: the entries of a run.
+        choose_by: name of the metric.
     """
-    top1, loss = _compared(history, "top1"), _compared(history, "loss")
+    values, loss = _compared(history, choose_by), _compared(history, "loss")
+    sign = -1 if choose_by in _ERRORS else 1
     best = 0
     for i in range(len(history)):
-        gain = top1[i] - top1[best]
-        if gain > 0 or (gain == 0 and loss[i] < loss[best] - MIN_DELTA):
+        gain = sign * (values[i] - values[best])
+        if gain > 0 or (not abs(gain) > 0 and loss[i] < loss[best] - MIN_DELTA):
             best = i
     return best
+
+
+_ERRORS = {"loss"} | {
+    name for metrics in METRICS.values() for name, metric in metrics.items() if metric.is_error
+}
 
 
 def first_epoch_drop(history: History, examples: int) -> tuple[float, float] | None:
@@ -60,7 +88,7 @@ def first_epoch_drop(history: History, examples: int) -> tuple[float, float] | N
         Two accuracies in [0, 1]; None without a probe or an epoch, or if the second is not lower
         than the first by more than one standard error.
     """
-    if len(history) < 2 or history[0]["phase"] != "probe":
+    if len(history) < 2 or history[0]["phase"] != "probe" or "val_top1" not in history[0]:
         return None
     probe, first = _compared(history[:2], "top1")
     return (probe, first) if probe - first > standard_error(probe, examples) else None
@@ -68,5 +96,5 @@ def first_epoch_drop(history: History, examples: int) -> tuple[float, float] | N
 
 def _compared(history: History, name: str) -> list[float]:
     """Return the values of the metric that epochs are compared by."""
-    kind = "val_robust" if "val_robust_top1" in history[0] else "val"
-    return [entry[f"{kind}_{name}"] for entry in history]
+    part = "val_robust" if "val_robust_top1" in history[0] else "val"
+    return [entry[f"{part}_{name}"] for entry in history]

@@ -3,13 +3,14 @@
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import jax
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Shaped
 
-from tljax.data.examples import Source, Splits
+from tljax.data.examples import Source, Splits, balancing_weights
 from tljax.data.loader import batch_rows, load_batches
 from tljax.data.options import Loading
 from tljax.features import store
@@ -83,6 +84,7 @@ class Inputs:
                 start=first,
                 shard=process_shard(),
                 multiple=multiple,
+                frequencies=self._frequencies,
                 workers=self.loading.workers,
                 on_bad_image=self.loading.on_bad_image,
                 skipped=self.skipped[0],
@@ -91,9 +93,14 @@ class Inputs:
         examples = len(self.splits.train)
         row_of = np.full(examples + 1, -1, np.int32)  # the last one is for padding
         row_of[view.indices] = np.arange(len(view.indices))
-        rows = batch_rows(examples, size, self.seed, epoch, multiple)[first:]
+        rows = batch_rows(examples, size, self.seed, epoch, multiple, self._frequencies)[first:]
         batches = feature_rows(view, process_rows(row_of[rows]))
         return (self.splits.train.batch(*arrays) for arrays in batches)
+
+    @cached_property
+    def _frequencies(self) -> Float[np.ndarray, " n"] | None:
+        """Return how often each training image is drawn, relative to the others."""
+        return balancing_weights(self.splits.train) if self.config.balance else None
 
     def logits(self, model: Model, variables: Variables) -> Outputs:
         """Compute the logits of the validation images.
@@ -137,7 +144,7 @@ class Inputs:
         Raises:
             RequestError: no image of a class can be read.
         """
-        labels = np.delete(self.splits.train.labels, list(self.all_skipped()[0]))
+        labels = np.delete(self.splits.train.labels, list(self.all_skipped()[0]), axis=0)
         _check_classes(self.splits.train, labels)
 
 
@@ -203,7 +210,9 @@ def open_inputs(
     return replace(images, start=start, train=train, val=val, skipped=skipped)
 
 
-def _check_classes(source: Source, labels: Int[np.ndarray, " n"]) -> None:
+def _check_classes(source: Source, labels: Shaped[np.ndarray, "n ..."]) -> None:
+    if not source.task.has_classes:
+        return
     if missing := sorted(set(range(len(source.classes))) - set(labels.tolist())):
         name = source.classes[missing[0]]
         raise RequestError(f"no image of class '{name}' in the training data can be read")

@@ -9,6 +9,12 @@ from tljax.runtime.settings import Conditions, Dtype, settings
 
 Recipe = Literal["probe", "lp-ft", "gradual", "finetune", "bit", "scratch"]
 
+Loss = Literal["cross-entropy", "focal", "asymmetric", "squared-error", "huber"]
+
+ChooseBy = Literal[
+    "loss", "top1", "balanced_accuracy", "macro_f1", "auroc", "map", "kappa", "mae", "rmse", "r2"
+]
+
 
 @dataclass(frozen=True)
 class AdversaryConfig(Checked):
@@ -80,9 +86,19 @@ class FitConfig(Checked):
         head_after: Stage whose output the new head reads; later stages are dropped. By default the
             stage before the old head.
         dropout: Dropout rate before the head; 0 is no dropout.
+        loss: Loss to minimize; by default cross-entropy, for numbers squared-error. focal has less
+            loss for examples that are classified well (Lin et al. 2017, arXiv:1708.02002);
+            asymmetric suits several labels that are rare (Ridnik et al. 2021, arXiv:2009.14119);
+            huber is less influenced by outliers.
+        focal_gamma: Exponent of the focal loss; 0 is cross-entropy.
         label_smoothing: Share of the target probability that is spread evenly over all classes.
         class_weights: Weights of the classes in the loss; balanced uses the inverse of their share
             of the images.
+        balance: Draw the images of every epoch with replacement, such that all classes, or labels,
+            are about equally frequent. The probe weights images alike.
+        choose_by: Metric on the validation images by which the best epoch is chosen, then by the
+            loss. By default top1 for classes, map for several labels, kappa for ordered classes and
+            loss for numbers.
         ema_decay: Decay of an exponential moving average of the weights, which is then validated
             and saved; 0 keeps no average.
         patience: Number of epochs without improvement on the validation images after which a phase
@@ -113,8 +129,12 @@ class FitConfig(Checked):
     batch_norm: Literal["running", "batch"] | None = None
     head_after: str | None = None
     dropout: Share = 0.0
+    loss: Loss | None = None
+    focal_gamma: NotNegative = 2.0
     label_smoothing: Share = 0.0
     class_weights: Literal["none", "balanced"] = "none"
+    balance: bool = False
+    choose_by: ChooseBy | None = None
     ema_decay: Share = 0.0
     patience: Amount = 0
     accumulate: Count = 1
@@ -143,16 +163,20 @@ def _freezes(s: Any) -> bool:
 
 
 _AUGMENTATION = " ".join(settings(AugmentConfig()))
-_STEPS = " ".join(settings(FitConfig()).keys() - {"recipe", "head_after", "cache", "cache_dtype"})
+_STEPS = " ".join(
+    settings(FitConfig()).keys() - {"recipe", "head_after", "cache", "cache_dtype", "balance"}
+)
 
 FIT_CONDITIONS: Conditions = (
     (_STEPS, lambda s: s.recipe != "probe", "with --recipe probe: it takes no steps"),
     ("augment", lambda s: s.augment == _augments(s), "with --recipe bit or scratch: they augment"),
     (f"cache_views {_AUGMENTATION}", _augments, "without --augment"),
+    ("focal_gamma", lambda s: s.loss == "focal", "without --loss focal"),
     ("scale ratio", lambda s: s.crop, "with --no-crop"),
     ("randaugment_magnitude", lambda s: s.randaugment_layers, "without --randaugment-layers"),
     ("epsilon attack_steps", lambda s: s.attack != "none", "without --attack"),
     ("attack_steps", lambda s: s.attack == "pgd", "without --attack pgd"),
+    ("choose_by", lambda s: s.attack == "none", "with --attack: robust accuracy is compared"),
     ("momentum", lambda s: s.optimizer == "sgd" or s.recipe == "bit", "without --optimizer sgd"),
     ("warmup", lambda s: s.schedule != "one-cycle", "with --schedule one-cycle"),
     ("frozen_dtype cache_dtype cache_views", _freezes, "where nothing is frozen"),

@@ -21,8 +21,10 @@ from typing import Any
 
 import jax
 
-from tljax.data.examples import Source, Splits, join_names, printable
+from tljax.data.examples import Source, Splits, format_labels, join_names, printable
+from tljax.data.options import LabelOptions
 from tljax.data.sources import open_splits
+from tljax.data.table_files import is_table
 from tljax.runtime.errors import DivergenceError, RequestError, WriteError
 from tljax.runtime.files import MARKER, atomic_write, mark_output, read_config, sha256, to_json
 from tljax.runtime.parallel import is_main_process
@@ -170,16 +172,17 @@ def attempt(workdir: Path, *, new: bool) -> Iterator[None]:
 
 def _split_csv(spec: str, splits: Splits) -> bytes:
     rows = (
-        (part, _within(spec, name), source.classes[label], _size(name))
+        (part, _within(spec, name), label, _size(name))
         for part, source in (("train", splits.train), ("val", splits.val))
-        for name, label in zip(source.names, source.labels, strict=True)
+        for name, label in zip(source.names, format_labels(source, source.labels), strict=True)
     )
     return _csv(("part", "name", "class", "size"), rows)
 
 
 def _within(spec: str, name: str) -> str:
     """Return the path of an example relative to the data, whose folder may be moved."""
-    return name.removeprefix(printable(Path(spec))).removeprefix(spec).lstrip("/ ")
+    folder = Path(spec).parent if is_table(Path(spec)) else Path(spec)
+    return name.removeprefix(printable(folder)).removeprefix(spec).lstrip("/ ")
 
 
 def _size(name: str) -> int | None:
@@ -319,9 +322,18 @@ def open_validation(workdir: Path) -> tuple[Source, tuple[str, ...]]:
     if not {"data", "val_fraction"} <= config.keys():
         raise RequestError(f"{workdir / 'config.json'} does not name the data of the run")
     refuse_missing(workdir, config, "data")
-    splits = open_splits(config["data"], val_fraction=config["val_fraction"])
+    splits = open_splits(
+        config["data"], val_fraction=config["val_fraction"], labels=label_options(config)
+    )
     _compare_split(workdir, config, config["data"], _split_csv(config["data"], splits))
     return splits.val, splits.notes
+
+
+def label_options(config: Mapping[str, Any]) -> LabelOptions:
+    """Return the options of labels in the configuration of a run."""
+    values = config.get("labels", {})  # earlier versions had none
+    root = values.get("root")
+    return LabelOptions(**{**values, "root": Path(root) if root else None})
 
 
 def environment() -> dict[str, str]:

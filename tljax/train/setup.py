@@ -14,22 +14,25 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from tljax.data.examples import Splits
+from tljax.data.examples import Source, Splits
 from tljax.data.loader import num_batches
 from tljax.data.options import Loading
-from tljax.features.probe import Probe, fit_probe
+from tljax.features.evaluate import METRICS
+from tljax.features.probe import Probe
+from tljax.features.source_probe import fit_source_probe
 from tljax.models import Model, init, replace_head
 from tljax.runtime.errors import RequestError
 from tljax.runtime.parallel import Preemption, data_mesh, is_main_process, replicate
 from tljax.runtime.settings import Conditions, find_unused_settings, settings
+from tljax.runtime.task import Task
 from tljax.runtime.trees import flatten
 from tljax.runtime.types import Variables
 from tljax.train.adversary import adversarial
 from tljax.train.checkpoint import Checkpoints
 from tljax.train.freeze import combine, first_trainable_stage, label, split, wholly_trained_stages
-from tljax.train.history import History
+from tljax.train.history import History, default_choice
 from tljax.train.inputs import Inputs, open_inputs
-from tljax.train.objectives import Objective, cross_entropy
+from tljax.train.objectives import Objective, make_objective
 from tljax.train.optimizer import OptimizerWrapper, build_optimizer, learning_rate_schedule
 from tljax.train.options import REQUEST_CONDITIONS, FitConfig
 from tljax.train.recipes import Phase, Plan, make_plan
@@ -51,6 +54,7 @@ class Run:
         loading: options of how images are read; the batch size is at most the training set's size.
         seed: seed of the random number generator.
         mesh: devices.
+        task: what is learned, with the mean and scale of numbers.
 
     The other attributes are arguments of `tljax.train.fit.fit`.
     """
@@ -63,7 +67,8 @@ class Run:
     loading: Loading
     seed: int
     mesh: Mesh
-    objective: Objective | None = None
+    task: Task
+    objective: Objective
     materialize: Materialize = combine
     transform: optax.GradientTransformation | OptimizerWrapper | None = None
     on_step: Callable[[int, dict[str, float]], None] | None = None
@@ -82,6 +87,11 @@ class Run:
     def config(self) -> FitConfig:
         """Return the configuration with all defaults filled in."""
         return self.plan.config
+
+    @property
+    def choose_by(self) -> str:
+        """Return the metric by which the best epoch is chosen."""
+        return self.config.choose_by or default_choice(self.task.kind)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -137,16 +147,15 @@ def prepare(
         else ()
     ):
         print(f"note: {note}", file=sys.stderr)
-    _check_replaced(config, changed, run_options.get("objective"), new_head)
-    classes = len(splits.train.classes)
+    objective = run_options.get("objective")
+    _check_replaced(config, changed, objective, new_head)
+    task = fitted_task(splits.train)
+    config = check_task(config, task)
+    _check_validation(splits.val, task)
     add_head = new_head or partial(replace_head, after=config.head_after, dropout=config.dropout)
-    model, variables = add_head(model, variables, classes)
-    if not classes or (splits.val.labels < 0).any():
-        raise RequestError("a validation image has no label: label all, to compare epochs")
-    if model.num_classes != classes:
-        raise RequestError(
-            f"new_head made {model.num_classes} outputs, not {classes}, one per class"
-        )
+    model, variables = _with_head(add_head, model, variables, splits.train, task)
+    if objective is None:
+        objective = make_objective(task, config, splits.train)
     if run_options.get("log_every", 1) < 1:
         raise RequestError("log_every must be at least 1 step")
     head = model.stage_names[-1]
@@ -170,15 +179,40 @@ def prepare(
     if plan.start == "random":
         variables = init(model, jax.random.key(seed))
     mesh = data_mesh(loading.devices)
-    run = Run(plan, model, variables, None, splits, loading, seed, mesh, **run_options)
+    run_options["objective"] = objective
+    run = Run(plan, model, variables, None, splits, loading, seed, mesh, task, **run_options)
     inputs = run.open_inputs(first_trainable_stage(model, phases[0].rates) if phases else head)
     if plan.start != "probe":
         return run, inputs
     features = inputs.pooled(model, variables)
-    probe = fit_probe(features.values, features.labels, num_classes=classes, seed=seed)
+    probe = fit_source_probe(features, splits.train, task, balance=config.balance, seed=seed)
     probe_head = {"kernel": np.asarray(probe.kernel), "bias": np.asarray(probe.bias)}
     variables = {**variables, "params": {**variables["params"], head: probe_head}}
     return replace(run, variables=variables, probe=probe), inputs
+
+
+def _check_validation(source: Source, task: Task) -> None:
+    """Check that epochs can be compared on the validation images."""
+    if task.has_classes and (source.labels < 0).any():
+        raise RequestError("a validation image has no label: label all, to compare epochs")
+    if not task.has_classes and np.isnan(source.labels).all():
+        raise RequestError("no label of a validation image is known: label some")
+
+
+def _with_head(
+    add_head: NewHead, model: Model, variables: Variables, source: Source, task: Task
+) -> tuple[Model, Variables]:
+    """Add the head for a task, and check its number of outputs."""
+    outputs = task.num_outputs(len(source.classes))
+    if not outputs:
+        raise RequestError("the training images have no labels: label them")
+    model, variables = add_head(model, variables, outputs)
+    if model.num_classes != outputs:
+        per = "class" if task.kind == "classification" else f"output of the task {task.kind}"
+        raise RequestError(
+            f"new_head made {model.num_classes} outputs, not {outputs}, one per {per}"
+        )
+    return model, variables
 
 
 def _check_replaced(
@@ -186,11 +220,57 @@ def _check_replaced(
 ) -> None:
     """Refuse options of the default objective and head if the caller replaces these."""
     conditions: Conditions = (
-        ("label_smoothing class_weights", lambda _: objective is None, "with a custom objective"),
+        (
+            "loss focal_gamma label_smoothing class_weights",
+            lambda _: objective is None,
+            "with a custom objective",
+        ),
         ("dropout head_after", lambda _: new_head is None, "with a custom head"),
     )
     if lines := find_unused_settings(config, conditions, changed):
         raise RequestError("; ".join(lines.values()))
+
+
+def fitted_task(source: Source) -> Task:
+    """Return the task of the training images, with the mean and scale of numbers.
+
+    Raises:
+        RequestError: a number is the same for all images, or unknown.
+    """
+    if source.task.kind != "regression":
+        return source.task
+    numbers, known = source.labels.astype(np.float64), ~np.isnan(source.labels)
+    mean = numbers.mean(0, where=known) if known.any(0).all() else np.zeros(numbers.shape[1])
+    scale = np.sqrt(np.square(numbers - mean).mean(0, where=known)) if known.any() else mean
+    for name, spread in zip(source.classes, scale, strict=True):
+        if not spread > 0:
+            raise RequestError(f"{name} is the same number for all training images: remove it")
+    return replace(source.task, mean=tuple(mean.tolist()), scale=tuple(scale.tolist()))
+
+
+def check_task(config: FitConfig, task: Task) -> FitConfig:
+    """Return the options with the default of ``choose_by`` for a task.
+
+    Raises:
+        RequestError: an option does not fit the task.
+    """
+    kind, augmentation = task.kind, config.augmentation
+    choices = ("loss", *METRICS[kind])
+    if config.choose_by not in (None, *choices):
+        raise RequestError(
+            f"--choose-by {config.choose_by} does not fit the task {kind}: choose from "
+            + ", ".join(choices)
+        )
+    if config.attacker is not None and kind != "classification":
+        raise RequestError(
+            f"--attack {config.adversary.attack} trains on classes, and the task is {kind}: "
+            "leave it out"
+        )
+    if kind in ("regression", "ordinal") and (augmentation.mixup or augmentation.cutmix):
+        raise RequestError(f"--mixup and --cutmix do not fit the task {kind}: leave them out")
+    if config.balance and kind == "regression":
+        raise RequestError("--balance: numbers have no classes to balance: leave it out")
+    return replace(config, choose_by=config.choose_by or default_choice(kind))
 
 
 def begin_phase(
@@ -208,11 +288,10 @@ def begin_phase(
     changing, frozen = split(variables, phase.rates, statistics)
     ema = config.ema_decay > 0
     state = init_state(changing["params"], changing["batch_stats"], optimizer, ema=ema)
-    objective = run.objective or cross_entropy(config.label_smoothing, _class_weights(run))
     step = make_train_step(
         run.model,
         optimizer,
-        adversarial(objective, config.attacker) if config.attacker else objective,
+        adversarial(run.objective, config.attacker) if config.attacker else run.objective,
         run.materialize,
         start=inputs.start,
         batch_statistics=statistics,
@@ -225,12 +304,3 @@ def begin_phase(
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), frozen["params"])
         frozen = {**frozen, "params": params}
     return replicate(state, run.mesh), replicate(frozen, run.mesh), step
-
-
-def _class_weights(run: Run) -> tuple[float, ...]:
-    """Return class weights inverse to the class frequencies, with mean 1 over the images."""
-    if run.config.class_weights == "none":
-        return ()
-    labels = run.splits.train.labels
-    counts = np.bincount(labels, minlength=len(run.splits.train.classes))
-    return tuple((len(labels) / (len(counts) * np.maximum(counts, 1))).tolist())
