@@ -29,6 +29,7 @@ from tljax.models import normalize
 from tljax.pretrained import Pretrained, export, imagenet_classes, load_pretrained
 from tljax.pretrained.configs import read_architecture, read_configs, write_configs
 from tljax.runtime.errors import RequestError
+from tljax.runtime.task import Task
 from tljax.runtime.types import Preprocess
 
 
@@ -384,10 +385,34 @@ def test_invalid_preprocessor_configs_are_refused(
         ({"num_labels": 1}, "num_labels is 1, but the head has 7 outputs"),
         ({"model_args": {"num_classes": 5}}, "model_args: num_classes is 5, but the head has"),
         (
-            {"problem_type": "multi_label_classification"},
-            "problem_type is 'multi_label_classification' with 7 outputs; tljax expects single",
+            {"problem_type": "ranking"},
+            (
+                "problem_type is 'ranking' with 7 outputs; tljax expects "
+                "single_label_classification or multi_label_classification or regression; correct"
+            ),
         ),
-        ({"problem_type": "regression"}, "problem_type is 'regression' with 7 outputs"),
+        ({"problem_type": ["regression"]}, "problem_type is ['regression'] with 7 outputs"),
+        *(
+            (
+                {"problem_type": "multi_label_classification", "tljax_thresholds": thresholds},
+                "tljax_thresholds is ",
+            )
+            for thresholds in (
+                0.5,
+                [0.5],
+                [0.5] * 6 + [1.5],
+                [0.5] * 6 + [-0.1],
+                [0.5] * 6 + [float("nan")],
+                [0.5] * 6 + ["0.5"],
+                [0.5] * 6 + [True],
+                [0.5] * 6 + [10**400],
+                [0.5] * 6 + [[]],
+            )
+        ),
+        *(
+            ({"problem_type": "regression", "tljax_units": units}, "tljax_units is ")
+            for units in ("degrees", ["m"], ["m"] * 6 + [None])
+        ),
         ({"license": ["mit"]}, "license is ['mit'] and should be a string"),
         ({"pretrained_cfg": "x"}, "pretrained_cfg is 'x' and should be an object"),
         *(
@@ -512,25 +537,58 @@ def test_default_arguments_of_timm_are_accepted(
             read_architecture(tmp_path)
 
 
-def test_one_output_becomes_two_classes_unless_it_is_a_regression(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def one_output() -> Any:
+    """Return a network of transformers with one output, called cat."""
     network = torch_resnet("resnet18", num_classes=1).eval()
     network.config.id2label = {0: "cat"}
-    network.config.problem_type = "multi_label_classification"
-    network.save_pretrained(tmp_path)
+    return network
+
+
+def test_one_output_of_several_labels_becomes_two_classes(one_output: Any, tmp_path: Path) -> None:
+    one_output.config.problem_type = "multi_label_classification"
+    one_output.save_pretrained(tmp_path)
     model, variables, card = load_pretrained(tmp_path)
     images = random_images(2, 65, 64)
     with torch.no_grad():
-        logit = network(to_torch(normalize(images, model.preprocess))).logits.numpy()
+        logit = one_output(to_torch(normalize(images, model.preprocess))).logits.numpy()
     np.testing.assert_allclose(
         run(model, variables, images).logits, np.insert(logit, 0, 0, axis=1), rtol=0, atol=1e-4
     )
     assert card.classes == ("not cat", "cat")
     assert card.notes == (f"{tmp_path}: its single output is read as the sigmoid logit of 'cat'",)
-    for problem in (None, "regression", "single_label_classification"):
-        network.config.problem_type = problem
-        network.save_pretrained(tmp_path)
-        with pytest.raises(RequestError, match=r"problem_type is '\w+' with 1 outputs"):
-            load_pretrained(tmp_path)
+    label = load_pretrained(tmp_path, task="multilabel").card
+    assert (label.task, label.classes, label.notes) == (Task("multilabel"), ("cat",), ())
+
+
+def test_one_output_is_a_number_by_default_as_in_transformers(
+    one_output: Any, tmp_path: Path
+) -> None:
+    one_output.config.problem_type = "regression"
+    one_output.save_pretrained(tmp_path)
+    assert load_pretrained(tmp_path).card.notes == ()
+    with pytest.raises(RequestError, match="predicts numbers, so its task is not classification"):
+        load_pretrained(tmp_path, task="classification")
+    one_output.config.problem_type = None
+    one_output.save_pretrained(tmp_path)
+    card = load_pretrained(tmp_path).card
+    assert (card.task, card.classes) == (Task("regression"), ("cat",))
+    [note] = card.notes
+    assert note == (
+        f"{tmp_path}/config.json: there is no problem_type for its single output, which "
+        "transformers reads as a number; `tljax weights import --task` chooses another"
+    )
+    assert load_pretrained(tmp_path, task="classification").card.classes == ("not cat", "cat")
+    # What transformers does: its loss for one output is the squared error.
+    one_output(torch.zeros(2, 3, 64, 64), labels=torch.zeros(2))
+    assert one_output.config.problem_type == "regression"
+
+
+def test_one_output_of_exclusive_classes_is_refused(one_output: Any, tmp_path: Path) -> None:
+    one_output.config.problem_type = "single_label_classification"
+    one_output.save_pretrained(tmp_path)
+    with pytest.raises(RequestError, match=r"problem_type is '\w+' with 1 outputs; .* expects mul"):
+        load_pretrained(tmp_path)
 
 
 def test_a_folder_with_a_file_of_tljax_needs_no_config(

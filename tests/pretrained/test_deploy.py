@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from tljax.pretrained import Card, Pretrained
 from tljax.pretrained import deploy as deploy_module
 from tljax.pretrained.deploy import export_onnx, export_stablehlo
 from tljax.runtime.errors import RequestError, VerificationError
+from tljax.runtime.task import Task
 from tljax.runtime.types import Preprocess
 
 CLASSES = ("cat", "dog", 'a "quoted" 日本 name')
@@ -98,6 +100,19 @@ WITHOUT_TLJAX = (
 )
 
 
+def predict_exported(folder: Path, *paths: Path) -> list[str]:
+    """Return the lines that the script in an exported folder prints, run without tljax."""
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TLJAX, folder / "predict.py", *paths],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        check=True,
+    )
+    assert done.stderr == ""
+    return done.stdout.splitlines()
+
+
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_the_exported_script_predicts_without_tljax(tmp_path: Path, interpolation: str):
     network = pretrained(interpolation=interpolation, channel_order="bgr")
@@ -114,15 +129,7 @@ def test_the_exported_script_predicts_without_tljax(tmp_path: Path, interpolatio
         logits = run(network.model, network.variables, pixels[None]).logits[0]
         expected.append(np.asarray(jax.nn.softmax(logits)))
 
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_TLJAX, tmp_path / "deployed" / "predict.py", *paths],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        encoding="utf-8",
-        check=True,
-    )
-    lines = done.stdout.splitlines()
+    lines = predict_exported(tmp_path / "deployed", *paths)
     assert len(lines) == 2 * (1 + len(CLASSES))
     for path, probabilities in zip(paths, expected, strict=True):
         first, *guesses = [lines.pop(0) for _ in range(1 + len(CLASSES))]
@@ -133,10 +140,79 @@ def test_the_exported_script_predicts_without_tljax(tmp_path: Path, interpolatio
         np.testing.assert_allclose(shown, probabilities[order], atol=6e-4)
 
 
+TASKS = [
+    (Task("multilabel"), {"kind": "multilabel", "thresholds": [0.5] * 3}),
+    (
+        Task("multilabel", thresholds=(0.0, 0.25, 1.0)),
+        {"kind": "multilabel", "thresholds": [0.0, 0.25, 1.0]},
+    ),
+    (
+        Task("regression"),
+        {"kind": "regression", "mean": [0.0] * 3, "scale": [1.0] * 3, "units": [""] * 3},
+    ),
+    (
+        Task("regression", mean=(50.0, 0.0, -3e6), scale=(12.5, 1.0, 2e6), units=("°", "", "m")),
+        {
+            "kind": "regression",
+            "mean": [50.0, 0.0, -3e6],
+            "scale": [12.5, 1.0, 2e6],
+            "units": ["°", "", "m"],
+        },
+    ),
+    (Task("ordinal"), {"kind": "ordinal"}),
+]
+
+
+@pytest.mark.parametrize(("task", "described"), TASKS, ids=lambda x: getattr(x, "kind", ""))
+def test_the_exported_script_says_what_each_task_means(
+    tmp_path: Path, task: Task, described: dict[str, Any]
+):
+    network = pretrained()
+    names = (*CLASSES, "bird") if task.kind == "ordinal" else CLASSES
+    network = network._replace(card=replace(network.card, classes=names, task=task))
+    export_stablehlo(tmp_path / "deployed", network, platforms=("cpu",))
+    description = json.loads((tmp_path / "deployed" / "model.json").read_text("utf-8"))
+    assert description["task"] == described
+    path = tmp_path / "0.png"
+    Image.fromarray(images(1, 20)[0]).save(path)
+    pixels = decode(path.read_bytes(), network.model.preprocess)
+    outputs = np.asarray(run(network.model, network.variables, pixels[None]).logits)
+    [decoded] = task.decode(outputs)
+    first, *lines = predict_exported(tmp_path / "deployed", path)
+    assert first == str(path)
+    if task.kind == "regression":
+        parts = [line.split(": ") for line in lines]
+        assert [name.removeprefix("  ") for name, _ in parts] == list(names)
+        values = [value.split(" ") for _, value in parts]
+        assert [unit for _, *unit in values] == [[x] if x else [] for x in described["units"]]
+        shown = [float(value) for value, *_ in values]
+        np.testing.assert_allclose(shown, decoded, rtol=1e-4)
+        return
+    order = np.argsort(-decoded)
+    if task.kind == "multilabel":
+        order = [i for i in order if task.applies(decoded)[i]]
+        assert 0 < len(order) < 3
+    assert [line[9:] for line in lines] == [names[i] for i in order]
+    shown = [float(line.split()[0]) for line in lines]
+    np.testing.assert_allclose(shown, decoded[order], atol=6e-4)
+
+
+def test_the_exported_script_says_that_no_label_applies(tmp_path: Path):
+    network = pretrained()
+    task = Task("multilabel", thresholds=(1.0,) * 3)
+    network = network._replace(card=replace(network.card, task=task))
+    export_stablehlo(tmp_path / "deployed", network, platforms=("cpu",))
+    path = tmp_path / "0.png"
+    Image.fromarray(images(1, 20)[0]).save(path)
+    lines = predict_exported(tmp_path / "deployed", path)
+    assert lines == [str(path), "  no label reaches its threshold"]
+
+
 def test_the_exported_description_is_complete(tmp_path: Path):
     export_stablehlo(tmp_path, pretrained())
     assert json.loads((tmp_path / "model.json").read_text("utf-8")) == {
         "model": "tiny",
+        "task": {"kind": "classification"},
         "classes": list(CLASSES),
         "preprocess": {"size": 16, "resize": 20, "interpolation": "bilinear"},
         "source": "somewhere",
@@ -190,6 +266,7 @@ def test_onnx_runtime_returns_the_same_logits(tmp_path: Path, name: str):
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
     metadata = json.loads(session.get_modelmeta().custom_metadata_map["tljax"])
+    assert metadata["task"] == {"kind": "classification"}
     assert tuple(metadata["classes"]) == network.card.classes
     for batch in (1, 3):
         pixels = images(batch, network.model.preprocess.size)
@@ -199,10 +276,25 @@ def test_onnx_runtime_returns_the_same_logits(tmp_path: Path, name: str):
 
 
 @pytest.mark.filterwarnings("default")
+def test_an_onnx_file_says_how_to_read_numbers(tmp_path: Path):
+    pytest.importorskip("jax2onnx", reason="needs tljax[onnx]")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    network, (task, described) = pretrained(), TASKS[3]
+    export_onnx(tmp_path / "x.onnx", network._replace(card=replace(network.card, task=task)))
+    session = onnxruntime.InferenceSession(tmp_path / "x.onnx")
+    assert [output.name for output in session.get_outputs()] == ["outputs"]
+    metadata = json.loads(session.get_modelmeta().custom_metadata_map["tljax"])
+    assert metadata["task"] == described
+
+
+@pytest.mark.filterwarnings("default")
 def test_a_wrong_onnx_file_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("jax2onnx", reason="needs tljax[onnx]")
+    rewrite = deploy_module._with_plain_operations
     monkeypatch.setattr(
-        deploy_module, "_with_plain_operations", lambda f: lambda x: f(x) + np.float32(0.01)
+        deploy_module,
+        "_with_plain_operations",
+        lambda f: lambda x: rewrite(f)(x) + np.float32(0.01),
     )
     with pytest.raises(VerificationError, match=r"differ from JAX's by 0\.01"):
         export_onnx(tmp_path / "model.onnx", pretrained())

@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import keras
@@ -19,6 +19,7 @@ from tljax.pretrained import load_pretrained
 from tljax.pretrained.keras_graph import Graph, _graphs, read_graph
 from tljax.pretrained.verify import TOLERANCE, verify
 from tljax.runtime.errors import RequestError
+from tljax.runtime.settings import Kind
 
 layers = keras.layers
 IMAGES = random_images(3, 32, 32)
@@ -139,7 +140,7 @@ def error_of(config: object, classes: int = 5) -> str:
         ("Conv1", {"strides": [1, 1]}, "is Conv2D(padding='same'), but"),
         ("Conv1", {"data_format": "channels_first"}, "data_format='channels_first'"),
         ("Conv_1", {"activation": "gelu"}, "is gelu, but NAME has BatchNormalization"),
-        ("predictions", {"activation": "sigmoid"}, "its 5 outputs end in a sigmoid"),
+        ("predictions", {"activation": "hard_sigmoid"}, "is hard_sigmoid, but NAME ends before it"),
         ("predictions", {"activation": "relu"}, "is relu, but NAME ends before it"),
         ("Conv1", {"something": "new"}, "something='new'"),
     ],
@@ -227,4 +228,4 @@ def test_a_graph_for_images_of_any_size_is_accepted() -> None:
     )
     model = keras.Model(base.input, pooled(layers.Dense(5))(base.output))
     built = build_model(NAME, 5)
-    assert read_graph(model.to_json(), "x.keras", built) == (built, False)
+    assert read_graph(model.to_json(), "x.keras", built) == (built, False, get_args(Kind))

@@ -6,6 +6,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
+from tljax.runtime.settings import Kind
 from tljax.runtime.types import Preprocess
 
 
@@ -106,6 +107,19 @@ def default_classes(count: int) -> tuple[str, ...]:
     if count == 1001:
         return "background", *imagenet_classes()
     return imagenet_classes() if count == 1000 else tuple(f"class {i}" for i in range(count))
+
+
+def default_names(outputs: int, kind: Kind) -> tuple[str, ...]:
+    """Return names of classes, labels or numbers for a weight file without any.
+
+    Args:
+        outputs: number of outputs of the network.
+        kind: kind of its task; for classification see `default_classes`.
+    """
+    if kind == "classification":
+        return default_classes(outputs)
+    noun = {"multilabel": "label", "regression": "number", "ordinal": "class"}[kind]
+    return tuple(f"{noun} {i}" for i in range(outputs + (kind == "ordinal")))
 
 
 def match_class_names(classes: tuple[str, ...], names: tuple[str, ...]) -> tuple[str, ...]:

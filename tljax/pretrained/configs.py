@@ -10,14 +10,16 @@ import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from tljax.models import MODELS, Model
 from tljax.models.spec import is_number, is_side
-from tljax.pretrained.catalog import default_classes
+from tljax.pretrained.catalog import default_names
 from tljax.pretrained.tables.layouts import LAYOUTS
 from tljax.runtime.errors import RequestError
 from tljax.runtime.files import atomic_write
+from tljax.runtime.settings import Kind
+from tljax.runtime.task import CLASSIFICATION, Task
 from tljax.runtime.types import Preprocess
 
 _PILLOW_FILTERS = {2: "bilinear", 3: "bicubic"}
@@ -42,6 +44,15 @@ _IGNORED_ARGUMENTS = (
     *("zero_init_last", "aux_logits", "pretrained", "checkpoint_path", "scriptable", "exportable"),
 )
 
+# transformers' names of the tasks; it has none for ordered classes.
+_PROBLEM_TYPES: dict[Kind, str] = {
+    "classification": "single_label_classification",
+    "multilabel": "multi_label_classification",
+    "regression": "regression",
+}
+# Keys of tljax in config.json, which transformers keeps and ignores.
+_THRESHOLDS, _UNITS = "tljax_thresholds", "tljax_units"
+
 # From this size on transformers' ConvNext processor ignores the aspect ratio.
 _SQUASHED_FROM_SIDE = 384
 
@@ -50,16 +61,21 @@ class Description(NamedTuple):
     """Contents of the configuration files beside the weights.
 
     Attributes:
-        classes: class names, one per logit.
+        classes: names of the classes, labels or numbers, one per output.
         preprocess: preprocessing that the weights expect; None if no file says.
         licence: license as the files name it, or "unknown".
-        notes: a remark if the class names of the files do not match the logits.
+        notes: remarks if the class names of the files do not match the logits, or if the task is
+            the default of transformers.
+        task: task of the network, as far as the files say.
+        kinds: kinds of tasks that the files allow.
     """
 
     classes: tuple[str, ...]
     preprocess: Preprocess | None
     licence: str
     notes: tuple[str, ...]
+    task: Task
+    kinds: tuple[Kind, ...]
 
 
 def read_configs(folder: Path, model: Model) -> Description:
@@ -87,8 +103,9 @@ def read_configs(folder: Path, model: Model) -> Description:
         preprocess = _huggingface_preprocess(processor, default)
     source = timm if timm.values else config
     licence = source.get("license", lambda value: isinstance(value, str), "a string", "unknown")
-    classes, notes = _classes(config, timm, model.num_classes)
-    return Description(classes, preprocess, licence, notes)
+    task, kinds, remarks = _task(config, model.num_classes)
+    classes, notes = _classes(config, timm, model.num_classes, task.kind)
+    return Description(classes, preprocess, licence, notes + remarks, task, kinds)
 
 
 def read_architecture(folder: Path) -> str | None:
@@ -110,20 +127,38 @@ def read_architecture(folder: Path) -> str | None:
     return names.get(architecture) if isinstance(architecture, str) else None
 
 
-def write_configs(folder: Path, model: Model, classes: tuple[str, ...]) -> None:
+def write_configs(
+    folder: Path, model: Model, classes: tuple[str, ...], task: Task = CLASSIFICATION
+) -> None:
     """Write config.json and preprocessor_config.json for transformers' ``from_pretrained``.
 
     Args:
         folder: folder of the weights.
         model: the network; its preprocessing is written too.
-        classes: class names, one per logit; empty for a backbone without a head.
+        classes: names of the classes, labels or numbers, one per output; empty for a backbone
+            without a head.
+        task: what the network predicts. Its mean and scale have no place in these files.
+
+    Raises:
+        RequestError: transformers has no such task.
     """
+    if task.kind not in _PROBLEM_TYPES:
+        raise RequestError(
+            f"transformers has no task for ordered classes, so {folder} is not written; export "
+            "this network as tljax, stablehlo or onnx"
+        )
     config = LAYOUTS[model.name]["huggingface"].config(model.name)
     if classes:
         config |= {
             "id2label": {str(i): name for i, name in enumerate(classes)},
             "label2id": {name: i for i, name in enumerate(classes)},
         }
+        if len(classes) > 1 or task.kind != "classification":  # transformers refuses one class
+            config["problem_type"] = _PROBLEM_TYPES[task.kind]
+        if task.kind == "multilabel":
+            config[_THRESHOLDS] = task.thresholds
+        if task.units:
+            config[_UNITS] = task.units
     else:
         [name] = config["architectures"]
         config |= {"architectures": [name.replace("ForImageClassification", "Model")]}
@@ -239,29 +274,69 @@ def _check_arguments(config: _Section) -> None:
 
 
 def _check_outputs(config: _Section, count: int) -> None:
-    """Raise an error unless the outputs are the logits of mutually exclusive classes."""
+    """Raise an error if the configuration is that of a head with more or fewer outputs."""
     for section in (config, config.section("model_args")):
         for key in ("num_classes", "num_labels"):
             if section.values.get(key) not in (None, 0, count):
                 value = reprlib.repr(section.values[key])
                 head = f"the head has {count} outputs" if count else "there is no head"
                 raise section.error(f"{key} is {value}, but {head}; correct it")
+
+
+def _task(config: _Section, count: int) -> tuple[Task, tuple[Kind, ...], tuple[str, ...]]:
+    """Return the task, the kinds that the configuration allows, and remarks.
+
+    Without a problem_type, transformers takes one output for a number, and several for exclusive
+    classes if the labels of the training data are integers.
+    """
     problem = config.values.get("problem_type")
-    if problem is None and count == 1 and "model_type" in config.values:
-        problem = "regression"  # the default of transformers for one output
-    supported = "multi_label_classification" if count == 1 else "single_label_classification"
-    if count and problem not in (None, supported):
-        raise config.error(
-            f"problem_type is {reprlib.repr(problem)} with {count} outputs; tljax expects "
-            f"{supported}; correct it"
+    if not count or problem is None:
+        kinds = get_args(Kind)
+        if count != 1 or "model_type" not in config.values:
+            return CLASSIFICATION, kinds, ()
+        note = (
+            f"{config.where}: there is no problem_type for its single output, which transformers "
+            "reads as a number; `tljax weights import --task` chooses another"
         )
+        return Task("regression"), kinds, (note,)
+    if problem == "single_label_classification" and count > 1:
+        return CLASSIFICATION, ("classification",), ()
+    if problem == "multi_label_classification":
+        thresholds = config.get(
+            _THRESHOLDS,
+            lambda v: _is_list(v, count, lambda x: is_number(x) and 0 <= x <= 1),
+            f"{count} numbers from 0 to 1",
+            [],
+        )
+        task = Task("multilabel", thresholds=tuple(thresholds))
+        if count == 1 and _THRESHOLDS not in config.values:  # the logit of one of two classes
+            return CLASSIFICATION, ("classification", "multilabel", "ordinal"), ()
+        return task, ("multilabel", "ordinal"), ()
+    if problem == "regression":
+        units = config.get(
+            _UNITS,
+            lambda v: _is_list(v, count, lambda x: isinstance(x, str)),
+            f"{count} strings",
+            [],
+        )
+        return Task("regression", units=tuple(units)), ("regression",), ()
+    expected = "single_label_classification or " if count > 1 else ""
+    raise config.error(
+        f"problem_type is {reprlib.repr(problem)} with {count} outputs; tljax expects "
+        f"{expected}multi_label_classification or regression; correct it"
+    )
+
+
+def _is_list(value: object, count: int, is_valid: Callable[[Any], bool]) -> bool:
+    """Return True for a list of ``count`` valid items, or an empty one."""
+    return isinstance(value, list) and len(value) in (0, count) and all(map(is_valid, value))
 
 
 # --- classes -------------------------------------------------------------------------------------
 
 
 def _classes(
-    config: _Section, timm: _Section, count: int
+    config: _Section, timm: _Section, count: int, kind: Kind
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the class names, and a remark if those of the files do not match the logits."""
     by_index = config.get("id2label", lambda value: isinstance(value, dict), "an object", {})
@@ -274,7 +349,7 @@ def _classes(
     else:
         total = len(by_index) or len(by_position)
         note = f"{config.where}: it names {total} classes, but the head has {count} outputs"
-        return default_classes(count), (note,) if total else ()
+        return default_names(count, kind), (note,) if total else ()
     for i, name in enumerate(names):
         if not isinstance(name, str):
             raise config.error(f"the name of class {i} is {reprlib.repr(name)}; correct it")

@@ -17,7 +17,7 @@ from jaxtyping import Float, UInt8
 
 from tljax.models import apply
 from tljax.models.convolution import backend
-from tljax.pretrained.load import Pretrained
+from tljax.pretrained.load import Card, Pretrained
 from tljax.runtime.errors import RequestError, VerificationError
 from tljax.runtime.files import atomic_write
 from tljax.runtime.packages import install_command
@@ -39,10 +39,15 @@ def export_stablehlo(
     """Write a network with its parameters as StableHLO, to run with JAX alone.
 
     The folder holds ``model.stablehlo``, serialized by `jax.export`: a function from images
-    ``[batch, size, size, 3]`` uint8 RGB to logits ``[batch, classes]`` float32; ``model.json`` with
-    the class names and the preprocessing; and ``predict.py``, which classifies image files with
-    JAX, flatbuffers (for `jax.export`), NumPy and Pillow. The function of a backbone returns
-    features ``[batch, features]`` instead, and its folder has no ``predict.py``.
+    ``[batch, size, size, 3]`` uint8 RGB to outputs ``[batch, outputs]`` float32, such as logits;
+    ``model.json`` with the task, the names of the classes and the preprocessing; and
+    ``predict.py``, which predicts for image files with JAX, flatbuffers (for `jax.export`), NumPy
+    and Pillow. The function of a backbone returns features ``[batch, features]`` instead, and its
+    folder has no ``predict.py``.
+
+    The task in ``model.json`` has a ``kind`` of `Task`; with the ``thresholds`` of labels, from
+    which on the sigmoid of an output means that the label applies; or with the ``mean``, ``scale``
+    and ``units`` of numbers, which are ``outputs * scale + mean``.
 
     JAX versions of at least the following six months can read the file
     (https://docs.jax.dev/en/latest/export/export.html#compatibility-guarantees).
@@ -79,8 +84,9 @@ def export_onnx(path: Path, pretrained: Pretrained) -> None:
     """Write a network with its parameters as an ONNX file, checked with ONNX Runtime.
 
     The input ``images`` is ``[batch, size, size, 3]`` uint8 RGB with any batch size. The output
-    ``logits`` is ``[batch, classes]`` float32; a backbone's is ``features``. The file's metadata
-    holds the class names and the preprocessing as JSON, under ``tljax``. jax2onnx builds the graph.
+    ``logits`` is ``[batch, classes]`` float32, ``outputs`` for a regression and ``features`` for a
+    backbone. The file's metadata holds the content of `export_stablehlo`'s ``model.json``, under
+    ``tljax``. jax2onnx builds the graph.
 
     Args:
         path: output file; an existing one is replaced.
@@ -99,7 +105,8 @@ def export_onnx(path: Path, pretrained: Pretrained) -> None:
         advice = install_command("jax2onnx")
         raise RequestError(f"an ONNX file needs the package {error.name}: {advice}") from error
     function = _logits(pretrained)
-    output = "logits" if pretrained.model.num_classes else "features"
+    output = "outputs" if pretrained.card.task.kind == "regression" else "logits"
+    output = output if pretrained.model.num_classes else "features"
     size = pretrained.model.preprocess.size
     try:
         proto = jax2onnx.to_onnx(
@@ -140,11 +147,24 @@ def _description(pretrained: Pretrained) -> dict[str, Any]:
     geometry = {key: asdict(model.preprocess)[key] for key in ("size", "resize", "interpolation")}
     return {
         "model": model.name,
+        "task": _task_description(card),
         "classes": card.classes,
         "preprocess": geometry,  # the exported function normalizes
         "source": card.source,
         "licence": card.licence,
     }
+
+
+def _task_description(card: Card) -> dict[str, Any]:
+    """Return the kind and the settings of a task, with the values that empty ones stand for."""
+    task, count = card.task, len(card.classes)
+    settings = {"kind": task.kind}
+    if task.kind == "multilabel":
+        return settings | {"thresholds": task.thresholds or (0.5,) * count}
+    if task.kind == "regression":
+        mean, scale = task.mean or (0.0,) * count, task.scale or (1.0,) * count
+        return settings | {"mean": mean, "scale": scale, "units": task.units or ("",) * count}
+    return settings
 
 
 # --- rewriting of operations that jax2onnx does not support --------------------------------------

@@ -11,12 +11,13 @@ from dataclasses import replace
 from functools import cache
 from importlib.resources import files
 from itertools import zip_longest
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
 from tljax.models import Model, build_model
 from tljax.runtime.errors import RequestError
+from tljax.runtime.settings import Kind
 
 # Layer settings that the tensors determine or that do not affect the output.
 _IGNORED_SETTINGS = re.compile(
@@ -47,7 +48,12 @@ _IDENTITIES = re.compile(
     r"Activation|Flatten|Reshape|Identity|ActivityRegularization|Random\w+"
     r"|(Spatial|Gaussian|Alpha)?(Dropout|Noise)(2D)?"
 )
-_SYNONYMS = {"ReLU": "relu", "ReLU(max_value=6)": "relu6", "Softmax": "softmax"}
+_SYNONYMS = {
+    "ReLU": "relu",
+    "ReLU(max_value=6)": "relu6",
+    "Sigmoid": "sigmoid",
+    "Softmax": "softmax",
+}
 _POOL = "GlobalAveragePooling2D"
 _WORKAROUND = (
     "tljax does not support that; a file of weights alone (Keras' save_weights) is loaded as the "
@@ -288,7 +294,7 @@ def _scaled(scaling: tuple[Any, Any], layer: _Layer) -> tuple[Any, Any] | None:
     return None
 
 
-def read_graph(text: str, where: str, model: Model) -> tuple[Model, bool]:
+def read_graph(text: str, where: str, model: Model) -> tuple[Model, bool, tuple[Kind, ...]]:
     """Compare the graph in a file with that of a network, and take over its preprocessing.
 
     Args:
@@ -297,8 +303,8 @@ def read_graph(text: str, where: str, model: Model) -> tuple[Model, bool]:
         model: the network that the tensors of the file fit.
 
     Returns:
-        The network with the image size and pixel scaling of the graph, and whether the graph scales
-        the pixels.
+        The network with the image size and pixel scaling of the graph; whether the graph scales the
+        pixels; and the kinds of tasks that its last activation allows, the one to assume first.
 
     Raises:
         RequestError: the graph computes something else; the message names the layer.
@@ -324,12 +330,23 @@ def read_graph(text: str, where: str, model: Model) -> tuple[Model, bool]:
             std=tuple(1 / a / 255 for a in factor),
             channel_order="rgb",
         )
-    return replace(model, preprocess=preprocess), scales
+    kinds = _kinds(graph.steps[-1].operation, model.num_classes)
+    return replace(model, preprocess=preprocess), scales, kinds
+
+
+def _kinds(activation: str, outputs: int) -> tuple[Kind, ...]:
+    """Return the kinds of tasks whose outputs end in an activation, the one to assume first."""
+    if activation == "softmax":
+        return ("classification",)
+    if activation == "sigmoid":
+        one_of_two: tuple[Kind, ...] = ("classification",) if outputs == 1 else ()
+        return (*one_of_two, "multilabel", "ordinal")
+    return get_args(Kind)
 
 
 def _difference(steps: list[Step], model: Model) -> str:
     """Return the first difference to the graph that tljax builds; empty if there is none."""
-    name, count, last = model.name, model.num_classes, "linear"
+    name, count, last = model.name, model.num_classes, ""
     if steps and steps[-1].operation in ("softmax", "sigmoid"):
         *steps, (last, _, _) = steps
     expected = _graphs()[re.sub(r"_\d{3}$", "", name)]
@@ -343,17 +360,19 @@ def _difference(steps: list[Step], model: Model) -> str:
         if step is None:
             # The tensors have shown already that a missing head is allowed.
             headless = reference.operation in (_POOL, "Dense", "Conv2D")
-            return "" if headless else f"its output is that of {steps[-1].layer!r:.80}"
+            if not headless:
+                return f"its output is that of {steps[-1].layer!r:.80}"
+            break
         layer = f"layer {step.layer!r:.80}"
         if reference is None or step.operation != reference.operation:
             rest = f"has {reference.operation}" if reference else "ends before it"
             return f"{layer} is {step.operation:.200}, but {name} {rest}"
         if step.inputs != reference.inputs:
             return f"{layer} has other inputs than in {name}"
-    if last == "sigmoid" and count > 1:
-        return f"its {count} outputs end in a sigmoid, for classes that are not mutually exclusive"
     if last == "softmax" and count == 1:
         return "its single output ends in a softmax, which is always 1"
+    if last and not count:
+        return f"its features end in a {last}"
     return ""
 
 

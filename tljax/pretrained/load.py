@@ -1,12 +1,12 @@
 """Loading, saving and exporting of pretrained networks."""
 
 import json
-import math
 import re
 import shlex
+import sys
 import unicodedata
 from collections.abc import Mapping
-from dataclasses import asdict, astuple, dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -16,7 +16,7 @@ import numpy as np
 
 from tljax.models import MODELS, Model, abstract_variables, build_model, with_head
 from tljax.models.spec import Modules, from_json, is_valid_preprocess, to_json
-from tljax.pretrained.catalog import CATALOG, Entry, catalog_name, default_classes
+from tljax.pretrained.catalog import CATALOG, Entry, catalog_name, default_classes, default_names
 from tljax.pretrained.configs import read_architecture, read_configs, write_configs
 from tljax.pretrained.fetch import fetch, fetch_hub, fetch_url
 from tljax.pretrained.formats import (
@@ -43,8 +43,8 @@ class Card:
     """Metadata of weights; their preprocessing belongs to the model.
 
     Attributes:
-        classes: names of the classes, labels or numbers that the network predicts; empty for a
-            backbone without a head.
+        classes: names of what the network predicts: classes, labels or numbers, one per output;
+            for ordered classes one more; empty for a backbone without a head.
         source: origin of the weights: a catalog name, hub id, URL or path.
         licence: SPDX identifier of the license, or "unknown".
         sha256: SHA-256 of the file that was read; of the pretrained file for a fine-tuned network.
@@ -62,7 +62,9 @@ class Card:
     task: Task = CLASSIFICATION
 
     def index_of(self, name: str) -> int:
-        """Return the index of a class's logit.
+        """Return the index of a class, label or number in `classes`.
+
+        It is the index of its output as well, except for ordered classes.
 
         Args:
             name: name of the class. An exact match is preferred to one in another case. If no class
@@ -72,6 +74,7 @@ class Card:
             RequestError: no class has this name, or several do; the message gives the nearest name,
                 or their indices.
         """
+        one, many = _NOUNS[self.task.kind]
         name, *classes = (unicodedata.normalize("NFC", each) for each in (name, *self.classes))
         matches = [i for i, each in enumerate(classes) if each == name]
         matches = matches or [i for i, each in enumerate(classes) if each.lower() == name.lower()]
@@ -82,10 +85,18 @@ class Card:
             return matches[0]
         if matches:  # ImageNet has two cranes and two maillots
             indices = " or ".join(map(str, matches))
-            raise RequestError(f"{len(matches)} classes are called '{name}'; use {indices}")
+            raise RequestError(f"{len(matches)} {many} are called '{name}'; use {indices}")
         near = get_close_matches(name, classes, n=1)
         hint = f"did you mean {near[0]}?" if near else "`tljax.load_pretrained` lists card.classes"
-        raise RequestError(f"no class is called '{name}' among {len(classes)}; {hint}")
+        raise RequestError(f"no {one} is called '{name}' among {len(classes)}; {hint}")
+
+
+_NOUNS: dict[Kind, tuple[str, str]] = {
+    "classification": ("class", "classes"),
+    "multilabel": ("label", "labels"),
+    "regression": ("number", "numbers"),
+    "ordinal": ("class", "ordered classes"),
+}
 
 
 class Pretrained(NamedTuple):
@@ -109,23 +120,37 @@ class Pretrained(NamedTuple):
         return self._replace(model=replace(self.model, preprocess=preprocess))
 
     def require_classes(self) -> "Pretrained":
-        """Return the network unchanged if its outputs are the logits of named classes.
+        """Return the network unchanged if it predicts named classes, labels or numbers.
 
         Raises:
             RequestError: the network is a backbone without a head, or has more or fewer outputs
-                than class names.
+                than names.
         """
-        outputs, names = self.model.num_classes, len(self.card.classes)
-        expected = self.card.task.num_outputs(names)
+        outputs, names, task = self.model.num_classes, len(self.card.classes), self.card.task
+        one, many = _NOUNS[task.kind]
         if not outputs:
             raise RequestError(
-                f"{self.card.source} is a backbone without a head, so it has no classes; add a "
-                "head for yours with tljax train"
+                f"{self.card.source} is a backbone without a head, so it has no {many}; add a head "
+                "for yours with tljax train"
             )
-        if outputs != expected:
+        if outputs != task.num_outputs(names):
+            outcome = "it is not a classifier" if task == CLASSIFICATION else "they do not fit"
             raise RequestError(
-                f"{self.card.source} has {outputs} outputs but {names} class names: it is not a "
-                "classifier"
+                f"{self.card.source} has {outputs} outputs but {names} {one} names: {outcome}"
+            )
+        return self
+
+    def require_task(self, *kinds: Kind) -> "Pretrained":
+        """Return the network unchanged if its task is of one of some kinds.
+
+        Raises:
+            RequestError: its task is another one.
+        """
+        if self.card.task.kind not in kinds:
+            required = " or ".join(_NOUNS[kind][1] for kind in kinds)
+            raise RequestError(
+                f"{self.card.source} predicts {_NOUNS[self.card.task.kind][1]}, but this needs a "
+                f"network that predicts {required}"
             )
         return self
 
@@ -135,6 +160,7 @@ def load_pretrained(
     *,
     model: str | None = None,
     normalization: str | None = None,
+    task: Kind | None = None,
     modules: Modules | None = None,
 ) -> Pretrained:
     """Load pretrained weights, detecting their format and architecture.
@@ -151,21 +177,26 @@ def load_pretrained(
             apart only by its config.json.)
         normalization: key of `NORMALIZATIONS` that a single file without such information expects;
             None means the default of its architecture and format.
+        task: kind of the task of weights that do not say it, such as a single file of PyTorch; None
+            means that of the weights, or else classification. The names of ordered classes, one
+            more than outputs, are known only to files in tljax's format.
         modules: Flax classes by name for the user-defined stages of a file in tljax's format. A
             file by itself never imports code.
 
     Returns:
-        The network with the preprocessing that its weights expect. A head with one output, read as
-        the logit of a sigmoid, becomes one with two classes. Weights without a head give a
-        backbone: ``num_classes`` is 0, and `apply` returns its features.
+        The network with the preprocessing that its weights expect. For classification, a head with
+        one output, read as the logit of a sigmoid, becomes one with two classes. Weights without a
+        head give a backbone: ``num_classes`` is 0, and `apply` returns its features.
 
     Raises:
         RequestError: the weights are not found, cannot be fetched, do not fit any network or the
-            required one, or fit several; or their metadata describes an unsupported network or
-            another normalization.
+            required one, or fit several; or their metadata describes an unsupported network,
+            another normalization or another task.
     """
-    pretrained, has_preprocess = _find(weights, model, modules)
-    pretrained = _with_two_classes(pretrained)
+    if task not in (None, *get_args(Kind)):
+        raise RequestError(f"there is no task '{task}'; choose from {', '.join(get_args(Kind))}")
+    found = _find(weights, model, modules)
+    pretrained, has_preprocess = _with_two_classes(_with_task(found, task)), found.has_preprocess
     if normalization is None:
         return pretrained
     if normalization not in NORMALIZATIONS:
@@ -182,15 +213,26 @@ def load_pretrained(
     return pretrained._replace(model=replace(pretrained.model, preprocess=requested))
 
 
-def _find(
-    weights: str | Path, model: str | None, modules: Modules | None
-) -> tuple[Pretrained, bool]:
-    """Return the network, and whether its preprocessing was published with the weights."""
+class _Found(NamedTuple):
+    """A network as it was found.
+
+    Attributes:
+        network: the network.
+        has_preprocess: whether its preprocessing was published with the weights.
+        kinds: kinds of tasks that its weights and their metadata allow.
+    """
+
+    network: Pretrained
+    has_preprocess: bool
+    kinds: tuple[Kind, ...]
+
+
+def _find(weights: str | Path, model: str | None, modules: Modules | None) -> _Found:
     if model is not None:
         build_model(model)  # report a misspelled name before anything is downloaded
     name = str(weights)
     if entry := catalog_name(name):
-        return _load_catalog(entry, CATALOG[entry], model), True
+        return _load_catalog(entry, CATALOG[entry], model)
     if name.startswith(("https://", "http://")):
         return _load_file(fetch_url(name), name, model, modules)
     path = Path(weights)
@@ -213,6 +255,20 @@ def _find(
     raise RequestError(f"no weights are called '{name}' and no such file exists; {hint}")
 
 
+def _with_task(found: _Found, kind: Kind | None) -> Pretrained:
+    """Return the network with a task of the kind that was asked for."""
+    network, card = found.network, found.network.card
+    if kind is not None and (kind not in found.kinds or not card.classes):
+        own = _NOUNS[card.task.kind][1] if card.classes else "features"
+        raise RequestError(f"{card.source} predicts {own}, so its task is not {kind}; leave it out")
+    if kind not in (None, card.task.kind):
+        outputs, classes = len(card.classes), card.classes
+        if classes == default_names(outputs, card.task.kind):
+            classes = default_names(outputs, kind)
+        card = replace(card, classes=classes, task=Task(kind))
+    return network._replace(card=card)
+
+
 def _with_two_classes(pretrained: Pretrained) -> Pretrained:
     """Turn a single logit into two: the sigmoid of x is the softmax of (0, x)."""
     model, variables, card = pretrained
@@ -227,20 +283,21 @@ def _with_two_classes(pretrained: Pretrained) -> Pretrained:
     return Pretrained(model, variables, replace(card, classes=classes, notes=(*card.notes, note)))
 
 
-def _load_catalog(name: str, entry: Entry, model: str | None) -> Pretrained:
+def _load_catalog(name: str, entry: Entry, model: str | None) -> _Found:
     if model not in (None, entry.model):
         raise RequestError(f"{name} holds {entry.model}, not {model}")
     path = fetch(name)
     load = _load_folder if path.is_dir() else _load_file
-    loaded, has_preprocess = load(path, name, entry.model)
+    loaded, has_preprocess, _ = load(path, name, entry.model)
     preprocess = loaded.model.preprocess if has_preprocess else entry.preprocess
     card = replace(loaded.card, licence=entry.licence)
-    return Pretrained(replace(loaded.model, preprocess=preprocess), loaded.variables, card)
+    built = replace(loaded.model, preprocess=preprocess)
+    return _Found(Pretrained(built, loaded.variables, card), True, ("classification",))
 
 
 def _load_folder(
     folder: Path, name: str, model: str | None, modules: Modules | None = None
-) -> tuple[Pretrained, bool]:
+) -> _Found:
     """Load a run directory, or a folder written by ``save_pretrained`` of transformers or timm."""
     if (folder / "best" / "model.safetensors").exists():
         return _load_file(folder / "best" / "model.safetensors", name, model, modules)
@@ -254,13 +311,15 @@ def _load_folder(
         expected = ", ".join(_WEIGHT_FILES)
         raise RequestError(f"{folder} is neither a run directory nor a saved model: no {expected}")
     architecture = read_architecture(folder)
-    loaded, has_preprocess = _load_file(files[0], name, model or architecture, modules)
-    if has_preprocess:
-        return loaded, True
-    classes, preprocess, licence, notes = read_configs(folder, loaded.model)
+    found = _load_file(files[0], name, model or architecture, modules)
+    if found.has_preprocess:
+        return found
+    loaded = found.network
+    classes, preprocess, licence, notes, task, kinds = read_configs(folder, loaded.model)
     built = replace(loaded.model, preprocess=preprocess or loaded.model.preprocess)
-    card = replace(loaded.card, classes=classes, licence=licence, notes=loaded.card.notes + notes)
-    return Pretrained(built, loaded.variables, card), preprocess is not None
+    notes = loaded.card.notes + notes
+    card = replace(loaded.card, classes=classes, licence=licence, notes=notes, task=task)
+    return _Found(Pretrained(built, loaded.variables, card), preprocess is not None, kinds)
 
 
 _WEIGHT_FILES = (
@@ -271,27 +330,37 @@ _WEIGHT_FILES = (
 )
 
 
-def _load_file(
-    path: Path, name: str, model: str | None, modules: Modules | None = None
-) -> tuple[Pretrained, bool]:
+def _load_file(path: Path, name: str, model: str | None, modules: Modules | None = None) -> _Found:
     tensors = read_tensors(path)
     if "tljax" in tensors.metadata:
-        return _load_native(path, tensors, model, modules), True
+        own = _load_native(path, tensors, model, modules)
+        return _Found(own, True, (own.card.task.kind,))
+    kinds: tuple[Kind, ...] = get_args(Kind)
     if graph := tensors.metadata.get("keras"):
-        identity, rules, built, has_preprocess = _identify_keras(tensors.arrays, name, model, graph)
+        identity, rules, (built, has_preprocess, kinds) = _identify_keras(
+            tensors.arrays, name, model, graph
+        )
     else:
         identity, has_preprocess = check(tensors.arrays, name, model), False
         rules, built = table(identity.model, identity.layout), identity.model
     variables = apply_rules(rules, identity.arrays, abstract_variables(identity.model), name)
     notes = identity.notes(name) + (_twin_notes(identity, name) if model is None else ())
-    classes = default_classes(built.num_classes)
+    if graph and built.num_classes and kinds == get_args(Kind):
+        note = (
+            f"{name}: its last layer has no activation, so its outputs are read as logits of "
+            "classes; `tljax weights import --task` chooses another"
+        )
+        notes = (*notes, note)
+    classes = default_names(built.num_classes, kinds[0])
     card = Card(classes, name, "unknown", digest(path, "sha256"), identity.layout, notes)
-    return Pretrained(built, variables, card), has_preprocess
+    return _Found(
+        Pretrained(built, variables, replace(card, task=Task(kinds[0]))), has_preprocess, kinds
+    )
 
 
 def _identify_keras(
     arrays: Mapping[str, np.ndarray], where: str, model: str | None, graph: str
-) -> tuple[Identity, Rules, Model, bool]:
+) -> tuple[Identity, Rules, tuple[Model, bool, tuple[Kind, ...]]]:
     """Identify a whole Keras model, whose head may be a new Dense layer, also without a bias.
 
     Returns:
@@ -311,16 +380,16 @@ def _identify_keras(
             raise
     else:
         rules = table(identity.model, identity.layout)
-        return identity, rules, *read_graph(graph, where, identity.model)
+        return identity, rules, read_graph(graph, where, identity.model)
     *_, head = dense
     rules = table(identity.model, identity.layout)
     rules += tuple(Rule(f"{head}/{leaf}", f"params/head/{leaf}") for leaf in ("kernel", "bias"))
     whole = with_head(identity.model, arrays[f"{head}/bias"].size)
-    built, has_preprocess = read_graph(graph, where, whole)  # its error names an additional layer
+    read = read_graph(graph, where, whole)  # its error names an additional layer
     difference = compare(rules, arrays, abstract_variables(whole))
     if any(difference):
         raise RequestError(f"{where} does not fit {whole.name} with a new head: {difference}")
-    return identity._replace(model=whole, arrays=arrays), rules, built, has_preprocess
+    return identity._replace(model=whole, arrays=arrays), rules, read
 
 
 def _twin_notes(identity: Identity, where: str) -> tuple[str, ...]:
@@ -353,7 +422,7 @@ def _load_native(
     try:
         header = json.loads(tensors.metadata["tljax"])
         classes = tuple(map(str, header["card"]["classes"]))
-        task = _read_task(header["card"].get("task", {}), len(classes))
+        task = _read_task(header["card"].get("task", {}))
         card = Card(**{**header["card"], "classes": classes, "notes": (), "task": task})
         version = int(header.get("version", 1))
         built = _first_version(header, len(classes)) if version == 1 else None
@@ -372,29 +441,53 @@ def _load_native(
         raise RequestError(f"{path}: {error}") from error
     if model not in (None, built.name):
         raise RequestError(f"{path} holds {built.name}, not {model}")
+    if fault := _task_fault(built, card):
+        raise RequestError(
+            f"{path}: its tljax header is damaged ({fault:.200}); write or fetch the file again"
+        )
     expected = abstract_variables(built)
     rules = native_rules(tensors.arrays, expected, f"{path} does not fit {built.name}")
     return Pretrained(built, apply_rules(rules, tensors.arrays, expected, str(path)), card)
 
 
-def _read_task(values: dict[str, Any], names: int) -> Task:
-    """Build the task that a header describes.
+def _read_task(values: dict[str, Any]) -> Task:
+    """Build the task that a header describes; `_task_fault` checks it."""
+    settings: dict[str, Any] = {
+        k: tuple(x) if isinstance(x, list) else x for k, x in values.items()
+    }
+    return Task(**settings)
 
-    Raises:
-        ValueError: a value is out of its range.
-    """
-    lists = {name: tuple(x) for name, x in values.items() if isinstance(x, list)}
-    task = Task(**{**values, **lists})
-    numbers = (*task.thresholds, *task.mean, *task.scale)
-    if (
-        task.kind not in get_args(Kind)
-        or not all(isinstance(x, tuple) and len(x) in (0, names) for x in astuple(task)[1:])
-        or not all(isinstance(x, int | float) and math.isfinite(x) for x in numbers)
-        or not all(isinstance(x, str) for x in task.units)
-        or not all(x > 0 for x in task.scale)
-    ):
-        raise ValueError(task)
-    return task
+
+_TASK_SETTINGS = {"multilabel": ("thresholds",), "regression": ("mean", "scale", "units")}
+
+
+def _task_fault(model: Model, card: Card) -> str:
+    """Return what is wrong with a task; empty if it is valid."""
+    task, names = card.task, len(card.classes)
+    if task.kind not in get_args(Kind):
+        return f"there is no task {task.kind!r}"
+    for name, values in asdict(task).items():
+        allowed = (0, names) if name in _TASK_SETTINGS.get(task.kind, ()) else (0,)
+        if name != "kind" and not (isinstance(values, tuple) and len(values) in allowed):
+            return f"{name} of the task {task.kind} for {names} names is {values!r}"
+    valid = {
+        "thresholds": all(_is_finite(x) and 0 <= x <= 1 for x in task.thresholds),
+        "mean": all(map(_is_finite, task.mean)),
+        "scale": all(_is_finite(x) and x > 0 for x in task.scale),
+        "units": all(isinstance(x, str) for x in task.units),
+    }
+    for name, is_valid in valid.items():
+        if not is_valid:
+            return f"{name} of the task is {getattr(task, name)!r}"
+    # Networks for classification with unnamed outputs are older than this check.
+    if task.kind != "classification" and model.num_classes != task.num_outputs(names):
+        return f"{model.num_classes} outputs for the task {task.kind} with {names} names"
+    return ""
+
+
+def _is_finite(value: Any) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and abs(value) <= sys.float_info.max  # a file may hold an int of any length
 
 
 def _first_version(header: dict[str, Any], num_classes: int) -> Model:
@@ -422,10 +515,12 @@ def save(path: Path, pretrained: Pretrained) -> None:
         pretrained: the network to save.
 
     Raises:
-        RequestError: a setting of a stage is not serializable, the variables do not fit the model,
-            or the file cannot be written.
+        RequestError: a setting of a stage is not serializable, the variables or the task do not fit
+            the model, or the file cannot be written.
     """
     model, variables, card = pretrained
+    if fault := _task_fault(model, card):
+        raise RequestError(f"{path} is not written: {fault:.200}")
     saved_card = {**asdict(card), "layout": "tljax"}
     del saved_card["notes"]
     version = _VERSION
@@ -445,6 +540,10 @@ def save(path: Path, pretrained: Pretrained) -> None:
 def export(path: Path, pretrained: Pretrained, layout: str) -> None:
     """Write a network in the layout of another project.
 
+    Their heads return numbers in their units: the mean and scale of a regression become part of its
+    kernel and bias. Of the rest of the task, only huggingface keeps something: its kind, thresholds
+    and units. It has no ordered classes.
+
     Args:
         path: output file, ``.safetensors`` or ``.pth``. For ``huggingface``, a folder for
             ``from_pretrained`` of transformers; for ``keras``, a file for ``load_weights`` of
@@ -453,8 +552,8 @@ def export(path: Path, pretrained: Pretrained, layout: str) -> None:
         layout: one of the model's `LAYOUTS`, or ``tljax``.
 
     Raises:
-        RequestError: the model has no such layout or other stages than it, or the suffix of the
-            file is unknown.
+        RequestError: the model has no such layout or other stages than it, the layout has no such
+            task, or the suffix of the file is unknown.
     """
     model, variables, card = pretrained
     if layout == "tljax":
@@ -468,10 +567,11 @@ def export(path: Path, pretrained: Pretrained, layout: str) -> None:
             f"the {layout} layout requires a {model.name} with all its stages and a linear head; "
             "export this network as tljax, stablehlo or onnx"
         )
-    arrays = invert_rules(rules, jax.device_get(variables))
+    variables = _with_units(model, jax.device_get(variables), card.task)
+    arrays = invert_rules(rules, variables)
     if layout == "huggingface":
+        write_configs(path, model, card.classes, card.task)
         write_safetensors(path / "model.safetensors", arrays, {"format": "pt"})
-        write_configs(path, model, card.classes)
     elif layout == "keras":
         if path.suffix != ".h5":
             raise RequestError(f"Keras cannot read {path.name}; use the suffix .weights.h5 or .h5")
@@ -483,3 +583,17 @@ def export(path: Path, pretrained: Pretrained, layout: str) -> None:
     else:
         raise RequestError(f"unknown format: {path}; use the suffix .safetensors or .pth")
     return None
+
+
+def _with_units(model: Model, variables: Variables, task: Task) -> Variables:
+    """Return variables of a linear head that returns numbers in their units."""
+    if not (task.mean or task.scale):
+        return variables
+    name, scale = model.stage_names[-1], np.asarray(task.scale or 1.0)
+    old = variables["params"][name]
+    head = {
+        "kernel": old["kernel"] * scale,
+        "bias": old["bias"] * scale + np.asarray(task.mean or 0.0),
+    }
+    head = {leaf: values.astype(old[leaf].dtype) for leaf, values in head.items()}
+    return {**variables, "params": {**variables["params"], name: head}}
