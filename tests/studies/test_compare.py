@@ -34,11 +34,13 @@ def test_a_candidate_is_probed_and_timed(network):
     assert actual == Candidate(
         "tiny",
         "tiny",
+        "top1",
         pytest.approx(top1),
-        pytest.approx(np.sqrt(top1 * (1 - top1) / len(right))),
+        actual.interval,
         actual.images_per_second,
         parameters,
         features=12,
         size=16,
     )
+    assert actual.interval.low <= top1 <= actual.interval.high
     assert 0 < actual.images_per_second < 1e7

@@ -1,17 +1,23 @@
 """Rows of pictures, for a small network."""
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
 import tiny
 from PIL import Image
 
+from tljax.models import apply
 from tljax.pretrained import Card, Pretrained
 from tljax.report.gallery import open_output
 from tljax.runtime.errors import RequestError
 from tljax.runtime.files import MARKER
+from tljax.runtime.task import Task
 from tljax.studies.pictures import (
     Photographs,
+    _default_classes,
+    _scores,
     channel_pictures,
     dream_pictures,
     explanation_pictures,
@@ -148,9 +154,79 @@ def test_unknown_names_are_refused_in_one_line(network, photographs):
         explanation_pictures(network, photographs, target="ante")
     with pytest.raises(RequestError, match="name at least one file"):
         read_photographs(network, [])
-    with pytest.raises(RequestError, match="name at least one class"):
-        ideal_pictures(network, [])
     with pytest.raises(RequestError, match="name at least one channel"):
         channel_pictures(network, [])
     with pytest.raises(RequestError, match="cannot show 0 channels per stage"):
         feature_pictures(network, photographs, count=0)
+
+
+def told(rows) -> list[str]:
+    """Return the name and value of each row, without the method."""
+    return [row[0].caption.split("\n")[-1] for row in rows]
+
+
+LABELS = Task("multilabel", thresholds=(0.4, 0.5, 0.6))
+NUMBERS = Task("regression", mean=(40.0, 0.0, 7.0), scale=(10.0, 1.0, 2.0), units=("y", "kg", ""))
+ORDER = Task("ordinal")
+
+
+def of_task(network: Pretrained, task: Task) -> Pretrained:
+    """Return the network with three outputs, of four classes if they are ordered."""
+    classes = network.card.classes + (("dog",) if task.kind == "ordinal" else ())
+    return network._replace(card=replace(network.card, task=task, classes=classes))
+
+
+@pytest.mark.parametrize("task", [LABELS, NUMBERS, ORDER], ids=lambda task: task.kind)
+def test_labels_numbers_and_ordered_classes_are_explained(network, photographs, task):
+    network = of_task(network, task)
+    images = np.stack([pixels for _, pixels in photographs])
+    outputs = np.asarray(apply(network.model, network.variables, images).logits)
+    decoded = task.decode(outputs)
+    rows = explanation_pictures(network, photographs)
+    assert_rows(rows, (2, 6))
+    best = [0, 0] if task is NUMBERS else decoded.argmax(1)
+    units = {0: " y", 1: " kg", 2: "", 3: ""} if task is NUMBERS else dict.fromkeys(range(4), "")
+    form = "{:.4g}" if task is NUMBERS else "p {:.3f}"
+    assert told(rows) == [
+        f"{network.card.classes[i]}, {form.format(row[i])}{units[i]}"
+        for i, row in zip(best, decoded, strict=True)
+    ]
+    last = network.card.classes[-1]
+    other = explanation_pictures(network, photographs, target=last)
+    assert all(caption.startswith(f"{last}, ") for caption in told(other))
+    assert (other[0][1].pixels != rows[0][1].pixels).any()
+
+
+@pytest.mark.parametrize("task", [LABELS, NUMBERS, ORDER], ids=lambda task: task.kind)
+def test_the_default_ideals_are_the_first_two_and_have_high_values(network, photographs, task):
+    network = of_task(network, task)
+    rows = ideal_pictures(network, num_steps=30)
+    assert [row[0].name for row in rows] == ["0-pixels", "1-pixels"]
+    assert rows[0][0].caption.startswith("ant\n")
+    images = np.stack([pixels for _, pixels in photographs] + [row[0].pixels for row in rows])
+    scores = np.asarray(_scores(network, network.variables, images))
+    for i in range(2):
+        assert scores[2 + i, i] > scores[:2, i].max()
+
+
+def test_the_scores_of_ordered_classes_rank_them_as_probabilities_do(network):
+    network = of_task(network, ORDER)
+    bias = network.variables["params"]["head"]["bias"]
+    for level in (-3.0, -1.0, 1.0, 3.0):
+        descending = np.array([1.0, 0.0, -1.0], np.float32) * 2 + level
+        network.variables["params"]["head"]["bias"] = descending
+        features = np.zeros((1, 12), np.float32)
+        scores = np.asarray(_scores(network, network.variables, features, start="head"))
+        expected = ORDER.decode(descending[None])
+        assert scores.shape == (1, 4)
+        assert scores.argmax() == expected.argmax()
+        # The product of the two probabilities is at least their overlap.
+        assert (np.exp(scores) >= expected - 1e-6).all()
+    network.variables["params"]["head"]["bias"] = bias
+
+
+def test_siamese_cat_and_zebra_are_the_default_where_they_are_known():
+    card = Card(("ant", "zebra", "Siamese cat"), "somewhere", "MIT", "0" * 64, "torchvision")
+    assert _default_classes(card) == [2, 1]
+    assert _default_classes(replace(card, classes=("ant", "bee", "cat"))) == [0, 1]
+    assert _default_classes(replace(card, classes=("age",))) == [0]

@@ -14,6 +14,8 @@ from tljax.attack.eot import eot as eot
 from tljax.attack.evaluate import Robustness as Robustness
 from tljax.attack.evaluate import evaluate as evaluate
 from tljax.attack.evaluate import round_inward as round_inward
+from tljax.attack.evaluate_labels import LabelRobustness as LabelRobustness
+from tljax.attack.evaluate_labels import evaluate_labels as evaluate_labels
 from tljax.attack.fab import fab_t as fab_t
 from tljax.attack.flags import check_network as check_network
 from tljax.attack.pgd import bim as bim

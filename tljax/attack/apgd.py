@@ -19,7 +19,15 @@ from tljax.attack.losses import (
     top_other_classes,
 )
 from tljax.attack.norms import get_norm, project_to_ball
-from tljax.attack.types import Bounds, DeviceImages, Images, Labels, LogitsFn, PerExample
+from tljax.attack.types import (
+    Bounds,
+    DeviceImages,
+    Images,
+    LabelMatrix,
+    Labels,
+    LogitsFn,
+    PerExample,
+)
 
 _RHO = 0.75  # the step is halved if the loss rose in at most this fraction of a window's steps
 _STEP_WEIGHT = 0.75  # weight of the new step; the rest is the previous update
@@ -155,12 +163,12 @@ def _run(
 def apgd(
     logits_fn: LogitsFn,
     images: Images,
-    labels: Labels,
+    labels: Labels | LabelMatrix,
     key: jax.Array,
     *,
     epsilon: PerExample,
     ids: Labels | None = None,
-    targets: Labels | None = None,
+    targets: Labels | LabelMatrix | None = None,
     norm: str = "linf",
     loss: str | Loss = "ce",
     num_steps: int = 100,
@@ -183,13 +191,14 @@ def apgd(
     Args:
         logits_fn: maps images ``[batch, ...]`` to logits ``[batch, classes]``.
         images: ``[batch, height, width, 3]`` or any ``[batch, ...]``, floating point in ``bounds``.
-        labels: ``[batch]`` integers, the true classes.
+        labels: ``[batch]`` integers, the true classes; several labels as in `tljax.attack.pgd.pgd`.
         key: random key.
         epsilon: radius of the ball in the units of the images, one number or ``[batch]``.
         ids: ``[batch]`` integers that identify the examples (see `tljax.attack.pgd.pgd`).
         targets: ``[batch]`` integers, the classes to be predicted; by default any but the label.
         norm: "linf" or "l2".
-        loss: "ce", "dlr" (needs 3 classes, 4 with targets), "margin", or a function.
+        loss: "ce", "dlr" (needs 3 classes, 4 with targets), "margin", or a function; "bce" for
+            several labels per image.
         num_steps: number of gradient steps per restart, not counting the gradient at the start.
         restarts: number of random restarts. For each example the first success is returned, or the
             result with the highest loss.

@@ -19,7 +19,7 @@ from jax.core import Tracer
 from jax.tree_util import Partial
 from jaxtyping import Float
 
-from tljax.attack.types import Images, Labels, LogitsFn, PerExample, Values
+from tljax.attack.types import Images, LabelMatrix, Labels, LogitsFn, PerExample, Values
 from tljax.runtime.errors import RequestError
 from tljax.runtime.types import Array
 
@@ -40,7 +40,7 @@ class Attack(Protocol):
         self,
         logits_fn: LogitsFn,
         images: Images,
-        labels: Labels,
+        labels: Labels | LabelMatrix,
         key: jax.Array,
         *,
         epsilon: PerExample,
@@ -122,9 +122,24 @@ def _check(arguments: dict[str, Any], largest_epsilon: float) -> None:
         value = arguments.get(name, minimum)
         if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < minimum:
             raise RequestError(f"{name} must be a whole number, at least {minimum}, got {value}")
+    _check_classes_or_labels(arguments)
+    requirement = "must be at least 0" + ("" if math.isinf(largest_epsilon) else " and finite")
+    for name in ("epsilon", "step_size"):
+        if arguments.get(name) is not None:
+            _check_range(arguments[name], 0, largest_epsilon, f"{name} {requirement}")
+
+
+def _check_classes_or_labels(arguments: dict[str, Any]) -> None:
+    images = arguments["images"]
+    several = arguments.get("loss") == "bce"
+    if several and "targets" not in arguments:
+        raise RequestError("loss='bce' is for several labels, this attack for classes: use apgd")
     for name in ("labels", "ids", "targets"):
         value = arguments.get(name)
         if value is None:
+            continue
+        if several and name != "ids":
+            check_labels(arguments["logits_fn"], images, value, name)
             continue
         if value.shape != images.shape[:1] or not jnp.issubdtype(value.dtype, jnp.integer):
             batch = "" if value.size > 1 else f" for images {list(images.shape)}: pass image[None]?"
@@ -134,10 +149,6 @@ def _check(arguments: dict[str, Any], largest_epsilon: float) -> None:
             )
         if name != "ids":
             check_classes(arguments["logits_fn"], images, value, name)
-    requirement = "must be at least 0" + ("" if math.isinf(largest_epsilon) else " and finite")
-    for name in ("epsilon", "step_size"):
-        if arguments.get(name) is not None:
-            _check_range(arguments[name], 0, largest_epsilon, f"{name} {requirement}")
 
 
 def check_images(images: Images, bounds: Any) -> tuple[float, float]:
@@ -178,6 +189,26 @@ def check_classes(logits_fn: Partial, images: Images, classes: Labels, name: str
         count = _logits.eval_shape(logits_fn, images).shape[-1]
         advice = f": the network has {count} classes"
         _check_range(classes, 0, count - 1, f"{name} must be from 0 to {count - 1}", advice)
+
+
+def check_labels(logits_fn: Partial, images: Images, labels: LabelMatrix, name: str) -> None:
+    """Check several labels per image: their shape, and unless they are traced their values.
+
+    Raises:
+        RequestError: there is not one label per image and logit, or one is not 0, 1 or NaN.
+    """
+    count = len(images)
+    width = _logits.eval_shape(logits_fn, images).shape[-1]
+    if labels.shape != (count, width):
+        raise RequestError(
+            f"{name} must be 0, 1 or NaN, [{count}, {width}] for {count} images and {width} "
+            f"logits, got {labels.dtype} {list(labels.shape)}"
+        )
+    if not isinstance(labels, Tracer):
+        with jax.ensure_compile_time_eval():
+            wrong = labels[(labels != 0) & (labels != 1) & ~jnp.isnan(labels)]
+        if wrong.size:
+            raise RequestError(f"{name} must be 0, 1 or NaN, got {float(wrong[0]):.6g}")
 
 
 def _check_range(values: Array, low: float, high: float, message: str, advice: str = "") -> None:
@@ -223,13 +254,21 @@ def as_partial(logits_fn: LogitsFn) -> Partial:
 
 
 def prepare(
-    images: Images, labels: Labels, key: jax.Array, epsilon: PerExample, ids: Labels | None
+    images: Images,
+    labels: Labels | LabelMatrix,
+    key: jax.Array,
+    epsilon: PerExample,
+    ids: Labels | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Return images, int32 labels, epsilons ``[batch]`` and random keys ``[batch]``."""
+    """Return images, labels, epsilons ``[batch]`` and random keys ``[batch]``.
+
+    Labels ``[batch]`` become int32, several labels per image float32.
+    """
     images, labels = jnp.asarray(images), jnp.asarray(labels)
     ids = fingerprint(images) if ids is None else jnp.asarray(ids)
     keys = jax.vmap(partial(jax.random.fold_in, key))(ids)
-    return images, labels.astype(jnp.int32), per_example(epsilon, images, "epsilon"), keys
+    labels = labels.astype(jnp.int32 if labels.ndim == 1 else jnp.float32)
+    return images, labels, per_example(epsilon, images, "epsilon"), keys
 
 
 def sample_logits(logits_fn: LogitsFn, images: jax.Array) -> jax.Array:

@@ -1,6 +1,6 @@
 """Evaluation of robust accuracy: attacks on a data set for several epsilons, on all devices."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -162,35 +162,18 @@ def evaluate(
             several processes.
     """
     images, labels = _collect(data)
-    radii = np.sort(np.asarray(epsilons, np.float32))
-    finite = radii.ndim == 1 and radii.size and 0 <= radii[0] <= radii[-1] < np.inf
-    if not finite or not attacks:
-        raise RequestError(f"evaluate needs attacks and finite epsilons >= 0, got {epsilons}")
-    if jax.process_count() > 1:
-        raise RequestError("evaluate supports one process only: call it with each process's images")
+    radii = check_request(epsilons, attacks)
     classes = jax.eval_shape(logits_fn, as_float(images[:1])).shape[-1]
     if labels.max() >= classes:
         raise RequestError(f"evaluate: label {labels.max()}, but the network has {classes} classes")
     mesh = mesh or data_mesh()
     size = round_up_to_devices(min(batch_size, len(images)), mesh)
     networks = [as_partial(network) for network in (logits_fn, other) if network is not None]
-    networks = replicate(networks, mesh)
-
-    def run(function: Any, rows: np.ndarray, *arguments: Any, name: str) -> list[np.ndarray]:
-        results, parts = (
-            [],
-            _split(rows, size, round_up_to_devices(max(size // _SMALL_BATCHES, 1), mesh)),
-        )
-        for part, length in track(
-            parts, description=name, total=len(rows), size=lambda part: len(part[0]), quiet=quiet
-        ):
-            x = np.zeros((length, *images.shape[1:]), images.dtype)
-            y = np.full(length, -1, np.int32)  # padding counts as fooled from the start
-            x[: len(part)], y[: len(part)] = images[part], labels[part]
-            outputs = function(networks, *shard((x, y), mesh), *arguments)
-            results.append([local_shards(output)[: len(part)] for output in outputs])
-        return [np.concatenate(parts) for parts in zip(*results, strict=True)]
-
+    # The label of padding, -1, counts as fooled from the start.
+    run = partial(
+        run_batches, replicate(networks, mesh), (images, labels), -1,
+        size=size, mesh=mesh, quiet=quiet,
+    )  # fmt: skip
     clean, *others = run(_clean, np.arange(len(images)), name="clean")
     flags = check_network(logits_fn, as_float(images[:size]), labels[:size])
     table = np.zeros((len(attacks), 2 + len(others), len(radii), len(images)), bool)
@@ -212,6 +195,66 @@ def evaluate(
     }
     flags |= check_outcome({name: outcome.right for name, outcome in outcomes.items()})
     return Robustness(radii, clean, others[0] if others else None, outcomes, flags)
+
+
+def check_request(epsilons: Sequence[float], attacks: Mapping[str, Attack]) -> np.ndarray:
+    """Return the epsilons as float32 in ascending order.
+
+    Raises:
+        RequestError: there are no attacks, no epsilons or invalid ones, or JAX runs in several
+            processes.
+    """
+    radii = np.sort(np.asarray(epsilons, np.float32))
+    finite = radii.ndim == 1 and radii.size and 0 <= radii[0] <= radii[-1] < np.inf
+    if not finite or not attacks:
+        raise RequestError(f"evaluate needs attacks and finite epsilons >= 0, got {epsilons}")
+    if jax.process_count() > 1:
+        raise RequestError("evaluate supports one process only: call it with each process's images")
+    return radii
+
+
+def run_batches(
+    networks: list[LogitsFn],
+    data: tuple[np.ndarray, np.ndarray],
+    padding: float,
+    function: Callable[..., Sequence[jax.Array]],
+    rows: np.ndarray,
+    *arguments: Any,
+    size: int,
+    mesh: Mesh,
+    name: str,
+    quiet: bool = False,
+) -> list[np.ndarray]:
+    """Run a function on batches of images, and join its outputs.
+
+    Args:
+        networks: first argument of the function, on all devices.
+        data: images ``[n, ...]`` and labels ``[n, ...]``.
+        padding: label of the images that fill a batch; their outputs are dropped.
+        function: ``(networks, images, labels, *arguments) -> [outputs [batch, ...], ...]``.
+        rows: indices of the images to run on.
+        arguments: further arguments of the function.
+        size: number of images per batch, a multiple of the number of devices.
+        mesh: the devices.
+        name: label of the progress bar.
+        quiet: show no progress bar.
+    """
+    images, labels = data
+    small = round_up_to_devices(max(size // _SMALL_BATCHES, 1), mesh)
+    results: list[list[np.ndarray]] = []
+    for part, length in track(
+        _split(rows, size, small),
+        description=name,
+        total=len(rows),
+        size=lambda part: len(part[0]),
+        quiet=quiet,
+    ):
+        x = np.zeros((length, *images.shape[1:]), images.dtype)
+        y = np.full((length, *labels.shape[1:]), padding, labels.dtype)
+        x[: len(part)], y[: len(part)] = images[part], labels[part]
+        outputs = function(networks, *shard((x, y), mesh), *arguments)
+        results.append([local_shards(output)[: len(part)] for output in outputs])
+    return [np.concatenate(parts) for parts in zip(*results, strict=True)]
 
 
 def round_inward(

@@ -2,7 +2,8 @@
 
 A loss takes logits ``[batch, classes]``, labels ``[batch]`` and optional targets ``[batch]``, and
 returns ``[batch]`` values. Without targets they grow as the prediction moves away from the label,
-with targets as it moves towards the target.
+with targets as it moves towards the target. Labels and targets of `binary_cross_entropy`, for
+networks with several labels per image, are ``[batch, labels]``.
 """
 
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from jax import lax
 from jaxtyping import Float, Integer
 
 from tljax.attack.contract import sample_logits
-from tljax.attack.types import LogitsFn, Values
+from tljax.attack.types import LabelMatrix, Labels, LogitsFn, Values
 from tljax.runtime.errors import RequestError
 from tljax.runtime.types import Array
 
@@ -71,7 +72,33 @@ def dlr(logits: Logits, labels: Classes, targets: Classes | None = None) -> Valu
     return difference / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
 
 
-LOSSES: dict[str, Loss] = {"ce": cross_entropy, "dlr": dlr, "margin": margin}
+def binary_cross_entropy(
+    logits: Logits, labels: LabelMatrix, targets: LabelMatrix | None = None
+) -> Values:
+    """Compute the mean sigmoid cross-entropy of the labels, or minus that of the targets, in nats.
+
+    The mean is over the known labels of each image; it is 0 if there are none.
+
+    Args:
+        logits: ``[batch, labels]``.
+        labels: ``[batch, labels]`` of 0, 1 and NaN, which is unknown.
+        targets: ``[batch, labels]``, 1 for a label that shall be predicted, 0 for one that shall
+            not, NaN for one that may be either.
+    """
+    wanted = labels if targets is None else targets
+    known = ~jnp.isnan(wanted)
+    applies = jnp.where(known, wanted, 0)
+    losses = applies * jax.nn.softplus(-logits) + (1 - applies) * jax.nn.softplus(logits)
+    mean = jnp.sum(losses, axis=-1, where=known) / jnp.maximum(known.sum(-1), 1)
+    return mean if targets is None else -mean
+
+
+LOSSES: dict[str, Loss] = {
+    "ce": cross_entropy,
+    "dlr": dlr,
+    "margin": margin,
+    "bce": binary_cross_entropy,
+}
 
 
 class Goal(NamedTuple):
@@ -86,8 +113,11 @@ class Goal(NamedTuple):
     reached: Callable[[jax.Array], jax.Array]
 
 
-def make_goal(loss: str | Loss, labels: Classes, targets: Array | None = None) -> Goal:
+def make_goal(loss: str | Loss, labels: Labels | LabelMatrix, targets: Array | None = None) -> Goal:
     """Return the goal of any class but the label, or of the target class.
+
+    With "bce" no image is ever a success: how probable a label must be to be predicted is not known
+    here, so attacks return the highest loss.
 
     Raises:
         RequestError: there is no loss of that name.
@@ -98,10 +128,12 @@ def make_goal(loss: str | Loss, labels: Classes, targets: Array | None = None) -
     target_classes = None if targets is None else jnp.asarray(targets)
 
     def reached(logits: jax.Array) -> jax.Array:
+        if loss == "bce":
+            return jnp.zeros(len(logits), bool)
         predicted = logits.argmax(-1)
         return predicted != labels if target_classes is None else predicted == target_classes
 
-    return Goal(lambda logits: function(logits, labels, target_classes), reached)
+    return Goal(lambda logits: function(logits, jnp.asarray(labels), target_classes), reached)
 
 
 def mean_logits(logits_fn: LogitsFn, images: jax.Array) -> Logits:

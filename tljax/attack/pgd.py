@@ -19,19 +19,27 @@ from tljax.attack.contract import (
 )
 from tljax.attack.losses import Loss, loss_and_gradient, make_goal
 from tljax.attack.norms import NORMS, get_norm, project_to_ball
-from tljax.attack.types import Bounds, DeviceImages, Images, Labels, LogitsFn, PerExample
+from tljax.attack.types import (
+    Bounds,
+    DeviceImages,
+    Images,
+    LabelMatrix,
+    Labels,
+    LogitsFn,
+    PerExample,
+)
 
 
 @compiled
 def pgd(
     logits_fn: LogitsFn,
     images: Images,
-    labels: Labels,
+    labels: Labels | LabelMatrix,
     key: jax.Array,
     *,
     epsilon: PerExample,
     ids: Labels | None = None,
-    targets: Labels | None = None,
+    targets: Labels | LabelMatrix | None = None,
     norm: str = "linf",
     loss: str | Loss = "ce",
     num_steps: int = 40,
@@ -59,7 +67,8 @@ def pgd(
             for large networks use ``jax.tree_util.Partial(function, variables)`` (see
             `tljax.attack.types.LogitsFn`).
         images: ``[batch, height, width, 3]`` or any ``[batch, ...]``, floating point in ``bounds``.
-        labels: ``[batch]`` integers, the true classes.
+        labels: ``[batch]`` integers, the true classes; with ``loss="bce"`` ``[batch, labels]`` of
+            0, 1 and NaN, which is unknown.
         key: random key. The same key gives the same adversarial images.
         epsilon: radius of the ball in the units of the images (such as 8 / 255 for images in
             [0, 1]), one number or ``[batch]``. 0 returns the images. New values do not trigger
@@ -67,9 +76,12 @@ def pgd(
         ids: ``[batch]`` integers that identify the examples. The random numbers of an example
             depend only on its id and on the key. The default is a hash of the image.
         targets: ``[batch]`` integers, the classes to be predicted; by default any but the label.
+            With ``loss="bce"`` ``[batch, labels]``: 1 for a label to be predicted, 0 for one not to
+            be, NaN for one that may be either.
         norm: "linf", "l2" or "l1".
         loss: "ce", "dlr", "margin", or a function with the same signature (see
-            `tljax.attack.losses`).
+            `tljax.attack.losses`); "bce" for a network with several labels per image, whose logits
+            are those of a sigmoid each.
         num_steps: number of gradient steps per restart.
         step_size: step size in the units of epsilon, one number or ``[batch]``. The default is
             2.5 * epsilon / num_steps, as in Madry et al.
@@ -122,12 +134,12 @@ def pgd(
 def fgsm(
     logits_fn: LogitsFn,
     images: Images,
-    labels: Labels,
+    labels: Labels | LabelMatrix,
     key: jax.Array,
     *,
     epsilon: PerExample,
     ids: Labels | None = None,
-    targets: Labels | None = None,
+    targets: Labels | LabelMatrix | None = None,
     norm: str = "linf",
     loss: str | Loss = "ce",
     random_start: bool = False,
@@ -151,12 +163,12 @@ def fgsm(
 def bim(
     logits_fn: LogitsFn,
     images: Images,
-    labels: Labels,
+    labels: Labels | LabelMatrix,
     key: jax.Array,
     *,
     epsilon: PerExample,
     ids: Labels | None = None,
-    targets: Labels | None = None,
+    targets: Labels | LabelMatrix | None = None,
     norm: str = "linf",
     loss: str | Loss = "ce",
     num_steps: int = 10,
@@ -177,12 +189,12 @@ def bim(
 def mi_fgsm(
     logits_fn: LogitsFn,
     images: Images,
-    labels: Labels,
+    labels: Labels | LabelMatrix,
     key: jax.Array,
     *,
     epsilon: PerExample,
     ids: Labels | None = None,
-    targets: Labels | None = None,
+    targets: Labels | LabelMatrix | None = None,
     norm: str = "linf",
     loss: str | Loss = "ce",
     num_steps: int = 10,

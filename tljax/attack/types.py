@@ -14,6 +14,11 @@ DeviceImages = Float[jax.Array, "batch ..."]
 """`Images` as a JAX array."""
 
 Labels = Integer[Array, " batch"]
+
+LabelMatrix = Float[Array, "batch labels"]
+"""For networks with several labels per image: 1 where a label applies, 0 where it does not, NaN
+where that is unknown."""
+
 PerExample = float | Float[Array, ""] | Float[Array, " batch"]
 """One number for all examples, or one per example."""
 

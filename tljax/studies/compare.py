@@ -3,15 +3,16 @@
 from typing import NamedTuple
 
 import jax
-import numpy as np
 
 from tljax.data.examples import Splits
 from tljax.data.options import Loading
+from tljax.features.evaluate import evaluate, main_metric
 from tljax.features.extract import images_per_second, split_features
-from tljax.features.probe import fit_probe, predict_logits
-from tljax.metrics.classification import standard_error
+from tljax.features.source_probe import fit_source_probe, probe_outputs
+from tljax.metrics.bootstrap import Interval
 from tljax.pretrained import Pretrained
 from tljax.train.run_directory import skipped_rows
+from tljax.train.setup import fitted_task
 
 
 class Candidate(NamedTuple):
@@ -20,8 +21,9 @@ class Candidate(NamedTuple):
     Attributes:
         name: name of the weights.
         model: name of the architecture.
-        val_top1: accuracy of a linear probe on the validation images, in [0, 1].
-        error: standard error of ``val_top1``.
+        metric: name of the most important metric of the task, see `METRICS`.
+        value: that metric of a linear probe on the validation images.
+        interval: 95% confidence interval of ``value``, by a bootstrap.
         images_per_second: speed of feature extraction on all devices, without reading images.
         parameters: number of parameters of the backbone, without the head.
         features: number of features per image.
@@ -30,8 +32,9 @@ class Candidate(NamedTuple):
 
     name: str
     model: str
-    val_top1: float
-    error: float
+    metric: str
+    value: float
+    interval: Interval
     images_per_second: float
     parameters: int
     features: int
@@ -64,17 +67,19 @@ def measure(
     if skipped is not None:
         parts = ((splits.train, train), (splits.val, val))
         skipped.update(row for source, out in parts for row in skipped_rows(source, out.skipped))
-    classes = len(splits.train.classes)
-    probe = fit_probe(train.values, train.labels, num_classes=classes, seed=seed)
-    correct = np.asarray(predict_logits(probe, val.values)).argmax(1) == val.labels
-    top1 = float(correct.mean())
+    task = fitted_task(splits.train)
+    probe = fit_source_probe(train, splits.train, task, seed=seed)
+    evaluation = evaluate(probe_outputs(probe, val), task)
+    metric = main_metric(task.kind)
+    nothing = Interval(float("nan"), float("nan"))
     head = model.stage_names[-1]
     backbone = {stage: tree for stage, tree in variables["params"].items() if stage != head}
     return Candidate(
         name,
         model.name,
-        top1,
-        standard_error(top1, len(correct)),
+        metric,
+        evaluation.metric(metric),
+        evaluation.intervals(splits.val, [metric]).get(metric, nothing),
         images_per_second(model, variables, loading),
         sum(leaf.size for leaf in jax.tree.leaves(backbone)),
         train.values.shape[1],

@@ -13,7 +13,7 @@ from tljax import explain
 from tljax.data.folders import open_images
 from tljax.data.loader import load_batches, require_readable_image
 from tljax.models import Model, apply
-from tljax.pretrained import Pretrained
+from tljax.pretrained import Card, Pretrained
 from tljax.runtime.errors import RequestError
 from tljax.runtime.types import Array, Variables
 
@@ -68,38 +68,38 @@ def read_photographs(
 
 def ideal_pictures(
     network: Pretrained,
-    classes: Sequence[str],
+    classes: Sequence[str] = (),
     *,
     num_steps: int = 128,
     tv_weight: float = 1e-3,
     seed: int = 0,
 ) -> Rows:
-    """Synthesize images of classes by activation maximization.
+    """Synthesize images of classes or labels, or with high numbers, by activation maximization.
 
-    Each class is optimized in pixel space and in Fourier space, without and with a penalty on the
-    total variation.
+    Each is optimized in pixel space and in Fourier space, without and with a penalty on the total
+    variation.
 
     Args:
         network: any network; pictures have its input size.
-        classes: names or indices of classes, one row each.
+        classes: names or indices of classes, labels or numbers, one row each. By default Siamese
+            cat and zebra if the network has either, otherwise its first two.
         num_steps: number of gradient steps.
         tv_weight: weight of the total variation penalty.
         seed: seed of the initial images and of the random transformations.
 
     Returns:
-        One row of four pictures per class. Captions give the probability of the class for the
-        8-bit picture, and its total variation.
+        One row of four pictures per class. Captions give the probability of the class, or the
+        number, for the 8-bit picture, and its total variation.
 
     Raises:
-        RequestError: no class is given, or one is unknown.
+        RequestError: a class is unknown.
     """
     model, variables, card = network.require_classes()
-    if not classes:
-        raise RequestError("name at least one class")
-    labels = np.repeat([card.index_of(name) for name in classes], 2)
-    weights = jnp.tile(jnp.array([0, tv_weight]), len(classes))
+    chosen = [card.index_of(name) for name in classes] or _default_classes(card)
+    labels = np.repeat(chosen, 2)
+    weights = jnp.tile(jnp.array([0, tv_weight]), len(chosen))
     # Pictures with and without the penalty start from the same image.
-    keys = jnp.repeat(jax.random.split(jax.random.key(seed), len(classes)), 2)
+    keys = jnp.repeat(jax.random.split(jax.random.key(seed), len(chosen)), 2)
     columns: list[list[Picture]] = []
     for kind, parametrization in (("pixels", explain.PIXELS), ("fourier", explain.FOURIER)):
         synthesize = partial(
@@ -110,10 +110,10 @@ def ideal_pictures(
             num_steps=num_steps,
         )
         images = jax.jit(
-            lambda v, k: synthesize(explain.class_score(partial(_logits, model, v), labels), k)  # noqa: B023
+            lambda v, k: synthesize(explain.class_score(partial(_scores, network, v), labels), k)  # noqa: B023
         )(variables, keys)
         pixels = explain.to_pixels(images)
-        probabilities = np.asarray(jax.nn.softmax(_logits(model, variables, pixels)))
+        decoded = card.task.decode(np.asarray(apply(model, variables, pixels).logits))
         variation = np.asarray(explain.total_variation(pixels / np.float32(255)))
         for part, weighted in enumerate(("", "-tv")):
             columns.append(
@@ -121,7 +121,7 @@ def ideal_pictures(
                     Picture(
                         f"{label}-{kind}{weighted}",
                         f"{card.classes[label]}\n{kind}{', total variation' if weighted else ''}\n"
-                        f"p {probabilities[i, label]:.3f}  TV {variation[i]:.0f}",
+                        f"{_format(card, decoded[i], label)}  TV {variation[i]:.0f}",
                         pixels[i],
                     )
                     for i, label in list(enumerate(labels))[part::2]
@@ -133,12 +133,13 @@ def ideal_pictures(
 def explanation_pictures(
     network: Pretrained, photographs: Photographs, *, target: str | None = None, seed: int = 0
 ) -> Rows:
-    """Attribute the score of a class to image regions, by five methods.
+    """Attribute the score of a class or label, or a number, to image regions, by five methods.
 
     Args:
         network: any network.
         photographs: images of `read_photographs`, one row each.
-        target: name or index of the class; by default the most probable class of each image.
+        target: name or index of the class, label or number; by default the most probable class or
+            label of each image, or the first number.
         seed: seed of SmoothGrad's noise.
 
     Returns:
@@ -155,14 +156,14 @@ def explanation_pictures(
     def attribution_maps(
         variables: Variables, image: jax.Array, label: jax.Array
     ) -> dict[str, jax.Array]:
-        logits_fn = partial(_logits, model, variables)
+        logits_fn = partial(_scores, network, variables)
         return {
             "saliency": explain.saliency(logits_fn, image, label),
             "SmoothGrad": explain.smooth_grad(logits_fn, image, label, jax.random.key(seed)),
             "integrated gradients": explain.integrated_gradients(logits_fn, image, label).sum(-1),
             "Grad-CAM": explain.grad_cam(
                 lambda x: apply(model, variables, x, stop=after).value,
-                lambda x: apply(model, variables, x, start=after).logits,
+                lambda x: _scores(network, variables, x, start=after),
                 image,
                 label,
             ),
@@ -175,9 +176,10 @@ def explanation_pictures(
     rows: Rows = []
     for number, (name, pixels) in enumerate(photographs):
         image = pixels[None] / np.float32(255)
-        probabilities = jax.nn.softmax(_logits(model, variables, image))[0]
-        label = int(probabilities.argmax()) if target_index is None else target_index
-        caption = f"{name}\n{card.classes[label]}, p {probabilities[label]:.3f}"
+        decoded = card.task.decode(np.asarray(apply(model, variables, image).logits))[0]
+        default = 0 if card.task.kind == "regression" else int(decoded.argmax())
+        label = default if target_index is None else target_index
+        caption = f"{name}\n{card.classes[label]}, {_format(card, decoded, label)}"
         row = [Picture(f"{number}-photograph", caption, pixels)]
         maps = attribution_maps(variables, image, jnp.array([label]))
         for method in _METHODS:
@@ -334,7 +336,33 @@ def _features_of(
     return lambda variables, images: apply(model, variables, images, stop=after).value, stage
 
 
-def _logits(
-    model: Model, variables: Variables, images: Shaped[Array, "batch height width 3"]
-) -> Float[jax.Array, "batch classes"]:
-    return apply(model, variables, images).logits
+def _default_classes(card: Card) -> list[int]:
+    known = [card.classes.index(name) for name in ("Siamese cat", "zebra") if name in card.classes]
+    return known or list(range(min(2, len(card.classes))))
+
+
+def _scores(
+    network: Pretrained,
+    variables: Variables,
+    inputs: Shaped[Array, "batch ..."],
+    start: str | None = None,
+) -> Float[jax.Array, "batch names"]:
+    """Return a value that grows with each class, label or number.
+
+    It is its logit or standardized number. Of an ordered class it is the log-probability to be
+    above the class before, plus that not to be above the class itself.
+    """
+    outputs = apply(network.model, variables, inputs, start=start).logits
+    if network.card.task.kind != "ordinal":
+        return outputs
+    reached = jnp.pad(jax.nn.log_sigmoid(outputs), ((0, 0), (1, 0)))
+    not_exceeded = jnp.pad(jax.nn.log_sigmoid(-outputs), ((0, 0), (0, 1)))
+    return reached + not_exceeded
+
+
+def _format(card: Card, decoded: Float[np.ndarray, " names"], index: int) -> str:
+    """Return the probability of a class or label, or a number with its unit."""
+    if card.task.kind != "regression":
+        return f"p {decoded[index]:.3f}"
+    unit = card.task.units[index] if card.task.units else ""
+    return f"{decoded[index]:.4g} {unit}".rstrip()

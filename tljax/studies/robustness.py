@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
-from jaxtyping import Int32, UInt8
+from jaxtyping import Float32, Int32, UInt8
 
 from tljax import attack as library
 from tljax.attack.contract import Attack
@@ -21,12 +22,13 @@ from tljax.data.loader import load_batches, require_readable_image
 from tljax.data.options import Loading
 from tljax.features.evaluate import match_network, resolve_ambiguous_labels
 from tljax.models import Model, apply
-from tljax.pretrained import Pretrained
+from tljax.pretrained import Card, Pretrained
 from tljax.runtime.errors import RequestError
 from tljax.runtime.parallel import data_mesh
 from tljax.runtime.progress import track
 from tljax.runtime.tables import format_table
 from tljax.runtime.types import Array, Variables
+from tljax.studies.attack_captions import LabelTarget, Target, class_facts, label_facts
 from tljax.studies.pictures import Picture
 from tljax.train.run_directory import skipped_lines
 
@@ -46,6 +48,9 @@ ATTACKS: dict[str, Any] = {
 }
 """Attack functions by their names in AutoAttack and the papers."""
 
+LABEL_ATTACKS = ("fgsm", "bim", "mi-fgsm", "pgd", "apgd-ce")
+"""Attacks on networks with several labels; the others are defined for exclusive classes."""
+
 _NORMS = {"cw": ("l2",)} | dict.fromkeys(("fgsm", "bim", "mi-fgsm", "pgd"), ("linf", "l2", "l1"))
 """Norms that an attack supports, if these are not Linf and L2."""
 
@@ -55,14 +60,15 @@ class AttackedImages(NamedTuple):
 
     Attributes:
         images: ``[n, size, size, 3]`` uint8.
-        labels: ``[n]`` int32 class indices of the network: labels of the data, or predictions where
-            the data has none.
+        labels: labels of the data, or predictions where the data has none: ``[n]`` int32 class
+            indices of the network; for several labels ``[n, labels]`` float32 of 0, 1 and NaN,
+            which is unknown.
         names: names of the images.
         notes: notes on the data, one line of text each.
     """
 
     images: UInt8[np.ndarray, "n size size 3"]
-    labels: Int32[np.ndarray, " n"]
+    labels: Int32[np.ndarray, " n"] | Float32[np.ndarray, "n labels"]
     names: Sequence[str]
     notes: list[str]
 
@@ -89,12 +95,43 @@ def logits_fn(network: Pretrained) -> LogitsFn:
     return Partial(_forward(network.model), jax.tree.map(jnp.asarray, network.variables))
 
 
+def require_attackable(card: Card) -> None:
+    """Check that attacks are defined for what a network predicts.
+
+    Raises:
+        RequestError: it predicts numbers or ordered classes.
+    """
+    if card.task.kind not in ("classification", "multilabel"):
+        what = "numbers" if card.task.kind == "regression" else "ordered classes"
+        raise RequestError(
+            f"{card.source} predicts {what}: attacks are defined for classes and for labels only"
+        )
+
+
+def find_target(card: Card, name: str) -> Target:
+    """Find the class or label that an attack is to reach.
+
+    Args:
+        card: metadata of a network.
+        name: name or index of a class, or of a label that is to be predicted; ``not:LABEL`` for a
+            label that is not to be predicted.
+
+    Raises:
+        RequestError: there is no such class or label.
+    """
+    if card.task.kind != "multilabel":
+        return card.index_of(name)
+    applies = not name.startswith("not:") or name in card.classes
+    return LabelTarget(card.index_of(name if applies else name.removeprefix("not:")), applies)
+
+
 def choose_attacks(
     names: Sequence[str],
     *,
     norm: str = "linf",
     num_steps: int | None = None,
-    target: int | None = None,
+    target: Target | None = None,
+    several_labels: bool = False,
 ) -> dict[str, Attack]:
     """Return attacks by name, with their options, for `tljax.attack.evaluate`.
 
@@ -103,15 +140,22 @@ def choose_attacks(
         norm: norm of the perturbation: "linf", "l2" or "l1".
         num_steps: number of gradient steps, or queries of Square; by default each attack's own.
             Attacks without steps ignore it.
-        target: index of the class to predict; by default any wrong class counts.
+        target: what the network is to predict; by default any wrong prediction counts.
+        several_labels: whether the network predicts several labels instead of one class.
 
     Raises:
-        RequestError: an attack is unknown, or does not support the norm or a target.
+        RequestError: an attack is unknown, or does not support the norm, a target or several
+            labels.
     """
     attacks: dict[str, Attack] = {}
     for name in names:
         if name not in ATTACKS:
             raise RequestError(f"there is no attack '{name}': choose from {', '.join(ATTACKS)}")
+        if several_labels and name not in LABEL_ATTACKS:
+            raise RequestError(
+                f"{name} is defined for exclusive classes: for several labels choose from "
+                f"{', '.join(LABEL_ATTACKS)}"
+            )
         if name == "autoattack":
             library.ensemble(10, norm=norm)  # raises if a member does not support the norm
         norms = _NORMS.get(name, ("linf", "l2"))
@@ -121,6 +165,8 @@ def choose_attacks(
             )
         parameters = _parameters(name)
         options: dict[str, Any] = {"norm": norm} if "norm" in parameters else {}
+        if several_labels:
+            options["loss"] = "bce"
         steps = "num_queries" if name == "square" else "num_steps"
         if num_steps is not None and steps in parameters:
             options[steps] = num_steps
@@ -143,8 +189,13 @@ def read_attacked_images(
     *,
     count: int | None = None,
     seed: int = 0,
+    target: Target | None = None,
 ) -> AttackedImages:
     """Read images to attack, with labels of the data or else predictions of the network.
+
+    With several labels, images without a known label are left out. With the target of one label
+    only those images are read to which it applies if it is not to be predicted, or the other way
+    round, and which the network predicts so.
 
     Args:
         network: any network.
@@ -152,16 +203,14 @@ def read_attacked_images(
         loading: options of how images are read.
         count: number of images to choose at random; by default all.
         seed: seed of the choice.
+        target: target of the attacks.
 
     Raises:
-        RequestError: data and network have no class in common, or no image can be read.
+        RequestError: data and network have no class in common, no image can be read, or none is
+            left for the target.
     """
-    model, _, card = network
-    notes: list[str] = []
-    ambiguous_classes: dict[str, list[int]] = {}
-    if source.classes:
-        source, ambiguous_classes, remarks = match_network(source, card.classes)
-        notes += remarks
+    model, predict = network.model, logits_fn(network)
+    source, ambiguous_classes, notes = _match(network.card, source)
     if count is not None and count < len(source):
         chosen = np.random.default_rng(seed).choice(len(source), count, replace=False)
         source = select(source, np.sort(chosen))
@@ -174,23 +223,64 @@ def read_attacked_images(
         on_bad_image=loading.on_bad_image,
         skipped=skipped,
     )
-    parts, predict = [], logits_fn(network)
+    several = network.card.task.kind == "multilabel"
+    parts = []
     for batch in track(
         batches, description="read", total=len(source), size=lambda batch: int(batch.mask.sum())
     ):
-        labels = np.asarray(batch.targets)
-        if not source.classes:
+        labels, rows = np.asarray(batch.targets), np.asarray(batch.mask)
+        if several:
+            predicted = _predict_labels(network, batch.inputs)
+            labels = labels if source.classes else predicted
+            if isinstance(target, LabelTarget):
+                rows = rows & _is_without(target, labels) & _is_without(target, predicted)
+        elif not source.classes:
             labels = np.asarray(_predict(predict, batch.inputs).argmax(-1))
         elif ambiguous_classes:
             logits = np.asarray(_predict(predict, batch.inputs))
             labels = resolve_ambiguous_labels(labels, logits, ambiguous_classes)
-        parts.append([np.asarray(a)[batch.mask] for a in (batch.inputs, labels, batch.indices)])
+        parts.append([np.asarray(a)[rows] for a in (batch.inputs, labels, batch.indices)])
     require_readable_image(source, skipped)
     images, labels, indices = map(np.concatenate, zip(*parts, strict=True))
     notes += skipped_lines(source, skipped)
-    return AttackedImages(
-        images, labels.astype(np.int32), [source.names[int(i)] for i in indices], notes
-    )
+    if isinstance(target, LabelTarget):
+        verb = "does not apply to and is not" if target.applies else "applies to and is"
+        which = f"that '{network.card.classes[target.label]}' {verb} predicted for"
+        if not len(images):
+            raise RequestError(f"there is no image to attack {which}")
+        notes.append(f"attacked are the {len(images)} images {which}")
+    labels = labels.astype(np.float32 if several else np.int32)
+    return AttackedImages(images, labels, [source.names[int(i)] for i in indices], notes)
+
+
+def _match(card: Card, source: Source) -> tuple[Source, dict[str, list[int]], list[str]]:
+    """Match labels with those of the network, as `match_network`; leave out unknown ones."""
+    several, notes = card.task.kind == "multilabel", list[str]()
+    if several and source.classes and source.task.has_classes:
+        notes.append("the labels are classes, not those of the network: its predictions count")
+        source = replace(source, classes=())
+    if not source.classes:
+        return source, {}, notes
+    source, ambiguous_classes, remarks = match_network(source, card.classes, card.task)
+    notes += remarks
+    known = ~np.isnan(source.labels).all(1) if several else np.full(len(source), True)
+    if not known.any():
+        raise RequestError("no label of any image is known")
+    if not known.all():
+        notes.append(f"left out {np.count_nonzero(~known)} images without a known label")
+        source = select(source, np.flatnonzero(known))
+    return source, ambiguous_classes, notes
+
+
+def _predict_labels(network: Pretrained, images: Array) -> Float32[np.ndarray, "batch labels"]:
+    """Return 1 for predicted labels, 0 for others."""
+    task = network.card.task
+    logits = np.asarray(_predict(logits_fn(network), images))
+    return task.applies(task.decode(logits)).astype(np.float32)
+
+
+def _is_without(target: LabelTarget, labels: np.ndarray) -> np.ndarray:
+    return labels[:, target.label] == (not target.applies)
 
 
 def attack(
@@ -292,21 +382,22 @@ def paint(
     robustness: Robustness,
     *,
     count: int = 8,
-    target: int | None = None,
+    target: Target | None = None,
     seed: int = 0,
 ) -> list[AttackPictures]:
     """Draw 8-bit adversarial images of the last attack.
 
     Each uses the smallest epsilon at which the 8-bit image fools the network, or the largest
-    epsilon if there is none or a target is given.
+    epsilon if there is none or a target is given. Captions give the predicted class; with several
+    labels the predicted ones, and those that the attack changed.
 
     Args:
         network: attacked network.
         victims: attacked images.
         attacks: attacks that were run.
-        robustness: their outcomes.
+        robustness: their outcomes; with several labels those of `LabelRobustness.by_image`.
         count: number of images, those fooled at the smallest epsilon first.
-        target: index of the target class, whose probability captions then give.
+        target: target of the attacks, whose probability captions then give.
         seed: seed of the random starts.
     """
     name, last = list(attacks.items())[-1]
@@ -321,38 +412,27 @@ def paint(
     epsilons, labels = robustness.epsilons[needed], victims.labels[rows]
     images = victims.images[rows] / np.float32(255)
 
-    predict = logits_fn(network)
+    predict, card = logits_fn(network), network.card
     adversarial = last(predict, images, labels, jax.random.key(seed), epsilon=epsilons)
     on_grid = library.round_inward(adversarial, jnp.asarray(images))
     before, exact, after = (
-        np.asarray(jax.nn.softmax(_predict(predict, x))) for x in (images, adversarial, on_grid)
+        card.task.decode(np.asarray(_predict(predict, x))) for x in (images, adversarial, on_grid)
     )
     saved = np.asarray(jnp.rint(on_grid * 255), np.uint8)
-
-    def prediction(probabilities: np.ndarray, index: int) -> dict[str, Any]:
-        return {
-            "name": network.card.classes[index],
-            "index": index,
-            "probability": float(probabilities[index]),
-        }
+    describe = label_facts if card.task.kind == "multilabel" else class_facts
 
     paintings = []
     for i, row in enumerate(rows):
         change = saved[i].astype(int) - victims.images[row]
         factor = 127 // max(1, int(np.abs(change).max()))
         probabilities = {"before": before[i], "exact": exact[i], "after": after[i]}
+        described, captions = describe(card, probabilities, target)
         facts: dict[str, Any] = {
             "path": victims.names[row],
             "attack": name,
             "epsilon": round(float(epsilons[i]) * 255, 6),
-            **{when: prediction(p, int(p.argmax())) for when, p in probabilities.items()},
+            **described,
         }
-        if target is not None:
-            facts["target"] = {
-                "name": network.card.classes[target],
-                **{when: float(p[target]) for when, p in probabilities.items()},
-            }
-        captions = {when: _caption(facts, when) for when in probabilities}
         number = int(row)
         file = victims.names[number].rpartition("/")[2]
         radius = f"{name}, epsilon {facts['epsilon']:.4g}/255"
@@ -390,20 +470,21 @@ def _is_ensemble(attack: Any) -> bool:
 
 
 def _towards(
-    attack: Any, target: int, logits_fn: LogitsFn, images: Array, *args: Any, **options: Any
+    attack: Any,
+    target: Target,
+    logits_fn: LogitsFn,
+    images: Array,
+    labels: Array,
+    *args: Any,
+    **options: Any,
 ) -> jax.Array:
-    """Run an attack with the same target class for all images."""
-    return attack(logits_fn, images, *args, targets=jnp.full(len(images), target), **options)
+    """Run an attack with the same target for all images."""
+    if isinstance(target, LabelTarget):
+        targets = jnp.full(labels.shape, jnp.nan).at[:, target.label].set(target.applies)
+    else:
+        targets = jnp.full(len(images), target)
+    return attack(logits_fn, images, labels, *args, targets=targets, **options)
 
 
 def _cell(share: Share) -> str:
     return f"{100 * share.value:.1f} +- {100 * share.error:.1f}"
-
-
-def _caption(facts: Mapping[str, Any], when: str) -> str:
-    caption = f"{facts[when]['name']}, p {facts[when]['probability']:.3f}"
-    if "target" in facts and facts["target"]["name"] != facts[when]["name"]:
-        probability = facts["target"][when]
-        digits = ".3f" if probability >= 1e-3 else ".0e"
-        caption += f"\n{facts['target']['name']}, p {probability:{digits}}"
-    return caption
