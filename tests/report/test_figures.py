@@ -12,18 +12,25 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
+from tljax.metrics.bootstrap import Interval
 from tljax.metrics.calibration import Calibration, calibration_bins
-from tljax.report.figures import (
-    BLUE,
-    accuracy_and_speed,
+from tljax.report.canvas import BLUE, VERMILION
+from tljax.report.evaluation_figures import (
     confusion_matrix,
-    curves,
+    label_precisions,
+    predictions_and_residuals,
     reliability_diagram,
+)
+from tljax.report.figures import (
+    Sweep,
+    accuracy_and_speed,
+    curves,
     robustness_curve,
     sweep_curve,
 )
 from tljax.report.grid import image_grid
 from tljax.runtime.errors import RequestError
+from tljax.runtime.settings import Kind
 from tljax.studies.compare import Candidate
 
 RED, GREEN, NAVY = (255, 0, 0), (0, 255, 0), (0, 0, 128)
@@ -143,15 +150,41 @@ def test_curves_connect_missing_keys_and_break_at_nan():
     np.testing.assert_array_equal(line.get_ydata(), [0.5, 0.75])
 
 
-def test_training_and_validation_are_compared_by_the_same_loss():
+@pytest.mark.parametrize("plain", ["train_cross_entropy", "train_squared_error"])
+def test_training_and_validation_are_compared_by_the_same_loss(plain: str):
     # train_loss is of the objective, which may be smoothed.
     history = [
-        {"epoch": 1, "train_loss": 3.0, "train_cross_entropy": 2.0, "val_loss": 2.5},
+        {"epoch": 1, "train_loss": 3.0, plain: 2.0, "val_loss": 2.5},
         {"epoch": 2, "train_loss": 2.0, "val_loss": 1.5},  # from an older run
     ]
     training, validation = curves(history).axes[0].lines
     np.testing.assert_array_equal(training.get_ydata(), [2, 2])
     np.testing.assert_array_equal(validation.get_ydata(), [2.5, 1.5])
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "title", "tick"),
+    [
+        ("classification", "top1", "Top-1 accuracy", "50%"),
+        ("multilabel", "map", "mAP", "50%"),
+        ("regression", "mae", "Mean absolute error", "0.50"),
+        ("ordinal", "kappa", "Quadratic kappa", "0.50"),
+    ],
+)
+def test_the_second_panel_shows_the_most_important_metric_of_the_task(
+    kind: Kind, name: str, title: str, tick: str
+):
+    values = [0.25, 0.5]
+    history = [
+        {"epoch": i, f"val_{name}": value, "val_macro_f1": 0.1} for i, value in enumerate(values)
+    ]
+    figure = curves(history, kind=kind)
+    render(figure)
+    axes = figure.axes[1]
+    (line,) = axes.lines
+    np.testing.assert_array_equal(line.get_ydata(), values)
+    assert axes.get_title("left") == title
+    assert tick in [label.get_text() for label in axes.get_yticklabels()]
 
 
 def test_a_line_separates_phases():
@@ -225,12 +258,20 @@ def test_a_diverged_run_can_be_plotted():
 
 
 def test_sweep_marks_the_chosen_penalty():
-    figure = sweep_curve([10.0, 0.001, 0.1], np.array([0.7, 0.8, 0.9]), 0.1)
+    figure = sweep_curve(Sweep([10.0, 0.001, 0.1], np.array([0.7, 0.8, 0.9]), 0.1))
     (axes,) = figure.axes
     line, chosen = axes.lines
     assert axes.get_xscale() == "log"
     np.testing.assert_array_equal(line.get_xydata(), [[0.001, 0.8], [0.1, 0.9], [10, 0.7]])
     np.testing.assert_array_equal(chosen.get_xydata(), [[0.1, 0.9]])
+    render(figure)
+
+
+def test_a_sweep_without_accuracies_shows_losses():
+    figure = sweep_curve(Sweep([10.0, 0.001, 0.1], np.array([0.7, 90.0, 0.5]), 0.1, is_loss=True))
+    (axes,) = figure.axes
+    assert (axes.get_ylabel(), axes.get_yscale()) == ("held-out loss", "log")
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["chosen: 0.1, 0.5"]
     render(figure)
 
 
@@ -305,6 +346,59 @@ def test_confusion_must_fit_its_classes():
         confusion_matrix(np.zeros((2, 3), int), ["a", "b"])
 
 
+# Labels and numbers
+
+
+def test_labels_are_drawn_from_the_lowest_average_precision_on():
+    names, precisions = ["a", "never", "$c$"], np.array([0.9, np.nan, 0.5])
+    interval = Interval(np.array([0.8, np.nan, 0.4]), np.array([0.95, np.nan, 0.7]))
+    figure = label_precisions(names, precisions, interval, np.array([0.2, 0, 0.3]))
+    (axes,) = figure.axes
+    dots, guessing = axes.lines
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["$c$", "a"]
+    np.testing.assert_array_equal(dots.get_xdata(), [0.5, 0.9])
+    np.testing.assert_array_equal(guessing.get_xdata(), [0.3, 0.2])
+    bars = axes.collections[0].get_segments()
+    np.testing.assert_array_equal(bars, [[[0.4, 0], [0.7, 0]], [[0.8, 1], [0.95, 1]]])
+    bottom, top = axes.get_ylim()
+    assert bottom > top  # the lowest is at the top
+    render(figure)
+
+
+def test_of_many_labels_the_forty_lowest_are_drawn():
+    precisions = np.linspace(1, 0, 100)
+    names = [f"n{i}" for i in range(100)]
+    figure = label_precisions(names, precisions, None, precisions / 2)
+    (axes,) = figure.axes
+    assert [t.get_text() for t in axes.get_yticklabels()] == [f"n{i}" for i in range(99, 59, -1)]
+    assert axes.get_title("left") == "Average precision, the lowest"
+    render(figure)
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_few_labels_and_no_defined_one_can_be_drawn(count: int):
+    precisions = np.array([np.nan, 0.5])[: 1 + count]
+    render(label_precisions(["a", "b"], precisions, None, precisions))
+
+
+def test_predictions_and_residuals_leave_out_what_is_unknown():
+    truth = np.array([1, 2, np.nan, 4, 10], np.float32)
+    predicted = np.array([1.5, 2, 3, np.inf, 7])
+    figure = predictions_and_residuals("age$", "years", predicted, truth)
+    left, right = figure.axes
+    assert left.get_title("left") == "age$, years"
+    np.testing.assert_allclose(left.lines[0].get_xydata(), [[1, 1.5], [2, 2], [10, 7]])
+    np.testing.assert_allclose(left.lines[1].get_xydata(), [[1, 1], [10, 10]])
+    np.testing.assert_allclose(right.lines[0].get_xydata(), [[1, 0.5], [2, 0], [10, -3]])
+    np.testing.assert_allclose(right.lines[1].get_xydata(), [[1, 0], [10, 0]])
+    assert has_color(render(figure), VERMILION)
+
+
+def test_a_number_that_is_nowhere_known_has_empty_plots():
+    nothing = np.full(3, np.nan)
+    render(predictions_and_residuals("日本", "", nothing, nothing))
+
+
 # Others
 
 
@@ -329,14 +423,34 @@ def test_robustness_begins_at_the_clean_accuracy():
     assert len(at_zero.axes[0].containers[0].lines[0].get_xdata()) == 2
 
 
-def test_accuracy_and_speed_joins_the_networks_that_no_other_exceeds() -> None:
-    def candidate(name: str, top1: float, speed: float) -> Candidate:
-        return Candidate(name, name, top1, 0.02, speed, 5_000_000, 512, 224)
+def candidate(name: str, metric: str, value: float, error: float, speed: float) -> Candidate:
+    interval = Interval(value - error, value + error / 2)
+    return Candidate(name, name, metric, value, interval, speed, 5_000_000, 512, 224)
 
+
+def test_accuracy_and_speed_joins_the_networks_that_no_other_exceeds() -> None:
     figure = accuracy_and_speed(
-        [candidate("good", 0.9, 10), candidate("$slow_", 0.7, 5), candidate("fast", 0.8, 100)]
+        [
+            candidate("good", "top1", 0.9, 0.02, 10),
+            candidate("$slow_", "top1", 0.7, 0.02, 5),
+            candidate("fast", "top1", 0.8, float("nan"), 100),
+        ]
     )
-    axes = figure.axes[0]
-    assert axes.lines[0].get_xydata().tolist() == [[10, 0.9], [100, 0.8]]
+    (axes,) = figure.axes
+    joined, *bars = (line.get_xydata().tolist() for line in axes.lines)
+    assert joined == [[10, 0.9], [100, 0.8]]
+    # Without an interval, there is no bar.
+    np.testing.assert_allclose(bars, [[[10, 0.88], [10, 0.91]], [[5, 0.68], [5, 0.71]]])
+    assert axes.get_title("left") == "Top-1 accuracy against speed"
     assert [text.get_text() for text in axes.texts] == ["good", "$slow_", "fast"]
     assert has_color(render(figure), BLUE)
+
+
+def test_of_errors_the_lower_is_the_better() -> None:
+    figure = accuracy_and_speed(
+        [candidate(f"{value}", "mae", value, 1, speed) for value, speed in ((9, 10), (20, 5))]
+    )
+    (axes,) = figure.axes
+    assert axes.lines[0].get_xydata().tolist() == [[10, 9]]
+    assert axes.get_ylabel() == "mean absolute error of a linear probe"
+    render(figure)

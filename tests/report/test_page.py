@@ -13,19 +13,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_up import KINDS, evaluation_of, of_confusion, results_of, source_of
 from PIL import Image
 
-from tljax.metrics.calibration import calibrate
-from tljax.report.page import (
-    ClassResult,
-    Mistake,
-    Report,
-    Sweep,
-    per_class,
-    worst_pairs,
-    write_report,
-)
+from tljax.metrics.bootstrap import Interval
+from tljax.report.figures import Sweep
+from tljax.report.mistakes import Mistake, worst_mistakes
+from tljax.report.page import Report, write_report
+from tljax.report.results import ClassResult, Results, per_class, summarize, worst_pairs
 from tljax.runtime.errors import RequestError
+from tljax.runtime.settings import Kind
+from tljax.runtime.task import Task
 
 VOID = {"meta", "img", "input"}
 EVIL = "<script>alert(1)</script>"
@@ -82,15 +80,15 @@ def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
 def report() -> Report:
     return Report(
         title="resnet50 on ants & bees",
-        headline=[("probe accuracy", "94.1%"), ("images", "153")],
+        headline=[("probe accuracy", "94.1%", "89.3% to 97.2%"), ("images", "153", "")],
+        caption="Ranges are 95% confidence intervals.",
         notes=["Only 153 images were held out."],
         history=[{"epoch": 1, "phase": "probe", "train_loss": 1.0, "val_top1": float("nan")}],
         sweep=Sweep([0.1, 1.0], [0.8, 0.9], 1.0),
-        classes=["ants", EVIL],
-        confusion=np.array([[8, 2], [1, 9]]),
+        results=of_confusion(np.array([[8, 2], [1, 9]]), ["ants", EVIL]),
         mistakes=[
-            Mistake(noise(400, 600), "val/1.jpg", "ants", EVIL, 0.987),
-            Mistake(noise(8, 8), "caf\udce9.jpg", EVIL, "ants", float("nan")),
+            Mistake(noise(400, 600), "val/1.jpg", "ants", EVIL, "98.7%"),
+            Mistake(noise(8, 8), "caf\udce9.jpg", EVIL, "ants", "3.0%", "missed", "age"),
         ],
         skipped=[("train/imageNotFound.gif", "not a photograph")],
         details={"model": {"name": "resnet50", "input": "224 x 224"}},
@@ -116,12 +114,13 @@ def test_all_sections_are_there_in_order(report: Report, page: Page):
         "Details",
         "What to do next",
     ]
-    assert list(zip(page.texts_of("dt"), page.texts_of("dd"), strict=True)) == report.headline
-    assert page.texts_of("p") == report.notes
+    assert page.texts_of("dt") == ["probe accuracy", "images"]
+    assert page.texts_of("dd") == ["94.1%", "89.3% to 97.2%", "153"]
+    assert page.texts_of("p") == [report.caption, *report.notes]
     assert page.texts_of("pre") == report.next_steps
     text = " ".join(page.text_inside("body").split())
     assert f"val/1.jpg is ants, predicted {EVIL} (98.7%)" in text
-    assert "caf\\udce9.jpg is" in text
+    assert f"caf\\udce9.jpg age is {EVIL}, missed ants (3.0%)" in text
     cells = page.texts_of("td")
     assert cells[:4] == ["ants", "8 of 10", "80.0%", EVIL]
     assert cells[4:8] == [EVIL, "9 of 10", "90.0%", "ants"]
@@ -154,7 +153,7 @@ def test_pictures_decode_and_have_their_sizes(report: Report, page: Page):
         assert plot.getchannel("A").getextrema() == (0, 255)  # dark pages show through
     assert photo.size == (320, 213)
     assert photo.format == "JPEG"
-    assert photo_attributes["alt"] == "Image of class ants"
+    assert photo_attributes["alt"] == "Image labeled ants"
     assert digit_attributes["class"] == "pixels"
     np.testing.assert_array_equal(np.asarray(digit), report.mistakes[1].image)
 
@@ -169,25 +168,26 @@ def test_empty_fields_have_no_section(tmp_path: Path):
 
 
 def test_calibration_and_duplicates_are_shown(tmp_path: Path):
-    logits = np.random.default_rng(0).normal(0, 3, (60, 4))
-    calibration = calibrate(logits, np.arange(60) % 4)
+    results = results_of("classification", ["a", "b", "c", "d"])
     pairs = [(f"val/{i}.jpg", EVIL, "mirrored", 0.9876) for i in range(21)]
     path = tmp_path / "report.html"
-    write_report(path, Report(title="leaky", calibration=calibration, duplicates=pairs))
+    write_report(path, Report(title="leaky", results=results, duplicates=pairs))
     page = Page(path)
-    assert page.texts_of("h2") == ["Calibration", "Seen in training"]
-    ((attributes, _),) = page.pictures()
+    assert page.texts_of("h2")[-2:] == ["Calibration", "Seen in training"]
+    *_, (attributes, _) = page.pictures()
     assert attributes["alt"] == "Accuracy over confidence"
     text, filter_ = page.texts_of("p")
-    assert f"by the temperature {calibration.temperature:.3g} to" in text
+    assert results.calibration is not None
+    assert f"by the temperature {results.calibration.temperature:.3g} to" in text
     assert filter_ == "Validation images seen in training: 21 rows"
-    assert page.texts_of("td")[:4] == ["val/0.jpg", EVIL, "mirrored", "0.988"]
+    cells = page.texts_of("td")
+    assert cells[cells.index("val/0.jpg") :][:4] == ["val/0.jpg", EVIL, "mirrored", "0.988"]
 
 
 def test_classes_without_examples(tmp_path: Path):
     write_report(
         tmp_path / "report.html",
-        Report(title="empty", classes=["a", "b"], confusion=np.array([[0, 0], [1, 0]])),
+        Report(title="empty", results=of_confusion(np.array([[0, 0], [1, 0]]), ["a", "b"])),
     )
     assert Page(tmp_path / "report.html").texts_of("td") == [
         *("b", "0 of 1", "0.0%", "a"),
@@ -216,9 +216,10 @@ def test_any_text_is_shown_as_it_is(tmp_path_factory: pytest.TempPathFactory, te
     path = tmp_path_factory.mktemp("page") / "report.html"
     report = Report(
         title=text,
-        headline=[(text, text)],
+        headline=[(text, text, text)],
+        caption=text,
         notes=[text],
-        mistakes=[Mistake(noise(2, 2), text, text, text, 0.5)],
+        mistakes=[Mistake(noise(2, 2), text, text, text, text, subject=text)],
         skipped=[(text, text)],
         details={text: {text: text}},
         next_steps=[text],
@@ -226,13 +227,14 @@ def test_any_text_is_shown_as_it_is(tmp_path_factory: pytest.TempPathFactory, te
     write_report(path, report)
     page = Page(path)
     visible = text.encode("utf-8", "backslashreplace").decode()
-    for tag, times in [("h1", 1), ("dt", 1), ("dd", 1), ("p", 1), ("b", 2), ("h3", 1), ("pre", 1)]:
+    for tag, times in [("h1", 1), ("dt", 1), ("dd", 2), ("p", 2), ("b", 2), ("h3", 1), ("pre", 1)]:
         assert page.texts_of(tag) == [visible] * times
+    assert page.texts_of("figcaption")[-1] == f" ({visible})"
     assert page.texts_of("td") == [visible] * 4
     assert page.texts_of("bdi") == [visible]
-    plain = replace(report, title="", headline=[("", "")], notes=[""], skipped=[("", "")])
+    plain = replace(report, title="", headline=[("", "", "x")], notes=[""], skipped=[("", "")])
     plain = replace(plain, details={"": {"": ""}}, next_steps=[""])
-    plain = replace(plain, mistakes=[Mistake(noise(2, 2), "", "", "", 0.5)])
+    plain = replace(plain, mistakes=[Mistake(noise(2, 2), "", "", "")])
     write_report(path, plain)
     assert [tag for tag, _ in page.tags] == [tag for tag, _ in Page(path).tags]
     labels = [attributes.get("aria-label") for _, attributes in page.tags]
@@ -297,9 +299,8 @@ def test_a_thousand_classes_and_50000_images_stay_below_5_mb(tmp_path: Path):
     report = Report(
         title="many",
         history=[{"epoch": i, "train_loss": 1 / (1 + i), "val_top1": 0.5} for i in range(300)],
-        classes=classes,
-        confusion=confusion,
-        mistakes=[Mistake(noise(224, 224, i), f"{i}.jpg", "a", "b", 0.5) for i in range(16)],
+        results=of_confusion(confusion, classes),
+        mistakes=[Mistake(noise(224, 224, i), f"{i}.jpg", "a", "b", "50%") for i in range(16)],
         duplicates=[(f"val/{i:05d}.jpeg", f"train/{i}.jpeg", "near", 0.9) for i in range(9_000)],
         skipped=[(f"train/{i:05d}.jpeg", "not an image") for i in range(50_000)],
     )
@@ -323,11 +324,10 @@ def test_a_thousand_classes_and_50000_images_stay_below_5_mb(tmp_path: Path):
 def test_a_hundred_classes_with_pictures_stay_small(tmp_path: Path, report: Report):
     confusion = np.random.default_rng(0).multinomial(50, [0.01] * 100, 100)
     classes = [f"class number {i}" for i in range(100)]
-    mistakes = [Mistake(noise(300, 400, i), f"{i}.jpg", "a", "b", 0.5) for i in range(16)]
+    mistakes = [Mistake(noise(300, 400, i), f"{i}.jpg", "a", "b", "50%") for i in range(16)]
     history = [{"epoch": i, "train_loss": 1 / (1 + i), "val_top1": 0.5} for i in range(100)]
-    report = replace(
-        report, classes=classes, confusion=confusion, mistakes=mistakes, history=history
-    )
+    results = of_confusion(confusion, classes)
+    report = replace(report, results=results, mistakes=mistakes, history=history)
     write_report(tmp_path / "report.html", report)
     assert (tmp_path / "report.html").stat().st_size < 3e6  # noise is the worst case for JPEG
 
@@ -360,7 +360,142 @@ def test_a_page_is_replaced_completely(tmp_path: Path):
 
 
 def test_a_confusion_that_does_not_fit_writes_nothing(tmp_path: Path):
-    report = Report(title="wrong", classes=["a"], confusion=np.eye(2, dtype=int))
+    report = Report(title="wrong", results=of_confusion(np.eye(2, dtype=int), ["a"]))
     with pytest.raises(RequestError, match="for 1 classes"):
         write_report(tmp_path / "report.html", report)
     assert not list(tmp_path.iterdir())
+
+
+# Tasks
+
+
+def page_of(kind: Kind, results: Results, folder: Path) -> Page:
+    source = source_of(results.evaluation, results.names)
+    report = Report(
+        title=kind,
+        headline=[score[:3] for score in results.scores],
+        kind=kind,
+        results=results,
+        mistakes=worst_mistakes(results.evaluation, source, results.names),
+    )
+    write_report(folder / "report.html", report)
+    return Page(folder / "report.html")
+
+
+def test_every_task_has_its_sections_and_metrics(tmp_path: Path):
+    classes = ["Confusion matrix", "Classes", "Worst mistakes"]
+    expected: dict[Kind, tuple[list[str], list[str]]] = {
+        "classification": (
+            [*classes, "Calibration"],
+            ["top-1 accuracy", "balanced accuracy", "macro F1", "AUROC, one versus rest"],
+        ),
+        "ordinal": (
+            classes,
+            [
+                *("quadratic kappa", "accuracy", "balanced accuracy", "macro F1"),
+                "mean distance in classes",
+            ],
+        ),
+        "multilabel": (
+            ["Labels", "Worst mistakes", "Calibration"],
+            ["mAP", "AUROC", "macro F1"],
+        ),
+        "regression": (
+            ["Numbers", "Worst mistakes"],
+            ["mean absolute error", "root mean squared error", "R2"],
+        ),
+    }
+    for kind in KINDS:
+        page = page_of(kind, results_of(kind, ["a", "b", EVIL]), tmp_path)
+        assert (page.texts_of("h2"), page.texts_of("dt")) == expected[kind]
+        # Every metric has its interval.
+        assert len(page.texts_of("dd")) == 2 * len(page.texts_of("dt"))
+
+
+def test_the_labels_are_listed_with_thresholds_and_counts(tmp_path: Path):
+    results = results_of("multilabel", ["cat", "dog", EVIL], blanks=0.2)
+    page = page_of("multilabel", results, tmp_path)
+    values, interval = results.per_name, results.per_name_intervals["average_precision"]
+    rows = np.array(page.texts_of("td")).reshape(3, 9)
+    assert sorted(rows[:, 0]) == sorted(results.names)
+    assert (np.diff([float(row[1].split("%")[0]) for row in rows]) >= 0).all()
+    i = results.names.index(EVIL)
+    (row,) = rows[rows[:, 0] == EVIL]
+    assert list(row[1:]) == [
+        f"{values['average_precision'][i]:.1%} ({interval.low[i]:.1%} to {interval.high[i]:.1%})",
+        f"{values['auroc'][i]:.1%}",
+        f"{values['f1'][i]:.1%}",
+        f"{results.evaluation.task.thresholds[i]:.3f}",
+        f"{values['precision'][i]:.1%}",
+        f"{values['recall'][i]:.1%}",
+        str(np.nansum(results.evaluation.labels[:, i]).astype(int)),
+        str(np.isfinite(results.evaluation.labels[:, i]).sum()),
+    ]
+
+
+def test_a_label_that_never_applies_has_undefined_metrics(tmp_path: Path):
+    evaluation = evaluation_of("multilabel", 2)
+    evaluation.labels[:, 1] = 0
+    names = ["cat", "dog"]
+    results = summarize(evaluation, source_of(evaluation, names), names)
+    page = page_of("multilabel", results, tmp_path)
+    cells = page.texts_of("td")
+    assert cells[9:12] == ["dog", "undefined", "undefined"]
+
+
+def test_the_numbers_are_listed_with_their_units_and_ranges(tmp_path: Path):
+    results = results_of("regression", ["age", EVIL], blanks=0.2)
+    page = page_of("regression", results, tmp_path)
+    values, interval = results.per_name, results.per_name_intervals["mae"]
+    rows = np.array(page.texts_of("td")).reshape(2, 8)
+    for i, row in enumerate(rows):
+        known = results.evaluation.labels[:, i]
+        known = known[~np.isnan(known)]
+        assert list(row) == [
+            results.names[i],
+            "years",
+            f"{values['mae'][i]:.3g} ({interval.low[i]:.3g} to {interval.high[i]:.3g})",
+            f"{values['rmse'][i]:.3g}",
+            f"{values['r2'][i]:.3g}",
+            f"{known.min():.3g}",
+            f"{known.max():.3g}",
+            str(len(known)),
+        ]
+    alts = [attributes["alt"] for attributes, _ in page.pictures()]
+    assert alts[:2] == [f"Predicted over true {name}, and residuals" for name in results.names]
+
+
+def test_a_thousand_labels_and_50000_images_stay_below_5_mb(tmp_path: Path):
+    names = [f"label {i} {EVIL}" for i in range(1000)]
+    rng = np.random.default_rng(0)
+    shares = np.sort(rng.random((5, 1000)), axis=0)
+    counts = rng.integers(0, 50_000, 1000)
+    evaluation = evaluation_of("multilabel", 2)
+    evaluation = replace(evaluation, task=Task("multilabel"))  # without thresholds
+    interval = Interval(shares[0], shares[2])
+    results = Results(
+        evaluation,
+        names,
+        per_name=dict(
+            zip(
+                ("average_precision", "auroc", "f1", "precision", "recall", "known", "positive"),
+                (*shares, np.full(1000, 50_000), counts),
+                strict=True,
+            )
+        ),
+        per_name_intervals={"average_precision": interval},
+    )
+    write_report(tmp_path / "report.html", Report(title="many", results=results))
+    assert (tmp_path / "report.html").stat().st_size < 2e6
+    page = Page(tmp_path / "report.html")
+    assert page.texts_of("p") == ["Labels, the lowest average precision first: 1,000 rows"]
+
+
+def test_a_million_numbers_are_drawn_in_a_small_page(tmp_path: Path):
+    evaluation = evaluation_of("regression", 20, 50_000)
+    names = [f"number {i}" for i in range(20)]
+    page = page_of(
+        "regression", Results(evaluation, names, per_name=evaluation.per_name()), tmp_path
+    )
+    assert (tmp_path / "report.html").stat().st_size < 5e6
+    assert len(page.pictures()) == 8 + 16

@@ -6,14 +6,19 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import yaml
 from engine import LOADING, config, source, train
+from made_up import KINDS, results_of, source_of
 
-from tljax.data.examples import Splits
+from tljax.data.examples import Source, Splits
 from tljax.data.options import AugmentConfig
+from tljax.features.evaluate import main_metric
 from tljax.pretrained import Card
-from tljax.report.runs import remarks, write_training_report
+from tljax.report.runs import remarks, write_evaluation_report, write_training_report
+from tljax.runtime.settings import Kind
+from tljax.runtime.task import Task
 from tljax.train.fit import FitResult
 from tljax.train.options import AdversaryConfig, FitConfig
 
@@ -34,12 +39,14 @@ class Written(NamedTuple):
     front: dict
     settings: dict[str, str]
     skipped: str
+    printed: dict[str, str]
 
 
 def write(folder: Path, fit: FitConfig, splits: Splits = APART) -> Written:
     result = train(fit, splits, loading=LOADING)
     options = {"data": "noise", "seed": 0, "batch_size": 4, "fit": asdict(fit)}
-    write_training_report(folder, result, splits, options, CARD, 1.0)
+    card = replace(CARD, task=result.task)
+    printed = write_training_report(folder, result, splits, options, card, 1.0)
     text = (folder / "README.md").read_text()
     front, card = text.removeprefix("---\n").split("\n---\n", 1)
     card = card.replace("\\", "")
@@ -47,13 +54,21 @@ def write(folder: Path, fit: FitConfig, splits: Splits = APART) -> Written:
     cells = dict(re.findall(r"^\| (\S+) \| (.+) \|$", table, re.MULTILINE))
     page = re.sub(r"<[^>]+>", " ", (folder / "report.html").read_text().partition("<body>")[2])
     skipped = (folder / "skipped.csv").read_text()
-    return Written(result, card, html.unescape(page), yaml.safe_load(front), cells, skipped)
+    page = html.unescape(page)
+    return Written(result, card, page, yaml.safe_load(front), cells, skipped, printed)
 
 
 def test_a_probe_is_not_called_fine_tuned_and_has_no_training_settings(tmp_path):
     fit = FitConfig("probe", augmentation=PLAIN, epochs=3)
     written = write(tmp_path, fit)
-    assert written.settings.keys() == {"setting", "---", "recipe", "cache", "cache_dtype"}
+    assert written.settings.keys() == {
+        "setting",
+        "---",
+        "recipe",
+        "balance",
+        "cache",
+        "cache_dtype",
+    }
     assert "a linear head on the frozen features of the pretrained network tiny.web" in written.card
     assert "fine-tuned on" not in written.card
     assert "The epoch was selected" not in written.card
@@ -115,7 +130,7 @@ def test_the_accuracy_under_attack_is_measured_and_shown(tmp_path):
     assert written.result.robust is not None
     robust = f"{written.result.robust.top1:.1%}"
     assert f"| top-1 accuracy under PGD, 20 steps, epsilon 16/255 | {robust} |" in written.card
-    assert "or under another attack was not measured" in written.card
+    assert "or under another attack were not measured" in written.card
     assert written.settings["adversary/epsilon"] == "16.0"
     assert "adversary/attack_steps" not in written.settings  # fast takes one
 
@@ -147,3 +162,72 @@ def test_a_first_epoch_below_the_probe_is_explained(tmp_path):
     assert "--layer-decay" in remark
     assert remark in written.page
     assert remark in written.card
+
+
+# Tasks
+
+
+def splits_of(kind: Kind) -> Splits:
+    """Return images of noise, brighter with their class; the others follow from the class."""
+
+    def part(count: int, seed: int) -> Source:
+        images = source(count, seed)
+        classes = images.labels
+        labels = {
+            "classification": classes,
+            "ordinal": classes,
+            "multilabel": np.stack([classes > 0, classes > 1, classes < 2], 1).astype(np.float32),
+            "regression": (20 + 10 * classes[:, None] + np.arange(3)).astype(np.float32),
+        }[kind]
+        if labels.ndim == 2:
+            labels[2, 1] = np.nan
+        groups = np.arange(count, dtype=np.int32) // 2
+        units = {"units": ("years", "years", "years")} if kind == "regression" else {}
+        return replace(images, labels=labels, groups=groups, task=Task(kind, **units))
+
+    return Splits(part(12, 0), part(9, 1), ())
+
+
+@pytest.mark.parametrize(
+    ("kind", "metric", "selected", "heading"),
+    [
+        ("classification", "accuracy", "top-1 accuracy", "Confusion matrix"),
+        ("ordinal", "quadratic kappa", "quadratic kappa", "Confusion matrix"),
+        ("multilabel", "mAP", "mAP", "Labels"),
+        ("regression", "mean absolute error", "loss", "Numbers"),
+    ],
+)
+def test_a_run_of_every_task_is_reported(
+    tmp_path: Path, kind: Kind, metric: str, selected: str, heading: str
+):
+    written = write(tmp_path, config("lp-ft", epochs=1, augmentation=PLAIN), splits_of(kind))
+    evaluation = written.result.evaluation
+    assert [*written.printed] == [f"probe {metric}", f"fine-tuned {metric}"]
+    value = evaluation.format(main_metric(kind))
+    text = written.printed[f"fine-tuned {metric}"]
+    assert text.startswith(value.removesuffix(" years"))
+    assert re.search(r"\(.+ to .+\)", text)
+    assert re.search(rf"fine-tuned {metric}\s+{re.escape(value)}", written.page)
+    assert re.search(r"by resampling 5 groups", written.page)
+    assert re.search(rf"^\s*{heading}\s*$", written.page, re.MULTILINE)
+    assert f"The epoch was selected by its {selected} on the validation images" in written.card
+    assert f"| {text} |" in written.card
+    assert "of only 5 groups" in written.card
+    blanks = "1 of 27 " in written.card.partition("## Limits")[2]
+    assert blanks == (kind in ("multilabel", "regression"))
+    assert ("thresholds were chosen" in written.card) == (kind == "multilabel")
+
+
+def test_an_evaluation_of_every_task_is_reported(tmp_path: Path):
+    for kind in KINDS:
+        results = results_of(kind, ("a", "b", "c"), groups=20)
+        images = source_of(results.evaluation, results.names)
+        path = tmp_path / f"{kind}.html"
+        write_evaluation_report(path, kind, results, images, ["a note"], [("x.jpg", "broken")])
+        page = re.sub(r"<[^>]+>", " ", path.read_text().partition("<body>")[2])
+        for score in results.scores:
+            assert re.search(rf"{score.title}\s+{score.value}\s+{score.interval}\s", page)
+        assert re.search(r"images\s+60\s", page)
+        assert "by resampling 20 groups" in page
+        assert "a note" in page
+        assert "x.jpg" in page

@@ -13,16 +13,26 @@ from pathlib import Path
 
 import numpy as np
 from huggingface_hub import EvalResult, ModelCardData
-from jaxtyping import Integer
 
-from tljax.metrics.calibration import Calibration
-from tljax.metrics.classification import standard_error
+from tljax.features.evaluate import METRICS, Metric
 from tljax.pretrained import Card
-from tljax.report.page import encodable, per_class
+from tljax.report.markup import encodable
+from tljax.report.results import (
+    LABEL_HEADER,
+    NUMBER_HEADER,
+    Results,
+    label_rows,
+    number_rows,
+    per_class,
+)
+from tljax.runtime.settings import Kind
 from tljax.runtime.types import Preprocess
 
-MAX_CLASSES = 10
-"""Number of classes that the card lists, the lowest accuracies first; the report has all."""
+MAX_ROWS = 10
+"""Number of classes, labels or numbers that the card lists; the report has all."""
+
+FEW = 30
+"""Number of images of a class or label below which its accuracy is called imprecise."""
 
 # The licenses of pretrained weights that have an identifier on the Hub, from
 # https://huggingface.co/docs/hub/repositories-licenses.
@@ -46,18 +56,16 @@ class RunFacts:
         data: the training data, as passed to ``--data``.
         train_examples: number of training images.
         recipe: the training settings that took effect.
-        confusion: number of validation images of class ``row`` predicted as class ``column``.
+        results: the results on the validation images.
         origin: ``tuned`` for a fine-tuned pretrained network, ``probe`` for a linear head on frozen
             features, ``scratch`` for a network without pretrained weights.
-        validated: False if there were no validation images, so that the accuracies are those of the
+        validated: False if there were no validation images, so that the results are those of the
             training images.
         remarks: sentences that the reader must know.
         attacked: accuracy under an attack, in [0, 1], and the name of the attack; None if it was
             not measured.
-        top5: top-5 accuracy on the validation images, in [0, 1]; shown for more than five classes.
-        calibration: calibration on the validation images.
-        chosen_on_validation: True if the epoch was selected by its accuracy on the images of
-            ``confusion``.
+        chosen_by: the title of the metric on the images of ``results`` by which the epoch was
+            selected; empty if none was.
         seen_in_training: number of validation images that are also training images
             (`tljax.studies.duplicates`); None if they were not searched for.
         environment: versions and devices.
@@ -71,23 +79,26 @@ class RunFacts:
     data: str
     train_examples: int
     recipe: Mapping[str, str]
-    confusion: Integer[np.ndarray, "classes classes"]
+    results: Results
     origin: str = "tuned"
     validated: bool = True
     remarks: Sequence[str] = ()
     attacked: tuple[float, str] | None = None
     base_model: str | None = None
-    top5: float | None = None
-    calibration: Calibration | None = None
-    chosen_on_validation: bool = False
+    chosen_by: str = ""
     seen_in_training: int | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
     workdir: str | Path = "."
 
     @property
     def measured(self) -> str:
-        """Name the images on which the accuracies were measured."""
+        """Name the images on which the results were measured."""
         return "validation images" if self.validated else "training images"
+
+    @property
+    def kind(self) -> Kind:
+        """Return the kind of the task."""
+        return self.results.kind
 
 
 def model_card(run: RunFacts) -> str:
@@ -96,48 +107,86 @@ def model_card(run: RunFacts) -> str:
     Names of classes, files and data sets are escaped, so that they are shown as they are and never
     read as YAML, Markdown or HTML. Line breaks in them become spaces.
     """
-    examples = int(run.confusion.sum())
-    top1 = float(np.trace(run.confusion) / examples) if examples else float("nan")
     sections = {
-        "Data": _data(run, examples),
+        "Data": _data(run),
         "Training": _table(("setting", "value"), run.recipe.items()),
-        "Results": _results(run, examples, top1),
+        "Results": _results(run),
         "Calibration": _calibration(run),
-        "Limits": _limits(run, examples),
+        "Limits": _limits(run),
         "Use": _use(run),
         "License of the weights": _license(run),
         "Environment": _table(("", "version"), run.environment.items()),
     }
     parts = [f"# {_text(run.title)}", _introduction(run)]
     parts += [f"## {title}\n\n{body}" for title, body in sections.items() if body]
-    return _front_matter(run, top1) + "\n" + "\n\n".join(parts) + "\n"
+    return _front_matter(run) + "\n" + "\n\n".join(parts) + "\n"
 
 
-def _front_matter(run: RunFacts, top1: float) -> str:
+def _front_matter(run: RunFacts) -> str:
     license_ = run.weights.licence.lower()
     listed = license_ in _LICENSES
+    # The Hub has no task of numbers from images.
+    numbers = run.kind == "regression"
     data = ModelCardData(
         license=license_ if listed else "other",
         license_name=None if listed else _printable(run.weights.licence),
         base_model=run.base_model and _printable(run.base_model),
         library_name="tljax",
-        pipeline_tag="image-classification",
-        tags=["jax", *["transfer-learning"] * (run.origin != "scratch"), _printable(run.model)],
+        pipeline_tag=None if numbers else "image-classification",
+        tags=[
+            "jax",
+            *["transfer-learning"] * (run.origin != "scratch"),
+            *["image-regression"] * numbers,
+            _printable(run.model),
+        ],
     )
-    if np.isfinite(top1) and run.validated:
-        named = run.data == "digits" or run.data.startswith(("hf:", "tfds:"))
-        data.metrics = ["accuracy"]
+    if run.validated and (results := _eval_results(run)):
+        data.metrics = list(dict.fromkeys(result.metric_type for result in results))
         data.model_name = _printable(run.title)
-        data.eval_results = [
-            EvalResult(
-                task_type="image-classification",
-                dataset_type=_printable(run.data.removeprefix("hf:")) if named else "imagefolder",
-                dataset_name=_printable(run.data),
-                metric_type="accuracy",
-                metric_value=round(top1, 4),
-            )
-        ]
+        data.eval_results = results
     return f"---\n{data.to_yaml()}\n---\n"
+
+
+# The identifiers of metrics, of https://huggingface.co/metrics where it has one.
+_METRIC_TYPES = {
+    "top1": "accuracy",
+    "top5": "top_5_accuracy",
+    "balanced_accuracy": "balanced_accuracy",
+    "macro_f1": "f1",
+    "auroc": "roc_auc",
+    "map": "mean_average_precision",
+    "mae": "mae",
+    "rmse": "rmse",
+    "r2": "r_squared",
+    "kappa": "cohen_kappa",
+}
+
+
+def _eval_results(run: RunFacts) -> list[EvalResult]:
+    """Return the metrics that are defined, for the front matter."""
+    evaluation = run.results.evaluation
+    named = run.data == "digits" or run.data.startswith(("hf:", "tfds:"))
+    suffix = Path(run.data).suffix.lower()
+    tables = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".jsonl": "json"}
+    dataset_type = run.data.removeprefix("hf:") if named else tables.get(suffix, "imagefolder")
+    task = ("other", "Image Regression") if run.kind == "regression" else ("image-classification",)
+    return [
+        EvalResult(
+            task_type=task[0],
+            task_name=task[1] if len(task) > 1 else None,
+            dataset_type=_printable(dataset_type),
+            dataset_name=_printable(run.data),
+            metric_type=_METRIC_TYPES[name],
+            metric_name=metric.title,
+            metric_value=_rounded(metric, evaluation.metric(name)),
+        )
+        for name, metric in evaluation.metrics.items()
+        if np.isfinite(evaluation.metric(name))
+    ]
+
+
+def _rounded(metric: Metric, value: float) -> float:
+    return round(value, 4) if metric.is_share else float(f"{value:.4g}")
 
 
 def _introduction(run: RunFacts) -> str:
@@ -147,13 +196,21 @@ def _introduction(run: RunFacts) -> str:
         "probe": f"a linear head on the frozen features of {pretrained}, fitted to {data}",
         "scratch": f"trained on {data} from random weights",
     }[run.origin]
-    classes = len(run.weights.classes)
-    return (
-        f"A {_text(run.model)} that classifies images into {classes} classes: {origin}, with tljax."
-    )
+    count = len(run.weights.classes)
+    purpose = {
+        "classification": f"classifies images into {count} classes",
+        "ordinal": f"classifies images into {count} ordered classes",
+        "multilabel": f"tells which of {count} labels apply to an image",
+        "regression": f"predicts {_plural(count, 'number')} from an image",
+    }[run.kind]
+    return f"A {_text(run.model)} that {purpose}: {origin}, with tljax."
 
 
-def _data(run: RunFacts, examples: int) -> str:
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
+def _data(run: RunFacts) -> str:
     preprocess = run.preprocess
     geometry = (
         f"An image is resized to a short side of {preprocess.resize} pixels"
@@ -166,39 +223,51 @@ def _data(run: RunFacts, examples: int) -> str:
     if count is None:
         seen = "Duplicates of training images among them were not searched for."
     elif count:
-        seen = f"{count} of them are also training images; the accuracies include them."
+        seen = f"{count} of them are also training images; the results include them."
     else:
         seen = "None of them was found among the training images."
+    examples = run.results.evaluation.examples
     return f"{run.train_examples} training and {examples} validation images. {seen}\n\n{geometry}"
 
 
-def _results(run: RunFacts, examples: int, top1: float) -> str:
-    if not examples:
-        return "There were no validation images: the accuracy was not measured."
-    error = standard_error(top1, examples)
-    rows = [("top-1 accuracy", f"{top1:.1%}, standard error {error:.1%}")]
-    if run.top5 is not None and len(run.weights.classes) > 5:
-        rows.append(("top-5 accuracy", f"{run.top5:.1%}"))
+def _results(run: RunFacts) -> str:
+    results = run.results
+    rows = [(score.title, score.text) for score in results.scores]
     if run.attacked is not None:
-        rows.append((f"top-1 accuracy under {run.attacked[1]}", f"{run.attacked[0]:.1%}"))
-    results = per_class(run.confusion, run.weights.classes)
-    listed = [result for result in results if result.examples][:MAX_CLASSES]
-    title = f"The {len(listed)} classes with the lowest accuracy:"
-    if len(listed) == len(results):
-        title = "By class:"
-    by_class = _table(
-        ("class", "correct", "accuracy", "most often taken for"),
-        (
-            (name, f"{correct} of {count}", f"{correct / count:.1%}", most_confused_with or "")
-            for name, count, correct, most_confused_with in listed
-        ),
-    )
-    measured = f"On the {examples} {run.measured}:"
-    return "\n\n".join([measured, _table(("metric", "value"), rows), title, by_class])
+        title = next(iter(METRICS[run.kind].values())).title
+        rows.append((f"{title} under {run.attacked[1]}", f"{run.attacked[0]:.1%}"))
+    measured = f"On the {results.evaluation.examples} {run.measured}:"
+    name, order, header, rows_by_name = _by_name(results)
+    listed = rows_by_name[:MAX_ROWS]
+    title = f"By {name}:"
+    if len(listed) < len(results.names):
+        title = f"The {len(listed)} {name}{'s' if name != 'class' else 'es'} {order}:"
+    parts = [measured, _table(("metric", "value"), rows), results.how_intervals]
+    return "\n\n".join(part for part in (*parts, title, _table(header, listed)) if part)
+
+
+def _by_name(
+    results: Results,
+) -> tuple[str, str, Sequence[str], Sequence[Sequence[str]]]:
+    """Return what is listed, which of many are, and the header and the rows of the table."""
+    if results.kind == "multilabel":
+        order = "with the lowest average precision"
+        return "label", order, LABEL_HEADER, label_rows(results)
+    if results.kind == "regression":
+        return "number", "that come first", NUMBER_HEADER, number_rows(results)
+    rows = [
+        (name, f"{correct} of {count}", f"{correct / count:.1%}", most_confused_with or "")
+        for name, count, correct, most_confused_with in per_class(
+            results.evaluation.confusion, results.names
+        )
+        if count
+    ]
+    header = "class", "correct", "accuracy", "most often taken for"
+    return "class", "with the lowest accuracy", header, rows
 
 
 def _calibration(run: RunFacts) -> str:
-    calibration = run.calibration
+    calibration = run.results.calibration
     if calibration is None:
         return ""
     rows = (
@@ -217,28 +286,83 @@ def _calibration(run: RunFacts) -> str:
     )
 
 
-def _limits(run: RunFacts, examples: int) -> str:
+def _limits(run: RunFacts) -> str:
     attack = "another attack" if run.attacked else "an attack"
     limits = [
         *map(_text, run.remarks),
-        f"Every image gets one of the {len(run.weights.classes)} classes, even if it shows none.",
-        f"The accuracy on images unlike the {run.measured} or under {attack} was not measured.",
+        *_limits_of_task(run),
+        f"The results on images unlike the {run.measured} or under {attack} were not measured.",
     ]
     if not run.validated:
-        limits.append("The accuracy on other images than those of training was not measured.")
-    if run.chosen_on_validation:
+        limits.append("The results on other images than those of training were not measured.")
+    if run.chosen_by:
         limits.append(
-            f"The epoch was selected by its accuracy on the {run.measured}, so the results are"
+            f"The epoch was selected by its {run.chosen_by} on the {run.measured}, so the results"
+            " are optimistic."
+        )
+    limits += _limits_of_size(run)
+    return "\n".join(f"- {limit}" for limit in limits)
+
+
+def _limits_of_task(run: RunFacts) -> list[str]:
+    evaluation, count = run.results.evaluation, len(run.weights.classes)
+    if run.results.evaluation.task.has_classes:
+        return [f"Every image gets one of the {count} classes, even if it shows none."]
+    unknown = int(np.isnan(evaluation.labels).sum())
+    blanks = f"{unknown} of {evaluation.labels.size}"
+    if run.kind == "regression":
+        limits = [
+            f"Every image gets {_plural(count, 'number')}, even if it shows nothing of the kind.",
+            f"Only numbers in the range of the {run.measured} were tested.",
+        ]
+        return limits + [f"{blanks} numbers are unknown: they count in no metric."] * bool(unknown)
+    limits = ["Only these labels are known: an image may show anything else."]
+    if evaluation.task.thresholds:
+        limits.append(
+            f"The thresholds were chosen on the {run.measured}, so F1, precision and recall are"
             " optimistic."
         )
-    counts = run.confusion.sum(1)
-    if examples and counts.min() < 30:
-        few = int((counts < 30).sum())
+    return limits + [f"{blanks} labels are unknown: they count in no metric."] * bool(unknown)
+
+
+def _limits_of_size(run: RunFacts) -> list[str]:
+    results, limits = run.results, []
+    if results.groups is not None and results.groups < 20:
         limits.append(
-            f"{few} of {len(counts)} classes have fewer than 30 {run.measured}: their accuracies"
-            " are imprecise."
+            f"The {run.measured} are of only {_plural(results.groups, 'group')}: how much groups"
+            " differ is not known well, and confidence intervals are too narrow."
         )
-    return "\n".join(f"- {limit}" for limit in limits)
+    if results.kind == "regression":
+        return limits
+    if results.kind == "multilabel":
+        counts, names, few_of = results.per_name["positive"], "labels", "apply to fewer than"
+    else:
+        counts, names, few_of = results.evaluation.confusion.sum(1), "classes", "have fewer than"
+    if counts.min() < FEW:
+        limits.append(
+            f"{int((counts < FEW).sum())} of {len(counts)} {names} {few_of} {FEW} {run.measured}:"
+            " their results are imprecise."
+        )
+    return limits
+
+
+_SNIPPETS: dict[Kind, str] = {
+    "classification": "print(card.classes[int(np.argmax(outputs[0]))])",
+    "ordinal": (
+        "probabilities = card.task.decode(outputs)\n"
+        "median = int((probabilities[0].cumsum() <= 0.5).sum())\n"
+        "print(card.classes[median])"
+    ),
+    "multilabel": (
+        "probabilities = card.task.decode(outputs)\n"
+        "for i in np.flatnonzero(card.task.applies(probabilities)[0]):\n"
+        "    print(card.classes[i], probabilities[0, i])"
+    ),
+    "regression": (
+        "for name, number in zip(card.classes, card.task.decode(outputs)[0]):\n"
+        "    print(name, number)"
+    ),
+}
 
 
 def _use(run: RunFacts) -> str:
@@ -250,8 +374,8 @@ def _use(run: RunFacts) -> str:
         "\n"
         f"model, variables, card = load_pretrained({workdir!r})\n"
         'images = read_images(["PHOTO.jpg"], model.preprocess)\n'
-        "logits = apply(model, variables, images).logits\n"
-        "print(card.classes[int(np.argmax(logits[0]))])"
+        "outputs = np.asarray(apply(model, variables, images).logits)\n"
+        f"{_SNIPPETS[run.kind]}"
     )
     return f"{_code('sh', shell)}\n\n{_code('python', python)}"
 
@@ -273,7 +397,7 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [" | ".join(map(_text, row)) for row in rows]
     if not lines:
         return ""
-    lines = [" | ".join(header), " | ".join("---" for _ in header), *lines]
+    lines = [" | ".join(map(_text, header)), " | ".join("---" for _ in header), *lines]
     return "\n".join(f"| {line} |" for line in lines)
 
 

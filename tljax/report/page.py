@@ -1,79 +1,33 @@
 """The report of a run: one HTML file that needs no other file and no network."""
 
-import base64
-import hashlib
-import html
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-from jaxtyping import Float, Integer, UInt8
-from PIL import Image
-
-from tljax.metrics.calibration import Calibration
-from tljax.report.figures import (
+from tljax.report.evaluation_figures import (
     MAX_CLASSES_WITH_COUNTS,
-    LogEntry,
     confusion_matrix,
-    curves,
+    label_precisions,
+    predictions_and_residuals,
     reliability_diagram,
-    sweep_curve,
+)
+from tljax.report.figures import LogEntry, Sweep, curves, sweep_curve
+from tljax.report.markup import cells, escape, numbers, page, photo, plot, table
+from tljax.report.mistakes import Mistake
+from tljax.report.results import (
+    LABEL_HEADER,
+    NUMBER_HEADER,
+    Results,
+    label_rows,
+    number_rows,
+    per_class,
+    unit_of,
+    worst_pairs,
 )
 from tljax.runtime.files import atomic_write
+from tljax.runtime.settings import Kind
 
-if TYPE_CHECKING:
-    import matplotlib.figure
-
-MAX_ROWS = 1_000  # per table, so that a report of many classes stays small
-MAX_ROWS_WITHOUT_FILTER = 20  # a longer table scrolls and can be filtered
-LARGEST_PIXEL_ART = 64  # largest side, in pixels, of an image that is enlarged with hard edges
-PHOTO_SIDE = 320  # twice the width at which the page shows a photo
-
-
-class Mistake(NamedTuple):
-    """A wrong prediction.
-
-    Attributes:
-        image: ``[height, width, 3]`` RGB.
-        name: the name of the image, such as its path.
-        label: the true class.
-        predicted: the predicted class.
-        probability: the network's probability of ``predicted``, in [0, 1].
-    """
-
-    image: UInt8[np.ndarray, "_height _width 3"]
-    name: str
-    label: str
-    predicted: str
-    probability: float
-
-
-class Sweep(NamedTuple):
-    """Held-out accuracies of a linear probe; see `tljax.report.figures.sweep_curve`."""
-
-    l2_values: Sequence[float] | Float[np.ndarray, " sweep"]
-    held_out_accuracy: Sequence[float] | Float[np.ndarray, " sweep"]
-    chosen: float
-
-
-class ClassResult(NamedTuple):
-    """The accuracy of one class.
-
-    Attributes:
-        name: the class.
-        examples: number of its examples.
-        correct: number of its examples that were classified correctly.
-        most_confused_with: the most frequent wrong prediction; None without a mistake.
-    """
-
-    name: str
-    examples: int
-    correct: int
-    most_confused_with: str | None
+MAX_NUMBERS_PLOTTED = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,15 +36,15 @@ class Report:
 
     Attributes:
         title: the heading of the page.
-        headline: the most important numbers, as (label, value).
+        headline: the most important values, as (label, value, interval); "" for no interval.
+        caption: what the intervals of the headline are.
         notes: sentences that the reader must know, such as a warning about a tiny split.
         history: the log of the training, one entry per epoch; see `tljax.report.figures.curves`.
+        kind: kind of the task.
         validated: True if the validation images are not the training images.
-        sweep: the accuracies from which the probe's L2 penalty was chosen.
-        classes: the name of each class.
-        confusion: the number of examples of class ``row`` predicted as class ``column``.
-        mistakes: wrong predictions, the most confident first.
-        calibration: the calibration before and after temperature scaling.
+        sweep: the held-out scores from which the probe's L2 penalty was chosen.
+        results: the results on the validation images.
+        mistakes: the worst mistakes, the worst one first.
         duplicates: the validation images that are also in the training set, as (validation image,
             training image, kind, similarity); see `tljax.studies.duplicates.Duplicate`.
         skipped: the images that could not be used, as (name, reason).
@@ -99,181 +53,161 @@ class Report:
     """
 
     title: str
-    headline: Sequence[tuple[str, str]] = ()
+    headline: Sequence[tuple[str, str, str]] = ()
+    caption: str = ""
     notes: Sequence[str] = ()
     history: Sequence[LogEntry] = ()
+    kind: Kind = "classification"
     validated: bool = True
     sweep: Sweep | None = None
-    classes: Sequence[str] = ()
-    confusion: Integer[np.ndarray, "classes classes"] | None = None
+    results: Results | None = None
     mistakes: Sequence[Mistake] = ()
-    calibration: Calibration | None = None
     duplicates: Sequence[tuple[str, str, str, float]] = ()
     skipped: Sequence[tuple[str, str]] = ()
     details: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     next_steps: Sequence[str] = ()
 
 
-def per_class(
-    confusion: Integer[np.ndarray, "classes classes"], classes: Sequence[str]
-) -> list[ClassResult]:
-    """Return the result of each class, the lowest accuracy first, classes without examples last."""
-    wrong = _off_diagonal(confusion)
-    results = [
-        ClassResult(
-            name,
-            int(confusion[i].sum()),
-            int(confusion[i, i]),
-            classes[int(wrong[i].argmax())] if wrong[i].any() else None,
-        )
-        for i, name in enumerate(classes)
-    ]
-    return sorted(results, key=lambda r: (r.correct / r.examples if r.examples else 2, -r.examples))
-
-
-def _off_diagonal(confusion: np.ndarray) -> np.ndarray:
-    """Return the confusion matrix without the correct predictions."""
-    return confusion - np.diag(np.diag(confusion))
-
-
 def write_report(path: Path, report: Report) -> None:
     """Write the report as one HTML file; an older file is replaced once the new one is complete.
 
     Raises:
-        RequestError: if the confusion matrix does not fit the classes or the file cannot be
-            written.
+        RequestError: if the results do not fit the classes or the file cannot be written.
     """
     sections = {
         "Training": _training(report),
-        "Confusion matrix": _confusion(report),
-        "Classes": _classes(report),
+        **(_results(report.results) if report.results else {}),
         "Worst mistakes": _mistakes(report.mistakes),
-        "Calibration": _calibration(report.calibration),
+        "Calibration": _calibration(report.results) if report.results else "",
         "Seen in training": _duplicates(report.duplicates),
-        "Skipped files": _table(
-            "Skipped files", ("file", "reason"), [_cells(*row) for row in report.skipped]
+        "Skipped files": table(
+            "Skipped files", ("file", "reason"), [cells(*row) for row in report.skipped]
         ),
         "Details": _details(report.details),
-        "What to do next": "".join(f"<pre>{_text(line)}</pre>\n" for line in report.next_steps),
+        "What to do next": "".join(f"<pre>{escape(line)}</pre>\n" for line in report.next_steps),
     }
-    notes = "".join(f'<p class="note">{_text(note)}</p>\n' for note in report.notes)
+    notes = "".join(f'<p class="note">{escape(note)}</p>\n' for note in report.notes)
     body = "".join(
         f"<section>\n<h2>{title}</h2>\n{content}</section>\n"
         for title, content in sections.items()
         if content
     )
-    style, script = (
-        files("tljax.report").joinpath(name).read_text("utf-8") for name in ("page.css", "page.js")
-    )
-    page = _PAGE.format(
-        title=_text(report.title),
-        style=style,
-        script=script,
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        body=_headline(report.headline) + notes + body,
-    )
     with atomic_write(path) as temporary:
-        temporary.write_text(page, "utf-8")
+        temporary.write_text(page(report.title, _headline(report) + notes + body), "utf-8")
 
 
-def encodable(text: str) -> str:
-    """Escape the bytes of a file name that are not Unicode."""
-    return text.encode("utf-8", "backslashreplace").decode()
-
-
-def _text(text: str) -> str:
-    return html.escape(encodable(text))
-
-
-def _headline(headline: Sequence[tuple[str, str]]) -> str:
+def _headline(report: Report) -> str:
     figures = "".join(
-        f"<div><dt>{_text(label)}</dt><dd>{_text(value)}</dd></div>\n" for label, value in headline
+        f"<div><dt>{escape(label)}</dt><dd>{escape(value)}</dd>"
+        + (f'<dd class="interval">{escape(interval)}</dd>' if interval else "")
+        + "</div>\n"
+        for label, value, interval in report.headline
     )
-    return figures and f'<dl class="headline">\n{figures}</dl>\n'
+    caption = f'<p class="caption">{escape(report.caption)}</p>\n' if report.caption else ""
+    return (figures and f'<dl class="headline">\n{figures}</dl>\n') + caption
 
 
 def _training(report: Report) -> str:
     body = ""
     if report.history:
-        figure = curves(report.history, validated=report.validated)
-        body += _plot(figure, "Loss and accuracy after each epoch")
+        figure = curves(report.history, validated=report.validated, kind=report.kind)
+        body += plot(figure, "Loss and metric after each epoch")
     if report.sweep:
-        body += _plot(sweep_curve(*report.sweep), "Held-out accuracy for each L2 penalty")
+        body += plot(sweep_curve(report.sweep), "Held-out score for each L2 penalty")
     return body
 
 
-def _confusion(report: Report) -> str:
-    if report.confusion is None:
-        return ""
-    description = f"Confusion matrix of {len(report.classes)} classes: true in rows, predicted in"
-    plot = _plot(confusion_matrix(report.confusion, report.classes), f"{description} columns")
-    if len(report.classes) <= MAX_CLASSES_WITH_COUNTS:
-        return plot
+def _results(results: Results) -> dict[str, str]:
+    """Return the sections of a task by their title."""
+    if results.kind == "multilabel":
+        return {"Labels": _labels(results)}
+    if results.kind == "regression":
+        return {"Numbers": _numbers_section(results)}
+    return {"Confusion matrix": _confusion(results), "Classes": _classes(results)}
+
+
+def _confusion(results: Results) -> str:
+    confusion, classes = results.evaluation.confusion, results.names
+    description = f"Confusion matrix of {len(classes)} classes: true in rows, predicted in columns"
+    image = plot(confusion_matrix(confusion, classes), description)
+    if len(classes) <= MAX_CLASSES_WITH_COUNTS:
+        return image
     rows = [
-        _cells(label, predicted) + _numbers(f"{examples}", f"{share:.1%}")
-        for label, predicted, examples, share in worst_pairs(report.confusion, report.classes)
+        cells(label, predicted) + numbers(f"{examples}", f"{share:.1%}")
+        for label, predicted, examples, share in worst_pairs(confusion, classes)
     ]
     header = "true class", "predicted as", "images", "share of the class"
-    return plot + _table("Confused classes, the most frequent first", header, rows)
+    return image + table("Confused classes, the most frequent first", header, rows)
 
 
-def worst_pairs(
-    confusion: Integer[np.ndarray, "classes classes"], classes: Sequence[str]
-) -> list[tuple[str, str, int, float]]:
-    """Return the pairs of classes that were confused, the most frequent first.
-
-    Args:
-        confusion: the number of examples of class ``row`` predicted as class ``column``.
-        classes: the name of each class.
-
-    Returns:
-        For each pair the true class, the predicted class, the number of examples, and their share
-        of the examples of the true class.
-    """
-    wrong = _off_diagonal(confusion)
-    rows, columns = wrong.nonzero()
-    examples = wrong[rows, columns]
-    shares = examples / confusion.sum(1)[rows]
-    return [
-        (classes[int(rows[i])], classes[int(columns[i])], int(examples[i]), float(shares[i]))
-        for i in np.lexsort((-shares, -examples))
-    ]
-
-
-def _classes(report: Report) -> str:
-    if report.confusion is None:
-        return ""
+def _classes(results: Results) -> str:
     rows = []
-    for result in per_class(report.confusion, report.classes):
+    for result in per_class(results.evaluation.confusion, results.names):
         share = result.correct / max(result.examples, 1)
         accuracy = f"{share:.1%}" if result.examples else "none"
         rows.append(
-            _cells(result.name)
-            + _numbers(f"{result.correct} of {result.examples}", accuracy)
+            cells(result.name)
+            + numbers(f"{result.correct} of {result.examples}", accuracy)
             + f'<td class="bar"><i style="width:{share:.1%}"></i></td>'
-            + _cells(result.most_confused_with or "")
+            + cells(result.most_confused_with or "")
         )
     header = "class", "correct", "accuracy", "", "most often taken for"
-    return _table("Classes, the lowest accuracy first", header, rows)
+    return table("Classes, the lowest accuracy first", header, rows)
+
+
+def _labels(results: Results) -> str:
+    values = results.per_name
+    figure = label_precisions(
+        results.names,
+        values["average_precision"],
+        results.per_name_intervals.get("average_precision"),
+        values["positive"] / values["known"].clip(1),
+    )
+    rows = [cells(name) + numbers(*texts) for name, *texts in label_rows(results)]
+    return plot(figure, "Average precision of each label") + table(
+        "Labels, the lowest average precision first", LABEL_HEADER, rows
+    )
+
+
+def _numbers_section(results: Results) -> str:
+    evaluation = results.evaluation
+    rows = [cells(name, unit) + numbers(*texts) for name, unit, *texts in number_rows(results)]
+    plots = (
+        plot(
+            predictions_and_residuals(
+                name, unit_of(results, i), evaluation.decoded[:, i], evaluation.labels[:, i]
+            ),
+            f"Predicted over true {name}, and residuals",
+        )
+        for i, name in enumerate(results.names[:MAX_NUMBERS_PLOTTED])
+    )
+    return table("Numbers", NUMBER_HEADER, rows) + "".join(plots)
 
 
 def _mistakes(mistakes: Sequence[Mistake]) -> str:
-    figures = "".join(
-        f"<figure>{_photo(mistake.image, f'Image of class {mistake.label}')}"
-        f"<figcaption><bdi>{_text(mistake.name)}</bdi> "
-        f"is <b>{_text(mistake.label)}</b>, predicted <b>{_text(mistake.predicted)}</b> "
-        f"({mistake.probability:.1%})</figcaption></figure>\n"
-        for mistake in mistakes
-    )
+    figures = "".join(map(_mistake, mistakes))
     return figures and f'<div class="photos">\n{figures}</div>\n'
 
 
-def _calibration(calibration: Calibration | None) -> str:
+def _mistake(mistake: Mistake) -> str:
+    subject = f"{escape(mistake.subject)} " if mistake.subject else ""
+    detail = f" ({escape(mistake.detail)})" if mistake.detail else ""
+    return (
+        f"<figure>{photo(mistake.image, f'Image labeled {mistake.truth}')}"
+        f"<figcaption><bdi>{escape(mistake.name)}</bdi> "
+        f"{subject}is <b>{escape(mistake.truth)}</b>,"
+        f" {mistake.verb} <b>{escape(mistake.prediction)}</b>{detail}</figcaption></figure>\n"
+    )
+
+
+def _calibration(results: Results) -> str:
+    calibration = results.calibration
     if calibration is None:
         return ""
-    plot = _plot(reliability_diagram(calibration), "Accuracy over confidence")
+    axes = ("probability of a label", "applies") if results.kind == "multilabel" else ()
+    image = plot(reliability_diagram(calibration, *axes), "Accuracy over confidence")
     return (
-        f"{plot}<p>Divide the logits by the temperature {calibration.temperature:.3g} to calibrate"
+        f"{image}<p>Divide the logits by the temperature {calibration.temperature:.3g} to calibrate"
         " the probabilities. The orange line was measured with temperatures that were fitted to"
         " other images.</p>\n"
     )
@@ -281,99 +215,14 @@ def _calibration(calibration: Calibration | None) -> str:
 
 def _duplicates(duplicates: Sequence[tuple[str, str, str, float]]) -> str:
     header = "validation image", "training image", "kind", "similarity"
-    rows = [_cells(*names) + _numbers(f"{similarity:.3f}") for *names, similarity in duplicates]
-    return _table("Validation images seen in training", header, rows)
+    rows = [cells(*names) + numbers(f"{similarity:.3f}") for *names, similarity in duplicates]
+    return table("Validation images seen in training", header, rows)
 
 
 def _details(details: Mapping[str, Mapping[str, str]]) -> str:
     groups = "".join(
-        f"<div><h3>{_text(name)}</h3>\n"
-        f"{_table(name, (), [_cells(*item) for item in group.items()])}</div>\n"
+        f"<div><h3>{escape(name)}</h3>\n"
+        f"{table(name, (), [cells(*item) for item in group.items()])}</div>\n"
         for name, group in details.items()
     )
     return groups and f'<div class="details">\n{groups}</div>\n'
-
-
-def _cells(*texts: str) -> str:
-    return "".join(f"<td>{_text(text)}</td>" for text in texts)
-
-
-def _numbers(*texts: str) -> str:
-    return "".join(f'<td class="number">{text}</td>' for text in texts)
-
-
-def _table(title: str, header: Sequence[str], rows: Sequence[str]) -> str:
-    """Return a table in a box that scrolls, with a field to filter its rows if there are many.
-
-    Args:
-        title: the contents and the order of the rows.
-        header: the heading of each column; without one the table has no filter.
-        rows: for each row, its cells in HTML; only the first `MAX_ROWS` are shown.
-    """
-    if not rows:
-        return ""
-    head = "".join(f"<th>{text}</th>" for text in header)
-    head = head and f"<thead><tr>{head}</tr></thead>\n"
-    body = "".join(f"<tr>{cells}</tr>\n" for cells in rows[:MAX_ROWS])
-    box = _box("table", title, f"<table>\n{head}<tbody>\n{body}</tbody></table>")
-    if len(rows) <= MAX_ROWS_WITHOUT_FILTER or not header:
-        return box
-    cut = f", {MAX_ROWS:,} shown" if len(rows) > MAX_ROWS else ""
-    label = _text(title)
-    return (
-        f'<p class="filter">{label}: {len(rows):,} rows{cut}<input type="search" hidden'
-        f' placeholder="filter" aria-label="Filter the rows: {label}"></p>\n{box}'
-    )
-
-
-def _box(kind: str, label: str, content: str) -> str:
-    """Return a box that scrolls, also by keyboard."""
-    label = _text(label)
-    return f'<div class="{kind}" role="group" tabindex="0" aria-label="{label}">{content}</div>\n'
-
-
-def _plot(figure: "matplotlib.figure.Figure", description: str) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=192, transparent=True)
-    width, height = np.round(96 * figure.get_size_inches()).astype(int)
-    # On a narrow screen, a plot scrolls instead of becoming too small to read.
-    size = f'width="{width}" height="{height}" style="min-width:{0.6 * width:.0f}px"'
-    image = f'<img {size} alt="{description}" src="{_data_uri(buffer, "png")}">'
-    return _box("plot", "Plot", image)
-
-
-def _photo(pixels: UInt8[np.ndarray, "_height _width 3"], description: str) -> str:
-    image = Image.fromarray(pixels)
-    buffer = io.BytesIO()
-    alt = _text(description)
-    if max(image.size) <= LARGEST_PIXEL_ART:
-        image.save(buffer, "PNG")
-        return f'<img class="pixels" alt="{alt}" src="{_data_uri(buffer, "png")}">'
-    image.thumbnail((PHOTO_SIDE, PHOTO_SIDE))
-    image.save(buffer, "JPEG", quality=85)
-    return f'<img alt="{alt}" src="{_data_uri(buffer, "jpeg")}">'
-
-
-def _data_uri(buffer: io.BytesIO, kind: str) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-# The policy allows no script but the one of this package and no request: a name that should ever
-# slip through unescaped can neither run nor fetch anything.
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:;
- style-src 'unsafe-inline'; script-src 'sha256-{script_hash}'">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<h1>{title}</h1>
-{body}<script>{script}</script>
-</body>
-</html>
-"""

@@ -6,18 +6,18 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from tljax.data.decode import decode
 from tljax.data.examples import Source, Splits
-from tljax.features.evaluate import Evaluation
-from tljax.features.extract import Outputs
-from tljax.metrics.calibration import Calibration, calibrate
+from tljax.features.evaluate import METRICS, Evaluation, main_metric
+from tljax.features.probe import Probe
 from tljax.pretrained import Card
 from tljax.report.card import RunFacts, model_card
-from tljax.report.page import Mistake, Report, Sweep, write_report
+from tljax.report.figures import Sweep
+from tljax.report.mistakes import worst_mistakes
+from tljax.report.page import Report, write_report
+from tljax.report.results import Results, Score, score_of, summarize
 from tljax.runtime.files import atomic_write
-from tljax.runtime.settings import find_unused_settings, settings
+from tljax.runtime.settings import Kind, find_unused_settings, settings
 from tljax.runtime.trees import flatten
-from tljax.runtime.types import Preprocess
 from tljax.studies.duplicates import find_duplicates
 from tljax.train import run_directory
 from tljax.train.adversary import EVALUATION_STEPS
@@ -29,29 +29,15 @@ MAX_IMAGES_COMPARED = 20_000
 """Largest number of images among which duplicates of training images are searched for."""
 
 
-def worst_mistakes(
-    evaluation: Evaluation, source: Source, classes: Sequence[str], count: int = 16
-) -> list[Mistake]:
-    """Return the most confident wrong predictions, with images of 224 x 224 pixels."""
-    return [
-        Mistake(
-            decode(source.read(int(evaluation.indices[row])), Preprocess(224, 224)),
-            source.names[int(evaluation.indices[row])],
-            classes[int(evaluation.labels[row])],
-            classes[int(evaluation.predicted[row])],
-            float(evaluation.probability[row]),
-        )
-        for row in evaluation.worst(count)
-    ]
-
-
 def accuracies(result: FitResult) -> dict[str, Evaluation]:
-    """Return the evaluations of a run by the name of their accuracy."""
-    names = {"probe": "probe accuracy", "scratch": "trained accuracy"}
+    """Return the evaluations of a run by the name of their most important metric."""
+    kind = result.task.kind
+    metric = "accuracy" if kind == "classification" else METRICS[kind][main_metric(kind)].title
+    trained = {"probe": "probe", "scratch": "trained"}.get(result.config.recipe, "fine-tuned")
     evaluations = {
-        "probe accuracy": result.probe_evaluation,
-        names.get(result.config.recipe, "fine-tuned accuracy"): result.evaluation,
-        "attacked accuracy": result.robust,
+        f"probe {metric}": result.probe_evaluation,
+        f"{trained} {metric}": result.evaluation,
+        f"attacked {metric}": result.robust,
     }
     return {name: evaluation for name, evaluation in evaluations.items() if evaluation}
 
@@ -59,7 +45,7 @@ def accuracies(result: FitResult) -> dict[str, Evaluation]:
 def remarks(result: FitResult) -> list[str]:
     """Return sentences that the reader of the accuracies must know."""
     history, remarks = result.history, []
-    if len(history) > 1 and best_epoch(history) == 0:
+    if len(history) > 1 and best_epoch(history, result.config.choose_by or "top1") == 0:
         remarks.append("No epoch was better than the network before training, which was kept.")
     if drop := first_epoch_drop(history, result.evaluation.examples):
         remarks.append(
@@ -77,7 +63,7 @@ def write_training_report(
     config: Mapping[str, Any],
     card: Card,
     seconds: float,
-) -> None:
+) -> dict[str, str]:
     """Write ``skipped.csv``, ``report.html`` and ``README.md`` of a run.
 
     Args:
@@ -87,6 +73,11 @@ def write_training_report(
         config: ``data``, ``seed``, ``batch_size`` and ``fit``, as requested.
         card: the card of the pretrained weights, with the classes of the new network.
         seconds: the duration of the run.
+
+    Returns:
+        What to print, as text by name: the most important metric of each evaluation of the run,
+        with its 95% confidence interval, and the number of validation images that are also
+        training images, if there are any.
     """
     unused = find_unused_settings(result.config, FIT_CONDITIONS, settings(result.config))
     recipe = {
@@ -94,7 +85,9 @@ def write_training_report(
         for path, value in flatten(asdict(result.config)).items()
         if path.rpartition("/")[2] not in unused and value not in (None, ())
     }
-    origins = {"probe": "tuned" if best_epoch(result.history) else "probe", "random": "scratch"}
+    choose_by = result.config.choose_by or "top1"
+    tuned = "tuned" if best_epoch(result.history, choose_by) else "probe"
+    origin = {"probe": tuned, "random": "scratch"}.get(result.history[0]["phase"], "tuned")
     train_examples = len(splits.train) - len(result.skipped[0])
     validated = splits.val is not splits.train
     few = len(splits.train) + len(splits.val) <= MAX_IMAGES_COMPARED
@@ -102,30 +95,31 @@ def write_training_report(
     if validated and few:
         duplicates = find_duplicates(splits.train.examples, splits.val.examples)
     seen = "not searched for" if duplicates is None else str(len(duplicates))
-    calibration = calibrated(result.logits)
     skipped = run_directory.skipped_rows(splits.train, result.skipped[0])
     if validated:
         skipped += run_directory.skipped_rows(splits.val, result.skipped[1])
     run_directory.write_csv(workdir / "skipped.csv", ("name", "reason"), skipped)
-    headline = [(name, f"{measured.top1:.1%}") for name, measured in accuracies(result).items()]
-    if calibration:
-        headline.append(("calibration error", f"{calibration.before.error:.1%}"))
-    headline.append(("seconds", f"{seconds:.0f}"))
+    results = summarize(result.evaluation, splits.val, card.classes)
+    headline = _headline(result, splits.val, results)
     attack = f"PGD, {EVALUATION_STEPS} steps, epsilon {result.config.adversary.epsilon:g}/255"
     model, probe = result.model, result.probe
     result_remarks, environment = remarks(result), run_directory.environment()
     report = Report(
         title=f"{config['data']} with {card.source}",
-        headline=headline,
+        headline=[
+            *(score[:3] for score in (*headline, *results.scores[1:])),
+            *_calibration_error(results),
+            ("seconds", f"{seconds:.0f}", ""),
+        ],
+        caption=results.how_intervals,
         notes=(*splits.notes, *result_remarks),
         history=result.history,
+        kind=result.task.kind,
         validated=validated,
-        sweep=probe and Sweep(probe.l2_values, probe.held_out_accuracy, float(probe.l2)),
-        classes=card.classes,
-        confusion=result.evaluation.confusion,
+        sweep=probe and _sweep(probe),
+        results=results,
         mistakes=worst_mistakes(result.evaluation, splits.val, card.classes),
         skipped=skipped,
-        calibration=calibration,
         duplicates=[
             (splits.val.names[pair.val], splits.train.names[pair.train], *pair[2:])
             for pair in duplicates or ()
@@ -134,7 +128,7 @@ def write_training_report(
             "Data": {
                 "training images": str(train_examples),
                 "validation images": str(result.evaluation.examples) if validated else "none",
-                "classes": str(len(card.classes)),
+                _NAMES[result.task.kind]: str(len(card.classes)),
                 "skipped images": str(len(skipped)),
                 "validation images seen in training": seen,
             },
@@ -162,34 +156,72 @@ def write_training_report(
         data=str(config["data"]),
         train_examples=train_examples,
         recipe=recipe,
-        confusion=result.evaluation.confusion,
-        origin=origins.get(result.history[0]["phase"], "tuned"),
+        results=results,
+        origin=origin,
         validated=validated,
         remarks=result_remarks,
         attacked=result.robust and (result.robust.top1, attack),
-        top5=result.evaluation.top5,
-        calibration=calibration,
-        chosen_on_validation=config["fit"]["recipe"] != "probe",
+        chosen_by="" if result.config.recipe == "probe" else _chosen_by(result, choose_by),
         seen_in_training=None if duplicates is None else len(duplicates),
         environment=environment,
         workdir=workdir,
     )
     with atomic_write(workdir / "README.md") as temporary:
         temporary.write_text(model_card(facts), "utf-8")
+    lines = {score.title: score.text for score in headline}
+    if duplicates:
+        count = len({pair.val for pair in duplicates})
+        lines["seen in training"] = (
+            f"{count} validation images, or very similar ones: see the report"
+        )
+    return lines
 
 
-def calibrated(logits: Outputs) -> Calibration | None:
-    """Return the calibration on labeled images; None if there are fewer than two."""
-    return calibrate(logits.values, logits.labels) if len(logits.labels) > 1 else None
+_NAMES: dict[Kind, str] = {
+    "classification": "classes",
+    "multilabel": "labels",
+    "regression": "numbers",
+    "ordinal": "ordered classes",
+}
+
+
+def _headline(result: FitResult, val: Source, results: Results) -> list[Score]:
+    """Return the most important metric of each evaluation."""
+    name = main_metric(result.task.kind)
+    scores = []
+    for title, evaluation in accuracies(result).items():
+        same = evaluation is results.evaluation
+        intervals = results.intervals if same else evaluation.intervals(val, [name])
+        scores.append(score_of(evaluation, name, intervals.get(name), title))
+    return scores
+
+
+def _calibration_error(results: Results) -> list[tuple[str, str, str]]:
+    """Return an entry of the headline, if there is a calibration."""
+    calibration = results.calibration
+    return [("calibration error", f"{calibration.before.error:.1%}", "")] if calibration else []
+
+
+def _sweep(probe: Probe) -> Sweep:
+    accuracy = probe.held_out_accuracy
+    is_loss = accuracy is None
+    held_out = probe.held_out_loss if is_loss else accuracy
+    return Sweep(probe.l2_values, held_out, float(probe.l2), is_loss)
+
+
+def _chosen_by(result: FitResult, choose_by: str) -> str:
+    """Return the title of the metric by which the best epoch was chosen."""
+    if result.robust:
+        return "accuracy under attack"
+    metric = METRICS[result.task.kind].get(choose_by)
+    return metric.title if metric else choose_by
 
 
 def write_evaluation_report(
     path: Path,
     title: str,
-    evaluation: Evaluation,
-    calibration: Calibration | None,
+    results: Results,
     source: Source,
-    card: Card,
     notes: Sequence[str],
     skipped: Sequence[tuple[str, str]],
 ) -> None:
@@ -198,25 +230,23 @@ def write_evaluation_report(
     Args:
         path: the HTML file.
         title: its heading.
-        evaluation: the result.
-        calibration: None leaves its section out.
-        source: the images of ``evaluation``.
-        card: names the classes.
+        results: the results, see `summarize`.
+        source: the images of ``results``.
         notes: sentences that the reader must know.
         skipped: the images that could not be read, as (name, reason).
     """
+    evaluation = results.evaluation
     report = Report(
         title=title,
         headline=[
-            ("top-1", f"{evaluation.top1:.1%}"),
-            ("top-5", f"{evaluation.top5:.1%}"),
-            ("images", str(evaluation.examples)),
+            *(score[:3] for score in results.scores),
+            *_calibration_error(results),
+            ("images", str(evaluation.examples), ""),
         ],
+        caption=results.how_intervals,
         notes=notes,
-        classes=card.classes,
-        confusion=evaluation.confusion,
-        mistakes=worst_mistakes(evaluation, source, card.classes),
-        calibration=calibration,
+        results=results,
+        mistakes=worst_mistakes(evaluation, source, results.names),
         skipped=skipped,
         details={"Environment": run_directory.environment()},
     )
