@@ -9,6 +9,7 @@ from .data.examples import select as select  # a subset of a source
 from .data.folders import open_images as open_images  # unlabeled files, folders and URLs
 from .data.loader import load_batches as load_batches  # batches of a fixed shape from a source
 from .data.options import AugmentConfig as AugmentConfig  # options of data augmentation
+from .data.options import LabelOptions as LabelOptions  # options of how labels are read
 from .data.options import Loading as Loading  # options of how images are read
 from .data.sources import open_splits as open_splits  # class folders -> train and val
 from .features.extract import (
@@ -41,6 +42,7 @@ from .pretrained import save as save  # write tljax's own format
 from .runtime.process import (
     configure as configure,  # settings of JAX; call it before JAX is imported
 )
+from .runtime.task import Task as Task  # the meaning of a network's outputs
 from .runtime.types import (
     Batch as Batch,  # inputs, targets, mask, indices and extra arrays
 )

@@ -13,6 +13,7 @@ from tljax.commands import cli
 from tljax.commands.extension import Extension, load_extension
 from tljax.pretrained import save
 from tljax.runtime.errors import RequestError
+from tljax.runtime.files import CONFIG_VERSION
 
 GOOD = """
 from dataclasses import dataclass
@@ -171,7 +172,7 @@ def test_a_run_keeps_its_extension_and_refuses_another(tmp_path):
     assert len(set(still)) == 1  # a gradient times 0 moves nothing
     path = tmp_path / "still" / "config.json"
     config = json.loads(path.read_text())
-    assert config["version"] == 2
+    assert config["version"] == CONFIG_VERSION
     assert config["extension"] == f"{code}:extension"
     assert config["fingerprint"]["extension"] == load_extension(str(code))[1]
     assert (

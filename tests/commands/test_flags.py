@@ -37,30 +37,26 @@ PARSED = {name: next(iter(hints.values())) for name, hints in PARSED.items()}
 OUTPUT = {"json", "debug", "platform"}
 NETWORK = {*OUTPUT, "extension", "model", "normalization", "image_size", "precision", "seed"}
 DATA = {"batch_size", "workers", "devices"}
+LABELS = {"root", "target", "task", "group", "path_column", "split_column", "weight_column"}
 ALWAYS = {
     "attack Config": {
         *(NETWORK | DATA),
         *("images", "workdir", "count", "attacks", "epsilons", "norm", "target", "out"),
     },
     "compare Config": {
-        *(OUTPUT | DATA),
-        "extension",
-        "weights",
-        "data",
-        "image_size",
-        "seed",
-        "out",
+        *(OUTPUT | DATA | LABELS),
+        *("extension", "weights", "data", "image_size", "seed", "out"),
     },
     "doctor Config": OUTPUT,
     "evaluate Config": {*(NETWORK | DATA), "data", "workdir"},
-    "extract Config": {*(NETWORK | DATA), "weights", "data", "out", "stage", "maps"},
-    "predict Config": {*(NETWORK | DATA), "weights", "images", "top"},
-    "probe Config": {*(NETWORK | DATA), "weights", "data", "stage", "neighbors"},
+    "extract Config": {*(NETWORK | DATA | LABELS), "weights", "data", "out", "stage", "maps"},
+    "predict Config": {*(NETWORK | DATA), "weights", "images", "top", "out"},
+    "probe Config": {*(NETWORK | DATA | LABELS), "weights", "data", "stage", "neighbors"},
     # A dry run speaks of the command as it stands, so nothing but another mode is idle in it.
     "train Config": {
-        *(NETWORK | DATA),
+        *(NETWORK | DATA | LABELS),
         *("weights", "data", "workdir", "resume", "recipe", "head_after"),
-        *("on_bad_image", "dry_run", "distributed"),
+        *("on_bad_image", "dry_run", "distributed", "balance"),
     },
     "visualize Channel": {*NETWORK, "weights", "out", "channels", "stage", "steps"},
     "visualize Dream": {*NETWORK, "weights", "out", "images", "stage", "steps"},
@@ -68,7 +64,7 @@ ALWAYS = {
     "visualize Features": {*NETWORK, "weights", "out", "images", "count"},
     "visualize Ideal": {*NETWORK, "weights", "out", "classes", "steps", "tv_weight"},
     "weights Export": {*OUTPUT, "extension", "weights", "path", "model", "layout"},
-    "weights Import": {*OUTPUT, "extension", "weights", "path", "model", "normalization"},
+    "weights Import": {*OUTPUT, "extension", "weights", "path", "model", "normalization", "task"},
     "weights List": OUTPUT,
     "weights Verify": {*OUTPUT, "extension", "weights", "model", "reference"},
 }
@@ -339,6 +335,9 @@ OF_STEPS = {
     "attack": ("fast",),
     "epsilon": (8.0,),
     "attack-steps": (3,),
+    "loss": ("focal",),
+    "focal-gamma": (1.0,),
+    "choose-by": ("loss",),
     **AUGMENTATION,
 }
 BIT = {
@@ -359,6 +358,18 @@ FIND = {
     "checkpoint-minutes": (5.0,),
     "log-every": (10,),
     "profile": (),
+    "choose-by": ("loss",),
+}
+LABELS_OF_DATA = {
+    "root": ("x",),
+    "target": ("a,b",),
+    "task": ("multilabel",),
+    "order": ("a,b",),
+    "units": ("m",),
+    "group": ("patient",),
+    "path-column": ("x",),
+    "split-column": ("x",),
+    "weight-column": ("x",),
 }
 BFLOAT16 = {"cache-dtype": ("bfloat16",)}
 IDLE = [
@@ -377,6 +388,18 @@ IDLE = [
         {"scale": (0.2, 0.9), "ratio": (0.8, 1.2)},
     ),
     ("train", "--augment", "without --randaugment-layers", {"randaugment-magnitude": (5.0,)}),
+    ("train", "", "without --loss focal", {"focal-gamma": (1.0,)}),
+    ("train", "--attack fast", "robust accuracy is compared", {"choose-by": ("loss",)}),
+    *(
+        (script, options, "with another --task than", {flag: (value,)})
+        for script, required in (
+            ("train", ""), ("probe", ""), ("compare", ""),
+            ("evaluate", "--data x"), ("extract", "x --out x.npz"),
+        )
+        for flag, value, task in (("order", "a,b", "multilabel"), ("units", "m", "ordinal"))
+        for options in [f"{required} --task {task}"]
+    ),
+    ("evaluate", "--workdir run", "without --data", LABELS_OF_DATA),
     ("train", "", "without --attack", {"epsilon": (8.0,), "attack-steps": (3,)}),
     ("train", "--attack fast", "without --attack pgd", {"attack-steps": (3,)}),
     ("train", "--optimizer adam", "without --optimizer sgd", {"momentum": (0.5,)}),
@@ -401,6 +424,10 @@ IDLE = [
     ("evaluate", "--workdir run", "with --workdir", {"weights": ("y",)}),
     ("attack", "--workdir run", "with --workdir", {"weights": ("y",)}),
     ("attack", "x.jpg", "with images", {"data": ("digits",)}),
+    (
+        "attack", "x.jpg", "without --data",
+        {"columns": ("a",), "root": ("b",), "path-column": ("c",), "split-column": ("d",)},
+    ),
     ("attack", "x.jpg", "without --out", {"pictures": (3,)}),
     ("attack", "x.jpg --attacks fgsm", "with --attacks fgsm", {"steps": (3,)}),
 ]  # fmt: skip
@@ -447,6 +474,10 @@ COUNTING = [
     ("train", "--dry-run --epochs 3 --workdir run --checkpoint-minutes 5"),
     *((script, "--val-fraction 0.3 --data classes") for script in ("train", "probe", "compare")),
     ("evaluate", "--data digits --workdir run"),
+    ("evaluate", "--data x.csv --target a,b --task regression --units m,s"),
+    ("train", "--data x.csv --order a,b --group patient --split-column s --balance"),
+    ("train", "--loss focal --focal-gamma 3 --choose-by macro_f1"),
+    ("predict", "x.jpg --out x.csv"),
     ("attack", "x.jpg --workdir run"),
     ("attack", "--data digits --attacks fgsm pgd --steps 3 --seed 2 --out o --pictures 2"),
     ("attack", "--data digits --attacks fgsm --count 3 --seed 2"),
@@ -564,11 +595,13 @@ OTHER = {
     "on-bad-image": ("fail",),
     **OF_STEPS,
     **FIND,
+    "balance": (),
+    **{flag: values for flag, values in LABELS_OF_DATA.items() if flag != "root"},
 }
 OF_NOW = {
     *("workers", "devices", "distributed", "json", "debug", "platform", "resume"),
     *("dry_run", "find_learning_rate"),
-    *("data", "weights"),  # where they are now; whether they are the same is another test
+    *("data", "root", "weights"),  # where they are now; whether they are the same is another test
 }
 
 

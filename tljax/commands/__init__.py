@@ -4,7 +4,7 @@ import sys
 from importlib import import_module
 
 COMMANDS = {
-    "train": "Train a classifier of your own images on a pretrained network.",
+    "train": "Train a pretrained network to predict classes, labels or numbers of your own images.",
     "predict": "Classify images.",
     "evaluate": "Measure the accuracy of a network on labeled images.",
     "probe": "Measure frozen features by a linear probe and nearest neighbors.",

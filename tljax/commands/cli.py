@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 import tyro
 
-from tljax.data.options import Loading
+from tljax.data.options import LabelOptions, Loading
 from tljax.runtime.errors import DivergenceError, RequestError, StoppedError, VerificationError
 from tljax.runtime.files import read_config, to_json
 from tljax.runtime.hardware import require_backend, require_plugin
@@ -37,6 +37,7 @@ from tljax.runtime.settings import (
 if TYPE_CHECKING:
     from tljax.commands.extension import Extension
     from tljax.pretrained import Pretrained
+    from tljax.pretrained.load import Card
 
 Images = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[IMAGE ...]")]
 
@@ -165,6 +166,30 @@ class Batches(Output):
 @dataclass(frozen=True, kw_only=True)
 class Common(Network, Batches):
     """Options of every command that runs one network over images."""
+
+
+Labels = tyro.conf.OmitArgPrefixes[LabelOptions]
+"""Options of labels, as flags without a prefix."""
+
+
+def labels_of(labels: LabelOptions, weights: str | Path, card: "Card") -> LabelOptions:
+    """Return options to read labels for a network.
+
+    Args:
+        labels: options on the command line. If all are the defaults, those of the run are taken.
+        weights: the network, maybe a run directory.
+        card: what the network predicts, which is the default of the task.
+    """
+    from tljax.train.run_directory import label_options
+
+    run = Path(weights)
+    if labels == LabelOptions() and (run / "config.json").exists():
+        labels = replace(label_options(read_config(run)), root=None)
+    if labels.task is None and labels.order is None:
+        labels = replace(labels, task=card.task.kind)
+    if labels.task == "ordinal" and labels.order is None and card.task.kind == "ordinal":
+        labels = replace(labels, order=",".join(card.classes))
+    return labels
 
 
 def print_devices(config: Output, precision: str) -> None:
@@ -412,10 +437,19 @@ def _reject_unused_options(config: Output) -> None:
 def _splits_by_content(config: Any) -> bool:
     from tljax.data.sources import has_validation
 
-    return not has_validation(config.data)
+    labels = LabelOptions(**{one.name: getattr(config, one.name) for one in fields(LabelOptions)})
+    return not has_validation(config.data, labels)
+
+
+LABEL_CONDITIONS: Conditions = (
+    ("order", lambda s: s.task in (None, "ordinal"), "with another --task than ordinal"),
+    ("units", lambda s: s.task in (None, "regression"), "with another --task than regression"),
+)
+"""Conditions of commands with options of labels."""
 
 
 SPLIT_CONDITIONS: Conditions = (
+    *LABEL_CONDITIONS,
     ("val_fraction", _splits_by_content, "as the data has a validation part of its own"),
 )
 """Conditions of commands that split data."""
@@ -455,7 +489,7 @@ def from_json(config_type: Any, values: Mapping[str, Any]) -> Any:
     return config_type(**{name: convert(defaults[name], values[name], name) for name in defaults})
 
 
-_PATHS = ("workdir", "resume")
+_PATHS = ("workdir", "resume", "root")
 
 
 def _print_error(message: str, code: int) -> int:

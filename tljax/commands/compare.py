@@ -1,12 +1,13 @@
 """The command ``tljax compare``: measure the features of several networks on one data set."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
 from tljax.commands import cli
+from tljax.data.options import LabelOptions
 from tljax.runtime.ranges import Pixels, Seed, Share
 
 
@@ -17,8 +18,8 @@ class Config(cli.Extended, cli.Batches):
     Attributes:
         weights: Networks to compare: catalog names, hub ids, files, saved folders or run
             directories.
-        data: Labeled images: a folder of class folders (with or without train/ and val/), digits,
-            tfds:NAME or hf:NAME.
+        data: Labeled images: a table (.csv, .tsv, .parquet or .jsonl) with a column of paths, a
+            folder of class folders (with or without train/ and val/), digits, tfds:NAME or hf:NAME.
         image_size: Side of the square input of all networks, in pixels; by default the size that
             each network's weights expect.
         val_fraction: Share of the images, from 0 to below 1, that are held out for validation if
@@ -30,6 +31,7 @@ class Config(cli.Extended, cli.Batches):
     weights: Annotated[tuple[str, ...], tyro.conf.Positional] = ("efficientnet_lite0.in1k",)
     data: str = "digits"
     image_size: Pixels | None = None
+    labels: cli.Labels = field(default_factory=LabelOptions)
     val_fraction: Share = 0.2
     seed: Seed = 0
     out: Path | None = None
@@ -38,8 +40,9 @@ class Config(cli.Extended, cli.Batches):
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Print a table of the networks, the most accurate first."""
+    """Print a table of the networks, the best first."""
     from tljax.data.sources import open_splits
+    from tljax.features.evaluate import METRICS
     from tljax.report import figures
     from tljax.runtime.errors import DivergenceError, RequestError
     from tljax.runtime.hardware import require_plugin
@@ -47,7 +50,7 @@ def run(config: Config) -> dict[str, Any]:
     from tljax.studies.compare import Candidate, measure
 
     require_plugin(config.platform)
-    splits = open_splits(config.data, val_fraction=config.val_fraction)
+    splits = open_splits(config.data, val_fraction=config.val_fraction, labels=config.labels)
     for note in splits.notes:
         print(note)
     networks: list[Candidate] = []
@@ -66,11 +69,12 @@ def run(config: Config) -> dict[str, Any]:
             print(f"left out {weights}: {error}")
     if not networks:
         raise RequestError("none of these networks could be measured")
-    networks.sort(key=lambda candidate: -candidate.val_top1)
+    metric = METRICS[splits.train.task.kind][networks[0].metric]
+    networks.sort(key=lambda one: one.value if metric.is_error else -one.value)
     rows = [
         (
             one.name,
-            f"{one.val_top1:.1%} +- {one.error:.1%}",
+            metric.format_with(one.value, one.interval),
             f"{one.images_per_second:.1f}",
             f"{one.parameters / 1e6:.1f} M",
             one.features,
@@ -78,7 +82,7 @@ def run(config: Config) -> dict[str, Any]:
         )
         for one in networks
     ]
-    header = ("weights", "accuracy", "images/s", "parameters", "features", "pixels")
+    header = ("weights", metric.title, "images/s", "parameters", "features", "pixels")
     print(format_table(header, rows))
     for image, reason in skipped.items():
         print(f"not read: {image}: {reason}")

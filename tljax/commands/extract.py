@@ -1,7 +1,7 @@
 """The command ``tljax extract``: write the features of images to a file."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from tljax.commands import cli
+from tljax.data.options import LabelOptions
 from tljax.runtime.errors import RequestError
 from tljax.runtime.files import atomic_write
 from tljax.runtime.packages import install_command
@@ -26,8 +27,8 @@ class Config(cli.Common):
     lists in its metadata. Labels are names of classes; images without class folders have none.
 
     Attributes:
-        data: Images: a folder of images or of class folders; or digits, tfds:NAME or hf:NAME, of
-            which the validation part is used.
+        data: Images: a folder of images or of class folders; or a table, digits, tfds:NAME or
+            hf:NAME, of which the validation part is used if there is one.
         out: File to write: .npz, .parquet (needs pyarrow) or .safetensors.
         stage: Stage whose output is written; the default writes the pooled features.
         maps: Write feature maps in full instead of their averages over all positions. A .parquet
@@ -36,12 +37,16 @@ class Config(cli.Common):
 
     data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
     out: Path
+    labels: cli.Labels = field(default_factory=LabelOptions)
     stage: str = "pool"
     maps: bool = False
+
+    conditions = cli.LABEL_CONDITIONS
 
 
 def run(config: Config) -> dict[str, Any]:
     """Write the file, and print its shape and the images that could not be read."""
+    from tljax.data.examples import format_labels
     from tljax.data.folders import exists, expand_path, open_folder
     from tljax.data.loader import require_readable_image
     from tljax.data.sources import open_labeled
@@ -62,8 +67,7 @@ def run(config: Config) -> dict[str, Any]:
     network = config.load()
     model, position = network.model, network.model.position(config.stage)
     stop = (*model.stage_names, None)[position + 1]
-    named = config.data == "digits" or not exists(expand_path(config.data))
-    source = (open_labeled if named else open_folder)(config.data)
+    source = open_folder(folder) if is_folder else open_labeled(config.data, config.labels)
     with atomic_write(out) as temporary:
         features = compute_features(
             *network[:2], source, config.loading, stop=stop, description="extract"
@@ -75,8 +79,7 @@ def run(config: Config) -> dict[str, Any]:
             "names": [source.names[i] for i in features.indices.tolist()]
         }
         if source.classes:
-            classes = (*source.classes, "")  # the last one for an image without a label
-            texts["labels"] = [classes[label] for label in features.labels]
+            texts["labels"] = format_labels(source, features.labels)
         _write(temporary, out.suffix, texts, features.values)
     shape = " x ".join(map(str, features.values.shape))
     print(f"{shape} embeddings, of {config.stage} of {network.model.name}, written to {out}")

@@ -1,55 +1,118 @@
-"""The command ``tljax predict``: classify images."""
+"""The command ``tljax predict``: classify images, or read numbers from them."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from itertools import compress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from tljax.commands import cli
 from tljax.runtime.ranges import Count
 
+if TYPE_CHECKING:
+    import numpy as np
+
+    from tljax.pretrained.load import Card
+
 
 @dataclass(frozen=True)
 class Config(cli.Common):
-    """Print the most probable classes of images.
+    """Print what a network predicts for images.
+
+    It prints the most probable classes, all labels whose probability reaches their threshold, or
+    numbers.
 
     Attributes:
         images: Image files, folders of images or URLs.
         top: Number of classes to print for each image.
+        out: CSV file for the predictions, with one row per image: the class and its probability, or
+            the labels and all their probabilities, or the numbers. By default none is written.
     """
 
     images: cli.Images = ()
     top: Count = 5
+    out: Path | None = None
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Print the most probable classes of every image."""
-    import jax
-    import numpy as np
-
+    """Print, and with ``--out`` write, the predictions for every image."""
     from tljax.data.folders import open_images
     from tljax.data.loader import require_readable_image
     from tljax.features.extract import compute_features
     from tljax.runtime.errors import RequestError
+    from tljax.train.run_directory import write_csv
 
     if not config.images:
         raise RequestError("name at least one file, folder or URL")
     source = open_images(config.images)
     model, variables, card = config.load().require_classes()
-    logits = compute_features(
+    outputs = compute_features(
         model, variables, source, config.loading, stop=None, description="predict"
     )
-    require_readable_image(source, logits.skipped)
-    probabilities = np.asarray(jax.nn.softmax(logits.values))
+    require_readable_image(source, outputs.skipped)
+    decoded = card.task.decode(outputs.values)
     images = []
-    for index, row in zip(logits.indices, probabilities, strict=True):
-        top = [
-            {"name": card.classes[i], "index": int(i), "probability": float(row[i])}
-            for i in np.argsort(-row, kind="stable")[: config.top]
-        ]
-        images.append({"path": source.names[index], "top": top})
-        print(source.names[index])
-        for guess in top:
-            print(f"  {guess['probability']:.3f}  {guess['name']}")
-    skipped = {source.names[i]: reason for i, reason in logits.skipped.items()}
+    for index, row in zip(outputs.indices, decoded, strict=True):
+        image = {"path": source.names[index], **_prediction(card, row, config.top)}
+        images.append(image)
+        print("\n".join([image["path"], *_lines(image)]))
+    skipped = {source.names[i]: reason for i, reason in outputs.skipped.items()}
     for name, reason in skipped.items():
         print(f"{name}\n  not read: {reason}")
-    return {"images": images, "skipped": skipped}
+    if config.out:
+        names = [source.names[index] for index in outputs.indices]
+        header, rows = _table(card, decoded, card.task.predict(outputs.values))
+        rows = [(name, *row) for name, row in zip(names, rows, strict=True)]
+        write_csv(config.out, ("path", *header), rows)
+        print(f"predictions of {len(rows)} images: {config.out}")
+    return {"task": card.task.kind, "images": images, "skipped": skipped}
+
+
+def _prediction(card: "Card", row: "np.ndarray", top: int) -> dict[str, Any]:
+    """Return the prediction for one image as JSON.
+
+    Args:
+        card: the task, and the names of classes, labels or numbers.
+        row: ``[names]`` what `Task.decode` returned for the image.
+        top: number of classes.
+    """
+    if card.task.kind == "regression":
+        units = card.task.units or ("",) * len(row)
+        numbers = zip(card.classes, row.tolist(), units, strict=True)
+        return {"numbers": [{"name": n, "value": x, "unit": unit} for n, x, unit in numbers]}
+    order = (-row).argsort(kind="stable")
+    if card.task.kind == "multilabel":
+        applies = card.task.applies(row[None])[0]
+        return {"labels": [_guess(card, row, i) for i in order if applies[i]]}
+    return {"top": [_guess(card, row, i) for i in order[:top]]}
+
+
+def _guess(card: "Card", row: "np.ndarray", index: int) -> dict[str, Any]:
+    return {
+        "name": card.classes[index],
+        "index": int(index),
+        "probability": float(row[index]),
+    }
+
+
+def _lines(image: dict[str, Any]) -> Iterator[str]:
+    for number in image.get("numbers", ()):
+        yield f"  {number['name']} {number['value']:.4g} {number['unit']}".rstrip()
+    for guess in image.get("top", image.get("labels", ())):
+        yield f"  {guess['probability']:.3f}  {guess['name']}"
+    if image.get("labels") == []:
+        yield "  no label"
+
+
+def _table(
+    card: "Card", decoded: "np.ndarray", predicted: "np.ndarray"
+) -> tuple[list[str], list[list[Any]]]:
+    """Return the header and the rows of the CSV file, without the paths."""
+    if card.task.kind == "regression":
+        return list(card.classes), decoded.tolist()
+    pairs = zip(predicted, decoded, strict=True)
+    if card.task.kind == "multilabel":
+        return ["labels", *card.classes], [
+            ["|".join(compress(card.classes, applies)), *row.tolist()] for applies, row in pairs
+        ]
+    return ["class", "probability"], [[card.classes[i], float(row[i])] for i, row in pairs]

@@ -1,10 +1,11 @@
 """The command ``tljax probe``: measure frozen features on your images."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tljax.commands import cli
+from tljax.data.options import LabelOptions
 from tljax.runtime.ranges import Count, Share
 
 
@@ -13,11 +14,11 @@ class Config(cli.Common):
     """Measure the frozen features of a network by a linear probe and by nearest neighbors.
 
     Attributes:
-        data: Labeled images: a folder of class folders (with or without train/ and val/), digits,
-            tfds:NAME or hf:NAME.
+        data: Labeled images: a table (.csv, .tsv, .parquet or .jsonl) with a column of paths, a
+            folder of class folders (with or without train/ and val/), digits, tfds:NAME or hf:NAME.
         stage: Stage whose input is probed; the default probes the pooled features. Feature maps are
             averaged over all positions.
-        neighbors: Number of neighbors that vote in the nearest-neighbor classifier.
+        neighbors: Number of neighbors that vote in the nearest-neighbor classifier of classes.
         val_fraction: Share of the images, from 0 to below 1, that are held out for validation if
             the data has no validation part. With 0, accuracies are measured on the training images.
     """
@@ -25,6 +26,7 @@ class Config(cli.Common):
     data: str = "digits"
     stage: str = "head"
     neighbors: Count = 20
+    labels: cli.Labels = field(default_factory=LabelOptions)
     val_fraction: Share = 0.2
 
     conditions = cli.SPLIT_CONDITIONS
@@ -33,34 +35,45 @@ class Config(cli.Common):
 def run(config: Config) -> dict[str, Any]:
     """Print the validation accuracy of a linear probe and of nearest neighbors."""
     from tljax.data.sources import open_splits
+    from tljax.features.evaluate import METRICS, choose_thresholds, evaluate, main_metric
     from tljax.features.extract import split_features
-    from tljax.features.probe import fit_probe, knn_predict, predict_logits
+    from tljax.features.probe import knn_predict
+    from tljax.features.source_probe import fit_source_probe, probe_outputs
     from tljax.train.run_directory import skipped_lines
+    from tljax.train.setup import fitted_task
 
     began = time.perf_counter()
     model, variables, _ = config.load()
-    splits = open_splits(config.data, val_fraction=config.val_fraction)
+    splits = open_splits(config.data, val_fraction=config.val_fraction, labels=config.labels)
     for note in splits.notes:
         print(note)
     train, val = split_features(model, variables, splits, config.loading, stop=config.stage)
-    classes = len(splits.train.classes)
-    probe = fit_probe(train.values, train.labels, num_classes=classes, seed=config.seed)
-    linear = (predict_logits(probe, val.values).argmax(1) == val.labels).mean()
-    neighbors = knn_predict(
-        train.values, train.labels, val.values, num_classes=classes, k=config.neighbors
-    )
-    nearest = (neighbors.argmax(1) == val.labels).mean()
+    task = fitted_task(splits.train)
+    probe = fit_source_probe(train, splits.train, task, seed=config.seed)
+    linear = evaluate(probe_outputs(probe, val), task)
+    linear = evaluate(linear.outputs, choose_thresholds(linear))
+    metric, nearest = main_metric(task.kind), None
+    name = METRICS[task.kind][metric]
+    if task.kind == "classification":
+        neighbors = knn_predict(
+            train.values, train.labels, val.values,
+            num_classes=len(splits.train.classes), k=config.neighbors,
+        )  # fmt: skip
+        nearest = float((neighbors.argmax(1) == val.labels).mean())
     seconds = time.perf_counter() - began
-    print(f"linear probe         {float(linear):.1%}  (l2 {probe.l2:.2g})")
-    print(f"nearest neighbors    {float(nearest):.1%}  (k {config.neighbors})")
+    title = "" if metric == "top1" else f"{name.title} "
+    print(f"linear probe         {title}{name.format(linear.metric(metric))}  (l2 {probe.l2:.2g})")
+    if nearest is not None:
+        print(f"nearest neighbors    {nearest:.1%}  (k {config.neighbors})")
     print(f"{len(train.labels)} training and {len(val.labels)} validation images, {seconds:.0f} s")
     for source, features in ((splits.train, train), (splits.val, val)):
         for line in skipped_lines(source, features.skipped):
             print(line)
     return {
-        "val_top1": float(linear),
-        "probe_top1": float(linear),
-        "knn_top1": float(nearest),
+        "task": task.kind,
+        f"val_{metric}": linear.metric(metric),
+        f"probe_{metric}": linear.metric(metric),
+        "knn_top1": nearest,
         "l2": probe.l2,
         "recipe": "probe",
         "workdir": None,

@@ -1,4 +1,4 @@
-"""The command ``tljax train``: train a classifier of your own images on a pretrained network.
+"""The command ``tljax train``: train a pretrained network on your own images.
 
 Without options it trains EfficientNet-Lite0 on scikit-learn's digits, offline.
 """
@@ -16,7 +16,7 @@ import tyro
 
 from tljax.commands import cli
 from tljax.commands.extension import split_name
-from tljax.data.options import Loading
+from tljax.data.options import LabelOptions, Loading
 from tljax.runtime.errors import RequestError, StoppedError
 from tljax.runtime.files import CONFIG_VERSION, read_config
 from tljax.runtime.ranges import Amount, NotNegative, Share, format_flag
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
 
 _UNUSED_IN_RANGE_TEST = (
-    "learning_rate schedule warmup patience ema_decay checkpoint_minutes log_every profile"
+    "learning_rate schedule warmup patience ema_decay choose_by checkpoint_minutes log_every "
+    "profile"
 )
 _IN_RANGE_TEST = "with --find-learning-rate"
 _NOT_RESUMED = "workers devices distributed json debug platform resume dry_run find_learning_rate"
@@ -39,17 +40,17 @@ _NOT_RESUMED = "workers devices distributed json debug platform resume dry_run f
 
 @dataclass(frozen=True)
 class Config(cli.Common):
-    """Train a classifier of your own images on a pretrained network.
+    """Train a pretrained network to predict classes, labels or numbers of your own images.
 
     Attributes:
-        data: Labeled images: a folder of class folders (with or without train/ and val/), digits,
-            tfds:NAME or hf:NAME.
+        data: Labeled images: a table (.csv, .tsv, .parquet or .jsonl) with a column of paths, a
+            folder of class folders (with or without train/ and val/), digits, tfds:NAME or hf:NAME.
         workdir: Run directory to create, or to continue if it exists and has the same options. By
             default a new folder in runs/ is created.
         resume: Run directory to continue with its own options; other options may not differ from
             them, except those of this machine: --workers, --devices, --platform and --distributed.
-            If the images, weights or extension file were moved, --data, --weights and --extension
-            say where they are now.
+            If the images, weights or extension file were moved, --data, --root, --weights and
+            --extension say where they are now.
         val_fraction: Share of the images, from 0 to below 1, that are held out for validation if
             the data has no validation part. With 0, accuracies are measured on the training images.
         on_bad_image: Action on an image that cannot be read: skip leaves it out and lists it in
@@ -70,6 +71,7 @@ class Config(cli.Common):
     data: str = "digits"
     workdir: Path | None = None
     resume: Path | None = None
+    labels: cli.Labels = field(default_factory=LabelOptions)
     fit: tyro.conf.OmitArgPrefixes[FitConfig] = field(default_factory=FitConfig)
     val_fraction: Share = 0.2
     on_bad_image: Literal["skip", "fail"] = "skip"
@@ -98,7 +100,7 @@ class Config(cli.Common):
         workdir = self.resume or self.workdir
         if not workdir or not (self.resume or self._continues()):
             return self
-        saved = {"platform": None, **read_config(workdir)}  # first versions had no --platform
+        saved = read_config(workdir)
         if (version := saved.pop("version", None)) != CONFIG_VERSION:
             which = "another" if version else "an earlier"
             raise RequestError(
@@ -114,6 +116,9 @@ class Config(cli.Common):
         moved = compared & {"data", "weights"} if self.resume else set()
         replaced = {name: getattr(self, name) for name in (*_NOT_RESUMED.split(), *moved)}
         resumed = replace(resumed, **replaced, workdir=workdir)
+        if self.resume and compared & {"data", "root"}:
+            labels = replace(resumed.labels, root=self.labels.root)
+            resumed = replace(resumed, labels=labels)
         new, old = settings(self), settings(resumed)
         different = [n for n in old if n in compared and _place(n, new[n]) != _place(n, old[n])]
         if different:
@@ -151,7 +156,9 @@ def run(config: Config) -> dict[str, Any]:
     from tljax.runtime.parallel import Preemption, is_main_process, join
     from tljax.train import run_directory
     from tljax.train.dry_run import dry_run
+    from tljax.train.objectives import make_objective
     from tljax.train.recipes import make_plan
+    from tljax.train.setup import check_task, fitted_task
     from tljax.train.trace import check_traceable
 
     began = time.perf_counter()
@@ -164,12 +171,16 @@ def run(config: Config) -> dict[str, Any]:
             run_directory.refuse_missing(config.workdir, asdict(config), "data", "weights")
         in_catalog = catalog_name(config.weights)
         weights = config.weights if in_catalog else _absolute(config.weights)
-        config = replace(config, data=_absolute(config.data), weights=weights)
+        root = config.labels.root and config.labels.root.expanduser().resolve()
+        labels = replace(config.labels, root=root)
+        config = replace(config, data=_absolute(config.data), weights=weights, labels=labels)
         if config.extension:
             file, name = split_name(config.extension)
             config = replace(config, extension=f"{_absolute(file)}:{name}")
         pretrained = config.load()
-        splits = open_splits(config.data, val_fraction=config.val_fraction)
+        splits = open_splits(config.data, val_fraction=config.val_fraction, labels=config.labels)
+        fit = check_task(config.fit, task := fitted_task(splits.train))
+        make_objective(task, fit, splits.train)
         if config.dry_run:
             print(dry_run(pretrained.model, splits, config.fit, config.batch_size))
             return {"dry_run": True}
@@ -177,8 +188,9 @@ def run(config: Config) -> dict[str, Any]:
             return suggest_learning_rate(config, pretrained, splits)
 
         # These raise an error for a bad request before anything is written.
-        cut = with_head(pretrained.model, len(splits.train.classes), after=config.fit.head_after)
-        plan = make_plan(cut, config.fit, len(splits.train), config.batch_size)
+        outputs = task.num_outputs(len(splits.train.classes))
+        cut = with_head(pretrained.model, outputs, after=config.fit.head_after)
+        plan = make_plan(cut, fit, len(splits.train), config.batch_size)
         if config.profile:
             steps = num_batches(len(splits.train), config.batch_size)
             check_traceable(steps if plan.phases else 0)
@@ -198,6 +210,7 @@ def train(
 ) -> dict[str, Any]:
     """Train in a run directory, or continue the run in it, and write its results."""
     from tljax.commands.extension import load_extension
+    from tljax.features.evaluate import main_metric
     from tljax.pretrained import save
     from tljax.report.runs import write_training_report
     from tljax.runtime.parallel import is_main_process
@@ -250,10 +263,13 @@ def train(
     seconds = time.perf_counter() - began
     # Without validation images, the training images are also those of validation.
     unread = sum(map(len, result.skipped[: 1 + (splits.val is not splits.train)]))
+    metric = main_metric(result.task.kind)
+    probe = result.probe_evaluation
     summary = {
-        "val_top1": result.evaluation.top1,
+        "task": result.task.kind,
+        f"val_{metric}": result.evaluation.metric(metric),
         "val_robust_top1": result.robust.top1 if result.robust else None,
-        "probe_top1": result.probe_evaluation.top1 if result.probe_evaluation else None,
+        f"probe_{metric}": probe.metric(metric) if probe else None,
         "recipe": config.fit.recipe,
         "workdir": str(workdir),
         "skipped": unread,
@@ -261,30 +277,33 @@ def train(
     }
     if not is_main_process():
         return summary
-    card = replace(pretrained.card, classes=splits.train.classes)
+    card = replace(pretrained.card, classes=splits.train.classes, task=result.task)
     if config.fit.recipe == "scratch":
         source = f"{result.model.name} from random weights"
         card = replace(card, source=source, licence="unknown", sha256="none")
     trained = pretrained._replace(model=result.model, variables=result.variables, card=card)
     save(workdir / run_directory.BEST, trained)
-    write_training_report(workdir, result, splits, asdict(config), card, seconds)
+    measured = write_training_report(workdir, result, splits, asdict(config), card, seconds)
 
-    print_result(result, unread, workdir, seconds)
+    print_result(result, measured, unread, workdir, seconds)
+    if config.data == "digits":
+        print("your own images      tljax train --data FOLDER  (one subfolder per class)")
     return summary
 
 
-def print_result(result: "FitResult", unread: int, workdir: Path, seconds: float) -> None:
-    """Print accuracies, remarks and where the report is."""
-    from tljax.report.runs import accuracies, remarks
+def print_result(
+    result: "FitResult", measured: dict[str, str], unread: int, workdir: Path, seconds: float
+) -> None:
+    """Print what `write_training_report` returned, remarks and where the report is."""
+    from tljax.report.runs import remarks
 
-    for name, evaluation in accuracies(result).items():
-        print(f"{name:20} {evaluation.top1:.1%}")
+    for name, text in measured.items():
+        print(f"{name:20} {text}")
     for remark in remarks(result):
         print(f"note                 {remark}")
     if unread:
         print(f"not read             {unread} images, listed in {workdir / 'skipped.csv'}")
     print(f"report               {workdir / 'report.html'}  ({seconds:.0f} s in all)")
-    print("your own images      tljax train --data FOLDER  (one subfolder per class)")
 
 
 def _both(one: Callable[..., None], other: Callable[..., None] | None) -> Callable[..., None]:

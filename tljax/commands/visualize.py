@@ -36,17 +36,18 @@ class ImageOptions(Common):
 class Ideal(Common):
     """Draw images that a network assigns to a class with confidence, by gradient ascent.
 
-    Each class is drawn four times: in pixels and in Fourier space, with and without a penalty on
-    total variation.
+    Labels are drawn as classes are; of numbers, images for which they are high. Each is drawn four
+    times: in pixels and in Fourier space, with and without a penalty on total variation.
 
     Attributes:
-        classes: Names or indices of classes.
+        classes: Names or indices of classes, labels or numbers; by default Siamese cat and zebra if
+            the network has either, otherwise its first two.
         steps: Number of gradient steps.
         tv_weight: Weight of the total variation, summed over pixels, in the pictures that are
             penalized; 0 is no penalty.
     """
 
-    classes: Annotated[tuple[str, ...], tyro.conf.Positional] = ("Siamese cat", "zebra")
+    classes: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     steps: Count = 128
     tv_weight: NotNegative = 1e-3
 
@@ -56,7 +57,8 @@ class Explain(ImageOptions):
     """Draw which regions of images are evidence for a class, by five attribution methods.
 
     Attributes:
-        target: Name or index of the class to explain; by default the predicted class of each image.
+        target: Name or index of the class, label or number to explain; by default the most probable
+            class or label of each image, or the first number.
     """
 
     target: str | None = None

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from tljax.commands import cli
-from tljax.runtime.settings import Normalization
+from tljax.runtime.settings import Kind, Normalization
 
 if TYPE_CHECKING:
     from tljax.pretrained import Pretrained
@@ -51,10 +51,13 @@ class Import(Source):
         path: File to write, .safetensors.
         normalization: Normalization of the input that a bare weights file expects, by its name in
             keras.applications; by default the usual one of the architecture and file format.
+        task: Meaning of the outputs of the network, where its file does not say it, such as
+            multilabel for logits of sigmoids; by default classification.
     """
 
     path: Annotated[Path, tyro.conf.Positional]
     normalization: Normalization | None = None
+    task: Kind | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,8 +106,10 @@ def run(command: Config) -> dict[str, Any]:
         ]
         print(format_table(header, rows, left=len(header)))
         return {"weights": {name: asdict(entry) for name, entry in CATALOG.items()}}
-    normalization = command.normalization if isinstance(command, Import) else None
-    pretrained = command.read(command.weights, model=command.model, normalization=normalization)
+    options: dict[str, Any] = {"model": command.model}
+    if isinstance(command, Import):
+        options |= {"normalization": command.normalization, "task": command.task}
+    pretrained = command.read(command.weights, **options)
     cli.print_notes(pretrained)
     if isinstance(command, Verify):
         layers = verify(pretrained, command.reference)
