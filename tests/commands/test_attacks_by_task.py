@@ -98,7 +98,7 @@ def test_predictions_are_attacked_where_there_are_no_labels(cache: Path, folder:
         (("--weights", "ordinal.safetensors"), "predicts ordered classes: attacks are defined"),
         (("--attacks", "square"), "square is defined for exclusive classes: for several labels ch"),
         (("--target", "not:bees"), "no label is called 'bees' among 3; did you mean bee?"),
-        (("--columns", "bees"), "has no column bees; did you mean bee?"),
+        (("--columns", "bees"), "has no such column; did you mean bee?"),
     ],
 )
 def test_what_is_not_defined_is_refused_in_one_line(

@@ -174,7 +174,7 @@ def test_folders_whose_names_are_numbers_are_numbers(tmp_path):
     train, val, notes = open_folder_splits(tmp_path, 0, options)
     assert train.labels.tolist() == [[-2], [1.5]]
     assert val.labels.tolist() == [[30]]
-    assert train.labels.dtype == np.float32
+    assert train.labels.dtype == np.float64
     assert train.classes == val.classes == ("value",)
     assert train.task.kind == val.task.kind == "regression"
     assert train.task.units == ("mm",)

@@ -33,6 +33,8 @@ from tljax.runtime.types import Preprocess
 CLASSES = ["cat", "dog", "fox"]
 KEYS = ("image", "label")
 
+DTYPES = {"multilabel": np.float32, "regression": np.float64}
+
 
 def content(index: int) -> bytes:
     """Return an encoded image, or for every fifth index bytes that cannot be decoded."""
@@ -549,7 +551,7 @@ def test_the_only_feature_that_can_be_a_label_is_one(hf, open_column, name, parq
     assert train.classes == val.classes == tuple(classes)
     np.testing.assert_array_equal(train.labels, labels * 2)
     assert train.task.kind == OTHER_KINDS.get(name, "multilabel")
-    assert train.labels.dtype == (np.int32 if train.task.has_classes else np.float32)
+    assert train.labels.dtype == DTYPES.get(train.task.kind, np.int32)
     assert notes[0] == f"column {name}: {note}"
     left_out = 8 - 2 * len(labels)
     assert notes[1:-1] == (f"left out {left_out} examples without a label",) * bool(left_out)

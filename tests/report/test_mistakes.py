@@ -65,8 +65,8 @@ def test_a_number_has_its_unit_and_name():
     units = {"mean": (40.0, 0.0), "scale": (10.0, 1.0), "units": ("years", "")}
     wrong = evaluation("regression", [[0, 5], [1, 2]], [[50, 4], [20, np.nan]], **units)
     assert mistakes(wrong, ("age", "count")) == [
-        ("val/1.jpg", "20 years", "50 years", "", "predicted", "age"),
-        ("val/0.jpg", "50 years", "40 years", "", "predicted", "age"),
+        ("val/1.jpg", "20.0 years", "50.0 years", "", "predicted", "age"),
+        ("val/0.jpg", "50.0 years", "40.0 years", "", "predicted", "age"),
     ]
     alone = evaluation("regression", [[0.0]], [[1.0]], units=("degrees",))
     assert mistakes(alone, ("angle",))[0][1:] == ("1 degrees", "0 degrees", "", "predicted", "")

@@ -49,7 +49,8 @@ def test_one_group_has_no_interval():
 def test_groups_are_those_of_the_evaluated_images():
     evaluation = evaluation_of("classification", 2, 60)
     outputs = evaluation.outputs._replace(indices=np.arange(60) + 40)
-    source = replace(source_of(evaluation, "ab"), groups=np.arange(100, dtype=np.int32) // 10)
+    source = source_of(evaluation_of("classification", 2, 100), "ab")
+    source = replace(source, groups=np.arange(100, dtype=np.int32) // 10)
     assert summarize(replace(evaluation, outputs=outputs), source, "ab").groups == 6
 
 

@@ -14,7 +14,6 @@ from made_up import KINDS, results_of, source_of
 
 from tljax.data.examples import Source, Splits
 from tljax.data.options import AugmentConfig
-from tljax.features.evaluate import main_metric
 from tljax.pretrained import Card
 from tljax.report.runs import remarks, write_evaluation_report, write_training_report
 from tljax.runtime.settings import Kind
@@ -194,7 +193,7 @@ def splits_of(kind: Kind) -> Splits:
         ("classification", "accuracy", "top-1 accuracy", "Confusion matrix"),
         ("ordinal", "quadratic kappa", "quadratic kappa", "Confusion matrix"),
         ("multilabel", "mAP", "mAP", "Labels"),
-        ("regression", "mean absolute error", "loss", "Numbers"),
+        ("regression", "R2", "loss", "Numbers"),
     ],
 )
 def test_a_run_of_every_task_is_reported(
@@ -203,7 +202,7 @@ def test_a_run_of_every_task_is_reported(
     written = write(tmp_path, config("lp-ft", epochs=1, augmentation=PLAIN), splits_of(kind))
     evaluation = written.result.evaluation
     assert [*written.printed] == [f"probe {metric}", f"fine-tuned {metric}"]
-    value = evaluation.format(main_metric(kind))
+    value = evaluation.format(evaluation.main_metric)
     text = written.printed[f"fine-tuned {metric}"]
     assert text.startswith(value.removesuffix(" years"))
     assert re.search(r"\(.+ to .+\)", text)

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tljax.runtime.errors import RequestError
 from tljax.runtime.task import Task
 
 OUTPUTS = np.random.default_rng(0).normal(0, 3, (50, 4)).astype(np.float32)
@@ -22,8 +23,15 @@ def test_numbers_are_in_the_units_of_the_training_data():
     decoded = task.decode(OUTPUTS)
     np.testing.assert_allclose(decoded[:, 2], 10 * OUTPUTS[:, 2], rtol=1e-6)
     np.testing.assert_allclose((decoded - task.mean) / task.scale, OUTPUTS, atol=1e-5)
-    assert decoded.dtype == np.float32
     np.testing.assert_array_equal(Task("regression").decode(OUTPUTS), OUTPUTS)
+    big = Task("regression", mean=(1.7e9,), scale=(40.0,), units=("s",))
+    assert big.decode(np.float32([[0.5]])) == 1.7e9 + 20
+    assert big.format_number(1.7e9 + 20, 0) == "1700000020.0 s"
+
+
+def test_a_kind_that_does_not_exist_is_refused():
+    with pytest.raises(RequestError, match="no task 'multi'; choose from classification, mult"):
+        Task("multi")  # pyright: ignore[reportArgumentType]
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 6))

@@ -150,7 +150,7 @@ def _open(config: Config, card: "Card") -> "tuple[Source, tuple[str, ...]]":
         path_column=config.path_column,
         split_column=config.split_column,
     )
-    options = cli.labels_of(given, config.workdir or config.weights, card)
+    options = cli.labels_of(given, config.data, config.workdir or config.weights, card)
     try:
         return open_labeled(config.data, options), ()
     except RequestError as error:  # which names the options of other commands

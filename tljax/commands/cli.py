@@ -172,18 +172,23 @@ Labels = tyro.conf.OmitArgPrefixes[LabelOptions]
 """Options of labels, as flags without a prefix."""
 
 
-def labels_of(labels: LabelOptions, weights: str | Path, card: "Card") -> LabelOptions:
+def labels_of(
+    labels: LabelOptions, data: str | None, weights: str | Path, card: "Card"
+) -> LabelOptions:
     """Return options to read labels for a network.
 
     Args:
-        labels: options on the command line. If all are the defaults, those of the run are taken.
+        labels: options on the command line. If all are the defaults, those of the run are taken for
+            a table or a hub's data set.
+        data: the images.
         weights: the network, maybe a run directory.
         card: what the network predicts, which is the default of the task.
     """
+    from tljax.data.folders import expand_path
     from tljax.train.run_directory import label_options
 
-    run = Path(weights)
-    if labels == LabelOptions() and (run / "config.json").exists():
+    run, has_columns = Path(weights), data is not None and not expand_path(data).is_dir()
+    if labels == LabelOptions() and has_columns and (run / "config.json").exists():
         labels = replace(label_options(read_config(run)), root=None)
     if labels.task is None and labels.order is None:
         labels = replace(labels, task=card.task.kind)

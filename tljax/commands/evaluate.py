@@ -51,7 +51,7 @@ def run(config: Config) -> dict[str, Any]:
         config.workdir and not config.data and run_directory.open_validation(config.workdir)
     )
     model, variables, card = config.load(config.workdir).require_classes()
-    labels = cli.labels_of(config.labels, config.workdir or config.weights, card)
+    labels = cli.labels_of(config.labels, config.data, config.workdir or config.weights, card)
     source, data_notes = validation or (open_labeled(config.data or "", labels), ())
     source, same, class_notes = match_network(source, card.classes, card.task)
     notes = (*data_notes, *class_notes)

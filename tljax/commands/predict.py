@@ -1,6 +1,7 @@
 """The command ``tljax predict``: classify images, or read numbers from them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import compress
 from pathlib import Path
@@ -40,16 +41,21 @@ def run(config: Config) -> dict[str, Any]:
     from tljax.data.loader import require_readable_image
     from tljax.features.extract import compute_features
     from tljax.runtime.errors import RequestError
+    from tljax.runtime.files import atomic_write
     from tljax.train.run_directory import write_csv
 
     if not config.images:
         raise RequestError("name at least one file, folder or URL")
     source = open_images(config.images)
     model, variables, card = config.load().require_classes()
-    outputs = compute_features(
-        model, variables, source, config.loading, stop=None, description="predict"
-    )
-    require_readable_image(source, outputs.skipped)
+    with atomic_write(config.out) if config.out else nullcontext() as table:
+        outputs = compute_features(
+            model, variables, source, config.loading, stop=None, description="predict"
+        )
+        require_readable_image(source, outputs.skipped)
+        if table:
+            names = [source.names[index] for index in outputs.indices]
+            write_csv(table, *_table(card, outputs.values, names))
     decoded = card.task.decode(outputs.values)
     images = []
     for index, row in zip(outputs.indices, decoded, strict=True):
@@ -60,11 +66,7 @@ def run(config: Config) -> dict[str, Any]:
     for name, reason in skipped.items():
         print(f"{name}\n  not read: {reason}")
     if config.out:
-        names = [source.names[index] for index in outputs.indices]
-        header, rows = _table(card, decoded, card.task.predict(outputs.values))
-        rows = [(name, *row) for name, row in zip(names, rows, strict=True)]
-        write_csv(config.out, ("path", *header), rows)
-        print(f"predictions of {len(rows)} images: {config.out}")
+        print(f"predictions written to {config.out}")
     return {"task": card.task.kind, "images": images, "skipped": skipped}
 
 
@@ -77,9 +79,12 @@ def _prediction(card: "Card", row: "np.ndarray", top: int) -> dict[str, Any]:
         top: number of classes.
     """
     if card.task.kind == "regression":
-        units = card.task.units or ("",) * len(row)
-        numbers = zip(card.classes, row.tolist(), units, strict=True)
-        return {"numbers": [{"name": n, "value": x, "unit": unit} for n, x, unit in numbers]}
+        return {
+            "numbers": [
+                {"name": name, "value": value, "text": card.task.format_number(value, i)}
+                for i, (name, value) in enumerate(zip(card.classes, row.tolist(), strict=True))
+            ]
+        }
     order = (-row).argsort(kind="stable")
     if card.task.kind == "multilabel":
         applies = card.task.applies(row[None])[0]
@@ -97,7 +102,7 @@ def _guess(card: "Card", row: "np.ndarray", index: int) -> dict[str, Any]:
 
 def _lines(image: dict[str, Any]) -> Iterator[str]:
     for number in image.get("numbers", ()):
-        yield f"  {number['name']} {number['value']:.4g} {number['unit']}".rstrip()
+        yield f"  {number['name']} {number['text']}"
     for guess in image.get("top", image.get("labels", ())):
         yield f"  {guess['probability']:.3f}  {guess['name']}"
     if image.get("labels") == []:
@@ -105,14 +110,18 @@ def _lines(image: dict[str, Any]) -> Iterator[str]:
 
 
 def _table(
-    card: "Card", decoded: "np.ndarray", predicted: "np.ndarray"
+    card: "Card", outputs: "np.ndarray", paths: Sequence[Any]
 ) -> tuple[list[str], list[list[Any]]]:
-    """Return the header and the rows of the CSV file, without the paths."""
+    """Return the header and the rows of the CSV file."""
+    decoded = card.task.decode(outputs)
+    rows = zip(paths, card.task.predict(outputs), decoded, strict=True)
     if card.task.kind == "regression":
-        return list(card.classes), decoded.tolist()
-    pairs = zip(predicted, decoded, strict=True)
+        return ["path", *card.classes], [[path, *row.tolist()] for path, _, row in rows]
     if card.task.kind == "multilabel":
-        return ["labels", *card.classes], [
-            ["|".join(compress(card.classes, applies)), *row.tolist()] for applies, row in pairs
+        return ["path", "labels", *card.classes], [
+            [path, "|".join(compress(card.classes, applies)), *row.tolist()]
+            for path, applies, row in rows
         ]
-    return ["class", "probability"], [[card.classes[i], float(row[i])] for i, row in pairs]
+    return ["path", "class", "probability"], [
+        [path, card.classes[i], float(row[i])] for path, i, row in rows
+    ]

@@ -35,7 +35,7 @@ class Config(cli.Common):
 def run(config: Config) -> dict[str, Any]:
     """Print the validation accuracy of a linear probe and of nearest neighbors."""
     from tljax.data.sources import open_splits
-    from tljax.features.evaluate import METRICS, choose_thresholds, evaluate, main_metric
+    from tljax.features.evaluate import METRICS, choose_thresholds, evaluate
     from tljax.features.extract import split_features
     from tljax.features.probe import knn_predict
     from tljax.features.source_probe import fit_source_probe, probe_outputs
@@ -52,7 +52,7 @@ def run(config: Config) -> dict[str, Any]:
     probe = fit_source_probe(train, splits.train, task, seed=config.seed)
     linear = evaluate(probe_outputs(probe, val), task)
     linear = evaluate(linear.outputs, choose_thresholds(linear))
-    metric, nearest = main_metric(task.kind), None
+    metric, nearest = linear.main_metric, None
     name = METRICS[task.kind][metric]
     if task.kind == "classification":
         neighbors = knn_predict(

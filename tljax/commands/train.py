@@ -210,7 +210,6 @@ def train(
 ) -> dict[str, Any]:
     """Train in a run directory, or continue the run in it, and write its results."""
     from tljax.commands.extension import load_extension
-    from tljax.features.evaluate import main_metric
     from tljax.pretrained import save
     from tljax.report.runs import write_training_report
     from tljax.runtime.parallel import is_main_process
@@ -263,7 +262,7 @@ def train(
     seconds = time.perf_counter() - began
     # Without validation images, the training images are also those of validation.
     unread = sum(map(len, result.skipped[: 1 + (splits.val is not splits.train)]))
-    metric = main_metric(result.task.kind)
+    metric = result.evaluation.main_metric
     probe = result.probe_evaluation
     summary = {
         "task": result.task.kind,

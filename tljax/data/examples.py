@@ -42,8 +42,8 @@ class Source:
     Attributes:
         examples: the images, read on access.
         labels: ``[n]`` int32 indices into ``classes``, -1 for an example without a label; for the
-            task ``multilabel`` ``[n, classes]`` float32 of 0 and 1, for ``regression`` ``[n,
-            classes]`` float32 numbers, where NaN is unknown.
+            task ``multilabel`` ``[n, classes]`` floats of 0 and 1, for ``regression`` ``[n,
+            classes]`` numbers, where NaN is unknown.
         classes: the names of the classes, labels or numbers; empty if there are no labels.
         names: the name of each example in reports; printable text.
         targets: training targets, a tree of arrays ``[n, ...]``; None trains on ``labels``.
@@ -52,6 +52,9 @@ class Source:
         task: what the labels are.
         groups: ``[n]`` int32 number of the group of each example, such as a patient; None if every
             example is a group of its own.
+
+    Raises:
+        RequestError: an array has another length than the examples.
     """
 
     examples: Examples
@@ -62,6 +65,15 @@ class Source:
     extra: Mapping[str, np.ndarray] = field(default_factory=dict)
     task: Task = CLASSIFICATION
     groups: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        arrays = {"labels": self.labels, "names": self.names, "groups": self.groups, **self.extra}
+        for name, array in arrays.items():
+            if array is not None and len(array) != len(self.examples):
+                raise RequestError(
+                    f"a source of {len(self.examples)} examples has {len(array)} {name}: give one "
+                    "per example"
+                )
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -123,7 +135,7 @@ class Splits(NamedTuple):
 
     train: Source
     val: Source
-    notes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -349,7 +361,7 @@ def format_labels(source: Source, labels: np.ndarray) -> list[str]:
     if labels.ndim == 1:
         return [names[label] if label >= 0 else "" for label in labels.tolist()]
     if source.task.kind == "regression":
-        return ["|".join("" if x != x else f"{x:.7g}" for x in row) for row in labels.tolist()]  # noqa: PLR0124
+        return ["|".join("" if x != x else f"{x:.12g}" for x in row) for row in labels.tolist()]  # noqa: PLR0124
     marks = {0.0: None, 1.0: ""}
     return [
         "|".join(

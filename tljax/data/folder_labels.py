@@ -62,7 +62,7 @@ def label_folders(
         source, phrase = order_source(source, labels, where)
         return source, (f"class folders: {phrase}", *notes)
     if kind == "regression":
-        numbers = np.array([*map(parse_number, source.classes)], np.float32)
+        numbers = np.array([*map(parse_number, source.classes)])
         if not np.isfinite(numbers).all():
             raise RequestError(
                 "--task regression needs class folders whose names are numbers, such as 1.5; write"

@@ -134,7 +134,9 @@ class Column:
     def is_whole(self) -> bool:
         """Whether all cells are whole numbers or unknown."""
         known = self.numbers[~np.isnan(self.numbers)]
-        return bool(self.is_numeric.all() and (known == np.rint(known)).all())
+        # From 2**53 on every floating-point number is whole.
+        is_whole = (known == np.rint(known)) & (np.abs(known) < 2**53)
+        return bool(self.is_numeric.all() and is_whole.all())
 
     @property
     def separators(self) -> str:
@@ -323,8 +325,12 @@ def describe_values(values: Float[np.ndarray, "n columns"], kind: Kind, detail: 
     unknown = np.isnan(values)
     count = f"{values.shape[1]} label{'s' * (values.shape[1] > 1)}"
     if kind == "regression":
-        known = values[~unknown]
-        count = f"numbers from {known.min():g} to {known.max():g}" if known.size else "no numbers"
+        ranges = [
+            f"{column[~np.isnan(column)].min():.10g} to {np.nanmax(column):.10g}"
+            for column in values.T
+            if not np.isnan(column).all()
+        ]
+        count = f"numbers from {join_names(ranges)}" if ranges else "no numbers"
     share = unknown.mean() if unknown.size else 0
     percent = f"{share:.0%}" if share >= 0.01 else "less than 1%"
     return count + detail + (f", {percent} of the values unknown" if share else "")
@@ -411,7 +417,7 @@ def _refuse_mixed(column: Column) -> None:
 
 def _stack(columns: Sequence[Column], values: Sequence[np.ndarray]) -> np.ndarray:
     rows = [column.rows(x) for column, x in zip(columns, values, strict=True)]
-    return np.stack(rows, 1).astype(np.float32)
+    return np.stack(rows, 1)
 
 
 def _names_of(columns: Sequence[Column]) -> tuple[str, ...]:
@@ -420,8 +426,9 @@ def _names_of(columns: Sequence[Column]) -> tuple[str, ...]:
 
 def _numbers(columns: Sequence[Column]) -> Labels:
     for column in columns:
-        is_number = column.is_numeric & ~np.isinf(column.numbers)
-        column.require(is_number, f"--task regression needs numbers up to {_LARGEST:.1g}")
+        column.require(column.is_numeric, "--task regression needs numbers")
+        is_finite = ~np.isinf(column.numbers)
+        column.require(is_finite, f"--task regression needs numbers up to {_LARGEST:.1g}")
     values = _stack(columns, [column.numbers for column in columns])
     if np.isnan(values).all():
         raise RequestError(f"{describe_columns(columns)}: no value is known: choose another")
@@ -431,7 +438,7 @@ def _numbers(columns: Sequence[Column]) -> Labels:
 def _flags(columns: Sequence[Column], *, inferred: bool) -> Labels:
     for column in columns:
         column.require(column.is_flag, "labels need 0 or 1, or blank if unknown")
-    values = _stack(columns, [column.flags for column in columns])
+    values = _stack(columns, [column.flags for column in columns]).astype(np.float32)
     note = describe_values(values, "multilabel")
     if inferred and (values.sum(1) == 1).all():
         note += "; exactly one applies in every row: --task classification makes them classes"

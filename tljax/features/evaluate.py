@@ -150,10 +150,21 @@ class Evaluation:
 
     @property
     def metrics(self) -> dict[str, Metric]:
-        """Return the metrics of the task by name, without top-5 accuracy of up to five classes."""
-        few = self.decoded.shape[1] <= 5
+        """Return the metrics of the task by name, the most important one first.
+
+        They lack top-5 accuracy of up to five classes, and errors of several numbers, whose mean
+        would mix their units; see `per_name`.
+        """
+        names = self.decoded.shape[1]
+        several_numbers = self.task.kind == "regression" and names > 1
+        left_out = ("top5",) * (names <= 5) + ("mae", "rmse") * several_numbers
         metrics = METRICS[self.task.kind].items()
-        return {name: metric for name, metric in metrics if not (name == "top5" and few)}
+        return {name: metric for name, metric in metrics if name not in left_out}
+
+    @property
+    def main_metric(self) -> str:
+        """Return the name of the most important metric."""
+        return next(iter(self.metrics))
 
     def format(self, name: str, interval: Interval | None = None) -> str:
         """Return a metric as text, with its unit if it is a number with one, and an interval."""
@@ -309,7 +320,7 @@ METRICS: Mapping[Kind, Mapping[str, Metric]] = {
 
 
 def main_metric(kind: Kind) -> str:
-    """Return the name of the most important metric of a kind of task."""
+    """Return the name of the most important metric of a kind of task; of one number."""
     return next(iter(METRICS[kind]))
 
 

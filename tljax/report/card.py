@@ -21,6 +21,7 @@ from tljax.report.results import (
     LABEL_HEADER,
     NUMBER_HEADER,
     Results,
+    calibration_advice,
     label_rows,
     number_rows,
     per_class,
@@ -203,7 +204,8 @@ def _introduction(run: RunFacts) -> str:
         "multilabel": f"tells which of {count} labels apply to an image",
         "regression": f"predicts {_plural(count, 'number')} from an image",
     }[run.kind]
-    return f"A {_text(run.model)} that {purpose}: {origin}, with tljax."
+    article = "An" if run.model.startswith(("e", "i")) else "A"
+    return f"{article} {_text(run.model)} that {purpose}: {origin}, with tljax."
 
 
 def _plural(count: int, noun: str) -> str:
@@ -223,7 +225,7 @@ def _data(run: RunFacts) -> str:
     if count is None:
         seen = "Duplicates of training images among them were not searched for."
     elif count:
-        seen = f"{count} of them are also training images; the results include them."
+        seen = f"{count} of them are training images or resemble one; the results include them."
     else:
         seen = "None of them was found among the training images."
     examples = run.results.evaluation.examples
@@ -282,7 +284,7 @@ def _calibration(run: RunFacts) -> str:
     return (
         f"{table}\n\nThe second row was measured with temperatures that were fitted to other"
         f" images. The temperature fitted to all {run.measured} is {calibration.temperature:.3g}."
-        " Divide the logits by it for calibrated probabilities: the network does not."
+        f" {calibration_advice(run.results)}"
     )
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from tljax.features.evaluate import METRICS, Metric, main_metric
+from tljax.features.evaluate import METRICS, main_metric
 from tljax.report.canvas import (
     BLUE,
     PALE,
@@ -55,8 +55,10 @@ def curves(
         kind: kind of the task.
     """
     history = [_with_plain_loss(entry) for entry in history if entry.get("epoch") is not None]
-    name = main_metric(kind)
-    metric = METRICS[kind][name]
+    metrics = METRICS[kind]
+    logged = (name for name in metrics if any(f"val_{name}" in entry for entry in history))
+    name = next(logged, main_metric(kind))
+    metric = metrics[name]
     phases = _phases(history)
     figure = new_figure(9, 3.4)
     panels = figure.subplots(1, 2, sharex=True)
@@ -222,7 +224,8 @@ def accuracy_and_speed(candidates: Sequence[Candidate]) -> "matplotlib.figure.Fi
     The area of a dot shows the number of parameters. A line joins the networks that no other
     network exceeds in both the metric and speed.
     """
-    metric = _main_metric_called(candidates[0].metric)
+    name = candidates[0].metric
+    metric = next(metrics[name] for metrics in METRICS.values() if name in metrics)
     sign = -1 if metric.is_error else 1
     figure, axes = new_plot(7, 4.5, f"{_capitalize(metric.title)} against speed")
     pareto = [
@@ -254,11 +257,6 @@ def accuracy_and_speed(candidates: Sequence[Candidate]) -> "matplotlib.figure.Fi
     if metric.is_share:
         show_percent(axes.yaxis)
     return figure
-
-
-def _main_metric_called(name: str) -> Metric:
-    """Return the most important metric of some task by its name, which no two share."""
-    return next(metrics[name] for kind, metrics in METRICS.items() if main_metric(kind) == name)
 
 
 def write_figure(path: Path, figure: "matplotlib.figure.Figure") -> None:

@@ -80,9 +80,8 @@ def _number(evaluation: Evaluation, row: int, names: Sequence[str]) -> dict[str,
     predicted, truth = evaluation.decoded[row], evaluation.labels[row]
     errors = np.abs(task.standardize(predicted[None]) - task.standardize(truth[None]))[0]
     number = int(np.argmax(np.nan_to_num(errors)))
-    unit = task.units[number] if task.units else ""
     return {
-        "truth": f"{truth[number]:.4g} {unit}".rstrip(),
-        "prediction": f"{predicted[number]:.4g} {unit}".rstrip(),
+        "truth": task.format_number(truth[number], number),
+        "prediction": task.format_number(predicted[number], number),
         "subject": names[number] if len(names) > 1 else "",
     }

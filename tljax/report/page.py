@@ -18,6 +18,7 @@ from tljax.report.results import (
     LABEL_HEADER,
     NUMBER_HEADER,
     Results,
+    calibration_advice,
     label_rows,
     number_rows,
     per_class,
@@ -207,9 +208,8 @@ def _calibration(results: Results) -> str:
     axes = ("probability of a label", "applies") if results.kind == "multilabel" else ()
     image = plot(reliability_diagram(calibration, *axes), "Accuracy over confidence")
     return (
-        f"{image}<p>Divide the logits by the temperature {calibration.temperature:.3g} to calibrate"
-        " the probabilities. The orange line was measured with temperatures that were fitted to"
-        " other images.</p>\n"
+        f"{image}<p>The temperature is {calibration.temperature:.3g}. {calibration_advice(results)}"
+        " The orange line was measured with temperatures that were fitted to other images.</p>\n"
     )
 
 

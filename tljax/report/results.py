@@ -120,6 +120,17 @@ def calibrated(evaluation: Evaluation) -> Calibration | None:
     return None
 
 
+def calibration_advice(results: Results) -> str:
+    """Return a sentence on whether to divide the logits by the temperature."""
+    calibration = results.calibration
+    if calibration is None or calibration.loss_after >= calibration.loss_before:
+        return "Dividing the logits by it does not make the probabilities better: leave them."
+    thresholds = ", and the thresholds change with them" if results.kind == "multilabel" else ""
+    return (
+        f"Divide the logits by it for calibrated probabilities: the network does not{thresholds}."
+    )
+
+
 def _per_name_intervals(evaluation: Evaluation, groups: np.ndarray | None) -> dict[str, Interval]:
     decoded, labels = evaluation.decoded, evaluation.labels
     # A fifth of what the metrics may take: these are worth seconds.

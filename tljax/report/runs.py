@@ -7,7 +7,8 @@ from shlex import quote
 from typing import Any
 
 from tljax.data.examples import Source, Splits
-from tljax.features.evaluate import METRICS, Evaluation, main_metric
+from tljax.data.table_files import is_table
+from tljax.features.evaluate import METRICS, Evaluation
 from tljax.features.probe import Probe
 from tljax.pretrained import Card
 from tljax.report.card import RunFacts, model_card
@@ -32,7 +33,8 @@ MAX_IMAGES_COMPARED = 20_000
 def accuracies(result: FitResult) -> dict[str, Evaluation]:
     """Return the evaluations of a run by the name of their most important metric."""
     kind = result.task.kind
-    metric = "accuracy" if kind == "classification" else METRICS[kind][main_metric(kind)].title
+    name = result.evaluation.main_metric
+    metric = "accuracy" if kind == "classification" else METRICS[kind][name].title
     trained = {"probe": "probe", "scratch": "trained"}.get(result.config.recipe, "fine-tuned")
     evaluations = {
         f"probe {metric}": result.probe_evaluation,
@@ -70,7 +72,7 @@ def write_training_report(
         workdir: the run directory.
         result: what was trained and measured.
         splits: the images of the run.
-        config: ``data``, ``seed``, ``batch_size`` and ``fit``, as requested.
+        config: ``data``, ``labels``, ``seed``, ``batch_size`` and ``fit``, as requested.
         card: the card of the pretrained weights, with the classes of the new network.
         seconds: the duration of the run.
 
@@ -85,6 +87,10 @@ def write_training_report(
         for path, value in flatten(asdict(result.config)).items()
         if path.rpartition("/")[2] not in unused and value not in (None, ())
     }
+    labels = config.get("labels", {})
+    recipe |= {name: str(value) for name, value in labels.items() if value is not None}
+    if result.probe is not None:
+        recipe["L2 penalty of the probe"] = f"{result.probe.l2:.2g}"
     choose_by = result.config.choose_by or "top1"
     tuned = "tuned" if best_epoch(result.history, choose_by) else "probe"
     origin = {"probe": tuned, "random": "scratch"}.get(result.history[0]["phase"], "tuned")
@@ -144,7 +150,7 @@ def write_training_report(
         },
         next_steps=[
             f"tljax predict PHOTO.jpg --weights {quote(str(workdir))}",
-            f"tljax evaluate --data FOLDER --weights {quote(str(workdir))}",
+            f"tljax evaluate --data {_data_kind(config['data'])} --weights {quote(str(workdir))}",
         ],
     )
     write_report(workdir / "report.html", report)
@@ -177,6 +183,11 @@ def write_training_report(
     return lines
 
 
+def _data_kind(data: str) -> str:
+    """Return what to evaluate on: a table after training from one."""
+    return "TABLE.csv" if is_table(Path(data)) else "FOLDER"
+
+
 _NAMES: dict[Kind, str] = {
     "classification": "classes",
     "multilabel": "labels",
@@ -187,7 +198,7 @@ _NAMES: dict[Kind, str] = {
 
 def _headline(result: FitResult, val: Source, results: Results) -> list[Score]:
     """Return the most important metric of each evaluation."""
-    name = main_metric(result.task.kind)
+    name = result.evaluation.main_metric
     scores = []
     for title, evaluation in accuracies(result).items():
         same = evaluation is results.evaluation

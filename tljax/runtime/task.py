@@ -1,11 +1,14 @@
 """Tasks: the meaning of a network's outputs."""
 
+import math
 from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 from jaxtyping import Float, Shaped
 from scipy.special import expit, softmax
 
+from tljax.runtime.errors import RequestError
 from tljax.runtime.settings import Kind
 
 
@@ -24,6 +27,9 @@ class Task:
         mean: for ``regression``, the mean of each number in the training data; empty for 0.
         scale: for ``regression``, the standard deviation of each number; empty for 1.
         units: for ``regression``, the unit of each number; empty if they are unknown.
+
+    Raises:
+        RequestError: there is no such kind.
     """
 
     kind: Kind = "classification"
@@ -31,6 +37,11 @@ class Task:
     mean: tuple[float, ...] = ()
     scale: tuple[float, ...] = ()
     units: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            kinds = ", ".join(get_args(Kind))
+            raise RequestError(f"there is no task {self.kind!r:.80}; choose from {kinds}")
 
     @property
     def has_classes(self) -> bool:
@@ -51,13 +62,14 @@ class Task:
             outputs: ``[n, outputs]`` outputs of the network.
 
         Returns:
-            ``[n, names]``, one column per class, label or number, in the dtype of ``outputs``.
+            ``[n, names]``, one column per class or label, in the dtype of ``outputs``, or per
+            number, in float64.
         """
         if self.kind == "classification":
             return softmax(outputs, axis=1)
         if self.kind == "regression":
             mean, scale = np.asarray(self.mean or 0.0), np.asarray(self.scale or 1.0)
-            return (outputs * scale + mean).astype(outputs.dtype)
+            return outputs.astype(np.float64) * scale + mean
         probabilities = expit(outputs)
         if self.kind == "multilabel":
             return probabilities
@@ -92,6 +104,20 @@ class Task:
             ``[n, names]`` float64.
         """
         return (values - np.asarray(self.mean or 0.0)) / np.asarray(self.scale or 1.0)
+
+    def format_number(self, value: float, index: int) -> str:
+        """Return a number as text: to a hundredth of its standard deviation, and with its unit.
+
+        Args:
+            value: the number, in its unit.
+            index: position of the number among those of the task.
+        """
+        if self.scale:
+            decimals = max(0, 2 - math.floor(math.log10(self.scale[index])))
+            text = f"{value:.{decimals}f}"
+        else:
+            text = f"{value:.6g}"
+        return f"{text} {self.units[index]}".rstrip() if self.units else text
 
     def applies(self, probabilities: Float[np.ndarray, "n labels"]) -> np.ndarray:
         """Return ``[n, labels]`` bool: which labels reach their thresholds."""

@@ -6,7 +6,7 @@ import jax
 
 from tljax.data.examples import Splits
 from tljax.data.options import Loading
-from tljax.features.evaluate import evaluate, main_metric
+from tljax.features.evaluate import evaluate
 from tljax.features.extract import images_per_second, split_features
 from tljax.features.source_probe import fit_source_probe, probe_outputs
 from tljax.metrics.bootstrap import Interval
@@ -70,7 +70,7 @@ def measure(
     task = fitted_task(splits.train)
     probe = fit_source_probe(train, splits.train, task, seed=seed)
     evaluation = evaluate(probe_outputs(probe, val), task)
-    metric = main_metric(task.kind)
+    metric = evaluation.main_metric
     nothing = Interval(float("nan"), float("nan"))
     head = model.stage_names[-1]
     backbone = {stage: tree for stage, tree in variables["params"].items() if stage != head}

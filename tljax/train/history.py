@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from tljax.features.evaluate import METRICS, Evaluation, main_metric
+from tljax.features.evaluate import METRICS, Evaluation
 from tljax.metrics.classification import standard_error
 from tljax.runtime.settings import Kind
 from tljax.train.options import ChooseBy
@@ -35,7 +35,7 @@ def validation_metrics(
     clean: Evaluation, robust: Evaluation | None, choose_by: str
 ) -> dict[str, float]:
     """Return the validation metrics of a history entry."""
-    names = dict.fromkeys(("loss", main_metric(clean.task.kind), choose_by))
+    names = dict.fromkeys(("loss", clean.main_metric, choose_by))
     metrics = {f"val_{name}": clean.metric(name) for name in names}
     if robust is not None:
         metrics |= {"val_robust_loss": robust.loss, "val_robust_top1": robust.top1}

@@ -66,7 +66,7 @@ def make_objective(task: Task, config: FitConfig, source: Source) -> Objective:
         return binary_cross_entropy(weights, gamma, asymmetric=config.loss == "asymmetric")
     if kind == "ordinal":
         return cumulative_cross_entropy(class_weights(source) if balanced else ())
-    return squared_error(task, huber=config.loss == "huber")
+    return squared_error(huber=config.loss == "huber")
 
 
 def cross_entropy(
@@ -183,14 +183,13 @@ def cumulative_cross_entropy(class_weights: tuple[float, ...] = ()) -> Objective
     return objective
 
 
-def squared_error(task: Task, *, huber: bool = False) -> Objective:
+def squared_error(*, huber: bool = False) -> Objective:
     """Return the objective of regression: the mean squared error of standardized numbers.
 
     It is the mean over the numbers of all examples that are known, that is, not NaN. Its metric is
-    ``squared_error``.
+    ``squared_error``. Outputs and targets are standardized.
 
     Args:
-        task: mean and scale of the numbers; the network predicts standardized numbers.
         huber: whether errors above one standard deviation count linearly (Huber 1964), as
             ``2 * |error| - 1``, so that outliers have less influence.
     """
@@ -200,8 +199,7 @@ def squared_error(task: Task, *, huber: bool = False) -> Objective:
     ) -> tuple[Values, dict[str, Values]]:
         outputs, targets = forward(batch.inputs).logits, batch.targets
         known = ~jnp.isnan(targets)
-        standardized = (targets - jnp.asarray(task.mean)) / jnp.asarray(task.scale)
-        errors = outputs - jnp.where(known, standardized, 0)
+        errors = outputs - jnp.where(known, targets, 0)
         losses = 2 * optax.huber_loss(errors) if huber else errors**2
         squared = _mean_of_known(errors**2, known)
         return _by_example(_mean_of_known(losses, known), batch), {"squared_error": squared}

@@ -149,9 +149,13 @@ def prepare(
         print(f"note: {note}", file=sys.stderr)
     objective = run_options.get("objective")
     _check_replaced(config, changed, objective, new_head)
+    _check_labels(splits)
     task = fitted_task(splits.train)
     config = check_task(config, task)
-    _check_validation(splits.val, task)
+    if task.kind == "regression" and splits.train.targets is None:
+        # On the host in float64: float32 cannot tell large numbers apart.
+        targets = task.standardize(splits.train.labels).astype(np.float32)
+        splits = splits._replace(train=replace(splits.train, targets=targets))
     add_head = new_head or partial(replace_head, after=config.head_after, dropout=config.dropout)
     model, variables = _with_head(add_head, model, variables, splits.train, task)
     if objective is None:
@@ -191,8 +195,20 @@ def prepare(
     return replace(run, variables=variables, probe=probe), inputs
 
 
-def _check_validation(source: Source, task: Task) -> None:
-    """Check that epochs can be compared on the validation images."""
+def _check_labels(splits: Splits) -> None:
+    """Check that labels fit the task, and that epochs can be compared on the validation images."""
+    for source in splits[:2]:
+        shape = (len(source), *(() if source.task.has_classes else (len(source.classes),)))
+        if source.labels.shape != shape:
+            raise RequestError(
+                f"the task {source.task.kind} needs labels {list(shape)}, "
+                f"got {list(source.labels.shape)}"
+            )
+    source, task, classes = splits.val, splits.train.task, splits.train.classes
+    if source.task.kind != task.kind or source.classes != classes:
+        raise RequestError(
+            "training and validation images differ in their task or classes: label both alike"
+        )
     if task.has_classes and (source.labels < 0).any():
         raise RequestError("a validation image has no label: label all, to compare epochs")
     if not task.has_classes and np.isnan(source.labels).all():
@@ -235,11 +251,13 @@ def fitted_task(source: Source) -> Task:
     """Return the task of the training images, with the mean and scale of numbers.
 
     Raises:
-        RequestError: a number is the same for all images, or unknown.
+        RequestError: a number is the same for all images, unknown or infinite.
     """
     if source.task.kind != "regression":
         return source.task
     numbers, known = source.labels.astype(np.float64), ~np.isnan(source.labels)
+    if np.isinf(numbers).any():
+        raise RequestError("a number of the training images is infinite: make it NaN or remove it")
     mean = numbers.mean(0, where=known) if known.any(0).all() else np.zeros(numbers.shape[1])
     scale = np.sqrt(np.square(numbers - mean).mean(0, where=known)) if known.any() else mean
     for name, spread in zip(source.classes, scale, strict=True):
