@@ -533,7 +533,7 @@ EXPECTED = {
     "array": (
         ["array 0", "array 1", "array 2"],
         [[0, 1.5, 0], [1, 1, 0], [2, 0, 1]],
-        "numbers from 0 to 2, 25% of the values unknown",
+        "numbers from 0 to 2, 0 to 1.5, 0 to 1, 25% of the values unknown",
     ),
     "float": (["float"], [[1.5], [-4]], "numbers from -4 to 1.5, 50% of the values unknown"),
     "flag": (["False", "True"], [1, 0, 1], "one of 2 classes"),
