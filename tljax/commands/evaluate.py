@@ -43,6 +43,7 @@ def run(config: Config) -> dict[str, Any]:
     from tljax.report.results import summarize
     from tljax.report.runs import write_evaluation_report
     from tljax.runtime.errors import RequestError
+    from tljax.runtime.task import Task
     from tljax.train import run_directory
 
     if not (config.data or config.workdir):
@@ -72,6 +73,10 @@ def run(config: Config) -> dict[str, Any]:
     print(f"{evaluation.examples} images; in parentheses 95% confidence intervals")
     for name, metric in evaluation.metrics.items():
         print(f"{metric.title:24} {evaluation.format(name, intervals.get(name))}")
+    if card.task.kind == "regression" and len(card.classes) > 1:
+        for i, (name, error) in enumerate(zip(card.classes, results.per_name["mae"], strict=True)):
+            text = Task(units=card.task.units).format_number(error, i)
+            print(f"{f'mean absolute error of {name}':24} {text}")
     if calibration:
         before, after = calibration.before.error, calibration.after.error
         print(f"{'calibration error':24} {before:.1%}, {after:.1%} after temperature scaling")
