@@ -193,7 +193,7 @@ def test_a_class_that_is_a_number_is_found_by_name_first(cases, run, tmp_path):
 def test_either_of_two_classes_with_the_same_name_is_correct(cases, run):
     data = ("--data", cases / "photos/crane", "--weights", cases / "weights/hf_crane")
     done = run("evaluate.py", *data)
-    assert "top-1  100.0%" in done.stdout
+    assert "top-1 accuracy           100.0%" in done.stdout
     assert "crane" in done.stdout
 
 
