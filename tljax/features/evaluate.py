@@ -155,7 +155,7 @@ class Evaluation:
         They lack top-5 accuracy of up to five classes, and errors of several numbers, whose mean
         would mix their units; see `per_name`.
         """
-        names = self.decoded.shape[1]
+        names = self.outputs.values.shape[1] + (self.task.kind == "ordinal")
         several_numbers = self.task.kind == "regression" and names > 1
         left_out = ("top5",) * (names <= 5) + ("mae", "rmse") * several_numbers
         metrics = METRICS[self.task.kind].items()

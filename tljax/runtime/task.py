@@ -66,7 +66,8 @@ class Task:
             number, in float64.
         """
         if self.kind == "classification":
-            return softmax(outputs, axis=1)
+            with np.errstate(invalid="ignore"):  # a network that diverged has infinite logits
+                return softmax(outputs, axis=1)
         if self.kind == "regression":
             mean, scale = np.asarray(self.mean or 0.0), np.asarray(self.scale or 1.0)
             return outputs.astype(np.float64) * scale + mean
