@@ -68,7 +68,7 @@ def evaluation_of(kind: Kind, names: int, count: int = 60, blanks: float = 0.0) 
         values = 3 * labels - 1.5 + noise
     labels[rng.random(labels.shape) < blanks] = np.nan
     evaluation = evaluate(Outputs(values, labels.astype(np.float32), indices, {}), task)
-    return Evaluation(evaluation.outputs, choose_thresholds(evaluation))
+    return choose_thresholds(evaluation)
 
 
 def results_of(

@@ -40,10 +40,9 @@ def run(config: Config) -> dict[str, Any]:
     from tljax.data.sources import open_labeled
     from tljax.features.evaluate import evaluate, match_network, resolve_ambiguous_labels
     from tljax.features.extract import compute_features
-    from tljax.report.results import summarize
+    from tljax.report.results import number_rows, summarize
     from tljax.report.runs import write_evaluation_report
     from tljax.runtime.errors import RequestError
-    from tljax.runtime.task import Task
     from tljax.train import run_directory
 
     if not (config.data or config.workdir):
@@ -74,9 +73,8 @@ def run(config: Config) -> dict[str, Any]:
     for name, metric in evaluation.metrics.items():
         print(f"{metric.title:24} {evaluation.format(name, intervals.get(name))}")
     if card.task.kind == "regression" and len(card.classes) > 1:
-        for i, (name, error) in enumerate(zip(card.classes, results.per_name["mae"], strict=True)):
-            text = Task(units=card.task.units).format_number(error, i)
-            print(f"{f'mean absolute error of {name}':24} {text}")
+        for name, unit, error, *_ in number_rows(results):
+            print(f"{f'mean absolute error of {name}':24} {error} {unit}".rstrip())
     if calibration:
         before, after = calibration.before.error, calibration.after.error
         print(f"{'calibration error':24} {before:.1%}, {after:.1%} after temperature scaling")

@@ -42,7 +42,7 @@ def run(config: Config) -> dict[str, Any]:
     from tljax.features.extract import compute_features
     from tljax.runtime.errors import RequestError
     from tljax.runtime.files import atomic_write
-    from tljax.train.run_directory import write_csv
+    from tljax.train.run_directory import format_csv
 
     if not config.images:
         raise RequestError("name at least one file, folder or URL")
@@ -55,7 +55,7 @@ def run(config: Config) -> dict[str, Any]:
         require_readable_image(source, outputs.skipped)
         if table:
             names = [source.names[index] for index in outputs.indices]
-            write_csv(table, *_table(card, outputs.values, names))
+            table.write_bytes(format_csv(*_table(card, outputs.values, names)))
     decoded = card.task.decode(outputs.values)
     images = []
     for index, row in zip(outputs.indices, decoded, strict=True):
@@ -88,16 +88,8 @@ def _prediction(card: "Card", row: "np.ndarray", top: int) -> dict[str, Any]:
     order = (-row).argsort(kind="stable")
     if card.task.kind == "multilabel":
         applies = card.task.applies(row[None])[0]
-        return {"labels": [_guess(card, row, i) for i in order if applies[i]]}
-    return {"top": [_guess(card, row, i) for i in order[:top]]}
-
-
-def _guess(card: "Card", row: "np.ndarray", index: int) -> dict[str, Any]:
-    return {
-        "name": card.classes[index],
-        "index": int(index),
-        "probability": float(row[index]),
-    }
+        return {"labels": [card.guess(row, i) for i in order if applies[i]]}
+    return {"top": [card.guess(row, i) for i in order[:top]]}
 
 
 def _lines(image: dict[str, Any]) -> Iterator[str]:

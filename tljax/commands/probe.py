@@ -50,8 +50,7 @@ def run(config: Config) -> dict[str, Any]:
     train, val = split_features(model, variables, splits, config.loading, stop=config.stage)
     task = fitted_task(splits.train)
     probe = fit_source_probe(train, splits.train, task, seed=config.seed)
-    linear = evaluate(probe_outputs(probe, val), task)
-    linear = evaluate(linear.outputs, choose_thresholds(linear))
+    linear = choose_thresholds(evaluate(probe_outputs(probe, val), task))
     metric, nearest = linear.main_metric, None
     name = METRICS[task.kind][metric]
     if task.kind == "classification":

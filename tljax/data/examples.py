@@ -230,9 +230,7 @@ def _match_columns(source: Source, names: Sequence[str]) -> tuple[Source, tuple[
     if max(columns, default=-1) < 0:
         lists = f"the data has {join_names(source.classes)}; the network has {join_names(names)}"
         raise RequestError(f"the data and the network have none of the {word} in common: {lists}")
-    # The column behind the last one, at -1, is unknown.
-    unknown = np.full((len(source), 1), np.nan, np.float32)
-    labels = np.concatenate([source.labels, unknown], 1)[:, columns]
+    labels = _take_columns(source.labels, columns, np.nan)
     missing = [name for name, column in zip(names, columns, strict=True) if column < 0]
     unused = [
         name for name, key in zip(source.classes, data_keys, strict=True) if key not in network_keys
@@ -265,7 +263,7 @@ def match_part(part: Source, train: Source, *, by_name: bool) -> tuple[Source, t
     Raises:
         RequestError: the two have no class in common, or not the same numbers.
     """
-    part = replace(select(part, np.flatnonzero(is_labeled(part))), task=train.task)
+    part = replace(select(part, np.flatnonzero(is_labeled(part.labels))), task=train.task)
     if train.task.has_classes:
         return match_classes(part, train.classes)
     if part.classes == train.classes:
@@ -277,12 +275,16 @@ def match_part(part: Source, train: Source, *, by_name: bool) -> tuple[Source, t
         )
     if not by_name:
         return match_classes(part, train.classes)
-    # The column behind the last one, at -1, is of labels that no image is given.
     columns = [part.classes.index(x) if x in part.classes else -1 for x in train.classes]
-    labels = np.concatenate([part.labels, np.zeros((len(part), 1), np.float32)], 1)[:, columns]
+    labels = _take_columns(part.labels, columns, 0)
     unknown = [name for name in part.classes if name not in train.classes]
     note = f"left out unknown labels of the validation part: {join_names(unknown)}"
     return replace(part, labels=labels, classes=train.classes), (note,) * bool(unknown)
+
+
+def _take_columns(labels: np.ndarray, columns: Sequence[int], missing: float) -> np.ndarray:
+    """Return columns of ``[n, names]`` labels; a column -1 is filled with ``missing``."""
+    return np.pad(labels, ((0, 0), (0, 1)), constant_values=missing)[:, columns]
 
 
 def find_ambiguous_names(
@@ -330,11 +332,9 @@ def hash_examples(source: Source) -> list[bytes]:
         return [digest for chunk in pool.map(hash_chunk, chunks) for digest in chunk]
 
 
-def is_labeled(source: Source) -> np.ndarray:
-    """Return ``[n]`` bool: whether anything is known of each example."""
-    if source.labels.ndim == 2:
-        return np.asarray(~np.isnan(source.labels).all(1))
-    return source.labels >= 0
+def is_labeled(labels: np.ndarray) -> np.ndarray:
+    """Return ``[n]`` bool: whether anything is known of each example, from `Source.labels`."""
+    return np.asarray(labels >= 0 if labels.ndim == 1 else ~np.isnan(labels).all(1))
 
 
 def without_example(source: Source) -> list[str]:

@@ -168,12 +168,12 @@ def _open(spec: str, labels: LabelOptions) -> _Parts:
 def _validation(parts: _Parts, labels: LabelOptions) -> _Part | None:
     """Open the first validation split with labels; test splits of competitions have none."""
     opened = (parts[name](labels) for name in VAL if name in parts)
-    return next((part for part in opened if is_labeled(part.source).any()), None)
+    return next((part for part in opened if is_labeled(part.source.labels).any()), None)
 
 
 def _trainable(part: _Part, where: str) -> _Part:
     """Leave out what cannot be learned: examples, classes and labels without the others."""
-    labeled, notes = is_labeled(part.source), part.notes
+    labeled, notes = is_labeled(part.source.labels), part.notes
     if not labeled.all():
         notes += (f"left out {np.count_nonzero(~labeled)} examples without a label",)
         part = part.select(np.flatnonzero(labeled))

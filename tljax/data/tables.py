@@ -10,6 +10,7 @@ import numpy as np
 from tljax.data.examples import (
     Source,
     Splits,
+    is_labeled,
     join_names,
     normal,
     printable,
@@ -167,8 +168,7 @@ def _build(
         cells = search_groups(options.group, relative, table.where) if column is None else column
         groups, names, ungrouped = number_groups(cells, relative)
         notes += ungrouped
-    values = labels.values
-    unknown = values < 0 if values.ndim == 1 else np.isnan(values).all(1)
+    unknown = ~is_labeled(labels.values)
     if unknown.all():
         raise RequestError(f"{table.where}: no row has a known label: choose another --target")
     if unknown.any():

@@ -229,9 +229,9 @@ def _solve(basis, signs, weights, held_out, l2, num_values, tolerance, max_itera
             margins = state.margins + length * along
             gradient, curvature = _gradient(design, sign, weight, next_penalty, params, margins)
 
-            learned = remember(state.memory, params - state.params, gradient - state.gradient)
-            # A step of length 0 means that the memory gave a bad direction: clear it.
-            learned = learned._replace(rho=jnp.where(length > 0, learned.rho, 0))
+            learned = remember(
+                state.memory, params - state.params, gradient - state.gradient, length
+            )
             lowered = lower_penalty(state.memory, penalty - next_penalty)
             return state._replace(
                 value=state.value + done,

@@ -1,6 +1,6 @@
 """Metrics, predictions and worst mistakes from the outputs of a network for a data set."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -25,14 +25,15 @@ class Metric(NamedTuple):
     Attributes:
         title: its name in reports.
         compute: function of an evaluation and of the weight of each example, ``[..., n]`` or None
-            for equal weights, that returns ``[...]``.
+            for equal weights, that returns ``[...]``; or the name of the metric of each label or
+            number of which it is the mean, see `Evaluation.per_name`.
         is_share: whether it is a share of the examples, shown as a percentage.
         is_error: whether lower is better.
         by_name: whether its cost in a bootstrap grows with the number of labels or numbers.
     """
 
     title: str
-    compute: Callable[["Evaluation", Any], Any]
+    compute: Callable[["Evaluation", Any], Any] | str
     is_share: bool = True
     is_error: bool = False
     by_name: bool = False
@@ -141,7 +142,7 @@ class Evaluation:
         if name == "loss":
             return self.loss
         if name not in self._computed:
-            self._computed[name] = float(METRICS[self.task.kind][name].compute(self, None))
+            self._computed[name] = float(self._measure([name])[name])
         return self._computed[name]
 
     @cached_property
@@ -180,43 +181,91 @@ class Evaluation:
             source: the images, whose groups are drawn as a whole.
             names: names of the metrics, by default all; those that would take minutes are left out.
         """
-        metrics, groups = self.metrics, source.groups
-        names = metrics if names is None else names
-        columns = self.decoded.shape[1]
-        chosen = {
-            name: metrics[name].compute
+        return self.bootstrap(source, self.metrics if names is None else names)[0]
+
+    def bootstrap(
+        self, source: Source, names: Iterable[str], each: Iterable[str] = ()
+    ) -> tuple[dict[str, Interval], dict[str, Interval]]:
+        """Compute confidence intervals as `intervals`, and those of each label or number.
+
+        Args:
+            source: the images.
+            names: names of the metrics.
+            each: names of metrics of `per_name`, whose intervals are arrays ``[names]``. They are
+                left out if they take more than a fifth of what the others may take.
+        """
+        metrics, columns = self.metrics, self.decoded.shape[1]
+        names = [
+            name
             for name in names
             if is_affordable(self.examples, columns if metrics[name].by_name else 1)
-        }
+        ]
+        each = each if is_affordable(5 * self.examples, columns) else ()
 
-        def compute_all(counts: Float[np.ndarray, "draws n"]) -> dict[str, Any]:
-            if self.task.kind == "regression":  # one call computes them all
-                errors = regression.regression_metrics(self.decoded, self.labels, counts)._asdict()
-                return {name: mean_of_defined(errors[name]) for name in chosen}
-            return {name: compute(self, counts) for name, compute in chosen.items()}
-
-        return bootstrap_intervals(
-            compute_all,
-            self.examples,
-            groups=None if groups is None else groups[self.indices],
+        groups = None if source.groups is None else source.groups[self.indices]
+        intervals = bootstrap_intervals(
+            lambda counts: self._measure(names, counts, each), self.examples, groups=groups
+        )
+        return (
+            {name: intervals[name] for name in names},
+            {name: intervals[_each(name)] for name in each},
         )
 
-    def per_name(self) -> dict[str, Float[np.ndarray, " names"]]:
-        """Compute the metrics of each label or number, ``[names]`` each.
-
-        For labels they are ``average_precision``, ``auroc``, ``f1``, ``precision``, ``recall``,
-        and the numbers of known and positive examples; for numbers ``mae``, ``rmse`` and ``r2``.
-        """
-        labels = self.labels
-        if self.task.kind == "regression":
-            return regression.regression_metrics(self.decoded, labels)._asdict()
-        return {
-            "average_precision": multilabel.average_precision(self.decoded, labels),
-            "auroc": multilabel.auroc(self.decoded, labels),
-            **_at_thresholds(self, None)._asdict(),
-            "known": np.isfinite(labels).sum(0),
-            "positive": (labels == 1).sum(0),
+    def _measure(
+        self, names: Iterable[str], weights: Any = None, each: Iterable[str] = ()
+    ) -> dict[str, Any]:
+        """Compute metrics by name, and those of each label or number by `_each` of their name."""
+        chosen = {name: METRICS[self.task.kind][name].compute for name in names}
+        wanted = {*each, *(one for one in chosen.values() if isinstance(one, str))}
+        per_name = self.per_name(weights, wanted) if wanted else {}
+        means = {
+            name: mean_of_defined(per_name[compute])
+            if isinstance(compute, str)
+            else compute(self, weights)
+            for name, compute in chosen.items()
         }
+        return means | {_each(name): per_name[name] for name in each}
+
+    def per_name(
+        self,
+        weights: Float[np.ndarray, "... n"] | None = None,
+        wanted: Collection[str] = ("average_precision", "auroc", "f1", "known"),
+    ) -> dict[str, Float[np.ndarray, "... names"]]:
+        """Compute the metrics of each label or number, ``[..., names]`` each.
+
+        Args:
+            weights: ``[..., n]`` weight of each example; by default equal.
+            wanted: the metrics of labels that are computed, ``f1`` with ``precision`` and
+                ``recall``, ``known`` with ``positive``, which count examples and have no weights;
+                those of numbers are always ``mae``, ``rmse`` and ``r2``.
+        """
+        decoded, labels = self.decoded, self.labels
+        if self.task.kind == "regression":
+            return regression.regression_metrics(decoded, labels, weights)._asdict()
+        ranked = {"average_precision": multilabel.average_precision, "auroc": multilabel.auroc}
+        values = {
+            name: metric(decoded, labels, weights)
+            for name, metric in ranked.items()
+            if name in wanted
+        }
+        if "f1" in wanted:
+            thresholds = np.asarray(self.task.thresholds or 0.5)
+            values |= multilabel.threshold_metrics(decoded, labels, thresholds, weights)._asdict()
+        if "known" in wanted:
+            values |= {"known": np.isfinite(labels).sum(0), "positive": (labels == 1).sum(0)}
+        return values
+
+    @cached_property
+    def errors(self) -> Float[np.ndarray, "n names"]:
+        """Return how wrong the prediction of each label or number is; 0 where that is unknown.
+
+        It is the distance of the probability from the truth where the decision about a label is
+        wrong, and the error of a number in standard deviations.
+        """
+        errors = np.abs(self.task.standardize(self.decoded) - self.task.standardize(self.labels))
+        if self.task.kind == "multilabel":
+            errors = np.where(self.predicted != self.labels, errors, 0)
+        return np.nan_to_num(errors)
 
     def worst(self, count: int) -> Int[np.ndarray, " rows"]:
         """Return the rows of up to ``count`` mistakes, the worst ones first.
@@ -230,18 +279,13 @@ class Evaluation:
         if self.task.kind == "ordinal":
             errors = np.abs(self.predicted - self.labels).astype(np.float64)
         else:
-            errors = np.abs(
-                self.task.standardize(self.decoded) - self.task.standardize(self.labels)
-            )
-            if self.task.kind == "multilabel":
-                errors = np.where(self.predicted != self.labels, errors, 0)
-            errors = np.nan_to_num(errors).max(1)
+            errors = self.errors.max(1)
         return np.argsort(-errors, kind="stable")[: min(count, np.count_nonzero(errors))]
 
 
-def _at_thresholds(evaluation: Evaluation, weights: Any) -> multilabel.ThresholdMetrics:
-    thresholds = np.asarray(evaluation.task.thresholds or 0.5)
-    return multilabel.threshold_metrics(evaluation.decoded, evaluation.labels, thresholds, weights)
+def _each(name: str) -> str:
+    """Return a key for a metric of each number, which may be called as its mean is."""
+    return f"each {name}"
 
 
 def _of_classes(metric: Callable[..., Any]) -> Callable[[Evaluation, Any], Any]:
@@ -251,18 +295,6 @@ def _of_classes(metric: Callable[..., Any]) -> Callable[[Evaluation, Any], Any]:
 def _top_k(k: int) -> Callable[[Evaluation, Any], Any]:
     def compute(x: Evaluation, weights: Any) -> Any:
         return classification.accuracy(x.rank // k > 0, np.zeros_like(x.rank), weights)
-
-    return compute
-
-
-def _of_labels(metric: Callable[..., Any]) -> Callable[[Evaluation, Any], Any]:
-    return lambda x, weights: mean_of_defined(metric(x.decoded, x.labels, weights))
-
-
-def _of_numbers(name: str) -> Callable[[Evaluation, Any], Any]:
-    def compute(x: Evaluation, weights: Any) -> Any:
-        values = regression.regression_metrics(x.decoded, x.labels, weights)
-        return mean_of_defined(getattr(values, name))
 
     return compute
 
@@ -283,24 +315,16 @@ METRICS: Mapping[Kind, Mapping[str, Metric]] = {
         ),
     },
     "multilabel": {
-        "map": Metric("mAP", _of_labels(multilabel.average_precision), by_name=True),
-        "auroc": Metric("AUROC", _of_labels(multilabel.auroc), by_name=True),
-        "macro_f1": Metric(
-            "macro F1", lambda x, weights: mean_of_defined(_at_thresholds(x, weights).f1)
-        ),
+        "map": Metric("mAP", "average_precision", by_name=True),
+        "auroc": Metric("AUROC", "auroc", by_name=True),
+        "macro_f1": Metric("macro F1", "f1"),
     },
     "regression": {
-        "mae": Metric(
-            "mean absolute error", _of_numbers("mae"), is_share=False, is_error=True, by_name=True
-        ),
+        "mae": Metric("mean absolute error", "mae", is_share=False, is_error=True, by_name=True),
         "rmse": Metric(
-            "root mean squared error",
-            _of_numbers("rmse"),
-            is_share=False,
-            is_error=True,
-            by_name=True,
+            "root mean squared error", "rmse", is_share=False, is_error=True, by_name=True
         ),
-        "r2": Metric("R2", _of_numbers("r2"), is_share=False, by_name=True),
+        "r2": Metric("R2", "r2", is_share=False, by_name=True),
     },
     "ordinal": {
         "kappa": Metric(
@@ -319,20 +343,16 @@ METRICS: Mapping[Kind, Mapping[str, Metric]] = {
 """The metrics of each kind of task by name, the most important one first."""
 
 
-def main_metric(kind: Kind) -> str:
-    """Return the name of the most important metric of a kind of task; of one number."""
-    return next(iter(METRICS[kind]))
+def choose_thresholds(evaluation: Evaluation) -> Evaluation:
+    """Return the evaluation with the thresholds that have the highest F1 on its images.
 
-
-def choose_thresholds(evaluation: Evaluation) -> Task:
-    """Return the task with the thresholds that have the highest F1 on these images.
-
-    Tasks other than ``multilabel`` are returned unchanged.
+    Tasks other than ``multilabel`` have no thresholds: their evaluation is returned unchanged.
     """
     if evaluation.task.kind != "multilabel":
-        return evaluation.task
+        return evaluation
     thresholds = multilabel.best_thresholds(evaluation.decoded, evaluation.labels)
-    return replace(evaluation.task, thresholds=tuple(thresholds.tolist()))
+    task = replace(evaluation.task, thresholds=tuple(thresholds.tolist()))
+    return Evaluation(evaluation.outputs, task)
 
 
 def evaluate(outputs: Outputs, task: Task = CLASSIFICATION) -> Evaluation:

@@ -1,4 +1,4 @@
-"""The parts of L-BFGS that the solvers of this room share: memory, direction and line search."""
+"""The parts of L-BFGS that the solvers of probes share: memory, direction and line search."""
 
 from typing import NamedTuple
 
@@ -31,16 +31,20 @@ def empty_memory(shape: tuple[int, ...]) -> Memory:
     return Memory(ring, ring, jnp.zeros(HISTORY), jnp.zeros((), int))
 
 
-def remember(memory, step, change):
-    """Add a step and the change of the gradient along it, in the place of the oldest pair."""
+def remember(memory, step, change, length):
+    """Add a step and the change of the gradient along it, in the place of the oldest pair.
+
+    A step of length 0 means that the memory gave a bad direction: its pairs are then not used.
+    """
     product = jnp.vdot(step, change)
     # A product within rounding error of 0 would make the direction far too long.
     usable = product > 1e-6 * jnp.linalg.norm(step) * jnp.linalg.norm(change)
     entry = memory.num_pairs % HISTORY
+    rho = memory.rho.at[entry].set(jnp.where(usable, 1 / product, 0))
     return Memory(
         memory.steps.at[entry].set(step),
         memory.changes.at[entry].set(change),
-        memory.rho.at[entry].set(jnp.where(usable, 1 / product, 0)),
+        jnp.where(length > 0, rho, 0),
         memory.num_pairs + 1,
     )
 

@@ -300,9 +300,9 @@ def _solve(basis, onehot, weights, l2, tolerance, max_iterations):
             params = state.params + length * direction
             margins = state.margins + length * margins
             objective, gradient, curvature = evaluate(params, margins)
-            memory = remember(state.memory, params - state.params, gradient - state.gradient)
-            # A step of length 0 means that the memory gave a bad direction: clear it.
-            memory = memory._replace(rho=jnp.where(length > 0, memory.rho, 0))
+            memory = remember(
+                state.memory, params - state.params, gradient - state.gradient, length
+            )
             return _State(
                 params, margins, objective, gradient, curvature, memory, state.iterations + 1
             )

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, get_args
 
 import jax
 import numpy as np
+from jaxtyping import Float
 
 from tljax.models import MODELS, Model, abstract_variables, build_model, with_head
 from tljax.models.spec import Modules, from_json, is_valid_preprocess, to_json
@@ -60,6 +61,14 @@ class Card:
     layout: str
     notes: tuple[str, ...] = ()
     task: Task = CLASSIFICATION
+
+    def guess(self, probabilities: Float[np.ndarray, " names"], index: int) -> dict[str, Any]:
+        """Return the name, the index and the probability of a class or label, as JSON."""
+        return {
+            "name": self.classes[index],
+            "index": int(index),
+            "probability": float(probabilities[index]),
+        }
 
     def index_of(self, name: str) -> int:
         """Return the index of a class, label or number in `classes`.

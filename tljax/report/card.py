@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from huggingface_hub import EvalResult, ModelCardData
 
-from tljax.features.evaluate import METRICS, Metric
+from tljax.features.evaluate import Metric
 from tljax.pretrained import Card
 from tljax.report.markup import encodable
 from tljax.report.results import (
@@ -204,8 +204,7 @@ def _introduction(run: RunFacts) -> str:
         "multilabel": f"tells which of {count} labels apply to an image",
         "regression": f"predicts {_plural(count, 'number')} from an image",
     }[run.kind]
-    article = "An" if run.model.startswith(("e", "i")) else "A"
-    return f"{article} {_text(run.model)} that {purpose}: {origin}, with tljax."
+    return f"A network ({_text(run.model)}) that {purpose}: {origin}, with tljax."
 
 
 def _plural(count: int, noun: str) -> str:
@@ -236,7 +235,7 @@ def _results(run: RunFacts) -> str:
     results = run.results
     rows = [(score.title, score.text) for score in results.scores]
     if run.attacked is not None:
-        title = next(iter(METRICS[run.kind].values())).title
+        title = results.scores[0].title
         rows.append((f"{title} under {run.attacked[1]}", f"{run.attacked[0]:.1%}"))
     measured = f"On the {results.evaluation.examples} {run.measured}:"
     name, order, header, rows_by_name = _by_name(results)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from tljax.features.evaluate import METRICS, main_metric
+from tljax.features.evaluate import METRICS
 from tljax.report.canvas import (
     BLUE,
     PALE,
@@ -57,7 +57,7 @@ def curves(
     history = [_with_plain_loss(entry) for entry in history if entry.get("epoch") is not None]
     metrics = METRICS[kind]
     logged = (name for name in metrics if any(f"val_{name}" in entry for entry in history))
-    name = next(logged, main_metric(kind))
+    name = next(logged, next(iter(metrics)))
     metric = metrics[name]
     phases = _phases(history)
     figure = new_figure(9, 3.4)

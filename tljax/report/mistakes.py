@@ -65,8 +65,7 @@ def _class(evaluation: Evaluation, row: int, names: Sequence[str]) -> dict[str, 
 
 def _label(evaluation: Evaluation, row: int, names: Sequence[str]) -> dict[str, str]:
     probabilities, labels = evaluation.decoded[row], evaluation.labels[row]
-    wrong = (evaluation.predicted[row] != labels) & ~np.isnan(labels)
-    label = int(np.argmax(np.where(wrong, np.abs(probabilities - labels), -1)))
+    label = int(evaluation.errors[row].argmax())
     return {
         "truth": join_names([names[i] for i in np.flatnonzero(labels == 1).tolist()]),
         "prediction": names[label],
@@ -78,8 +77,7 @@ def _label(evaluation: Evaluation, row: int, names: Sequence[str]) -> dict[str, 
 def _number(evaluation: Evaluation, row: int, names: Sequence[str]) -> dict[str, str]:
     task = evaluation.task
     predicted, truth = evaluation.decoded[row], evaluation.labels[row]
-    errors = np.abs(task.standardize(predicted[None]) - task.standardize(truth[None]))[0]
-    number = int(np.argmax(np.nan_to_num(errors)))
+    number = int(evaluation.errors[row].argmax())
     return {
         "truth": task.format_number(truth[number], number),
         "prediction": task.format_number(predicted[number], number),

@@ -10,8 +10,7 @@ from jaxtyping import Integer
 
 from tljax.data.examples import Source
 from tljax.features.evaluate import Evaluation
-from tljax.metrics import multilabel, regression
-from tljax.metrics.bootstrap import Interval, bootstrap_intervals, is_affordable
+from tljax.metrics.bootstrap import Interval
 from tljax.metrics.calibration import Calibration, calibrate, calibrate_labels
 from tljax.runtime.settings import Kind
 
@@ -94,15 +93,18 @@ def summarize(evaluation: Evaluation, source: Source, names: Sequence[str]) -> R
         source: the images, whose groups are resampled as a whole.
         names: the names of the network's classes, labels or numbers.
     """
-    groups = None if source.groups is None else source.groups[evaluation.indices]
+    each = {"multilabel": ["average_precision"], "regression": ["mae"]}
+    intervals, per_name_intervals = evaluation.bootstrap(
+        source, evaluation.metrics, each.get(evaluation.task.kind, ())
+    )
     return Results(
         evaluation,
         names,
-        evaluation.intervals(source),
+        intervals,
         {} if evaluation.task.has_classes else evaluation.per_name(),
-        _per_name_intervals(evaluation, groups),
+        per_name_intervals,
         calibrated(evaluation),
-        None if groups is None else len(np.unique(groups)),
+        None if source.groups is None else len(np.unique(source.groups[evaluation.indices])),
     )
 
 
@@ -129,20 +131,6 @@ def calibration_advice(results: Results) -> str:
     return (
         f"Divide the logits by it for calibrated probabilities: the network does not{thresholds}."
     )
-
-
-def _per_name_intervals(evaluation: Evaluation, groups: np.ndarray | None) -> dict[str, Interval]:
-    decoded, labels = evaluation.decoded, evaluation.labels
-    # A fifth of what the metrics may take: these are worth seconds.
-    if evaluation.task.has_classes or not is_affordable(5 * len(decoded), decoded.shape[1]):
-        return {}
-
-    def metrics(counts: np.ndarray) -> dict[str, Any]:
-        if evaluation.task.kind == "multilabel":
-            return {"average_precision": multilabel.average_precision(decoded, labels, counts)}
-        return {"mae": regression.regression_metrics(decoded, labels, counts).mae}
-
-    return bootstrap_intervals(metrics, len(decoded), groups=groups)
 
 
 def _format_interval(format_: Callable[[Any], str], interval: Interval | None) -> str:

@@ -23,7 +23,7 @@ from tljax.studies.duplicates import find_duplicates
 from tljax.train import run_directory
 from tljax.train.adversary import EVALUATION_STEPS
 from tljax.train.fit import FitResult
-from tljax.train.history import best_epoch, first_epoch_drop
+from tljax.train.history import first_epoch_drop
 from tljax.train.options import FIT_CONDITIONS
 
 MAX_IMAGES_COMPARED = 20_000
@@ -47,7 +47,7 @@ def accuracies(result: FitResult) -> dict[str, Evaluation]:
 def remarks(result: FitResult) -> list[str]:
     """Return sentences that the reader of the accuracies must know."""
     history, remarks = result.history, []
-    if len(history) > 1 and best_epoch(history, result.config.choose_by or "top1") == 0:
+    if len(history) > 1 and result.best_epoch == 0:
         remarks.append("No epoch was better than the network before training, which was kept.")
     if drop := first_epoch_drop(history, result.evaluation.examples):
         remarks.append(
@@ -91,8 +91,7 @@ def write_training_report(
     recipe |= {name: str(value) for name, value in labels.items() if value is not None}
     if result.probe is not None:
         recipe["L2 penalty of the probe"] = f"{result.probe.l2:.2g}"
-    choose_by = result.config.choose_by or "top1"
-    tuned = "tuned" if best_epoch(result.history, choose_by) else "probe"
+    tuned = "tuned" if result.best_epoch else "probe"
     origin = {"probe": tuned, "random": "scratch"}.get(result.history[0]["phase"], "tuned")
     train_examples = len(splits.train) - len(result.skipped[0])
     validated = splits.val is not splits.train
@@ -167,7 +166,7 @@ def write_training_report(
         validated=validated,
         remarks=result_remarks,
         attacked=result.robust and (result.robust.top1, attack),
-        chosen_by="" if result.config.recipe == "probe" else _chosen_by(result, choose_by),
+        chosen_by="" if result.config.recipe == "probe" else _chosen_by(result),
         seen_in_training=None if duplicates is None else len(duplicates),
         environment=environment,
         workdir=workdir,
@@ -220,10 +219,11 @@ def _sweep(probe: Probe) -> Sweep:
     return Sweep(probe.l2_values, held_out, float(probe.l2), is_loss)
 
 
-def _chosen_by(result: FitResult, choose_by: str) -> str:
+def _chosen_by(result: FitResult) -> str:
     """Return the title of the metric by which the best epoch was chosen."""
     if result.robust:
         return "accuracy under attack"
+    choose_by = result.config.choose_by or ""
     metric = METRICS[result.task.kind].get(choose_by)
     return metric.title if metric else choose_by
 

@@ -41,7 +41,7 @@ def class_facts(
         target: index of the target class, whose probability is then told too.
     """
     facts: dict[str, Any] = {
-        when: _guess(card, p, int(p.argmax())) for when, p in probabilities.items()
+        when: card.guess(p, int(p.argmax())) for when, p in probabilities.items()
     }
     if isinstance(target, int):
         facts["target"] = _target(card, probabilities, target)
@@ -72,7 +72,7 @@ def label_facts(
     captions: dict[str, str] = {}
     for when, p in probabilities.items():
         order = np.argsort(-p, kind="stable")
-        labels = [_guess(card, p, int(i)) for i in order if predicted[when][i]]
+        labels = [card.guess(p, int(i)) for i in order if predicted[when][i]]
         added = names[predicted[when] & ~predicted["before"]].tolist()
         removed = names[predicted["before"] & ~predicted[when]].tolist()
         facts[when] = {"labels": labels}
@@ -87,14 +87,6 @@ def label_facts(
         for when in probabilities:
             captions[when] += f"\n{_format_target(facts['target'], when)}"
     return facts, captions
-
-
-def _guess(card: Card, probabilities: np.ndarray, index: int) -> dict[str, Any]:
-    return {
-        "name": card.classes[index],
-        "index": index,
-        "probability": float(probabilities[index]),
-    }
 
 
 def _target(card: Card, probabilities: Probabilities, index: int) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from tljax.pretrained import Card, Pretrained
 from tljax.runtime.parallel import data_mesh
 from tljax.runtime.tables import format_table
 from tljax.studies.attack_captions import LabelTarget, Target
-from tljax.studies.robustness import AttackedImages, logits_fn
+from tljax.studies.robustness import AttackedImages, format_share, logits_fn
 
 
 def attack_labels(
@@ -69,7 +69,7 @@ def table(robustness: LabelRobustness, card: Card, target: Target | None = None)
     clean = robustness.figures(robustness.clean)
     cells: dict[str, Callable[[LabelFigures], str]] = {
         "labels right": lambda figures: _percent(figures.decisions),
-        "images all right": lambda figures: _share(
+        "images all right": lambda figures: format_share(
             Share(figures.images, standard_error(figures.images, count))
         ),
         "mAP": lambda figures: _percent(figures.map),
@@ -96,7 +96,7 @@ def _target_table(robustness: LabelRobustness, card: Card, target: LabelTarget) 
             (name, images.accuracy(name)),
             ("  saved as PNG", images.rounded_accuracy(name)),
         ):
-            rows.append([label, *map(_share, _failures(shares))])
+            rows.append([label, *map(format_share, _failures(shares))])
     goal = "predicted" if target.applies else "no longer predicted"
     title = f"'{card.classes[target.label]}' {goal}, in % of {len(robustness.labels)} images"
     header = ["epsilon * 255", *_radii(robustness)]
@@ -152,10 +152,6 @@ def _radii(robustness: LabelRobustness) -> list[str]:
 
 def _percent(value: float) -> str:
     return "-" if np.isnan(value) else f"{100 * value:.1f}"
-
-
-def _share(share: Share) -> str:
-    return f"{100 * share.value:.1f} +- {100 * share.error:.1f}"
 
 
 def _failures(shares: Sequence[Share] | None) -> list[Share]:

@@ -17,7 +17,7 @@ from tljax.attack.contract import Attack
 from tljax.attack.ensemble import title
 from tljax.attack.evaluate import Robustness, Share, share
 from tljax.attack.types import LogitsFn
-from tljax.data.examples import Source, select
+from tljax.data.examples import Source, is_labeled, select
 from tljax.data.loader import load_batches, require_readable_image
 from tljax.data.options import Loading
 from tljax.features.evaluate import match_network, resolve_ambiguous_labels
@@ -263,7 +263,7 @@ def _match(card: Card, source: Source) -> tuple[Source, dict[str, list[int]], li
         return source, {}, notes
     source, ambiguous_classes, remarks = match_network(source, card.classes, card.task)
     notes += remarks
-    known = ~np.isnan(source.labels).all(1) if several else np.full(len(source), True)
+    known = is_labeled(source.labels) if several else np.full(len(source), True)
     if not known.any():
         raise RequestError("no label of any image is known")
     if not known.all():
@@ -274,9 +274,8 @@ def _match(card: Card, source: Source) -> tuple[Source, dict[str, list[int]], li
 
 def _predict_labels(network: Pretrained, images: Array) -> Float32[np.ndarray, "batch labels"]:
     """Return 1 for predicted labels, 0 for others."""
-    task = network.card.task
     logits = np.asarray(_predict(logits_fn(network), images))
-    return task.applies(task.decode(logits)).astype(np.float32)
+    return network.card.task.predict(logits).astype(np.float32)
 
 
 def _is_without(target: LabelTarget, labels: np.ndarray) -> np.ndarray:
@@ -346,11 +345,11 @@ def table(robustness: Robustness) -> str:
     header = ["epsilon * 255", "0", *(f"{epsilon * 255:.6g}" for epsilon in robustness.epsilons)]
     rows: list[list[str]] = []
     for name in robustness.outcomes:
-        rows.append([name, *map(_cell, [clean, *robustness.accuracy(name)])])
+        rows.append([name, *map(format_share, [clean, *robustness.accuracy(name)])])
         if (rounded := robustness.rounded_accuracy(name)) is not None:
-            rows.append(["  saved as PNG", *map(_cell, [clean, *rounded])])
+            rows.append(["  saved as PNG", *map(format_share, [clean, *rounded])])
     if len(robustness.outcomes) > 1:
-        rows.append(["worst of all", *map(_cell, [clean, *robustness.accuracy()])])
+        rows.append(["worst of all", *map(format_share, [clean, *robustness.accuracy()])])
     title = f"accuracy in % of {len(robustness.clean)} images, +- standard error"
     return f"{title}\n{format_table(header, rows)}"
 
@@ -486,5 +485,6 @@ def _towards(
     return attack(logits_fn, images, labels, *args, targets=targets, **options)
 
 
-def _cell(share: Share) -> str:
+def format_share(share: Share) -> str:
+    """Return a share and its standard error in percent."""
     return f"{100 * share.value:.1f} +- {100 * share.error:.1f}"

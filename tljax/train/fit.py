@@ -25,7 +25,12 @@ from tljax.runtime.types import Variables
 from tljax.train.adversary import robust_logits
 from tljax.train.checkpoint import Checkpoint, Checkpoints
 from tljax.train.freeze import combine, first_trainable_stage, join, split
-from tljax.train.history import History, best_epoch, non_finite_loss, validation_metrics
+from tljax.train.history import (
+    History,
+    best_epoch,
+    non_finite_loss,
+    validation_metrics,
+)
 from tljax.train.inputs import Inputs
 from tljax.train.loop import divergence_error, save, train_epoch
 from tljax.train.objectives import Objective
@@ -68,6 +73,12 @@ class FitResult(NamedTuple):
     skipped: tuple[dict[int, str], dict[int, str]]
     config: FitConfig
     task: Task
+
+    @property
+    def best_epoch(self) -> int:
+        """Return the index in ``history`` of the epoch that ``variables`` are of."""
+        assert self.config.choose_by is not None  # `check_task` fills it in
+        return best_epoch(self.history, self.config.choose_by)
 
 
 def fit(
@@ -181,19 +192,19 @@ def fit(
 
     best = jax.device_get(materialized(best))
     logits = inputs.logits(model, best)
-    task = choose_thresholds(evaluate(logits, run.task))
+    evaluation = choose_thresholds(evaluate(logits, run.task))
     return FitResult(
         model,
         best,
         run.probe,
-        evaluate(first.outputs, choose_thresholds(first)) if run.probe is not None else None,
-        evaluate(logits, task),
+        choose_thresholds(first) if run.probe is not None else None,
+        evaluation,
         _robust_evaluation(run, best),
         logits,
         history,
         inputs.all_skipped(),
         run.config,
-        task,
+        evaluation.task,
     )
 
 

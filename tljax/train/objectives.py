@@ -35,7 +35,7 @@ def make_objective(task: Task, config: FitConfig, source: Source) -> Objective:
     """Build the objective of a task that the options describe.
 
     Args:
-        task: what is learned; for ``regression`` with mean and scale.
+        task: what is learned.
         config: options of the loss.
         source: training examples, whose class frequencies balance the loss.
 

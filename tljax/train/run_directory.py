@@ -176,7 +176,7 @@ def _split_csv(spec: str, splits: Splits) -> bytes:
         for part, source in (("train", splits.train), ("val", splits.val))
         for name, label in zip(source.names, format_labels(source, source.labels), strict=True)
     )
-    return _csv(("part", "name", "class", "size"), rows)
+    return format_csv(("part", "name", "class", "size"), rows)
 
 
 def _within(spec: str, name: str) -> str:
@@ -355,10 +355,11 @@ def write_json(path: Path, value: Any, *, exclusive: bool = False) -> None:
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """Write a CSV file atomically."""
-    _write(path, _csv(header, rows))
+    _write(path, format_csv(header, rows))
 
 
-def _csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> bytes:
+def format_csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> bytes:
+    """Return the bytes of a CSV file."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)

@@ -91,7 +91,8 @@ class Run:
     @property
     def choose_by(self) -> str:
         """Return the metric by which the best epoch is chosen."""
-        return self.config.choose_by or default_choice(self.task.kind)
+        assert self.config.choose_by is not None  # `check_task` fills it in
+        return self.config.choose_by
 
     @property
     def steps_per_epoch(self) -> int:
@@ -256,10 +257,11 @@ def fitted_task(source: Source) -> Task:
     if source.task.kind != "regression":
         return source.task
     numbers, known = source.labels.astype(np.float64), ~np.isnan(source.labels)
+    counts = np.maximum(known.sum(0), 1)
     if np.isinf(numbers).any():
         raise RequestError("a number of the training images is infinite: make it NaN or remove it")
-    mean = numbers.mean(0, where=known) if known.any(0).all() else np.zeros(numbers.shape[1])
-    scale = np.sqrt(np.square(numbers - mean).mean(0, where=known)) if known.any() else mean
+    mean = numbers.sum(0, where=known) / counts
+    scale = np.sqrt(np.square(numbers - mean).sum(0, where=known) / counts)
     for name, spread in zip(source.classes, scale, strict=True):
         if not spread > 0:
             raise RequestError(f"{name} is the same number for all training images: remove it")
