@@ -98,7 +98,7 @@ def test_of_two_processes_in_one_folder_one_trains_and_the_other_is_refused(
     codes = [process.returncode for process in both]
     assert sorted(codes) == [0, 2]
     assert said[codes.index(2)][-1] == (
-        f"error: another process trains in {tmp_path / 'run'}: wait for it, or choose another "
+        f"error: another process trains in {tmp_path / 'run'}: wait for it or choose another "
         "--workdir"
     )
     assert finish(command, tmp_path / "run") == whole[0]
