@@ -46,6 +46,9 @@ $(VENV)/.test: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --no-compile $(COMPAT) --editable ".[demo,docs,test]"
 	@# torchattacks declares old versions and torchvision, and needs neither.
 	$(BIN)/python -m pip install --quiet --no-deps torchattacks==3.5.1
+	@# See tests/oracles.py.
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/oracles \
+		timm==1.0.31 torchvision==0.28.0 peft==0.21.2 accelerate==1.15.0
 	touch $@
 
 $(VENV)/.docs: pyproject.toml | $(BIN)/python

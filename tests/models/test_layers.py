@@ -30,8 +30,12 @@ from tljax.models.layers import (
     ConvNorm,
     Dense,
     GlobalAveragePool,
+    LayerNorm,
     LinearHead,
     Mode,
+    SqueezeExcite,
+    StochasticDepth,
+    gelu,
 )
 
 CHANNELS = 6
@@ -455,6 +459,38 @@ def test_layers_without_norm_equal_torch() -> None:
     kernel, bias = (torch.from_numpy(variables["params"][name]) for name in ("kernel", "bias"))
     expected = functional.linear(torch.from_numpy(rows), kernel.T, bias)
     assert difference(dense.apply(variables, jnp.asarray(rows)), expected) <= 1e-5
+
+
+def test_layer_norm_and_gelu_equal_torch() -> None:
+    x = 3 * np.random.default_rng(0).standard_normal((2, 5, CHANNELS), np.float32) + 2
+    norm = LayerNorm(epsilon=0.1)
+    variables = random_like(norm.init(jax.random.key(0), jnp.asarray(x)))
+    scale, bias = (torch.from_numpy(variables["params"][name]) for name in ("scale", "bias"))
+    expected = functional.layer_norm(torch.from_numpy(x), (CHANNELS,), scale, bias, 0.1)
+    assert difference(norm.apply(variables, jnp.asarray(x)), expected) <= 1e-6
+    assert difference(gelu(jnp.asarray(x)), functional.gelu(torch.from_numpy(x))) <= 1e-6
+
+
+def test_squeeze_excite_gates_channels_by_the_averages_of_all() -> None:
+    x = np.random.default_rng(0).standard_normal((2, 5, 3, CHANNELS), np.float32)
+    module = SqueezeExcite(4)
+    variables = random_like(module.init(jax.random.key(0), jnp.asarray(x)))
+    reduce, expand = (variables["params"][name] for name in ("reduce", "expand"))
+    hidden = np.maximum(x.mean((1, 2)) @ reduce["kernel"][0, 0] + reduce["bias"], 0)
+    gates = 1 / (1 + np.exp(-(hidden @ expand["kernel"][0, 0] + expand["bias"])))
+    actual = module.apply(variables, jnp.asarray(x))
+    assert difference(actual, x * gates[:, None, None]) <= 1e-6
+
+
+def test_stochastic_depth_drops_examples_at_a_rate_that_increases_with_depth() -> None:
+    x, key = jnp.ones((20_000, 2, 3)), jax.random.key(0)
+    for depth in (0.0, 0.5, 1.0):
+        module, mode = StochasticDepth(depth), Mode(noise=True, drop_path=0.4)
+        y = np.asarray(module.apply({}, x, mode, rngs={"dropout": key}))
+        assert (y == y[:, :1, :1]).all()  # an example is kept or dropped as a whole
+        assert abs((y[:, 0, 0] == 0).mean() - 0.4 * depth) <= 0.01
+        assert abs(y.mean() - 1) <= 0.02
+        np.testing.assert_array_equal(module.apply({}, x, mode._replace(noise=False)), x)
 
 
 @pytest.mark.parametrize("train", [False, True])

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from flax import linen as nn
 from networks import (
     assert_same_variables,
     difference,
@@ -23,6 +24,7 @@ from networks import (
 from tljax.models import (
     MODELS,
     Model,
+    Stage,
     abstract_variables,
     apply,
     build_model,
@@ -31,6 +33,7 @@ from tljax.models import (
     normalize,
     replace_head,
 )
+from tljax.models.layers import Mode
 from tljax.pretrained.rules import apply_rules
 from tljax.pretrained.tables.layouts import layout_rules
 from tljax.runtime.errors import RequestError
@@ -326,6 +329,32 @@ def test_bfloat16_activations_give_close_float32_logits(resnet18: tuple[Model, V
     output = run(half, variables, IMAGES, capture=("stem",))
     assert (output.logits.dtype, output.captured["stem"].dtype) == ("float32", "bfloat16")
     assert difference(output.logits, run(model, variables, IMAGES).logits) <= 0.03
+
+
+class _Patches(nn.Module):
+    """Two zeros, then the mean of each 4 x 4 patch; a later stage adds the row of each patch."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mode: Mode) -> jax.Array:
+        if x.ndim == 4:
+            b, h, w, c = x.shape
+            x = x.reshape(b, h // 4, 4, w // 4, 4, c).mean((2, 4)).reshape(b, -1, c)
+            return jnp.pad(x, ((0, 0), (2, 0), (0, 0)))
+        assert mode.grid is not None
+        return x.at[:, 2:].add(jnp.repeat(jnp.arange(mode.grid[0]), mode.grid[1])[:, None])
+
+
+def test_stages_of_tokens_know_the_rows_and_columns_of_their_patches() -> None:
+    first = Stage("embed", _Patches(), "tokens", prefix_tokens=2, patch_size=4)
+    model = Model("patches", (first, first._replace(name="block")), Preprocess(16, 16))
+    images = random_images(1, 12, 20)
+    embedded = run(model, {}, images, stop=1).value
+    moved = run(model, {}, images).value - embedded
+    assert moved[0, 2:, 0].tolist() == [0] * 5 + [1] * 5 + [2] * 5
+    assert model.grid(images.shape) == (3, 5)
+    assert model.grid(embedded.shape, start=1) is None  # 15 patches form no square
+    assert model.grid((1, 18, 3), start="block") == (4, 4)
+    assert build_model("resnet18").grid(images.shape) is None
 
 
 def test_a_model_can_be_a_static_argument() -> None:

@@ -65,7 +65,7 @@ def identified_as(name: str, layout: str) -> str:
 def test_every_table_is_a_bijection_and_identified_by_its_keys(name: str, layout: str) -> None:
     rules = layout_rules(name, layout)
     paths = [rule.path for rule in rules]
-    assert len({rule.key for rule in rules}) == len(set(paths)) == len(rules)
+    assert len({(rule.key, rule.part) for rule in rules}) == len(set(paths)) == len(rules)
     assert set(paths) == set(flatten(abstract_variables(build_model(name, 7))))
     for model, expected in ((None, identified_as(name, layout)), (name, name)):
         identity = check(file_of(name, layout), "file", model)
@@ -93,6 +93,20 @@ def test_a_rule_is_invertible(
     ported = rule.from_source(array, shape)
     assert ported.shape == shape
     np.testing.assert_array_equal(rule.to_source(ported), array, strict=True)
+
+
+def test_one_tensor_of_a_source_may_be_several() -> None:
+    names = ("query", "key", "value")
+    rules = tuple(Rule("qkv", f"params/{x}", DENSE, part=(i, 3)) for i, x in enumerate(names))
+    qkv = np.random.default_rng(0).standard_normal((12, 5)).astype(np.float32)
+    skeleton = {"params": {name: np.empty((5, 4)) for name in names}}
+    assert not any(compare(rules, {"qkv": qkv}, skeleton))
+    assert compare(rules, {}, skeleton).missing == ("qkv",)
+    [line] = compare(rules, {"qkv": qkv.T}, skeleton).shapes
+    assert line == "qkv is [5, 12], not [12, 5]"
+    variables = apply_rules(rules, {"qkv": qkv}, skeleton)
+    np.testing.assert_array_equal(variables["params"]["key"], qkv[4:8].T)
+    np.testing.assert_array_equal(invert_rules(rules, variables)["qkv"], qkv, strict=True)
 
 
 def test_a_linear_layer_after_a_flattened_map_gives_the_same_output() -> None:

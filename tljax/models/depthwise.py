@@ -1,16 +1,14 @@
 """Blocks of depthwise convolutions, which MobileNet and EfficientNet share."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 from flax import linen as nn
 from jax import Array
 
 from tljax.models.convolution import Padding
-from tljax.models.layers import Conv, ConvNorm, Mode
+from tljax.models.layers import Activation, ConvNorm, Mode, SqueezeExcite
 from tljax.models.model import Stage
-
-Activation = Callable[[Array], Array]
 
 
 class Convention(NamedTuple):
@@ -59,18 +57,6 @@ class ConvAct(nn.Module):
         return self.activation(conv(x, mode))
 
 
-class SqueezeExcite(nn.Module):
-    """Squeeze-and-excitation (Hu et al. 2017, arXiv 1709.01507) with a hard sigmoid."""
-
-    features: int
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """Map ``[b, h, w, c]`` to ``[b, h, w, c]``."""
-        y = nn.relu(Conv(self.features, 1, name="reduce")(x.mean((1, 2), keepdims=True)))
-        return x * nn.hard_sigmoid(Conv(x.shape[-1], 1, name="expand")(y))
-
-
 class InvertedResidual(nn.Module):
     """1x1 expansion, depthwise convolution, 1x1 projection (MobileNetV2: Sandler et al. 2018)."""
 
@@ -90,7 +76,8 @@ class InvertedResidual(nn.Module):
         depthwise = conv_norm(width, kernel_size, self.stride, groups=width, name="depthwise")
         y = activation(depthwise(y, mode))
         if squeeze:
-            y = SqueezeExcite(round_width(width / 4), name="squeeze_excite")(y)
+            width, gate = round_width(width / 4), nn.hard_sigmoid
+            y = SqueezeExcite(width, gate=gate, name="squeeze_excite")(y)
         y = conv_norm(features, 1, name="project")(y, mode)
         return x + y if self.stride == 1 and x.shape[-1] == features else y
 

@@ -1,9 +1,11 @@
-"""Layers of all backbones: convolutions, norms, pooling and heads.
+"""Layers of all backbones: convolutions, norms, gates, noise, pooling and heads.
 
 Layers compute in the dtype of their input and cast their kernels to it. Parameters and statistics
 are float32; pooled features and logits are at least float32.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -17,23 +19,34 @@ from tljax.runtime.types import FeatureMap
 
 
 class Mode(NamedTuple):
-    """Mode in which a stage runs: two independent switches.
+    """Mode in which a stage runs: two independent switches, and what it cannot know by itself.
 
     Attributes:
         batch_statistics: False normalizes with the running statistics. True normalizes with the
             statistics of the batch and updates the running ones. ``[batch]`` bool does the same
             with the statistics of the selected examples.
         noise: True enables dropout and stochastic depth.
+        drop_path: rate of stochastic depth in the last block of the network, in [0, 1); see
+            `StochasticDepth`.
+        grid: rows and columns of the patches that tokens stand for; None if they are unknown.
     """
 
     batch_statistics: bool | Bool[jax.Array, " batch"] = False
     noise: bool = False
+    drop_path: float = 0.0
+    grid: tuple[int, int] | None = None
 
 
 INFERENCE = Mode()
 """Running statistics, no noise."""
 
 Vectors = Float[jax.Array, "batch channels"]
+Features = Float[jax.Array, "batch *positions channels"]
+
+Activation = Callable[[jax.Array], jax.Array]
+
+gelu: Activation = partial(nn.gelu, approximate=False)
+"""GELU (Hendrycks and Gimpel 2016, arXiv 1606.08415), as in torch; `flax.linen.gelu` is tanh's."""
 
 
 class Conv(nn.Module):
@@ -206,21 +219,94 @@ class GroupNorm(nn.Module):
         return (y * scale + bias).astype(x.dtype)
 
 
-class Dense(nn.Module):
-    """Fully connected hidden layer; the head is a `LinearHead`."""
+class LayerNorm(nn.Module):
+    """Layer norm over the channels of each position (Ba et al. 2016, arXiv 1607.06450)."""
 
-    features: int
+    epsilon: float = 1e-6
 
     @nn.compact
-    def __call__(self, x: Vectors) -> Vectors:
-        """Map ``[b, c]`` to ``[b, features]``, without activation."""
+    def __call__(self, x: Features) -> Features:
+        """Map ``[b, ..., c]`` to ``[b, ..., c]``; statistics in at least float32."""
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
+        x32 = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        centered = x32 - x32.mean(-1, keepdims=True)
+        factor = lax.rsqrt(jnp.square(centered).mean(-1, keepdims=True) + self.epsilon)
+        return (centered * factor * scale + bias).astype(x.dtype)
+
+
+class Dense(nn.Module):
+    """Fully connected layer of every position; the head is a `LinearHead`."""
+
+    features: int
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x: Features) -> Features:
+        """Map ``[b, ..., c]`` to ``[b, ..., features]``, without activation."""
         kernel = self.param("kernel", nn.initializers.he_normal(), (x.shape[-1], self.features))
+        y = x @ kernel.astype(x.dtype)
+        if not self.use_bias:
+            return y
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        return x @ kernel.astype(x.dtype) + bias.astype(x.dtype)
+        return y + bias.astype(x.dtype)
 
 
-LAYERS = (Conv, ConvNorm, BatchNorm, GroupNorm, Dense)
+LAYERS = (Conv, ConvNorm, BatchNorm, GroupNorm, LayerNorm, Dense)
 """Layers that `layer_outputs` reports, in addition to the head."""
+
+
+class LayerScale(nn.Module):
+    """Learned factor of each channel of a residual branch (Touvron et al. 2021, arXiv 2103.17239).
+
+    New branches begin at ``initial``; published networks have learned other values.
+    """
+
+    initial: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: Features) -> Features:
+        """Map ``[b, ..., c]`` to ``[b, ..., c]``."""
+        scale = self.param("scale", nn.initializers.constant(self.initial), x.shape[-1:])
+        return x * scale.astype(x.dtype)
+
+
+class SqueezeExcite(nn.Module):
+    """Squeeze-and-excitation: gate every channel by the average of all (Hu et al. 2017).
+
+    arXiv 1709.01507. ``features`` is the width between the two layers.
+    """
+
+    features: int
+    activation: Activation = nn.relu
+    gate: Activation = nn.sigmoid
+
+    @nn.compact
+    def __call__(self, x: FeatureMap) -> FeatureMap:
+        """Map ``[b, h, w, c]`` to ``[b, h, w, c]``."""
+        y = Conv(self.features, 1, name="reduce")(x.mean((1, 2), keepdims=True))
+        return x * self.gate(Conv(x.shape[-1], 1, name="expand")(self.activation(y)))
+
+
+class StochasticDepth(nn.Module):
+    """Drop a residual branch of random examples (Huang et al. 2016, arXiv 1603.09382).
+
+    ``depth`` is the position of the block, from 0 for the first one to 1 for the last one. The
+    rate increases with it from 0 to ``mode.drop_path``. What is kept is scaled, so that the mean
+    does not change. Without ``mode.noise`` nothing is dropped.
+    """
+
+    depth: float
+
+    @nn.compact
+    def __call__(self, x: Features, mode: Mode) -> Features:
+        """Map the output of a branch ``[b, ..., c]`` to ``[b, ..., c]``."""
+        rate = mode.drop_path * self.depth if mode.noise else 0.0
+        if not rate:
+            return x
+        shape = len(x), *(1 for _ in x.shape[1:])
+        keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - rate, shape)
+        return jnp.where(keep, x / (1 - rate), 0)
 
 
 class GlobalAveragePool(nn.Module):

@@ -1,5 +1,6 @@
 """Models as lists of named stages, and `apply`, which runs any contiguous part of one."""
 
+import math
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -26,12 +27,15 @@ class Stage(NamedTuple):
         output: kind of output: ``map`` ``[batch, height, width, channels]``, ``tokens``
             ``[batch, tokens, channels]`` or ``vector`` ``[batch, channels]``.
         prefix_tokens: number of output tokens before those of the image patches.
+        patch_size: side in pixels of the patch that an output token stands for; 0 for maps and
+            vectors.
     """
 
     name: str
     module: nn.Module
     output: Literal["map", "tokens", "vector"] = "map"
     prefix_tokens: int = 0
+    patch_size: int = 0
 
 
 @dataclass(frozen=True)
@@ -46,12 +50,15 @@ class Model:
             of a backbone has ``num_classes=0`` and returns the features.
         preprocess: preprocessing that the weights expect; see `Preprocess`.
         dtype: dtype of the activations. Parameters, statistics and logits are float32.
+        drop_path: rate of stochastic depth in the last block where noise is enabled, in [0, 1). It
+            decreases to 0 in the first block. Only networks of today have stochastic depth.
     """
 
     name: str
     stages: tuple[Stage, ...]
     preprocess: Preprocess
     dtype: str = "float32"
+    drop_path: float = 0.0
 
     @property
     def stage_names(self) -> tuple[str, ...]:
@@ -76,6 +83,26 @@ class Model:
     def map_stages(self) -> tuple[str, ...]:
         """Return the names of the stages whose output is a feature map, in order."""
         return tuple(stage.name for stage in self.stages if stage.output == "map")
+
+    def grid(self, shape: Sequence[int], start: str | int | None = None) -> tuple[int, int] | None:
+        """Return the rows and columns of the patches that tokens stand for.
+
+        Args:
+            shape: shape of the images or, with ``start``, of the output of the stage before it.
+            start: first stage that runs. Tokens alone do not tell rows from columns: the images
+                are taken for square.
+
+        Returns:
+            None if the network has no tokens, or if their number is no square.
+        """
+        first = 0 if start is None else self.position(start)
+        if first == 0:
+            size = max((stage.patch_size for stage in self.stages), default=0)
+            return (shape[1] // size, shape[2] // size) if size else None
+        before = self.stages[first - 1]
+        tokens = shape[1] - before.prefix_tokens if before.output == "tokens" else 0
+        side = math.isqrt(tokens)
+        return (side, side) if tokens and side * side == tokens else None
 
     def position(self, stage: str | int) -> int:
         """Return the index of a stage.
@@ -176,6 +203,7 @@ def apply(
         model.position(name)
 
     x: Any = jnp.asarray(images)  # Any: what a Flax module returns depends on `mutable`
+    grid = model.grid(x.shape, first)
     x = normalize(x, model.preprocess, model.dtype) if first == 0 else x.astype(model.dtype)
     if mask is not None:
         x = jnp.where(jnp.expand_dims(mask, range(1, x.ndim)), x, 0)
@@ -184,7 +212,7 @@ def apply(
     for position, (name, module, *_) in enumerate(model.stages[first:last], start=first):
         stage_variables = _select(variables, name)
         examples = name in batch_statistics and (True if mask is None else jnp.asarray(mask))
-        mode = Mode(examples, name in noise)
+        mode = Mode(examples, name in noise, model.drop_path, grid)
         rngs = (
             {"dropout": jax.random.fold_in(key, position)} if mode.noise and key is not None else {}
         )
@@ -219,9 +247,10 @@ def init(model: Model, key: PRNGKeyArray) -> Variables:
 def _build(model: Model, key: jax.Array) -> tuple[Variables, jax.Array]:
     """Return random variables and the output for an image of zeros."""
     x = jnp.zeros((1, model.preprocess.size, model.preprocess.size, 3))
+    mode = INFERENCE._replace(grid=model.grid(x.shape))
     variables: Variables = {"params": {}, "batch_stats": {}}
     for position, (name, module, *_) in enumerate(model.stages):
-        x, trees = module.init_with_output(jax.random.fold_in(key, position), x, INFERENCE)
+        x, trees = module.init_with_output(jax.random.fold_in(key, position), x, mode)
         for kind, tree in trees.items():
             variables[kind][name] = tree
     return variables, x
@@ -330,12 +359,13 @@ def layer_outputs(
     """
     layers = (*LAYERS, LinearHead) if model.num_classes else LAYERS
     x: Any = normalize(images, model.preprocess, model.dtype)
+    mode = INFERENCE._replace(grid=model.grid(x.shape))
     outputs = OrderedDict[str, jax.Array]()  # jit sorts the keys of a plain dict
     for name, module, *_ in model.stages:
         x, state = module.apply(
             _select(variables, name),
             x,
-            INFERENCE,
+            mode,
             capture_intermediates=lambda m, _: isinstance(m, layers),
             mutable=["intermediates"],
         )

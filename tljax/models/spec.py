@@ -124,8 +124,9 @@ def _stage(spec: Any, modules: Modules) -> Stage:
         if spec["of"] not in MODELS:
             raise RequestError(f"this tljax has no model {spec['of']!r:.80}: upgrade it")
         return {stage.name: stage for stage in build_model(spec["of"]).stages}[spec["name"]]
-    stage = Stage(spec["name"], _value(spec, modules), spec["output"], spec["prefix_tokens"])
-    if stage.output not in ("map", "tokens", "vector") or type(stage.prefix_tokens) is not int:
+    tokens = spec["prefix_tokens"], spec.get("patch_size", 0)
+    stage = Stage(spec["name"], _value(spec, modules), spec["output"], *tokens)
+    if stage.output not in ("map", "tokens", "vector") or {*map(type, tokens)} != {int}:
         raise ValueError(stage[2:])
     return stage
 

@@ -1,7 +1,7 @@
 """Key tables between weight files of other projects and the variables of tljax, in both directions.
 
 A table lists every tensor of a network once: its key in the source file, its path in tljax, and the
-permutation of axes between the two. It is a bijection, so one table serves import and export.
+permutation of axes between the two. It can be inverted, so one table serves import and export.
 """
 
 import math
@@ -28,7 +28,8 @@ class Rule(NamedTuple):
     """One tensor: ``tensor = source.reshape(view).transpose(axes)``, reshaped to tljax's shape.
 
     Most tensors differ only in the order of their axes. ``shape`` and ``view`` serve the others: a
-    linear layer that reads a flattened feature map, or is stored as a 1x1 convolution.
+    linear layer that reads a flattened feature map, or is stored as a 1x1 convolution. ``part``
+    serves a source that stores several tensors in one, such as query, key and value.
 
     Attributes:
         key: key in the source file.
@@ -37,6 +38,8 @@ class Rule(NamedTuple):
         shape: shape in the source, unless it is a permutation of tljax's; -1 stands for the number
             of classes.
         view: shape of the source before the permutation, if it is another one; -1 as above.
+        part: index and number of the equal parts into which the source is split along its first
+            axis. There is a rule for each part, in order; shape, view and axes are those of a part.
     """
 
     key: str
@@ -44,22 +47,29 @@ class Rule(NamedTuple):
     axes: tuple[int, ...] = ()
     shape: tuple[int, ...] = ()
     view: tuple[int, ...] = ()
+    part: tuple[int, int] = (0, 1)
 
     def source_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape in the source file, given the shape in tljax."""
+        shape, parts = self._part_shape(shape), self.part[1]
+        return (shape[0] * parts, *shape[1:]) if parts > 1 else shape
+
+    def _part_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         if self.shape:
             return _fill_in(self.shape, math.prod(shape))
         return tuple(shape[i] for i in np.argsort(self.axes)) if self.axes else shape
 
     def from_source(self, source: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         """Convert a tensor of the source file to the given shape in tljax, contiguous."""
-        tensor = source.reshape(self.view) if self.view else source
+        index, parts = self.part
+        tensor = np.split(source, parts)[index] if parts > 1 else source
+        tensor = tensor.reshape(self.view) if self.view else tensor
         tensor = tensor.transpose(self.axes) if self.axes else tensor
         return np.ascontiguousarray(tensor).reshape(shape)
 
     def to_source(self, tensor: np.ndarray) -> np.ndarray:
-        """Convert a tensor of tljax to the source's shape, contiguous: inverts `from_source`."""
-        shape = self.source_shape(tensor.shape)
+        """Convert a tensor of tljax to a part of the source, contiguous: inverts `from_source`."""
+        shape = self._part_shape(tensor.shape)
         view = _fill_in(self.view, tensor.size) if self.view else shape
         axes = self.axes or tuple(range(len(view)))
         source = tensor.reshape([view[i] for i in axes]).transpose(np.argsort(axes))
@@ -200,9 +210,9 @@ def compare(
             if shape != needed:
                 shapes.append(f"{rule.key} is {list(shape)}, not {list(needed)}")
     return Difference(
-        tuple(rule.key for rule in rules if rule.key not in arrays),
+        tuple(dict.fromkeys(rule.key for rule in rules if rule.key not in arrays)),
         tuple(key for key in required_keys(arrays, ignore) if key not in keys),
-        tuple(shapes),
+        tuple(dict.fromkeys(shapes)),
     )
 
 
@@ -258,8 +268,8 @@ def invert_rules(rules: Rules, variables: Variables) -> dict[str, np.ndarray]:
     flat = flatten(variables)
     arrays: dict[str, np.ndarray] = {}
     for rule in rules:
-        key = rule.key
-        arrays[key] = rule.to_source(np.asarray(flat[rule.path]))
+        key, array = rule.key, rule.to_source(np.asarray(flat[rule.path]))
+        arrays[key] = np.concatenate((arrays[key], array)) if key in arrays else array
         if key.endswith("running_var"):
             arrays[key.removesuffix("running_var") + NUM_BATCHES] = np.zeros((), np.int64)
     return arrays

@@ -23,6 +23,7 @@ from tljax.pretrained.tables import (
 )
 from tljax.runtime.errors import RequestError
 from tljax.runtime.trees import flatten
+from tljax.runtime.types import Variables
 
 _FAMILIES = (resnet, bit, inception, xception, efficientnet, vgg, mobilenet, keras)
 
@@ -105,18 +106,37 @@ def identify(arrays: Mapping[str, np.ndarray], model: str | None = None) -> Iden
         for name in ([model] if model else MODELS)
         for layout, details in LAYOUTS[name].items()
     ]
-    nearest = min(distance for distance, _, _ in candidates)
+    smallest = min(distance for distance, _, _ in candidates)
+    nearest = [(name, layout) for distance, name, layout in candidates if distance == smallest]
+    if len(nearest) > 1:  # computing all shapes of a network takes a second, those of a stage 10 ms
+        nearest = [pair for pair in nearest if _fits_first(arrays, *pair)] or nearest
     best: Identity | None = None
-    for distance, name, layout in candidates:
-        if distance > nearest:
-            continue
+    for name, layout in nearest:
         identity = _compare(arrays, name, layout)
         if best is None or len(identity.difference.shapes) < len(best.difference.shapes):
             best = identity
         if not any(best.difference):
-            break  # because computing the shapes of a network takes a second
+            break
     assert best is not None
     return best
+
+
+def _fits_first(arrays: Mapping[str, np.ndarray], name: str, layout: str) -> bool:
+    """Return True if the tensors of the first stage have the shapes of a network's."""
+    part, expected = _part(arrays, name, layout), flatten(_first_shapes(name))
+    tensors = {part.omitted + key: array for key, array in arrays.items()}
+    return all(
+        rule.source_shape(expected[rule.path].shape) == tensors[rule.key].shape
+        for rule in layout_rules(name, layout)
+        if rule.path in expected and rule.key in tensors
+    )
+
+
+@cache
+def _first_shapes(name: str) -> Variables:
+    """Return the shapes of the variables of a network's first stage."""
+    model = build_model(name)
+    return abstract_variables(replace(model, stages=model.stages[:1]))
 
 
 class _Part(NamedTuple):
