@@ -1,6 +1,7 @@
 """Fault injection: an interrupted training continues to byte-identical results."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -104,6 +105,17 @@ def test_of_two_processes_in_one_folder_one_trains_and_the_other_is_refused(
     assert finish(command, tmp_path / "run") == whole[0]
 
 
+def test_an_interrupt_says_how_to_continue(command, whole, tmp_path):
+    process = start(command, tmp_path / "run")
+    while not (tmp_path / "run" / "checkpoints").exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    lines = process.communicate()[1].splitlines()
+    assert process.returncode == 130
+    assert lines[-1] == f"error: interrupted; to continue: tljax train --resume {tmp_path / 'run'}"
+    assert finish(command, tmp_path / "run") == whole[0]
+
+
 def test_a_second_interrupt_ends_at_once(command, whole, tmp_path):
     process = start(command, tmp_path / "run")
     time.sleep(0.6 * whole[1])
@@ -114,7 +126,7 @@ def test_a_second_interrupt_ends_at_once(command, whole, tmp_path):
     lines = process.communicate()[1].splitlines()
     assert process.returncode == 130
     assert time.monotonic() - began < 5
-    assert lines[-1] in ("error: interrupted", "error: interrupted again")
+    assert re.match(r"error: interrupted($|; to continue| again$)", lines[-1])
     assert not any("Traceback" in line for line in lines)
     assert finish(command, tmp_path / "run") == whole[0]
 

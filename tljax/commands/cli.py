@@ -280,8 +280,8 @@ def _main(config_type: Any, run: Callable[[Any], dict[str, Any]]) -> int:
             print(to_json(result))
     except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
         return 0
-    except KeyboardInterrupt:
-        return _print_error("interrupted", 130)
+    except KeyboardInterrupt as error:
+        return _print_error(str(error) or "interrupted", 130)
     except (Exception, StoppedError) as error:
         if "--debug" in sys.argv:
             raise

@@ -256,9 +256,10 @@ def train(
                 log_every=max(config.log_every, 1),
                 **hooks,
             )
-    except StoppedError as error:
-        folder = shlex.quote(str(workdir))
-        raise StoppedError(f"{error}; to continue: tljax train --resume {folder}") from error
+    except (StoppedError, KeyboardInterrupt) as error:
+        stopped, folder = str(error) or "interrupted", shlex.quote(str(workdir))
+        message = f"{stopped}; to continue: tljax train --resume {folder}"
+        raise type(error)(message) from error
     seconds = time.perf_counter() - began
     # Without validation images, the training images are also those of validation.
     unread = sum(map(len, result.skipped[: 1 + (splits.val is not splits.train)]))

@@ -1,7 +1,7 @@
 """Tables of images: a column with paths, and columns with labels, groups, weights and the split."""
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -113,39 +113,48 @@ def _open(path: Path, options: LabelOptions) -> _Opened:
     if not os.path.isdir(root):  # noqa: PTH112 - Path.is_dir raises for a name that is too long
         raise RequestError(f"--root {printable(root)} is not a folder")
     split = _read_parts(table, options)
-    taken = [] if split is None else [split[0]]
-    if options.weight_column is not None:
-        weight = require_column(
-            options.weight_column, table.columns, table.where, "--weight-column"
-        )
-        taken.append(weight)
-    if options.group is not None and normal(options.group) in table.columns:
-        taken.append(normal(options.group))
+    taken = _columns_taken(table, options) + ([] if split is None else [split[0]])
     targets = split_names(options.target or "", [*table.columns])
     column, files = find_files(table, root, options.path_column, [*taken, *targets])
+    rows, notes = _choose_rows(table, table.columns[column], files, split)
+    table, paths = table.select(rows), [str(files[i]) for i in rows.tolist()]
+    parts = None if split is None else (~np.isin(split[1][rows], TRAIN)).astype(np.int8)
+    labels = read_labels(choose_targets(table, options, [*taken, column]), options)
+    return _build(table, root, paths, labels, parts, options, (labels.note, *notes))
 
-    keep = np.array([file is not None for file in files])
-    notes: list[str] = []
+
+def _columns_taken(table: Table, options: LabelOptions) -> list[str]:
+    """Return the columns with weights and groups, which are neither paths nor labels."""
+    taken = []
+    if options.weight_column is not None:
+        name = options.weight_column
+        taken.append(require_column(name, table.columns, table.where, "--weight-column"))
+    if options.group is not None and normal(options.group) in table.columns:
+        taken.append(normal(options.group))
+    return taken
+
+
+def _choose_rows(
+    table: Table,
+    cells: list[str],
+    files: Sequence[str | None],
+    split: tuple[str, np.ndarray] | None,
+) -> tuple[np.ndarray, list[str]]:
+    """Return the rows with a file, to train or to validate on, and notes about the others."""
+    keep, notes = np.array([file is not None for file in files]), list[str]()
     if not keep.all():
-        cells = table.columns[column]
         missing = [cells[i] or f"none in {table.place(i)}" for i in np.flatnonzero(~keep)[:3]]
         notes.append(f"left out {(~keep).sum()} rows whose files are missing: {', '.join(missing)}")
-    parts = None
     if split is not None:
-        is_train = np.isin(split[1], TRAIN)
-        parts = (~is_train).astype(np.int8)
-        unused = keep & ~is_train & (split[1] != _validation(split[1]))
+        parts = split[1]
+        unused = keep & ~np.isin(parts, (*TRAIN, _validation(parts)))
         if unused.any():
-            names = join_names(sorted(set(split[1][unused].tolist())))
+            names = join_names(sorted(set(parts[unused].tolist())))
             notes.append(f"left out {unused.sum()} rows of the part {names}")
         keep &= ~unused
     if not keep.any():
         raise RequestError(f"{table.where} has no row to train or validate on")
-    rows = np.flatnonzero(keep)
-    table, paths = table.select(rows), [str(files[i]) for i in rows.tolist()]
-    labels = read_labels(choose_targets(table, options, [*taken, column]), options)
-    parts = None if parts is None else parts[rows]
-    return _build(table, root, paths, labels, parts, options, (labels.note, *notes))
+    return np.flatnonzero(keep), notes
 
 
 def _build(
@@ -157,37 +166,44 @@ def _build(
     options: LabelOptions,
     notes: tuple[str, ...],
 ) -> _Opened:
-    extra = {}
+    weights = None
     if options.weight_column is not None:
-        extra["weight"] = read_weights(read_column(table, normal(options.weight_column)))
-    groups = names = None
-    if options.group is not None:
-        prefix = os.path.join(root, "")  # noqa: PTH118
-        relative = [path.removeprefix(prefix) for path in paths]
-        column = table.columns.get(normal(options.group))
-        cells = search_groups(options.group, relative, table.where) if column is None else column
-        groups, names, ungrouped = number_groups(cells, relative)
-        notes += ungrouped
-    unknown = ~is_labeled(labels.values)
-    if unknown.all():
+        weights = read_weights(read_column(table, normal(options.weight_column)))
+    groups, group_names, ungrouped = _read_groups(table, root, paths, options.group)
+    known = is_labeled(labels.values)
+    if not known.any():
         raise RequestError(f"{table.where}: no row has a known label: choose another --target")
-    if unknown.any():
-        notes += (f"left out {unknown.sum()} rows without a known label",)
-    rows = np.flatnonzero(~unknown)
-    others = {"part of the split": parts, "group": groups, "weight": extra.get("weight")}
-    first, merged, repeats = _merge_repeated(table, paths, rows, labels, others)
+    if not known.all():
+        ungrouped += (f"left out {(~known).sum()} rows without a known label",)
+    others = {"part of the split": parts, "group": groups, "weight": weights}
+    rows, values, repeats = _merge_repeated(table, paths, np.flatnonzero(known), labels, others)
+    parts, groups, weights = (x if x is None else x[rows] for x in (parts, groups, weights))
     if parts is not None and groups is not None:
-        refuse_divided_groups(groups[first], parts[first], names or [])
+        refuse_divided_groups(groups, parts, group_names or [])
+    paths = [paths[i] for i in rows.tolist()]
     source = Source(
-        examples=Files([paths[i] for i in first.tolist()]),
-        labels=merged,
+        examples=Files(paths),
+        labels=values,
         classes=labels.names,
-        names=[p if p.isascii() else printable(p) for p in (paths[i] for i in first.tolist())],
-        extra={key: value[first] for key, value in extra.items()},
+        names=[path if path.isascii() else printable(path) for path in paths],
+        extra={} if weights is None else {"weight": weights},
         task=labels.task,
-        groups=None if groups is None else groups[first],
+        groups=groups,
     )
-    return _Opened(source, None if parts is None else parts[first], names, notes + repeats)
+    return _Opened(source, parts, group_names, notes + ungrouped + repeats)
+
+
+def _read_groups(
+    table: Table, root: str, paths: list[str], group: str | None
+) -> tuple[np.ndarray | None, list[str] | None, tuple[str, ...]]:
+    """Return the group of each row, the names of the groups, and notes; None without groups."""
+    if group is None:
+        return None, None, ()
+    prefix = os.path.join(root, "")  # noqa: PTH118
+    relative = [path.removeprefix(prefix) for path in paths]
+    column = table.columns.get(normal(group))
+    cells = search_groups(group, relative, table.where) if column is None else column
+    return number_groups(cells, relative)
 
 
 def _merge_repeated(
