@@ -89,6 +89,11 @@ class Config(cli.Common):
         ("epochs", lambda s: not s.find_learning_rate or s.recipe == "gradual", _IN_RANGE_TEST),
         (_UNUSED_IN_RANGE_TEST, lambda s: not s.find_learning_rate, _IN_RANGE_TEST),
         ("checkpoint_minutes log_every", lambda s: s.recipe != "probe", "with --recipe probe"),
+        (
+            "head",
+            lambda s: s.recipe in ("finetune", "bit"),
+            "where a head is fitted: choose --recipe finetune",
+        ),
     )
 
     def completed(self) -> "Config":
@@ -132,9 +137,22 @@ class Config(cli.Common):
             )
         return replace(resumed, extension=self.extension or resumed.extension)
 
-    def training_hooks(self) -> dict[str, Any]:
-        """Return the arguments of `fit` that the extension adds."""
-        return {name: hook for name, hook in self.hooks().items() if name != "modules"}
+    def training_hooks(self, pretrained: "Pretrained", splits: "Splits") -> dict[str, Any]:
+        """Return the arguments of `fit` that the extension and ``--head`` add.
+
+        Raises:
+            RequestError: ``--head`` lacks a class of the images.
+        """
+        hooks = {name: hook for name, hook in self.hooks().items() if name != "modules"}
+        if self.head is None:
+            return hooks
+        from tljax.models import select_outputs
+        from tljax.pretrained.embeddings import output_indices
+
+        chosen = output_indices(pretrained.card.classes, splits.train.classes)
+        return hooks | {
+            "new_head": lambda model, variables, _: select_outputs(model, variables, chosen)
+        }
 
     def _continues(self) -> bool:
         """Return whether ``--workdir`` holds a run, which the command then continues."""
@@ -174,6 +192,8 @@ def run(config: Config) -> dict[str, Any]:
         root = config.labels.root and config.labels.root.expanduser().resolve()
         labels = replace(config.labels, root=root)
         config = replace(config, data=_absolute(config.data), weights=weights, labels=labels)
+        if config.head:
+            config = replace(config, head=str(Path(config.head).expanduser().resolve()))
         if config.extension:
             file, name = split_name(config.extension)
             config = replace(config, extension=f"{_absolute(file)}:{name}")
@@ -219,7 +239,7 @@ def train(
     from tljax.train.fit import fit
 
     weights = tree_digest(pretrained.variables)
-    hooks, code, extension = config.training_hooks(), None, ()
+    hooks, code, extension = config.training_hooks(pretrained, splits), None, ()
     if config.extension:
         code = load_extension(config.extension)[1]
         extension = code, split_name(config.extension)[1]
@@ -350,7 +370,7 @@ def suggest_learning_rate(
         config.fit,
         loading=config.loading,
         seed=config.seed,
-        **config.training_hooks(),
+        **config.training_hooks(pretrained, splits),
     )
     curve = (config.workdir or Path("runs")) / "learning_rate.png"
     if is_main_process():

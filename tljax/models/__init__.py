@@ -9,11 +9,13 @@ from tljax.models.model import Model as Model
 from tljax.models.model import Output as Output
 from tljax.models.model import Stage as Stage
 from tljax.models.model import abstract_variables as abstract_variables
+from tljax.models.model import add_similarity_head as add_similarity_head
 from tljax.models.model import apply as apply
 from tljax.models.model import init as init
 from tljax.models.model import layer_outputs as layer_outputs
 from tljax.models.model import normalize as normalize
 from tljax.models.model import replace_head as replace_head
+from tljax.models.model import select_outputs as select_outputs
 from tljax.models.model import with_head as with_head
 from tljax.runtime.errors import RequestError
 

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jaxtyping import Bool, Float, Num, PRNGKeyArray
 
@@ -71,13 +72,18 @@ class Model:
         head = self.stages[-1].module
         if isinstance(head, LinearHead):
             return head.num_classes
+        return self.num_outputs
+
+    @property
+    def num_outputs(self) -> int:
+        """Return the number of outputs per image: logits, or the features of a backbone."""
         return _trace(self, self.stages)[1].shape[-1]
 
     @property
     def has_linear_head(self) -> bool:
-        """Return True if the last stage is a linear layer with ``kernel`` and ``bias``."""
+        """Return True if the last stage is a linear function with ``kernel`` and ``bias``."""
         head = self.stages[-1].module
-        return isinstance(head, LinearHead) and head.num_classes > 0
+        return isinstance(head, LinearHead) and head.num_classes > 0 and not head.normalize
 
     @property
     def map_stages(self) -> tuple[str, ...]:
@@ -340,6 +346,55 @@ def replace_head(
         shapes = abstract_variables(new)["params"][head]
         trees["params"][head] = {name: jnp.zeros(leaf.shape) for name, leaf in shapes.items()}
     return new, trees
+
+
+def add_similarity_head(
+    model: Model,
+    variables: Variables,
+    vectors: Float[Array, "classes channels"],
+    *,
+    scale: float,
+    bias: float = 0.0,
+) -> tuple[Model, Variables]:
+    """Append a head that compares the outputs of a network with one vector per class.
+
+    The logit of a class is ``scale`` times the cosine between them, plus ``bias``. This is how CLIP
+    (Radford et al. 2021, arXiv 2103.00020) and SigLIP classify with the embeddings of sentences.
+
+    Args:
+        model: network that returns ``[batch, channels]``.
+        variables: variables of ``model``; not modified.
+        vectors: one vector of any length per class.
+        scale: factor of the cosines; positive.
+        bias: what is added to every logit.
+
+    Returns:
+        The new model and its variables. A backbone's head, which has no parameters, is replaced.
+    """
+    *body, last = model.stages
+    if not (isinstance(last.module, LinearHead) and not last.module.num_classes):
+        body.append(last)
+    name = last.name if len(body) < len(model.stages) else "similarity"
+    kernel = scale * vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    head = {
+        "kernel": np.ascontiguousarray(kernel.T, np.float32),
+        "bias": np.full(len(vectors), bias, np.float32),
+    }
+    stage = Stage(name, LinearHead(len(vectors), normalize=True), "vector")
+    variables = {**variables, "params": {**variables["params"], name: head}}
+    return replace(model, stages=(*body, stage)), variables
+
+
+def select_outputs(
+    model: Model, variables: Variables, indices: Sequence[int]
+) -> tuple[Model, Variables]:
+    """Return a network with some outputs of its head, in the order of ``indices``."""
+    *body, last = model.stages
+    assert isinstance(last.module, LinearHead)
+    head = {name: leaf[..., list(indices)] for name, leaf in variables["params"][last.name].items()}
+    stage = last._replace(module=last.module.clone(num_classes=len(indices)))
+    variables = {**variables, "params": {**variables["params"], last.name: head}}
+    return replace(model, stages=(*body, stage)), variables
 
 
 @partial(jax.jit, static_argnames="model")
