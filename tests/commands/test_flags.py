@@ -317,6 +317,7 @@ OF_STEPS = {
     "epochs": (3,),
     "batch-norm": ("batch",),
     "dropout": (0.2,),
+    "drop-path": (0.2,),
     "label-smoothing": (0.1,),
     "class-weights": ("balanced",),
     "ema-decay": (0.9,),

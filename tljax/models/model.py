@@ -12,7 +12,14 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Bool, Float, Num, PRNGKeyArray
 
-from tljax.models.layers import INFERENCE, LAYERS, GlobalAveragePool, LinearHead, Mode
+from tljax.models.layers import (
+    INFERENCE,
+    LAYERS,
+    GlobalAveragePool,
+    LinearHead,
+    Mode,
+    StochasticDepth,
+)
 from tljax.runtime.errors import RequestError
 from tljax.runtime.trees import flatten
 from tljax.runtime.types import Array, Preprocess, Variables
@@ -274,6 +281,27 @@ def _trace(model: Model, stages: Sequence[Stage]) -> tuple[Variables, jax.ShapeD
 def _trace_cached(model: Model) -> tuple[Variables, jax.ShapeDtypeStruct]:
     """Cache the shapes, because tracing takes a second; all heads of a backbone share them."""
     return jax.eval_shape(partial(_build, model), jax.random.key(0))
+
+
+def stochastic_depth_stages(model: Model) -> frozenset[str]:
+    """Return the names of the stages that drop residual branches if ``drop_path`` is above 0."""
+    found: set[str] = set()
+
+    def visit(stage: str, method: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        if isinstance(context.module, StochasticDepth) and context.module.depth:
+            found.add(stage)
+        return method(*args, **kwargs)
+
+    def trace(variables: Variables, x: Any) -> None:
+        mode = INFERENCE._replace(grid=model.grid(x.shape))
+        for name, module, *_ in model.stages:
+            with nn.intercept_methods(partial(visit, name)):
+                x = module.apply(_select(variables, name), x, mode)
+
+    size = model.preprocess.size
+    images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    jax.eval_shape(trace, abstract_variables(model), images)
+    return frozenset(found)
 
 
 def pooled_classifier(

@@ -86,6 +86,8 @@ class FitConfig(Checked):
         head_after: Stage whose output the new head reads; later stages are dropped. By default the
             stage before the old head.
         dropout: Dropout rate before the head; 0 is no dropout.
+        drop_path: Rate of stochastic depth in the last block, which decreases to 0 in the first one
+            (Huang et al. 2016, arXiv:1603.09382): the share of residual branches that are dropped.
         loss: Loss to minimize; by default cross-entropy, for numbers squared-error. focal has less
             loss for examples that are classified well (Lin et al. 2017, arXiv:1708.02002);
             asymmetric suits several labels that are rare (Ridnik et al. 2021, arXiv:2009.14119);
@@ -129,6 +131,7 @@ class FitConfig(Checked):
     batch_norm: Literal["running", "batch"] | None = None
     head_after: str | None = None
     dropout: Share = 0.0
+    drop_path: Share = 0.0
     loss: Loss | None = None
     focal_gamma: NotNegative = 2.0
     label_smoothing: Share = 0.0

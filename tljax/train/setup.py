@@ -309,7 +309,7 @@ def begin_phase(
     ema = config.ema_decay > 0
     state = init_state(changing["params"], changing["batch_stats"], optimizer, ema=ema)
     step = make_train_step(
-        run.model,
+        replace(run.model, drop_path=config.drop_path),
         optimizer,
         adversarial(run.objective, config.attacker) if config.attacker else run.objective,
         run.materialize,
