@@ -323,6 +323,7 @@ OF_STEPS = {
     "ema-decay": (0.9,),
     "patience": (2,),
     "accumulate": (2,),
+    "remat": (),
     "frozen-dtype": ("bfloat16",),
     "cache-views": (4,),
     "optimizer": ("sgd",),

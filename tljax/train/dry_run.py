@@ -115,7 +115,7 @@ def step_flops(
         model: network with a head for the classes of the data.
         variables: variables of ``model``; shapes are enough.
         labels: learning rate multiple of every parameter.
-        config: optimizer and attack.
+        config: optimizer, attack and recomputation.
         batch_size: images per step.
         start: stage that cached activations enter; None for images.
     """
@@ -134,7 +134,8 @@ def step_flops(
     objective = cross_entropy()
     if config.attacker is not None:
         objective = adversarial(objective, config.attacker)
-    step = make_train_step(model, optimizer, objective, start=start)
+    around_stage = jax.checkpoint if config.remat else None
+    step = make_train_step(model, optimizer, objective, start=start, around_stage=around_stage)
     keys = jax.eval_shape(lambda: (epoch_key(0, 0), jax.random.key(0)))
     frozen_variables = {"params": frozen, "batch_stats": variables["batch_stats"]}
     lowered = step.lower(state, frozen_variables, batch, keys)  # pyright: ignore[reportFunctionMemberAccess]

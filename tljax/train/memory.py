@@ -1,11 +1,13 @@
-"""Free memory of host and devices, and the batch size that fits a training step."""
+"""Memory of host and devices: what is free, the batch size that fits, and how to need less."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import jax
 import psutil
+from jax.sharding import Mesh
 
 from tljax.runtime.errors import RequestError
 from tljax.runtime.types import Batch, Variables
@@ -45,6 +47,16 @@ def within_memory(
         else:
             advice = "no batch fits: --precision bfloat16, a smaller --image-size or --freeze-to"
         raise RequestError(f"out of device memory at --batch-size {size}: {advice}") from error
+
+
+def remat_options(mesh: Mesh) -> dict[str, Any] | None:
+    """Return the compiler options with which `jax.checkpoint` saves memory on the devices.
+
+    For CPUs, XLA removes the barriers of `jax.checkpoint` early, and then merges what is computed
+    again with the first computation, which keeps all activations.
+    """
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    return {"xla_disable_hlo_passes": "cse_barrier_expander"} if on_cpu else None
 
 
 def device_memory() -> int | None:

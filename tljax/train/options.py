@@ -107,6 +107,8 @@ class FitConfig(Checked):
             stops; 0 never stops early.
         accumulate: Number of parts of a batch that go through the network one after another, to
             save memory.
+        remat: Keep only the outputs of stages for the backward pass and compute the activations
+            within each stage again, to save memory. A step computes up to a third more.
         frozen_dtype: Dtype of the frozen parameters during training; bfloat16 halves their memory
             and affects validation. The network that is saved has its original parameters.
         cache: Place for the activations that enter the first trainable stage, which are computed
@@ -141,6 +143,7 @@ class FitConfig(Checked):
     ema_decay: Share = 0.0
     patience: Amount = 0
     accumulate: Count = 1
+    remat: bool = False
     frozen_dtype: Dtype = "float32"
     cache: Literal["auto", "memory", "disk", "none"] = "auto"
     cache_dtype: Dtype = "float32"

@@ -99,8 +99,7 @@ def make_plan(model: Model, config: FitConfig, examples: int, batch_size: int) -
     mixed = config.augmentation.mixup or config.augmentation.cutmix
     if config.augment and config.cache_views and mixed:
         raise RequestError("Mixup and CutMix cannot mix cached views: choose --cache-views 0")
-    if config.drop_path:
-        _check_drop_path(model, config, table)
+    _check_drop_path(model, config, table)
     if config.attacker is not None:
         _check_adversary(config, bool(mixed and config.augment))
     if recipe == "probe":
@@ -124,6 +123,8 @@ def _check_adversary(config: FitConfig, mixed: bool) -> None:
 
 
 def _check_drop_path(model: Model, config: FitConfig, table: Table) -> None:
+    if not config.drop_path:
+        return
     dropping = stochastic_depth_stages(model)
     trained = wholly_trained_stages(label(abstract_variables(model)["params"], table))
     if not dropping & trained:

@@ -32,6 +32,7 @@ from tljax.train.checkpoint import Checkpoints
 from tljax.train.freeze import combine, first_trainable_stage, label, split, wholly_trained_stages
 from tljax.train.history import History, default_choice
 from tljax.train.inputs import Inputs, open_inputs
+from tljax.train.memory import remat_options
 from tljax.train.objectives import Objective, make_objective
 from tljax.train.optimizer import OptimizerWrapper, build_optimizer, learning_rate_schedule
 from tljax.train.options import REQUEST_CONDITIONS, FitConfig
@@ -319,6 +320,8 @@ def begin_phase(
         ema_decay=config.ema_decay,
         accumulate=config.accumulate,
         augment=config.augmentation if config.augment and inputs.start is None else None,
+        around_stage=jax.checkpoint if config.remat else None,
+        compiler_options=remat_options(run.mesh) if config.remat else None,
     )
     if config.frozen_dtype == "bfloat16":
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), frozen["params"])
