@@ -324,6 +324,7 @@ OF_STEPS = {
     "patience": (2,),
     "accumulate": (2,),
     "remat": (),
+    "fsdp": (),
     "frozen-dtype": ("bfloat16",),
     "cache-views": (4,),
     "optimizer": ("sgd",),

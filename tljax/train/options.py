@@ -109,6 +109,9 @@ class FitConfig(Checked):
             save memory.
         remat: Keep only the outputs of stages for the backward pass and compute the activations
             within each stage again, to save memory. A step computes up to a third more.
+        fsdp: Divide parameters, gradients and optimizer state among all devices, for networks that
+            do not fit one (fully sharded data parallelism); a stage's parameters are gathered when
+            it runs. Validation needs the memory of all parameters on each device.
         frozen_dtype: Dtype of the frozen parameters during training; bfloat16 halves their memory
             and affects validation. The network that is saved has its original parameters.
         cache: Place for the activations that enter the first trainable stage, which are computed
@@ -144,6 +147,7 @@ class FitConfig(Checked):
     patience: Amount = 0
     accumulate: Count = 1
     remat: bool = False
+    fsdp: bool = False
     frozen_dtype: Dtype = "float32"
     cache: Literal["auto", "memory", "disk", "none"] = "auto"
     cache_dtype: Dtype = "float32"
