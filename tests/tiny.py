@@ -1,4 +1,6 @@
-"""Network with every kind of layer, small enough to train in a test."""
+"""Networks small enough to train in a test: with every kind of layer, and with large parameters."""
+
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -27,6 +29,16 @@ MODEL = Model(
         Stage("head", LinearHead(3, dropout=0.5), "vector"),
     ),
     Preprocess(16, 16),
+)
+
+WIDE = replace(
+    MODEL,
+    name="wide",
+    stages=(
+        Stage("stem", Unit(64, stride=4)),
+        *(Stage(f"block{i}", Unit(64)) for i in range(4)),
+        *MODEL.stages[2:],
+    ),
 )
 
 

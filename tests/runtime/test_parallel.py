@@ -184,6 +184,147 @@ def test_a_checkpoint_is_resumed_equally_on_any_number_of_devices(tmp_path):
             assert losses[str(step)] == pytest.approx(one[str(step)], abs=1e-5), step
 
 
+FSDP_STEPS = """
+import json, re
+import jax
+jax.config.update("jax_disable_most_optimizations", True)
+import engine, tiny
+from tljax.data.options import Loading
+from tljax.models import init
+from tljax.runtime.parallel import shard
+from tljax.train.dry_run import dry_run
+from tljax.train.setup import begin_phase, prepare
+
+loading = Loading(16)
+for fsdp, remat in ((False, False), (True, False), (True, True)):
+    config = engine.config(
+        freeze_to="block1", cache="none", batch_norm="batch", ema_decay=0.9, accumulate=2,
+        optimizer="sgd", rate=0.1, fsdp=fsdp, remat=remat,
+    )
+    variables = init(tiny.WIDE, jax.random.key(0))
+    run, inputs = prepare(tiny.WIDE, variables, engine.splits(16, ()), config, loading)
+    phase = run.plan.phases[0]
+    state, frozen, step = begin_phase(run, inputs, phase, run.variables, run.schedule(phase))
+    batch = shard(next(iter(inputs.batches(tiny.WIDE, 1))), run.mesh)
+    keys = jax.random.key(0), jax.random.key(1)
+    compiled = step.lower(state, frozen, batch, keys).compile()
+    program = compiled.as_text()
+
+    def on_one_device(tree):
+        return sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
+
+    shardings = [x.sharding for x in jax.tree.leaves(state)]
+    losses = []
+    for _ in range(3):
+        state, metrics = step(state, frozen, batch, keys)
+        losses.append(float(metrics["loss"][0]))
+    kept = [x.sharding for x in jax.tree.leaves(state)]
+    parts = {
+        "parameters": (state.params, frozen["params"]),
+        "optimizer state": state.opt_state,
+        "moving average": state.ema["params"],
+    }
+    print(json.dumps({
+        "losses": losses,
+        "bytes": {name: on_one_device(tree) for name, tree in parts.items()},
+        "arguments": compiled.memory_analysis().argument_size_in_bytes,
+        "planned": re.findall("memory on .*", dry_run(tiny.WIDE, run.splits, config, loading)),
+        "kept": all(a.is_equivalent_to(b.sharding, b.ndim)
+                    for a, b in zip(shardings, jax.tree.leaves(state))),
+        "gathers": program.count("all-gather("),
+    }))
+"""
+
+
+def test_fsdp_divides_parameters_and_optimizer_state_and_takes_the_same_steps(tmp_path):
+    whole, divided, remat = finish(start(tmp_path, (), program=FSDP_STEPS, devices=8))
+    assert whole["losses"][-1] < 0.9 * whole["losses"][0]
+    assert whole["gathers"] == 0
+    # Norms, and the kernels of the stem and the head, are small and stay on every device.
+    kernels = {"parameters": 4, "optimizer state": 2, "moving average": 2}
+    saved = 4 * 3 * 3 * 64 * 64 * 7 // 8
+    for run in (divided, remat):
+        np.testing.assert_allclose(run["losses"], whole["losses"], rtol=1e-5)
+        assert run["kept"]
+        for name, count in kernels.items():
+            assert run["bytes"][name] == whole["bytes"][name] - count * saved
+            assert f"{name} {run['bytes'][name] / 2**20:,.1f} MiB" in run["planned"][0]
+        assert run["arguments"] == whole["arguments"] - 8 * saved
+        assert run["arguments"] < whole["arguments"] / 6
+        # 4 kernels forward, and the last one backward: the input of block2 needs no gradient.
+        assert run["gathers"] == 5
+
+
+FSDP_RUNS = """
+import json, shutil, sys
+from dataclasses import replace
+from pathlib import Path
+
+folder, number = Path(sys.argv[1]), sys.argv[2]
+if number != "-":
+    from tljax.runtime.parallel import join
+    join()
+import jax
+jax.config.update("jax_disable_most_optimizations", True)
+import engine, tiny
+from tljax.data.options import Loading
+from tljax.models import init
+from tljax.runtime.errors import StoppedError
+from tljax.runtime.parallel import Preemption, is_main_process
+from tljax.train.checkpoint import Checkpoints
+from tljax.train.fit import fit
+
+config = engine.config(
+    freeze_to="block1", optimizer="sgd", rate=0.1, ema_decay=0.9, cache="none", epochs=3
+)
+preemption = Preemption()
+
+def stop(step, metrics):
+    preemption.requested = step == 2
+
+def run(name, fsdp, **options):
+    losses = {}
+    checkpoints = Checkpoints(folder / name, "mine")
+    options = {"on_step": lambda step, metrics: losses.update({step: metrics["loss"]}), **options}
+    try:
+        result = fit(
+            tiny.WIDE, init(tiny.WIDE, jax.random.key(0)), engine.splits(),
+            replace(config, fsdp=fsdp), loading=Loading(8), checkpoints=checkpoints, **options
+        )
+    finally:
+        checkpoints.close()
+    print(json.dumps({"losses": losses, "val_loss": result.evaluation.loss}))
+
+if number != "-":
+    run("two", True)
+else:
+    run("whole", False)
+    for fsdp in (False, True):
+        try:
+            run(f"{fsdp}", fsdp, on_step=stop, preemption=preemption, checkpoint_seconds=0)
+        except StoppedError:
+            preemption = Preemption()
+        run(f"{fsdp}", not fsdp)
+"""
+
+
+@pytest.mark.slow
+def test_a_run_continues_with_and_without_fsdp_and_in_two_processes(tmp_path):
+    port = free_port()
+    options = {"program": FSDP_RUNS, "devices": 2, "port": port}
+    both = [start(tmp_path, (), number=i, **options) for i in (0, 1)]
+    ((first,), (second,)) = (finish(process) for process in both)
+    whole, *others = finish(start(tmp_path, (), program=FSDP_RUNS, devices=4))
+    assert first == second
+    assert len(others) == 2
+    for run in (first, *others):
+        assert run["val_loss"] == pytest.approx(whole["val_loss"], abs=1e-5)
+        assert len(run["losses"]) > 1
+        for step, loss in run["losses"].items():
+            assert loss == pytest.approx(whole["losses"][step], abs=1e-5), step
+    assert len(others[0]["losses"]) < len(whole["losses"]) == len(first["losses"])
+
+
 def free_port():
     with socket.socket() as free:
         free.bind(("localhost", 0))

@@ -2,14 +2,17 @@
 
 import re
 
+import jax
 import pytest
-from engine import config, splits
-from tiny import MODEL
+from engine import LOADING, config, splits
+from tiny import MODEL, WIDE
 
 import tljax.train.dry_run as dry_run_module
 from tljax.data.examples import Source
 from tljax.features.extract import feature_bytes
+from tljax.models import abstract_variables
 from tljax.runtime.errors import RequestError
+from tljax.runtime.trees import flatten
 from tljax.train.dry_run import dry_run
 from tljax.train.inputs import cache_bytes
 
@@ -20,7 +23,7 @@ STEM, LAYER1, HEAD = 232, 888, 39
 
 
 def text(*args, **options):
-    return dry_run(MODEL, splits(), config(*args, **options), 4)
+    return dry_run(MODEL, splits(), config(*args, **options), LOADING)
 
 
 def test_the_parameters_are_counted():
@@ -77,6 +80,26 @@ class OnlyLowered:
 
     def __init__(self, step):
         self.lower = step.lower
+
+
+def test_the_memory_of_a_device_is_that_of_its_parameters_and_optimizer_state():
+    params = abstract_variables(WIDE)["params"]
+    for options, frozen in (({}, 0.0), ({"freeze_to": "block0", "ema_decay": 0.9}, 1.0)):
+        output = dry_run(WIDE, splits(), config(**options), LOADING)
+        sizes = dict(
+            re.findall(r"(parameters|optimizer state|moving average) ([\d.]+) MiB", output)
+        )
+        trained = sum(
+            4 * leaf.size / 2**20
+            for path, leaf in flatten(params).items()
+            if not frozen or not path.startswith(("stem", "block0"))
+        )
+        total = sum(4 * leaf.size / 2**20 for leaf in jax.tree.leaves(params))
+        assert float(sizes["parameters"]) == pytest.approx(total, abs=0.06)
+        assert float(sizes["optimizer state"]) == pytest.approx(2 * trained, abs=0.06)
+        assert float(sizes.get("moving average", 0)) == pytest.approx(frozen * trained, abs=0.06)
+    with pytest.raises(RequestError, match="--fsdp divides memory among devices, and there is one"):
+        text(fsdp=True)
 
 
 def test_nothing_is_trained(monkeypatch):

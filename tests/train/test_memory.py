@@ -1,15 +1,21 @@
+from dataclasses import replace
+
 import jax
 import numpy as np
 import optax
 import psutil
 import pytest
 from engine import LOADING, config, splits, train
-from tiny import MODEL, random_variables
+from flax import linen as nn
+from tiny import MODEL, Unit, random_variables
 
 import tljax.train.setup as train_setup
+from tljax.data.options import Loading
+from tljax.models import Stage, init
 from tljax.runtime.errors import RequestError
 from tljax.runtime.parallel import shard
 from tljax.train import memory
+from tljax.train.options import AdversaryConfig
 from tljax.train.setup import begin_phase, prepare
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
@@ -68,6 +74,59 @@ def test_a_step_without_enough_memory_is_reported_with_advice(monkeypatch, limit
     monkeypatch.setattr(memory, "device_memory", lambda: limit)
     with pytest.raises(RequestError, match=f"out of device memory at --batch-size 4: {advice}"):
         train(config())
+
+
+class Block(nn.Module):
+    """A stage with several times as many activations within as at its end."""
+
+    @nn.compact
+    def __call__(self, x, mode):
+        for i in range(4):
+            x = Unit(8, name=f"unit{i}")(x, mode)
+        return nn.Dropout(0.1, deterministic=not mode.noise)(x)
+
+
+BLOCKS = tuple(Stage(f"block{i}", Block()) for i in range(4))
+DEEP = replace(MODEL, name="deep", stages=(MODEL.stages[0], *BLOCKS, *MODEL.stages[2:]))
+
+
+def deep_step(**options):
+    """Return a compiled step of a deep network, and its arguments."""
+    variables = init(DEEP, jax.random.key(0))
+    fit_config = config(batch_norm="batch", optimizer="sgd", **options)
+    run, inputs = prepare(DEEP, variables, splits(32, ()), fit_config, Loading(batch_size=32))
+    phase = run.plan.phases[0]
+    state, frozen, step = begin_phase(run, inputs, phase, run.variables, run.schedule(phase))
+    batch = shard(next(iter(inputs.batches(DEEP, 1))), run.mesh)
+    arguments = state, frozen, batch, (jax.random.key(0), jax.random.key(1))
+    return step.lower(*arguments).compile(), arguments
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        pytest.param(
+            {"adversary": AdversaryConfig("fast"), "accumulate": 2}, marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_remat_takes_less_memory_for_the_same_step(options):
+    results, temporary = [], []
+    for remat in (False, True):
+        step, arguments = deep_step(remat=remat, **options)
+        temporary.append(step.memory_analysis().temp_size_in_bytes)
+        results.append(step(*arguments))
+    assert temporary[1] < 0.5 * temporary[0]
+    (before, expected), (after, metrics) = results
+    for name, value in expected.items():
+        np.testing.assert_allclose(metrics[name][0], value[0], rtol=1e-5, err_msg=name)
+    for (path, a), b in zip(
+        jax.tree.leaves_with_path((before.params, before.batch_stats)),
+        jax.tree.leaves((after.params, after.batch_stats)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6, err_msg=str(path))
 
 
 def files(root, texts):

@@ -1,16 +1,25 @@
 """Plans of the recipes, training with each, and tables of learning rate multiples."""
 
+import json
+from contextlib import nullcontext
+from dataclasses import replace
 from unittest import mock
 
+import jax
 import numpy as np
 import pytest
 from engine import LOADING, config, splits, train
-from tiny import MODEL
+from flax import linen as nn
+from tiny import MODEL, Unit
 
 from tljax.data.options import AugmentConfig
-from tljax.models import abstract_variables
+from tljax.models import Stage, abstract_variables
+from tljax.models.layers import StochasticDepth
+from tljax.models.model import stochastic_depth_stages
+from tljax.models.spec import to_json
 from tljax.runtime.errors import RequestError
 from tljax.runtime.trees import flatten
+from tljax.train.fit import fit
 from tljax.train.freeze import freeze_table, label
 from tljax.train.options import FitConfig, OptimizerConfig
 from tljax.train.recipes import make_plan
@@ -213,3 +222,60 @@ def test_every_recipe_learns(recipe, monkeypatch):
     assert len(losses) == 8
     assert losses[-1] < 0.97 * losses[0]
     assert (result.probe is None) == (recipe not in ("lp-ft", "gradual"))
+
+
+class Residual(nn.Module):
+    depth: float
+
+    @nn.compact
+    def __call__(self, x, mode):
+        return x + StochasticDepth(self.depth)(Unit(8, name="unit")(x, mode), mode)
+
+
+RESIDUAL = replace(
+    MODEL,
+    name="residual",
+    stages=(
+        MODEL.stages[0],
+        Stage("block1", Residual(0.0)),
+        Stage("block2", Residual(1.0)),
+        *MODEL.stages[2:],
+    ),
+)
+
+
+def test_drop_path_is_refused_where_it_has_no_effect():
+    message = "--drop-path 0.1: tiny has no stochastic depth: leave it out"
+    with pytest.raises(RequestError, match=message):
+        plan(drop_path=0.1)
+    assert stochastic_depth_stages(RESIDUAL) == {"block2"}
+    for options, refused in (
+        ({}, False),
+        ({"freeze_to": "block1"}, False),
+        ({"freeze_to": "block2"}, True),
+        ({"rates": ("block2/unit/conv/scale=0",)}, True),
+    ):
+        where = f"with {options}"
+        with (
+            pytest.raises(RequestError, match="the trained stages have no stochastic depth")
+            if refused
+            else nullcontext()
+        ):
+            make_plan(RESIDUAL, FitConfig("finetune", drop_path=0.1, **options), 100, 10)
+            assert not refused, where
+
+
+def test_drop_path_changes_the_steps_and_is_not_saved():
+    shapes = abstract_variables(RESIDUAL)
+    variables = jax.tree.map(lambda x: np.full(x.shape, 0.1, np.float32), shapes)
+    results = [
+        fit(
+            *(RESIDUAL, variables, splits(), config(epochs=1, drop_path=rate)),
+            loading=LOADING,
+        )
+        for rate in (0.0, 0.0, 0.5)
+    ]
+    losses = [result.history[-1]["train_loss"] for result in results]
+    assert losses[0] == losses[1] != losses[2]
+    assert results[2].model == results[0].model
+    assert "drop" not in json.dumps(to_json(results[2].model)).replace("dropout", "")

@@ -48,7 +48,8 @@ class Config(cli.Common):
         workdir: Run directory to create, or to continue if it exists and has the same options. By
             default a new folder in runs/ is created.
         resume: Run directory to continue with its own options; other options may not differ from
-            them, except those of this machine: --workers, --devices, --platform and --distributed.
+            them, except those of this machine: --workers, --devices, --platform, --distributed,
+            --remat and --fsdp.
             If the images, weights or extension file were moved, --data, --root, --weights and
             --extension say where they are now.
         val_fraction: Share of the images, from 0 to below 1, that are held out for validation if
@@ -121,6 +122,8 @@ class Config(cli.Common):
         moved = compared & {"data", "weights"} if self.resume else set()
         replaced = {name: getattr(self, name) for name in (*_NOT_RESUMED.split(), *moved)}
         resumed = replace(resumed, **replaced, workdir=workdir)
+        memory = {name: getattr(self.fit, name) for name in compared & {"remat", "fsdp"}}
+        resumed = replace(resumed, fit=replace(resumed.fit, **memory))
         if self.resume and compared & {"data", "root"}:
             labels = replace(resumed.labels, root=self.labels.root)
             resumed = replace(resumed, labels=labels)
@@ -202,7 +205,7 @@ def run(config: Config) -> dict[str, Any]:
         fit = check_task(config.fit, task := fitted_task(splits.train))
         make_objective(task, fit, splits.train)
         if config.dry_run:
-            print(dry_run(pretrained.model, splits, config.fit, config.batch_size))
+            print(dry_run(pretrained.model, splits, config.fit, config.loading))
             return {"dry_run": True}
         if config.find_learning_rate:
             return suggest_learning_rate(config, pretrained, splits)
@@ -251,7 +254,9 @@ def train(
         for note in splits.notes:
             print(note)
     digests = splits.train.digest, splits.val.digest, weights
-    numerics = config.fit, config.seed, config.batch_size, pretrained.model.dtype
+    # A run may be continued with another division of memory, which changes rounding errors only.
+    fit_config = replace(config.fit, remat=False, fsdp=False)
+    numerics = fit_config, config.seed, config.batch_size, pretrained.model.dtype
     identity = repr((*numerics, digests, *extension))
     metrics = run_directory.MetricsFile(workdir)
     hooks["on_epoch"] = _both(metrics.on_epoch, hooks.get("on_epoch"))

@@ -2,7 +2,7 @@
 
 import math
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any, Literal, NamedTuple
@@ -13,7 +13,14 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Bool, Float, Num, PRNGKeyArray
 
-from tljax.models.layers import INFERENCE, LAYERS, GlobalAveragePool, LinearHead, Mode
+from tljax.models.layers import (
+    INFERENCE,
+    LAYERS,
+    GlobalAveragePool,
+    LinearHead,
+    Mode,
+    StochasticDepth,
+)
 from tljax.runtime.errors import RequestError
 from tljax.runtime.trees import flatten
 from tljax.runtime.types import Array, Preprocess, Variables
@@ -146,6 +153,14 @@ class Output(NamedTuple):
         return self.value
 
 
+StageFunction = Callable[[Variables, jax.Array], tuple[jax.Array, Variables]]
+"""``(variables, x) -> (output, updated)``: a stage with its own variables. ``updated`` holds its
+updated running statistics, if there are any."""
+
+AroundStage = Callable[[StageFunction], StageFunction]
+"""Transformation of the function of every stage, such as `jax.checkpoint`."""
+
+
 def normalize(
     images: Num[Array, "batch height width 3"], preprocess: Preprocess, dtype: str = "float32"
 ) -> Float[jax.Array, "batch height width 3"]:
@@ -177,6 +192,7 @@ def apply(
     capture: Collection[str] = (),
     key: PRNGKeyArray | None = None,
     mask: Bool[Array, " batch"] | None = None,
+    around_stage: AroundStage | None = None,
 ) -> Output:
     """Run the stages from ``start`` up to, but not including, ``stop``. A pure function.
 
@@ -199,6 +215,8 @@ def apply(
         key: random key, required by ``noise``.
         mask: ``[batch]`` bool, the examples that contribute to batch statistics; by default all.
             The inputs of the other examples are replaced by zeros.
+        around_stage: transformation of the function of every stage; with `jax.checkpoint`, only the
+            outputs of stages are kept for the backward pass.
 
     Raises:
         RequestError: the model has no stage of a given name or index.
@@ -216,21 +234,26 @@ def apply(
     captured: dict[str, jax.Array] = {}
     batch_stats = dict(variables.get("batch_stats", {}))
     for position, (name, module, *_) in enumerate(model.stages[first:last], start=first):
-        stage_variables = _select(variables, name)
         examples = name in batch_statistics and (True if mask is None else jnp.asarray(mask))
         mode = Mode(examples, name in noise, model.drop_path, grid)
         rngs = (
             {"dropout": jax.random.fold_in(key, position)} if mode.noise and key is not None else {}
         )
-        if examples is False:
-            x = module.apply(stage_variables, x, mode, rngs=rngs)
-        else:
-            x, updated = module.apply(stage_variables, x, mode, mutable=["batch_stats"], rngs=rngs)
-            if updated:
-                batch_stats[name] = updated["batch_stats"]
+        run = partial(_run_stage, module, mode, rngs)
+        x, updated = (around_stage(run) if around_stage else run)(_select(variables, name), x)
+        if updated:
+            batch_stats[name] = updated["batch_stats"]
         if name in capture:
             captured[name] = x
     return Output(x, captured, batch_stats)
+
+
+def _run_stage(
+    module: nn.Module, mode: Mode, rngs: dict[str, jax.Array], variables: Variables, x: jax.Array
+) -> tuple[Any, Any]:
+    if mode.batch_statistics is False:
+        return module.apply(variables, x, mode, rngs=rngs), {}
+    return module.apply(variables, x, mode, mutable=["batch_stats"], rngs=rngs)
 
 
 def _select(variables: Variables, name: str) -> Variables:
@@ -280,6 +303,27 @@ def _trace(model: Model, stages: Sequence[Stage]) -> tuple[Variables, jax.ShapeD
 def _trace_cached(model: Model) -> tuple[Variables, jax.ShapeDtypeStruct]:
     """Cache the shapes, because tracing takes a second; all heads of a backbone share them."""
     return jax.eval_shape(partial(_build, model), jax.random.key(0))
+
+
+def stochastic_depth_stages(model: Model) -> frozenset[str]:
+    """Return the names of the stages that drop residual branches if ``drop_path`` is above 0."""
+    found: set[str] = set()
+
+    def visit(stage: str, method: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        if isinstance(context.module, StochasticDepth) and context.module.depth:
+            found.add(stage)
+        return method(*args, **kwargs)
+
+    def trace(variables: Variables, x: Any) -> None:
+        mode = INFERENCE._replace(grid=model.grid(x.shape))
+        for name, module, *_ in model.stages:
+            with nn.intercept_methods(partial(visit, name)):
+                x = module.apply(_select(variables, name), x, mode)
+
+    size = model.preprocess.size
+    images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    jax.eval_shape(trace, abstract_variables(model), images)
+    return frozenset(found)
 
 
 def pooled_classifier(

@@ -6,11 +6,12 @@ later all of them call the functions of this module together.
 """
 
 import json
+import math
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from threading import Thread
 from typing import Any, NoReturn, Self, TypeVar
@@ -148,8 +149,61 @@ def replicate(tree: Tree, mesh: Mesh) -> Tree:
     """
     sharding = NamedSharding(mesh, PartitionSpec())
     return jax.tree.map(
-        lambda x: jax.make_array_from_process_local_data(sharding, np.array(x)), tree
+        lambda x: jax.make_array_from_process_local_data(sharding, np.array(to_host(x))), tree
     )
+
+
+def fsdp_sharding(shape: Sequence[int], mesh: Mesh) -> NamedSharding:
+    """Return how fully sharded data parallelism divides an array over the devices.
+
+    It is divided along its largest axis whose length is a multiple of the number of devices. Small
+    arrays and those without such an axis are replicated.
+
+    Args:
+        shape: shape of a parameter, or of an array of the optimizer for it.
+        mesh: see `data_mesh`.
+    """
+    axes = [axis for axis, length in enumerate(shape) if length % mesh.size == 0]
+    if not axes or math.prod(shape) < _SMALL:
+        return NamedSharding(mesh, PartitionSpec())
+    largest = max(axes, key=lambda axis: shape[axis])
+    return NamedSharding(mesh, PartitionSpec(*(None,) * largest, "data"))
+
+
+_SMALL = 2**12  # elements; norms and biases are not worth a transfer of their own
+
+
+def shard_parameters(tree: Tree, mesh: Mesh) -> Tree:
+    """Divide a tree of parameters, or of the optimizer's state, over the devices of the mesh.
+
+    Args:
+        tree: host or device arrays, equal in all processes.
+        mesh: see `data_mesh`.
+
+    Returns:
+        The tree with arrays sharded by `fsdp_sharding` in new buffers, which a step may donate.
+    """
+
+    def place(x: Any) -> jax.Array:
+        whole = to_host(x)
+        sharding = fsdp_sharding(whole.shape, mesh)
+        return jax.make_array_from_callback(
+            whole.shape, sharding, lambda part: np.array(whole[part])
+        )
+
+    return jax.tree.map(place, tree)
+
+
+def to_host(tree: Tree) -> Tree:
+    """Copy a tree of arrays to the host, each array as a whole; all processes call it together."""
+
+    def copy(x: Any) -> np.ndarray:
+        elsewhere = isinstance(x, jax.Array) and not x.is_fully_addressable
+        if elsewhere and not x.is_fully_replicated:
+            return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+        return np.asarray(x)
+
+    return jax.tree.map(copy, tree)
 
 
 def local_shards(x: jax.Array) -> np.ndarray:

@@ -1,16 +1,21 @@
 """Dry run: what would be trained, what it would cost, and what would be cached."""
 
+import math
+from collections.abc import Callable
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from tljax.data.augment import epoch_key
 from tljax.data.examples import Splits
 from tljax.data.loader import num_batches
+from tljax.data.options import Loading
 from tljax.models import Model, abstract_variables, apply, replace_head
+from tljax.runtime.parallel import fsdp_sharding
 from tljax.runtime.tables import format_table
 from tljax.runtime.trees import flatten
 from tljax.runtime.types import Batch, Variables
@@ -21,17 +26,20 @@ from tljax.train.objectives import cross_entropy
 from tljax.train.optimizer import build_optimizer
 from tljax.train.options import FitConfig
 from tljax.train.recipes import make_plan
+from tljax.train.setup import training_mesh
 from tljax.train.step import init_state, make_train_step
 
+Shape = tuple[int, ...]
 
-def dry_run(model: Model, splits: Splits, config: FitConfig, batch_size: int) -> str:
-    """Return the plan of a run as text: per phase its parameters, the cost of a step and the cache.
+
+def dry_run(model: Model, splits: Splits, config: FitConfig, loading: Loading) -> str:
+    """Return the plan of a run as text: per phase its parameters, memory, cost and cache.
 
     Args:
         model: pretrained network, with any head.
         splits: training and validation images.
         config: what to train.
-        batch_size: images per step.
+        loading: number of images per step, and of devices.
 
     Raises:
         RequestError: as for `tljax.train.fit.fit`.
@@ -42,7 +50,8 @@ def dry_run(model: Model, splits: Splits, config: FitConfig, batch_size: int) ->
         model, abstract_variables(model), outputs, after=config.head_after
     )
     variables = jax.eval_shape(lambda: variables)
-    batch_size = min(batch_size, len(splits.train))
+    mesh = training_mesh(config, loading)
+    batch_size = min(loading.batch_size, len(splits.train))
     plan = make_plan(model, config, len(splits.train), batch_size)
     steps = num_batches(len(splits.train), batch_size)
     images = f"{len(splits.train)} training and {len(splits.val)} validation images"
@@ -62,6 +71,7 @@ def dry_run(model: Model, splits: Splits, config: FitConfig, batch_size: int) ->
         lines += [
             f"phase: {phase.name}",
             _parameter_table(model, variables["params"], labels, plan.config),
+            _device_memory(variables["params"], labels, plan.config, mesh),
             f"{phase.epochs} epochs; a step takes {cost}",
             f"cached in {place}: the activations that enter {start}, {size:,.0f} MiB"
             if cached
@@ -97,8 +107,26 @@ def _parameter_table(model: Model, params: Variables, labels: Variables, config:
     return format_table(("stage", "parameters", "learning rate", "optimizer memory, MiB"), rows)
 
 
-def _bytes(tree: Variables | optax.OptState) -> int:
-    return sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree) if x.ndim)
+def _device_memory(params: Variables, labels: Variables, config: FitConfig, mesh: Mesh) -> str:
+    """Return one line of text: the bytes of parameters and optimizer state on every device."""
+    trainable, frozen = partition(params, labels)
+    frozen = jax.tree.map(lambda x: x.update(dtype=jnp.dtype(config.frozen_dtype)), frozen)
+    optimizer = build_optimizer(config.optimizer, labels, optax.constant_schedule(0.0))
+    ema = config.ema_decay > 0
+    state = jax.eval_shape(lambda p: init_state(p, {}, optimizer, ema=ema), trainable)
+    parts = {"parameters": (trainable, frozen), "optimizer state": state.opt_state}
+    if ema:
+        parts["moving average"] = state.ema
+    shape = (lambda x: fsdp_sharding(x, mesh).shard_shape(x)) if config.fsdp else None
+    sizes = (f"{name} {_bytes(x, shape) / 2**20:,.1f} MiB" for name, x in parts.items())
+    where = f"each of {mesh.size} devices" if mesh.size > 1 else "the device"
+    return f"memory on {where}: {', '.join(sizes)}"
+
+
+def _bytes(tree: Any, shape: Callable[[Shape], Shape] | None = None) -> int:
+    """Return the bytes of all arrays but scalars, or those of the parts of a given shape."""
+    leaves = [x for x in jax.tree.leaves(tree) if x.ndim]
+    return sum(math.prod(shape(x.shape) if shape else x.shape) * x.dtype.itemsize for x in leaves)
 
 
 def step_flops(
@@ -115,7 +143,7 @@ def step_flops(
         model: network with a head for the classes of the data.
         variables: variables of ``model``; shapes are enough.
         labels: learning rate multiple of every parameter.
-        config: optimizer and attack.
+        config: optimizer, attack and recomputation.
         batch_size: images per step.
         start: stage that cached activations enter; None for images.
     """
@@ -134,7 +162,8 @@ def step_flops(
     objective = cross_entropy()
     if config.attacker is not None:
         objective = adversarial(objective, config.attacker)
-    step = make_train_step(model, optimizer, objective, start=start)
+    around_stage = jax.checkpoint if config.remat else None
+    step = make_train_step(model, optimizer, objective, start=start, around_stage=around_stage)
     keys = jax.eval_shape(lambda: (epoch_key(0, 0), jax.random.key(0)))
     frozen_variables = {"params": frozen, "batch_stats": variables["batch_stats"]}
     lowered = step.lower(state, frozen_variables, batch, keys)  # pyright: ignore[reportFunctionMemberAccess]

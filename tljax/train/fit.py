@@ -18,7 +18,7 @@ from tljax.features.probe import Probe
 from tljax.models import Model, abstract_variables
 from tljax.pretrained.rules import native_rules
 from tljax.runtime.errors import RequestError
-from tljax.runtime.parallel import Preemption, replicate
+from tljax.runtime.parallel import Preemption, to_host
 from tljax.runtime.task import Task
 from tljax.runtime.trees import flatten
 from tljax.runtime.types import Variables
@@ -190,7 +190,7 @@ def fit(
             )
         saved = None
 
-    best = jax.device_get(materialized(best))
+    best = to_host(materialized(best))
     logits = inputs.logits(model, best)
     evaluation = choose_thresholds(evaluate(logits, run.task))
     return FitResult(
@@ -244,7 +244,7 @@ def train_phase(
     epoch, batch, sums = 1, 0, {}
     if saved is not None:
         state, best = saved.fill((state, best))
-        state = replicate(state, run.mesh)
+        state = run.place(state)
         names = "history", "epoch", "batch", "sums"
         history, epoch, batch, sums = (saved.position[name] for name in names)
         for part, before in zip(inputs.skipped, saved.position["skipped"], strict=True):
@@ -279,7 +279,7 @@ def train_phase(
             raise divergence_error(run, phase, state, problem)
         history = [*history, entry]
         if best_epoch(history, run.choose_by) == len(history) - 1:
-            best = jax.device_get(changing)
+            best = to_host(changing)
         run.report(history)
         end = {"epoch": epoch + 1, "pass": total_epoch + 1, "history": history}
         save(run, phase, inputs, {**position, **end, "batch": 0, "sums": {}}, state, best)

@@ -9,7 +9,7 @@ import numpy as np
 
 from tljax.metrics.sums import means
 from tljax.runtime.errors import DivergenceError, StoppedError
-from tljax.runtime.parallel import is_main_process, shard, sync_flags
+from tljax.runtime.parallel import is_main_process, shard, sync_flags, to_host
 from tljax.runtime.progress import track
 from tljax.runtime.types import Variables
 from tljax.train.inputs import Inputs
@@ -114,8 +114,9 @@ def save(
     if run.checkpoints is None:
         return
     loss = position["sums"].get("loss", (0.0, 0.0))[0]
+    state = to_host(state)
     leaves = jax.tree.leaves((state.changing, state.ema, loss))
-    if not all(np.isfinite(np.asarray(leaf)).all() for leaf in leaves):
+    if not all(np.isfinite(leaf).all() for leaf in leaves):
         raise divergence_error(run, phase, state, "a parameter or the loss is not finite")
     skipped = [sorted(part.items()) for part in inputs.all_skipped()]
     # The end of an epoch has a number of its own, hence one more than the number of steps.

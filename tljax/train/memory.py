@@ -1,13 +1,18 @@
-"""Free memory of host and devices, and the batch size that fits a training step."""
+"""Memory of host and devices: what is free, the batch size that fits, and how to need less."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import jax
 import psutil
+from jax.extend.core import Primitive
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from tljax.models.model import StageFunction
 from tljax.runtime.errors import RequestError
+from tljax.runtime.parallel import fsdp_sharding
 from tljax.runtime.types import Batch, Variables
 from tljax.train.step import Keys, TrainState, TrainStep
 
@@ -45,6 +50,43 @@ def within_memory(
         else:
             advice = "no batch fits: --precision bfloat16, a smaller --image-size or --freeze-to"
         raise RequestError(f"out of device memory at --batch-size {size}: {advice}") from error
+
+
+def memory_options(mesh: Mesh, *, remat: bool, fsdp: bool) -> dict[str, Any]:
+    """Return the arguments of `make_train_step` with which a step needs less memory.
+
+    Args:
+        mesh: the devices.
+        remat: keep only the outputs of stages for the backward pass.
+        fsdp: the variables are sharded by `shard_parameters`: gather those of a stage before it
+            runs forward and again before it runs backward, and divide its gradients at once.
+    """
+    if not (remat or fsdp):
+        return {}
+    # For CPUs, XLA removes the barriers of `jax.checkpoint` early, and then merges what is computed
+    # again with the first computation, which keeps everything.
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    options = {"xla_disable_hlo_passes": "cse_barrier_expander"} if on_cpu else None
+    if not fsdp:
+        return {"around_stage": jax.checkpoint, "compiler_options": options}
+
+    def gather(x: jax.Array) -> jax.Array:
+        # Both matter backward: what is summed over the devices first is divided among them then.
+        divided = jax.lax.with_sharding_constraint(x, fsdp_sharding(x.shape, mesh))
+        return jax.lax.with_sharding_constraint(divided, NamedSharding(mesh, PartitionSpec()))
+
+    def gathered(run: StageFunction) -> StageFunction:
+        return jax.checkpoint(
+            lambda variables, x: run(jax.tree.map(gather, variables), x),
+            policy=None if remat else _all_but_gathered,
+        )
+
+    return {"around_stage": gathered, "compiler_options": options}
+
+
+def _all_but_gathered(primitive: Primitive, *_: Any, **__: Any) -> bool:
+    """Keep what the backward pass needs, but not gathered parameters and their bfloat16 copies."""
+    return primitive.name not in ("sharding_constraint", "convert_element_type")
 
 
 def device_memory() -> int | None:

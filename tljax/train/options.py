@@ -86,6 +86,8 @@ class FitConfig(Checked):
         head_after: Stage whose output the new head reads; later stages are dropped. By default the
             stage before the old head.
         dropout: Dropout rate before the head; 0 is no dropout.
+        drop_path: Rate of stochastic depth in the last block, which decreases to 0 in the first one
+            (Huang et al. 2016, arXiv:1603.09382): the share of residual branches that are dropped.
         loss: Loss to minimize; by default cross-entropy, for numbers squared-error. focal has less
             loss for examples that are classified well (Lin et al. 2017, arXiv:1708.02002);
             asymmetric suits several labels that are rare (Ridnik et al. 2021, arXiv:2009.14119);
@@ -105,6 +107,11 @@ class FitConfig(Checked):
             stops; 0 never stops early.
         accumulate: Number of parts of a batch that go through the network one after another, to
             save memory.
+        remat: Keep only the outputs of stages for the backward pass and compute the activations
+            within each stage again, to save memory. A step computes up to a third more.
+        fsdp: Divide parameters, gradients and optimizer state among all devices, for networks that
+            do not fit one (fully sharded data parallelism); a stage's parameters are gathered when
+            it runs. Validation needs the memory of all parameters on each device.
         frozen_dtype: Dtype of the frozen parameters during training; bfloat16 halves their memory
             and affects validation. The network that is saved has its original parameters.
         cache: Place for the activations that enter the first trainable stage, which are computed
@@ -129,6 +136,7 @@ class FitConfig(Checked):
     batch_norm: Literal["running", "batch"] | None = None
     head_after: str | None = None
     dropout: Share = 0.0
+    drop_path: Share = 0.0
     loss: Loss | None = None
     focal_gamma: NotNegative = 2.0
     label_smoothing: Share = 0.0
@@ -138,6 +146,8 @@ class FitConfig(Checked):
     ema_decay: Share = 0.0
     patience: Amount = 0
     accumulate: Count = 1
+    remat: bool = False
+    fsdp: bool = False
     frozen_dtype: Dtype = "float32"
     cache: Literal["auto", "memory", "disk", "none"] = "auto"
     cache_dtype: Dtype = "float32"

@@ -7,9 +7,17 @@ import jax
 
 from tljax.data.loader import num_batches
 from tljax.models import Model, abstract_variables, apply
+from tljax.models.model import stochastic_depth_stages
 from tljax.runtime.errors import RequestError
 from tljax.runtime.types import Variables
-from tljax.train.freeze import FROZEN, Table, freeze_table, label, trainable_stages
+from tljax.train.freeze import (
+    FROZEN,
+    Table,
+    freeze_table,
+    label,
+    trainable_stages,
+    wholly_trained_stages,
+)
 from tljax.train.options import FitConfig
 
 
@@ -91,6 +99,7 @@ def make_plan(model: Model, config: FitConfig, examples: int, batch_size: int) -
     mixed = config.augmentation.mixup or config.augmentation.cutmix
     if config.augment and config.cache_views and mixed:
         raise RequestError("Mixup and CutMix cannot mix cached views: choose --cache-views 0")
+    _check_drop_path(model, config, table)
     if config.attacker is not None:
         _check_adversary(config, bool(mixed and config.augment))
     if recipe == "probe":
@@ -111,6 +120,18 @@ def _check_adversary(config: FitConfig, mixed: bool) -> None:
         )
     if mixed:
         raise RequestError(f"--attack {attack} needs one label per image: disable Mixup and CutMix")
+
+
+def _check_drop_path(model: Model, config: FitConfig, table: Table) -> None:
+    if not config.drop_path:
+        return
+    dropping = stochastic_depth_stages(model)
+    trained = wholly_trained_stages(label(abstract_variables(model)["params"], table))
+    if not dropping & trained:
+        which = "the trained stages have" if dropping else f"{model.name} has"
+        raise RequestError(
+            f"--drop-path {config.drop_path:g}: {which} no stochastic depth: leave it out"
+        )
 
 
 def default_freeze_to(model: Model) -> str:

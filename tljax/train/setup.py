@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,13 @@ from tljax.features.probe import Probe
 from tljax.features.source_probe import fit_source_probe
 from tljax.models import Model, init, replace_head
 from tljax.runtime.errors import RequestError
-from tljax.runtime.parallel import Preemption, data_mesh, is_main_process, replicate
+from tljax.runtime.parallel import (
+    Preemption,
+    data_mesh,
+    is_main_process,
+    replicate,
+    shard_parameters,
+)
 from tljax.runtime.settings import Conditions, find_unused_settings, settings
 from tljax.runtime.task import Task
 from tljax.runtime.trees import flatten
@@ -32,11 +38,14 @@ from tljax.train.checkpoint import Checkpoints
 from tljax.train.freeze import combine, first_trainable_stage, label, split, wholly_trained_stages
 from tljax.train.history import History, default_choice
 from tljax.train.inputs import Inputs, open_inputs
+from tljax.train.memory import memory_options
 from tljax.train.objectives import Objective, make_objective
 from tljax.train.optimizer import OptimizerWrapper, build_optimizer, learning_rate_schedule
 from tljax.train.options import REQUEST_CONDITIONS, FitConfig
 from tljax.train.recipes import Phase, Plan, make_plan
 from tljax.train.step import Materialize, TrainState, TrainStep, init_state, make_train_step
+
+Tree = TypeVar("Tree")
 
 NewHead = Callable[[Model, Variables, int], tuple[Model, Variables]]
 
@@ -102,6 +111,11 @@ class Run:
     def schedule(self, phase: Phase) -> optax.Schedule:
         """Return the learning rate as a function of the step of a phase."""
         return learning_rate_schedule(self.config.optimizer, phase.epochs * self.steps_per_epoch)
+
+    def place(self, tree: Tree) -> Tree:
+        """Copy variables or a training state to the devices: with ``fsdp`` sharded over them."""
+        place = shard_parameters if self.config.fsdp else replicate
+        return place(tree, self.mesh)
 
     def open_inputs(self, start: str) -> Inputs:
         """Return the activations that enter ``start``, or the images if nothing is cached."""
@@ -183,7 +197,7 @@ def prepare(
         )
     if plan.start == "random":
         variables = init(model, jax.random.key(seed))
-    mesh = data_mesh(loading.devices)
+    mesh = training_mesh(config, loading)
     run_options["objective"] = objective
     run = Run(plan, model, variables, None, splits, loading, seed, mesh, task, **run_options)
     inputs = run.open_inputs(first_trainable_stage(model, phases[0].rates) if phases else head)
@@ -194,6 +208,18 @@ def prepare(
     probe_head = {"kernel": np.asarray(probe.kernel), "bias": np.asarray(probe.bias)}
     variables = {**variables, "params": {**variables["params"], head: probe_head}}
     return replace(run, variables=variables, probe=probe), inputs
+
+
+def training_mesh(config: FitConfig, loading: Loading) -> Mesh:
+    """Return the mesh of the devices to train on.
+
+    Raises:
+        RequestError: there are fewer devices than asked for, or a single one for ``fsdp``.
+    """
+    mesh = data_mesh(loading.devices)
+    if config.fsdp and mesh.size == 1:
+        raise RequestError("--fsdp divides memory among devices, and there is one: leave it out")
+    return mesh
 
 
 def _check_labels(splits: Splits) -> None:
@@ -306,10 +332,12 @@ def begin_phase(
     whole = wholly_trained_stages(phase.rates)
     statistics = whole if config.batch_norm == "batch" else frozenset[str]()
     changing, frozen = split(variables, phase.rates, statistics)
+    if config.fsdp:  # before the optimizer's state is made, which then is sharded alike
+        changing = run.place(changing)
     ema = config.ema_decay > 0
     state = init_state(changing["params"], changing["batch_stats"], optimizer, ema=ema)
     step = make_train_step(
-        run.model,
+        replace(run.model, drop_path=config.drop_path),
         optimizer,
         adversarial(run.objective, config.attacker) if config.attacker else run.objective,
         run.materialize,
@@ -319,8 +347,9 @@ def begin_phase(
         ema_decay=config.ema_decay,
         accumulate=config.accumulate,
         augment=config.augmentation if config.augment and inputs.start is None else None,
+        **memory_options(run.mesh, remat=config.remat, fsdp=config.fsdp),
     )
     if config.frozen_dtype == "bfloat16":
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), frozen["params"])
         frozen = {**frozen, "params": params}
-    return replicate(state, run.mesh), replicate(frozen, run.mesh), step
+    return run.place(state), run.place(frozen), step

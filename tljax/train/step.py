@@ -19,6 +19,7 @@ from tljax.data.options import AugmentConfig
 from tljax.metrics.classification import class_shares
 from tljax.metrics.sums import Weighted, masked_sum
 from tljax.models import Model, Output, apply
+from tljax.models.model import AroundStage
 from tljax.runtime.errors import RequestError
 from tljax.runtime.types import Array, Batch, Variables
 from tljax.train.freeze import combine
@@ -113,12 +114,14 @@ class Forward:
         start: str | None,
         batch_statistics: Collection[str],
         noise: Collection[str],
+        around_stage: AroundStage | None = None,
     ) -> None:
         """Bind the variables, the mask and the random key; see `make_train_step`."""
         self.model, self.start = model, start
         self.batch_stats = variables["batch_stats"]
         self._params, self._mask, self._key = variables["params"], mask, key
         self._batch_statistics, self._noise = batch_statistics, noise
+        self._around_stage = around_stage
         self._first_stats, self._calls = self.batch_stats, 0
         self._trace = get_opaque_trace_state(convention="flax")
 
@@ -154,6 +157,7 @@ class Forward:
             capture=capture,
             key=key,
             mask=self._mask,
+            around_stage=self._around_stage,
         )
         if self._trace == get_opaque_trace_state(convention="flax"):
             self.batch_stats = output.batch_stats
@@ -176,7 +180,14 @@ class Forward:
         """
         variables = {"params": self._params, "batch_stats": self._first_stats}
         constants = jax.lax.stop_gradient(variables)
-        return apply(self.model, constants, inputs, start=self.start, capture=capture)
+        return apply(
+            self.model,
+            constants,
+            inputs,
+            start=self.start,
+            capture=capture,
+            around_stage=self._around_stage,
+        )
 
 
 def make_train_step(
@@ -191,6 +202,8 @@ def make_train_step(
     ema_decay: float = 0.0,
     accumulate: int = 1,
     augment: AugmentConfig | None = None,
+    around_stage: AroundStage | None = None,
+    compiler_options: dict[str, Any] | None = None,
 ) -> TrainStep:
     """Make a jitted ``step(state, frozen, batch, keys) -> (state, metrics)``; it donates ``state``.
 
@@ -221,6 +234,9 @@ def make_train_step(
             is the same, except that batch statistics are those of a part.
         augment: augmentation of images, on the device; None for activations and for the central
             crop. Mixup and CutMix turn class indices into class shares ``[batch, classes]``.
+        around_stage: transformation of the function of every stage, as for `apply`; to save memory,
+            `jax.checkpoint` computes the activations within a stage again in the backward pass.
+        compiler_options: options of XLA's compiler, as for `jax.jit`.
 
     Raises:
         RequestError: at the first step, if the objective returns values of a wrong shape or name,
@@ -245,6 +261,7 @@ def make_train_step(
             start=start,
             batch_statistics=batch_statistics,
             noise=noise,
+            around_stage=around_stage,
         )
         losses, named = _checked(objective(forward, batch, keys[1]), len(batch.mask))
         metrics = {name: masked_sum(x, batch.mask) for name, x in {"loss": losses, **named}.items()}
@@ -319,7 +336,7 @@ def make_train_step(
             updated = updated._replace(ema=ema)
         return _where(batch.mask.any(), updated, state)._replace(step=state.step + 1), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, compiler_options=compiler_options)
 
 
 def _checked(returned: Any, batch_size: int) -> tuple[Any, Mapping[str, Any]]:
