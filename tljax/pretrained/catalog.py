@@ -63,10 +63,25 @@ and the name in `keras.applications`. All are trained on the 1,000 classes of Im
 MobileNets have one more output, for the background."""
 
 
-_TORCHVISION_NAMES = {
+TORCHVISION_NAMES = {
     "mobilenet_v2": "mobilenetv2_100",
     "mobilenet_v3_large": "tv_mobilenetv3_large_100",
     "mobilenet_v3_small": "tv_mobilenetv3_small_100",
+    "regnet_x_400mf": "regnetx_004_tv",
+    "regnet_x_800mf": "regnetx_008",
+    "regnet_x_1_6gf": "regnetx_016",
+    "regnet_x_3_2gf": "regnetx_032",
+    "regnet_x_8gf": "regnetx_080",
+    "regnet_x_16gf": "regnetx_160",
+    "regnet_x_32gf": "regnetx_320",
+    "regnet_y_400mf": "regnety_004",
+    "regnet_y_800mf": "regnety_008_tv",
+    "regnet_y_1_6gf": "regnety_016",
+    "regnet_y_3_2gf": "regnety_032",
+    "regnet_y_8gf": "regnety_080_tv",
+    "regnet_y_16gf": "regnety_160",
+    "regnet_y_32gf": "regnety_320",
+    "regnet_y_128gf": "regnety_1280",
 }
 """Keys of `MODELS` for the torchvision names that differ from them."""
 
@@ -81,7 +96,7 @@ def catalog_name(name: str) -> str | None:
     if project == "torchvision":
         model, _, version = rest.lower().partition(".")
         tag = {"": "tv", "v1": "tv", "v2": "tv2"}.get(version.removeprefix("imagenet1k_"), "")
-        name = f"{_TORCHVISION_NAMES.get(model, model)}.{tag}_in1k"
+        name = f"{TORCHVISION_NAMES.get(model, model)}.{tag}_in1k"
     return {key.lower(): key for key in CATALOG}.get(name.lower())
 
 
