@@ -116,7 +116,8 @@ class Network(Extended):
         weights: Pretrained weights: a catalog name, hub id, file, saved folder or run directory.
         model: Architecture that the weights must have; by default it is read from the weights.
         normalization: Normalization of the input that a bare weights file expects, by its name in
-            keras.applications; by default the usual one of the architecture and file format.
+            keras.applications, or clip for CLIP's; by default the usual one of the architecture and
+            file format.
         image_size: Side of the square input, in pixels; by default the size that the weights
             expect.
         precision: Dtype of activations; parameters, batch statistics and logits stay in float32. By
