@@ -409,7 +409,7 @@ def test_a_fine_tuned_network_is_exported_and_imported(cache: Path, trained: Pat
     assert call_script(cache, "weights", "import", out, native).returncode == 0
     listed = call_script(cache, "weights", "list").stdout.splitlines()
     [line] = [line for line in listed if line.startswith("keras:VGG16 ")]
-    assert line.split()[1:7] == ["vgg16", "224", "256", "bilinear", "caffe", "71.30"]
+    assert line.split()[1:8] == ["vgg16", "224", "256", "bilinear", "caffe", "1000", "71.30"]
 
 
 @pytest.mark.parametrize(

@@ -464,6 +464,9 @@ def test_invalid_configs_are_refused(
         ("tf_mobilenetv2_035", "hidden_act", "relu6", None),
         ("tf_mobilenetv2_035", "finegrained_output", True, False),
         ("resnet18", "auto_map", None, "custom.Network"),
+        ("regnety_002", "downsample_in_first_stage", True, False),
+        ("regnetx_002", "groups_width", 8, 16),
+        ("regnetx_002", "architecture", "regnetx_002", "regnetz_005"),
     ],
 )
 def test_other_networks_with_the_same_tensors_are_refused(

@@ -56,6 +56,20 @@ def test_a_catalog_entry_on_the_hub(
     assert loaded.model.preprocess == model.preprocess, "what the repository says"
 
 
+def test_classes_without_names_are_numbered_and_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export(tmp_path / "model.safetensors", random_pretrained("resnet18", 1234), "timm")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda _name, **_: str(tmp_path))
+    change_entry(monkeypatch, "resnet18.a1_in1k", source="hub:someone/resnet-18", digest="")
+    card = load_pretrained("resnet18.a1_in1k").card
+    assert card.classes == tuple(f"class {i}" for i in range(1234))
+    [note] = card.notes
+    assert (
+        note == "resnet18.a1_in1k: its 1,234 classes have no names; they are called 'class 0', ..."
+    )
+
+
 def test_the_hub_without_a_network_is_a_one_line_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def download(*_arguments: object, **_options: object) -> str:
         raise ConnectionError("no route to host\nand much more")
@@ -225,6 +239,9 @@ def test_any_url_can_be_loaded(
         ("torchvision:mobilenet_v3_large.v2", "tv_mobilenetv3_large_100.tv2_in1k"),
         ("torchvision:vgg16.v2", None),
         ("torchvision:vgg16.v9", None),
+        ("torchvision:regnet_y_16gf", "regnety_160.tv_in1k"),
+        ("torchvision:RegNet_Y_16GF.IMAGENET1K_SWAG_E2E_V1", "regnety_160.tv_swag_e2e_in1k"),
+        ("torchvision:regnet_y_16gf.swag_linear", "regnety_160.tv_swag_linear_in1k"),
         ("torchvision:", None),
         ("resnet50", None),
     ],

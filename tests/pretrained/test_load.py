@@ -97,6 +97,8 @@ def test_an_exported_network_is_loaded_unchanged(name: str, layout: str, scratch
                 "resnetv2_50x1_bit",
                 "tf_mobilenetv1_025",
                 "tf_mobilenetv2_035",
+                "regnetx_002",
+                "regnety_002",
             )
         ),
     ],
@@ -153,7 +155,9 @@ def test_a_file_without_preprocessing_takes_the_given_normalization(
     for normalization, expected in (("caffe", CAFFE_PREPROCESS), ("tf", INCEPTION_PREPROCESS)):
         loaded = load_pretrained(path, normalization=normalization).model.preprocess
         assert loaded == replace(usual, **normalization_of(expected))
-    with pytest.raises(RequestError, match="no normalization 'bgr'; choose from torch, tf, caffe"):
+    with pytest.raises(
+        RequestError, match="no normalization 'bgr'; choose from torch, tf, caffe, clip"
+    ):
         load_pretrained(path, normalization="bgr")
 
 

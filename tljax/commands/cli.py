@@ -119,7 +119,8 @@ class Network(Extended):
             scale, such as those of sentences by the other tower of a CLIP network. By default the
             network's own head.
         normalization: Normalization of the input that a bare weights file expects, by its name in
-            keras.applications; by default the usual one of the architecture and file format.
+            keras.applications, or clip for CLIP's; by default the usual one of the architecture and
+            file format.
         image_size: Side of the square input, in pixels; by default the size that the weights
             expect.
         precision: Dtype of activations; parameters, batch statistics and logits stay in float32. By

@@ -50,7 +50,8 @@ class Import(Source):
     Attributes:
         path: File to write, .safetensors.
         normalization: Normalization of the input that a bare weights file expects, by its name in
-            keras.applications; by default the usual one of the architecture and file format.
+            keras.applications, or clip for CLIP's; by default the usual one of the architecture and
+            file format.
         task: Meaning of the outputs of the network, where its file does not say it, such as
             multilabel for logits of sigmoids; by default classification.
     """
@@ -89,7 +90,8 @@ def run(command: Config) -> dict[str, Any]:
     from tljax.runtime.tables import format_table
 
     if isinstance(command, List):
-        header = ("name", "network", "crop", "resize", "filter", "norm", "top-1", "license", "file")
+        header = ("name", "network", "crop", "resize", "filter", "norm", "classes", "top-1")
+        header = (*header, "license", "file")
         rows = [
             (
                 name,
@@ -98,7 +100,8 @@ def run(command: Config) -> dict[str, Any]:
                 entry.preprocess.resize,
                 entry.preprocess.interpolation,
                 entry.preprocess.normalization,
-                f"{entry.top1:.2f}",
+                entry.classes,
+                "" if entry.top1 is None else f"{entry.top1:.2f}",
                 entry.licence,
                 entry.source.rpartition("/" if entry.source.startswith("https:") else "\n")[2],
             )

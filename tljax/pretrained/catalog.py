@@ -20,13 +20,15 @@ class Entry:
             ``hub:OWNER/NAME`` for a Hugging Face repository.
         digest: published hash of the file: ``sha256:`` and its first digits (torch.hub's naming
             convention), ``md5:`` and all 32 digits, or empty if none is published.
-        licence: SPDX identifier of the license; "other" if the publisher names none.
+        licence: SPDX identifier of the license, or the publisher's own name for it; "other" if the
+            publisher names none.
         preprocess: preprocessing that the weights expect.
+        classes: number of outputs; 0 for weights without a head.
         top1: ImageNet top-1 accuracy in percent with that preprocessing, as published by
             torchvision, timm, TensorFlow-Slim or Keras (Keras does not publish how it resized and
-            cropped the images). Tags of timm's ResNets: ``a1`` is Wightman et al. 2021, "ResNet
-            strikes back", arXiv:2110.00476; ``bit`` is Kolesnikov et al. 2020, "Big Transfer",
-            arXiv:1912.11370, fine-tuned from ImageNet-21k.
+            cropped the images); None if it is not known. Tags of timm's ResNets: ``a1`` is
+            Wightman et al. 2021, "ResNet strikes back", arXiv:2110.00476; ``bit`` is Kolesnikov et
+            al. 2020, "Big Transfer", arXiv:1912.11370, fine-tuned from ImageNet-21k.
     """
 
     model: str
@@ -34,14 +36,24 @@ class Entry:
     digest: str
     licence: str
     preprocess: Preprocess
-    top1: float
+    classes: int
+    top1: float | None
+
+
+Row = dict[str, str]
+"""A row of the catalog's files, by the names of the columns."""
 
 
 def _read_text(name: str) -> str:
     return files("tljax.pretrained").joinpath(name).read_text("utf-8")
 
 
-def _parse_row(row: dict[str, str]) -> Entry:
+def read_rows(file: str) -> list[Row]:
+    """Return the rows of ``catalog.csv`` or ``catalog_generated.csv``."""
+    return list(csv.DictReader(_read_text(file).splitlines()))
+
+
+def _parse_row(row: Row) -> Entry:
     # tests/pretrained/test_catalog.py checks that each string is one of the allowed literals.
     geometry: Any = int(row["size"]), int(row["resize"]), row["interpolation"]
     normalization: Any = row["normalization"]
@@ -51,22 +63,44 @@ def _parse_row(row: dict[str, str]) -> Entry:
         row["digest"],
         row["licence"],
         Preprocess(*geometry).with_normalization(normalization),
-        float(row["top1"]),
+        int(row["classes"]),
+        float(row["top1"]) if row["top1"] else None,
     )
 
 
 CATALOG: dict[str, Entry] = {
-    row["name"]: _parse_row(row) for row in csv.DictReader(_read_text("catalog.csv").splitlines())
+    row["name"]: _parse_row(row)
+    for file in ("catalog.csv", "catalog_generated.csv")
+    for row in read_rows(file)
 }
-"""The published weights of ``catalog.csv`` by name: ``architecture.tag`` as in timm, or ``keras:``
-and the name in `keras.applications`. All are trained on the 1,000 classes of ImageNet; Google's
-MobileNets have one more output, for the background."""
+"""The published weights by name: ``architecture.tag`` as in timm, or ``keras:`` and the name in
+`keras.applications`.
+
+Those of ``catalog.csv`` are typed by hand and have accuracies. Those of ``catalog_generated.csv``
+are what timm and torchvision state of theirs; ``tests/make_catalog.py`` writes them. Most networks
+predict the 1,000 classes of ImageNet; Google's MobileNets have one more output, for the background.
+"""
 
 
-_TORCHVISION_NAMES = {
+TORCHVISION_NAMES = {
     "mobilenet_v2": "mobilenetv2_100",
     "mobilenet_v3_large": "tv_mobilenetv3_large_100",
     "mobilenet_v3_small": "tv_mobilenetv3_small_100",
+    "regnet_x_400mf": "regnetx_004_tv",
+    "regnet_x_800mf": "regnetx_008",
+    "regnet_x_1_6gf": "regnetx_016",
+    "regnet_x_3_2gf": "regnetx_032",
+    "regnet_x_8gf": "regnetx_080",
+    "regnet_x_16gf": "regnetx_160",
+    "regnet_x_32gf": "regnetx_320",
+    "regnet_y_400mf": "regnety_004",
+    "regnet_y_800mf": "regnety_008_tv",
+    "regnet_y_1_6gf": "regnety_016",
+    "regnet_y_3_2gf": "regnety_032",
+    "regnet_y_8gf": "regnety_080_tv",
+    "regnet_y_16gf": "regnety_160",
+    "regnet_y_32gf": "regnety_320",
+    "regnet_y_128gf": "regnety_1280",
 }
 """Keys of `MODELS` for the torchvision names that differ from them."""
 
@@ -75,14 +109,26 @@ def catalog_name(name: str) -> str | None:
     """Return the key of `CATALOG` that a name refers to, or None.
 
     Case is ignored. ``torchvision:vgg16`` and ``torchvision:resnet50.v2`` are the first and second
-    weights that torchvision publishes for a network.
+    weights that torchvision publishes for a network; others have a name, as in
+    ``torchvision:regnet_y_16gf.swag_e2e``.
     """
     project, _, rest = name.partition(":")
     if project == "torchvision":
         model, _, version = rest.lower().partition(".")
-        tag = {"": "tv", "v1": "tv", "v2": "tv2"}.get(version.removeprefix("imagenet1k_"), "")
-        name = f"{_TORCHVISION_NAMES.get(model, model)}.{tag}_in1k"
+        name = f"{TORCHVISION_NAMES.get(model, model)}.{torchvision_tag(version or 'v1')}"
     return {key.lower(): key for key in CATALOG}.get(name.lower())
+
+
+def torchvision_tag(version: str) -> str:
+    """Return the tag of the catalog for a name in a ``Weights`` class of torchvision.
+
+    ``IMAGENET1K_V1`` is ``tv_in1k``, ``V2`` is ``tv2_in1k``, and ``IMAGENET1K_SWAG_E2E_V1`` is
+    ``tv_swag_e2e_in1k``.
+    """
+    version = version.lower().removeprefix("imagenet1k_")
+    if version in ("v1", "v2"):
+        return {"v1": "tv_in1k", "v2": "tv2_in1k"}[version]
+    return f"tv_{version.removesuffix('_v1')}_in1k"
 
 
 @cache

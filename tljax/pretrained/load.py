@@ -300,6 +300,10 @@ def _load_catalog(name: str, entry: Entry, model: str | None) -> _Found:
     loaded, has_preprocess, _ = load(path, name, entry.model)
     preprocess = loaded.model.preprocess if has_preprocess else entry.preprocess
     card = replace(loaded.card, licence=entry.licence)
+    count = len(card.classes)
+    if count not in (0, 1000, 1001) and card.classes == default_classes(count):
+        note = f"{name}: its {count:,} classes have no names; they are called 'class 0', ..."
+        card = replace(card, notes=(*card.notes, note))
     built = replace(loaded.model, preprocess=preprocess)
     return _Found(Pretrained(built, loaded.variables, card), True, ("classification",))
 

@@ -13,7 +13,7 @@ from jaxtyping import UInt8
 
 from tljax.models import Model, layer_outputs, normalize, replace_head
 from tljax.pretrained import verify_keras
-from tljax.pretrained.catalog import CATALOG
+from tljax.pretrained.catalog import CATALOG, TORCHVISION_NAMES
 from tljax.pretrained.fetch import fetch
 from tljax.pretrained.formats import read_tensors
 from tljax.pretrained.keras_graph import Graph
@@ -153,8 +153,9 @@ def _layer(path: str) -> str:
 def _reference(pretrained: Pretrained, reference: str | None) -> tuple[Any, str]:
     """Return a torch module with its own weights, and the layout of its keys."""
     model, _, card = pretrained
-    in_torchvision = "torchvision" in LAYOUTS[model.name]
-    if reference is None and in_torchvision and card.layout in ("torchvision", "timm"):
+    torchvision = LAYOUTS[model.name].get("torchvision")
+    own = LAYOUTS[model.name].get(card.layout)
+    if reference is None and torchvision and own and own.table is torchvision.table:
         return _torchvision(pretrained), "torchvision"
     if reference is None and card.layout != "huggingface":
         raise RequestError(
@@ -191,7 +192,8 @@ def _torchvision(pretrained: Pretrained) -> Any:
         ) from None
     arrays = check(read_tensors(_file(card.source)).arrays, card.source, model.name).arrays
     head = arrays.get(head_bias_key(layout_rules(model.name, "torchvision")))
-    network = getattr(torchvision.models, model.name)(num_classes=1 if head is None else head.size)
+    name = {ours: theirs for theirs, ours in TORCHVISION_NAMES.items()}.get(model.name, model.name)
+    network = getattr(torchvision.models, name)(num_classes=1 if head is None else head.size)
     tensors = {key: torch.from_numpy(np.array(a)) for key, a in arrays.items()}
     network.load_state_dict(tensors, strict=head is not None)
     return network

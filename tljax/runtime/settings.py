@@ -14,7 +14,7 @@ Dtype = Literal["float32", "bfloat16"]
 
 Platform = Literal["cpu", "gpu", "tpu"]
 
-Normalization = Literal["torch", "tf", "caffe"]
+Normalization = Literal["torch", "tf", "caffe", "clip"]
 
 Kind = Literal["classification", "multilabel", "regression", "ordinal"]
 """Kinds of tasks; see `tljax.runtime.task.Task`."""

@@ -82,12 +82,20 @@ CAFFE_PREPROCESS = Preprocess(
 """Preprocessing of networks that expect BGR values in [0, 255] minus the mean, as in Caffe."""
 
 
+CLIP_PREPROCESS = Preprocess(
+    interpolation="bicubic",
+    mean=(0.48145466, 0.4578275, 0.40821073),
+    std=(0.26862954, 0.26130258, 0.27577711),
+)
+"""Normalization of OpenAI's CLIP (Radford et al. 2021, arXiv 2103.00020)."""
+
 NORMALIZATIONS: dict[Normalization, Preprocess] = {
     "torch": Preprocess(),
     "tf": INCEPTION_PREPROCESS,
     "caffe": CAFFE_PREPROCESS,
+    "clip": CLIP_PREPROCESS,
 }
-"""Common normalizations by their names in keras.applications.
+"""Common normalizations: the first three by their names in keras.applications.
 
 Only ``mean``, ``std`` and ``channel_order`` of each `Preprocess` are used.
 """
