@@ -151,6 +151,23 @@ MILLIONS = {
     "tf_mobilenetv3_large_100": 5.48,
     "tf_mobilenetv3_small_075": 2.04,
     "tf_mobilenetv3_small_100": 2.54,
+    "convnext_atto": 3.70,
+    "convnext_femto": 5.22,
+    "convnext_pico": 9.05,
+    "convnext_nano": 15.59,
+    "convnext_tiny": 28.589128,
+    "convnext_small": 50.223688,
+    "convnext_base": 88.591464,
+    "convnext_large": 197.767336,
+    "convnext_xlarge": 350.20,
+    "convnextv2_atto": 3.71,
+    "convnextv2_femto": 5.23,
+    "convnextv2_pico": 9.07,
+    "convnextv2_nano": 15.62,
+    "convnextv2_tiny": 28.64,
+    "convnextv2_base": 88.72,
+    "convnextv2_large": 197.96,
+    "convnextv2_huge": 660.29,
 }
 QUICK = ("resnet18", "resnetv2_50x1_bit", "inception_v3", "xception", "vgg11", "mobilenetv2_100")
 

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 from networks import difference, random_images, random_variables
 from parity import stage_differences
-from references import FAST, REFERENCES
+from references import FAST, REFERENCES, SHAPES
 
-from tljax.models import MODELS, Model, apply, build_model
+from tljax.models import MODELS, Model, abstract_variables, apply, build_model
 from tljax.pretrained import load_pretrained
-from tljax.pretrained.tables.layouts import LAYOUTS
+from tljax.pretrained.rules import required_keys
+from tljax.pretrained.tables.layouts import LAYOUTS, head_bias_key, layout_rules, table
+from tljax.runtime.trees import flatten
 from tljax.runtime.types import Variables
 
 TOLERANCE = 1e-4
@@ -37,7 +39,8 @@ IMAGES = random_images(2, 97, 80)  # Inception needs at least 75 pixels
 
 def test_every_model_and_layout_has_a_reference() -> None:
     expected = {(name, layout) for name in MODELS for layout in LAYOUTS[name]}
-    assert set(REFERENCES) == {
+    assert not set(REFERENCES) & set(SHAPES)
+    assert set(REFERENCES) | set(SHAPES) == {
         (name, layout) for name, layout in expected if not _is_alias(name, layout)
     }
 
@@ -67,6 +70,19 @@ def test_every_stage_equals_the_reference(
     assert (pretrained.model.name, pretrained.card.layout) == (name, layout)
     differences = stage_differences(pretrained, reference)
     assert max(differences.values()) <= TOLERANCE, differences
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"), [pytest.param(*pair, id="-".join(pair)) for pair in SHAPES]
+)
+def test_a_large_network_has_the_tensors_of_the_reference(name: str, layout: str) -> None:
+    expected = SHAPES[name, layout]()
+    head = head_bias_key(layout_rules(name, layout))
+    model = build_model(name, *expected.get(head, (0,)))  # without a head: a backbone
+    leaves, rules = flatten(abstract_variables(model)), table(model, layout)
+    actual = {rule.key: rule.source_shape(leaves[rule.path].shape) for rule in rules}
+    ignore = LAYOUTS[name][layout].ignore
+    assert actual == {key: expected[key] for key in required_keys(expected, ignore)}
 
 
 @pytest.fixture(scope="module", params=NAMES)
