@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import keras
 import numpy as np
 import oracles
@@ -142,10 +143,16 @@ def shapes(name: str, layout: str) -> Shapes:
 
 
 def keras_shapes(name: str) -> Shapes:
-    application = getattr(keras.applications, f"ConvNeXt{name.partition('_')[2].title()}")
-    network = application(weights=None, classes=7)
+    """Build the network without allocating anything; its weights are in the order of the table."""
+    weights: list[Any] = []
+
+    def trace() -> None:
+        build = getattr(keras.applications, f"ConvNeXt{name.partition('_')[2].title()}")
+        weights.extend(build(weights=None, classes=7).weights)
+
+    jax.eval_shape(trace)
     keys = [rule.key for rule in keras_rules(name)]
-    return {key: tuple(weight.shape) for key, weight in zip(keys, network.weights, strict=True)}
+    return {key: tuple(weight.shape) for key, weight in zip(keys, weights, strict=True)}
 
 
 _TORCHVISION = [f"convnext_{size}" for size in ("tiny", "small", "base", "large")]
@@ -157,5 +164,9 @@ REFERENCES: dict[tuple[str, str], Build] = {
     pair: partial(build, *pair) for pair in _PAIRS if not pair[0].endswith(LARGE)
 }
 SHAPES: dict[tuple[str, str], Callable[[], Shapes]] = {
-    pair: partial(shapes, *pair) for pair in _PAIRS if pair[0].endswith(LARGE)
+    **{pair: partial(shapes, *pair) for pair in _PAIRS if pair[0].endswith(LARGE)},
+    **{
+        (name, "keras"): partial(keras_shapes, name)
+        for name in ("convnext_large", "convnext_xlarge")
+    },
 }
