@@ -94,6 +94,17 @@ def test_probabilities_are_those_of_keras(
     assert max(layer.difference for layer in compared) <= TOLERANCE
 
 
+def test_a_normalization_of_the_image_becomes_the_preprocessing() -> None:
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    layer = layers.Normalization(
+        mean=[255 * x for x in mean], variance=[(255 * x) ** 2 for x in std]
+    )
+    text = build(pooled(layers.Dense(5)), layer).to_json()
+    model, scales, _ = read_graph(text, "x.keras", build_model(NAME, 5))
+    assert scales
+    np.testing.assert_allclose((model.preprocess.mean, model.preprocess.std), (mean, std))
+
+
 def test_pixel_scaling_in_the_graph_becomes_the_preprocessing(tmp_path: Path) -> None:
     build(pooled(layers.Dense(5)), layers.Rescaling(1 / 255)).save(tmp_path / "x.keras")
     preprocess = load_pretrained(tmp_path / "x.keras").model.preprocess
@@ -165,7 +176,10 @@ def test_a_layer_with_other_settings_is_named(
         (lambda: build(pooled(layers.Dense(1, "softmax"))), 1, "a softmax, which is always 1"),
         (lambda: build(pooled(layers.Dense(5)), layers.Resizing(32, 32)), 5, "is Resizing("),
         (
-            lambda: build(pooled(layers.Dense(5)), layers.Normalization(mean=1.0, variance=2.0)),
+            lambda: build(
+                pooled(layers.Dense(5)),
+                layers.Normalization(mean=1.0, variance=2.0, invert=True),
+            ),
             5,
             "is Norm",
         ),

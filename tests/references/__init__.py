@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from references import (
     bit,
+    convnext,
     efficientnet,
     inception,
     keras,
@@ -30,11 +31,15 @@ REFERENCES: dict[tuple[str, str], Build] = {
     **vgg.REFERENCES,
     **mobilenet.REFERENCES,
     **regnet.REFERENCES,
+    **convnext.REFERENCES,
     **keras.REFERENCES,
 }
 """(model, layout) -> what writes a file as that project would, and the network behind it."""
 
-SHAPES: dict[tuple[str, str], Callable[[], Shapes]] = {**regnet.SHAPES}
+SHAPES: dict[tuple[str, str], Callable[[], Shapes]] = {
+    **regnet.SHAPES,
+    **convnext.SHAPES,
+}
 """(model, layout) -> the shapes of the tensors of a network that is too large to run."""
 
 FAST = {
@@ -50,5 +55,9 @@ FAST = {
     ("regnetx_002", "timm"),
     ("regnety_002", "huggingface"),
     ("regnety_004", "torchvision"),
+    ("convnext_atto", "timm"),
+    ("convnext_tiny", "torchvision"),
+    ("convnext_tiny", "dinov3"),
+    ("convnextv2_atto", "huggingface"),
 }
 """What `make test` runs of them: a small member of most families. All of them take an hour."""

@@ -18,7 +18,8 @@ class Application(NamedTuple):
     Attributes:
         build: the function there.
         stages: the layers whose outputs those of our stages are; ours by name, in order. One with
-            an automatic name is given by its class and its place among those: ``Add:-1``.
+            an automatic name is given by its class and its place among those: ``Add:-1``; the one
+            before a layer by ``<`` and that layer.
         weak: how the names of the layers end that close a residual branch.
         sizes: see `Reference`.
         options: of the variant.
@@ -104,6 +105,20 @@ def _mobilenet_v3(name: str) -> Application:
     )
 
 
+def _convnext(name: str) -> Application:
+    stem = {"stem": f"<{name}_stage_0_block_0_depthwise_conv"}
+    blocks = {f"stage{i}": f"<{name}_downsampling_block_{i - 1}" for i in (1, 2, 3)}
+    head = {"stage4": f"<{name}_head_gap", "pool": f"{name}_head_gap"}
+    head |= {"norm": f"{name}_head_layernorm", "head": f"{name}_head_dense"}
+    return Application(
+        getattr(keras.applications, f"ConvNeXt{name.partition('_')[2].title()}"),
+        stem | blocks | head,
+        ("_layer_scale",),
+        sizes=((128, 128), (151, 109)),  # odd maps before each downsampling
+        options={"include_preprocessing": False},
+    )
+
+
 def _of_keras(names: Iterable[str], prefix: str = "keras_") -> Iterator[str]:
     return (name for name in names if name.startswith(prefix))
 
@@ -117,6 +132,7 @@ APPLICATIONS = {
     **{name: _mobilenet_v1(name) for name in _of_keras(mobilenet.V1_VARIANTS)},
     **{name: _mobilenet_v2(name) for name in _of_keras(mobilenet.V2_VARIANTS, "tf_")},
     **{name: _mobilenet_v3(name) for name in _of_keras(mobilenet.V3_VARIANTS, "tf_")},
+    **{name: _convnext(name) for name in ("convnext_tiny", "convnext_small", "convnext_base")},
 }
 
 
@@ -128,11 +144,14 @@ def network(name: str, size: tuple[int, int] = (224, 224), weights: Path | None 
     )
 
 
-def _layer(model: Any, name: str) -> Any:
+def _output(model: Any, name: str) -> Any:
+    """Return the output of a layer, given as in `Application`."""
     kind, _, place = name.partition(":")
-    if not place:
-        return model.get_layer(name)
-    return [layer for layer in model.layers if type(layer).__name__ == kind][int(place)]
+    if place:
+        return [layer for layer in model.layers if type(layer).__name__ == kind][int(place)].output
+    if name.startswith("<"):  # `input` is not that in the network if the layer is a model
+        return model.get_layer(name[1:])._inbound_nodes[-1].input_tensors[0]
+    return model.get_layer(name).output
 
 
 def randomize(model: Any, weak: tuple[str, ...]) -> None:
@@ -158,7 +177,7 @@ def randomize(model: Any, weak: tuple[str, ...]) -> None:
 def _stages(name: str, weights: Path, pixels: np.ndarray) -> dict[str, np.ndarray]:
     model = network(name, pixels.shape[1:3], weights)
     stages = APPLICATIONS[name].stages
-    outputs = [_layer(model, layer).output for layer in stages.values()]
+    outputs = [_output(model, layer) for layer in stages.values()]
     values = keras.Model(model.input, outputs).predict(pixels, verbose=0)
     arrays = dict(zip(stages, map(np.asarray, values), strict=True))
     # MobileNet keeps its vectors as maps of one pixel.

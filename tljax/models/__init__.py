@@ -6,6 +6,7 @@ from functools import partial
 
 from tljax.models import (
     bit,
+    convnext,
     efficientnet,
     inception,
     mobilenet,
@@ -41,6 +42,7 @@ MODELS: dict[str, Callable[..., Model]] = {
     **{name: partial(mobilenet.mobilenet_v2, name) for name in mobilenet.V2_VARIANTS},
     **{name: partial(mobilenet.mobilenet_v3, name) for name in mobilenet.V3_VARIANTS},
     **{name: partial(regnet.regnet, name) for name in regnet.VARIANTS},
+    **{name: partial(convnext.convnext, name) for name in convnext.VARIANTS},
 }
 """Builders of all architectures by name: ``MODELS["resnet50"](num_classes=1000) -> Model``."""
 

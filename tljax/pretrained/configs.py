@@ -38,10 +38,17 @@ _SUPPORTED_ARGUMENTS = {
     "in_chans": (3,),
     "output_stride": (32,),
 }
+_CONVNEXT_ARGUMENTS = {
+    "act_layer": ("gelu",),
+    "norm_layer": ("layernorm", "layernorm2d"),
+    "norm_eps": (1e-6, None),
+    "stem_type": ("patch",),
+}
 # Arguments that do not affect evaluation, or whose effect shows in the shapes of the tensors.
 _IGNORED_ARGUMENTS = (
     *("num_classes", "drop_rate", "drop_path_rate", "drop_block_rate", "bn_momentum", "img_size"),
     *("zero_init_last", "aux_logits", "pretrained", "checkpoint_path", "scriptable", "exportable"),
+    *("depths", "dims", "conv_mlp", "use_grn", "ls_init_value", "head_init_scale"),
 )
 
 # transformers' names of the tasks; it has none for ordered classes.
@@ -235,10 +242,13 @@ def _read(path: Path) -> _Section:
 
 def _check_architecture(config: _Section, name: str) -> None:
     """Raise an error for a network with the same tensors but another computation."""
+    configs = [layout.config(name) for layout in LAYOUTS[name].values()]
+    if kind := config.values.get("model_type"):  # transformers may have a network under two names
+        configs = [each for each in configs if each.get("model_type") == kind] or configs
     supported = {
         key: value
-        for layout in LAYOUTS[name].values()
-        for key, value in layout.config(name).items()
+        for each in configs
+        for key, value in each.items()
         if key != "architectures"  # the backbone is the same with another head
     }
     for key, expected in {**supported, "auto_map": None}.items():
@@ -259,6 +269,7 @@ def _check_arguments(config: _Section) -> None:
         "bn_eps": (1e-3 if is_tf else 1e-5,),
         "norm_layer": () if "resnetv2" in name else ("batchnorm2d", "batchnorm"),
         "pad_type": ("same" if is_tf else "",),
+        **(_CONVNEXT_ARGUMENTS if "convnext" in name else {}),
     }
     arguments, cfg = config.section("model_args"), config.section("pretrained_cfg")
     items = [(arguments.where, key, value) for key, value in arguments.values.items()]

@@ -22,7 +22,7 @@ from tljax.runtime.settings import Kind
 # Layer settings that the tensors determine or that do not affect the output.
 _IGNORED_SETTINGS = re.compile(
     r"name|trainable|dtype|autocast|filters|units|use_bias|scale|momentum|renorm_\w+|synchronized"
-    r"|fused|keepdims|(batch_)?(input_)?shape|\w+_(initializer|regularizer|constraint)"
+    r"|fused|keepdims|groups|init_values|projection_dim|(batch_)?(input_)?shape|\w+_(initializer|regularizer|constraint)"
 )
 # Other settings with their default values, which a step does not mention.
 _DEFAULTS = {
@@ -32,20 +32,20 @@ _DEFAULTS = {
     "data_format": ("channels_last",),
     "depth_multiplier": (1,),
     "dilation_rate": (1,),
-    "groups": (1,),
     "mask": (None,),
     "max_value": (None,),
     "negative_slope": (0,),
     "padding": ("valid",),
     "quantization_config": (None,),
     "renorm": (False,),
+    "rms_scaling": (False,),
     "strides": (1,),
     "threshold": (0,),
     "training": (False, None),
 }
 # Layers that do nothing in evaluation, or change only shapes, which the tensors determine.
 _IDENTITIES = re.compile(
-    r"Activation|Flatten|Reshape|Identity|ActivityRegularization|Random\w+"
+    r"Activation|Flatten|Reshape|Identity|StochasticDepth|ActivityRegularization|Random\w+"
     r"|(Spatial|Gaussian|Alpha)?(Dropout|Noise)(2D)?"
 )
 _SYNONYMS = {
@@ -139,6 +139,12 @@ class Graph:
                     raise ValueError("a layer takes its own output")
             else:
                 values[waiting.pop()] = self._compute(layer, [values[x] for x in layer.inputs])
+
+    @property
+    def scales_pixels(self) -> bool:
+        """Return True if the graph begins with layers that scale the image."""
+        factor, offset = self.scaling
+        return bool(np.any(factor != 1) or np.any(offset != 0))
 
     def _compute(self, layer: _Layer, inputs: list[_Value]) -> _Value:
         """Append the steps of a layer, given the outputs that it takes."""
@@ -278,20 +284,23 @@ def _pads_like_same(padding: _Layer, size: tuple[int | None, ...], config: dict[
 
 def _scaled(scaling: tuple[Any, Any], layer: _Layer) -> tuple[Any, Any] | None:
     """Return the factor and offset of the image after a layer; None if it does anything else."""
-    factor, offset = scaling
     match layer.kind, layer.numbers:
         case "Rescaling", []:
-            scale, shift = np.float64(layer.config["scale"]), np.float64(layer.config["offset"])
-            return factor * scale, offset * scale + shift
+            factor, offset = (np.float64(layer.config[key]) for key in ("scale", "offset"))
+        case "Normalization", [] if layer.config.get("mean") and not layer.config.get("invert"):
+            mean, variance = (np.float64(layer.config[key]) for key in ("mean", "variance"))
+            factor, offset = 1 / np.sqrt(variance), -mean / np.sqrt(variance)
         case "TrueDivide" | "Divide", [number]:
-            return factor / number, offset / number
+            factor, offset = 1 / number, 0.0
         case "Multiply", [number]:
-            return factor * number, offset * number
+            factor, offset = number, 0.0
         case "Subtract", [number]:
-            return factor, offset - number
+            factor, offset = 1.0, -number
         case "Add", [number]:
-            return factor, offset + number
-    return None
+            factor, offset = 1.0, number
+        case _:
+            return None
+    return scaling[0] * factor, scaling[1] * factor + offset
 
 
 def read_graph(text: str, where: str, model: Model) -> tuple[Model, bool, tuple[Kind, ...]]:
@@ -322,7 +331,7 @@ def read_graph(text: str, where: str, model: Model) -> tuple[Model, bool, tuple[
     height, width = graph.size
     if height == width and isinstance(height, int):
         preprocess = preprocess.with_size(height)
-    if scales := graph.scaling != (1.0, 0.0):
+    if graph.scales_pixels:
         factor, offset = (np.broadcast_to(x, 3).tolist() for x in graph.scaling)
         preprocess = replace(
             preprocess,
@@ -331,7 +340,7 @@ def read_graph(text: str, where: str, model: Model) -> tuple[Model, bool, tuple[
             channel_order="rgb",
         )
     kinds = _kinds(graph.steps[-1].operation, model.num_classes)
-    return replace(model, preprocess=preprocess), scales, kinds
+    return replace(model, preprocess=preprocess), graph.scales_pixels, kinds
 
 
 def _kinds(activation: str, outputs: int) -> tuple[Kind, ...]:

@@ -73,7 +73,7 @@ def verify(pretrained: Pretrained, reference: str | None = None) -> list[LayerDi
         reasons = _compare_tensors(rules, tensors, variables)
         for layer, output in layer_outputs(model, variables, images).items():
             if layer not in expected and is_keras:
-                continue  # the first half of a separable convolution
+                continue  # see `verify_keras.outputs`
             difference = _compare_layer(layer, output, expected[layer], reasons.get(layer, ""))
             if layer not in largest or difference.difference > largest[layer].difference:
                 largest[layer] = difference
@@ -113,7 +113,7 @@ def _keras_networks(model: Model, weights: Path) -> Iterator[tuple[Any, np.ndarr
     if graph := read_tensors(weights).metadata.get("keras"):
         network = verify_keras.whole(weights)
         images = _images((2, *(side or 97 for side in network.input_shape[1:3]), 3))
-        scales = Graph(json.loads(graph), same=False).scaling != (1.0, 0.0)
+        scales = Graph(json.loads(graph), same=False).scales_pixels
         yield network, images.astype(np.float32) if scales else _pixels(model, images), images
         return
     # The hidden layers of Keras' VGG require 7x7 feature maps.
@@ -234,7 +234,8 @@ def _torch_outputs(network: Any, rules: Rules, pixels: Pixels) -> dict[str, Laye
                 # BiT's norm applies its activation as well, which is a separate layer in tljax.
                 output = torch.nn.GroupNorm.forward(module, *inputs)
             value = output.numpy().copy()  # shortcuts are added in place
-            value = value.transpose(0, 2, 3, 1) if value.ndim == 4 else value
+            if value.ndim == 4 and not _is_channels_last(module):
+                value = value.transpose(0, 2, 3, 1)
             outputs[layer] = Layer(value, lambda x: x)
 
         return hook
@@ -251,3 +252,13 @@ def _torch_outputs(network: Any, rules: Rules, pixels: Pixels) -> dict[str, Laye
     for hook in hooks:
         hook.remove()
     return outputs
+
+
+def _is_channels_last(module: Any) -> bool:
+    """Return True for a torch module whose outputs are NHWC: ConvNeXt has some."""
+    import torch  # noqa: PLC0415 - optional
+
+    if not isinstance(module, torch.nn.LayerNorm):
+        return isinstance(module, torch.nn.Linear)
+    is_first = getattr(module, "data_format", "") == "channels_first"
+    return not is_first and type(module).__name__ != "LayerNorm2d"

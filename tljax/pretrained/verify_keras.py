@@ -17,6 +17,8 @@ from tljax.runtime.errors import RequestError
 Pixels = Float[np.ndarray, "batch height width 3"]
 """Preprocessed images."""
 
+_CONVNEXTS = ("tiny", "small", "base", "large", "xlarge")
+
 # Functions of keras.applications by the names of the models without their widths.
 _APPLICATIONS = {
     "vgg16": "VGG16",
@@ -27,6 +29,7 @@ _APPLICATIONS = {
     "tf_mobilenetv2": "MobileNetV2",
     "tf_mobilenetv3_large": "MobileNetV3Large",
     "tf_mobilenetv3_small": "MobileNetV3Small",
+    **{f"convnext_{size}": f"ConvNeXt{size.title()}" for size in _CONVNEXTS},
     **{f"keras_resnet{depth}": f"ResNet{depth}" for depth in (50, 101, 152)},
     **{f"keras_resnet{depth}v2": f"ResNet{depth}V2" for depth in (50, 101, 152)},
 }
@@ -69,7 +72,7 @@ def application(model: Model, size: tuple[int, int], weights: Path | None) -> An
     name, options = model.name, {}
     if match := re.fullmatch(r"(.*)_(\d{3})", model.name):
         name, options = match[1], {"alpha": int(match[2]) / 100}
-    if "mobilenetv3" in name:
+    if "mobilenetv3" in name or "convnext" in name:
         options["include_preprocessing"] = False
     with load_errors("keras", weights):
         return getattr(keras.applications, _APPLICATIONS[name])(
@@ -108,8 +111,16 @@ def _keras() -> Any:
 
 
 def _weighted_layers(network: Any) -> list[Any]:
-    """Return the layers that have weights, in the order of the key table."""
-    return [layer for layer in network.layers if layer.weights]
+    """Return the layers that have weights, in the order of the key table.
+
+    Those of a `keras.Sequential` inside the network take its place.
+    """
+    return [
+        inner
+        for layer in network.layers
+        for inner in (layer.layers if type(layer).__name__ == "Sequential" else (layer,))
+        if inner.weights
+    ]
 
 
 def tensors(rules: Rules, network: Any) -> dict[str, np.ndarray]:
@@ -139,7 +150,8 @@ def outputs(rules: Rules, network: Any, pixels: Pixels) -> dict[str, Layer]:
 
     Returns:
         The layers by their paths in tljax; the layer of a `ConvNorm` is its norm. Separable
-        convolutions are left out: Keras does not return the output between their halves.
+        convolutions are left out, because Keras does not return the output between their halves,
+        and so are the layers of models inside the network.
     """
     names = dict.fromkeys(rule.key.partition("/")[0] for rule in rules)
     layers = dict(zip(names, _weighted_layers(network), strict=True))
@@ -147,7 +159,11 @@ def outputs(rules: Rules, network: Any, pixels: Pixels) -> dict[str, Layer]:
         path.partition("/")[2].rpartition("/")[0]: layers[key.partition("/")[0]]
         for key, path, *_ in rules
     }
-    by_path = {k: v for k, v in by_path.items() if type(v).__name__ != "SeparableConv2D"}
+    by_path = {
+        path: layer
+        for path, layer in by_path.items()
+        if type(layer).__name__ != "SeparableConv2D" and layer in network.layers
+    }
     intermediate = _keras().Model(network.input, [layer.output for layer in by_path.values()])
     values = intermediate.predict(pixels, verbose=0)
     return {

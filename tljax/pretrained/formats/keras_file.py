@@ -32,6 +32,8 @@ WEIGHTS = {
     "separable_conv2d": ("depthwise_kernel", "pointwise_kernel", "bias"),
     "dense": ("kernel", "bias"),
     "batch_normalization": ("gamma", "beta", "moving_mean", "moving_variance"),
+    "layer_normalization": ("gamma", "beta"),
+    "layer_scale": ("gamma",),
 }
 """The weights of each layer class in Keras' order. Biases and gammas may be absent."""
 
@@ -117,9 +119,11 @@ def _legacy(root: Object, names: Iterable[str], order: Mapping[str, int]) -> Ite
     """Yield the layers of a legacy file, whose classes follow from the shapes of their weights.
 
     A nested model has all weights in one group, trainable ones first. Their layers are sorted by
-    ``order``, which only a whole model contains.
+    ``order``, which only a whole model contains; without it, they must be of different classes.
+    Nested models come first, as in other files.
     """
     seen: set[int] = set()
+    groups: list[dict[str, list[np.ndarray]]] = []
     for name in names:
         group = root[name]
         if group.address in seen:
@@ -127,11 +131,20 @@ def _legacy(root: Object, names: Iterable[str], order: Mapping[str, int]) -> Ite
         seen.add(group.address)
         layers: dict[str, list[np.ndarray]] = {}
         for weight in _texts(group, "weight_names"):
-            layer = weight.rpartition("/")[0].rpartition("/")[2] if order else ""
-            layers.setdefault(layer, []).append(group[weight].array())
-        for layer in sorted(layers, key=lambda layer: order.get(layer, 0)):
-            weights = layers[layer]
-            yield _class_of(layer or name, [weight.shape for weight in weights]), weights
+            layer = weight.rpartition("/")[0].rpartition("/")[2]
+            layers.setdefault(layer or name, []).append(group[weight].array())
+        groups.append(dict(sorted(layers.items(), key=lambda item: order.get(item[0], 0))))
+    for layers in sorted(groups, key=lambda layers: len(layers) == 1):
+        kinds = [_class_of(name, [w.shape for w in weights]) for name, weights in layers.items()]
+        if len({*kinds}) < len(kinds) and not order:
+            raise _unsupported(next(iter(layers)))
+        yield from zip(kinds, layers.values(), strict=True)
+
+
+def _unsupported(name: str) -> ValueError:
+    return ValueError(
+        f"layer {name!r:.80} is of an unsupported class; if it is a nested model, save it alone"
+    )
 
 
 def _class_of(name: str, shapes: list[tuple[int, ...]]) -> str:
@@ -146,11 +159,10 @@ def _class_of(name: str, shapes: list[tuple[int, ...]]) -> str:
             return "dense"
         case [(_,), (_,), (_,), *_]:
             return "batch_normalization"
+        case [(_,)] | [(_,), (_,)]:
+            return "layer_scale" if len(shapes) == 1 else "layer_normalization"
         case _:
-            raise ValueError(
-                f"layer {name!r:.80} is of an unsupported class; if it is a nested model, save it "
-                "alone"
-            )
+            raise _unsupported(name)
 
 
 def _counted(root: Object, seen: set[int]) -> Iterator[Layer]:
@@ -195,7 +207,8 @@ def write(
     Args:
         path: path of the file; an existing one is replaced.
         arrays: all weights by key, layer by layer in the order of the model.
-        names: name of each layer in Keras, by its key: ``{"conv2d_3": "block2_conv2"}``.
+        names: name of each layer in Keras, by its key: ``{"conv2d_3": "block2_conv2"}``; with the
+            name of a model inside the network as a prefix, and a slash.
         legacy: write the format of ``.h5``, which Keras 2 reads as well, not of ``.weights.h5``.
     """
     layers: dict[str, dict[str, np.ndarray]] = {}
@@ -204,17 +217,44 @@ def write(
         layers.setdefault(layer, {})[weight] = array
     with h5py.File(path, "w", libver="earliest") as file:
         if legacy:
-            # Without a version Keras 2 assumes a file of Keras 1 and flips the kernels.
-            file.attrs.update({"keras_version": b"2.0.0", "backend": b"tensorflow"})
-            file.attrs["layer_names"] = [names[layer].encode() for layer in layers]
-        for layer, weights in layers.items():
-            name = names[layer]
-            group = file.create_group(name if legacy else f"layers/{layer}/vars")
-            labels = [f"{name}/{weight}:0" for weight in weights]
-            if legacy:
-                group.attrs["weight_names"] = [label.encode() for label in labels]
-            else:
-                group.attrs["name"] = name
-                labels = map(str, range(len(weights)))
-            for label, array in zip(labels, weights.values(), strict=True):
-                group.create_dataset(label, data=array)
+            _write_legacy(file, {names[layer]: weights for layer, weights in layers.items()})
+        else:
+            groups = _groups({layer: names[layer] for layer in layers})
+            for layer, weights in layers.items():
+                group = file.create_group(f"{groups[layer]}/vars")
+                group.attrs["name"] = names[layer].rpartition("/")[2]
+                for number, array in enumerate(weights.values()):
+                    group.create_dataset(str(number), data=array)
+
+
+def _write_legacy(file: h5py.File, layers: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+    """Write the weights of layers by name, those of a nested model in one group."""
+    # Without a version Keras 2 assumes a file of Keras 1 and flips the kernels.
+    file.attrs.update({"keras_version": b"2.0.0", "backend": b"tensorflow"})
+    groups: dict[str, dict[str, np.ndarray]] = {}
+    for layer, weights in layers.items():
+        labels = {f"{layer}/{weight}:0": array for weight, array in weights.items()}
+        groups.setdefault(layer.partition("/")[0], {}).update(labels)
+    file.attrs["layer_names"] = [name.encode() for name in groups]
+    for name, labels in groups.items():
+        group = file.create_group(name)
+        group.attrs["weight_names"] = [label.encode() for label in labels]
+        for label, array in labels.items():
+            group.create_dataset(label, data=array)
+
+
+def _groups(names: Mapping[str, str]) -> dict[str, str]:
+    """Return the group of each layer in a ``.weights.h5``: numbered by class within its model."""
+    counts: Counter[str] = Counter()
+
+    def numbered(path: str) -> str:
+        counts[path] += 1
+        return f"{path}_{counts[path] - 1}" if counts[path] > 1 else path
+
+    models, groups = {"": ""}, {}
+    for key, name in names.items():
+        model = name.rpartition("/")[0]
+        if model not in models:
+            models[model] = numbered("layers/sequential") + "/"
+        groups[key] = numbered(f"{models[model]}layers/{_class_and_number(key)[0]}")
+    return groups

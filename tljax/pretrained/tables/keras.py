@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from typing import NamedTuple
 
-from tljax.models import inception, mobilenet, resnet, resnetv2, vgg, xception
+from tljax.models import convnext, inception, mobilenet, resnet, resnetv2, vgg, xception
 from tljax.models.depthwise import round_width
 from tljax.pretrained.rules import Layout, Rule, Rules
 from tljax.pretrained.tables import block_indices, depthwise
@@ -20,7 +20,8 @@ class Layer(NamedTuple):
     """A Keras layer with weights.
 
     Attributes:
-        name: name in Keras; empty if Keras generates one.
+        name: name in Keras; empty if Keras generates one. A layer of a model inside the network
+            has the name of that model as a prefix: ``convnext_tiny_stem/convnext_tiny_stem_conv``.
         kind: class of the layer, a key of `tljax.pretrained.formats.keras_file.WEIGHTS`.
         rules: rules of the weights in Keras' order, with keys relative to the layer.
     """
@@ -65,6 +66,12 @@ def _norm(name: str, path: str, *, scale: bool = True) -> Layers:
         Rule("moving_variance", f"batch_stats/{path}/var"),
     )
     return (Layer(name, "batch_normalization", rules if scale else rules[1:]),)
+
+
+def _layer_norm(name: str, path: str) -> Layers:
+    """Return a layer norm."""
+    rules = (Rule("gamma", f"params/{path}/scale"), Rule("beta", f"params/{path}/bias"))
+    return (Layer(name, "layer_normalization", rules),)
 
 
 def _conv_norm(conv: str, norm: str, path: str) -> Layers:
@@ -234,6 +241,28 @@ def _mobilenet_v3(model: str) -> Layers:
     )
 
 
+def _convnext(model: str) -> Layers:
+    """Return the layers of ConvNeXt; stem and downsampling are models of their own."""
+    stem = f"{model}_stem/{model}_stem"
+    layers = _conv(f"{stem}_conv", "stem/conv", bias="bias")
+    layers += _layer_norm(f"{stem}_layernorm", "stem/norm")
+    for stage, block in block_indices(convnext.VARIANTS[model].depths):
+        if block == 0 < stage:
+            number, path = stage - 1, f"stage{stage + 1}/downsample"
+            inside = f"{model}_downsampling_block_{number}/{model}_downsampling"
+            layers += _layer_norm(f"{inside}_layernorm_{number}", f"{path}/norm")
+            layers += _conv(f"{inside}_conv_{number}", f"{path}/conv", bias="bias")
+        key, path = f"{model}_stage_{stage}_block_{block}", f"stage{stage + 1}/block{block}"
+        layers += _conv(f"{key}_depthwise_conv", f"{path}/depthwise", bias="bias")
+        layers += _layer_norm(f"{key}_layernorm", f"{path}/norm")
+        layers += _dense(f"{key}_pointwise_conv_1", f"{path}/fc1")
+        layers += _dense(f"{key}_pointwise_conv_2", f"{path}/fc2")
+        gamma = Rule("gamma", f"params/{path}/layer_scale/scale")
+        layers += (Layer(f"{key}_layer_scale", "layer_scale", (gamma,)),)
+    layers += _layer_norm(f"{model}_head_layernorm", "norm/norm")
+    return layers + _dense(f"{model}_head_dense", "head")
+
+
 def _with_prefix(prefix: str, names: Iterable[str]) -> Iterator[str]:
     return (name for name in names if name.startswith(prefix))
 
@@ -247,20 +276,25 @@ _LAYERS: dict[str, Callable[[str], Layers]] = {
     **dict.fromkeys(_with_prefix("keras_", mobilenet.V1_VARIANTS), _mobilenet_v1),
     **dict.fromkeys(_with_prefix("tf_", mobilenet.V2_VARIANTS), _mobilenet_v2),
     **dict.fromkeys(_with_prefix("tf_", mobilenet.V3_VARIANTS), _mobilenet_v3),
+    **dict.fromkeys(
+        [f"convnext_{size}" for size in ("tiny", "small", "base", "large", "xlarge")], _convnext
+    ),
 }
 
 
 @cache
 def _by_key(model: str) -> dict[str, Layer]:
-    """Return the layers by the prefix of their keys: the class, numbered from 0."""
+    """Return the layers by the prefix of their keys: the class, numbered from 0.
+
+    As in Keras' files, the layers of models inside the network have the first numbers.
+    """
+    layers, keys = _LAYERS[model](model), dict[int, str]()
     counts: Counter[str] = Counter()
-    layers: dict[str, Layer] = {}
-    for layer in _LAYERS[model](model):
+    for i, layer in sorted(enumerate(layers), key=lambda item: "/" not in item[1].name):
         number = counts[layer.kind]
         counts[layer.kind] += 1
-        key = f"{layer.kind}_{number}" if number else layer.kind
-        layers[key] = layer._replace(name=layer.name or key)
-    return layers
+        keys[i] = f"{layer.kind}_{number}" if number else layer.kind
+    return {keys[i]: layer._replace(name=layer.name or keys[i]) for i, layer in enumerate(layers)}
 
 
 def layer_names(model: str) -> dict[str, str]:

@@ -13,6 +13,7 @@ from tljax.models import MODELS, Model, abstract_variables, build_model, with_he
 from tljax.pretrained.rules import Difference, Layout, Rules, compare, required_keys, shorten_list
 from tljax.pretrained.tables import (
     bit,
+    convnext,
     efficientnet,
     inception,
     keras,
@@ -26,7 +27,18 @@ from tljax.runtime.errors import RequestError
 from tljax.runtime.trees import flatten
 from tljax.runtime.types import Variables
 
-_FAMILIES = (resnet, bit, inception, xception, efficientnet, vgg, mobilenet, regnet, keras)
+_FAMILIES = (
+    resnet,
+    bit,
+    inception,
+    xception,
+    efficientnet,
+    vgg,
+    mobilenet,
+    regnet,
+    convnext,
+    keras,
+)
 
 LAYOUTS: dict[str, dict[str, Layout]] = {
     model: {
@@ -160,8 +172,9 @@ class _Part(NamedTuple):
 def _parts(model: str, layout: str) -> tuple[_Part, ...]:
     """Return the whole network, then without its head, then without each hidden layer before it.
 
-    The smallest part ends with the last feature map, which is then averaged. Its keys may lack the
-    name of the enclosing module, such as ``resnet.`` in the `ResNetModel` of transformers.
+    The smallest part ends with the last feature map, which is then averaged. Keys of a part without
+    the head may lack the name of the enclosing module, such as ``resnet.`` in the `ResNetModel` of
+    transformers.
     """
     stages = build_model(model).stage_names
     stage_keys: dict[str, set[str]] = {stage: set() for stage in stages}
@@ -173,11 +186,15 @@ def _parts(model: str, layout: str) -> tuple[_Part, ...]:
         last = stages[count - 1]
         if stage_keys[last]:
             parts.append(_Part(keys, frozenset(stage_keys[last]), last if parts else None))
-    modules = {key.partition(".")[0] for key in parts[-1].keys}
-    if len(modules) == 1:
-        omitted = f"{modules.pop()}."
-        keys = frozenset(key.removeprefix(omitted) for key in parts[-1].keys)
-        parts.append(parts[-1]._replace(keys=keys, omitted=omitted))
+    for part in parts[1:]:
+        modules = {key.partition(".")[0] for key in part.keys}
+        if len(modules) == 1:
+            omitted = f"{modules.pop()}."
+            keys, last = (
+                frozenset(key.removeprefix(omitted) for key in group)
+                for group in (part.keys, part.last)
+            )
+            parts.append(part._replace(keys=keys, last=last, omitted=omitted))
     return tuple(parts)
 
 
