@@ -17,6 +17,7 @@ from tljax.pretrained.tables import (
     inception,
     keras,
     mobilenet,
+    mobilenetv4,
     resnet,
     vgg,
     xception,
@@ -25,7 +26,7 @@ from tljax.runtime.errors import RequestError
 from tljax.runtime.trees import flatten
 from tljax.runtime.types import Variables
 
-_FAMILIES = (resnet, bit, inception, xception, efficientnet, vgg, mobilenet, keras)
+_FAMILIES = (resnet, bit, inception, xception, efficientnet, vgg, mobilenet, mobilenetv4, keras)
 
 LAYOUTS: dict[str, dict[str, Layout]] = {
     model: {
