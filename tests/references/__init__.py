@@ -13,6 +13,7 @@ from references import (
     inception,
     keras,
     mobilenet,
+    mobilenetv4,
     regnet,
     resnet,
     vgg,
@@ -32,6 +33,7 @@ REFERENCES: dict[tuple[str, str], Build] = {
     **mobilenet.REFERENCES,
     **regnet.REFERENCES,
     **convnext.REFERENCES,
+    **mobilenetv4.REFERENCES,
     **keras.REFERENCES,
 }
 """(model, layout) -> what writes a file as that project would, and the network behind it."""
@@ -48,6 +50,10 @@ FAST = {
     ("resnet18d", "timm"),
     ("inception_v3", "torchvision"),
     ("efficientnet_lite0", "efficientnet_pytorch"),
+    ("efficientnet_b0", "torchvision"),
+    ("tf_efficientnet_b0", "huggingface"),
+    ("tf_efficientnetv2_b0", "timm"),
+    ("mobilenetv4_conv_small", "timm"),
     ("tf_mobilenetv1_025", "huggingface"),
     ("keras_mobilenetv1_025", "keras"),
     ("tf_mobilenetv2_035", "huggingface"),

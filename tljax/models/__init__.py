@@ -10,6 +10,7 @@ from tljax.models import (
     efficientnet,
     inception,
     mobilenet,
+    mobilenetv4,
     regnet,
     resnet,
     resnetv2,
@@ -43,6 +44,7 @@ MODELS: dict[str, Callable[..., Model]] = {
     **{name: partial(mobilenet.mobilenet_v3, name) for name in mobilenet.V3_VARIANTS},
     **{name: partial(regnet.regnet, name) for name in regnet.VARIANTS},
     **{name: partial(convnext.convnext, name) for name in convnext.VARIANTS},
+    **{name: partial(mobilenetv4.mobilenet_v4, name) for name in mobilenetv4.VARIANTS},
 }
 """Builders of all architectures by name: ``MODELS["resnet50"](num_classes=1000) -> Model``."""
 

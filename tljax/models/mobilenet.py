@@ -79,18 +79,18 @@ V2 = (
 V3_LARGE = (
     Run(16, 3, 1, (1,), activation=nn.relu),
     Run(24, 3, 2, (4, 3), activation=nn.relu),
-    Run(40, 5, 2, (3, 3, 3), squeeze=True, activation=nn.relu),
+    Run(40, 5, 2, (3, 3, 3), squeeze="mobilenetv3", activation=nn.relu),
     Run(80, 3, 2, (6, 2.5, 2.3, 2.3), activation=nn.hard_swish),
-    Run(112, 3, 1, (6, 6), squeeze=True, activation=nn.hard_swish),
-    Run(160, 5, 2, (6, 6, 6), squeeze=True, activation=nn.hard_swish),
+    Run(112, 3, 1, (6, 6), squeeze="mobilenetv3", activation=nn.hard_swish),
+    Run(160, 5, 2, (6, 6, 6), squeeze="mobilenetv3", activation=nn.hard_swish),
 )
 
 V3_SMALL = (
-    Run(16, 3, 2, (1,), squeeze=True, activation=nn.relu),
+    Run(16, 3, 2, (1,), squeeze="mobilenetv3", activation=nn.relu),
     Run(24, 3, 2, (4.5, 3.67), activation=nn.relu),
-    Run(40, 5, 2, (4, 6, 6), squeeze=True, activation=nn.hard_swish),
-    Run(48, 5, 1, (3, 3), squeeze=True, activation=nn.hard_swish),
-    Run(96, 5, 2, (6, 6, 6), squeeze=True, activation=nn.hard_swish),
+    Run(40, 5, 2, (4, 6, 6), squeeze="mobilenetv3", activation=nn.hard_swish),
+    Run(48, 5, 1, (3, 3), squeeze="mobilenetv3", activation=nn.hard_swish),
+    Run(96, 5, 2, (6, 6, 6), squeeze="mobilenetv3", activation=nn.hard_swish),
 )
 
 

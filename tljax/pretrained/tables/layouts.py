@@ -18,6 +18,7 @@ from tljax.pretrained.tables import (
     inception,
     keras,
     mobilenet,
+    mobilenetv4,
     regnet,
     resnet,
     vgg,
@@ -37,6 +38,7 @@ _FAMILIES = (
     mobilenet,
     regnet,
     convnext,
+    mobilenetv4,
     keras,
 )
 

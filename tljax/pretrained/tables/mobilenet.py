@@ -2,8 +2,9 @@
 
 from tljax.models.depthwise import Run
 from tljax.models.mobilenet import V1, V1_VARIANTS, V2, V2_VARIANTS, V3_LARGE, V3_SMALL, V3_VARIANTS
-from tljax.pretrained.rules import Config, Layout, Rules, conv, conv_norm, dense
+from tljax.pretrained.rules import Config, Layout, Rules, conv_norm, dense
 from tljax.pretrained.tables import block_indices, dense_as_conv, depthwise, huggingface_conv_norm
+from tljax.pretrained.tables.depthwise import torchvision_block, torchvision_pair
 from tljax.runtime.types import Preprocess
 
 # --- version 1 -----------------------------------------------------------------------------------
@@ -61,25 +62,20 @@ def timm_v2(name: str) -> Rules:  # noqa: ARG001
 
 def torchvision_v2(name: str) -> Rules:  # noqa: ARG001
     """Return torchvision's key table, with keys such as ``features.2.conv.0.0.weight``."""
-    rules = _pair("features.0", "stem/conv")
+    rules = torchvision_pair("features.0", "stem/conv")
     rows = depthwise.blocks(V2)
     for i, (stage, block, expands) in enumerate(rows, start=1):
         key, path = f"features.{i}.conv", f"stage{stage + 1}/block{block}"
         if expands:
-            rules += _pair(f"{key}.0", f"{path}/expand")
+            rules += torchvision_pair(f"{key}.0", f"{path}/expand")
         position = 1 if expands else 0
-        rules += _pair(f"{key}.{position}", f"{path}/depthwise")
+        rules += torchvision_pair(f"{key}.{position}", f"{path}/depthwise")
         rules += conv_norm(f"{key}.{position + 1}", f"{key}.{position + 2}", f"{path}/project")
     return (
         *rules,
-        *_pair(f"features.{len(rows) + 1}", "conv_head/conv"),
+        *torchvision_pair(f"features.{len(rows) + 1}", "conv_head/conv"),
         *dense("classifier.1", "head"),
     )
-
-
-def _pair(key: str, path: str) -> Rules:
-    """Return the rules of torchvision's ``Conv2dNormActivation``."""
-    return conv_norm(f"{key}.0", f"{key}.1", path)
 
 
 def huggingface_v2(name: str) -> Rules:  # noqa: ARG001
@@ -133,21 +129,13 @@ def timm_v3(name: str) -> Rules:
 def torchvision_v3(name: str) -> Rules:
     """Return torchvision's key table, with keys such as ``features.4.block.2.fc1.weight``."""
     runs = _runs(name)
-    rules, rows = _pair("features.0", "stem/conv"), depthwise.blocks(runs)
+    rules, rows = torchvision_pair("features.0", "stem/conv"), depthwise.blocks(runs)
     for i, (stage, block, expands) in enumerate(rows, start=1):
-        key, path = f"features.{i}.block", f"stage{stage + 1}/block{block}"
-        units = ["expand", "depthwise"] if expands else ["depthwise"]
-        for position, unit in enumerate(units):
-            rules += _pair(f"{key}.{position}", f"{path}/{unit}")
-        position = len(units)
-        if runs[stage].squeeze:
-            rules += conv(f"{key}.{position}.fc1", f"{path}/squeeze_excite/reduce")
-            rules += conv(f"{key}.{position}.fc2", f"{path}/squeeze_excite/expand")
-            position += 1
-        rules += _pair(f"{key}.{position}", f"{path}/project")
+        path = f"stage{stage + 1}/block{block}"
+        rules += torchvision_block(f"features.{i}.block", path, runs[stage], expands=expands)
     return (
         *rules,
-        *_pair(f"features.{len(rows) + 1}", "conv_head/conv"),
+        *torchvision_pair(f"features.{len(rows) + 1}", "conv_head/conv"),
         *dense("classifier.0", "hidden/dense"),
         *dense("classifier.3", "head"),
     )
