@@ -87,7 +87,7 @@ def from_torch(value: torch.Tensor) -> np.ndarray:
 @torch.no_grad()
 def randomize_norms(network: nn.Module, generator: torch.Generator) -> None:
     for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d | nn.GroupNorm):
+        if isinstance(module, nn.BatchNorm2d | nn.GroupNorm | nn.LayerNorm):
             module.weight.uniform_(0.5, 1.5, generator=generator)
             module.bias.normal_(0, 0.2, generator=generator)
         if isinstance(module, nn.BatchNorm2d):

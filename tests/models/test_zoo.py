@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 from networks import difference, random_images, random_variables
 from parity import stage_differences
-from references import FAST, REFERENCES
+from references import FAST, REFERENCES, SHAPES
 
-from tljax.models import MODELS, Model, apply, build_model
+from tljax.models import MODELS, Model, abstract_variables, apply, build_model
 from tljax.pretrained import load_pretrained
-from tljax.pretrained.tables.layouts import LAYOUTS
+from tljax.pretrained.rules import required_keys
+from tljax.pretrained.tables.layouts import LAYOUTS, head_bias_key, layout_rules
+from tljax.runtime.trees import flatten
 from tljax.runtime.types import Variables
 
 TOLERANCE = 1e-4
@@ -32,12 +34,19 @@ PAIRS = [
 NAMES = [
     pytest.param(name, marks=[] if name == "resnet18" else pytest.mark.slow) for name in MODELS
 ]
-IMAGES = random_images(2, 97, 80)  # Inception needs at least 75 pixels
+
+
+def images_for(model: Model) -> np.ndarray:
+    """Return small images, for tokens of whole patches."""
+    if patch := max(stage.patch_size for stage in model.stages):
+        return random_images(2, 5 * patch, 5 * patch)
+    return random_images(2, 97, 80)  # Inception needs at least 75 pixels
 
 
 def test_every_model_and_layout_has_a_reference() -> None:
     expected = {(name, layout) for name in MODELS for layout in LAYOUTS[name]}
-    assert set(REFERENCES) == {
+    assert not set(REFERENCES) & set(SHAPES)
+    assert set(REFERENCES) | set(SHAPES) == {
         (name, layout) for name, layout in expected if not _is_alias(name, layout)
     }
 
@@ -69,6 +78,19 @@ def test_every_stage_equals_the_reference(
     assert max(differences.values()) <= TOLERANCE, differences
 
 
+@pytest.mark.parametrize(
+    ("name", "layout"), [pytest.param(*pair, id="-".join(pair)) for pair in SHAPES]
+)
+def test_a_large_network_has_the_tensors_of_the_reference(name: str, layout: str) -> None:
+    expected = SHAPES[name, layout]()
+    count = expected[head_bias_key(layout_rules(name, layout))][0]
+    leaves = flatten(abstract_variables(build_model(name, count)))
+    rules = layout_rules(name, layout)
+    actual = {rule.key: rule.source_shape(leaves[rule.path].shape) for rule in rules}
+    ignore = LAYOUTS[name][layout].ignore
+    assert actual == {key: expected[key] for key in required_keys(expected, ignore)}
+
+
 @pytest.fixture(scope="module", params=NAMES)
 def network(request: pytest.FixtureRequest) -> tuple[Model, Variables]:
     model = build_model(request.param, 7)
@@ -78,8 +100,8 @@ def network(request: pytest.FixtureRequest) -> tuple[Model, Variables]:
 def test_two_parts_of_a_network_equal_the_whole(network: tuple[Model, Variables]) -> None:
     model, variables = network
     run = jax.jit(partial(apply, model), static_argnames=("start", "stop", "capture"))
-    whole = run(variables, IMAGES, capture=model.stage_names)
-    x = IMAGES
+    x = images_for(model)
+    whole = run(variables, x, capture=model.stage_names)
     for stage, following in zip(model.stage_names, (*model.stage_names[1:], None), strict=True):
         start = None if stage == model.stage_names[0] else stage
         x = run(variables, x, start=start, stop=following).value
@@ -91,6 +113,7 @@ def test_two_parts_of_a_network_equal_the_whole(network: tuple[Model, Variables]
 def test_gradients_are_finite(network: tuple[Model, Variables]) -> None:
     """Training mode; every stage with parameters has gradients that are not zero."""
     model, variables = network
+    images = images_for(model)
     weights = np.random.default_rng(0).standard_normal((2, 7)).astype(np.float32)
 
     @jax.jit
@@ -99,7 +122,7 @@ def test_gradients_are_finite(network: tuple[Model, Variables]) -> None:
         everything, key = set(model.stage_names), jax.random.key(0)
         mixed = {"params": params, "batch_stats": statistics}
         switches = {"batch_statistics": everything, "noise": everything}
-        return (apply(model, mixed, IMAGES, **switches, key=key).logits * weights).sum()
+        return (apply(model, mixed, images, **switches, key=key).logits * weights).sum()
 
     by_stage = gradients(variables["params"], variables["batch_stats"])
     for stage, tree in by_stage.items():

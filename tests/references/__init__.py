@@ -1,7 +1,10 @@
 """Reference implementations of the networks, with random weights, under the names of their files.
 
+Of networks above 120 million parameters only the keys and shapes of the tensors are compared.
 Batch-norm statistics are random throughout: with mean 0 and variance 1 a wrong norm goes unseen.
 """
+
+from collections.abc import Callable
 
 from references import (
     bit,
@@ -11,11 +14,12 @@ from references import (
     mobilenet,
     resnet,
     vgg,
+    vit,
     xception,
 )
-from references.contract import Build, Reference
+from references.contract import Build, Reference, Shapes
 
-__all__ = ["FAST", "REFERENCES", "Build", "Reference"]
+__all__ = ["FAST", "REFERENCES", "SHAPES", "Build", "Reference", "Shapes"]
 
 REFERENCES: dict[tuple[str, str], Build] = {
     **resnet.REFERENCES,
@@ -25,9 +29,13 @@ REFERENCES: dict[tuple[str, str], Build] = {
     **efficientnet.REFERENCES,
     **vgg.REFERENCES,
     **mobilenet.REFERENCES,
+    **vit.REFERENCES,
     **keras.REFERENCES,
 }
 """(model, layout) -> what writes a file as that project would, and the network behind it."""
+
+SHAPES: dict[tuple[str, str], Callable[[], Shapes]] = {**vit.SHAPES}
+"""(model, layout) -> the shapes of the tensors of a network that is too large to run."""
 
 FAST = {
     ("resnet18", "torchvision"),
@@ -39,5 +47,6 @@ FAST = {
     ("keras_mobilenetv1_025", "keras"),
     ("tf_mobilenetv2_035", "huggingface"),
     ("tv_mobilenetv3_small_100", "torchvision"),
+    ("vit_tiny_patch16_224", "timm"),
 }
 """What `make test` runs of them: a small member of most families. All of them take an hour."""

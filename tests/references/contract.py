@@ -22,5 +22,8 @@ class Reference(NamedTuple):
     sizes: tuple[tuple[int, int], ...] = ((128, 128), (129, 97))
 
 
+Shapes = dict[str, tuple[int, ...]]
+"""Shapes of the tensors of a network by their keys in its file."""
+
 Build = Callable[[Path], Reference]
 """From an empty folder, to write the weights into, to the reference."""

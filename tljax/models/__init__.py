@@ -4,7 +4,17 @@ from collections.abc import Callable
 from difflib import get_close_matches
 from functools import partial
 
-from tljax.models import bit, efficientnet, inception, mobilenet, resnet, resnetv2, vgg, xception
+from tljax.models import (
+    bit,
+    efficientnet,
+    inception,
+    mobilenet,
+    resnet,
+    resnetv2,
+    vgg,
+    vit,
+    xception,
+)
 from tljax.models.model import Model as Model
 from tljax.models.model import Output as Output
 from tljax.models.model import Stage as Stage
@@ -28,6 +38,7 @@ MODELS: dict[str, Callable[..., Model]] = {
     **{name: partial(mobilenet.mobilenet_v1, name) for name in mobilenet.V1_VARIANTS},
     **{name: partial(mobilenet.mobilenet_v2, name) for name in mobilenet.V2_VARIANTS},
     **{name: partial(mobilenet.mobilenet_v3, name) for name in mobilenet.V3_VARIANTS},
+    **{name: partial(vit.vit, name) for name in vit.VARIANTS},
 }
 """Builders of all architectures by name: ``MODELS["resnet50"](num_classes=1000) -> Model``."""
 

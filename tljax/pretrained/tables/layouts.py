@@ -19,13 +19,14 @@ from tljax.pretrained.tables import (
     mobilenet,
     resnet,
     vgg,
+    vit,
     xception,
 )
 from tljax.runtime.errors import RequestError
 from tljax.runtime.trees import flatten
 from tljax.runtime.types import Variables
 
-_FAMILIES = (resnet, bit, inception, xception, efficientnet, vgg, mobilenet, keras)
+_FAMILIES = (resnet, bit, inception, xception, efficientnet, vgg, mobilenet, vit, keras)
 
 LAYOUTS: dict[str, dict[str, Layout]] = {
     model: {
@@ -159,19 +160,21 @@ class _Part(NamedTuple):
 def _parts(model: str, layout: str) -> tuple[_Part, ...]:
     """Return the whole network, then without its head, then without each hidden layer before it.
 
-    The smallest part ends with the last feature map, which is then averaged. Its keys may lack the
-    name of the enclosing module, such as ``resnet.`` in the `ResNetModel` of transformers.
+    The smallest part has no keys after those of the last feature map or tokens. Its keys may lack
+    the name of the enclosing module, such as ``resnet.`` in the `ResNetModel` of transformers.
     """
     stages = build_model(model).stage_names
     stage_keys: dict[str, set[str]] = {stage: set() for stage in stages}
     for rule in layout_rules(model, layout):
         stage_keys[rule.path.split("/")[1]].add(rule.key)
-    parts = []
-    for count in range(len(stages), stages.index("pool") - 1, -1):
+    parts, pool = [], stages.index("pool")
+    for count in range(len(stages), pool - 1, -1):
         keys = frozenset[str]().union(*(stage_keys[stage] for stage in stages[:count]))
         last = stages[count - 1]
         if stage_keys[last]:
-            parts.append(_Part(keys, frozenset(stage_keys[last]), last if parts else None))
+            # The pooling has no keys of its own: it belongs to what comes before it.
+            after = "pool" if count == pool and not stage_keys["pool"] else last
+            parts.append(_Part(keys, frozenset(stage_keys[last]), after if parts else None))
     modules = {key.partition(".")[0] for key in parts[-1].keys}
     if len(modules) == 1:
         omitted = f"{modules.pop()}."
