@@ -13,7 +13,7 @@ from the same tensors: another epsilon of the norms, or another GELU.
 import math
 from dataclasses import replace
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -122,12 +122,15 @@ class Embed(nn.Module):
     def __call__(self, x: FeatureMap, mode: Mode) -> Tokens:  # noqa: ARG002 - a stage's signature
         """Map ``[b, h, w, 3]`` to ``[b, prefix + h/patch * w/patch, width]``.
 
+        Images of the native size may have a rest to the right and below, which is left out.
+
         Raises:
             RequestError: the height or the width is no multiple of the patch.
         """
         variant = self.variant
         width, patch, kept = variant.width, variant.patch, variant.positioned_prefix
-        if x.shape[1] % patch or x.shape[2] % patch:
+        native = x.shape[1] == x.shape[2] == variant.size
+        if not native and (x.shape[1] % patch or x.shape[2] % patch):
             raise RequestError(
                 f"images of {x.shape[1]} x {x.shape[2]} pixels cannot be divided into patches of "
                 f"{patch} x {patch}; choose a multiple of {patch}"
@@ -266,7 +269,8 @@ def _pool(variant: Variant) -> nn.Module:
 
 def build(name: str, variant: Variant, num_classes: int = 1000) -> Model:
     """Build a Vision Transformer, with stages ``embed, block1 ... blockN, norm, pool, head``."""
-    modules = {"embed": Embed(variant)}
+    preprocess, variant = variant.preprocess, variant._replace(preprocess=Preprocess())
+    modules: dict[str, nn.Module] = {"embed": Embed(variant)}
     for i in range(variant.depth):
         modules[f"block{i + 1}"] = Block(variant, i / max(1, variant.depth - 1))
     modules["norm"] = Norm(variant.epsilon)
@@ -278,7 +282,7 @@ def build(name: str, variant: Variant, num_classes: int = 1000) -> Model:
         Stage("pool", _pool(variant), "vector"),
         Stage("head", LinearHead(num_classes), "vector"),
     )
-    return Model(name, stages, variant.preprocess)
+    return Model(name, stages, preprocess)
 
 
 def vit(name: str, num_classes: int = 1000) -> Model:
@@ -289,32 +293,201 @@ def vit(name: str, num_classes: int = 1000) -> Model:
 # --- variants ------------------------------------------------------------------------------------
 
 
-_TINY = Variant(192, 12, 3)
-_SMALL = Variant(384, 12, 6)
-_BASE = Variant(768, 12, 12)
-_LARGE = Variant(1024, 24, 16)
-
-
-def _at(variant: Variant, size: int, preprocess: Preprocess, crop: float = 1) -> Variant:
-    """Return a variant for images of another size, cropped from a share of the short side."""
-    sizes = replace(preprocess, size=size, resize=math.floor(size / crop), interpolation="bicubic")
-    return variant._replace(size=size, preprocess=sizes)
-
-
-_SIZES = {"tiny": _TINY, "small": _SMALL, "base": _BASE, "large": _LARGE}
-
-AUGREG = {
-    f"vit_{name}_patch{patch}_{size}": _at(
-        _SIZES[name]._replace(patch=patch), size, INCEPTION_PREPROCESS, crop
-    )
-    for name, patch, sizes in (
-        *((name, 16, (224, 384)) for name in _SIZES),
-        ("base", 32, (224, 384)),
-        ("base", 8, (224,)),
-    )
-    for size, crop in ((224, 0.9), (384, 1))
-    if size in sizes
+_SIZES = {
+    "tiny": Variant(192, 12, 3),
+    "small": Variant(384, 12, 6),
+    "medium": Variant(512, 12, 8),
+    "base": Variant(768, 12, 12),
+    "large": Variant(1024, 24, 16),
+    "huge": Variant(1280, 32, 20),
+    "so400m": Variant(1152, 27, 16, mlp_ratio=3.7362),
 }
-"""The original geometry, also that of MAE and DINO."""
 
-VARIANTS: dict[str, Variant] = dict(AUGREG)
+
+def _variants(
+    pattern: str, names: str, patch: int, sizes: dict[int, float], base: Preprocess, **options: Any
+) -> dict[str, Variant]:
+    """Return variants by name.
+
+    Args:
+        pattern: name of a variant, with ``{name}``, ``{patch}`` and ``{size}``.
+        names: keys of `_SIZES`.
+        patch: side of a patch in pixels.
+        sizes: side of the images in pixels, with the share of the short side that they show.
+        base: mean and standard deviation.
+        **options: other settings of the variants.
+    """
+    variants = {}
+    for name in names.split():
+        for size, share in sizes.items():
+            resize = math.floor(size / share)
+            preprocess = replace(base, size=size, resize=resize, interpolation="bicubic")
+            settings = {"patch": patch, "size": size, "preprocess": preprocess, **options}
+            key = pattern.format(name=name, patch=patch, size=size)
+            variants[key] = _SIZES[name]._replace(**settings)
+    return variants
+
+
+_IMAGENET = Preprocess()
+_CLIP_PREPROCESS = Preprocess(
+    mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711)
+)
+_FULL = 1.0
+
+_PLAIN = "vit_{name}_patch{patch}_{size}"
+AUGREG = {
+    **_variants(_PLAIN, "tiny small base large", 16, {224: 0.9, 384: _FULL}, INCEPTION_PREPROCESS),
+    **_variants(_PLAIN, "base", 32, {224: 0.9, 384: _FULL}, INCEPTION_PREPROCESS),
+    **_variants(_PLAIN, "base", 8, {224: 0.9}, INCEPTION_PREPROCESS),
+}
+"""The original geometry, which DINO and MAE have as well."""
+
+_DEIT = "deit_{name}_patch{patch}_{size}"
+DEIT = {
+    **_variants(_DEIT, "tiny small base", 16, {224: 0.9}, _IMAGENET),
+    **_variants(_DEIT, "base", 16, {384: _FULL}, _IMAGENET),
+}
+"""The same networks as those of `AUGREG`, with another preprocessing."""
+
+DISTILLED = _variants(
+    "hf_deit_{name}_distilled_patch{patch}_{size}",
+    *("tiny small base", 16, {224: 0.9}, _IMAGENET),
+    registers=1,
+    epsilon=1e-12,
+)
+"""DeiT with a distillation token. Its head reads the class token; timm has two heads, not here."""
+
+_DEIT3 = "deit3_{name}_patch{patch}_{size}"
+_DEIT3_OPTIONS = {"positions": "patches", "layer_scale": True}
+DEIT3 = {
+    **_variants(_DEIT3, "small medium base large", 16, {224: _FULL}, _IMAGENET, **_DEIT3_OPTIONS),
+    **_variants(_DEIT3, "small base large", 16, {384: _FULL}, _IMAGENET, **_DEIT3_OPTIONS),
+}
+
+_DINO_SIZES = "small base large", 14, {518: _FULL}, _IMAGENET
+DINOV2 = {
+    **_variants("vit_{name}_patch{patch}_dinov2", *_DINO_SIZES, layer_scale=True),
+    **_variants(
+        "vit_{name}_patch{patch}_dinov2_lc", *_DINO_SIZES, layer_scale=True, pool="class_average"
+    ),
+}
+"""DINOv2. The linear classifiers (``lc``) read the class token and the average of the patches."""
+
+_REGISTERS = {"registers": 4, "layer_scale": True}
+DINOV2_REGISTERS = _variants(
+    "vit_{name}_patch{patch}_reg4_dinov2", *_DINO_SIZES, **_REGISTERS, positions="patches"
+)
+"""DINOv2 with registers in timm, which adds the position of the class token to that token."""
+
+HF_DINOV2_REGISTERS = {
+    **_variants(
+        "hf_vit_{name}_patch{patch}_reg4_dinov2", *_DINO_SIZES, **_REGISTERS, positions="class"
+    ),
+    **_variants(
+        "hf_vit_{name}_patch{patch}_reg4_dinov2_lc",
+        *_DINO_SIZES,
+        **_REGISTERS,
+        positions="class",
+        pool="class_average",
+    ),
+}
+
+CLIP = {
+    name: variant
+    for kind, activation in (("clip", gelu), ("clip_quickgelu", quick_gelu))
+    for names, patch, sizes in (
+        ("base", 32, (224,)),
+        ("base", 16, (224,)),
+        ("large", 14, (224, 336)),
+    )
+    for name, variant in _variants(
+        f"vit_{{name}}_patch{{patch}}_{kind}_{{size}}",
+        names,
+        patch,
+        dict.fromkeys(sizes, _FULL),
+        _CLIP_PREPROCESS,
+        pre_norm=True,
+        epsilon=1e-5,
+        activation=activation,
+    ).items()
+}
+
+_SIGLIP = "vit_{name}_patch{patch}_siglip_{size}"
+_SIGLIP_OPTIONS = {"class_token": False, "pool": "attention"}
+SIGLIP = {
+    name: variant
+    for names, patch, sizes in (
+        ("base", 16, (224, 256, 384, 512)),
+        ("large", 16, (256, 384)),
+        ("so400m", 14, (224, 378)),
+    )
+    for name, variant in _variants(
+        _SIGLIP, names, patch, dict.fromkeys(sizes, 0.9), INCEPTION_PREPROCESS, **_SIGLIP_OPTIONS
+    ).items()
+}
+"""SigLIP and SigLIP 2 of fixed resolution in timm, with the exact GELU."""
+
+SIGLIP_TANH = {
+    **_variants(
+        _SIGLIP,
+        "so400m",
+        16,
+        dict.fromkeys((256, 384, 512), 0.9),
+        INCEPTION_PREPROCESS,
+        activation=gelu_tanh,
+        **_SIGLIP_OPTIONS,
+    ),
+    **{
+        f"hf_{name}": variant._replace(activation=gelu_tanh)
+        for name, variant in SIGLIP.items()
+        if variant.size != 378
+    },
+    **_variants(  # 27 patches of 14 pixels, and a rest
+        f"hf_{_SIGLIP}",
+        *("so400m", 14, {384: 0.9}, INCEPTION_PREPROCESS),
+        activation=gelu_tanh,
+        **_SIGLIP_OPTIONS,
+    ),
+}
+
+_DINOV3 = {
+    "registers": 4,
+    "positions": "rotary",
+    "layer_scale": True,
+    "key_bias": False,
+    "epsilon": 1e-5,
+}
+DINOV3 = {
+    **_variants(
+        "vit_{name}_patch{patch}_dinov3", "small base large", 16, {256: _FULL}, _IMAGENET, **_DINOV3
+    ),
+    **_variants(
+        "vit_{name}_plus_patch{patch}_dinov3",
+        "small huge",
+        16,
+        {256: _FULL},
+        _IMAGENET,
+        **_DINOV3,
+        gated=True,
+        activation=nn.silu,
+    ),
+}
+"""DINOv3. The head reads the class token, as in the paper; timm averages the patches instead."""
+
+HF_VIT = {f"hf_{name}": variant._replace(epsilon=1e-12) for name, variant in AUGREG.items()}
+"""ViT and MAE in transformers."""
+
+VARIANTS: dict[str, Variant] = {
+    **AUGREG,
+    **HF_VIT,
+    **DEIT,
+    **DISTILLED,
+    **DEIT3,
+    **DINOV2,
+    **DINOV2_REGISTERS,
+    **HF_DINOV2_REGISTERS,
+    **CLIP,
+    **SIGLIP,
+    **SIGLIP_TANH,
+    **DINOV3,
+}
