@@ -34,7 +34,13 @@ PAIRS = [
 NAMES = [
     pytest.param(name, marks=[] if name == "resnet18" else pytest.mark.slow) for name in MODELS
 ]
-IMAGES = random_images(2, 97, 80)  # Inception needs at least 75 pixels
+
+
+def images_for(model: Model) -> np.ndarray:
+    """Return small images, for tokens of whole patches."""
+    if patch := max(stage.patch_size for stage in model.stages):
+        return random_images(2, 5 * patch, 5 * patch)
+    return random_images(2, 97, 80)  # Inception needs at least 75 pixels
 
 
 def test_every_model_and_layout_has_a_reference() -> None:
@@ -94,8 +100,8 @@ def network(request: pytest.FixtureRequest) -> tuple[Model, Variables]:
 def test_two_parts_of_a_network_equal_the_whole(network: tuple[Model, Variables]) -> None:
     model, variables = network
     run = jax.jit(partial(apply, model), static_argnames=("start", "stop", "capture"))
-    whole = run(variables, IMAGES, capture=model.stage_names)
-    x = IMAGES
+    x = images_for(model)
+    whole = run(variables, x, capture=model.stage_names)
     for stage, following in zip(model.stage_names, (*model.stage_names[1:], None), strict=True):
         start = None if stage == model.stage_names[0] else stage
         x = run(variables, x, start=start, stop=following).value
@@ -107,6 +113,7 @@ def test_two_parts_of_a_network_equal_the_whole(network: tuple[Model, Variables]
 def test_gradients_are_finite(network: tuple[Model, Variables]) -> None:
     """Training mode; every stage with parameters has gradients that are not zero."""
     model, variables = network
+    images = images_for(model)
     weights = np.random.default_rng(0).standard_normal((2, 7)).astype(np.float32)
 
     @jax.jit
@@ -115,7 +122,7 @@ def test_gradients_are_finite(network: tuple[Model, Variables]) -> None:
         everything, key = set(model.stage_names), jax.random.key(0)
         mixed = {"params": params, "batch_stats": statistics}
         switches = {"batch_statistics": everything, "noise": everything}
-        return (apply(model, mixed, IMAGES, **switches, key=key).logits * weights).sum()
+        return (apply(model, mixed, images, **switches, key=key).logits * weights).sum()
 
     by_stage = gradients(variables["params"], variables["batch_stats"])
     for stage, tree in by_stage.items():

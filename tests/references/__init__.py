@@ -17,6 +17,7 @@ from references import (
     regnet,
     resnet,
     vgg,
+    vit,
     xception,
 )
 from references.contract import Build, Reference, Shapes
@@ -34,6 +35,7 @@ REFERENCES: dict[tuple[str, str], Build] = {
     **regnet.REFERENCES,
     **convnext.REFERENCES,
     **mobilenetv4.REFERENCES,
+    **vit.REFERENCES,
     **keras.REFERENCES,
 }
 """(model, layout) -> what writes a file as that project would, and the network behind it."""
@@ -41,6 +43,7 @@ REFERENCES: dict[tuple[str, str], Build] = {
 SHAPES: dict[tuple[str, str], Callable[[], Shapes]] = {
     **regnet.SHAPES,
     **convnext.SHAPES,
+    **vit.SHAPES,
 }
 """(model, layout) -> the shapes of the tensors of a network that is too large to run."""
 
@@ -65,5 +68,6 @@ FAST = {
     ("convnext_tiny", "torchvision"),
     ("convnext_tiny", "dinov3"),
     ("convnextv2_atto", "huggingface"),
+    ("vit_tiny_patch16_224", "timm"),
 }
 """What `make test` runs of them: a small member of most families. All of them take an hour."""

@@ -15,6 +15,7 @@ from tljax.models import (
     resnet,
     resnetv2,
     vgg,
+    vit,
     xception,
 )
 from tljax.models.model import Model as Model
@@ -45,6 +46,7 @@ MODELS: dict[str, Callable[..., Model]] = {
     **{name: partial(regnet.regnet, name) for name in regnet.VARIANTS},
     **{name: partial(convnext.convnext, name) for name in convnext.VARIANTS},
     **{name: partial(mobilenetv4.mobilenet_v4, name) for name in mobilenetv4.VARIANTS},
+    **{name: partial(vit.vit, name) for name in vit.VARIANTS},
 }
 """Builders of all architectures by name: ``MODELS["resnet50"](num_classes=1000) -> Model``."""
 

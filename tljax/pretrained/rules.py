@@ -137,9 +137,13 @@ class Layout(NamedTuple):
         preprocess: default preprocessing of weights in this layout, if it is not the model's.
         ignore: prefixes of optional keys that import drops, such as an auxiliary head's.
         config: function from the name of a model to the settings that its config.json must agree
-            with: tensors do not determine the geometry. Export writes those of ``huggingface``.
+            with: tensors do not determine the geometry. A tuple holds alternatives. Export writes
+            those of ``huggingface``, the first of alternatives.
         twins: function from the name of a model to the networks that have the same tensors in this
             layout but compute something else; tljax may not have them.
+        drop: prefixes of the keys of other networks in the same file, such as a text tower, which
+            import drops with a note.
+        optional: endings of the keys that a file may lack, which then stand for zeros.
     """
 
     table: Callable[[str], Rules]
@@ -147,6 +151,8 @@ class Layout(NamedTuple):
     ignore: tuple[str, ...] = ()
     config: Callable[[str], Config] = timm_config
     twins: Callable[[str], tuple[str, ...]] = lambda _: ()
+    drop: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
 
 
 class Difference(NamedTuple):

@@ -22,6 +22,7 @@ from tljax.pretrained.tables import (
     regnet,
     resnet,
     vgg,
+    vit,
     xception,
 )
 from tljax.runtime.errors import RequestError
@@ -39,6 +40,7 @@ _FAMILIES = (
     regnet,
     convnext,
     mobilenetv4,
+    vit,
     keras,
 )
 
@@ -113,13 +115,9 @@ def identify(arrays: Mapping[str, np.ndarray], model: str | None = None) -> Iden
         model: name of the only model to consider; by default all.
     """
     candidates = [
-        (
-            len({*required_keys(arrays, details.ignore)} ^ _part(arrays, name, layout).keys),
-            name,
-            layout,
-        )
+        (_distance(arrays, name, layout), name, layout)
         for name in ([model] if model else MODELS)
-        for layout, details in LAYOUTS[name].items()
+        for layout in LAYOUTS[name]
     ]
     smallest = min(distance for distance, _, _ in candidates)
     nearest = [(name, layout) for distance, name, layout in candidates if distance == smallest]
@@ -134,6 +132,14 @@ def identify(arrays: Mapping[str, np.ndarray], model: str | None = None) -> Iden
             break
     assert best is not None
     return best
+
+
+def _distance(arrays: Mapping[str, np.ndarray], name: str, layout: str) -> int:
+    """Return the number of keys that only the file has, or only the network."""
+    details, keys = LAYOUTS[name][layout], _part(arrays, name, layout).keys
+    if details.optional:
+        keys = {key for key in keys if key in arrays or not key.endswith(details.optional)}
+    return len({*required_keys(arrays, details.ignore + details.drop)} ^ keys)
 
 
 def _fits_first(arrays: Mapping[str, np.ndarray], name: str, layout: str) -> bool:
@@ -174,20 +180,24 @@ class _Part(NamedTuple):
 def _parts(model: str, layout: str) -> tuple[_Part, ...]:
     """Return the whole network, then without its head, then without each hidden layer before it.
 
-    The smallest part ends with the last feature map, which is then averaged. Keys of a part without
-    the head may lack the name of the enclosing module, such as ``resnet.`` in the `ResNetModel` of
-    transformers.
+    The smallest part has no keys after those of the last feature map or tokens. Keys of a part
+    without the head may lack the name of the enclosing module, such as ``resnet.`` in the
+    `ResNetModel` of transformers.
     """
-    stages = build_model(model).stage_names
+    outputs = {stage.name: stage.output for stage in build_model(model).stages}
+    stages = tuple(outputs)
     stage_keys: dict[str, set[str]] = {stage: set() for stage in stages}
     for rule in layout_rules(model, layout):
         stage_keys[rule.path.split("/")[1]].add(rule.key)
-    parts = []
-    for count in range(len(stages), stages.index("pool") - 1, -1):
+    parts, pool = [], stages.index("pool")
+    for count in range(len(stages), pool - 1, -1):
         keys = frozenset[str]().union(*(stage_keys[stage] for stage in stages[:count]))
         last = stages[count - 1]
         if stage_keys[last]:
-            parts.append(_Part(keys, frozenset(stage_keys[last]), last if parts else None))
+            # Without a pooling of its own, a backbone would average its tokens.
+            keep_pool = count == pool and outputs[last] == "tokens" and not stage_keys["pool"]
+            after = "pool" if keep_pool else last
+            parts.append(_Part(keys, frozenset(stage_keys[last]), after if parts else None))
     for part in parts[1:]:
         modules = {key.partition(".")[0] for key in part.keys}
         if len(modules) == 1:
@@ -211,18 +221,43 @@ def head_bias_key(rules: Rules) -> str:
     return next(rule.key for rule in rules if rule.path == "params/head/bias")
 
 
+def _outputs(rules: Rules, arrays: Mapping[str, np.ndarray]) -> int:
+    """Return the number of outputs of the head in a file; 1000 if there is none."""
+    for rule in rules:
+        if rule.path == "params/head/bias" and rule.key in arrays:
+            return arrays[rule.key].size
+    for rule in rules:  # the bias may be optional
+        if rule.path == "params/head/kernel" and rule.key in arrays:
+            return arrays[rule.key].shape[(rule.axes or (-1,))[-1]]
+    return 1000
+
+
 def _compare(arrays: Mapping[str, np.ndarray], name: str, layout: str) -> Identity:
     rules = layout_rules(name, layout)
     part, details = _part(arrays, name, layout), LAYOUTS[name][layout]
     arrays = {part.omitted + key: array for key, array in arrays.items()}
-    head = head_bias_key(rules)
-    model = build_model(name, arrays[head].size if head in arrays else 1000)
+    model = build_model(name, _outputs(rules, arrays))
     if part.after:
         model = with_head(model, 0, after=part.after)
     if details.preprocess:
         model = replace(model, preprocess=details.preprocess)
     rules, skeleton = table(model, layout), abstract_variables(model)
-    return Identity(model, layout, compare(rules, arrays, skeleton, details.ignore), arrays)
+    dropped = tuple(key for key in arrays if details.drop and key.startswith(details.drop))
+    arrays = {**_zeros(rules, arrays, skeleton, details.optional), **arrays}
+    difference = compare(rules, arrays, skeleton, details.ignore + details.drop)
+    return Identity(model, layout, difference, arrays, ignored=dropped)
+
+
+def _zeros(
+    rules: Rules, arrays: Mapping[str, np.ndarray], skeleton: Variables, optional: tuple[str, ...]
+) -> dict[str, np.ndarray]:
+    """Return zeros for the optional tensors that a file lacks."""
+    expected = flatten(skeleton)
+    return {
+        rule.key: np.zeros(rule.source_shape(expected[rule.path].shape), np.float32)
+        for rule in rules
+        if optional and rule.key.endswith(optional) and rule.key not in arrays
+    }
 
 
 # Names of wrapper modules, which may occur anywhere in a key.
@@ -296,7 +331,7 @@ def _identify_under(prefix: str, arrays: Mapping[str, np.ndarray], model: str | 
     return identity._replace(
         difference=identity.difference._replace(leftover=leftover),
         prefix=prefix,
-        ignored=(*(prefix + key for key in ignored), *outside),
+        ignored=(*(prefix + key for key in (*identity.ignored, *ignored)), *outside),
     )
 
 
