@@ -5,6 +5,8 @@ from difflib import get_close_matches
 from functools import partial
 
 from tljax.models import bit, efficientnet, inception, mobilenet, resnet, resnetv2, vgg, xception
+from tljax.models.inputs import adapt_input as adapt_input
+from tljax.models.inputs import input_kernel as input_kernel
 from tljax.models.model import Model as Model
 from tljax.models.model import Output as Output
 from tljax.models.model import Stage as Stage

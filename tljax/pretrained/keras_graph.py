@@ -323,7 +323,7 @@ def read_graph(text: str, where: str, model: Model) -> tuple[Model, bool, tuple[
     if height == width and isinstance(height, int):
         preprocess = preprocess.with_size(height)
     if scales := graph.scaling != (1.0, 0.0):
-        factor, offset = (np.broadcast_to(x, 3).tolist() for x in graph.scaling)
+        factor, offset = (np.broadcast_to(x, preprocess.channels).tolist() for x in graph.scaling)
         preprocess = replace(
             preprocess,
             mean=tuple(-b / a / 255 for a, b in zip(factor, offset, strict=True)),

@@ -73,6 +73,17 @@ class Preprocess:
         """
         return replace(self, size=size, resize=max(size, round(size * self.resize / self.size)))
 
+    def with_channels(self, channels: int) -> Self:
+        """Return the same preprocessing for another number of channels.
+
+        Each has the average mean and standard deviation of the old ones.
+        """
+        if channels == self.channels:
+            return self
+        mean, std = (sum(values) / len(values) for values in (self.mean, self.std))
+        statistics = {"mean": (mean,) * channels, "std": (std,) * channels}
+        return replace(self, **statistics, channel_order="rgb")
+
     def with_normalization(self, name: Normalization) -> Self:
         """Return the same resizing and cropping with one of `NORMALIZATIONS`."""
         other = NORMALIZATIONS[name]
