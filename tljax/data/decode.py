@@ -401,8 +401,9 @@ def _loses_bands(image: Image.Image) -> bool:
     Raises:
         UnreadableImageError: a PNG file is such an image.
     """
-    if image.format == "PNG" and getattr(image, "tile", None):
-        if str(image.tile[0][3]).endswith(";16B") and not image.mode.startswith("I"):
+    if image.format == "PNG":
+        tiles = getattr(image, "tile", [])  # the last item of a tile is the format of its pixels
+        if tiles and str(tiles[0][3]).endswith(";16B") and not image.mode.startswith("I"):
             raise UnreadableImageError(
                 "a PNG of several channels of 16 bits, which Pillow reduces to 8: save it as TIFF "
                 "or .npy"
