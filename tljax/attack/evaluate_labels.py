@@ -118,7 +118,7 @@ def evaluate_labels(
 
     Args:
         logits_fn: maps images ``[batch, ...]`` to logits ``[batch, labels]`` of a sigmoid each.
-        data: images ``[n, height, width, 3]``, uint8 or floating point in [0, 1], and labels
+        data: images ``[n, height, width, channels]``, uint8 or floating point in [0, 1], and labels
             ``[n, labels]`` of 0, 1 and NaN, which is unknown and counts nowhere.
         key: random key.
         epsilons: radii of the balls, for images in [0, 1], in any order. All share one compilation.

@@ -24,7 +24,7 @@ from tljax.runtime.errors import DivergenceError, RequestError, StoppedError, Ve
 from tljax.runtime.files import read_config, to_json
 from tljax.runtime.hardware import require_backend, require_plugin
 from tljax.runtime.process import configure
-from tljax.runtime.ranges import Amount, Checked, Count, Pixels, Seed
+from tljax.runtime.ranges import Amount, Checked, Count, Pixels, Positive, Range, Seed
 from tljax.runtime.settings import (
     Conditions,
     Dtype,
@@ -36,6 +36,7 @@ from tljax.runtime.settings import (
 
 if TYPE_CHECKING:
     from tljax.commands.extension import Extension
+    from tljax.data.examples import Source
     from tljax.pretrained import Pretrained
     from tljax.pretrained.load import Card
 
@@ -170,6 +171,71 @@ class Batches(Output):
     def loading(self) -> Loading:
         """Options of how images are read."""
         return Loading(self.batch_size, self.workers, self.devices)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Channels(Output):
+    """Options of images with other channels than RGB, or with more than 8 bits.
+
+    Attributes:
+        channels: Number of channels of the images, each with its own mean and standard deviation;
+            pixels keep the bits of the files. The first kernel of the weights is summed for one
+            channel and repeated for more. By default images are RGB of 8 bits, or as those of the
+            run whose network is taken.
+        mean: Mean of each channel, of pixels that are in [0, 1] if they have 8 or 16 bits; by
+            default it is measured over the training images.
+        std: Standard deviation of each channel, likewise.
+    """
+
+    channels: Annotated[int, Range(1, 1024)] | None = None
+    mean: tuple[float, ...] = ()
+    std: tuple[Positive, ...] = ()
+
+    def adapt(self, pretrained: "Pretrained", train: "Source") -> "Pretrained":
+        """Return the network for images of ``--channels``, and print their mean and deviation.
+
+        Raises:
+            RequestError: an option does not fit the others, the images or the network.
+        """
+        if self.channels is None:
+            return pretrained
+        from tljax.data.statistics import measure_channels
+        from tljax.models import adapt_input
+        from tljax.models.spec import is_valid_preprocess
+
+        for name in ("mean", "std"):
+            count = len(getattr(self, name))
+            if count != self.channels and (self.mean or self.std):
+                raise RequestError(
+                    f"--{name} has {count} numbers for {_plural(self.channels, 'channel')}: give "
+                    "--mean and --std, one number per channel"
+                )
+        model = pretrained.model
+        measured = measure_channels(train, model.preprocess.with_channels(self.channels))
+        if self.mean:
+            measured = replace(measured, mean=self.mean, std=self.std)
+        if not is_valid_preprocess(measured):
+            raise RequestError(
+                f"the mean or deviation of a channel is a million or more, {measured.mean} and "
+                f"{measured.std}: scale the pixels"
+            )
+        statistics = measured.mean, measured.std
+        mean, std = (" ".join(f"{x:.3g}" for x in values) for values in statistics)
+        model, variables = adapt_input(model, pretrained.variables, measured)
+        bits = "8 bits" if measured.dtype == "uint8" else "more than 8 bits"
+        origin = "given" if self.mean else "measured"
+        print(
+            f"note: {_plural(self.channels, 'channel')} of {bits}; {origin} mean {mean}, "
+            f"deviation {std}",
+            file=sys.stderr,
+        )
+        return pretrained._replace(model=model, variables=variables)
+
+
+CHANNEL_CONDITIONS: Conditions = (
+    ("mean std", lambda s: s.channels is not None, "without --channels"),
+)
+"""Conditions of commands with options of channels."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from tljax.runtime.ranges import Pixels, Seed, Share
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(cli.Extended, cli.Batches):
+class Config(cli.Extended, cli.Batches, cli.Channels):
     """Compare pretrained networks on a data set by a linear probe of their frozen features.
 
     Attributes:
@@ -36,7 +36,7 @@ class Config(cli.Extended, cli.Batches):
     seed: Seed = 0
     out: Path | None = None
 
-    conditions = cli.SPLIT_CONDITIONS
+    conditions = (*cli.SPLIT_CONDITIONS, *cli.CHANNEL_CONDITIONS)
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def run(config: Config) -> dict[str, Any]:
         try:
             network = config.read(weights)
             cli.print_notes(network)
-            network = network.with_size(config.image_size)
+            network = config.adapt(network.with_size(config.image_size), splits.train)
             networks.append(measure(name, network, splits, config.loading, config.seed, skipped))
         except (RequestError, DivergenceError) as error:  # the others are measured all the same
             failed[weights] = str(error)

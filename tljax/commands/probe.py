@@ -10,7 +10,7 @@ from tljax.runtime.ranges import Count, Share
 
 
 @dataclass(frozen=True)
-class Config(cli.Common):
+class Config(cli.Common, cli.Channels):
     """Measure the frozen features of a network by a linear probe and by nearest neighbors.
 
     Attributes:
@@ -29,7 +29,7 @@ class Config(cli.Common):
     labels: cli.Labels = field(default_factory=LabelOptions)
     val_fraction: Share = 0.2
 
-    conditions = cli.SPLIT_CONDITIONS
+    conditions = (*cli.SPLIT_CONDITIONS, *cli.CHANNEL_CONDITIONS)
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -43,8 +43,9 @@ def run(config: Config) -> dict[str, Any]:
     from tljax.train.setup import fitted_task
 
     began = time.perf_counter()
-    model, variables, _ = config.load()
+    pretrained = config.load()
     splits = open_splits(config.data, val_fraction=config.val_fraction, labels=config.labels)
+    model, variables, _ = config.adapt(pretrained, splits.train)
     for note in splits.notes:
         print(note)
     train, val = split_features(model, variables, splits, config.loading, stop=config.stage)

@@ -39,7 +39,7 @@ _NOT_RESUMED = "workers devices distributed json debug platform resume dry_run f
 
 
 @dataclass(frozen=True)
-class Config(cli.Common):
+class Config(cli.Common, cli.Channels):
     """Train a pretrained network to predict classes, labels or numbers of your own images.
 
     Attributes:
@@ -86,6 +86,7 @@ class Config(cli.Common):
     conditions = (
         *REQUEST_CONDITIONS,
         *cli.SPLIT_CONDITIONS,
+        *cli.CHANNEL_CONDITIONS,
         ("find_learning_rate profile", lambda s: not s.dry_run, "with --dry-run"),
         ("epochs", lambda s: not s.find_learning_rate or s.recipe == "gradual", _IN_RANGE_TEST),
         (_UNUSED_IN_RANGE_TEST, lambda s: not s.find_learning_rate, _IN_RANGE_TEST),
@@ -179,7 +180,7 @@ def run(config: Config) -> dict[str, Any]:
     from tljax.train.dry_run import dry_run
     from tljax.train.objectives import make_objective
     from tljax.train.recipes import make_plan
-    from tljax.train.setup import check_task, fitted_task
+    from tljax.train.setup import check_images, check_task, fitted_task
     from tljax.train.trace import check_traceable
 
     began = time.perf_counter()
@@ -202,7 +203,9 @@ def run(config: Config) -> dict[str, Any]:
             config = replace(config, extension=f"{_absolute(file)}:{name}")
         pretrained = config.load()
         splits = open_splits(config.data, val_fraction=config.val_fraction, labels=config.labels)
+        pretrained = config.adapt(pretrained, splits.train)
         fit = check_task(config.fit, task := fitted_task(splits.train))
+        check_images(pretrained.model, fit)
         make_objective(task, fit, splits.train)
         if config.dry_run:
             print(dry_run(pretrained.model, splits, config.fit, config.loading))

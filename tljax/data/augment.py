@@ -6,10 +6,11 @@ optionally followed by `mix`.
 
 import math
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float, Int, Key, UInt8
+from jaxtyping import Bool, Float, Int, Key, Shaped, UInt8
 
 from tljax.data.options import AugmentConfig
 from tljax.runtime.errors import RequestError
@@ -21,8 +22,8 @@ OPERATIONS = (
 )
 """The operations that RandAugment samples from."""
 
-_Pixels = UInt8[jax.Array, "size size 3"]
-"""A square RGB image."""
+_Pixels = UInt8[jax.Array, "size size channels"]
+"""A square image of one or three channels."""
 
 # "aug" and "mix" in ASCII, folded into the seed so that no other use of it has the same keys.
 _AUGMENT, _MIX = 0x617567, 0x6D6978
@@ -37,19 +38,20 @@ def epoch_key(seed: int, epoch: Int[Array, ""] | int) -> Key[jax.Array, ""]:
 
 @partial(jax.jit, static_argnames=("size", "config"))
 def augment(
-    images: UInt8[Array, "batch side side 3"],
+    images: UInt8[Array, "batch side side channels"] | Float[Array, "batch side side channels"],
     indices: Int[Array, " batch"],
     key: Key[jax.Array, ""],
     size: int,
     config: AugmentConfig,
-) -> Float[jax.Array, "batch size size 3"]:
+) -> Float[jax.Array, "batch size size channels"]:
     """Crop, flip and distort each image independently.
 
-    Pixels are integers from 0 to 255 between the steps, as in Pillow. With every augmentation off,
-    the result is exactly the central crop of `decode`.
+    Pixels of 8 bits are integers from 0 to 255 between the steps, as in Pillow. With every
+    augmentation off, the result is exactly the central crop of `decode`.
 
     Args:
-        images: ``[batch, side, side, 3]`` uint8 RGB from `decode`, preferably larger than ``size``.
+        images: ``[batch, side, side, channels]`` from `decode`, uint8 or float32, preferably larger
+            than ``size``.
         indices: ``[batch]`` int32 position of each example in its source; -1 for padding. The
             result for an example depends on its image, its index and ``key`` only, not on the rest
             of the batch.
@@ -58,14 +60,17 @@ def augment(
         config: the augmentations to apply.
 
     Returns:
-        ``[batch, size, size, 3]`` float32 in [0, 1].
+        ``[batch, size, size, channels]`` float32: uint8 in [0, 1], others in their own range.
 
     Raises:
-        RequestError: the images are not square, or too small for a central crop.
+        RequestError: the images are not square, or too small for a central crop, or RandAugment
+            does not fit their channels.
     """
     height, side = images.shape[1:3]
     if height != side or (side < size and not config.crop):
         raise RequestError(f"images of {height} x {side}: pass squares of at least {size} pixels")
+    if config.randaugment_layers:
+        check_randaugment(images.shape[-1], images.dtype)
     offset = round((side - size) / 2)
 
     def one(image: jax.Array, index: jax.Array) -> jax.Array:
@@ -87,19 +92,32 @@ def augment(
             # Unrolled, XLA would fuse the layers and recompute the first one for every pixel.
             draws = jax.random.uniform(distortions, (config.randaugment_layers, 2))
             image, _ = jax.lax.scan(layer, image, draws)
-        return image.astype(jnp.float32) / 255
+        return image.astype(jnp.float32) / 255 if image.dtype == jnp.uint8 else image
 
     return jax.vmap(one)(jnp.asarray(images), jnp.asarray(indices))
 
 
+def check_randaugment(channels: int, dtype: Any) -> None:
+    """Check that RandAugment is defined for images: for gray and RGB of 8 bits.
+
+    Raises:
+        RequestError: it is not.
+    """
+    if channels not in (1, 3) or dtype != "uint8":
+        raise RequestError(
+            f"--randaugment-layers distorts images of 1 or 3 channels of 8 bits, not of {channels} "
+            f"of {dtype}: leave it out"
+        )
+
+
 @partial(jax.jit, static_argnames="config")
 def mix(
-    images: Float[Array, "batch height width 3"],
+    images: Float[Array, "batch height width channels"],
     targets: Float[Array, "batch classes"],
     mask: Bool[Array, " batch"],
     key: Key[jax.Array, ""],
     config: AugmentConfig,
-) -> tuple[Float[jax.Array, "batch height width 3"], Float[jax.Array, "batch classes"]]:
+) -> tuple[Float[jax.Array, "batch height width channels"], Float[jax.Array, "batch classes"]]:
     """Mix each example with another one of the batch, by mixup or CutMix.
 
     The result depends on the examples of the batch and their order, but not on the number of
@@ -109,7 +127,7 @@ def mix(
     Source: mixup, Zhang et al. 2017, arXiv:1710.09412; CutMix, Yun et al. 2019, arXiv:1905.04899.
 
     Args:
-        images: ``[batch, height, width, 3]`` float32 in [0, 1].
+        images: ``[batch, height, width, channels]`` float32.
         targets: ``[batch, classes]`` float32 probabilities, with label smoothing already applied.
         mask: ``[batch]`` bool; False for padding and for images that could not be read.
         key: random key of the seed and the step.
@@ -167,7 +185,9 @@ def _random_box(draws: Float[Array, "4"], side: int, config: AugmentConfig) -> I
     return jnp.concatenate([corner, shape]).astype(jnp.int32)
 
 
-def _resized_crop(image: UInt8[Array, "side side 3"], box: Int[Array, "4"], size: int) -> _Pixels:
+def _resized_crop(
+    image: Shaped[Array, "side side channels"], box: Int[Array, "4"], size: int
+) -> Shaped[jax.Array, "size size channels"]:
     """Crop and resize like Pillow's ``image.crop(box).resize((size, size), BILINEAR)``.
 
     The few pixels that contribute to an output pixel are gathered. `jax.image.scale_and_translate`
@@ -191,7 +211,7 @@ def _resized_crop(image: UInt8[Array, "side side 3"], box: Int[Array, "4"], size
         rows += image[y] * weight[:, None, None]
     for x, weight in zip(*taps(left, width), strict=True):
         pixels += rows[:, x] * weight[:, None]
-    return jnp.round(pixels).astype(jnp.uint8)
+    return jnp.round(pixels).astype(jnp.uint8) if image.dtype == jnp.uint8 else pixels
 
 
 def _distort(image: _Pixels, operation: Array | int, strength: Array | float) -> _Pixels:
@@ -205,19 +225,20 @@ def _distort(image: _Pixels, operation: Array | int, strength: Array | float) ->
     are computed, and those that ``operation`` does not belong to are identities.
 
     Args:
-        image: ``[size, size, 3]`` uint8.
+        image: ``[size, size, channels]`` uint8, of one or three channels.
         operation: index into `OPERATIONS`.
         strength: fraction of the largest magnitude, in [-1, 1]; the sign selects the direction of
             operations that have two.
     """
-    size = image.shape[0]
+    size, channels = image.shape[0], image.shape[-1]
     levels = image.astype(jnp.int32)
 
     def when(name: str, value: Array | float, otherwise: Array | float = 0.0) -> jax.Array:
         return jnp.where(operation == OPERATIONS.index(name), value, otherwise)
 
     # A blend with, or away from, a degenerate image.
-    gray = ((levels * jnp.array([19595, 38470, 7471])).sum(-1, keepdims=True) + 2**15) >> 16
+    luma = jnp.array([19595, 38470, 7471])
+    gray = ((levels * luma).sum(-1, keepdims=True) + 2**15) >> 16  # of one channel, itself
     mean = (gray.sum() + size * size // 2) // (size * size)
     rows = levels[:-2] + levels[1:-1] + levels[2:]
     inner = rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:] + 4 * levels[1:-1, 1:-1]
@@ -229,8 +250,9 @@ def _distort(image: _Pixels, operation: Array | int, strength: Array | float) ->
 
     # A lookup table of levels for each channel.
     amount, level = jnp.abs(strength), jnp.arange(256)
-    channel = 256 * jnp.arange(3)  # offset of each channel's table
-    counts = jnp.zeros(3 * 256, jnp.int32).at[levels + channel].add(1).reshape(3, 256)
+    channel = 256 * jnp.arange(channels)  # offset of each channel's table
+    counts = jnp.zeros(channels * 256, jnp.int32).at[levels + channel].add(1)
+    counts = counts.reshape(channels, 256)
     low = jnp.argmax(counts > 0, 1, keepdims=True)
     high = 255 - jnp.argmax(counts[:, ::-1] > 0, 1, keepdims=True)
     stretched = jnp.clip((level - low) * 255 // jnp.maximum(high - low, 1), 0, 255)
@@ -244,7 +266,9 @@ def _distort(image: _Pixels, operation: Array | int, strength: Array | float) ->
     table = when("posterize", level >> bits << bits, table)
     # The matrix product keeps XLA from fusing the tables into the lookup, which would recompute
     # them for every pixel. Levels are exact in every matmul precision.
-    table = (jnp.broadcast_to(table, (3, 256)).astype(jnp.float32) @ jnp.eye(256)).reshape(-1)
+    table = (jnp.broadcast_to(table, (channels, 256)).astype(jnp.float32) @ jnp.eye(256)).reshape(
+        -1
+    )
 
     # A geometric transform: the position that each pixel is read from.
     angle = when("rotate", math.radians(30) * strength)
@@ -261,4 +285,4 @@ def _distort(image: _Pixels, operation: Array | int, strength: Array | float) ->
 
     # `jax.scipy.ndimage.map_coordinates` gives the same pixels in 1.12 times the time of `augment`.
     result = table[blend.astype(jnp.int32) + channel].astype(jnp.uint8)
-    return jnp.where(inside[..., None], result.reshape(-1, 3)[source], 128)
+    return jnp.where(inside[..., None], result.reshape(-1, channels)[source], 128)

@@ -1,4 +1,4 @@
-"""Decode image files to RGB squares, or raise an error that says why a file cannot be used."""
+"""Decode image files to squares, or raise an error that says why a file cannot be used."""
 
 import codecs
 import io
@@ -6,18 +6,21 @@ import re
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from os import PathLike
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, Shaped, UInt8
 from PIL import ExifTags, Image, ImageChops, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
 from tljax.data.folders import open_images
+from tljax.data.pixels import NPY, is_tiff, read_npy, read_tiff, to_bands, to_values
+from tljax.explain.pictures import as_rgb
 from tljax.runtime.download import is_html
-from tljax.runtime.errors import UnreadableImageError
+from tljax.runtime.errors import RequestError, UnreadableImageError
 from tljax.runtime.types import Preprocess
 
 MAX_PIXELS = 2**27
@@ -43,11 +46,13 @@ _JPEG_END = b"\xff\xd9"  # the end-of-image marker
 _PILLOW_WARNINGS = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
 
 
+Pixels = UInt8[np.ndarray, "size size channels"] | Float[np.ndarray, "size size channels"]
+"""A square image: uint8, or float32 if it has more than 8 bits."""
+
+
 def decode(
-    data: bytes | UInt8[np.ndarray, "height width 3"],
-    preprocess: Preprocess,
-    remarks: list[str] | None = None,
-) -> UInt8[np.ndarray, "size size 3"]:
+    data: bytes | np.ndarray, preprocess: Preprocess, remarks: list[str] | None = None
+) -> Pixels:
     """Decode an image and resize and crop it for a network.
 
     The short side is resized to ``preprocess.resize`` with an antialiasing Pillow filter, and the
@@ -56,55 +61,142 @@ def decode(
     at 1/2, 1/4 or 1/8 of its resolution, but at no less than four times ``preprocess.resize``: this
     is three times as fast for 12 megapixels and changes pixels by 0.1 to 0.4 of 255 on average.
 
+    For three channels of 8 bits, every picture becomes RGB, as `open_image` says. Otherwise the
+    bands of a file are kept, and each is resized by itself: their number must be
+    ``preprocess.channels``, but color becomes gray for one channel and gray becomes color for
+    three.
+
     Args:
-        data: an encoded image file, or RGB pixels ``[height, width, 3]`` uint8.
-        preprocess: the sizes and the filter; normalization is left to the model.
+        data: an encoded image file, a file of ``numpy.save``, or pixels ``[height, width,
+            channels]`` uint8, uint16 or floating point.
+        preprocess: the sizes, the filter, the number of channels and the dtype; normalization is
+            left to the model.
         remarks: list that a remark is appended to if the end of the file is missing; see
             `open_image`.
 
     Returns:
-        ``[size, size, 3]`` uint8 RGB, where ``size`` is ``preprocess.size``.
+        ``[size, size, channels]``, where ``size`` is ``preprocess.size``; of ``uint8``, or of
+        ``float32`` as `Preprocess` says.
 
     Raises:
         UnreadableImageError: the image cannot be used; the message is the reason.
+        RequestError: the image needs tifffile, which is not installed.
     """
-    image, box, transpose, truncated = _open(data, min_side=4 * preprocess.resize)
+    exact = preprocess.dtype != "uint8" or preprocess.channels != 3
+    pixels, has_range = decode_as_stored(data, preprocess, remarks, exact=exact)
+    if preprocess.dtype == "uint8" and pixels.dtype != np.uint8:
+        if not has_range:
+            raise UnreadableImageError(
+                "floating point pixels, but the network takes 8 bits: train one with --channels"
+            )
+        return np.rint(pixels * 255).astype(np.uint8)
+    if preprocess.dtype == "float32" and pixels.dtype == np.uint8:
+        return pixels.astype(np.float32) / np.float32(255)
+    return pixels
+
+
+def decode_as_stored(
+    data: bytes | np.ndarray,
+    preprocess: Preprocess,
+    remarks: list[str] | None = None,
+    *,
+    exact: bool = True,
+) -> tuple[Pixels, bool]:
+    """Decode an image like `decode`, but in uint8 if it has 8 bits, and otherwise in float32.
+
+    Args:
+        data: as for `decode`.
+        preprocess: as for `decode`; the dtype does not matter.
+        remarks: as for `decode`.
+        exact: keep more than 8 bits, and do not read other bands as a picture.
+
+    Returns:
+        The pixels, and whether they were integers, whose range is known: float32 is in [0, 1] then.
+
+    Raises:
+        UnreadableImageError: the image cannot be used.
+        RequestError: the image needs tifffile, which is not installed.
+    """
+    bands, box, transpose, has_range, truncated = _open(
+        data, 4 * preprocess.resize, preprocess.channels, exact=exact
+    )
     if truncated and remarks is not None:
         remarks.append("the end of the file is missing; the decoded part is used")
     width, height = box[2:]
     short, long = sorted((width, height))
     long = int(preprocess.resize * long / short)
     if preprocess.resize * long > MAX_PIXELS:
-        raise UnreadableImageError(f"too elongated: {image.width} x {image.height} pixels")
-    image = image.resize(
-        (preprocess.resize, long) if width <= height else (long, preprocess.resize),
-        Image.Resampling[preprocess.interpolation.upper()],
-        box,
-    )
-    image = image if transpose is None else image.transpose(transpose)
-    left = round((image.width - preprocess.size) / 2)
-    top = round((image.height - preprocess.size) / 2)
-    return np.array(image.crop((left, top, left + preprocess.size, top + preprocess.size)))
+        raise UnreadableImageError(f"too elongated: {bands[0].width} x {bands[0].height} pixels")
+    shape = (preprocess.resize, long) if width <= height else (long, preprocess.resize)
+
+    def resize(band: Image.Image) -> np.ndarray:
+        band = band.resize(shape, Image.Resampling[preprocess.interpolation.upper()], box)
+        band = band if transpose is None else band.transpose(transpose)
+        left = round((band.width - preprocess.size) / 2)
+        top = round((band.height - preprocess.size) / 2)
+        band = band.crop((left, top, left + preprocess.size, top + preprocess.size))
+        return np.array(band).reshape(preprocess.size, preprocess.size, -1)
+
+    parts = [resize(band) for band in bands]
+    pixels = np.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
+    if has_range and pixels.dtype != np.uint8:
+        pixels = np.clip(pixels, 0, 1)  # bicubic filters overshoot
+    return pixels, has_range
+
+
+def decode_picture(data: bytes | np.ndarray, size: int) -> UInt8[np.ndarray, "size size 3"]:
+    """Decode an image to be looked at: what is no picture shows its first three channels.
+
+    Args:
+        data: as for `decode`.
+        size: side of the central square, in pixels.
+
+    Returns:
+        ``[size, size, 3]`` uint8 RGB; see `tljax.explain.pictures.as_rgb`.
+
+    Raises:
+        UnreadableImageError: the image cannot be used.
+    """
+    return decode(np.asarray(open_picture(data)), Preprocess(size, size))
+
+
+def open_picture(data: bytes | np.ndarray) -> Image.Image:
+    """Decode an image to be looked at, in full: as `open_image` if it is a picture.
+
+    Raises:
+        UnreadableImageError: the image cannot be used.
+    """
+    if not isinstance(data, np.ndarray):
+        with suppress(UnreadableImageError):
+            return open_image(data)
+    bands, _, transpose, *_ = _open(data, channels=None, exact=True)
+    image = Image.fromarray(as_rgb(_stack(bands)))
+    return image if transpose is None else image.transpose(transpose)
+
+
+def _stack(bands: Sequence[Image.Image]) -> np.ndarray:
+    """Return bands as an array ``[height, width, channels]``."""
+    return np.dstack([np.asarray(band) for band in bands])
 
 
 def read_images(
     paths: Sequence[str | PathLike[str]], preprocess: Preprocess
-) -> UInt8[np.ndarray, "images size size 3"]:
+) -> Shaped[np.ndarray, "images size size channels"]:
     """Decode a short list of image files in one thread.
 
     Args:
         paths: files, folders (every file below them is read) or URLs, as for `open_images`.
-        preprocess: the sizes and the filter; see `decode`.
+        preprocess: the sizes, the filter, the number of channels and the dtype; see `decode`.
 
     Returns:
-        ``[images, size, size, 3]`` uint8 RGB.
+        ``[images, size, size, channels]``, RGB for three channels.
 
     Raises:
         RequestError: a path does not exist, a folder has no file, or a URL cannot be fetched.
         UnreadableImageError: a file is not a usable image; the message names it.
     """
     source = open_images(paths)
-    images = np.empty((len(source), preprocess.size, preprocess.size, 3), np.uint8)
+    images = np.empty((len(source), *preprocess.shape), preprocess.dtype)
     for index, name in enumerate(source.names):
         try:
             remarks: list[str] = []
@@ -140,7 +232,10 @@ def open_image(data: bytes) -> Image.Image:
     Raises:
         UnreadableImageError: the bytes are not a usable image; the message is the reason.
     """
-    image, _, transpose, _ = _open(data)
+    bands, _, transpose, has_range, _ = _open(data)
+    if not has_range:
+        raise UnreadableImageError("floating point pixels of unknown range")
+    image = bands[0] if len(bands) == 1 else Image.fromarray(as_rgb(_stack(bands)))
     return image if transpose is None else image.transpose(transpose)
 
 
@@ -148,23 +243,37 @@ class _Opened(NamedTuple):
     """A decoded image in the orientation in which it is stored.
 
     Attributes:
-        image: the pixels, RGB.
-        box: the region of ``image`` to use: left, top, right, bottom.
+        bands: the pixels: one image of mode RGB, or one of mode L or F for each channel.
+        box: the region of each image to use: left, top, right, bottom.
         transpose: the transpose that puts the image upright; None if it is.
+        has_range: whether pixels were integers; floating point ones are in [0, 1] then.
         truncated: whether the end of the file is missing.
     """
 
-    image: Image.Image
+    bands: tuple[Image.Image, ...]
     box: tuple[float, float, float, float]
     transpose: Image.Transpose | None
+    has_range: bool
     truncated: bool = False
 
 
-def _open(data: bytes | np.ndarray, min_side: int | None = None) -> _Opened:
-    """Decode a whole image, or a large JPEG at a lower resolution of at least ``min_side``."""
+def _open(
+    data: bytes | np.ndarray,
+    min_side: int | None = None,
+    channels: int | None = 3,
+    *,
+    exact: bool = False,
+) -> _Opened:
+    """Decode a whole image, or a large JPEG at a lower resolution of at least ``min_side``.
+
+    Args:
+        data: a file or pixels.
+        min_side: lower bound of the short side, in pixels; by default the resolution of the file.
+        channels: number of channels of the result; None keeps that of the file.
+        exact: keep more than 8 bits, and do not read other bands as a picture.
+    """
     if isinstance(data, np.ndarray):
-        image = Image.fromarray(data)
-        return _Opened(image, (0, 0, *image.size), None)
+        return _from_array(data, channels)
     if not data:
         raise UnreadableImageError("the file is empty")
     if data.startswith(b"\xff\xd8") and data.endswith(bytes(8)):
@@ -175,15 +284,8 @@ def _open(data: bytes | np.ndarray, min_side: int | None = None) -> _Opened:
     if _PILLOW_WARNINGS not in warnings.filters:
         warnings.filterwarnings("ignore", module=r"PIL\.")
     try:
-        image = Image.open(io.BytesIO(data), formats=_FORMATS)
-        _check_size(image)
-        # Only JPEG decodes at a lower resolution, by leaving out high frequencies. The reduced
-        # width and height are rounded up; the box is exact.
-        drafted = image.draft(None, (min_side, min_side)) if min_side else None
-        image.load()
-        box = drafted[1] if drafted else (0, 0, *image.size)
-        return _Opened(_to_rgb(image), box, _upright_transpose(image))
-    except UnreadableImageError:
+        return _read(data, min_side, channels, exact=exact)
+    except (UnreadableImageError, RequestError):
         raise
     except UnidentifiedImageError as error:
         raise UnreadableImageError(_identify(data)) from error
@@ -191,9 +293,34 @@ def _open(data: bytes | np.ndarray, min_side: int | None = None) -> _Opened:
         raise UnreadableImageError(f"more than the limit of {MAX_PIXELS:,} pixels") from error
     except Exception as error:
         if not data.endswith(_JPEG_END) and _is_nearly_complete(data):
-            return _open(data + _JPEG_END, min_side)._replace(truncated=True)
+            whole = data + _JPEG_END
+            return _open(whole, min_side, channels, exact=exact)._replace(truncated=True)
         reason = str(error) or type(error).__name__
         raise UnreadableImageError(f"damaged or cut short: {reason}") from error
+
+
+def _read(data: bytes, min_side: int | None, channels: int | None, *, exact: bool) -> _Opened:
+    """Decode a file of NumPy, Pillow or tifffile."""
+    if data.startswith(NPY):
+        return _from_array(read_npy(data), channels)
+    try:
+        image = Image.open(io.BytesIO(data), formats=_FORMATS)
+    except UnidentifiedImageError:
+        if exact and is_tiff(data):
+            return _from_array(read_tiff(data, channels), channels)
+        raise
+    _check_size(image)
+    if exact and _loses_bands(image):
+        return _from_array(read_tiff(data, channels), channels)
+    # Only JPEG decodes at a lower resolution, by leaving out high frequencies. The reduced width
+    # and height are rounded up; the box is exact.
+    drafted = image.draft(None, (min_side, min_side)) if min_side else None
+    image.load()
+    box = drafted[1] if drafted else (0, 0, *image.size)
+    if not exact:
+        return _Opened((_to_rgb(image),), box, _upright_transpose(image), has_range=True)
+    bands, has_range = _to_bands(image, channels)
+    return _Opened(bands, box, _upright_transpose(image), has_range)
 
 
 def _is_nearly_complete(data: bytes) -> bool:
@@ -243,8 +370,78 @@ def _upright_transpose(image: Image.Image) -> Image.Transpose | None:
         return None
 
 
+def _from_array(array: np.ndarray, channels: int | None) -> _Opened:
+    """Convert numbers ``[height, width, channels]`` to bands."""
+    if array.ndim != 3 or not 0 < array.shape[0] * array.shape[1] <= MAX_PIXELS:
+        raise UnreadableImageError(f"an array of shape {list(array.shape)} is not an image")
+    has_range, values = array.dtype.kind == "u", to_values(array)
+    bands = tuple(to_bands(values))
+    if channels not in (None, values.shape[-1]):
+        bands = _convert(bands, values.shape, channels or 0)
+    return _Opened(bands, (0, 0, *bands[0].size), None, has_range)
+
+
+def _convert(
+    bands: tuple[Image.Image, ...], shape: tuple[int, ...], channels: int
+) -> tuple[Image.Image, ...]:
+    """Convert gray to three channels, or RGB of 8 bits to gray."""
+    if shape[-1] == 1 and channels == 3:
+        return (bands[0].convert("RGB"),) if bands[0].mode == "L" else bands * 3
+    if channels == 1 and bands[0].mode == "RGB":
+        return (bands[0].convert("L"),)
+    count, advice = shape[-1], ""
+    if shape[0] == channels:
+        advice = "; its first axis looks like channels: save it as [height, width, channels]"
+    raise UnreadableImageError(f"it has {count} channels instead of {channels}{advice}")
+
+
+def _loses_bands(image: Image.Image) -> bool:
+    """Return True for a TIFF that Pillow would reduce to 8 bits, or to some bands or pages.
+
+    Raises:
+        UnreadableImageError: a PNG file is such an image.
+    """
+    if image.format == "PNG":
+        tiles = getattr(image, "tile", [])  # the last item of a tile is the format of its pixels
+        if tiles and str(tiles[0][3]).endswith(";16B") and not image.mode.startswith("I"):
+            raise UnreadableImageError(
+                "a PNG of several channels of 16 bits, which Pillow reduces to 8: save it as TIFF "
+                "or .npy"
+            )
+        return False
+    if image.format != "TIFF":
+        return False
+    bits = image.getexif().get(ExifTags.Base.BitsPerSample, (1,))
+    bits = bits if isinstance(bits, tuple) else (bits,)
+    if getattr(image, "n_frames", 1) > 1 or len(bits) != len(image.getbands()):
+        return True
+    return max(bits) > 8 and image.mode not in ("F", "I") and not image.mode.startswith("I;16")
+
+
+def _to_bands(image: Image.Image, channels: int | None) -> tuple[tuple[Image.Image, ...], bool]:
+    """Return the bands of an image that Pillow has read, and whether they were integers."""
+    if _is_gray16(image) or image.mode == "F":
+        array = np.asarray(image, "float32" if image.mode == "F" else "uint16")
+        opened = _from_array(array[..., None], channels)
+        return opened.bands, opened.has_range
+    if channels in (1, 3):
+        rgb = _to_rgb(image)
+        return (rgb.convert("L") if channels == 1 else rgb,), True
+    if image.mode in ("P", "PA"):
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    if image.mode in ("1", "I"):
+        image = _to_rgb(image).convert("L")  # refuses mode I
+    array = np.asarray(image)
+    array = array[..., None] if array.ndim == 2 else array
+    return _from_array(array, channels).bands, True
+
+
+def _is_gray16(image: Image.Image) -> bool:
+    return image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+    if _is_gray16(image):
         # Pillow's own conversion of 16-bit grayscale clips at 255.
         image = Image.fromarray(((np.asarray(image, np.uint32) + 128) // 257).astype(np.uint8))
     if image.mode in ("I", "F"):
@@ -264,6 +461,8 @@ def _identify(data: bytes) -> str:
         return "a HEIC photo, which Pillow cannot read: convert it to JPEG"
     if data.startswith((b"\xff\xd8\xff", b"\x89PNG", b"GIF8")) or data[8:12] == b"WEBP":
         return "damaged or cut short: the header is broken"
+    if is_tiff(data):
+        return "a TIFF file that Pillow cannot read: images of several bands need --channels"
     try:
         text = codecs.getincrementaldecoder("utf-8")().decode(head)
     except UnicodeDecodeError:

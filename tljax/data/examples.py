@@ -24,9 +24,10 @@ from tljax.runtime.types import Array, Batch
 
 
 class Examples(Protocol):
-    """Random access to images: encoded files, or RGB pixels ``[height, width, 3]`` uint8.
+    """Random access to images: encoded files, or pixels ``[height, width, channels]``.
 
-    An array of images ``[n, height, width, 3]`` satisfies the protocol. Reading an example that
+    Pixels are uint8, uint16 or floating point. An array of images ``[n, height, width, channels]``
+    satisfies the protocol. Reading an example that
     cannot be read raises ``UnreadableImageError``. An optional attribute ``fingerprint``, a string
     that changes whenever the content of any example does, spares `Source.digest` reading them all.
     """
@@ -79,7 +80,7 @@ class Source:
         return len(self.labels)
 
     def read(self, index: int) -> bytes | np.ndarray:
-        """Read one example: an encoded image file, or RGB pixels ``[height, width, 3]`` uint8.
+        """Read one example: an encoded image file, or pixels ``[height, width, channels]``.
 
         Raises:
             UnreadableImageError: the file cannot be read.

@@ -65,7 +65,7 @@ class Files:
 
 
 IMAGE_SUFFIXES = {
-    *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".jp2", ".avif")
+    *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".jp2", ".avif", ".npy")
 }
 
 _TABLE_OPTIONS = "root target path_column split_column weight_column"

@@ -48,7 +48,8 @@ def load_batches(
 
     Args:
         source: the examples.
-        preprocess: the sizes and the filter that images are resized and cropped with.
+        preprocess: the sizes and the filter that images are resized and cropped with, the number
+            of channels and the dtype.
         batch_size: number of rows of a batch, over all processes together.
         seed: seed of the shuffling, 0 or more; the order is a permutation that depends on ``seed``,
             ``epoch`` and the number of examples only. None keeps the order of the source.
@@ -68,8 +69,8 @@ def load_batches(
             batch is yielded.
 
     Yields:
-        This process's rows of each batch: inputs ``[rows, size, size, 3]`` uint8; the last batch is
-        padded to its full size.
+        This process's rows of each batch: inputs ``[rows, size, size, channels]`` of the dtype of
+        ``preprocess``; the last batch is padded to its full size.
 
     Raises:
         RequestError: an argument is out of its range; or, during the iteration and with ``fail``,
@@ -171,7 +172,7 @@ class _Decoded:
 
     def __getitem__(self, index: int) -> "_Row":
         example, fault, remarks = int(self.indices[index]), None, []
-        image = np.zeros((self.preprocess.size, self.preprocess.size, 3), np.uint8)
+        image = np.zeros(self.preprocess.shape, self.preprocess.dtype)
         if example >= 0:
             try:
                 image = decode(self.source.read(example), self.preprocess, remarks)

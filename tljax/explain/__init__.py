@@ -14,6 +14,7 @@ from tljax.explain.gradients import smooth_grad as smooth_grad
 from tljax.explain.parametrization import FOURIER as FOURIER
 from tljax.explain.parametrization import PIXELS as PIXELS
 from tljax.explain.parametrization import Parametrization as Parametrization
+from tljax.explain.pictures import as_rgb as as_rgb
 from tljax.explain.pictures import channel_pictures as channel_pictures
 from tljax.explain.pictures import heatmap as heatmap
 from tljax.explain.pictures import overlay as overlay

@@ -20,6 +20,30 @@ def to_pixels(images: Num[Array, "..."]) -> UInt8[np.ndarray, "..."]:
     return np.round(np.clip(images, 0, 1) * 255).astype(np.uint8)
 
 
+def as_rgb(images: Num[Array, "*batch height width channels"]) -> UInt8[np.ndarray, "..."]:
+    """Convert images of any channels to RGB, to be looked at.
+
+    One channel is shown in gray, of more than three the first three, and of two the first.
+
+    Args:
+        images: ``[..., height, width, channels]``. uint8 stays as it is; the range of floating
+            point numbers is not known, so each image is stretched from its smallest to its largest
+            value.
+
+    Returns:
+        ``[..., height, width, 3]`` uint8.
+    """
+    shown = _first_three(np.asarray(images))
+    if shown.dtype == np.uint8:
+        return shown
+    low, high = (f(shown, axis=(-3, -2, -1), keepdims=True) for f in (np.min, np.max))
+    return to_pixels((shown - low) / np.where(high > low, high - low, 1))
+
+
+def _first_three(images: np.ndarray) -> np.ndarray:
+    return images[..., :3] if images.shape[-1] >= 3 else np.repeat(images[..., :1], 3, axis=-1)
+
+
 def scale_maps(maps: Maps, *, percentile: float = 99.0) -> Float[np.ndarray, "batch height width"]:
     """Scale each map to [-1, 1] by a percentile of its absolute values.
 
@@ -56,7 +80,7 @@ def heatmap(maps: Maps, *, percentile: float = 99.0) -> UInt8[np.ndarray, "batch
 
 
 def overlay(
-    images: Num[Array, "batch height width 3"],
+    images: Num[Array, "batch height width channels"],
     maps: Float[Array, "batch h w"],
     *,
     opacity: float = 0.6,
@@ -65,7 +89,8 @@ def overlay(
     """Blend heatmaps with the grayscale versions of their images.
 
     Args:
-        images: ``[batch, height, width, 3]`` RGB, uint8 or in [0, 1].
+        images: ``[batch, height, width, channels]``, uint8 or in [0, 1]. Of more than three
+            channels the first three are seen as RGB, of two the first as gray.
         maps: ``[batch, h, w]``, resized bilinearly to the images.
         opacity: opacity of the heatmap, 0 to 1.
         percentile: see `scale_maps`.
@@ -76,7 +101,7 @@ def overlay(
     Raises:
         RequestError: the number of maps differs from the number of images.
     """
-    pixels = to_pixels(images)
+    pixels = _first_three(to_pixels(images))
     maps = np.asarray(maps, np.float32)
     if maps.ndim != 3 or len(maps) != len(pixels):
         raise RequestError(

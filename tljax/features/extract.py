@@ -190,8 +190,9 @@ def split_features(
 def images_per_second(model: Model, variables: Variables, loading: Loading) -> float:
     """Measure the throughput of pooled features: the median of five batches, after compilation."""
     mesh = data_mesh(loading.devices)
-    size, side = round_up_to_devices(loading.batch_size, mesh), model.preprocess.size
-    images = np.random.default_rng(0).integers(0, 256, (size, side, side, 3)).astype(np.uint8)
+    size, preprocess = round_up_to_devices(loading.batch_size, mesh), model.preprocess
+    images = np.random.default_rng(0).integers(0, 256, (size, *preprocess.shape))
+    images = images.astype(preprocess.dtype)
     arguments = replicate(variables, mesh), *shard((images, np.arange(size, dtype=np.int32)), mesh)
     forward = partial(_forward, model, mesh, None, -1, "float32", None, None)
     jax.block_until_ready(forward(*arguments))
@@ -258,8 +259,7 @@ def feature_bytes(
     model: Model, count: int, stop: str | int | None, dtype: Dtype = "float32"
 ) -> int:
     """Compute the size in bytes of the features of ``count`` images before stage ``stop``."""
-    size = model.preprocess.size
-    images = jax.ShapeDtypeStruct((1, size, size, 3), np.uint8)
+    images = jax.ShapeDtypeStruct((1, *model.preprocess.shape), np.uint8)
     run = partial(apply, model, stop=stop)
     value = jax.eval_shape(run, abstract_variables(model), images).value
     return count * value.size * jnp.dtype(dtype).itemsize

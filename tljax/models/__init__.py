@@ -18,6 +18,8 @@ from tljax.models import (
     vit,
     xception,
 )
+from tljax.models.inputs import adapt_input as adapt_input
+from tljax.models.inputs import input_kernel as input_kernel
 from tljax.models.model import Model as Model
 from tljax.models.model import Output as Output
 from tljax.models.model import Stage as Stage

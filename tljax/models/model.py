@@ -162,16 +162,27 @@ AroundStage = Callable[[StageFunction], StageFunction]
 
 
 def normalize(
-    images: Num[Array, "batch height width 3"], preprocess: Preprocess, dtype: str = "float32"
-) -> Float[jax.Array, "batch height width 3"]:
-    """Normalize RGB images to the model's input.
+    images: Num[Array, "batch height width channels"],
+    preprocess: Preprocess,
+    dtype: str = "float32",
+) -> Float[jax.Array, "batch height width channels"]:
+    """Normalize images to the model's input.
 
     Args:
-        images: ``[batch, height, width, 3]``; uint8 in [0, 255] or floating point in [0, 1].
+        images: ``[batch, height, width, channels]``; uint8 in [0, 255], or floating point, which is
+            in [0, 1] for images of 8 or 16 bits.
         preprocess: mean, standard deviation and channel order.
         dtype: dtype of the result.
+
+    Raises:
+        RequestError: the images have another number of channels than the preprocessing.
     """
     images = jnp.asarray(images)
+    if images.shape[-1] != preprocess.channels:
+        raise RequestError(
+            f"images of shape {list(images.shape)} have {images.shape[-1]} channels: the network "
+            f"needs {preprocess.channels}"
+        )
     if jnp.issubdtype(images.dtype, jnp.integer):
         images = images.astype(jnp.float32) / 255
     images = (images - jnp.asarray(preprocess.mean)) / jnp.asarray(preprocess.std)
@@ -203,8 +214,8 @@ def apply(
         model: stages and preprocessing.
         variables: ``{"params": {stage: ...}, "batch_stats": {stage: ...}}``; must contain the
             stages that run.
-        images: ``[batch, height, width, 3]`` RGB, uint8 in [0, 255] or floating point in [0, 1];
-            with ``start``, the output of the previous stage.
+        images: ``[batch, height, width, channels]``, RGB for three channels, uint8 in [0, 255] or
+            floating point, see `normalize`; with ``start``, the output of the previous stage.
         start: first stage to run, by name or index. By default the images are normalized and all
             stages run.
         stop: stage to stop before, by name or index; by default all remaining stages run.
@@ -275,7 +286,7 @@ def init(model: Model, key: PRNGKeyArray) -> Variables:
 
 def _build(model: Model, key: jax.Array) -> tuple[Variables, jax.Array]:
     """Return random variables and the output for an image of zeros."""
-    x = jnp.zeros((1, model.preprocess.size, model.preprocess.size, 3))
+    x = jnp.zeros((1, *model.preprocess.shape))
     mode = INFERENCE._replace(grid=model.grid(x.shape))
     variables: Variables = {"params": {}, "batch_stats": {}}
     for position, (name, module, *_) in enumerate(model.stages):
@@ -295,7 +306,9 @@ def abstract_variables(model: Model) -> Variables:
 
 def _trace(model: Model, stages: Sequence[Stage]) -> tuple[Variables, jax.ShapeDtypeStruct]:
     """Return the shapes and dtypes of the variables of some first stages, and of their output."""
-    traced = _trace_cached(Model("", tuple(stages), Preprocess(size=model.preprocess.size)))
+    size, _, channels = model.preprocess.shape
+    preprocess = Preprocess(size=size, mean=(0.0,) * channels, std=(1.0,) * channels)
+    traced = _trace_cached(Model("", tuple(stages), preprocess))
     return jax.tree.map(lambda leaf: leaf, traced)  # a copy, which the caller may change
 
 
@@ -443,14 +456,14 @@ def select_outputs(
 
 @partial(jax.jit, static_argnames="model")
 def layer_outputs(
-    model: Model, variables: Variables, images: Num[Array, "batch height width 3"]
+    model: Model, variables: Variables, images: Num[Array, "batch height width channels"]
 ) -> OrderedDict[str, Float[jax.Array, "batch ..."]]:
     """Return the outputs of all layers, to compare a port with its source layer by layer.
 
     Args:
         model: stages and preprocessing.
         variables: variables of all stages.
-        images: ``[batch, height, width, 3]``; uint8 in [0, 255] or floating point in [0, 1].
+        images: ``[batch, height, width, channels]``; uint8 in [0, 255] or floating point.
 
     Returns:
         The output of each convolution (after its norm), norm, dense layer and head, before the

@@ -20,6 +20,9 @@ from tljax.runtime.types import Preprocess
 
 VERSION = 1
 
+MAX_CHANNELS = 1024
+"""Largest number of input channels; hyperspectral images have a few hundred."""
+
 Modules = Mapping[str, Callable[..., nn.Module]]
 """Flax classes by name."""
 
@@ -50,9 +53,17 @@ def to_json(model: Model) -> dict[str, Any]:
             else stage._asdict() | _plain(stage.module, f"stage {stage.name} of {model.name}")
             for stage in model.stages
         ],
-        "preprocess": asdict(model.preprocess),
+        "preprocess": _preprocess(model.preprocess),
         "dtype": model.dtype,
     }
+
+
+def _preprocess(preprocess: Preprocess) -> dict[str, Any]:
+    """Return the preprocessing as JSON; of 8 bits as earlier versions of tljax read it."""
+    values = asdict(preprocess)
+    if preprocess.dtype == "uint8":
+        del values["dtype"]
+    return values
 
 
 def _plain(value: object, where: str) -> Any:
@@ -152,11 +163,13 @@ def _value(value: Any, modules: Modules) -> Any:
 
 def is_valid_preprocess(preprocess: Preprocess) -> bool:
     """Return True if all values have the right type and range; a file may contain any values."""
-    size, resize, interpolation, mean, std, channel_order = astuple(preprocess)
+    size, resize, interpolation, mean, std, channel_order, dtype = astuple(preprocess)
     return (
         (is_side(size) and is_side(resize) and size <= resize)
-        and (interpolation in ("bilinear", "bicubic") and channel_order in ("rgb", "bgr"))
-        and (len(mean) == len(std) == 3 and all(map(is_number, (*mean, *std))) and min(std) > 0)
+        and (interpolation in ("bilinear", "bicubic") and dtype in ("uint8", "float32"))
+        and (0 < len(mean) == len(std) <= MAX_CHANNELS)
+        and (channel_order == "rgb" or (channel_order == "bgr" and len(mean) == 3))
+        and (all(map(is_number, (*mean, *std))) and min(std) > 0)
     )
 
 

@@ -35,7 +35,6 @@ _SUPPORTED_ARGUMENTS = {
     "features_only": (False,),
     "fix_stem_head": (False,),
     "global_pool": ("avg", "fast", "fastavg", None),
-    "in_chans": (3,),
     "output_stride": (32,),
 }
 _CONVNEXT_ARGUMENTS = {
@@ -46,7 +45,8 @@ _CONVNEXT_ARGUMENTS = {
 }
 # Arguments that do not affect evaluation, or whose effect shows in the shapes of the tensors.
 _IGNORED_ARGUMENTS = (
-    *("num_classes", "drop_rate", "drop_path_rate", "drop_block_rate", "bn_momentum", "img_size"),
+    *("num_classes", "in_chans", "img_size"),
+    *("drop_rate", "drop_path_rate", "drop_block_rate", "bn_momentum"),
     *("zero_init_last", "aux_logits", "pretrained", "checkpoint_path", "scriptable", "exportable"),
     *("depths", "dims", "conv_mlp", "use_grn", "ls_init_value", "head_init_scale"),
 )
@@ -104,10 +104,10 @@ def read_configs(folder: Path, model: Model) -> Description:
     processor = _read(folder / "preprocessor_config.json")
     preprocess = None
     if timm.values:
-        preprocess = _timm_preprocess(timm)
+        preprocess = _timm_preprocess(timm, model.preprocess.channels)
     elif processor.values:
         default = _DEFAULT_PROCESSORS.get(str(config.values.get("model_type")), "ConvNext")
-        preprocess = _huggingface_preprocess(processor, default)
+        preprocess = _huggingface_preprocess(processor, default, model.preprocess.channels)
     source = timm if timm.values else config
     licence = source.get("license", lambda value: isinstance(value, str), "a string", "unknown")
     task, kinds, remarks = _task(config, model.num_classes)
@@ -170,6 +170,8 @@ def write_configs(
         [name] = config["architectures"]
         config |= {"architectures": [name.replace("ForImageClassification", "Model")]}
     preprocess = model.preprocess
+    if preprocess.channels != 3:
+        config["num_channels"] = preprocess.channels
     filters = {name: number for number, name in _PILLOW_FILTERS.items()}
     processor = {
         # The one processor of transformers that resizes and crops like tljax at any size.
@@ -179,7 +181,7 @@ def write_configs(
         "resample": filters[preprocess.interpolation],
         "do_center_crop": True,
         "crop_size": {"height": preprocess.size, "width": preprocess.size},
-        "do_rescale": True,
+        "do_rescale": preprocess.dtype == "uint8",
         "rescale_factor": 1 / 255,
         "do_normalize": True,
         "image_mean": preprocess.mean,
@@ -370,22 +372,34 @@ def _classes(
 # --- preprocessing -------------------------------------------------------------------------------
 
 
-def _timm_preprocess(cfg: _Section) -> Preprocess:
-    """Return timm's evaluation transform: short side to size / crop_pct, then a center crop."""
+def _timm_preprocess(cfg: _Section, channels: int) -> Preprocess:
+    """Return timm's evaluation transform: short side to size / crop_pct, then a center crop.
+
+    For a network of other channels than RGB, timm keeps the mean and std of RGB; their averages are
+    taken.
+    """
     cfg.get("crop_mode", lambda value: value == "center", "'center'", "center")
     _, size, _ = cfg.get(
         "input_size",
-        lambda v: isinstance(v, list) and v[:1] == [3] and is_side(v[-1]) and v[1:] == v[-1:] * 2,
-        "[3, n, n] with n in pixels",
+        lambda v: (
+            isinstance(v, list)
+            and v[:1] in ([3], [channels])
+            and is_side(v[-1])
+            and v[1:] == v[-1:] * 2
+        ),
+        f"[{channels}, n, n] with n in pixels",
     )
     interpolation = cfg.get(
         "interpolation", lambda value: value in ("bilinear", "bicubic"), "bilinear or bicubic"
     )
     resize = math.floor(size / cfg.get("crop_pct", _is_fraction, "a number above 0, at most 1"))
-    return Preprocess(size, resize, interpolation, *_mean_and_std(cfg, "mean", "std"))
+    mean = cfg.values.get("mean")
+    count = 3 if isinstance(mean, list) and len(mean) == 3 else channels
+    statistics = _mean_and_std(cfg, "mean", "std", count)
+    return Preprocess(size, resize, interpolation, *statistics).with_channels(channels)
 
 
-def _huggingface_preprocess(processor: _Section, default_kind: str) -> Preprocess:
+def _huggingface_preprocess(processor: _Section, default_kind: str, channels: int) -> Preprocess:
     """Return the preprocessing of an image processor of transformers.
 
     Where the crop removes an odd number of pixels, transformers' crop may lie one pixel nearer to
@@ -421,7 +435,7 @@ def _huggingface_preprocess(processor: _Section, default_kind: str) -> Preproces
         if crop > resize:
             raise processor.error(f"crop_size {crop} is more than size {resize}; correct it")
     interpolation: Any = _PILLOW_FILTERS[resample]
-    statistics = _mean_and_std(processor, "image_mean", "image_std")
+    statistics = _mean_and_std(processor, "image_mean", "image_std", channels)
     return Preprocess(crop, resize, interpolation, *statistics)
 
 
@@ -437,13 +451,14 @@ def _side(processor: _Section, key: str, *names: str) -> int:
     return value[names[0]] if isinstance(value, dict) else value
 
 
-def _mean_and_std(section: _Section, mean: str, std: str) -> tuple[Any, Any]:
-    def is_triple(value: object) -> bool:
-        return isinstance(value, list) and len(value) == 3 and all(map(is_number, value))
+def _mean_and_std(section: _Section, mean: str, std: str, channels: int) -> tuple[Any, Any]:
+    def fits(value: object) -> bool:
+        return isinstance(value, list) and len(value) == channels and all(map(is_number, value))
 
+    numbers = f"{channels} number{'s' * (channels > 1)}"
     return (
-        tuple(section.get(mean, is_triple, "3 numbers")),
-        tuple(section.get(std, lambda v: is_triple(v) and min(v) > 0, "3 numbers above 0")),
+        tuple(section.get(mean, fits, numbers)),
+        tuple(section.get(std, lambda v: fits(v) and min(v) > 0, f"{numbers} above 0")),
     )
 
 

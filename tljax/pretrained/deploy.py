@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export as jax_export
 from jax.extend.core import Jaxpr, Literal
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Num
 
 from tljax.models import apply
 from tljax.models.convolution import backend
@@ -21,9 +21,9 @@ from tljax.pretrained.load import Card, Pretrained
 from tljax.runtime.errors import RequestError, VerificationError
 from tljax.runtime.files import atomic_write
 from tljax.runtime.packages import install_command
-from tljax.runtime.types import Array
+from tljax.runtime.types import Array, Preprocess
 
-_Network = Callable[[UInt8[Array, "batch size size 3"]], Float[jax.Array, "batch outputs"]]
+_Network = Callable[[Num[Array, "batch size size channels"]], Float[jax.Array, "batch outputs"]]
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 """Platforms that a StableHLO file can be exported for."""
@@ -39,11 +39,13 @@ def export_stablehlo(
     """Write a network with its parameters as StableHLO, to run with JAX alone.
 
     The folder holds ``model.stablehlo``, serialized by `jax.export`: a function from images
-    ``[batch, size, size, 3]`` uint8 RGB to outputs ``[batch, outputs]`` float32, such as logits;
+    ``[batch, size, size, channels]``, uint8 RGB unless the preprocessing says otherwise, to outputs
+    ``[batch, outputs]`` float32, such as logits;
     ``model.json`` with the task, the names of the classes and the preprocessing; and
     ``predict.py``, which predicts for image files with JAX, flatbuffers (for `jax.export`), NumPy
-    and Pillow. The function of a backbone returns features ``[batch, features]`` instead, and its
-    folder has no ``predict.py``.
+    and Pillow. The function of a backbone returns features ``[batch, features]`` instead. The
+    folder of a backbone, or of a network for other images than RGB of 8 bits, has no
+    ``predict.py``.
 
     The task in ``model.json`` has a ``kind`` of `Task`; with the ``thresholds`` of labels, from
     which on the sigmoid of an output means that the label applies; or with the ``mean``, ``scale``
@@ -64,15 +66,15 @@ def export_stablehlo(
     if unknown := sorted({*platforms} - {*PLATFORMS}):
         known = ", ".join(PLATFORMS)
         raise RequestError(f"cannot export for {', '.join(unknown)}; the platforms are {known}")
-    size = pretrained.model.preprocess.size
+    preprocess = pretrained.model.preprocess
     rows = batch if batch is not None else jax_export.symbolic_shape("batch")[0]
-    images = jax.ShapeDtypeStruct((rows, size, size, 3), np.uint8)
+    images = jax.ShapeDtypeStruct((rows, *preprocess.shape), preprocess.dtype)
     exported = jax_export.export(jax.jit(_logits(pretrained)), platforms=platforms)(images)
     contents = {
         "model.stablehlo": bytes(exported.serialize()),
         "model.json": json.dumps(_description(pretrained), indent=2).encode(),
     }
-    if pretrained.model.num_classes:
+    if pretrained.model.num_classes and _reads_pictures(preprocess):
         script = files("tljax.pretrained").joinpath("predict_exported.txt")
         contents["predict.py"] = script.read_bytes()
     for name, data in contents.items():
@@ -83,7 +85,8 @@ def export_stablehlo(
 def export_onnx(path: Path, pretrained: Pretrained) -> None:
     """Write a network with its parameters as an ONNX file, checked with ONNX Runtime.
 
-    The input ``images`` is ``[batch, size, size, 3]`` uint8 RGB with any batch size. The output
+    The input ``images`` is ``[batch, size, size, channels]``, uint8 RGB unless the preprocessing
+    says otherwise, with any batch size. The output
     ``logits`` is ``[batch, classes]`` float32, ``outputs`` for a regression and ``features`` for a
     backbone. The file's metadata holds the content of `export_stablehlo`'s ``model.json``, under
     ``tljax``. jax2onnx builds the graph.
@@ -107,11 +110,11 @@ def export_onnx(path: Path, pretrained: Pretrained) -> None:
     function = _logits(pretrained)
     output = "outputs" if pretrained.card.task.kind == "regression" else "logits"
     output = output if pretrained.model.num_classes else "features"
-    size = pretrained.model.preprocess.size
+    preprocess = pretrained.model.preprocess
     try:
         proto = jax2onnx.to_onnx(
             _with_plain_operations(function),
-            [jax.ShapeDtypeStruct(("batch", size, size, 3), np.uint8)],
+            [jax.ShapeDtypeStruct(("batch", *preprocess.shape), np.dtype(preprocess.dtype))],
             model_name=pretrained.model.name,
             input_names=["images"],
             output_names=[output],
@@ -124,7 +127,9 @@ def export_onnx(path: Path, pretrained: Pretrained) -> None:
     proto.metadata_props.add(key="tljax", value=json.dumps(_description(pretrained)))
     data = proto.SerializeToString()
 
-    images = np.random.default_rng(0).integers(0, 256, (2, size, size, 3), np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (2, *preprocess.shape), np.uint8)
+    if preprocess.dtype == "float32":
+        images = images.astype(np.float32) / np.float32(255)
     expected = np.asarray(jax.jit(function)(images))
     session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
     difference = np.abs(session.run([output], {"images": images})[0] - expected).max()
@@ -136,6 +141,10 @@ def export_onnx(path: Path, pretrained: Pretrained) -> None:
         temporary.write_bytes(data)
 
 
+def _reads_pictures(preprocess: Preprocess) -> bool:
+    return preprocess.channels == 3 and preprocess.dtype == "uint8"
+
+
 def _logits(pretrained: Pretrained) -> _Network:
     """Return the function that maps images in [0, 255] to logits, or to a backbone's features."""
     model, variables, _ = pretrained
@@ -145,6 +154,8 @@ def _logits(pretrained: Pretrained) -> _Network:
 def _description(pretrained: Pretrained) -> dict[str, Any]:
     model, _, card = pretrained
     geometry = {key: asdict(model.preprocess)[key] for key in ("size", "resize", "interpolation")}
+    if not _reads_pictures(model.preprocess):
+        geometry |= {"channels": model.preprocess.channels, "dtype": model.preprocess.dtype}
     return {
         "model": model.name,
         "task": _task_description(card),

@@ -332,7 +332,7 @@ def read_graph(text: str, where: str, model: Model) -> tuple[Model, bool, tuple[
     if height == width and isinstance(height, int):
         preprocess = preprocess.with_size(height)
     if graph.scales_pixels:
-        factor, offset = (np.broadcast_to(x, 3).tolist() for x in graph.scaling)
+        factor, offset = (np.broadcast_to(x, preprocess.channels).tolist() for x in graph.scaling)
         preprocess = replace(
             preprocess,
             mean=tuple(-b / a / 255 for a, b in zip(factor, offset, strict=True)),

@@ -206,8 +206,20 @@ def load_pretrained(
         raise RequestError(f"there is no task '{task}'; choose from {', '.join(get_args(Kind))}")
     found = _find(weights, model, modules)
     pretrained, has_preprocess = _with_two_classes(_with_task(found, task)), found.has_preprocess
+    channels = pretrained.model.preprocess.channels
+    if channels != 3 and not has_preprocess:
+        note = (
+            f"{weights}: the mean and deviation of its {channels} input channels are not stored; "
+            "for all of them those of RGB are averaged"
+        )
+        card = replace(pretrained.card, notes=(*pretrained.card.notes, note))
+        pretrained = pretrained._replace(card=card)
     if normalization is None:
         return pretrained
+    if channels != 3:
+        raise RequestError(
+            f"{weights} has {channels} input channels: a normalization is of RGB; leave it out"
+        )
     if normalization not in NORMALIZATIONS:
         names = ", ".join(NORMALIZATIONS)
         raise RequestError(f"there is no normalization '{normalization}'; choose from {names}")

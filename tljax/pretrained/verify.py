@@ -85,7 +85,7 @@ _Run = tuple[Rules, Mapping[str, np.ndarray], np.ndarray, Mapping[str, Layer]]
 preprocessing, and its layers by their paths in tljax."""
 
 
-def _images(shape: tuple[int, ...]) -> UInt8[np.ndarray, "batch height width 3"]:
+def _images(shape: tuple[int, ...]) -> UInt8[np.ndarray, "batch height width channels"]:
     return np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
 
 
@@ -93,7 +93,8 @@ def _torch_runs(pretrained: Pretrained, reference: str | None) -> Iterator[_Run]
     network, layout = _reference(pretrained, reference)
     rules = table(pretrained.model, layout)
     tensors = {key: value.numpy() for key, value in network.state_dict().items()}
-    for images in map(_images, INPUTS):
+    for shape in INPUTS:
+        images = _images((*shape[:3], pretrained.model.preprocess.channels))
         outputs = _torch_outputs(network, rules, _pixels(pretrained.model, images))
         yield rules, tensors, images, outputs
 
@@ -123,7 +124,7 @@ def _keras_networks(model: Model, weights: Path) -> Iterator[tuple[Any, np.ndarr
         yield network, _pixels(model, images), images
 
 
-def _pixels(model: Model, images: UInt8[np.ndarray, "batch height width 3"]) -> Pixels:
+def _pixels(model: Model, images: UInt8[np.ndarray, "batch height width channels"]) -> Pixels:
     return np.asarray(normalize(images, model.preprocess))
 
 

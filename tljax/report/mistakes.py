@@ -6,10 +6,9 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import UInt8
 
-from tljax.data.decode import decode
+from tljax.data.decode import decode_picture
 from tljax.data.examples import Source, join_names
 from tljax.features.evaluate import Evaluation
-from tljax.runtime.types import Preprocess
 
 
 class Mistake(NamedTuple):
@@ -49,7 +48,7 @@ def worst_mistakes(
     mistakes = []
     for row in evaluation.worst(count):
         index = int(evaluation.indices[row])
-        image = decode(source.read(index), Preprocess(224, 224))
+        image = decode_picture(source.read(index), 224)
         mistake = Mistake(image, source.names[index], "", "")
         mistakes.append(mistake._replace(**describe(evaluation, int(row), names)))
     return mistakes

@@ -29,27 +29,42 @@ Variables = dict[str, Any]
 class Preprocess:
     """Preprocessing of images that a set of weights expects; it is saved with the weights.
 
-    Resizing and cropping happen on the host, on uint8 pixels: the short side is resized to
-    ``resize`` and the central ``size`` x ``size`` square is cropped. The model itself then
-    normalizes RGB values ``x`` in [0, 1] to ``(x - mean) / std``, on the device, and reverses the
-    channel order for networks that were trained on BGR. Caffe's ``x * 255 - mean_bgr`` corresponds
-    to ``std = 1/255``; values in [-1, 1] correspond to ``mean = std = 0.5``.
+    Resizing and cropping happen on the host: the short side is resized to ``resize`` and the
+    central ``size`` x ``size`` square is cropped. The model itself then normalizes values ``x`` to
+    ``(x - mean) / std``, on the device, and reverses the channel order for networks that were
+    trained on BGR. Pixels of 8 or 16 bits are values in [0, 1]; floating point pixels are taken as
+    they are. Caffe's ``x * 255 - mean_bgr`` corresponds to ``std = 1/255``; values in [-1, 1]
+    correspond to ``mean = std = 0.5``.
 
     Attributes:
         size: side of the square input image, in pixels.
         resize: length of the short side before the crop, in pixels; at least ``size``.
         interpolation: Pillow filter of the resize.
-        mean: per-channel mean, RGB order, for values in [0, 1].
-        std: per-channel standard deviation, RGB order, for values in [0, 1].
-        channel_order: order of the input channels of the first convolution.
+        mean: mean of each channel; of three channels in RGB order.
+        std: standard deviation of each channel, likewise.
+        channel_order: order of the input channels of the first convolution; ``bgr`` only for three
+            channels.
+        dtype: dtype of the images that are fed to the network: ``uint8`` in [0, 255], or
+            ``float32`` for images that need more than 8 bits.
     """
 
     size: int = 224
     resize: int = 256
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
     channel_order: Literal["rgb", "bgr"] = "rgb"
+    dtype: Literal["uint8", "float32"] = "uint8"
+
+    @property
+    def channels(self) -> int:
+        """Return the number of channels of an image."""
+        return len(self.mean)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Return the height, width and number of channels of the input image."""
+        return self.size, self.size, self.channels
 
     def with_size(self, size: int) -> Self:
         """Return the same preprocessing for another input size, in pixels.
@@ -57,6 +72,17 @@ class Preprocess:
         The crop keeps its fraction of the image.
         """
         return replace(self, size=size, resize=max(size, round(size * self.resize / self.size)))
+
+    def with_channels(self, channels: int) -> Self:
+        """Return the same preprocessing for another number of channels.
+
+        Each has the average mean and standard deviation of the old ones.
+        """
+        if channels == self.channels:
+            return self
+        mean, std = (sum(values) / len(values) for values in (self.mean, self.std))
+        statistics = {"mean": (mean,) * channels, "std": (std,) * channels}
+        return replace(self, **statistics, channel_order="rgb")
 
     def with_normalization(self, name: Normalization) -> Self:
         """Return the same resizing and cropping with one of `NORMALIZATIONS`."""
@@ -105,8 +131,8 @@ class Batch(NamedTuple):
     """A batch of a fixed number of examples; the last batch of a data set is padded and masked.
 
     Attributes:
-        inputs: ``[batch, height, width, 3]`` uint8 RGB images, or the activations that enter a
-            stage.
+        inputs: ``[batch, height, width, channels]`` images, uint8 or as `Preprocess` says, or the
+            activations that enter a stage.
         targets: tree of arrays ``[batch, ...]``. For classification, ``[batch]`` int32 class
             indices, -1 for unlabeled examples, or ``[batch, classes]`` float probabilities if
             examples are mixed. Padding repeats the targets of the first example.

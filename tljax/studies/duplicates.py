@@ -24,7 +24,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
-from tljax.data.decode import open_image
+from tljax.data.decode import open_picture
 from tljax.data.examples import Examples
 from tljax.runtime.errors import UnreadableImageError
 from tljax.runtime.files import sha256
@@ -138,8 +138,7 @@ def _summarize(examples: Examples) -> _Summary:
 
     def summarize(index: int) -> str:
         try:
-            data = examples[index]
-            image = Image.fromarray(data) if isinstance(data, np.ndarray) else open_image(data)
+            image = open_picture(examples[index])
         except UnreadableImageError:
             return ""
         gray = image.convert("L").resize((_THUMBNAIL, _THUMBNAIL), Image.Resampling.BILINEAR)

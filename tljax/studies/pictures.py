@@ -34,7 +34,7 @@ class Picture(NamedTuple):
 
 Rows = list[list[Picture]]
 Photographs = Sequence[tuple[str, np.ndarray]]
-"""(name, pixels ``[size, size, 3]`` uint8) of each image, of the network's input size."""
+"""(name, pixels ``[size, size, channels]``) of each image, as they are fed to the network."""
 
 
 def read_photographs(
@@ -95,6 +95,7 @@ def ideal_pictures(
         RequestError: a class is unknown.
     """
     model, variables, card = network.require_classes()
+    _require_rgb(model)
     chosen = [card.index_of(name) for name in classes] or _default_classes(card)
     labels = np.repeat(chosen, 2)
     weights = jnp.tile(jnp.array([0, tv_weight]), len(chosen))
@@ -175,15 +176,16 @@ def explanation_pictures(
     target_index = None if target is None else card.index_of(target)
     rows: Rows = []
     for number, (name, pixels) in enumerate(photographs):
-        image = pixels[None] / np.float32(255)
+        image = as_values(pixels[None])
         decoded = card.task.decode(np.asarray(apply(model, variables, image).logits))[0]
         default = 0 if card.task.kind == "regression" else int(decoded.argmax())
         label = default if target_index is None else target_index
         caption = f"{name}\n{card.classes[label]}, {_format(card, decoded, label)}"
-        row = [Picture(f"{number}-photograph", caption, pixels)]
+        shown = explain.as_rgb(pixels)
+        row = [Picture(f"{number}-photograph", caption, shown)]
         maps = attribution_maps(variables, image, jnp.array([label]))
         for method in _METHODS:
-            picture = explain.overlay(image, maps[method])[0]
+            picture = explain.overlay(shown[None], maps[method])[0]
             row.append(Picture(f"{number}-{method.replace(' ', '-').lower()}", method, picture))
         rows.append(row)
     return rows
@@ -244,6 +246,8 @@ def dream_pictures(
         RequestError: the stage is unknown, or its output is not a feature map.
     """
     model, variables, _ = network
+    if model.preprocess.dtype != "uint8":
+        raise RequestError("a dream needs a network for images of 8 bits, whose range is known")
     features_fn, stage = _features_of(network, stage)
 
     @jax.jit
@@ -253,11 +257,11 @@ def dream_pictures(
 
     rows: Rows = []
     for number, (name, pixels) in enumerate(photographs):
-        picture = explain.to_pixels(dream(variables, pixels[None] / np.float32(255)))[0]
+        picture = explain.to_pixels(dream(variables, as_values(pixels[None])))[0]
         rows.append(
             [
-                Picture(f"{number}-photograph", name, pixels),
-                Picture(f"{number}-{stage}", f"{model.name}, {stage}", picture),
+                Picture(f"{number}-photograph", name, explain.as_rgb(pixels)),
+                Picture(f"{number}-{stage}", f"{model.name}, {stage}", explain.as_rgb(picture)),
             ]
         )
     return rows
@@ -285,6 +289,7 @@ def channel_pictures(
             given or one is unknown.
     """
     model, variables, _ = network
+    _require_rgb(model)
     if not channels:
         raise RequestError("name at least one channel")
     features_fn, stage = _features_of(network, stage)
@@ -307,6 +312,19 @@ def channel_pictures(
             for channel, picture in zip(channels, pixels, strict=True)
         ]
     ]
+
+
+def as_values(images: Shaped[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
+    """Divide images of 8 bits by 255; others stay as they are."""
+    return images / np.float32(255) if images.dtype == np.uint8 else images
+
+
+def _require_rgb(model: Model) -> None:
+    if model.preprocess.channels != 3 or model.preprocess.dtype != "uint8":
+        raise RequestError(
+            f"images are drawn in RGB of 8 bits: {model.name} takes {model.preprocess.channels} "
+            f"channels of {model.preprocess.dtype}"
+        )
 
 
 def map_stages(model: Model) -> tuple[str, ...]:

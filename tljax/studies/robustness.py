@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
-from jaxtyping import Float32, Int32, UInt8
+from jaxtyping import Float32, Int32, Num
 
 from tljax import attack as library
 from tljax.attack.contract import Attack
@@ -20,6 +20,7 @@ from tljax.attack.types import LogitsFn
 from tljax.data.examples import Source, is_labeled, select
 from tljax.data.loader import load_batches, require_readable_image
 from tljax.data.options import Loading
+from tljax.explain.pictures import as_rgb, to_pixels
 from tljax.features.evaluate import match_network, resolve_ambiguous_labels
 from tljax.models import Model, apply
 from tljax.pretrained import Card, Pretrained
@@ -29,7 +30,7 @@ from tljax.runtime.progress import track
 from tljax.runtime.tables import format_table
 from tljax.runtime.types import Array, Variables
 from tljax.studies.attack_captions import LabelTarget, Target, class_facts, label_facts
-from tljax.studies.pictures import Picture
+from tljax.studies.pictures import Picture, as_values
 from tljax.train.run_directory import skipped_lines
 
 ATTACKS: dict[str, Any] = {
@@ -59,7 +60,7 @@ class AttackedImages(NamedTuple):
     """Images to attack.
 
     Attributes:
-        images: ``[n, size, size, 3]`` uint8.
+        images: ``[n, size, size, channels]`` uint8, or float32 in [0, 1].
         labels: labels of the data, or predictions where the data has none: ``[n]`` int32 class
             indices of the network; for several labels ``[n, labels]`` float32 of 0, 1 and NaN,
             which is unknown.
@@ -67,7 +68,7 @@ class AttackedImages(NamedTuple):
         notes: notes on the data, one line of text each.
     """
 
-    images: UInt8[np.ndarray, "n size size 3"]
+    images: Num[np.ndarray, "n size size channels"]
     labels: Int32[np.ndarray, " n"] | Float32[np.ndarray, "n labels"]
     names: Sequence[str]
     notes: list[str]
@@ -409,7 +410,7 @@ def paint(
     if target is not None:
         needed[:] = len(robustness.epsilons) - 1
     epsilons, labels = robustness.epsilons[needed], victims.labels[rows]
-    images = victims.images[rows] / np.float32(255)
+    images = as_values(victims.images[rows])
 
     predict, card = logits_fn(network), network.card
     adversarial = last(predict, images, labels, jax.random.key(seed), epsilon=epsilons)
@@ -417,12 +418,12 @@ def paint(
     before, exact, after = (
         card.task.decode(np.asarray(_predict(predict, x))) for x in (images, adversarial, on_grid)
     )
-    saved = np.asarray(jnp.rint(on_grid * 255), np.uint8)
+    original, saved = as_rgb(to_pixels(images)), as_rgb(to_pixels(on_grid))
     describe = label_facts if card.task.kind == "multilabel" else class_facts
 
     paintings = []
     for i, row in enumerate(rows):
-        change = saved[i].astype(int) - victims.images[row]
+        change = saved[i].astype(int) - original[i]
         factor = 127 // max(1, int(np.abs(change).max()))
         probabilities = {"before": before[i], "exact": exact[i], "after": after[i]}
         described, captions = describe(card, probabilities, target)
@@ -436,7 +437,7 @@ def paint(
         file = victims.names[number].rpartition("/")[2]
         radius = f"{name}, epsilon {facts['epsilon']:.4g}/255"
         pictures = [
-            Picture(f"{number}-photograph", f"{file}\n{captions['before']}", victims.images[row]),
+            Picture(f"{number}-photograph", f"{file}\n{captions['before']}", original[i]),
             Picture(
                 f"{number}-perturbation",
                 f"{radius}\nperturbation x {factor}",

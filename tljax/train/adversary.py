@@ -50,24 +50,24 @@ def adversarial(objective: Objective, config: AdversaryConfig) -> Objective:
 def attacked(
     config: AdversaryConfig,
     logits_fn: Callable[[jax.Array], jax.Array],
-    images: Shaped[Array, "batch height width 3"],
+    images: Shaped[Array, "batch height width channels"],
     labels: Int[Array, " batch"],
     key: jax.Array,
     ids: Int[Array, " batch"],
-) -> Float[jax.Array, "batch height width 3"]:
+) -> Float[jax.Array, "batch height width channels"]:
     """Attack images: raise the loss within an Linf ball around each.
 
     Args:
         config: attack, number of steps and epsilon, the radius of the ball.
-        logits_fn: function from images ``[batch, height, width, 3]`` in [0, 1] to logits
+        logits_fn: function from images ``[batch, height, width, channels]`` in [0, 1] to logits
             ``[batch, classes]``.
-        images: ``[batch, height, width, 3]`` uint8, or floating point in [0, 1].
+        images: ``[batch, height, width, channels]`` uint8, or floating point in [0, 1].
         labels: ``[batch]`` class indices; -1 for padding.
         key: random key of the random starts.
         ids: ``[batch]`` integer that identifies each example, for its random start.
 
     Returns:
-        ``[batch, height, width, 3]`` floating point in [0, 1]; no gradient flows through it.
+        ``[batch, height, width, channels]`` floating point in [0, 1]; no gradient flows through it.
     """
     attack = (
         partial(fgsm, random_start=True)

@@ -149,8 +149,7 @@ def step_flops(
     """
     params, frozen = partition(variables["params"], labels)
     optimizer = build_optimizer(config.optimizer, labels, optax.constant_schedule(0.0))
-    size = model.preprocess.size
-    images = jax.ShapeDtypeStruct((batch_size, size, size, 3), jnp.uint8)
+    images = jax.ShapeDtypeStruct((batch_size, *model.preprocess.shape), jnp.uint8)
     if start is not None:
         images = jax.eval_shape(
             lambda v, x: apply(model, v, x, stop=start).value, variables, images

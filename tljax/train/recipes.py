@@ -141,8 +141,7 @@ def default_freeze_to(model: Model) -> str:
     ResNet and ``stage5`` of an EfficientNet. For a model without feature maps it is the last stage
     before the head.
     """
-    size = model.preprocess.size
-    image = jax.ShapeDtypeStruct((1, size, size, 3), "uint8")
+    image = jax.ShapeDtypeStruct((1, *model.preprocess.shape), "uint8")
     names, maps = model.stage_names, model.map_stages
     outputs = jax.eval_shape(
         lambda variables, x: apply(model, variables, x, capture=maps).captured,

@@ -14,6 +14,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from tljax.data.augment import check_randaugment
 from tljax.data.examples import Source, Splits
 from tljax.data.loader import num_batches
 from tljax.data.options import Loading
@@ -167,6 +168,7 @@ def prepare(
     _check_labels(splits)
     task = fitted_task(splits.train)
     config = check_task(config, task)
+    check_images(model, config)
     if task.kind == "regression" and splits.train.targets is None:
         # On the host in float64: float32 cannot tell large numbers apart.
         targets = task.standardize(splits.train.labels).astype(np.float32)
@@ -317,6 +319,22 @@ def check_task(config: FitConfig, task: Task) -> FitConfig:
     if config.balance and kind == "regression":
         raise RequestError("--balance: numbers have no classes to balance: leave it out")
     return replace(config, choose_by=config.choose_by or default_choice(kind))
+
+
+def check_images(model: Model, config: FitConfig) -> None:
+    """Check that the augmentation and the attack are defined for the images of a network.
+
+    Raises:
+        RequestError: one of them is not.
+    """
+    preprocess, layers = model.preprocess, config.augmentation.randaugment_layers
+    if layers and (config.augment or config.recipe in ("bit", "scratch")):
+        check_randaugment(preprocess.channels, preprocess.dtype)
+    if config.attacker is not None and preprocess.dtype != "uint8":
+        raise RequestError(
+            f"--attack {config.adversary.attack} needs images of 8 bits, whose range is known: "
+            "leave it out"
+        )
 
 
 def begin_phase(

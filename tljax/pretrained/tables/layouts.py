@@ -9,8 +9,24 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tljax.models import MODELS, Model, abstract_variables, build_model, with_head
-from tljax.pretrained.rules import Difference, Layout, Rules, compare, required_keys, shorten_list
+from tljax.models import (
+    MODELS,
+    Model,
+    abstract_variables,
+    build_model,
+    input_kernel,
+    with_head,
+)
+from tljax.models.spec import MAX_CHANNELS
+from tljax.pretrained.rules import (
+    Difference,
+    Layout,
+    Rule,
+    Rules,
+    compare,
+    required_keys,
+    shorten_list,
+)
 from tljax.pretrained.tables import (
     bit,
     convnext,
@@ -144,8 +160,9 @@ def _distance(arrays: Mapping[str, np.ndarray], name: str, layout: str) -> int:
 
 def _fits_first(arrays: Mapping[str, np.ndarray], name: str, layout: str) -> bool:
     """Return True if the tensors of the first stage have the shapes of a network's."""
-    part, expected = _part(arrays, name, layout), flatten(_first_shapes(name))
+    part = _part(arrays, name, layout)
     tensors = {part.omitted + key: array for key, array in arrays.items()}
+    expected = flatten(_first_shapes(name, _channels(tensors, name, layout)))
     return all(
         rule.source_shape(expected[rule.path].shape) == tensors[rule.key].shape
         for rule in layout_rules(name, layout)
@@ -154,10 +171,26 @@ def _fits_first(arrays: Mapping[str, np.ndarray], name: str, layout: str) -> boo
 
 
 @cache
-def _first_shapes(name: str) -> Variables:
+def _first_shapes(name: str, channels: int) -> Variables:
     """Return the shapes of the variables of a network's first stage."""
     model = build_model(name)
-    return abstract_variables(replace(model, stages=model.stages[:1]))
+    preprocess = model.preprocess.with_channels(channels)
+    return abstract_variables(replace(model, stages=model.stages[:1], preprocess=preprocess))
+
+
+def _channels(tensors: Mapping[str, np.ndarray], name: str, layout: str) -> int:
+    """Return the number of channels of the images that a file's first kernel reads."""
+    rule = _input_rule(name, layout)
+    kernel = tensors.get(rule.key)
+    if kernel is None or kernel.ndim != 4 or rule.shape or rule.view:
+        return build_model(name).preprocess.channels
+    return kernel.shape[rule.axes[2] if rule.axes else 2]
+
+
+@cache
+def _input_rule(name: str, layout: str) -> Rule:
+    path = f"params/{input_kernel(build_model(name))}"
+    return next(rule for rule in layout_rules(name, layout) if rule.path == path)
 
 
 class _Part(NamedTuple):
@@ -239,8 +272,11 @@ def _compare(arrays: Mapping[str, np.ndarray], name: str, layout: str) -> Identi
     model = build_model(name, _outputs(rules, arrays))
     if part.after:
         model = with_head(model, 0, after=part.after)
-    if details.preprocess:
-        model = replace(model, preprocess=details.preprocess)
+    preprocess = details.preprocess or model.preprocess
+    channels = _channels(arrays, name, layout)
+    if 0 < channels <= MAX_CHANNELS:
+        preprocess = preprocess.with_channels(channels)
+    model = replace(model, preprocess=preprocess)
     rules, skeleton = table(model, layout), abstract_variables(model)
     dropped = tuple(key for key in arrays if details.drop and key.startswith(details.drop))
     arrays = {**_zeros(rules, arrays, skeleton, details.optional), **arrays}
