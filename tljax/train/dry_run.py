@@ -14,6 +14,7 @@ from tljax.models import Model, abstract_variables, apply, replace_head
 from tljax.runtime.tables import format_table
 from tljax.runtime.trees import flatten
 from tljax.runtime.types import Batch, Variables
+from tljax.train.adapt import adapter_functions, add_adapter
 from tljax.train.adversary import adversarial
 from tljax.train.freeze import FROZEN, first_trainable_stage, label, partition
 from tljax.train.inputs import cache_bytes, cache_location
@@ -51,6 +52,9 @@ def dry_run(model: Model, splits: Splits, config: FitConfig, batch_size: int) ->
         lines.append("first a linear probe: the head, fitted to its optimum on frozen features")
     everything = jax.tree.map(lambda _: 1.0, variables["params"])
     full = step_flops(model, variables, everything, plan.config, batch_size, None)
+    variables = jax.eval_shape(
+        lambda v: add_adapter(model, v, plan.config, jax.random.key(0)), variables
+    )
     for phase in plan.phases:
         labels = label(variables["params"], phase.table)
         start = first_trainable_stage(model, labels)
@@ -115,7 +119,7 @@ def step_flops(
         model: network with a head for the classes of the data.
         variables: variables of ``model``; shapes are enough.
         labels: learning rate multiple of every parameter.
-        config: optimizer and attack.
+        config: optimizer, adapter and attack.
         batch_size: images per step.
         start: stage that cached activations enter; None for images.
     """
@@ -134,7 +138,7 @@ def step_flops(
     objective = cross_entropy()
     if config.attacker is not None:
         objective = adversarial(objective, config.attacker)
-    step = make_train_step(model, optimizer, objective, start=start)
+    step = make_train_step(model, optimizer, objective, start=start, **adapter_functions(config))
     keys = jax.eval_shape(lambda: (epoch_key(0, 0), jax.random.key(0)))
     frozen_variables = {"params": frozen, "batch_stats": variables["batch_stats"]}
     lowered = step.lower(state, frozen_variables, batch, keys)  # pyright: ignore[reportFunctionMemberAccess]

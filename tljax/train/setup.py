@@ -7,6 +7,7 @@ from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ from tljax.runtime.settings import Conditions, find_unused_settings, settings
 from tljax.runtime.task import Task
 from tljax.runtime.trees import flatten
 from tljax.runtime.types import Variables
+from tljax.train.adapt import adapter_functions, add_adapter
 from tljax.train.adversary import adversarial
 from tljax.train.checkpoint import Checkpoints
 from tljax.train.freeze import combine, first_trainable_stage, label, split, wholly_trained_stages
@@ -36,7 +38,15 @@ from tljax.train.objectives import Objective, make_objective
 from tljax.train.optimizer import OptimizerWrapper, build_optimizer, learning_rate_schedule
 from tljax.train.options import REQUEST_CONDITIONS, FitConfig
 from tljax.train.recipes import Phase, Plan, make_plan
-from tljax.train.step import Materialize, TrainState, TrainStep, init_state, make_train_step
+from tljax.train.step import (
+    Materialize,
+    ParameterNoise,
+    TrainState,
+    TrainStep,
+    init_state,
+    make_train_step,
+    no_noise,
+)
 
 NewHead = Callable[[Model, Variables, int], tuple[Model, Variables]]
 
@@ -55,6 +65,7 @@ class Run:
         seed: seed of the random number generator.
         mesh: devices.
         task: what is learned, with the mean and scale of numbers.
+        parameter_noise: random change of the trainable parameters in every step.
 
     The other attributes are arguments of `tljax.train.fit.fit`.
     """
@@ -70,6 +81,7 @@ class Run:
     task: Task
     objective: Objective
     materialize: Materialize = combine
+    parameter_noise: ParameterNoise = no_noise
     transform: optax.GradientTransformation | OptimizerWrapper | None = None
     on_step: Callable[[int, dict[str, float]], None] | None = None
     log_every: int = 1
@@ -165,6 +177,7 @@ def prepare(
         raise RequestError("log_every must be at least 1 step")
     head = model.stage_names[-1]
     plan = make_plan(model, config, len(splits.train), loading.batch_size)
+    variables = _with_adapter(model, variables, plan, seed, run_options)
     counts = accumulate((phase.epochs for phase in plan.phases), initial=0)
     phases = tuple(
         phase._replace(rates=label(variables["params"], phase.table), epochs_before=count)
@@ -230,6 +243,20 @@ def _with_head(
             f"new_head made {model.num_classes} outputs, not {outputs}, one per {per}"
         )
     return model, variables
+
+
+def _with_adapter(
+    model: Model, variables: Variables, plan: Plan, seed: int, run_options: dict[str, Any]
+) -> Variables:
+    """Add the parameters of an adapter to the variables, and its functions to the run."""
+    if not plan.phases:
+        return variables
+    functions = adapter_functions(plan.config)
+    if functions and run_options.get("materialize", combine) is not combine:
+        raise RequestError("--adapter lora has a materialize of its own: leave out one of them")
+    run_options |= functions
+    key = jax.random.fold_in(jax.random.key(seed), crc32(b"adapter"))
+    return add_adapter(model, variables, plan.config, key)
 
 
 def _check_replaced(
@@ -319,6 +346,7 @@ def begin_phase(
         ema_decay=config.ema_decay,
         accumulate=config.accumulate,
         augment=config.augmentation if config.augment and inputs.start is None else None,
+        parameter_noise=run.parameter_noise,
     )
     if config.frozen_dtype == "bfloat16":
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), frozen["params"])

@@ -89,6 +89,17 @@ Materialize = Callable[[Variables, Variables], Variables]
 """``(trainable, frozen) -> params`` of the whole network. Only stages with a trainable parameter
 may differ from ``frozen``, because the activations of earlier stages may be cached."""
 
+ParameterNoise = Callable[[Variables, jax.Array], Variables]
+"""``(trainable, key) -> trainable``, a random change of the trainable parameters."""
+
+_NOISE_STREAM = 2**32 - 1
+"""Number that no call and no stage has, for the key of the parameter noise."""
+
+
+def no_noise(trainable: Variables, _: jax.Array) -> Variables:
+    """Return the parameters as they are: the default `ParameterNoise`."""
+    return trainable
+
 
 class Forward:
     """The network with its parameters, as an objective calls it.
@@ -191,6 +202,7 @@ def make_train_step(
     ema_decay: float = 0.0,
     accumulate: int = 1,
     augment: AugmentConfig | None = None,
+    parameter_noise: ParameterNoise = no_noise,
 ) -> TrainStep:
     """Make a jitted ``step(state, frozen, batch, keys) -> (state, metrics)``; it donates ``state``.
 
@@ -221,6 +233,9 @@ def make_train_step(
             is the same, except that batch statistics are those of a part.
         augment: augmentation of images, on the device; None for activations and for the central
             crop. Mixup and CutMix turn class indices into class shares ``[batch, classes]``.
+        parameter_noise: ``(trainable, key) -> trainable``, a random change of the trainable
+            parameters for one step (for one part of it with ``accumulate``), such as the dropout of
+            LoRA; it is differentiated. By default there is none.
 
     Raises:
         RequestError: at the first step, if the objective returns values of a wrong shape or name,
@@ -235,6 +250,7 @@ def make_train_step(
         """Return the sum of the losses, and (statistics, metrics)."""
         if augment is not None:
             batch = _augmented(batch, model, keys, augment)
+        params = parameter_noise(params, jax.random.fold_in(keys[1], _NOISE_STREAM))
         forward = Forward(
             model,
             {
