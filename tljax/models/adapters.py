@@ -54,7 +54,7 @@ def lora_kernels(
         path
         for path, shape in kernels.items()
         if any(fnmatchcase(path, pattern) for pattern in targets)
-        or (not targets and 2 * rank * (math.prod(shape[:-1]) + shape[-1]) <= math.prod(shape))
+        or (not targets and 2 * sum(map(math.prod, factor_shapes(shape, rank))) <= math.prod(shape))
     )
     if not chosen:
         raise RequestError(
@@ -62,6 +62,12 @@ def lora_kernels(
             "lower it, freeze fewer stages, or choose kernels by --adapter-targets"
         )
     return chosen
+
+
+def factor_shapes(kernel: Sequence[int], rank: int) -> tuple[tuple[int, ...], tuple[int, int]]:
+    """Return the shapes of the factors A and B of the update of a kernel of a given shape."""
+    *window, outputs = kernel
+    return (*window, rank), (rank, outputs)
 
 
 def add_lora(params: Variables, kernels: Iterable[str], rank: int, key: PRNGKeyArray) -> Variables:
@@ -84,13 +90,11 @@ def add_lora(params: Variables, kernels: Iterable[str], rank: int, key: PRNGKeyA
     flat = flatten(params)
     for path in kernels:
         module = path.removesuffix("/kernel")
-        *window, outputs = flat[path].shape
-        bound = 1 / math.sqrt(math.prod(window))
+        a, b = factor_shapes(flat[path].shape, rank)
+        bound = 1 / math.sqrt(math.prod(a[:-1]))
         own = jax.random.fold_in(key, crc32(path.encode()))
-        flat[f"{module}/{A}"] = jax.random.uniform(
-            own, (*window, rank), minval=-bound, maxval=bound
-        )
-        flat[f"{module}/{B}"] = jnp.zeros((rank, outputs))
+        flat[f"{module}/{A}"] = jax.random.uniform(own, a, minval=-bound, maxval=bound)
+        flat[f"{module}/{B}"] = jnp.zeros(b)
     return unflatten(flat)
 
 
