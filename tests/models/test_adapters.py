@@ -254,26 +254,22 @@ def test_dense_layers_agree_with_peft():
     shapes = abstract_variables(model)
     variables = jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), shapes)
 
-    class Network(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            for path, leaf in flatten(variables["params"]).items():
-                module, _, name = path.replace("/", "_").rpartition("_")
-                if name == "kernel":
-                    setattr(self, module, torch.nn.Linear(*leaf.shape))
-                    getattr(self, module).weight.data = torch.from_numpy(leaf.T.copy())
-            for path, leaf in flatten(variables["params"]).items():
-                module, _, name = path.replace("/", "_").rpartition("_")
-                if name == "bias":
-                    getattr(self, module).bias.data = torch.from_numpy(leaf)
+    layers = torch.nn.ModuleDict()
+    for path, leaf in flatten(variables["params"]).items():
+        module, _, name = path.replace("/", "_").rpartition("_")
+        if name == "bias":
+            weight = flatten(variables["params"])[path.replace("bias", "kernel")]
+            layers[module] = torch.nn.Linear(*weight.shape)
+            state = {"weight": torch.from_numpy(weight.T.copy()), "bias": torch.from_numpy(leaf)}
+            layers[module].load_state_dict(state)
 
-        def forward(self, x):
-            x = x.permute(0, 2, 3, 1)
-            for name in ("patches", "block1"):
-                hidden = torch.nn.functional.gelu(getattr(self, f"{name}_fc1")(x))
-                x = getattr(self, f"{name}_fc2")(hidden)
-            return self.head(x.mean((1, 2)))
+    def logits_of(layers, x):
+        x = x.permute(0, 2, 3, 1)
+        for name in ("patches", "block1"):
+            hidden = torch.nn.functional.gelu(layers[f"{name}_fc1"](x))
+            x = layers[f"{name}_fc2"](hidden)
+        return layers["head"](x.mean((1, 2)))
 
     keys = {f"{s}_{fc}": f"{s}/{fc}/kernel" for s in ("patches", "block1") for fc in ("fc1", "fc2")}
     images = random_images(4, 7, 5)
-    compare_with_peft(Network(), (model, variables, None), keys, images, lambda net, x: net(x))
+    compare_with_peft(layers, (model, variables, None), keys, images, logits_of)

@@ -33,8 +33,7 @@ HEAD = {"head/kernel", "head/bias"}
 
 def trainable(adaptation, recipe="finetune", **others):
     """Return {path: rate} of the parameters that train in the last phase."""
-    fit_config = FitConfig(recipe, adaptation=adaptation, **others)
-    plan = make_plan(MODEL, fit_config, 100, 10)
+    plan = make_plan(MODEL, config(recipe, adaptation=adaptation, **others), 100, 10)
     shapes = jax.eval_shape(
         lambda v: add_adapter(MODEL, v, plan.config, jax.random.key(0)), abstract_variables(MODEL)
     )

@@ -140,24 +140,8 @@ def read_adapter(
     path: Path, tensors: Tensors, base: Pretrained | None, modules: Modules | None
 ) -> Adapted:
     """Read an adapter from the content of its file; see `load_adapter`."""
-    try:
-        header = json.loads(tensors.metadata[ADAPTER])
-        version = int(header["version"])
-        if version <= _VERSION:
-            card, scale = read_card(header["card"]), header["scale"]
-            texts = [header[name] for name in ("weights", "base", "sha256", "frozen")]
-            if not (is_number(scale) and all(isinstance(text, str) for text in texts)):
-                raise TypeError((scale, *texts))  # noqa: TRY301
-    except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
-        raise RequestError(
-            f"{path}: the header of this adapter is damaged ({error!r:.200}); write or fetch the "
-            "file again"
-        ) from error
-    if version > _VERSION:
-        raise RequestError(
-            f"{path} is an adapter of version {version}, but this tljax reads up to version "
-            f"{_VERSION}: upgrade tljax"
-        )
+    header = _read_header(path, tensors.metadata[ADAPTER])
+    card, scale = header["card"], header["scale"]
     try:
         model = from_json(header.get("model"), modules)
     except RequestError as error:
@@ -176,7 +160,27 @@ def read_adapter(
             f"of SHA-256 {header['sha256']}: restore them"
         )
     _check(model, trainable, frozen, str(path), f"{path} does not fit {model.name}")
-    return Adapted(model, trainable, frozen, float(scale), card)
+    return Adapted(model, trainable, frozen, scale, card)
+
+
+def _read_header(path: Path, text: str) -> dict[str, Any]:
+    """Parse and check a header; its ``card`` becomes a `Card`."""
+    try:
+        header = json.loads(text)
+        if (version := int(header["version"])) > _VERSION:
+            raise RequestError(
+                f"{path} is an adapter of version {version}, but this tljax reads up to version "
+                f"{_VERSION}: upgrade tljax"
+            )
+        names = [header[name] for name in ("weights", "base", "sha256", "frozen")]
+        if not (is_number(header["scale"]) and all(isinstance(name, str) for name in names)):
+            raise TypeError((header["scale"], *names))
+        return {**header, "card": read_card(header["card"]), "scale": float(header["scale"])}
+    except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
+        raise RequestError(
+            f"{path}: the header of this adapter is damaged ({error!r:.200}); write or fetch the "
+            "file again"
+        ) from error
 
 
 def _load_base(path: Path, header: Mapping[str, Any], modules: Modules | None) -> Pretrained:
