@@ -174,7 +174,7 @@ def _read_header(path: Path, text: str) -> dict[str, Any]:
             )
         names = [header[name] for name in ("weights", "base", "sha256", "frozen")]
         if not (is_number(header["scale"]) and all(isinstance(name, str) for name in names)):
-            raise TypeError((header["scale"], *names))
+            raise TypeError((header["scale"], *names))  # noqa: TRY301
         return {**header, "card": read_card(header["card"]), "scale": float(header["scale"])}
     except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
         raise RequestError(
