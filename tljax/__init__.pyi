@@ -33,12 +33,15 @@ from .models import init as init  # initialize variables randomly
 from .models import replace_head as replace_head  # replace the classifier by one for other classes
 from .models.layers import Mode as Mode  # batch statistics or running ones; noise on or off
 from .pretrained import CATALOG as CATALOG  # published weights: name -> entry
+from .pretrained import Adapted as Adapted  # a network with its adapter kept apart
 from .pretrained import Pretrained as Pretrained  # a model, its variables and its card
 from .pretrained import export as export  # write the formats of other libraries
+from .pretrained import load_adapter as load_adapter  # an adapter, apart from its base
 from .pretrained import (
     load_pretrained as load_pretrained,  # name, hub id, file or folder -> model, variables, card
 )
 from .pretrained import save as save  # write tljax's own format
+from .pretrained import save_adapter as save_adapter  # write what training changed
 from .runtime.process import (
     configure as configure,  # settings of JAX; call it before JAX is imported
 )
@@ -62,6 +65,7 @@ from .train.objectives import (
     Objective as Objective,  # the type of a loss function
 )
 from .train.objectives import cross_entropy as cross_entropy  # the loss of classification
+from .train.options import AdapterConfig as AdapterConfig  # options of LoRA, BitFit and norms
 from .train.options import FitConfig as FitConfig  # options of training
 from .train.options import OptimizerConfig as OptimizerConfig  # options of the optimizer
 from .train.step import Forward as Forward  # the forward function that an objective gets

@@ -26,6 +26,7 @@ from tljax.train.options import REQUEST_CONDITIONS, FitConfig
 if TYPE_CHECKING:
     from tljax.data.examples import Splits
     from tljax.pretrained import Pretrained
+    from tljax.pretrained.load import Card
     from tljax.runtime.parallel import Preemption
     from tljax.train.fit import FitResult
 
@@ -236,7 +237,6 @@ def train(
 ) -> dict[str, Any]:
     """Train in a run directory, or continue the run in it, and write its results."""
     from tljax.commands.extension import load_extension
-    from tljax.pretrained import save
     from tljax.report.runs import write_training_report
     from tljax.runtime.parallel import is_main_process
     from tljax.runtime.trees import tree_digest
@@ -309,14 +309,29 @@ def train(
     if config.fit.recipe == "scratch":
         source = f"{result.model.name} from random weights"
         card = replace(card, source=source, licence="unknown", sha256="none")
-    trained = pretrained._replace(model=result.model, variables=result.variables, card=card)
-    save(workdir / run_directory.BEST, trained)
+    save_network(config, workdir, pretrained, result, card)
     measured = write_training_report(workdir, result, splits, asdict(config), card, seconds)
 
     print_result(result, measured, unread, workdir, seconds)
     if config.data == "digits":
         print("your own images      tljax train --data FOLDER  (one subfolder per class)")
     return summary
+
+
+def save_network(
+    config: Config, workdir: Path, base: "Pretrained", result: "FitResult", card: "Card"
+) -> None:
+    """Save the network of the best epoch: the whole of it, or its adapter if it has one."""
+    from tljax.pretrained import save, save_adapter
+    from tljax.train.run_directory import ADAPTER, BEST
+
+    adaptation = config.fit.adaptation
+    if adaptation.adapter == "none":
+        whole = base._replace(model=result.model, variables=result.variables, card=card)
+        return save(workdir / BEST, whole)
+    trained = base._replace(model=result.model, variables=result.unmerged, card=card)
+    scale = adaptation.scale
+    return save_adapter(workdir / ADAPTER, trained, base, weights=config.weights, scale=scale)
 
 
 def print_result(

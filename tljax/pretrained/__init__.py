@@ -1,5 +1,8 @@
 """Pretrained weights: load, verify, save and export them."""
 
+from tljax.pretrained.adapters import Adapted as Adapted
+from tljax.pretrained.adapters import load_adapter as load_adapter
+from tljax.pretrained.adapters import save_adapter as save_adapter
 from tljax.pretrained.catalog import CATALOG as CATALOG
 from tljax.pretrained.catalog import imagenet_classes as imagenet_classes
 from tljax.pretrained.load import Card as Card

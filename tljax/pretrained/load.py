@@ -179,7 +179,8 @@ def load_pretrained(
             ``torchvision:resnet50``); a Hugging Face hub id (``microsoft/resnet-50``,
             ``timm/resnet50.tv_in1k``); a file or its URL (safetensors, ``.pth``, ``.h5``,
             ``.keras``; also xz-compressed); a folder written by ``save_pretrained`` of transformers
-            or timm; or a run directory of ``tljax train``.
+            or timm; or a run directory of ``tljax train``. The base of an adapter is loaded from
+            where it was and merged with it, see `tljax.load_adapter`.
         model: required architecture, a key of `MODELS`; None detects it. It is needed for a single
             file whose tensors fit two networks. (A timm ResNet with blurred or averaged strides,
             such as resnetblur50 and resnetaa50, has the same tensors as tljax's and can be told
@@ -324,8 +325,9 @@ def _load_folder(
     folder: Path, name: str, model: str | None, modules: Modules | None = None
 ) -> _Found:
     """Load a run directory, or a folder written by ``save_pretrained`` of transformers or timm."""
-    if (folder / "best" / "model.safetensors").exists():
-        return _load_file(folder / "best" / "model.safetensors", name, model, modules)
+    for best in (folder / "best" / "model.safetensors", folder / "best" / "adapter.safetensors"):
+        if best.exists():
+            return _load_file(best, name, model, modules)
     files = [folder / file for file in _WEIGHT_FILES if (folder / file).exists()]
     if not files and (folder / "config.json").exists() and (folder / "checkpoints").is_dir():
         raise RequestError(
@@ -355,8 +357,20 @@ _WEIGHT_FILES = (
 )
 
 
+ADAPTER = "tljax_adapter"
+"""Key in the metadata of a file whose base is elsewhere, see `tljax.pretrained.adapters`."""
+
+
 def _load_file(path: Path, name: str, model: str | None, modules: Modules | None = None) -> _Found:
     tensors = read_tensors(path)
+    if ADAPTER in tensors.metadata:
+        # Adapters are above this module, because their base is loaded by it.
+        from tljax.pretrained.adapters import read_adapter  # noqa: PLC0415
+
+        own = read_adapter(path, tensors, None, modules).merged()
+        if model not in (None, own.model.name):
+            raise RequestError(f"{path} adapts {own.model.name}, not {model}")
+        return _Found(own, True, (own.card.task.kind,))
     if "tljax" in tensors.metadata:
         own = _load_native(path, tensors, model, modules)
         return _Found(own, True, (own.card.task.kind,))
@@ -446,11 +460,9 @@ def _load_native(
 ) -> Pretrained:
     try:
         header = json.loads(tensors.metadata["tljax"])
-        classes = tuple(map(str, header["card"]["classes"]))
-        task = _read_task(header["card"].get("task", {}))
-        card = Card(**{**header["card"], "classes": classes, "notes": (), "task": task})
+        card = read_card(header["card"])
         version = int(header.get("version", 1))
-        built = _first_version(header, len(classes)) if version == 1 else None
+        built = _first_version(header, len(card.classes)) if version == 1 else None
     except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
         raise RequestError(
             f"{path}: its tljax header is damaged ({error!r:.200}); write or fetch the file again"
@@ -466,7 +478,7 @@ def _load_native(
         raise RequestError(f"{path}: {error}") from error
     if model not in (None, built.name):
         raise RequestError(f"{path} holds {built.name}, not {model}")
-    if fault := _task_fault(built, card):
+    if fault := task_fault(built, card):
         raise RequestError(
             f"{path}: its tljax header is damaged ({fault:.200}); write or fetch the file again"
         )
@@ -475,18 +487,30 @@ def _load_native(
     return Pretrained(built, apply_rules(rules, tensors.arrays, expected, str(path)), card)
 
 
-def _read_task(values: dict[str, Any]) -> Task:
-    """Build the task that a header describes; `_task_fault` checks it."""
+def read_card(values: dict[str, Any]) -> Card:
+    """Build the card that a header describes; `task_fault` checks its task.
+
+    Raises:
+        AttributeError, LookupError, TypeError, ValueError: the values are damaged.
+    """
     settings: dict[str, Any] = {
-        k: tuple(x) if isinstance(x, list) else x for k, x in values.items()
+        k: tuple(x) if isinstance(x, list) else x for k, x in values.get("task", {}).items()
     }
-    return Task(**settings)
+    classes = tuple(map(str, values["classes"]))
+    return Card(**{**values, "classes": classes, "notes": (), "task": Task(**settings)})
+
+
+def card_json(card: Card) -> dict[str, Any]:
+    """Return the values of a card that are saved, for `read_card`."""
+    values = {**asdict(card), "layout": "tljax"}
+    del values["notes"]
+    return values
 
 
 _TASK_SETTINGS = {"multilabel": ("thresholds",), "regression": ("mean", "scale", "units")}
 
 
-def _task_fault(model: Model, card: Card) -> str:
+def task_fault(model: Model, card: Card) -> str:
     """Return what is wrong with a task; empty if it is valid."""
     task, names = card.task, len(card.classes)
     if task.kind not in get_args(Kind):
@@ -544,10 +568,9 @@ def save(path: Path, pretrained: Pretrained) -> None:
             the model, or the file cannot be written.
     """
     model, variables, card = pretrained
-    if fault := _task_fault(model, card):
+    if fault := task_fault(model, card):
         raise RequestError(f"{path} is not written: {fault:.200}")
-    saved_card = {**asdict(card), "layout": "tljax"}
-    del saved_card["notes"]
+    saved_card = card_json(card)
     version = _VERSION
     if card.task == CLASSIFICATION:  # so that earlier versions of tljax read the file
         version = 2

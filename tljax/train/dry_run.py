@@ -19,6 +19,7 @@ from tljax.runtime.parallel import fsdp_sharding
 from tljax.runtime.tables import format_table
 from tljax.runtime.trees import flatten
 from tljax.runtime.types import Batch, Variables
+from tljax.train.adapt import adapter_functions, add_adapter
 from tljax.train.adversary import adversarial
 from tljax.train.freeze import FROZEN, first_trainable_stage, label, partition
 from tljax.train.inputs import cache_bytes, cache_location
@@ -60,6 +61,9 @@ def dry_run(model: Model, splits: Splits, config: FitConfig, loading: Loading) -
         lines.append("first a linear probe: the head, fitted to its optimum on frozen features")
     everything = jax.tree.map(lambda _: 1.0, variables["params"])
     full = step_flops(model, variables, everything, plan.config, batch_size, None)
+    variables = jax.eval_shape(
+        lambda v: add_adapter(model, v, plan.config, jax.random.key(0)), variables
+    )
     for phase in plan.phases:
         labels = label(variables["params"], phase.table)
         start = first_trainable_stage(model, labels)
@@ -143,7 +147,7 @@ def step_flops(
         model: network with a head for the classes of the data.
         variables: variables of ``model``; shapes are enough.
         labels: learning rate multiple of every parameter.
-        config: optimizer, attack and recomputation.
+        config: optimizer, adapter, attack and recomputation.
         batch_size: images per step.
         start: stage that cached activations enter; None for images.
     """
@@ -161,8 +165,9 @@ def step_flops(
     objective = cross_entropy()
     if config.attacker is not None:
         objective = adversarial(objective, config.attacker)
-    around_stage = jax.checkpoint if config.remat else None
-    step = make_train_step(model, optimizer, objective, start=start, around_stage=around_stage)
+    memory = {"around_stage": jax.checkpoint if config.remat else None}
+    options = {"start": start, **memory, **adapter_functions(config)}
+    step = make_train_step(model, optimizer, objective, **options)
     keys = jax.eval_shape(lambda: (epoch_key(0, 0), jax.random.key(0)))
     frozen_variables = {"params": frozen, "batch_stats": variables["batch_stats"]}
     lowered = step.lower(state, frozen_variables, batch, keys)  # pyright: ignore[reportFunctionMemberAccess]

@@ -60,6 +60,8 @@ class FitResult(NamedTuple):
         config: the configuration with all defaults filled in.
         task: what the outputs mean: with the mean and scale of numbers, and with the thresholds of
             labels that have the highest F1 on the validation images.
+        unmerged: ``variables`` before ``materialize``: with the factors of LoRA beside the kernels
+            that they were added to.
     """
 
     model: Model
@@ -73,6 +75,7 @@ class FitResult(NamedTuple):
     skipped: tuple[dict[int, str], dict[int, str]]
     config: FitConfig
     task: Task
+    unmerged: Variables
 
     @property
     def best_epoch(self) -> int:
@@ -161,7 +164,9 @@ def fit(
     model, variables, phases = run.model, run.variables, run.plan.phases
 
     def materialized(variables: Variables) -> Variables:
-        return join(*split(variables, phases[-1].rates, ()), materialize) if phases else variables
+        if not phases:
+            return variables
+        return join(*split(variables, phases[-1].rates, ()), run.materialize)
 
     initial = materialized(variables)
     mismatch = f"materialize made variables that do not fit {model.name}"
@@ -190,6 +195,7 @@ def fit(
             )
         saved = None
 
+    unmerged = to_host(best)
     best = to_host(materialized(best))
     logits = inputs.logits(model, best)
     evaluation = choose_thresholds(evaluate(logits, run.task))
@@ -205,6 +211,7 @@ def fit(
         inputs.all_skipped(),
         run.config,
         evaluation.task,
+        unmerged,
     )
 
 

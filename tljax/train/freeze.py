@@ -27,6 +27,7 @@ def freeze_table(
     train: Sequence[str] = (),
     rates: Sequence[str] = (),
     layer_decay: float = 1.0,
+    adapter: Sequence[str] = (),
 ) -> Table:
     """Return the table of learning rate multiples for common options.
 
@@ -40,6 +41,8 @@ def freeze_table(
         rates: ``PATTERN=RATE`` or ``STAGE=RATE``, with a rate of 0 or more; they take precedence.
         layer_decay: ratio, in (0, 1], of a stage's rate to that of the next stage (ULMFiT,
             https://arxiv.org/abs/1801.06146; ELECTRA, https://arxiv.org/abs/2003.10555).
+        adapter: paths of the parameters of an adapter, see `tljax.train.adapt`; only they and the
+            head train.
 
     Returns:
         (pattern, rate) pairs, see `label`.
@@ -51,6 +54,8 @@ def freeze_table(
     train = tuple(name.strip() for names in train for name in names.split(","))
     if freeze_to and train:
         raise RequestError("--freeze-to and --train exclude each other: set one of them")
+    if adapter and train:
+        raise RequestError("--adapter and --train exclude each other: set one of them")
     if not 0 < layer_decay <= 1:
         raise RequestError(f"--layer-decay {layer_decay}: choose a number in (0, 1]")
     head = model.stages[-1].name
@@ -70,9 +75,12 @@ def freeze_table(
         patterns = [name for name in train if name not in with_params]
         if patterns and layer_decay != 1:
             raise RequestError(f"--layer-decay needs stages, and '{patterns[0]}' is a pattern")
-        table += [(_pattern(model, name), 1.0) for name in patterns]
+        table += [(parameter_pattern(model, name), 1.0) for name in patterns]
+    if adapter:
+        table += [(path, layer_decay ** depth[path.split("/")[0]]) for path in adapter]
+        stages = [head]
     table += [(f"{name}/*", layer_decay ** depth[name]) for name in stages]
-    return (*table, ("*", FROZEN)) if train else tuple(table)
+    return (*table, ("*", FROZEN)) if train or adapter else tuple(table)
 
 
 def _rate(model: Model, text: str) -> tuple[str, float]:
@@ -83,10 +91,10 @@ def _rate(model: Model, text: str) -> tuple[str, float]:
         rate = -1.0
     if not pattern or not 0 <= rate < float("inf"):
         raise RequestError(f"--rates {text}: write PATTERN=RATE with a rate of 0 or more")
-    return _pattern(model, pattern), rate
+    return parameter_pattern(model, pattern), rate
 
 
-def _pattern(model: Model, text: str) -> str:
+def parameter_pattern(model: Model, text: str) -> str:
     """Return a pattern as it is, and the name of a stage as the pattern of its parameters."""
     if "/" in text or "*" in text:
         return text

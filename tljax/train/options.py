@@ -34,6 +34,36 @@ class AdversaryConfig(Checked):
 
 
 @dataclass(frozen=True)
+class AdapterConfig(Checked):
+    """Options of adapters, which train few parameters beside the head and freeze all others.
+
+    Attributes:
+        adapter: Parameters to train: lora adds the product of two thin matrices to kernels (Hu et
+            al. 2021, arXiv:2106.09685), bitfit trains all biases (Ben Zaken et al. 2021,
+            arXiv:2106.10199), norm the scales and biases of all norms. The run saves what has
+            changed, with the hash of the weights that it belongs to.
+        rank: Rank of the change of each kernel.
+        alpha: Factor of the change, times the rank: the change is alpha / rank times the product.
+            By default the rank.
+        adapter_dropout: Dropout rate of the channels that enter the product, each for a whole batch
+            at once; 0 is no dropout.
+        adapter_targets: Stages, or patterns of kernels, to adapt. By default all kernels after the
+            first stage that have at least twice the parameters of their product.
+    """
+
+    adapter: Literal["none", "lora", "bitfit", "norm"] = "none"
+    rank: Count = 8
+    alpha: NotNegative | None = None
+    adapter_dropout: Share = 0.0
+    adapter_targets: tuple[str, ...] = ()
+
+    @property
+    def scale(self) -> float:
+        """Return the factor of the product of LoRA's matrices."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+
+@dataclass(frozen=True)
 class OptimizerConfig(Checked):
     """Options of the optimizer.
 
@@ -41,7 +71,8 @@ class OptimizerConfig(Checked):
         optimizer: Update rule. sgd uses Nesterov momentum; adamw decouples the weight decay from
             the gradient (Loshchilov and Hutter 2019, arXiv:1711.05101), adam does not; lamb suits
             large batches (You et al. 2020, arXiv:1904.00962).
-        learning_rate: Peak learning rate; by default that of the recipe, or 1e-4 if it has none.
+        learning_rate: Peak learning rate; by default that of the recipe, or 1e-4 if it has none,
+            with an adapter 1e-3.
         momentum: Momentum of sgd.
         weight_decay: Weight decay of kernels; norms and biases have none.
         schedule: Learning rate schedule after the warm-up. one-cycle replaces the warm-up by a rise
@@ -72,7 +103,7 @@ class FitConfig(Checked):
             stages with a head initialized to zeros. bit is finetune with the hyperparameters of
             BiT (arXiv:1912.11370). scratch trains from random weights, as a baseline.
         freeze_to: Last frozen stage. By default lp-ft freezes all stages before the lowest
-            resolution, and other recipes none.
+            resolution, and other recipes none; with an adapter none does.
         train: Stages, or patterns of parameters, that train; all others are frozen.
             Replaces --freeze-to.
         rates: Multiples of the learning rate as PATTERN=RATE; 0 freezes. They take precedence over
@@ -122,6 +153,7 @@ class FitConfig(Checked):
             another, with --augment; approximate. 0 caches none and draws a new view in every epoch.
         augment: Augment training images by random crops and flips, and by the augmentation options.
         augmentation: Options of data augmentation.
+        adaptation: Options of adapters.
         adversary: Options of adversarial training. With an attack, the best epoch is the one with
             the highest robust accuracy.
         optimizer: Options of the optimizer.
@@ -154,6 +186,7 @@ class FitConfig(Checked):
     cache_views: Amount = 0
     augment: bool = False
     augmentation: AugmentConfig = field(default_factory=AugmentConfig)
+    adaptation: AdapterConfig = field(default_factory=AdapterConfig)
     adversary: AdversaryConfig = field(default_factory=AdversaryConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
@@ -169,7 +202,12 @@ def _augments(s: Any) -> bool:
 
 def _freezes(s: Any) -> bool:
     zero = (rate for rate in s.rates if rate.rpartition("=")[2].strip("0.") == "")
-    return s.recipe in ("probe", "lp-ft", "gradual") or s.freeze_to or s.train or any(zero)
+    some = s.freeze_to or s.train or s.adapter != "none"
+    return s.recipe in ("probe", "lp-ft", "gradual") or some or any(zero)
+
+
+def _uses_lora(s: Any) -> bool:
+    return s.adapter == "lora"
 
 
 _AUGMENTATION = " ".join(settings(AugmentConfig()))
@@ -184,6 +222,7 @@ FIT_CONDITIONS: Conditions = (
     ("focal_gamma", lambda s: s.loss == "focal", "without --loss focal"),
     ("scale ratio", lambda s: s.crop, "with --no-crop"),
     ("randaugment_magnitude", lambda s: s.randaugment_layers, "without --randaugment-layers"),
+    ("rank alpha adapter_dropout adapter_targets", _uses_lora, "without --adapter lora"),
     ("epsilon attack_steps", lambda s: s.attack != "none", "without --attack"),
     ("attack_steps", lambda s: s.attack == "pgd", "without --attack pgd"),
     ("choose_by", lambda s: s.attack == "none", "with --attack: robust accuracy is compared"),

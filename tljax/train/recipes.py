@@ -10,6 +10,7 @@ from tljax.models import Model, abstract_variables, apply
 from tljax.models.model import stochastic_depth_stages
 from tljax.runtime.errors import RequestError
 from tljax.runtime.types import Variables
+from tljax.train.adapt import adapter_paths, add_adapter
 from tljax.train.freeze import (
     FROZEN,
     Table,
@@ -73,8 +74,9 @@ def make_plan(model: Model, config: FitConfig, examples: int, batch_size: int) -
         config = _hyperrule(config, examples, batch_size)
     scratch = recipe == "scratch"
     rate = config.optimizer.learning_rate
+    adapts = config.adaptation.adapter != "none"
     if rate is None:
-        rate = 1e-3 if scratch else 1e-4
+        rate = 1e-3 if scratch or adapts else 1e-4
     epochs = config.epochs or (30 if scratch else 10)
     config = replace(
         config,
@@ -83,15 +85,9 @@ def make_plan(model: Model, config: FitConfig, examples: int, batch_size: int) -
         batch_norm=config.batch_norm or ("batch" if scratch else "running"),
         augment=config.augment or scratch,
     )
-    if recipe in ("lp-ft", "probe") and not (config.freeze_to or config.train):
+    if recipe in ("lp-ft", "probe") and not (config.freeze_to or config.train or adapts):
         config = replace(config, freeze_to=default_freeze_to(model))
-    table = freeze_table(
-        model,
-        freeze_to=config.freeze_to,
-        train=config.train,
-        rates=config.rates,
-        layer_decay=config.layer_decay,
-    )
+    params, table = _params_and_table(model, config)
     if scratch and any(rate == FROZEN for _, rate in table):
         raise RequestError("--recipe scratch must train all stages: remove the options that freeze")
     if config.augment and config.cache_views == 0 and config.cache not in ("auto", "none"):
@@ -105,9 +101,26 @@ def make_plan(model: Model, config: FitConfig, examples: int, batch_size: int) -
     if recipe == "probe":
         return Plan("probe", (), config)
     if recipe == "gradual":
-        return Plan("probe", _gradual(model, table, epochs), config)
+        return Plan("probe", _gradual(model, params, table, epochs), config)
     start = {"lp-ft": "probe", "scratch": "random"}.get(recipe, "zeros")
     return Plan(start, (Phase("train", table, epochs),), config)  # pyright: ignore[reportArgumentType]
+
+
+def _params_and_table(model: Model, config: FitConfig) -> tuple[Variables, Table]:
+    """Return the shapes of all parameters, with those of an adapter, and their table of rates."""
+    variables = jax.eval_shape(
+        lambda variables: add_adapter(model, variables, config, jax.random.key(0)),
+        abstract_variables(model),
+    )
+    table = freeze_table(
+        model,
+        freeze_to=config.freeze_to,
+        train=config.train,
+        rates=config.rates,
+        layer_decay=config.layer_decay,
+        adapter=adapter_paths(model, variables, config),
+    )
+    return variables["params"], table
 
 
 def _check_adversary(config: FitConfig, mixed: bool) -> None:
@@ -153,9 +166,9 @@ def default_freeze_to(model: Model) -> str:
     return names[max(names.index(first) - 1, 0)]
 
 
-def _gradual(model: Model, table: Table, epochs: int) -> tuple[Phase, ...]:
+def _gradual(model: Model, params: Variables, table: Table, epochs: int) -> tuple[Phase, ...]:
     """Plan the phases of gradual unfreezing, from the last two stages to all trainable ones."""
-    stages = trainable_stages(model, label(abstract_variables(model)["params"], table))
+    stages = trainable_stages(model, label(params, table))
     steps = range(len(stages) - 2, -1, -1)
     if not steps:
         raise RequestError("--recipe gradual needs at least two trainable stages: freeze fewer")

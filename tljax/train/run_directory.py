@@ -3,7 +3,7 @@
 Together with the images and base weights, which it identifies, it suffices to resume the run.
 
 config.json  env.json  classes.json  split.csv  skipped.csv  metrics.jsonl
-checkpoints/  best/model.safetensors  report.html  README.md  eval/
+checkpoints/  best/model.safetensors (or best/adapter.safetensors)  report.html  README.md  eval/
 """
 
 import csv
@@ -31,6 +31,9 @@ from tljax.runtime.parallel import is_main_process
 
 BEST = Path("best") / "model.safetensors"
 """Path of the network of the best epoch within a run directory, for `load_pretrained`."""
+
+ADAPTER = Path("best") / "adapter.safetensors"
+"""Path of the adapter of the best epoch, which a run with ``--adapter`` writes instead."""
 
 _FILES = ("env.json", "classes.json", "split.csv", "skipped.csv", "metrics.jsonl", "report.html")
 _FILES += ("README.md", "checkpoints", "best", "eval")

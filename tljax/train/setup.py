@@ -7,6 +7,7 @@ from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, TypeVar
+from zlib import crc32
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +35,7 @@ from tljax.runtime.settings import Conditions, find_unused_settings, settings
 from tljax.runtime.task import Task
 from tljax.runtime.trees import flatten
 from tljax.runtime.types import Variables
+from tljax.train.adapt import adapter_functions, add_adapter
 from tljax.train.adversary import adversarial
 from tljax.train.checkpoint import Checkpoints
 from tljax.train.freeze import combine, first_trainable_stage, label, split, wholly_trained_stages
@@ -44,7 +46,15 @@ from tljax.train.objectives import Objective, make_objective
 from tljax.train.optimizer import OptimizerWrapper, build_optimizer, learning_rate_schedule
 from tljax.train.options import REQUEST_CONDITIONS, FitConfig
 from tljax.train.recipes import Phase, Plan, make_plan
-from tljax.train.step import Materialize, TrainState, TrainStep, init_state, make_train_step
+from tljax.train.step import (
+    Materialize,
+    ParameterNoise,
+    TrainState,
+    TrainStep,
+    init_state,
+    make_train_step,
+    no_noise,
+)
 
 Tree = TypeVar("Tree")
 
@@ -65,6 +75,7 @@ class Run:
         seed: seed of the random number generator.
         mesh: devices.
         task: what is learned, with the mean and scale of numbers.
+        parameter_noise: random change of the trainable parameters in every step.
 
     The other attributes are arguments of `tljax.train.fit.fit`.
     """
@@ -80,6 +91,7 @@ class Run:
     task: Task
     objective: Objective
     materialize: Materialize = combine
+    parameter_noise: ParameterNoise = no_noise
     transform: optax.GradientTransformation | OptimizerWrapper | None = None
     on_step: Callable[[int, dict[str, float]], None] | None = None
     log_every: int = 1
@@ -181,6 +193,7 @@ def prepare(
         raise RequestError("log_every must be at least 1 step")
     head = model.stage_names[-1]
     plan = make_plan(model, config, len(splits.train), loading.batch_size)
+    variables = _with_adapter(model, variables, plan, seed, run_options)
     counts = accumulate((phase.epochs for phase in plan.phases), initial=0)
     phases = tuple(
         phase._replace(rates=label(variables["params"], phase.table), epochs_before=count)
@@ -258,6 +271,20 @@ def _with_head(
             f"new_head made {model.num_classes} outputs, not {outputs}, one per {per}"
         )
     return model, variables
+
+
+def _with_adapter(
+    model: Model, variables: Variables, plan: Plan, seed: int, run_options: dict[str, Any]
+) -> Variables:
+    """Add the parameters of an adapter to the variables, and its functions to the run."""
+    if not plan.phases:
+        return variables
+    functions = adapter_functions(plan.config)
+    if functions and run_options.get("materialize", combine) is not combine:
+        raise RequestError("--adapter lora has a materialize of its own: leave out one of them")
+    run_options |= functions
+    key = jax.random.fold_in(jax.random.key(seed), crc32(b"adapter"))
+    return add_adapter(model, variables, plan.config, key)
 
 
 def _check_replaced(
@@ -366,6 +393,7 @@ def begin_phase(
         accumulate=config.accumulate,
         augment=config.augmentation if config.augment and inputs.start is None else None,
         **memory_options(run.mesh, remat=config.remat, fsdp=config.fsdp),
+        parameter_noise=run.parameter_noise,
     )
     if config.frozen_dtype == "bfloat16":
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), frozen["params"])

@@ -90,6 +90,17 @@ Materialize = Callable[[Variables, Variables], Variables]
 """``(trainable, frozen) -> params`` of the whole network. Only stages with a trainable parameter
 may differ from ``frozen``, because the activations of earlier stages may be cached."""
 
+ParameterNoise = Callable[[Variables, jax.Array], Variables]
+"""``(trainable, key) -> trainable``, a random change of the trainable parameters."""
+
+_NOISE_STREAM = 2**32 - 1
+"""Number that no call and no stage has, for the key of the parameter noise."""
+
+
+def no_noise(trainable: Variables, _: jax.Array) -> Variables:
+    """Return the parameters as they are: the default `ParameterNoise`."""
+    return trainable
+
 
 class Forward:
     """The network with its parameters, as an objective calls it.
@@ -204,6 +215,7 @@ def make_train_step(
     augment: AugmentConfig | None = None,
     around_stage: AroundStage | None = None,
     compiler_options: dict[str, Any] | None = None,
+    parameter_noise: ParameterNoise = no_noise,
 ) -> TrainStep:
     """Make a jitted ``step(state, frozen, batch, keys) -> (state, metrics)``; it donates ``state``.
 
@@ -237,6 +249,9 @@ def make_train_step(
         around_stage: transformation of the function of every stage, as for `apply`; to save memory,
             `jax.checkpoint` computes the activations within a stage again in the backward pass.
         compiler_options: options of XLA's compiler, as for `jax.jit`.
+        parameter_noise: ``(trainable, key) -> trainable``, a random change of the trainable
+            parameters for one step (for one part of it with ``accumulate``), such as the dropout of
+            LoRA; it is differentiated. By default there is none.
 
     Raises:
         RequestError: at the first step, if the objective returns values of a wrong shape or name,
@@ -251,6 +266,7 @@ def make_train_step(
         """Return the sum of the losses, and (statistics, metrics)."""
         if augment is not None:
             batch = _augmented(batch, model, keys, augment)
+        params = parameter_noise(params, jax.random.fold_in(keys[1], _NOISE_STREAM))
         forward = Forward(
             model,
             {
