@@ -42,7 +42,7 @@ $(VENV)/.demo: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --no-compile $(COMPAT) --editable ".[demo]"
 	touch $@
 
-$(VENV)/.test: pyproject.toml | $(BIN)/python
+$(VENV)/.test: pyproject.toml Makefile | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --no-compile $(COMPAT) --editable ".[demo,docs,test]"
 	@# torchattacks declares old versions and torchvision, and needs neither.
 	$(BIN)/python -m pip install --quiet --no-deps torchattacks==3.5.1
