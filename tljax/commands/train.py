@@ -24,9 +24,10 @@ from tljax.runtime.settings import settings
 from tljax.train.options import REQUEST_CONDITIONS, FitConfig
 
 if TYPE_CHECKING:
-    from tljax.data.examples import Splits
+    from tljax.data.examples import Source, Splits
     from tljax.pretrained import Pretrained
     from tljax.runtime.parallel import Preemption
+    from tljax.studies.interpolation import Line
     from tljax.train.fit import FitResult
 
 
@@ -65,6 +66,11 @@ class Config(cli.Common):
         dry_run: Print what would be trained, its cost and what would be cached, and train nothing.
         profile: Write a trace of steps 3 to 12 of the first epoch to profile/ in the run directory,
             for TensorBoard or Perfetto.
+        interpolate: After training, evaluate networks on the line between the start and the best
+            epoch, and save the best one (WiSE-FT, Wortsman et al. 2022, arXiv:2109.01903):
+            FROM:TO:STEP, the weights of the best epoch, such as 0:1:0.1.
+        interpolate_data: Labeled images of another distribution, with the same classes, on which
+            the networks of --interpolate are evaluated, too. They do not choose the best one.
         distributed: Run as one of several processes; start the same command on every host, with the
             same --workdir.
     """
@@ -81,6 +87,8 @@ class Config(cli.Common):
     find_learning_rate: bool = False
     dry_run: bool = False
     profile: bool = False
+    interpolate: str | None = None
+    interpolate_data: str | None = None
     distributed: bool = False
 
     conditions = (
@@ -89,6 +97,15 @@ class Config(cli.Common):
         ("find_learning_rate profile", lambda s: not s.dry_run, "with --dry-run"),
         ("epochs", lambda s: not s.find_learning_rate or s.recipe == "gradual", _IN_RANGE_TEST),
         (_UNUSED_IN_RANGE_TEST, lambda s: not s.find_learning_rate, _IN_RANGE_TEST),
+        (
+            "interpolate",
+            lambda s: s.recipe in ("lp-ft", "gradual"),
+            "without --recipe lp-ft or gradual: others do not start from a trained head",
+        ),
+        ("interpolate", lambda s: s.attack == "none", "with --attack: robust accuracy is compared"),
+        ("interpolate interpolate_data", lambda s: not s.dry_run, "with --dry-run"),
+        ("interpolate interpolate_data", lambda s: not s.find_learning_rate, _IN_RANGE_TEST),
+        ("interpolate_data", lambda s: s.interpolate, "without --interpolate"),
         ("checkpoint_minutes log_every", lambda s: s.recipe != "probe", "with --recipe probe"),
     )
 
@@ -157,6 +174,7 @@ def run(config: Config) -> dict[str, Any]:
     from tljax.models import with_head
     from tljax.pretrained.catalog import catalog_name
     from tljax.runtime.parallel import Preemption, is_main_process, join
+    from tljax.studies.interpolation import parse_weights
     from tljax.train import run_directory
     from tljax.train.dry_run import dry_run
     from tljax.train.objectives import make_objective
@@ -191,6 +209,8 @@ def run(config: Config) -> dict[str, Any]:
             return suggest_learning_rate(config, pretrained, splits)
 
         # These raise an error for a bad request before anything is written.
+        parse_weights(config.interpolate or "0:1:1")
+        shifted = config.interpolate_data and open_shifted(config, splits.train)
         outputs = task.num_outputs(len(splits.train.classes))
         cut = with_head(pretrained.model, outputs, after=config.fit.head_after)
         plan = make_plan(cut, fit, len(splits.train), config.batch_size)
@@ -200,7 +220,7 @@ def run(config: Config) -> dict[str, Any]:
         workdir = config.workdir or run_directory.new_workdir(splits)
         config = replace(config, workdir=workdir)
         with run_directory.occupied(workdir, splits) if is_main_process() else nullcontext():
-            return train(config, workdir, pretrained, splits, preemption, began)
+            return train(config, workdir, pretrained, splits, shifted or None, preemption, began)
 
 
 def train(
@@ -208,13 +228,12 @@ def train(
     workdir: Path,
     pretrained: "Pretrained",
     splits: "Splits",
+    shifted: "Source | None",
     preemption: "Preemption",
     began: float,
 ) -> dict[str, Any]:
     """Train in a run directory, or continue the run in it, and write its results."""
     from tljax.commands.extension import load_extension
-    from tljax.pretrained import save
-    from tljax.report.runs import write_training_report
     from tljax.runtime.parallel import is_main_process
     from tljax.runtime.trees import tree_digest
     from tljax.train import run_directory
@@ -264,6 +283,7 @@ def train(
     except StoppedError as error:
         folder = shlex.quote(str(workdir))
         raise StoppedError(f"{error}; to continue: tljax train --resume {folder}") from error
+    result, line = choose_on_line(config, result, splits, shifted)
     seconds = time.perf_counter() - began
     # Without validation images, the training images are also those of validation.
     unread = sum(map(len, result.skipped[: 1 + (splits.val is not splits.train)]))
@@ -272,6 +292,7 @@ def train(
     summary = {
         "task": result.task.kind,
         f"val_{metric}": result.evaluation.metric(metric),
+        "interpolation_weight": line and line.chosen.weight,
         "val_robust_top1": result.robust.top1 if result.robust else None,
         f"probe_{metric}": probe.metric(metric) if probe else None,
         "recipe": config.fit.recipe,
@@ -281,33 +302,85 @@ def train(
     }
     if not is_main_process():
         return summary
+    write_results(config, workdir, pretrained, splits, result, line, unread, seconds)
+    return summary
+
+
+def write_results(
+    config: Config,
+    workdir: Path,
+    pretrained: "Pretrained",
+    splits: "Splits",
+    result: "FitResult",
+    line: "Line | None",
+    unread: int,
+    seconds: float,
+) -> None:
+    """Save the network, write the report, and print what was measured."""
+    from tljax.pretrained import save
+    from tljax.report.runs import remarks, write_training_report
+    from tljax.train import run_directory
+
     card = replace(pretrained.card, classes=splits.train.classes, task=result.task)
     if config.fit.recipe == "scratch":
         source = f"{result.model.name} from random weights"
         card = replace(card, source=source, licence="unknown", sha256="none")
     trained = pretrained._replace(model=result.model, variables=result.variables, card=card)
     save(workdir / run_directory.BEST, trained)
-    measured = write_training_report(workdir, result, splits, asdict(config), card, seconds)
+    measured = write_training_report(workdir, result, splits, asdict(config), card, seconds, line)
 
-    print_result(result, measured, unread, workdir, seconds)
+    print_result(measured, remarks(result, line), unread, workdir, seconds)
     if config.data == "digits":
         print("your own images      tljax train --data FOLDER  (one subfolder per class)")
-    return summary
 
 
 def print_result(
-    result: "FitResult", measured: dict[str, str], unread: int, workdir: Path, seconds: float
+    measured: dict[str, str], remarks: list[str], unread: int, workdir: Path, seconds: float
 ) -> None:
     """Print what `write_training_report` returned, remarks and where the report is."""
-    from tljax.report.runs import remarks
-
     for name, text in measured.items():
         print(f"{name:20} {text}")
-    for remark in remarks(result):
+    for remark in remarks:
         print(f"note                 {remark}")
     if unread:
         print(f"not read             {unread} images, listed in {workdir / 'skipped.csv'}")
     print(f"report               {workdir / 'report.html'}  ({seconds:.0f} s in all)")
+
+
+def choose_on_line(
+    config: Config, result: "FitResult", splits: "Splits", shifted: "Source | None"
+) -> "tuple[FitResult, Line | None]":
+    """Return the result with the best network on the line of ``--interpolate``, and the line."""
+    from tljax.studies.interpolation import evaluate_line, parse_weights, with_chosen
+
+    if not config.interpolate:
+        return result, None
+    weights = parse_weights(config.interpolate)
+    line = evaluate_line(result, splits.val, weights, config.loading, shifted)
+    return with_chosen(result, line), line
+
+
+def open_shifted(config: Config, train: "Source") -> "Source":
+    """Open the images of ``--interpolate-data``, labeled by the names of the training images.
+
+    Raises:
+        RequestError: there are none, or their labels are of another kind.
+    """
+    from tljax.data.folders import expand_path
+    from tljax.data.sources import open_labeled
+    from tljax.features.evaluate import match_network
+
+    data = config.interpolate_data or ""
+    same_columns = not expand_path(data).is_dir()
+    labels = config.labels if same_columns else LabelOptions(order=config.labels.order)
+    if labels.order is None:
+        labels = replace(labels, task=train.task.kind)
+    source, _, notes = match_network(
+        open_labeled(data, replace(labels, root=None)), train.classes, train.task
+    )
+    for note in notes:
+        print(f"note: {data}: {note}", file=sys.stderr)
+    return source
 
 
 def _both(one: Callable[..., None], other: Callable[..., None] | None) -> Callable[..., None]:

@@ -60,6 +60,8 @@ class FitResult(NamedTuple):
         config: the configuration with all defaults filled in.
         task: what the outputs mean: with the mean and scale of numbers, and with the thresholds of
             labels that have the highest F1 on the validation images.
+        initial: variables before training, with the head that the recipe starts from, as host
+            arrays.
     """
 
     model: Model
@@ -73,6 +75,7 @@ class FitResult(NamedTuple):
     skipped: tuple[dict[int, str], dict[int, str]]
     config: FitConfig
     task: Task
+    initial: Variables
 
     @property
     def best_epoch(self) -> int:
@@ -205,6 +208,7 @@ def fit(
         inputs.all_skipped(),
         run.config,
         evaluation.task,
+        to_host(initial),
     )
 
 

@@ -33,7 +33,7 @@ BEST = Path("best") / "model.safetensors"
 """Path of the network of the best epoch within a run directory, for `load_pretrained`."""
 
 _FILES = ("env.json", "classes.json", "split.csv", "skipped.csv", "metrics.jsonl", "report.html")
-_FILES += ("README.md", "checkpoints", "best", "eval")
+_FILES += ("README.md", "checkpoints", "best", "eval", "interpolation.csv")
 
 
 def new_workdir(splits: Splits) -> Path:
