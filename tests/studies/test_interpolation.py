@@ -98,6 +98,17 @@ def test_the_best_point_is_that_of_the_chosen_metric(result, choose_by):
     assert chosen.history == result.history
 
 
+def test_the_line_leads_to_the_last_epoch_if_none_was_better_than_the_start():
+    options = {"freeze_to": "stem", "batch_norm": "batch", "ema_decay": 0.5, "epochs": 1}
+    result = train(config("lp-ft", optimizer="sgd", rate=1.0, **options), SPLITS)
+    assert result.best_epoch == 0
+    jax.tree.map(np.testing.assert_array_equal, result.variables, result.initial)
+    points = evaluate_line(result, SPLITS.val, WEIGHTS, LOADING).points
+    assert points[0].evaluation.loss == pytest.approx(result.evaluation.loss, rel=1e-5)
+    assert points[-1].evaluation.loss == pytest.approx(result.history[-1]["val_loss"], rel=1e-5)
+    assert points[-1].evaluation.loss > 2 * points[0].evaluation.loss
+
+
 def test_the_plot_shows_shifted_over_validation_accuracy(line):
     (axes,) = interpolation_curve(line).axes
     x, y = axes.lines[0].get_data()
@@ -120,6 +131,6 @@ def test_the_report_and_a_table_show_the_line(result, line, tmp_path):
     assert rows[2][2] == f"{line.points[1].shifted.top1:.1%}"
     page = (tmp_path / "report.html").read_text()
     assert "<h2>Interpolation</h2>" in page
-    weight = f"The network is {line.chosen.weight:g} times the best epoch"
+    weight = f"The network is the sum of {line.chosen.weight:g} times the network after"
     assert weight in page
     assert weight in (tmp_path / "README.md").read_text().replace("\\", "")

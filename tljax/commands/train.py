@@ -67,8 +67,9 @@ class Config(cli.Common):
         profile: Write a trace of steps 3 to 12 of the first epoch to profile/ in the run directory,
             for TensorBoard or Perfetto.
         interpolate: After training, evaluate networks on the line between the start and the best
-            epoch, and save the best one (WiSE-FT, Wortsman et al. 2022, arXiv:2109.01903):
-            FROM:TO:STEP, the weights of the best epoch, such as 0:1:0.1.
+            epoch, or the last one if none was better than the start, and save the best (WiSE-FT,
+            Wortsman et al. 2022, arXiv:2109.01903): FROM:TO:STEP, the weights of the end, such as
+            0:1:0.1.
         interpolate_data: Labeled images of another distribution, with the same classes, on which
             the networks of --interpolate are evaluated, too. They do not choose the best one.
         distributed: Run as one of several processes; start the same command on every host, with the

@@ -55,11 +55,11 @@ def remarks(result: FitResult, line: Line | None = None) -> list[str]:
     history, remarks = result.history, []
     if line is not None:
         remarks.append(
-            f"The network is {line.chosen.weight:g} times the best epoch plus"
-            f" {1 - line.chosen.weight:.6g} times the network before fine-tuning, which is the best"
-            f" of {len(line.points)} such weights on the validation images (WiSE-FT)."
+            f"The network is the sum of {line.chosen.weight:g} times the network after fine-tuning"
+            f" and {1 - line.chosen.weight:.6g} times the one before it: the best of"
+            f" {len(line.points)} such sums on the validation images (WiSE-FT)."
         )
-    if len(history) > 1 and result.best_epoch == 0:
+    elif len(history) > 1 and result.best_epoch == 0:
         remarks.append("No epoch was better than the network before training, which was kept.")
     if drop := first_epoch_drop(history, result.evaluation.examples):
         remarks.append(

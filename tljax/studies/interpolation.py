@@ -100,10 +100,11 @@ def evaluate_line(
     loading: Loading,
     shifted: Source | None = None,
 ) -> Line:
-    """Evaluate networks between the start of a run and its best epoch.
+    """Evaluate networks between the start and the end of a run.
 
     Args:
-        result: the run. Its best metric on the validation images chooses the best point, at a tie
+        result: the run. Its end is its best epoch, or the last one if no epoch was better than the
+            start. Its best metric on the validation images chooses the best point, at a tie
             the one that is closer to the start.
         val: validation images of the run.
         weights: weights of the end, in increasing order.
@@ -117,7 +118,7 @@ def evaluate_line(
     assert choose_by is not None  # `check_task` fills it in
     points: list[Point] = []
     for weight in weights:
-        variables = interpolate(result.initial, result.variables, weight)
+        variables = _between(result, weight)
         evaluations = [
             evaluate(
                 compute_features(
@@ -135,11 +136,16 @@ def evaluate_line(
     return Line(tuple(points), best_epoch(entries, choose_by), choose_by)
 
 
+def _between(result: FitResult, weight: float) -> Variables:
+    end = result.variables if result.best_epoch > 0 else result.final
+    return interpolate(result.initial, end, weight)
+
+
 def with_chosen(result: FitResult, line: Line) -> FitResult:
     """Return the result of a run with the best network on the line in place of the best epoch."""
     evaluation = choose_thresholds(line.chosen.evaluation)
     return result._replace(
-        variables=interpolate(result.initial, result.variables, line.chosen.weight),
+        variables=_between(result, line.chosen.weight),
         evaluation=evaluation,
         logits=evaluation.outputs,
         task=evaluation.task,

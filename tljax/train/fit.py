@@ -62,6 +62,8 @@ class FitResult(NamedTuple):
             labels that have the highest F1 on the validation images.
         initial: variables before training, with the head that the recipe starts from, as host
             arrays.
+        final: variables after the last epoch, as host arrays; those of the moving average, if there
+            is one.
     """
 
     model: Model
@@ -76,6 +78,7 @@ class FitResult(NamedTuple):
     config: FitConfig
     task: Task
     initial: Variables
+    final: Variables
 
     @property
     def best_epoch(self) -> int:
@@ -180,7 +183,7 @@ def fit(
         run.report(history)
     for note in saved.notes if saved else ():
         print(f"note: {note}: resuming from the one before it", file=sys.stderr)
-    best = variables
+    best = final = variables
     for number, phase in enumerate(phases):
         if saved is not None and number < saved.position["phase"]:
             continue
@@ -188,7 +191,7 @@ def fit(
         if inputs.start not in (None, start):
             inputs = run.open_inputs(start)
         with (preemption or Preemption()).deferred():
-            variables, best, history = train_phase(
+            variables, final, best, history = train_phase(
                 run, number, phase, inputs, variables, best, history, saved
             )
         saved = None
@@ -209,6 +212,7 @@ def fit(
         run.config,
         evaluation.task,
         to_host(initial),
+        to_host(materialized(final)),
     )
 
 
@@ -221,7 +225,7 @@ def train_phase(
     best: Variables,
     history: History,
     saved: Checkpoint | None,
-) -> tuple[Variables, Variables, History]:
+) -> tuple[Variables, Variables, Variables, History]:
     """Train one phase, from its start or from a checkpoint.
 
     Args:
@@ -235,7 +239,8 @@ def train_phase(
         saved: checkpoint within this phase, if any.
 
     Returns:
-        The variables after the last step, those of the best epoch, and the history.
+        The variables after the last step, those that were validated then (of the moving average, if
+        there is one), those of the best epoch, and the history.
 
     Raises:
         DivergenceError: a loss or a parameter is not finite.
@@ -289,7 +294,8 @@ def train_phase(
         save(run, phase, inputs, {**position, **end, "batch": 0, "sums": {}}, state, best)
     # The frozen variables of the steps may be of lower precision.
     _, frozen = split(variables, phase.rates, set(state.batch_stats))
-    return join(state.changing, frozen), join(best, frozen), history
+    final = join(state.ema or state.changing, frozen)
+    return join(state.changing, frozen), final, join(best, frozen), history
 
 
 def _robust_evaluation(run: Run, variables: Variables) -> Evaluation | None:
