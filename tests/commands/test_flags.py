@@ -362,6 +362,8 @@ FIND = {
     "log-every": (10,),
     "profile": (),
     "choose-by": ("loss",),
+    "interpolate": ("0:1:0.5",),
+    "interpolate-data": ("digits",),
 }
 LABELS_OF_DATA = {
     "root": ("x",),
@@ -385,7 +387,16 @@ IDLE = [
     ("train", "--recipe bit", "they augment", {"no-augment": ()}),
     ("train", "--recipe scratch", "they augment", {"no-augment": ()}),
     ("train", "--find-learning-rate", "with --find-learning-rate", FIND),
-    ("train", "--dry-run", "with --dry-run", {"find-learning-rate": (), "profile": ()}),
+    (
+        "train", "--dry-run", "with --dry-run",
+        {
+            "find-learning-rate": (), "profile": (),
+            "interpolate": ("0:1:0.5",), "interpolate-data": ("digits",),
+        },
+    ),
+    ("train", "--recipe finetune", "do not start from", {"interpolate": ("0:1:0.5",)}),
+    ("train", "--attack fast", "robust accuracy is compared", {"interpolate": ("0:1:0.5",)}),
+    ("train", "", "without --interpolate", {"interpolate-data": ("digits",)}),
     (
         "train", "--augment --no-crop", "with --no-crop",
         {"scale": (0.2, 0.9), "ratio": (0.8, 1.2)},
@@ -467,6 +478,7 @@ COUNTING = [
     ("train", "--recipe bit --epochs 3 --momentum 0.5 --learning-rate 0.1 --no-crop --augment"),
     ("train", "--augment --cache-views 4 --cache disk --cache-dtype bfloat16"),
     ("train", "--attack fast --epsilon 8"),
+    ("train", "--interpolate 0:1:0.5 --interpolate-data digits"),
     ("train", "--attack pgd --epsilon 8 --attack-steps 3 --cache none"),
     ("train", "--optimizer sgd --momentum 0.5 --schedule step --warmup 0.2"),
     ("train", "--recipe finetune --freeze-to stem --cache memory --frozen-dtype bfloat16"),

@@ -24,10 +24,11 @@ from tljax.runtime.settings import settings
 from tljax.train.options import REQUEST_CONDITIONS, FitConfig
 
 if TYPE_CHECKING:
-    from tljax.data.examples import Splits
+    from tljax.data.examples import Source, Splits
     from tljax.pretrained import Pretrained
     from tljax.pretrained.load import Card
     from tljax.runtime.parallel import Preemption
+    from tljax.studies.interpolation import Line
     from tljax.train.fit import FitResult
 
 
@@ -66,6 +67,12 @@ class Config(cli.Common, cli.Channels):
         dry_run: Print what would be trained, its cost and what would be cached, and train nothing.
         profile: Write a trace of steps 3 to 12 of the first epoch to profile/ in the run directory,
             for TensorBoard or Perfetto.
+        interpolate: After training, evaluate networks on the line between the start and the best
+            epoch, or the last one if none was better than the start, and save the best (WiSE-FT,
+            Wortsman et al. 2022, arXiv:2109.01903): FROM:TO:STEP, the weights of the end, such as
+            0:1:0.1.
+        interpolate_data: Labeled images of another distribution, with the same classes, on which
+            the networks of --interpolate are evaluated, too. They do not choose the best one.
         distributed: Run as one of several processes; start the same command on every host, with the
             same --workdir.
     """
@@ -82,6 +89,8 @@ class Config(cli.Common, cli.Channels):
     find_learning_rate: bool = False
     dry_run: bool = False
     profile: bool = False
+    interpolate: str | None = None
+    interpolate_data: str | None = None
     distributed: bool = False
 
     conditions = (
@@ -91,6 +100,16 @@ class Config(cli.Common, cli.Channels):
         ("find_learning_rate profile", lambda s: not s.dry_run, "with --dry-run"),
         ("epochs", lambda s: not s.find_learning_rate or s.recipe == "gradual", _IN_RANGE_TEST),
         (_UNUSED_IN_RANGE_TEST, lambda s: not s.find_learning_rate, _IN_RANGE_TEST),
+        (
+            "interpolate",
+            lambda s: s.recipe in ("lp-ft", "gradual"),
+            "without --recipe lp-ft or gradual: others do not start from a trained head",
+        ),
+        ("interpolate", lambda s: s.attack == "none", "with --attack: robust accuracy is compared"),
+        ("interpolate", lambda s: s.adapter == "none", "with --adapter: its base stays as it is"),
+        ("interpolate interpolate_data", lambda s: not s.dry_run, "with --dry-run"),
+        ("interpolate interpolate_data", lambda s: not s.find_learning_rate, _IN_RANGE_TEST),
+        ("interpolate_data", lambda s: s.interpolate, "without --interpolate"),
         ("checkpoint_minutes log_every", lambda s: s.recipe != "probe", "with --recipe probe"),
         (
             "head",
@@ -175,8 +194,8 @@ def run(config: Config) -> dict[str, Any]:
     from tljax.data.loader import num_batches
     from tljax.data.sources import open_splits
     from tljax.models import with_head
-    from tljax.pretrained.catalog import catalog_name
     from tljax.runtime.parallel import Preemption, is_main_process, join
+    from tljax.studies.interpolation import parse_weights
     from tljax.train import run_directory
     from tljax.train.dry_run import dry_run
     from tljax.train.objectives import make_objective
@@ -192,16 +211,7 @@ def run(config: Config) -> dict[str, Any]:
     with Preemption() as preemption:
         if config.workdir and (config.workdir / "config.json").exists():
             run_directory.refuse_missing(config.workdir, asdict(config), "data", "weights")
-        in_catalog = catalog_name(config.weights)
-        weights = config.weights if in_catalog else _absolute(config.weights)
-        root = config.labels.root and config.labels.root.expanduser().resolve()
-        labels = replace(config.labels, root=root)
-        config = replace(config, data=_absolute(config.data), weights=weights, labels=labels)
-        if config.head:
-            config = replace(config, head=str(Path(config.head).expanduser().resolve()))
-        if config.extension:
-            file, name = split_name(config.extension)
-            config = replace(config, extension=f"{_absolute(file)}:{name}")
+        config = _with_absolute_paths(config)
         pretrained = config.load()
         splits = open_splits(config.data, val_fraction=config.val_fraction, labels=config.labels)
         pretrained = config.adapt(pretrained, splits.train)
@@ -215,6 +225,8 @@ def run(config: Config) -> dict[str, Any]:
             return suggest_learning_rate(config, pretrained, splits)
 
         # These raise an error for a bad request before anything is written.
+        parse_weights(config.interpolate or "0:1:1")
+        shifted = config.interpolate_data and open_shifted(config, splits.train)
         outputs = task.num_outputs(len(splits.train.classes))
         cut = with_head(pretrained.model, outputs, after=config.fit.head_after)
         plan = make_plan(cut, fit, len(splits.train), config.batch_size)
@@ -224,7 +236,7 @@ def run(config: Config) -> dict[str, Any]:
         workdir = config.workdir or run_directory.new_workdir(splits)
         config = replace(config, workdir=workdir)
         with run_directory.occupied(workdir, splits) if is_main_process() else nullcontext():
-            return train(config, workdir, pretrained, splits, preemption, began)
+            return train(config, workdir, pretrained, splits, shifted or None, preemption, began)
 
 
 def train(
@@ -232,12 +244,12 @@ def train(
     workdir: Path,
     pretrained: "Pretrained",
     splits: "Splits",
+    shifted: "Source | None",
     preemption: "Preemption",
     began: float,
 ) -> dict[str, Any]:
     """Train in a run directory, or continue the run in it, and write its results."""
     from tljax.commands.extension import load_extension
-    from tljax.report.runs import write_training_report
     from tljax.runtime.parallel import is_main_process
     from tljax.runtime.trees import tree_digest
     from tljax.train import run_directory
@@ -288,6 +300,7 @@ def train(
         stopped, folder = str(error) or "interrupted", shlex.quote(str(workdir))
         message = f"{stopped}; to continue: tljax train --resume {folder}"
         raise type(error)(message) from error
+    result, line = choose_on_line(config, result, splits, shifted)
     seconds = time.perf_counter() - began
     # Without validation images, the training images are also those of validation.
     unread = sum(map(len, result.skipped[: 1 + (splits.val is not splits.train)]))
@@ -296,6 +309,7 @@ def train(
     summary = {
         "task": result.task.kind,
         f"val_{metric}": result.evaluation.metric(metric),
+        "interpolation_weight": line and line.chosen.weight,
         "val_robust_top1": result.robust.top1 if result.robust else None,
         f"probe_{metric}": probe.metric(metric) if probe else None,
         "recipe": config.fit.recipe,
@@ -305,17 +319,33 @@ def train(
     }
     if not is_main_process():
         return summary
+    write_results(config, workdir, pretrained, splits, result, line, unread, seconds)
+    return summary
+
+
+def write_results(
+    config: Config,
+    workdir: Path,
+    pretrained: "Pretrained",
+    splits: "Splits",
+    result: "FitResult",
+    line: "Line | None",
+    unread: int,
+    seconds: float,
+) -> None:
+    """Save the network, write the report, and print what was measured."""
+    from tljax.report.runs import remarks, write_training_report
+
     card = replace(pretrained.card, classes=splits.train.classes, task=result.task)
     if config.fit.recipe == "scratch":
         source = f"{result.model.name} from random weights"
         card = replace(card, source=source, licence="unknown", sha256="none")
     save_network(config, workdir, pretrained, result, card)
-    measured = write_training_report(workdir, result, splits, asdict(config), card, seconds)
+    measured = write_training_report(workdir, result, splits, asdict(config), card, seconds, line)
 
-    print_result(result, measured, unread, workdir, seconds)
+    print_result(measured, remarks(result, line), unread, workdir, seconds)
     if config.data == "digits":
         print("your own images      tljax train --data FOLDER  (one subfolder per class)")
-    return summary
 
 
 def save_network(
@@ -335,18 +365,52 @@ def save_network(
 
 
 def print_result(
-    result: "FitResult", measured: dict[str, str], unread: int, workdir: Path, seconds: float
+    measured: dict[str, str], remarks: list[str], unread: int, workdir: Path, seconds: float
 ) -> None:
     """Print what `write_training_report` returned, remarks and where the report is."""
-    from tljax.report.runs import remarks
-
     for name, text in measured.items():
         print(f"{name:20} {text}")
-    for remark in remarks(result):
+    for remark in remarks:
         print(f"note                 {remark}")
     if unread:
         print(f"not read             {unread} images, listed in {workdir / 'skipped.csv'}")
     print(f"report               {workdir / 'report.html'}  ({seconds:.0f} s in all)")
+
+
+def choose_on_line(
+    config: Config, result: "FitResult", splits: "Splits", shifted: "Source | None"
+) -> "tuple[FitResult, Line | None]":
+    """Return the result with the best network on the line of ``--interpolate``, and the line."""
+    from tljax.studies.interpolation import evaluate_line, parse_weights, with_chosen
+
+    if not config.interpolate:
+        return result, None
+    weights = parse_weights(config.interpolate)
+    line = evaluate_line(result, splits.val, weights, config.loading, shifted)
+    return with_chosen(result, line), line
+
+
+def open_shifted(config: Config, train: "Source") -> "Source":
+    """Open the images of ``--interpolate-data``, labeled by the names of the training images.
+
+    Raises:
+        RequestError: there are none, or their labels are of another kind.
+    """
+    from tljax.data.folders import expand_path
+    from tljax.data.sources import open_labeled
+    from tljax.features.evaluate import match_network
+
+    data = config.interpolate_data or ""
+    same_columns = not expand_path(data).is_dir()
+    labels = config.labels if same_columns else LabelOptions(order=config.labels.order)
+    if labels.order is None:
+        labels = replace(labels, task=train.task.kind)
+    source, _, notes = match_network(
+        open_labeled(data, replace(labels, root=None)), train.classes, train.task
+    )
+    for note in notes:
+        print(f"note: {data}: {note}", file=sys.stderr)
+    return source
 
 
 def _both(one: Callable[..., None], other: Callable[..., None] | None) -> Callable[..., None]:
@@ -367,6 +431,26 @@ def _place(name: str, value: Any) -> Any:
     if name == "extension" and value:
         return split_name(value)[1]  # the content of the file is compared elsewhere
     return Path(value).resolve() if name in ("workdir", "resume") and value else value
+
+
+def _with_absolute_paths(config: Config) -> Config:
+    """Return options that mean the same files when a run is continued in another folder."""
+    from tljax.pretrained.catalog import catalog_name
+
+    weights = config.weights if catalog_name(config.weights) else _absolute(config.weights)
+    root = config.labels.root and config.labels.root.expanduser().resolve()
+    head, extension = config.head and _absolute(config.head), config.extension
+    if extension:
+        file, name = split_name(extension)
+        extension = f"{_absolute(file)}:{name}"
+    return replace(
+        config,
+        data=_absolute(config.data),
+        weights=weights,
+        head=head,
+        extension=extension,
+        labels=replace(config.labels, root=root),
+    )
 
 
 def _absolute(value: str) -> str:

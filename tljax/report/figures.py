@@ -28,6 +28,7 @@ from tljax.report.grid import INK
 from tljax.runtime.files import atomic_write
 from tljax.runtime.settings import Kind
 from tljax.studies.compare import Candidate
+from tljax.studies.interpolation import Line
 from tljax.studies.learning_rate import RangeTest
 
 if TYPE_CHECKING:
@@ -256,6 +257,35 @@ def accuracy_and_speed(candidates: Sequence[Candidate]) -> "matplotlib.figure.Fi
     axes.margins(x=0.15, y=0.15)
     if metric.is_share:
         show_percent(axes.yaxis)
+    return figure
+
+
+def interpolation_curve(line: Line) -> "matplotlib.figure.Figure":
+    """Plot the main metric on shifted images over that on validation images along a line.
+
+    Without shifted images, the metric on validation images is plotted over the weight.
+    """
+    first = line.points[0].evaluation
+    name = first.main_metric
+    metric = first.metrics[name]
+    y = [(point.shifted or point.evaluation).metric(name) for point in line.points]
+    shifted = line.points[0].shifted is not None
+    x = [point.evaluation.metric(name) if shifted else point.weight for point in line.points]
+    figure, axes = new_plot(6, 4, "Between the start and the end of fine-tuning")
+    axes.plot(x, y, color=BLUE, marker="o", markersize=4)
+    chosen = f"saved: {line.chosen.weight:g}"
+    axes.plot(x[line.best], y[line.best], "D", color=VERMILION, markersize=8, label=chosen)
+    if shifted:
+        for index in {0, len(x) - 1}:
+            weight = f"{line.points[index].weight:g}"
+            annotate(axes, weight, (x[index], y[index]), (6, 4), color=INK)
+    title = metric.title
+    axes.set_xlabel(f"{title}, validation images" if shifted else "weight of the end")
+    axes.set_ylabel(f"{title}, {'shifted' if shifted else 'validation'} images")
+    axes.legend(frameon=False, fontsize=10, labelcolor=INK)
+    if metric.is_share:
+        for axis in (axes.xaxis, axes.yaxis) if shifted else (axes.yaxis,):
+            show_percent(axis)
     return figure
 
 

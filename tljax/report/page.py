@@ -11,7 +11,7 @@ from tljax.report.evaluation_figures import (
     predictions_and_residuals,
     reliability_diagram,
 )
-from tljax.report.figures import LogEntry, Sweep, curves, sweep_curve
+from tljax.report.figures import LogEntry, Sweep, curves, interpolation_curve, sweep_curve
 from tljax.report.markup import cells, escape, numbers, page, photo, plot, table
 from tljax.report.mistakes import Mistake
 from tljax.report.results import (
@@ -27,6 +27,7 @@ from tljax.report.results import (
 )
 from tljax.runtime.files import atomic_write
 from tljax.runtime.settings import Kind
+from tljax.studies.interpolation import Line
 
 MAX_NUMBERS_PLOTTED = 8
 
@@ -44,6 +45,7 @@ class Report:
         kind: kind of the task.
         validated: True if the validation images are not the training images.
         sweep: the held-out scores from which the probe's L2 penalty was chosen.
+        line: the networks between the start and the end of fine-tuning.
         results: the results on the validation images.
         mistakes: the worst mistakes, the worst one first.
         duplicates: the validation images that are also in the training set, as (validation image,
@@ -61,6 +63,7 @@ class Report:
     kind: Kind = "classification"
     validated: bool = True
     sweep: Sweep | None = None
+    line: Line | None = None
     results: Results | None = None
     mistakes: Sequence[Mistake] = ()
     duplicates: Sequence[tuple[str, str, str, float]] = ()
@@ -77,6 +80,7 @@ def write_report(path: Path, report: Report) -> None:
     """
     sections = {
         "Training": _training(report),
+        "Interpolation": _interpolation(report.line) if report.line else "",
         **(_results(report.results) if report.results else {}),
         "Worst mistakes": _mistakes(report.mistakes),
         "Calibration": _calibration(report.results) if report.results else "",
@@ -116,6 +120,32 @@ def _training(report: Report) -> str:
     if report.sweep:
         body += plot(sweep_curve(report.sweep), "Held-out score for each L2 penalty")
     return body
+
+
+def _interpolation(line: Line) -> str:
+    """Return the plot of the line, and a table of its points."""
+    rows = [numbers(*texts) for texts in interpolation_rows(line)]
+    figure = plot(interpolation_curve(line), "Metric between the start and the end of fine-tuning")
+    return figure + table("Networks between both", interpolation_header(line), rows)
+
+
+def interpolation_header(line: Line) -> tuple[str, ...]:
+    """Return the names of the columns of `interpolation_rows`."""
+    evaluation = line.points[0].evaluation
+    title = evaluation.metrics[evaluation.main_metric].title
+    shifted = line.points[0].shifted is not None
+    return ("weight of the end", f"{title}, validation", *((f"{title}, shifted",) * shifted))
+
+
+def interpolation_rows(line: Line) -> list[tuple[str, ...]]:
+    """Return the weight and the main metric of every point as text."""
+    return [
+        (
+            f"{point.weight:g}",
+            *(part.format(part.main_metric) for part in (point.evaluation, point.shifted) if part),
+        )
+        for point in line.points
+    ]
 
 
 def _results(results: Results) -> dict[str, str]:

@@ -14,12 +14,13 @@ from tljax.pretrained import Card
 from tljax.report.card import RunFacts, model_card
 from tljax.report.figures import Sweep
 from tljax.report.mistakes import worst_mistakes
-from tljax.report.page import Report, write_report
+from tljax.report.page import Report, interpolation_header, interpolation_rows, write_report
 from tljax.report.results import Results, Score, score_of, summarize
 from tljax.runtime.files import atomic_write
 from tljax.runtime.settings import Kind, find_unused_settings, settings
 from tljax.runtime.trees import flatten
 from tljax.studies.duplicates import find_duplicates
+from tljax.studies.interpolation import Line
 from tljax.train import run_directory
 from tljax.train.adversary import EVALUATION_STEPS
 from tljax.train.fit import FitResult
@@ -44,10 +45,21 @@ def accuracies(result: FitResult) -> dict[str, Evaluation]:
     return {name: evaluation for name, evaluation in evaluations.items() if evaluation}
 
 
-def remarks(result: FitResult) -> list[str]:
-    """Return sentences that the reader of the accuracies must know."""
+def remarks(result: FitResult, line: Line | None = None) -> list[str]:
+    """Return sentences that the reader of the accuracies must know.
+
+    Args:
+        result: what was trained and measured.
+        line: networks between the start and the end of the run, of which the best is ``result``.
+    """
     history, remarks = result.history, []
-    if len(history) > 1 and result.best_epoch == 0:
+    if line is not None:
+        remarks.append(
+            f"The network is the sum of {line.chosen.weight:g} times the network after fine-tuning"
+            f" and {1 - line.chosen.weight:.6g} times the one before it: the best of"
+            f" {len(line.points)} such sums on the validation images (WiSE-FT)."
+        )
+    elif len(history) > 1 and result.best_epoch == 0:
         remarks.append("No epoch was better than the network before training, which was kept.")
     if drop := first_epoch_drop(history, result.evaluation.examples):
         remarks.append(
@@ -65,8 +77,11 @@ def write_training_report(
     config: Mapping[str, Any],
     card: Card,
     seconds: float,
+    line: Line | None = None,
 ) -> dict[str, str]:
     """Write ``skipped.csv``, ``report.html`` and ``README.md`` of a run.
+
+    With ``line``, write ``interpolation.csv``, too.
 
     Args:
         workdir: the run directory.
@@ -75,6 +90,7 @@ def write_training_report(
         config: ``data``, ``labels``, ``seed``, ``batch_size`` and ``fit``, as requested.
         card: the card of the pretrained weights, with the classes of the new network.
         seconds: the duration of the run.
+        line: networks between the start and the end of the run, of which the best is ``result``.
 
     Returns:
         What to print, as text by name: the most important metric of each evaluation of the run,
@@ -108,7 +124,10 @@ def write_training_report(
     headline = _headline(result, splits.val, results)
     attack = f"PGD, {EVALUATION_STEPS} steps, epsilon {result.config.adversary.epsilon:g}/255"
     model, probe = result.model, result.probe
-    result_remarks, environment = remarks(result), run_directory.environment()
+    result_remarks, environment = remarks(result, line), run_directory.environment()
+    if line is not None:
+        rows = interpolation_rows(line)
+        run_directory.write_csv(workdir / "interpolation.csv", interpolation_header(line), rows)
     report = Report(
         title=f"{config['data']} with {card.source}",
         headline=[
@@ -122,6 +141,7 @@ def write_training_report(
         kind=result.task.kind,
         validated=validated,
         sweep=probe and _sweep(probe),
+        line=line,
         results=results,
         mistakes=worst_mistakes(result.evaluation, splits.val, card.classes),
         skipped=skipped,

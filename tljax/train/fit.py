@@ -62,6 +62,10 @@ class FitResult(NamedTuple):
             labels that have the highest F1 on the validation images.
         unmerged: ``variables`` before ``materialize``: with the factors of LoRA beside the kernels
             that they were added to.
+        initial: variables before training, with the head that the recipe starts from, as host
+            arrays.
+        final: variables after the last epoch, as host arrays; those of the moving average, if there
+            is one.
     """
 
     model: Model
@@ -76,6 +80,8 @@ class FitResult(NamedTuple):
     config: FitConfig
     task: Task
     unmerged: Variables
+    initial: Variables
+    final: Variables
 
     @property
     def best_epoch(self) -> int:
@@ -182,7 +188,7 @@ def fit(
         run.report(history)
     for note in saved.notes if saved else ():
         print(f"note: {note}: resuming from the one before it", file=sys.stderr)
-    best = variables
+    best = final = variables
     for number, phase in enumerate(phases):
         if saved is not None and number < saved.position["phase"]:
             continue
@@ -190,7 +196,7 @@ def fit(
         if inputs.start not in (None, start):
             inputs = run.open_inputs(start)
         with (preemption or Preemption()).deferred():
-            variables, best, history = train_phase(
+            variables, final, best, history = train_phase(
                 run, number, phase, inputs, variables, best, history, saved
             )
         saved = None
@@ -212,6 +218,8 @@ def fit(
         run.config,
         evaluation.task,
         unmerged,
+        to_host(initial),
+        to_host(materialized(final)),
     )
 
 
@@ -224,7 +232,7 @@ def train_phase(
     best: Variables,
     history: History,
     saved: Checkpoint | None,
-) -> tuple[Variables, Variables, History]:
+) -> tuple[Variables, Variables, Variables, History]:
     """Train one phase, from its start or from a checkpoint.
 
     Args:
@@ -238,7 +246,8 @@ def train_phase(
         saved: checkpoint within this phase, if any.
 
     Returns:
-        The variables after the last step, those of the best epoch, and the history.
+        The variables after the last step, those that were validated then (of the moving average, if
+        there is one), those of the best epoch, and the history.
 
     Raises:
         DivergenceError: a loss or a parameter is not finite.
@@ -292,7 +301,8 @@ def train_phase(
         save(run, phase, inputs, {**position, **end, "batch": 0, "sums": {}}, state, best)
     # The frozen variables of the steps may be of lower precision.
     _, frozen = split(variables, phase.rates, set(state.batch_stats))
-    return join(state.changing, frozen), join(best, frozen), history
+    final = join(state.ema or state.changing, frozen)
+    return join(state.changing, frozen), final, join(best, frozen), history
 
 
 def _robust_evaluation(run: Run, variables: Variables) -> Evaluation | None:

@@ -36,7 +36,7 @@ ADAPTER = Path("best") / "adapter.safetensors"
 """Path of the adapter of the best epoch, which a run with ``--adapter`` writes instead."""
 
 _FILES = ("env.json", "classes.json", "split.csv", "skipped.csv", "metrics.jsonl", "report.html")
-_FILES += ("README.md", "checkpoints", "best", "eval")
+_FILES += ("README.md", "checkpoints", "best", "eval", "interpolation.csv")
 
 
 def new_workdir(splits: Splits) -> Path:
