@@ -64,7 +64,7 @@ def timm_rows(model: str) -> Iterator[Row]:
     if "timm" not in LAYOUTS[model]:
         return
     timm: Any = oracles.load("timm")
-    architecture = LAYOUTS[model]["timm"].config(model)["architecture"]
+    architecture = LAYOUTS[model]["timm"].config(model).get("architecture", model)
     for name in timm.list_pretrained(f"{architecture}.*"):
         cfg = timm.models.get_pretrained_cfg(name)
         _, height, width = cfg.input_size

@@ -35,6 +35,7 @@ FAMILIES = {
     "mobilenetv1_100": 33,
     "mobilenetv2_050": 33,
     "tf_mobilenetv3_small_075": 33,
+    "regnety_002": 33,
 }
 
 

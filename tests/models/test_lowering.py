@@ -27,6 +27,7 @@ FAMILIES = (
     "mobilenetv1_100",
     "mobilenetv3_small_050",
     "tf_mobilenetv3_small_075",
+    "regnety_002",
 )
 NAMES = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in FAMILIES]
 PLATFORMS = ("cuda", "tpu")

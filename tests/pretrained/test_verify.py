@@ -7,9 +7,11 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import oracles
 import pytest
 import safetensors.torch
 from networks import random_pretrained, save_resnet, torch_resnet, torchvision_key
+from references import REFERENCES
 from references.bit import torch_bit
 
 from tljax.pretrained import Pretrained, export, load_pretrained, save
@@ -48,6 +50,18 @@ def test_the_same_network_in_another_file_passes(folder: Path, tmp_path: Path) -
     pretrained = load_pretrained(tmp_path / "torchvision.safetensors")
     assert pretrained.card.layout == "torchvision"
     assert wrong_layers(pretrained, folder) == []
+
+
+@pytest.mark.slow
+def test_a_network_with_another_name_in_torchvision_passes(tmp_path: Path) -> None:
+    oracles.load("torchvision")
+    weights = REFERENCES["regnety_004", "torchvision"](tmp_path / "reference").weights
+    layers = verify(load_pretrained(weights))
+    assert len(layers) == 1 + 5 * 16 + 4 + 1  # with 16 blocks, of which 4 have a shortcut
+    assert max(layer.difference for layer in layers) <= TOLERANCE
+    state = REFERENCES["regnety_004", "timm"](tmp_path / "timm").weights
+    with pytest.raises(RequestError, match=r"there is no reference for .*timm keys"):
+        verify(load_pretrained(state))
 
 
 @pytest.mark.slow
