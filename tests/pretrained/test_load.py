@@ -97,6 +97,8 @@ def test_an_exported_network_is_loaded_unchanged(name: str, layout: str, scratch
                 "resnetv2_50x1_bit",
                 "tf_mobilenetv1_025",
                 "tf_mobilenetv2_035",
+                "convnext_tiny",
+                "convnextv2_atto",
             )
         ),
     ],
