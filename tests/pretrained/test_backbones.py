@@ -13,7 +13,7 @@ import pytest
 from networks import assert_same_variables, difference, random_images, random_pretrained, run
 from references import REFERENCES
 from references.keras import APPLICATIONS, randomize
-from transformers import AutoModel, ResNetModel
+from transformers import AutoModel
 
 from tljax.models import normalize, replace_head
 from tljax.pretrained import Pretrained, export, load_pretrained, save
@@ -83,15 +83,22 @@ def test_a_file_without_a_head_gives_the_features_of_the_reference(
         assert difference(run(loaded.model, loaded.variables, images).value, features) == 0
 
 
-def test_backbones_of_transformers_without_a_key_prefix_are_loaded(tmp_path: Path) -> None:
-    reference = REFERENCES["resnet18", "huggingface"](tmp_path / "whole")
-    network = ResNetModel.from_pretrained(reference.weights)
+@pytest.mark.parametrize(
+    ("name", "prefix", "last"),
+    [("resnet18", "resnet.", "pool"), ("convnextv2_atto", "convnextv2.", "norm")],
+)
+def test_backbones_of_transformers_without_a_key_prefix_are_loaded(
+    tmp_path: Path, name: str, prefix: str, last: str
+) -> None:
+    reference = REFERENCES[name, "huggingface"](tmp_path / "whole")
+    network = AutoModel.from_pretrained(reference.weights)
     network.save_pretrained(tmp_path / "backbone")
     keys = read_tensors(tmp_path / "backbone" / "model.safetensors").arrays
-    assert not any(key.startswith("resnet.") for key in keys)
+    assert not any(key.startswith(prefix) for key in keys)
     loaded = load_pretrained(tmp_path / "backbone")
+    assert loaded.model.stage_names[-2] == last
     images = random_images(2, 97, 65)
-    expected = reference.stages(np.asarray(normalize(images, loaded.model.preprocess)))["pool"]
+    expected = reference.stages(np.asarray(normalize(images, loaded.model.preprocess)))[last]
     assert difference(run(loaded.model, loaded.variables, images).value, expected) <= TOLERANCE
 
 

@@ -99,6 +99,8 @@ def test_an_exported_network_is_loaded_unchanged(name: str, layout: str, scratch
                 "tf_mobilenetv2_035",
                 "regnetx_002",
                 "regnety_002",
+                "convnext_tiny",
+                "convnextv2_atto",
             )
         ),
     ],
