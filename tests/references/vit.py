@@ -136,7 +136,8 @@ def transformers_network(name: str) -> Any:
 
 @torch.no_grad()
 def _transformers_stages(network: Any, pixels: np.ndarray) -> dict[str, np.ndarray]:
-    base = getattr(network, network.base_model_prefix, network)
+    whole = hasattr(network, "embeddings")
+    base = network if whole else getattr(network, network.base_model_prefix)
     modules = dict(base.named_modules())
     blocks = [m for key, m in modules.items() if re.fullmatch(r".*\blayers?\.\d+", key)]
     norm = next(modules[x] for x in ("layernorm", "post_layernorm", "norm") if x in modules)

@@ -164,8 +164,9 @@ class _Part(NamedTuple):
 def _parts(model: str, layout: str) -> tuple[_Part, ...]:
     """Return the whole network, then without its head, then without each hidden layer before it.
 
-    The smallest part has no keys after those of the last feature map or tokens. Its keys may lack
-    the name of the enclosing module, such as ``resnet.`` in the `ResNetModel` of transformers.
+    The smallest part ends with the last feature map, which is then averaged, or with pooled tokens.
+    Keys of a part without the head may lack the name of the enclosing module, such as ``resnet.``
+    in the `ResNetModel` of transformers.
     """
     outputs = {stage.name: stage.output for stage in build_model(model).stages}
     stages = tuple(outputs)
@@ -181,11 +182,15 @@ def _parts(model: str, layout: str) -> tuple[_Part, ...]:
             keep_pool = count == pool and outputs[last] == "tokens" and not stage_keys["pool"]
             after = "pool" if keep_pool else last
             parts.append(_Part(keys, frozenset(stage_keys[last]), after if parts else None))
-    modules = {key.partition(".")[0] for key in parts[-1].keys}
-    if len(modules) == 1:
-        omitted = f"{modules.pop()}."
-        keys = frozenset(key.removeprefix(omitted) for key in parts[-1].keys)
-        parts.append(parts[-1]._replace(keys=keys, omitted=omitted))
+    for part in parts[1:]:
+        modules = {key.partition(".")[0] for key in part.keys}
+        if len(modules) == 1:
+            omitted = f"{modules.pop()}."
+            keys, last = (
+                frozenset(key.removeprefix(omitted) for key in group)
+                for group in (part.keys, part.last)
+            )
+            parts.append(part._replace(keys=keys, last=last, omitted=omitted))
     return tuple(parts)
 
 

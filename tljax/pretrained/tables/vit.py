@@ -4,7 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
-from flax import linen as nn
+import jax
 
 from tljax.models import vit
 from tljax.models.attention import ROPE_PERIOD
@@ -167,6 +167,24 @@ def timm(name: str) -> Rules:
 def timm_dinov3_config(name: str) -> Config:
     """Return timm's two names; networks ``qkvb`` have biases, which are zero when published."""
     return {"architecture": (name, f"{name}_qkvb")}
+
+
+def timm_arguments(name: str) -> dict[str, tuple[object, ...]]:
+    """Return arguments of timm's constructor with their supported values; none if it is no ViT.
+
+    DINOv3 is published without a pooling. That timm averages its patches by default is accepted.
+    """
+    name = name.removesuffix("_qkvb")
+    if name not in VARIANTS:
+        return {}
+    variant = VARIANTS[name]
+    activations = {vit.quick_gelu: "quick_gelu", vit.gelu_tanh: "gelu_tanh", jax.nn.silu: "silu"}
+    pool = {"class": "token", "attention": "map"}.get(variant.pool, "avg")
+    return {
+        "act_layer": (activations.get(variant.activation, "gelu"),),
+        "global_pool": (pool, "avg") if name in vit.DINOV3 else (pool,),
+        "norm_layer": ("layernorm",),
+    }
 
 
 # --- transformers --------------------------------------------------------------------------------
@@ -362,7 +380,7 @@ _ACTIVATIONS = {
     gelu: "gelu",
     vit.gelu_tanh: "gelu_pytorch_tanh",
     vit.quick_gelu: "quick_gelu",
-    nn.silu: "silu",
+    jax.nn.silu: "silu",
 }
 
 
