@@ -48,5 +48,7 @@ FAST = {
     ("tf_mobilenetv2_035", "huggingface"),
     ("tv_mobilenetv3_small_100", "torchvision"),
     ("vit_tiny_patch16_224", "timm"),
+    ("hf_deit_tiny_distilled_patch16_224", "huggingface"),
+    ("vit_tiny_patch16_224", "vision_transformer"),
 }
 """What `make test` runs of them: a small member of most families. All of them take an hour."""
