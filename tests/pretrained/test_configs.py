@@ -350,8 +350,8 @@ def changed(values: dict[str, Any], **changes: object) -> dict[str, Any]:
         (changed(CONVNEXT, image_std=[1, 1, 0]), "image_std is [1, 1, 0] and should be 3 numbers"),
         (changed(CONVNEXT, image_std=[1, 1, float("inf")]), "image_std is [1, 1, inf] and"),
         (
-            changed(CONVNEXT, image_processor_type="ViTImageProcessor"),
-            "image_processor_type is 'ViTImageProcessor' and should be that of ConvNext, Bit",
+            changed(CONVNEXT, image_processor_type="SamImageProcessor"),
+            "image_processor_type is 'SamImageProcessor' and should be that of ConvNext, Bit",
         ),
         (
             changed(CONVNEXT, image_processor_type=None, feature_extractor_type="x\ny" * 100),

@@ -11,11 +11,13 @@ import pytest
 from networks import random_variables
 from references import FAST
 
-from tljax.models import MODELS, abstract_variables, build_model
+from tljax.models import MODELS, abstract_variables, build_model, vit
+from tljax.models.layers import gelu
 from tljax.pretrained.rules import CONV, DENSE, Rule, apply_rules, compare, invert_rules
 from tljax.pretrained.tables.layouts import LAYOUTS, check, layout_rules
 from tljax.runtime.errors import RequestError
 from tljax.runtime.trees import flatten
+from tljax.runtime.types import Preprocess
 
 Arrays = dict[str, np.ndarray]
 VECTOR, MATRIX = np.ones(3, np.float32), np.ones((3, 3), np.float32)
@@ -47,6 +49,10 @@ TWINS = {
     f"tf_mobilenetv3_{network}": f"mobilenetv3_{network}"
     for network in ("large_075", "large_100", "small_075", "small_100")
 }
+TWINS |= {name: name.replace("deit", "vit") for name in vit.DEIT}
+TWINS |= {f"hf_{name}": name for name in (*vit.AUGREG, *vit.SIGLIP)}
+TWINS |= {name: name.replace("_quickgelu", "") for name in vit.CLIP if "quickgelu" in name}
+TWINS["hf_vit_so400m_patch14_siglip_384"] = "vit_so400m_patch14_siglip_378"
 
 
 def identified_as(name: str, layout: str) -> str:
@@ -140,8 +146,19 @@ def test_the_error_for_any_wrong_model_names_the_right_one(actual: str) -> None:
     assert_right_one_is_named(actual, MODELS)
 
 
+def _differ_in_size(first: str, second: str) -> bool:
+    """Return True for two Vision Transformers that differ in the size of the images alone."""
+    variants = [vit.VARIANTS[name] for name in (first, second) if name in vit.VARIANTS]
+    settings = {"size": 0, "preprocess": Preprocess(), "epsilon": 0, "activation": gelu}
+    return len(variants) == 2 and variants[0]._replace(**settings) == variants[1]._replace(
+        **settings
+    )
+
+
 def assert_right_one_is_named(actual: str, models: Iterable[str]) -> None:
     others = [name for name in models if TWINS.get(name, name) != TWINS.get(actual, actual)]
+    if actual in vit.VARIANTS:  # positions are resized
+        others = [name for name in others if not _differ_in_size(name, actual)]
     for layout, model in product(LAYOUTS[actual], others):
         right = identified_as(actual, layout)
         with pytest.raises(RequestError, match=f"not fit {model} .*: it looks like {right}[ .]"):

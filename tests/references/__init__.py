@@ -69,5 +69,7 @@ FAST = {
     ("convnext_tiny", "dinov3"),
     ("convnextv2_atto", "huggingface"),
     ("vit_tiny_patch16_224", "timm"),
+    ("hf_deit_tiny_distilled_patch16_224", "huggingface"),
+    ("vit_tiny_patch16_224", "vision_transformer"),
 }
 """What `make test` runs of them: a small member of most families. All of them take an hour."""

@@ -16,7 +16,7 @@ from torch import nn
 from transformers.core_model_loading import revert_weight_conversion
 
 from references.contract import Build, Reference, Shapes
-from tljax.models.vit import VARIANTS
+from tljax.models.vit import AUGREG, VARIANTS
 
 
 @torch.no_grad()
@@ -136,7 +136,8 @@ def transformers_network(name: str) -> Any:
 
 @torch.no_grad()
 def _transformers_stages(network: Any, pixels: np.ndarray) -> dict[str, np.ndarray]:
-    base = getattr(network, network.base_model_prefix, network)
+    whole = hasattr(network, "embeddings")
+    base = network if whole else getattr(network, network.base_model_prefix)
     modules = dict(base.named_modules())
     blocks = [m for key, m in modules.items() if re.fullmatch(r".*\blayers?\.\d+", key)]
     norm = next(modules[x] for x in ("layernorm", "post_layernorm", "norm") if x in modules)
@@ -194,11 +195,74 @@ TRANSFORMERS = [
     if not name.startswith("deit") and not ("reg4" in name and not name.startswith("hf_"))
 ]
 
+# --- the authors' files --------------------------------------------------------------------------
+
+
+def flax_arrays(state: dict[str, np.ndarray], heads: int) -> dict[str, np.ndarray]:
+    """Return the tensors of timm under the keys of Flax, which timm's own reader understands."""
+    width = state["pos_embed"].shape[-1]
+    arrays = {
+        "cls": state["cls_token"],
+        "Transformer/posembed_input/pos_embedding": state["pos_embed"],
+        "embedding/kernel": state["patch_embed.proj.weight"].transpose(2, 3, 1, 0),
+        "embedding/bias": state["patch_embed.proj.bias"],
+        "head/kernel": state["head.weight"].T,
+        "head/bias": state["head.bias"],
+    }
+    norms = {"norm": "Transformer/encoder_norm"}
+    for i in range(sum(key.endswith("norm1.bias") for key in state)):
+        key, block = f"Transformer/encoderblock_{i}", f"blocks.{i}"
+        norms |= {f"{block}.norm1": f"{key}/LayerNorm_0", f"{block}.norm2": f"{key}/LayerNorm_2"}
+        attention = f"{key}/MultiHeadDotProductAttention_1"
+        kernels = np.split(state[f"{block}.attn.qkv.weight"], 3)
+        biases = np.split(state[f"{block}.attn.qkv.bias"], 3)
+        for part, kernel, bias in zip(("query", "key", "value"), kernels, biases, strict=True):
+            arrays[f"{attention}/{part}/kernel"] = kernel.T.reshape(width, heads, -1)
+            arrays[f"{attention}/{part}/bias"] = bias.reshape(heads, -1)
+        out = state[f"{block}.attn.proj.weight"].T.reshape(heads, -1, width)
+        arrays[f"{attention}/out/kernel"] = out
+        arrays[f"{attention}/out/bias"] = state[f"{block}.attn.proj.bias"]
+        for j in (0, 1):
+            dense, layer = f"{key}/MlpBlock_3/Dense_{j}", f"{block}.mlp.fc{j + 1}"
+            arrays[f"{dense}/kernel"] = state[f"{layer}.weight"].T
+            arrays[f"{dense}/bias"] = state[f"{layer}.bias"]
+    for norm, key in norms.items():
+        arrays[f"{key}/scale"] = state[f"{norm}.weight"]
+        arrays[f"{key}/bias"] = state[f"{norm}.bias"]
+    return arrays
+
+
+def from_npz(name: str, folder: Path) -> Reference:
+    """Compare with what timm reads from the file."""
+    network, written = timm_network(name).eval(), timm_network(name)
+    randomize(written)
+    folder.mkdir(parents=True)
+    state = {key: tensor.numpy() for key, tensor in written.state_dict().items()}
+    np.savez(folder / "net.npz", **flax_arrays(state, VARIANTS[name].heads))
+    with torch.no_grad():
+        network.load_pretrained(str(folder / "net.npz"))
+    variant = VARIANTS[name]
+    sizes = (variant.size, variant.size), (7 * variant.patch, 5 * variant.patch)
+    return Reference(folder / "net.npz", partial(_timm_stages, network), sizes)
+
+
+def flax_shapes(name: str) -> Shapes:
+    zero = np.zeros((), np.float32)
+    state = {key: np.broadcast_to(zero, shape) for key, shape in timm_shapes(name).items()}
+    arrays = flax_arrays(state, VARIANTS[name].heads)
+    return {key: array.shape for key, array in arrays.items()}
+
+
 REFERENCES: dict[tuple[str, str], Build] = {
     **{(name, "timm"): partial(from_timm, name) for name in TIMM if not is_large(name)},
     **{
         (name, "huggingface"): partial(from_transformers, name)
         for name in TRANSFORMERS
+        if not is_large(name)
+    },
+    **{
+        (name, "vision_transformer"): partial(from_npz, name)
+        for name in AUGREG
         if not is_large(name)
     },
 }
@@ -207,6 +271,11 @@ SHAPES: dict[tuple[str, str], Callable[[], Shapes]] = {
     **{
         (name, "huggingface"): partial(transformers_shapes, name)
         for name in TRANSFORMERS
+        if is_large(name)
+    },
+    **{
+        (name, "vision_transformer"): partial(flax_shapes, name)
+        for name in AUGREG
         if is_large(name)
     },
 }

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple, get_args
 from tljax.models import MODELS, Model
 from tljax.models.spec import is_number, is_side
 from tljax.pretrained.catalog import default_names
+from tljax.pretrained.rules import Config
+from tljax.pretrained.tables import vit
 from tljax.pretrained.tables.layouts import LAYOUTS
 from tljax.runtime.errors import RequestError
 from tljax.runtime.files import atomic_write
@@ -26,8 +28,23 @@ _PILLOW_FILTERS = {2: "bilinear", 3: "bicubic"}
 
 # Image processors of transformers that keep the aspect ratio, with their default resampling.
 _PROCESSORS = {"ConvNext": 3, "Bit": 3, "CLIP": 3, "MobileNetV1": 2, "MobileNetV2": 2}
+# Image processors of transformers that ignore the aspect ratio.
+_SQUEEZING = {"ViT": 2, "DeiT": 3, "Siglip": 3, "DINOv3ViT": 2}
 # Default image processors by model_type; the others default to ConvNext's.
-_DEFAULT_PROCESSORS = {"mobilenet_v1": "MobileNetV1", "mobilenet_v2": "MobileNetV2"}
+_DEFAULT_PROCESSORS = {
+    "mobilenet_v1": "MobileNetV1",
+    "mobilenet_v2": "MobileNetV2",
+    "vit": "ViT",
+    "vit_mae": "ViT",
+    "deit": "DeiT",
+    "clip": "CLIP",
+    "siglip": "Siglip",
+    "clip_vision_model": "CLIP",
+    "siglip_vision_model": "Siglip",
+    "dinov3_vit": "DINOv3ViT",
+    "dinov2": "Bit",
+    "dinov2_with_registers": "Bit",
+}
 
 # Arguments of timm's model constructors with their supported values.
 _SUPPORTED_ARGUMENTS = {
@@ -71,8 +88,8 @@ class Description(NamedTuple):
         classes: names of the classes, labels or numbers, one per output.
         preprocess: preprocessing that the weights expect; None if no file says.
         licence: license as the files name it, or "unknown".
-        notes: remarks if the class names of the files do not match the logits, or if the task is
-            the default of transformers.
+        notes: remarks if the class names of the files do not match the logits, if the task is the
+            default of transformers, or if its image processor does something else than ours.
         task: task of the network, as far as the files say.
         kinds: kinds of tasks that the files allow.
     """
@@ -99,20 +116,22 @@ def read_configs(folder: Path, model: Model) -> Description:
     timm = config.section("pretrained_cfg")
     if not timm.values and "input_size" in config.values:  # timm's first versions
         timm = config
-    _check_architecture(config, model.name)
+    _check_architecture(_tower(config), model.name)
     _check_outputs(config, model.num_classes)
     processor = _read(folder / "preprocessor_config.json")
-    preprocess = None
+    preprocess, differences = None, ()
     if timm.values:
         preprocess = _timm_preprocess(timm, model.preprocess.channels)
     elif processor.values:
         default = _DEFAULT_PROCESSORS.get(str(config.values.get("model_type")), "ConvNext")
-        preprocess = _huggingface_preprocess(processor, default, model.preprocess.channels)
+        preprocess, differences = _huggingface_preprocess(
+            processor, default, model.preprocess.channels
+        )
     source = timm if timm.values else config
     licence = source.get("license", lambda value: isinstance(value, str), "a string", "unknown")
     task, kinds, remarks = _task(config, model.num_classes)
     classes, notes = _classes(config, timm, model.num_classes, task.kind)
-    return Description(classes, preprocess, licence, notes + remarks, task, kinds)
+    return Description(classes, preprocess, licence, notes + remarks + differences, task, kinds)
 
 
 def read_architecture(folder: Path) -> str | None:
@@ -125,13 +144,21 @@ def read_architecture(folder: Path) -> str | None:
     """
     config = _read(folder / "config.json")
     _check_arguments(config)
+    if str(config.values.get("model_type")).startswith("siglip2"):
+        raise RequestError(
+            f"{config.where}: SigLIP 2 for images of any aspect ratio (NaFlex) is not supported; "
+            "choose weights of a fixed resolution, such as google/siglip2-base-patch16-224"
+        )
     architecture = config.values.get("architecture")
+    if not isinstance(architecture, str):
+        return _transformer(_tower(config))
     names = {
-        layout.config(name).get("architecture"): name
+        each: name
         for name in MODELS
         for layout in LAYOUTS[name].values()
+        for each in alternatives(layout.config(name).get("architecture"))
     }
-    return names.get(architecture) if isinstance(architecture, str) else None
+    return names.get(architecture)
 
 
 def write_configs(
@@ -154,7 +181,16 @@ def write_configs(
             f"transformers has no task for ordered classes, so {folder} is not written; export "
             "this network as tljax, stablehlo or onnx"
         )
-    config = LAYOUTS[model.name]["huggingface"].config(model.name)
+    settings = LAYOUTS[model.name]["huggingface"].config(model.name)
+    config = {key: alternatives(value)[0] for key, value in settings.items()}
+    [architecture] = config["architectures"]
+    if "WithProjection" in architecture and model.num_classes:
+        config["projection_dim"] = model.num_classes
+    elif classes and "ForImageClassification" not in architecture:
+        raise RequestError(
+            f"transformers has no classifier with the pooling of {model.name}, so {folder} is not "
+            "written; export this network as tljax, timm, stablehlo or onnx"
+        )
     if classes:
         config |= {
             "id2label": {str(i): name for i, name in enumerate(classes)},
@@ -167,8 +203,8 @@ def write_configs(
         if task.units:
             config[_UNITS] = task.units
     else:
-        [name] = config["architectures"]
-        config |= {"architectures": [name.replace("ForImageClassification", "Model")]}
+        architecture = architecture.replace("ForImageClassification", "Model")
+        config |= {"architectures": [architecture.replace("WithProjection", "")]}
     preprocess = model.preprocess
     if preprocess.channels != 3:
         config["num_channels"] = preprocess.channels
@@ -242,24 +278,68 @@ def _read(path: Path) -> _Section:
     return _Section(str(path), values)
 
 
+def alternatives(value: Any) -> tuple[Any, ...]:
+    """Return the values that a setting of a `Layout` accepts."""
+    return value if isinstance(value, tuple) else (value,)
+
+
+# Settings by which transformers tells networks with the same tensors apart, with its defaults.
+_TRANSFORMER_DEFAULTS: dict[str, dict[str, Any]] = {
+    "vit": {"hidden_act": "gelu", "layer_norm_eps": 1e-12},
+    "vit_mae": {"hidden_act": "gelu", "layer_norm_eps": 1e-12},
+    "clip_vision_model": {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
+    "siglip_vision_model": {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6},
+}
+
+
+def _tower(config: _Section) -> _Section:
+    """Return the configuration of the image tower of a network for images and text."""
+    return config.section("vision_config") if "vision_config" in config.values else config
+
+
+def _transformer(config: _Section) -> str | None:
+    """Return the Vision Transformer that a configuration describes, if several are alike."""
+    defaults = _TRANSFORMER_DEFAULTS.get(str(config.values.get("model_type")))
+    values = {**(defaults or {}), **config.values}
+    for name in MODELS if defaults else ():
+        layout = LAYOUTS[name].get("huggingface")
+        expected = layout.config(name) if layout else {}
+        if expected.keys() >= defaults.keys() and not _contradictions(values, expected):
+            return name
+    return None
+
+
+def _contradictions(values: dict[str, Any], expected: Config) -> list[str]:
+    """Return the settings that differ from the expected ones, out of those that are there."""
+    return [
+        key
+        for key, value in expected.items()
+        if key != "architectures"
+        and values.get(key, alternatives(value)[0]) not in alternatives(value)
+    ]
+
+
 def _check_architecture(config: _Section, name: str) -> None:
     """Raise an error for a network with the same tensors but another computation."""
     configs = [layout.config(name) for layout in LAYOUTS[name].values()]
     if kind := config.values.get("model_type"):  # transformers may have a network under two names
-        configs = [each for each in configs if each.get("model_type") == kind] or configs
+        configs = [
+            each for each in configs if kind in alternatives(each.get("model_type"))
+        ] or configs
+    # The backbone is the same with another head, and positions are resized to another image size.
     supported = {
         key: value
         for each in configs
         for key, value in each.items()
-        if key != "architectures"  # the backbone is the same with another head
+        if key not in ("architectures", "image_size")
     }
-    for key, expected in {**supported, "auto_map": None}.items():
-        value = config.values.get(key, expected)
-        if value != expected:
-            raise RequestError(
-                f"{config.where}: the tensors are those of {name}, but {key} is "
-                f"{reprlib.repr(value)}; tljax supports only {expected!r}"
-            )
+    supported["auto_map"] = None
+    for key in _contradictions(config.values, supported):
+        only = " or ".join(repr(value) for value in alternatives(supported[key]))
+        raise RequestError(
+            f"{config.where}: the tensors are those of {name}, but {key} is "
+            f"{reprlib.repr(config.values[key])}; tljax supports only {only}"
+        )
 
 
 def _check_arguments(config: _Section) -> None:
@@ -272,10 +352,15 @@ def _check_arguments(config: _Section) -> None:
         "norm_layer": () if "resnetv2" in name else ("batchnorm2d", "batchnorm"),
         "pad_type": ("same" if is_tf else "",),
         **(_CONVNEXT_ARGUMENTS if "convnext" in name else {}),
+        **vit.timm_arguments(name),
     }
     arguments, cfg = config.section("model_args"), config.section("pretrained_cfg")
     items = [(arguments.where, key, value) for key, value in arguments.values.items()]
-    items += [(x.where, "global_pool", x.values.get("global_pool", "avg")) for x in (config, cfg)]
+    items += [
+        (x.where, "global_pool", x.values["global_pool"])
+        for x in (config, cfg)
+        if "global_pool" in x.values
+    ]
     for where, key, value in items:
         supported = supported_arguments.get(key, ())
         if key not in _IGNORED_ARGUMENTS and value not in supported:
@@ -399,8 +484,10 @@ def _timm_preprocess(cfg: _Section, channels: int) -> Preprocess:
     return Preprocess(size, resize, interpolation, *statistics).with_channels(channels)
 
 
-def _huggingface_preprocess(processor: _Section, default_kind: str, channels: int) -> Preprocess:
-    """Return the preprocessing of an image processor of transformers.
+def _huggingface_preprocess(
+    processor: _Section, default_kind: str, channels: int
+) -> tuple[Preprocess, tuple[str, ...]]:
+    """Return the preprocessing of an image processor of transformers, and a note on differences.
 
     Where the crop removes an odd number of pixels, transformers' crop may lie one pixel nearer to
     the top left: it rounds down, while torchvision, timm and tljax round to even.
@@ -413,14 +500,18 @@ def _huggingface_preprocess(processor: _Section, default_kind: str, channels: in
     old, new = "feature_extractor_type", "image_processor_type"
     kind = processor.get(
         old if processor.values.get(new) is None else new,
-        lambda value: isinstance(value, str) and value.startswith(tuple(_PROCESSORS)),
-        f"that of {', '.join(_PROCESSORS)}, which keep the aspect ratio",
+        lambda value: isinstance(value, str) and value.startswith((*_PROCESSORS, *_SQUEEZING)),
+        f"that of {', '.join((*_PROCESSORS, *_SQUEEZING))}",
         default_kind,
     )
-    default = next(value for name, value in _PROCESSORS.items() if kind.startswith(name))
+    defaults = {**_PROCESSORS, **_SQUEEZING}.items()
+    default = next(value for name, value in defaults if kind.startswith(name))
+    squeezes = kind.startswith(tuple(_SQUEEZING))
     resample = processor.get("resample", lambda value: value in (2, 3), "2 or 3", default)
-    edge = _side(processor, "size", "shortest_edge")
-    if kind.startswith("ConvNext"):
+    edge = _side(processor, "size", *(("height", "width") if squeezes else ("shortest_edge",)))
+    if squeezes and not processor.values.get("do_center_crop", kind.startswith("DeiT")):
+        crop, resize = edge, edge
+    elif kind.startswith("ConvNext"):
         processor.get("do_center_crop", lambda value: value is False, "false", default=False)
         share = processor.get("crop_pct", _is_fraction, "a number above 0, at most 1", 224 / 256)
         crop, resize = edge, math.floor(edge / share)
@@ -436,7 +527,12 @@ def _huggingface_preprocess(processor: _Section, default_kind: str, channels: in
             raise processor.error(f"crop_size {crop} is more than size {resize}; correct it")
     interpolation: Any = _PILLOW_FILTERS[resample]
     statistics = _mean_and_std(processor, "image_mean", "image_std", channels)
-    return Preprocess(crop, resize, interpolation, *statistics)
+    note = (
+        f"{processor.where}: {kind} squeezes images into a square; tljax keeps their aspect ratio "
+        "and crops the center"
+    )
+    preprocess = Preprocess(crop, resize, interpolation, *statistics)
+    return preprocess, (note,) if squeezes else ()
 
 
 def _side(processor: _Section, key: str, *names: str) -> int:

@@ -25,6 +25,7 @@ from tljax.pretrained.formats import (
     digest,
     read_tensors,
     write_keras,
+    write_npz,
     write_safetensors,
     write_torch,
 )
@@ -177,10 +178,10 @@ def load_pretrained(
     Args:
         weights: a name of `CATALOG` (``resnet50.tv_in1k``, ``keras:VGG16``,
             ``torchvision:resnet50``); a Hugging Face hub id (``microsoft/resnet-50``,
-            ``timm/resnet50.tv_in1k``); a file or its URL (safetensors, ``.pth``, ``.h5``,
-            ``.keras``; also xz-compressed); a folder written by ``save_pretrained`` of transformers
-            or timm; or a run directory of ``tljax train``. The base of an adapter is loaded from
-            where it was and merged with it, see `tljax.load_adapter`.
+            ``timm/resnet50.tv_in1k``); a file or its URL (safetensors, ``.pth``, ``.npz``,
+            ``.h5``, ``.keras``; also xz-compressed); a folder written by ``save_pretrained`` of
+            transformers or timm; or a run directory of ``tljax train``. The base of an adapter is
+            loaded from where it was and merged with it, see `tljax.load_adapter`.
         model: required architecture, a key of `MODELS`; None detects it. It is needed for a single
             file whose tensors fit two networks. (A timm ResNet with blurred or averaged strides,
             such as resnetblur50 and resnetaa50, has the same tensors as tljax's and can be told
@@ -432,21 +433,31 @@ def _identify_keras(
 
 
 def _twin_notes(identity: Identity, where: str) -> tuple[str, ...]:
-    """Return a note on unsupported networks with the same tensors; raise if tljax has one."""
-    name = identity.model.name
+    """Return a note on other networks with the same tensors; raise if tljax has one.
+
+    Networks that compute the same need no choice: only their preprocessing differs.
+    """
+    name, body = identity.model.name, build_model(identity.model.name).stages
     twins = LAYOUTS[name][identity.layout].twins(name)
+    same = tuple(x for x in twins if x in MODELS and build_model(x).stages == body)
+    twins = tuple(twin for twin in twins if twin not in same)
+    notes = (
+        f"{where} is loaded as {name}, with its preprocessing; {other} is the same network with "
+        f"another one (pass --model {other} if that is right)"
+        for other in same
+    )
     if supported := [twin for twin in twins if twin in MODELS]:
         raise RequestError(
             f"{where} fits {name} and {' and '.join(supported)}, which have the same tensors; "
             f"choose one: --model {' or --model '.join((name, *supported))} (model= in Python)"
         )
     if not twins:
-        return ()
+        return (*notes,)
     note = (
         f"{where} is loaded as {name}; its tensors also fit {' and '.join(twins)}, which tljax "
         f"does not support (pass --model {name} if that is right)"
     )
-    return (note,)
+    return (*notes, note)
 
 
 # --- tljax's own format: safetensors whose keys are paths, with the metadata in the header -------
@@ -593,7 +604,7 @@ def export(path: Path, pretrained: Pretrained, layout: str) -> None:
     and units. It has no ordered classes.
 
     Args:
-        path: output file, ``.safetensors`` or ``.pth``. For ``huggingface``, a folder for
+        path: output file, ``.safetensors``, ``.pth`` or ``.npz``. For ``huggingface``, a folder for
             ``from_pretrained`` of transformers; for ``keras``, a file for ``load_weights`` of
             Keras, ``.weights.h5`` or ``.h5``.
         pretrained: the network to export.
@@ -616,8 +627,13 @@ def export(path: Path, pretrained: Pretrained, layout: str) -> None:
             "export this network as tljax, stablehlo or onnx"
         )
     variables = _with_units(model, jax.device_get(variables), card.task)
-    arrays = invert_rules(rules, variables)
+    arrays = _without_zeros(invert_rules(rules, variables), LAYOUTS[model.name][layout].optional)
     if layout == "huggingface":
+        if extra := [key for key in arrays if key.endswith(LAYOUTS[model.name][layout].optional)]:
+            raise RequestError(
+                f"transformers has no {extra[0]}, which is not zero here; {path} is not written: "
+                "export this network as tljax, timm, stablehlo or onnx"
+            )
         write_configs(path, model, card.classes, card.task)
         write_safetensors(path / "model.safetensors", arrays, {"format": "pt"})
     elif layout == "keras":
@@ -628,9 +644,18 @@ def export(path: Path, pretrained: Pretrained, layout: str) -> None:
         write_safetensors(path, arrays, {"format": "pt"})
     elif path.suffix in (".pth", ".pt", ".bin"):
         write_torch(path, arrays)
+    elif path.suffix == ".npz":
+        write_npz(path, arrays)
     else:
-        raise RequestError(f"unknown format: {path}; use the suffix .safetensors or .pth")
+        raise RequestError(f"unknown format: {path}; use the suffix .safetensors, .pth or .npz")
     return None
+
+
+def _without_zeros(
+    arrays: Mapping[str, np.ndarray], optional: tuple[str, ...]
+) -> dict[str, np.ndarray]:
+    """Leave out optional tensors that are zero."""
+    return {key: x for key, x in arrays.items() if not key.endswith(optional) or x.any()}
 
 
 def _with_units(model: Model, variables: Variables, task: Task) -> Variables:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import safetensors.numpy
 
-from tljax.pretrained.formats import keras_file, torch_file
+from tljax.pretrained.formats import keras_file, npz, torch_file
 from tljax.pretrained.formats.torch_pickle import DamagedError
 from tljax.runtime.errors import RequestError
 from tljax.runtime.files import atomic_write
@@ -63,11 +63,12 @@ class Tensors(NamedTuple):
 def read_tensors(path: str | os.PathLike[str]) -> Tensors:
     """Read a weight file, detecting the format from its first bytes.
 
-    Supported formats: safetensors, the zip and legacy formats of ``torch.save``, and ``.h5``,
-    ``.weights.h5`` and ``.keras`` of Keras (see `keras_file` for the keys), each optionally
-    compressed with xz; and the ``.index.json`` of a sharded Hugging Face checkpoint. From a torch
-    checkpoint the state dict is read: the first of `torch_file.CONTAINERS` that holds tensors (so
-    averaged weights only if there are no others), otherwise the tensors at the top level.
+    Supported formats: safetensors, the zip and legacy formats of ``torch.save``, ``.npz`` of NumPy,
+    and ``.h5``, ``.weights.h5`` and ``.keras`` of Keras (see `keras_file` for the keys), each
+    optionally compressed with xz; and the ``.index.json`` of a sharded Hugging Face checkpoint.
+    From a torch checkpoint the state dict is read: the first of `torch_file.CONTAINERS` that holds
+    tensors (so averaged weights only if there are no others), otherwise the tensors at the top
+    level.
 
     Args:
         path: path of the file.
@@ -113,6 +114,20 @@ def write_safetensors(
         except safetensors.SafetensorError as error:
             raise RequestError(f"{path}: cannot be written ({_one_line(error)})") from error
         temporary.chmod(mode)  # the library makes files readable by their owner only
+
+
+def write_npz(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray]) -> None:
+    """Write an uncompressed archive of NumPy atomically.
+
+    Args:
+        path: path of the ``.npz`` file; an existing one is replaced.
+        arrays: the tensors by key.
+
+    Raises:
+        RequestError: the file cannot be written.
+    """
+    with atomic_write(Path(path)) as temporary, temporary.open("wb") as file:
+        np.savez(file, **arrays)  # pyright: ignore[reportArgumentType] - of names only
 
 
 def write_torch(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray]) -> None:
@@ -254,6 +269,8 @@ def _parse(path: Path, data: mmap.mmap) -> Tensors:
     if span := keras_file.hdf5_span(data):
         graph = keras_file.configuration(data, span)
         return Tensors(keras_file.read(data, span), {"keras": graph} if graph else {})
+    if npz.is_npz(data):
+        return Tensors(npz.read(path), {})
     if torch_file.is_torch(data):
         return Tensors(torch_file.read(data), {})
     for prefix, problem in _NOT_WEIGHTS.items():
@@ -261,7 +278,7 @@ def _parse(path: Path, data: mmap.mmap) -> Tensors:
             raise ValueError(problem)
     raise ValueError(
         f"not a weight file (it starts with {data[:8]!r}); "
-        "supported are safetensors, torch.save and Keras files"
+        "supported are safetensors, torch.save, Keras and .npz files"
     )
 
 

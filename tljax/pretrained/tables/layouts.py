@@ -102,6 +102,7 @@ class Identity(NamedTuple):
         arrays: the tensors of the network, by the keys of the layout.
         prefix: prefix of the keys in the file.
         ignored: other keys in the file, which the network does not need.
+        resized: note on learned positions that were resized; empty if they were not.
     """
 
     model: Model
@@ -110,12 +111,14 @@ class Identity(NamedTuple):
     arrays: Mapping[str, np.ndarray]
     prefix: str = ""
     ignored: tuple[str, ...] = ()
+    resized: str = ""
 
     def notes(self, where: str) -> tuple[str, ...]:
-        """Return a note about the ignored keys of the file ``where``, if there are any."""
+        """Return notes about what the file ``where`` holds and the network does not."""
         names = shorten_list(self.ignored)
         left_out = f"ignored tensors that {self.model.name} does not use: {names}"
-        return (f"{where}: {left_out}{self.under}",) if self.ignored else ()
+        notes = (f"{where}: {left_out}{self.under}",) if self.ignored else ()
+        return (*notes, f"{where}: {self.resized}") if self.resized else notes
 
     @property
     def under(self) -> str:
@@ -138,7 +141,10 @@ def identify(arrays: Mapping[str, np.ndarray], model: str | None = None) -> Iden
     smallest = min(distance for distance, _, _ in candidates)
     nearest = [(name, layout) for distance, name, layout in candidates if distance == smallest]
     if len(nearest) > 1:  # computing all shapes of a network takes a second, those of a stage 10 ms
-        nearest = [pair for pair in nearest if _fits_first(arrays, *pair)] or nearest
+        exact = [pair for pair in nearest if _fits_first(arrays, *pair)]
+        nearest = (
+            exact or [pair for pair in nearest if _fits_first(arrays, *pair, _POSITION)] or nearest
+        )
     best: Identity | None = None
     for name, layout in nearest:
         identity = _compare(arrays, name, layout)
@@ -158,15 +164,15 @@ def _distance(arrays: Mapping[str, np.ndarray], name: str, layout: str) -> int:
     return len({*required_keys(arrays, details.ignore + details.drop)} ^ keys)
 
 
-def _fits_first(arrays: Mapping[str, np.ndarray], name: str, layout: str) -> bool:
-    """Return True if the tensors of the first stage have the shapes of a network's."""
+def _fits_first(arrays: Mapping[str, np.ndarray], name: str, layout: str, but: str = "") -> bool:
+    """Return True if the tensors of the first stage, but one, have the shapes of a network's."""
     part = _part(arrays, name, layout)
     tensors = {part.omitted + key: array for key, array in arrays.items()}
     expected = flatten(_first_shapes(name, _channels(tensors, name, layout)))
     return all(
         rule.source_shape(expected[rule.path].shape) == tensors[rule.key].shape
         for rule in layout_rules(name, layout)
-        if rule.path in expected and rule.key in tensors
+        if rule.path in expected and rule.path != but and rule.key in tensors
     )
 
 
@@ -213,9 +219,9 @@ class _Part(NamedTuple):
 def _parts(model: str, layout: str) -> tuple[_Part, ...]:
     """Return the whole network, then without its head, then without each hidden layer before it.
 
-    The smallest part has no keys after those of the last feature map or tokens. Keys of a part
-    without the head may lack the name of the enclosing module, such as ``resnet.`` in the
-    `ResNetModel` of transformers.
+    The smallest part ends with the last feature map, which is then averaged, or with pooled tokens.
+    Keys of a part without the head may lack the name of the enclosing module, such as ``resnet.``
+    in the `ResNetModel` of transformers.
     """
     outputs = {stage.name: stage.output for stage in build_model(model).stages}
     stages = tuple(outputs)
@@ -280,8 +286,36 @@ def _compare(arrays: Mapping[str, np.ndarray], name: str, layout: str) -> Identi
     rules, skeleton = table(model, layout), abstract_variables(model)
     dropped = tuple(key for key in arrays if details.drop and key.startswith(details.drop))
     arrays = {**_zeros(rules, arrays, skeleton, details.optional), **arrays}
+    arrays, note = _with_positions(rules, arrays, skeleton, name)
     difference = compare(rules, arrays, skeleton, details.ignore + details.drop)
-    return Identity(model, layout, difference, arrays, ignored=dropped)
+    return Identity(model, layout, difference, arrays, ignored=dropped, resized=note)
+
+
+_POSITION = "params/embed/position"
+
+
+def _with_positions(
+    rules: Rules, arrays: Mapping[str, np.ndarray], skeleton: Variables, name: str
+) -> tuple[Mapping[str, np.ndarray], str]:
+    """Resize learned positions to the grid of the network; this import cannot be inverted.
+
+    Returns:
+        The arrays, and a note; empty if nothing was resized.
+    """
+    rule = next((rule for rule in rules if rule.path == _POSITION), None)
+    positions = None if rule is None else arrays.get(rule.key)
+    if rule is None or positions is None:
+        return arrays, ""
+    shape = rule.source_shape(flatten(skeleton)[_POSITION].shape)
+    same_kind = len(positions.shape) == len(shape) and positions.shape[-1] == shape[-1]
+    if positions.shape == shape or not same_kind:
+        return arrays, ""
+    resized = vit.resize_positions(name, positions)
+    if resized is None:
+        return arrays, ""
+    old, new = positions.shape[-2], shape[-2]
+    note = f"its {old} positions are resized to the {new} of {name}; export writes the resized ones"
+    return {**arrays, rule.key: resized}, note
 
 
 def _zeros(

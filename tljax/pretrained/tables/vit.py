@@ -1,10 +1,13 @@
-"""Key tables of Vision Transformers in timm and in Hugging Face transformers."""
+"""Key tables of Vision Transformers in timm, transformers and the files of their authors."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
-from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
 
 from tljax.models import vit
 from tljax.models.attention import ROPE_PERIOD
@@ -117,6 +120,25 @@ def table(name: str, keys: Keys) -> Rules:
     return rules + dense(keys.head, "head")
 
 
+def resize_positions(name: str, positions: np.ndarray) -> np.ndarray | None:
+    """Resize the positions in a file to the grid of a variant; None if they fit no square grid.
+
+    Args:
+        name: name of the variant.
+        positions: ``[1, positions, width]`` or ``[positions, width]``.
+    """
+    variant = VARIANTS[name]
+    kept = variant.positioned_prefix
+    flat = positions.reshape(-1, positions.shape[-1]) if positions.ndim else positions
+    side = math.isqrt(max(0, len(flat) - kept)) if flat.ndim else 0
+    if side == 0 or side * side + kept != len(flat) or variant.positions == "rotary":
+        return None
+    values = jnp.asarray(flat[kept:], np.float32)
+    resized = np.asarray(vit.resize_positions(values, (side, side), variant.grid))
+    result = np.concatenate((flat[:kept].astype(np.float32), resized))
+    return result.reshape(*positions.shape[:-2], *result.shape)
+
+
 # --- timm ----------------------------------------------------------------------------------------
 
 
@@ -167,6 +189,24 @@ def timm(name: str) -> Rules:
 def timm_dinov3_config(name: str) -> Config:
     """Return timm's two names; networks ``qkvb`` have biases, which are zero when published."""
     return {"architecture": (name, f"{name}_qkvb")}
+
+
+def timm_arguments(name: str) -> dict[str, tuple[object, ...]]:
+    """Return arguments of timm's constructor with their supported values; none if it is no ViT.
+
+    DINOv3 is published without a pooling. That timm averages its patches by default is accepted.
+    """
+    name = name.removesuffix("_qkvb")
+    if name not in VARIANTS:
+        return {}
+    variant = VARIANTS[name]
+    activations = {vit.quick_gelu: "quick_gelu", vit.gelu_tanh: "gelu_tanh", jax.nn.silu: "silu"}
+    pool = {"class": "token", "attention": "map"}.get(variant.pool, "avg")
+    return {
+        "act_layer": (activations.get(variant.activation, "gelu"),),
+        "global_pool": (pool, "avg") if name in vit.DINOV3 else (pool,),
+        "norm_layer": ("layernorm",),
+    }
 
 
 # --- transformers --------------------------------------------------------------------------------
@@ -362,7 +402,7 @@ _ACTIVATIONS = {
     gelu: "gelu",
     vit.gelu_tanh: "gelu_pytorch_tanh",
     vit.quick_gelu: "quick_gelu",
-    nn.silu: "silu",
+    jax.nn.silu: "silu",
 }
 
 
@@ -410,6 +450,50 @@ def _huggingface_layout(name: str) -> Layout:
     )
 
 
+# --- big_vision ----------------------------------------------------------------------------------
+
+
+def vision_transformer(name: str) -> Rules:
+    """Return the key table of the authors' ``.npz`` files, in Flax: kernels are [in, heads, out].
+
+    Keys such as ``Transformer/encoderblock_0/MultiHeadDotProductAttention_1/query/kernel``.
+    """
+    variant = VARIANTS[name]
+    heads = variant.heads, variant.width // variant.heads
+    rules: Rules = (
+        Rule("embedding/kernel", "params/embed/patches/kernel"),
+        Rule("embedding/bias", "params/embed/patches/bias"),
+        Rule("cls", "params/embed/class_token", shape=(1, 1, -1)),
+        Rule(
+            "Transformer/posembed_input/pos_embedding",
+            "params/embed/position",
+            shape=(1, -1, variant.width),
+        ),
+    )
+
+    def layer(key: str, path: str, *leaves: str) -> Rules:
+        return tuple(Rule(f"{key}/{leaf}", f"params/{path}/{leaf}") for leaf in leaves)
+
+    for i in range(variant.depth):
+        key, path = f"Transformer/encoderblock_{i}", f"block{i + 1}"
+        attention = f"{key}/MultiHeadDotProductAttention_1"
+        rules += layer(f"{key}/LayerNorm_0", f"{path}/norm1", "scale", "bias")
+        for part in _PARTS:
+            to = f"params/{path}/attention/{part}"
+            shape = variant.width, *heads
+            rules += (Rule(f"{attention}/{part}/kernel", f"{to}/kernel", shape=shape),)
+            rules += (Rule(f"{attention}/{part}/bias", f"{to}/bias", shape=heads),)
+        out, shape = f"{path}/attention/out", (*heads, variant.width)
+        rules += (Rule(f"{attention}/out/kernel", f"params/{out}/kernel", shape=shape),)
+        rules += layer(f"{attention}/out", out, "bias")
+        rules += layer(f"{key}/LayerNorm_2", f"{path}/norm2", "scale", "bias")
+        for j in (0, 1):
+            mlp = f"{key}/MlpBlock_3/Dense_{j}", f"{path}/mlp/fc{j + 1}"
+            rules += layer(*mlp, "kernel", "bias")
+    rules += layer("Transformer/encoder_norm", "norm/norm", "scale", "bias")
+    return rules + layer("head", "head", "kernel", "bias")
+
+
 # --- twins and layouts ---------------------------------------------------------------------------
 
 
@@ -417,7 +501,8 @@ def _twins(names: tuple[str, ...], name: str) -> tuple[str, ...]:
     """Return the other networks that have the same tensors in a layout, out of ``names``."""
 
     def tensors(name: str) -> Variant:
-        return VARIANTS[name]._replace(activation=gelu, epsilon=0, preprocess=Preprocess())
+        variant, any_size = VARIANTS[name], {"size": VARIANTS[name].grid[0]}
+        return variant._replace(activation=gelu, epsilon=0, preprocess=Preprocess(), **any_size)
 
     return tuple(other for other in names if other != name and tensors(other) == tensors(name))
 
@@ -439,6 +524,7 @@ LAYOUTS: dict[str, dict[str, Layout]] = {
     name: {
         **({"timm": _timm_layout(name)} if name in _TIMM_NAMES else {}),
         **({"huggingface": _huggingface_layout(name)} if name in _CLASSES else {}),
+        **({"vision_transformer": Layout(vision_transformer)} if name in vit.AUGREG else {}),
     }
     for name in VARIANTS
 }
