@@ -1,7 +1,6 @@
 """Images of one, two, four and thirteen channels from the command line: train to export."""
 
 import json
-
 from dataclasses import replace
 from pathlib import Path
 
