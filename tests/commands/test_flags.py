@@ -152,7 +152,7 @@ def test_numbers_out_of_range_are_refused(capsys, tmp_path, monkeypatch, name):
         above = allowed.high if allowed.without == "high" else 2 * allowed.high
         for number in (below, above if kind is int else "nan"):
             values = (number, *(rest.low + 0.5 for _, rest in others))
-            positional = option == "channels"
+            positional = name == "visualize Channel" and option == "channels"
             said = refused(capsys, *line_of(name, *[flag][positional:], *values))
             assert said.startswith(f"error: {flag} {number}"), said
             assert said.endswith(f"number {allowed}")

@@ -179,8 +179,8 @@ class Channels(Output):
     """
 
     channels: Annotated[int, Range(1, 1024)] | None = None
-    mean: tuple[Annotated[float, Range(-1e6, 1e6)], ...] = ()
-    std: tuple[Annotated[float, Range(0, 1e6, without="low")], ...] = ()
+    mean: tuple[Annotated[float, Range(-(10**6), 10**6)], ...] = ()
+    std: tuple[Annotated[float, Range(0, 10**6, without="low")], ...] = ()
 
     def adapt(self, pretrained: "Pretrained", train: "Source") -> "Pretrained":
         """Return the network for images of ``--channels``, and print their mean and deviation.
