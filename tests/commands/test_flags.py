@@ -45,18 +45,25 @@ ALWAYS = {
     },
     "compare Config": {
         *(OUTPUT | DATA | LABELS),
-        *("extension", "weights", "data", "image_size", "seed", "out"),
+        *("extension", "weights", "data", "image_size", "seed", "out", "channels"),
     },
     "doctor Config": OUTPUT,
     "evaluate Config": {*(NETWORK | DATA), "data", "workdir"},
     "extract Config": {*(NETWORK | DATA | LABELS), "weights", "data", "out", "stage", "maps"},
     "predict Config": {*(NETWORK | DATA), "weights", "images", "top", "out"},
-    "probe Config": {*(NETWORK | DATA | LABELS), "weights", "data", "stage", "neighbors"},
+    "probe Config": {
+        *(NETWORK | DATA | LABELS),
+        "weights",
+        "data",
+        "stage",
+        "neighbors",
+        "channels",
+    },
     # A dry run speaks of the command as it stands, so nothing but another mode is idle in it.
     "train Config": {
         *(NETWORK | DATA | LABELS),
         *("weights", "data", "workdir", "resume", "recipe", "head_after"),
-        *("on_bad_image", "dry_run", "distributed", "balance"),
+        *("on_bad_image", "dry_run", "distributed", "balance", "channels"),
     },
     "visualize Channel": {*NETWORK, "weights", "out", "channels", "stage", "steps"},
     "visualize Dream": {*NETWORK, "weights", "out", "images", "stage", "steps"},
@@ -145,7 +152,7 @@ def test_numbers_out_of_range_are_refused(capsys, tmp_path, monkeypatch, name):
         above = allowed.high if allowed.without == "high" else 2 * allowed.high
         for number in (below, above if kind is int else "nan"):
             values = (number, *(rest.low + 0.5 for _, rest in others))
-            positional = option == "channels"
+            positional = name == "visualize Channel" and option == "channels"
             said = refused(capsys, *line_of(name, *[flag][positional:], *values))
             assert said.startswith(f"error: {flag} {number}"), said
             assert said.endswith(f"number {allowed}")
@@ -435,6 +442,10 @@ IDLE = [
     ("train", "--data parts", "a validation part of its own", {"val-fraction": (0.3,)}),
     ("probe", "--data parts", "a validation part of its own", {"val-fraction": (0.3,)}),
     ("compare", "--data parts", "a validation part of its own", {"val-fraction": (0.3,)}),
+    *(
+        (script, "", "without --channels", {"mean": (-0.5, 0.5), "std": (0.2, 0.3)})
+        for script in ("train", "probe", "compare")
+    ),
     ("evaluate", "--workdir run", "with --workdir", {"weights": ("y",)}),
     ("attack", "--workdir run", "with --workdir", {"weights": ("y",)}),
     ("attack", "x.jpg", "with images", {"data": ("digits",)}),
@@ -488,6 +499,7 @@ COUNTING = [
     ("train", "--recipe gradual --epochs 20 --find-learning-rate --layer-decay 0.8"),
     ("train", "--dry-run --epochs 3 --workdir run --checkpoint-minutes 5"),
     *((script, "--val-fraction 0.3 --data classes") for script in ("train", "probe", "compare")),
+    *((s, "--channels 2 --mean -0.5 0.5 --std 0.2 0.3") for s in ("train", "probe", "compare")),
     ("evaluate", "--data digits --workdir run"),
     ("evaluate", "--data x.csv --target a,b --task regression --units m,s"),
     ("train", "--data x.csv --order a,b --group patient --split-column s --balance"),
@@ -611,6 +623,9 @@ OTHER = {
     **OF_STEPS,
     **FIND,
     "balance": (),
+    "channels": (2,),
+    "mean": (-0.5, 0.5),
+    "std": (0.2, 0.3),
     **{flag: values for flag, values in LABELS_OF_DATA.items() if flag != "root"},
 }
 OF_NOW = {

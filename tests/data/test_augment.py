@@ -408,3 +408,38 @@ def test_images_that_are_not_square_or_too_small_are_refused():
         augment(IMAGES[:, :, :19], INDICES, KEY, 16, ALL)
     larger = jax.eval_shape(lambda: augment(IMAGES, INDICES, KEY, 21, AugmentConfig()))
     assert larger.shape == (6, 21, 21, 3)  # a resized crop may be larger than the image
+
+
+# --- other channels -------------------------------------------------------------------------------
+
+
+def test_every_channel_is_cropped_and_flipped_alike():
+    images = np.random.default_rng(0).integers(0, 256, (6, 20, 20, 13), np.uint8)
+    config = AugmentConfig()
+    whole = augment(images, INDICES, KEY, 16, config)
+    for channel in (0, 5, 12):
+        alone = augment(images[..., [channel]], INDICES, KEY, 16, config)
+        np.testing.assert_array_equal(whole[..., [channel]], alone)
+
+
+def test_numbers_of_more_than_8_bits_are_not_rounded():
+    values = np.random.default_rng(0).normal(3, 7, (6, 20, 20, 4)).astype(np.float32)
+    off = augment(values, INDICES, KEY, 16, OFF)
+    np.testing.assert_array_equal(off, values[:, 2:18, 2:18])
+    exact = augment(IMAGES.astype(np.float32), INDICES, KEY, 16, AugmentConfig())
+    rounded = levels(augment(IMAGES, INDICES, KEY, 16, AugmentConfig()))
+    assert 0.1 < np.abs(exact - rounded).max() <= 0.5 + 1e-4
+
+
+@pytest.mark.slow
+def test_gray_images_are_distorted_as_their_copies_in_rgb():
+    gray = IMAGES[..., :1]
+    expected = augment(gray.repeat(3, -1), INDICES, KEY, 16, ALL)
+    np.testing.assert_array_equal(augment(gray, INDICES, KEY, 16, ALL), expected[..., :1])
+
+
+@pytest.mark.parametrize(("channels", "dtype"), [(4, np.uint8), (3, np.float32)])
+def test_distortions_of_other_images_are_refused(channels: int, dtype: type):
+    images = np.zeros((6, 20, 20, channels), dtype)
+    with pytest.raises(RequestError, match=f"1 or 3 channels of 8 bits, not of {channels} of "):
+        augment(images, INDICES, KEY, 16, ALL)

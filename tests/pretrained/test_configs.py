@@ -487,7 +487,6 @@ def test_other_networks_with_the_same_tensors_are_refused(
         ({"model_args": {"act_layer": "silu"}}, "model_args: act_layer is 'silu'; tljax supports"),
         ({"model_args": {"act_layer": None}}, "model_args: act_layer is None; tljax supports"),
         ({"model_args": {"output_stride": 16}}, "output_stride is 16; tljax supports only 32; "),
-        ({"model_args": {"in_chans": 1}}, "in_chans is 1; tljax supports only 3; remove it if"),
         ({"model_args": {"aa_layer": "blur"}}, "aa_layer is 'blur'; "),
         ({"model_args": {"norm_layer": "groupnorm"}}, "norm_layer is 'groupnorm'; "),
         ({"model_args": {"stem_type": "deep"}}, "tljax supports only networks built without it"),

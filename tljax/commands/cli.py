@@ -24,7 +24,7 @@ from tljax.runtime.errors import DivergenceError, RequestError, StoppedError, Ve
 from tljax.runtime.files import read_config, to_json
 from tljax.runtime.hardware import require_backend, require_plugin
 from tljax.runtime.process import configure
-from tljax.runtime.ranges import Amount, Checked, Count, Pixels, Positive, Range, Seed
+from tljax.runtime.ranges import Amount, Checked, Count, Pixels, Range, Seed
 from tljax.runtime.settings import (
     Conditions,
     Dtype,
@@ -188,8 +188,8 @@ class Channels(Output):
     """
 
     channels: Annotated[int, Range(1, 1024)] | None = None
-    mean: tuple[float, ...] = ()
-    std: tuple[Positive, ...] = ()
+    mean: tuple[Annotated[float, Range(-(10**6), 10**6)], ...] = ()
+    std: tuple[Annotated[float, Range(0, 10**6, without="low")], ...] = ()
 
     def adapt(self, pretrained: "Pretrained", train: "Source") -> "Pretrained":
         """Return the network for images of ``--channels``, and print their mean and deviation.

@@ -17,8 +17,8 @@ from PIL import ExifTags, Image, ImageChops, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
 from tljax.data.folders import open_images
-from tljax.data.pixels import NPY, is_tiff, read_npy, read_tiff, to_bands, to_values
-from tljax.explain.pictures import as_rgb
+from tljax.data.pixels import NPY, check_array, is_tiff, read_npy, read_tiff, to_bands, to_values
+from tljax.explain.pictures import as_rgb, to_pixels
 from tljax.runtime.download import is_html
 from tljax.runtime.errors import RequestError, UnreadableImageError
 from tljax.runtime.types import Preprocess
@@ -224,7 +224,8 @@ def open_image(data: bytes) -> Image.Image:
     only details.
 
     Args:
-        data: a complete image file: JPEG, PNG, WebP, GIF, BMP, TIFF, JPEG 2000, PPM or AVIF.
+        data: a complete image file: JPEG, PNG, WebP, GIF, BMP, TIFF, JPEG 2000, PPM or AVIF; or a
+            file of ``numpy.save`` with gray or RGB integers.
 
     Returns:
         An image of mode RGB with at least one pixel.
@@ -235,7 +236,7 @@ def open_image(data: bytes) -> Image.Image:
     bands, _, transpose, has_range, _ = _open(data)
     if not has_range:
         raise UnreadableImageError("floating point pixels of unknown range")
-    image = bands[0] if len(bands) == 1 else Image.fromarray(as_rgb(_stack(bands)))
+    image = bands[0] if len(bands) == 1 else Image.fromarray(to_pixels(_stack(bands)))
     return image if transpose is None else image.transpose(transpose)
 
 
@@ -372,8 +373,8 @@ def _upright_transpose(image: Image.Image) -> Image.Transpose | None:
 
 def _from_array(array: np.ndarray, channels: int | None) -> _Opened:
     """Convert numbers ``[height, width, channels]`` to bands."""
-    if array.ndim != 3 or not 0 < array.shape[0] * array.shape[1] <= MAX_PIXELS:
-        raise UnreadableImageError(f"an array of shape {list(array.shape)} is not an image")
+    check_array(array.shape, array.dtype)
+    array = array[..., None] if array.ndim == 2 else array
     has_range, values = array.dtype.kind == "u", to_values(array)
     bands = tuple(to_bands(values))
     if channels not in (None, values.shape[-1]):
@@ -422,7 +423,7 @@ def _to_bands(image: Image.Image, channels: int | None) -> tuple[tuple[Image.Ima
     """Return the bands of an image that Pillow has read, and whether they were integers."""
     if _is_gray16(image) or image.mode == "F":
         array = np.asarray(image, "float32" if image.mode == "F" else "uint16")
-        opened = _from_array(array[..., None], channels)
+        opened = _from_array(array, channels)
         return opened.bands, opened.has_range
     if channels in (1, 3):
         rgb = _to_rgb(image)
@@ -431,9 +432,7 @@ def _to_bands(image: Image.Image, channels: int | None) -> tuple[tuple[Image.Ima
         image = image.convert("RGBA" if image.has_transparency_data else "RGB")
     if image.mode in ("1", "I"):
         image = _to_rgb(image).convert("L")  # refuses mode I
-    array = np.asarray(image)
-    array = array[..., None] if array.ndim == 2 else array
-    return _from_array(array, channels).bands, True
+    return _from_array(np.asarray(image), channels).bands, True
 
 
 def _is_gray16(image: Image.Image) -> bool:

@@ -41,7 +41,7 @@ def read_npy(data: bytes) -> Num[np.ndarray, "height width channels"]:
         shape, fortran, dtype = readers[version](file)
     except (KeyError, ValueError, TypeError, SyntaxError, RecursionError) as error:
         raise UnreadableImageError("damaged: the header of the .npy file is broken") from error
-    _check(shape, dtype)
+    check_array(shape, dtype)
     values = int(np.prod(shape, dtype=np.int64))
     if len(data) - file.tell() != values * dtype.itemsize:
         raise UnreadableImageError("cut short: the .npy file has not the size its header says")
@@ -75,7 +75,7 @@ def read_tiff(data: bytes, channels: int | None) -> Num[np.ndarray, "height widt
         with tifffile.TiffFile(io.BytesIO(data)) as file:
             series: Any = file.series[0]
             axes, shape = series.axes, series.shape
-            _check(shape, series.dtype, axes)
+            check_array(shape, series.dtype, axes)
             array = series.asarray()
     except UnreadableImageError:
         raise
@@ -87,8 +87,17 @@ def read_tiff(data: bytes, channels: int | None) -> Num[np.ndarray, "height widt
     return _with_channels(np.moveaxis(array, (axes.index("Y"), axes.index("X")), (0, 1)))
 
 
-def _check(shape: tuple[int, ...], dtype: Any, axes: str | None = None) -> None:
-    """Check the shape and type of an array before it is read."""
+def check_array(shape: tuple[int, ...], dtype: Any, axes: str | None = None) -> None:
+    """Check the shape and type of an image before it is read.
+
+    Args:
+        shape: shape of the array.
+        dtype: its type; a file may hold anything.
+        axes: letter of each axis, as tifffile names them.
+
+    Raises:
+        UnreadableImageError: it is not one image of uint8, uint16 or floating point numbers.
+    """
     described = f"{dtype} of shape {list(shape)}"
     if not isinstance(dtype, np.dtype) or dtype not in _DTYPES:
         raise UnreadableImageError(f"{described}: save uint8, uint16 or floating point numbers")

@@ -150,7 +150,7 @@ def test_a_network_of_caffe_becomes_one_of_rgb(network: Pretrained):
     [
         ({"mean": (0.5, 0.5)}, "--std has 0 numbers for 2 channels: give --mean and --std, one n"),
         ({"mean": (0.5,), "std": (1.0,)}, "--mean has 1 numbers for 2 channels: give --mean and"),
-        ({"mean": (1e7, 0), "std": (1, 1)}, "the mean or deviation of a channel is a million or"),
+        ({"mean": (1e6, 0), "std": (1, 1)}, "the mean or deviation of a channel is a million or"),
     ],
 )
 def test_a_mean_that_does_not_fit_the_channels_is_refused(
