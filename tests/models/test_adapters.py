@@ -10,8 +10,9 @@ import torch
 from flax import linen as nn
 from networks import difference, random_images, run, to_torch, torch_resnet
 from tiny import MODEL, random_variables
+from transformers import ViTConfig, ViTForImageClassification
 
-from tljax.models import Model, Stage, abstract_variables, apply, build_model, normalize
+from tljax.models import MODELS, Model, Stage, abstract_variables, apply, build_model, normalize
 from tljax.models.adapters import (
     add_lora,
     bias_paths,
@@ -150,8 +151,8 @@ def peft_lora(network, keys, rank, alpha):
     for name, parameter in network.named_parameters():
         parameter.requires_grad_("lora_" in name)
         if "lora_" in name:
-            torch.nn.init.normal_(parameter, 0, 0.1)
-    return network
+            torch.nn.init.normal_(parameter, 0, 0.05)
+    return network.double()  # so that the rounding errors are ours alone
 
 
 def factors(network, keys, *, gradients=False):
@@ -161,7 +162,7 @@ def factors(network, keys, *, gradients=False):
     def ours(layer):
         weight = layer["default"].weight
         value = (weight.grad if gradients else weight.detach()).numpy()
-        return np.moveaxis(value, (0, 1), (-1, -2))
+        return np.moveaxis(value, (0, 1), (-1, -2)).astype(np.float32)
 
     pairs = {key: (ours(modules[key].lora_A), ours(modules[key].lora_B)) for key in keys}
     return {key: (a, b.reshape(b.shape[-2:])) for key, (a, b) in pairs.items()}
@@ -182,7 +183,7 @@ def compare_with_peft(network, pretrained, keys, images, logits_of, *, rank=3, a
     model, variables, _ = pretrained
     labels = np.arange(len(images)) % model.num_classes
     network = peft_lora(network, list(keys), rank, alpha)
-    expected = logits_of(network, to_torch(normalize(images, model.preprocess)))
+    expected = logits_of(network, to_torch(normalize(images, model.preprocess)).double())
     torch.nn.functional.cross_entropy(expected, torch.from_numpy(labels)).backward()
 
     def named(pairs):
@@ -193,15 +194,14 @@ def compare_with_peft(network, pretrained, keys, images, logits_of, *, rank=3, a
             for name, value in zip(("lora_a", "lora_b"), pair, strict=True)
         }
 
-    @jax.jit
-    def loss(trainable):
+    def loss(trainable, variables):
         params = merge_lora(trainable, variables["params"], scale=alpha / rank)
         logits = apply(model, {**variables, "params": params}, images).logits
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(labels))
         return losses.mean(), logits
 
     trainable = unflatten(named(factors(network, keys)))
-    gradients, logits = jax.grad(loss, has_aux=True)(trainable)
+    gradients, logits = jax.jit(jax.grad(loss, has_aux=True))(trainable, variables)
     plain = run(model, variables, images).logits
     assert difference(plain, expected.detach()) > 1e-2  # the factors matter
     assert difference(logits, expected.detach()) < 1e-5
@@ -233,6 +233,38 @@ def test_convolutions_agree_with_peft(tmp_path):
         *("block0/conv1/kernel", "block0/shortcut/kernel"),
     }
     images = random_images(3, 65, 47)
+    compare_with_peft(network, pretrained, keys, images, lambda net, x: net(x).logits)
+
+
+VIT = "hf_vit_tiny_patch16_224"
+LAYERS = {
+    "attention/query": "attention.q_proj",
+    "attention/key": "attention.k_proj",
+    "attention/value": "attention.v_proj",
+    "attention/out": "attention.o_proj",
+    "mlp/fc1": "mlp.fc1",
+    "mlp/fc2": "mlp.fc2",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(VIT not in MODELS, reason="this tljax has no Vision Transformer yet")
+def test_a_vision_transformer_agrees_with_peft(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768}
+    network = ViTForImageClassification(ViTConfig(**sizes, num_labels=7)).eval()
+    network.save_pretrained(tmp_path)
+    pretrained = load_pretrained(tmp_path, model=VIT)
+    blocks = [f"block{i + 1}" for i in range(12)]
+    kernels = lora_kernels(pretrained.variables["params"], blocks, rank=3)
+    assert len(kernels) == 12 * len(LAYERS)
+    keys = {
+        f"vit.layers.{i}.{theirs}": f"block{i + 1}/{ours}/kernel"
+        for i in range(12)
+        for ours, theirs in LAYERS.items()
+    }
+    assert {*keys.values()} == {*kernels}
+    images = random_images(2, 224, 224)
     compare_with_peft(network, pretrained, keys, images, lambda net, x: net(x).logits)
 
 
