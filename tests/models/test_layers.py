@@ -42,7 +42,9 @@ CHANNELS = 6
 # kernel size, groups, output channels: pointwise, dense, depthwise, grouped, channel multiplier
 KINDS = {
     "pointwise": (1, 1, 4),
+    "dense2": (2, 1, 4),
     "dense3": (3, 1, 4),
+    "dense4": (4, 1, 4),
     "dense7": (7, 1, 4),
     "depthwise1": (1, 6, 6),
     "depthwise3": (3, 6, 6),
@@ -121,6 +123,16 @@ def test_conv2d_equals_the_xla_convolution(
     assert_same_conv((8, 7), kind, stride, padding, dtype)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("side", [2, 4])
+@pytest.mark.parametrize("size", [(8, 12), (11, 9)])
+def test_a_convolution_of_patches_equals_the_xla_convolution(
+    size: tuple[int, int], side: int, dtype: str
+) -> None:
+    """The kernel is as large as the stride; remaining pixels are left out."""
+    assert_same_conv(size, f"dense{side}", side, 0, dtype)
+
+
 @pytest.mark.parametrize("kind", ["dense3", "dense7", "grouped1", "depthwise1", "multiplier"])
 def test_conv2d_of_other_kernels_equals_the_xla_convolution(kind: str) -> None:
     assert_same_conv((8, 7), kind, 2, KINDS[kind][0] // 2, "float64")
@@ -172,6 +184,7 @@ def test_a_stem_equals_the_xla_convolution(
         ((3, 3, 128, 4), 1, 2, 1),
         ((3, 3, 128, 4), 1, 1, 3),
         ((2, 2, 130, 4), 1, 2, "SAME"),
+        ((2, 2, 130, 4), 1, 2, 0),
         ((3, 3, 1, 6), 6, 1, 1),
     ],
 )

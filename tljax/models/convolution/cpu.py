@@ -48,6 +48,8 @@ def _choose(kernel: tuple[int, ...], geometry: Geometry) -> _Algorithm:
     rows, columns, inputs, features = kernel
     if geometry.pointwise((rows, columns)):
         return _PRODUCT
+    if geometry == Geometry(stride=rows) and rows == columns:
+        return _PATCHES
     if geometry.groups == inputs * geometry.groups == features:
         return _DEPTHWISE
     if geometry.groups > 1:
@@ -93,6 +95,41 @@ def _multiply(a: jax.Array, b: jax.Array, axes: tuple[int, int]) -> jax.Array:
 
 
 _PRODUCT = _Algorithm(_product, _product_input, _product_kernel)
+
+
+# --- patches: a kernel of the size of the stride --------------------------------------------------
+#
+# A matrix product too, after the pixels are sorted by patch. The gradients take half the time.
+
+
+def _patches(x: jax.Array, side: int) -> jax.Array:
+    """Reshape ``[b, h, w, c]`` to ``[b, h // side, w // side, side * side * c]``."""
+    batch, height, width, channels = x.shape
+    height, width = height // side, width // side
+    x = x[:, : height * side, : width * side]
+    x = x.reshape(batch, height, side, width, side, channels).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(batch, height, width, -1)
+
+
+def _patch(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
+    patches = _patches(x, geometry.stride)
+    rows = _multiply(_rows(patches), kernel.reshape(-1, kernel.shape[-1]), (1, 0))
+    return rows.reshape(*patches.shape[:-1], -1)
+
+
+def _patch_input(dy: jax.Array, kernel: jax.Array, geometry: Geometry, size: Size) -> jax.Array:
+    rows = _multiply(_rows(dy), kernel.reshape(-1, kernel.shape[-1]), (1, 1))
+    x = jax.ShapeDtypeStruct((len(dy), *size, kernel.shape[2]), dy.dtype)
+    sort = partial(_patches, side=geometry.stride)
+    return jax.linear_transpose(sort, x)(rows.reshape(*dy.shape[:-1], -1))[0]
+
+
+def _patch_kernel(x: jax.Array, dy: jax.Array, geometry: Geometry, size: Size) -> jax.Array:
+    product = _multiply(_rows(_patches(x, geometry.stride)), _rows(dy), (0, 0))
+    return product.reshape(*size, x.shape[-1], dy.shape[-1])
+
+
+_PATCHES = _Algorithm(_patch, _patch_input, _patch_kernel)
 
 
 # --- dense ----------------------------------------------------------------------------------------
