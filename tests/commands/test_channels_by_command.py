@@ -26,11 +26,11 @@ def network() -> Pretrained:
 
 
 def images(channels: int, count: int = 24) -> tuple[np.ndarray, np.ndarray]:
-    """Return images of two classes that differ in their last channel, and the classes."""
+    """Return images of two classes, a dark and a bright one, and the classes."""
     rng = np.random.default_rng(channels)
     labels = np.arange(count, dtype=np.int32) % 2
     values = rng.uniform(0, 0.5, (count, 40, 36, channels)).astype(np.float32)
-    values[..., -1] += 0.4 * labels[:, None, None]
+    values += 0.4 * labels[:, None, None, None].astype(np.float32)
     return values, labels
 
 

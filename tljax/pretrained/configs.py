@@ -92,7 +92,7 @@ def read_configs(folder: Path, model: Model) -> Description:
     timm = config.section("pretrained_cfg")
     if not timm.values and "input_size" in config.values:  # timm's first versions
         timm = config
-    _check_architecture(config, model.name)
+    _check_architecture(config, model)
     _check_outputs(config, model.num_classes)
     processor = _read(folder / "preprocessor_config.json")
     preprocess = None
@@ -235,14 +235,17 @@ def _read(path: Path) -> _Section:
     return _Section(str(path), values)
 
 
-def _check_architecture(config: _Section, name: str) -> None:
+def _check_architecture(config: _Section, model: Model) -> None:
     """Raise an error for a network with the same tensors but another computation."""
+    name = model.name
     supported = {
         key: value
         for layout in LAYOUTS[name].values()
         for key, value in layout.config(name).items()
         if key != "architectures"  # the backbone is the same with another head
     }
+    if "num_channels" in supported:
+        supported["num_channels"] = model.preprocess.channels
     for key, expected in {**supported, "auto_map": None}.items():
         value = config.values.get(key, expected)
         if value != expected:
