@@ -116,7 +116,7 @@ def read_configs(folder: Path, model: Model) -> Description:
     timm = config.section("pretrained_cfg")
     if not timm.values and "input_size" in config.values:  # timm's first versions
         timm = config
-    _check_architecture(_tower(config), model.name)
+    _check_architecture(_tower(config), model)
     _check_outputs(config, model.num_classes)
     processor = _read(folder / "preprocessor_config.json")
     preprocess, differences = None, ()
@@ -319,8 +319,9 @@ def _contradictions(values: dict[str, Any], expected: Config) -> list[str]:
     ]
 
 
-def _check_architecture(config: _Section, name: str) -> None:
+def _check_architecture(config: _Section, model: Model) -> None:
     """Raise an error for a network with the same tensors but another computation."""
+    name = model.name
     configs = [layout.config(name) for layout in LAYOUTS[name].values()]
     if kind := config.values.get("model_type"):  # transformers may have a network under two names
         configs = [
@@ -334,6 +335,8 @@ def _check_architecture(config: _Section, name: str) -> None:
         if key not in ("architectures", "image_size")
     }
     supported["auto_map"] = None
+    if "num_channels" in supported:
+        supported["num_channels"] = model.preprocess.channels
     for key in _contradictions(config.values, supported):
         only = " or ".join(repr(value) for value in alternatives(supported[key]))
         raise RequestError(
