@@ -316,6 +316,12 @@ AUGMENTATION = {
     "randaugment-layers": (2,),
     "randaugment-magnitude": (5.0,),
 }
+LORA = {
+    "rank": (4,),
+    "alpha": (8.0,),
+    "adapter-dropout": (0.1,),
+    "adapter-targets": ("stage7", "*/expand/*"),
+}
 OF_STEPS = {
     "freeze-to": ("stage5",),
     "train": ("head", "stage7"),
@@ -348,6 +354,8 @@ OF_STEPS = {
     "loss": ("focal",),
     "focal-gamma": (1.0,),
     "choose-by": ("loss",),
+    "adapter": ("lora",),
+    **LORA,
     **AUGMENTATION,
 }
 BIT = {
@@ -421,6 +429,8 @@ IDLE = [
         for options in [f"{required} --task {task}"]
     ),
     ("evaluate", "--workdir run", "without --data", LABELS_OF_DATA),
+    ("train", "", "without --adapter lora", LORA),
+    ("train", "--adapter norm", "without --adapter lora", LORA),
     ("train", "", "without --attack", {"epsilon": (8.0,), "attack-steps": (3,)}),
     ("train", "--attack fast", "without --attack pgd", {"attack-steps": (3,)}),
     ("train", "--optimizer adam", "without --optimizer sgd", {"momentum": (0.5,)}),
@@ -495,6 +505,8 @@ COUNTING = [
     ("train", "--recipe finetune --freeze-to stem --cache memory --frozen-dtype bfloat16"),
     ("train", "--recipe finetune --rates stem=0 --cache-dtype bfloat16"),
     ("train", "--recipe finetune --cache none"),
+    ("train", "--adapter lora --rank 4 --alpha 8 --adapter-dropout 0.1 --adapter-targets head"),
+    ("train", "--recipe finetune --adapter bitfit --cache memory"),
     ("train", "--recipe probe --cache disk --cache-dtype bfloat16 --head-after pool"),
     ("train", "--recipe gradual --epochs 20 --find-learning-rate --layer-decay 0.8"),
     ("train", "--dry-run --epochs 3 --workdir run --checkpoint-minutes 5"),

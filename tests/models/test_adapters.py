@@ -1,5 +1,7 @@
 """Adapters: the kernels that are chosen, the identity at the start, and LoRA against peft."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -251,8 +253,9 @@ LAYERS = {
 @pytest.mark.skipif(VIT not in MODELS, reason="this tljax has no Vision Transformer yet")
 def test_a_vision_transformer_agrees_with_peft(tmp_path):
     torch.manual_seed(0)
-    sizes = {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768}
-    network = ViTForImageClassification(ViTConfig(**sizes, num_labels=7)).eval()
+    sizes: dict[str, Any] = {"hidden_size": 192, "num_attention_heads": 3, "num_labels": 7}
+    sizes["intermediate_size"] = 768
+    network = ViTForImageClassification(ViTConfig(**sizes)).eval()
     network.save_pretrained(tmp_path)
     pretrained = load_pretrained(tmp_path, model=VIT)
     blocks = [f"block{i + 1}" for i in range(12)]
