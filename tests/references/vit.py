@@ -238,7 +238,8 @@ def from_npz(name: str, folder: Path) -> Reference:
     randomize(written)
     folder.mkdir(parents=True)
     state = {key: tensor.numpy() for key, tensor in written.state_dict().items()}
-    np.savez(folder / "net.npz", **flax_arrays(state, VARIANTS[name].heads))
+    arrays: dict[str, Any] = flax_arrays(state, VARIANTS[name].heads)
+    np.savez(folder / "net.npz", **arrays)
     with torch.no_grad():
         network.load_pretrained(str(folder / "net.npz"))
     variant = VARIANTS[name]
