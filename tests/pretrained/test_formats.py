@@ -11,6 +11,7 @@ import zipfile
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import hypothesis.extra.numpy
@@ -521,13 +522,14 @@ def npy_bytes(array: np.ndarray) -> bytes:
 def test_archives_of_numpy_are_read(tmp_path: Path) -> None:
     arrays = {
         "block/kernel": np.arange(6.0).reshape(2, 3),
-        "b": np.float32([1, 2]),
+        "b": np.array([1, 2], np.float32),
         "n": np.ones(1),
     }
     write_npz(tmp_path / "ours.npz", arrays)
-    np.savez_compressed(tmp_path / "compressed.npz", **arrays)
-    transposed: dict[str, np.ndarray] = {key: np.asfortranarray(x) for key, x in arrays.items()}
-    np.savez(tmp_path / "fortran.npz", **transposed)
+    untyped: dict[str, Any] = dict(arrays)
+    np.savez_compressed(tmp_path / "compressed.npz", **untyped)
+    untyped = {key: np.asfortranarray(x) for key, x in arrays.items()}
+    np.savez(tmp_path / "fortran.npz", **untyped)
     for name in ("ours.npz", "compressed.npz", "fortran.npz"):
         assert_same(read_tensors(tmp_path / name).arrays, arrays)
     with np.load(tmp_path / "ours.npz", allow_pickle=False) as file:

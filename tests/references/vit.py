@@ -189,11 +189,8 @@ def transformers_shapes(name: str) -> Shapes:
     return {key: tuple(tensor.shape) for key, tensor in state.items()}
 
 
-TRANSFORMERS = [
-    name
-    for name in VARIANTS
-    if not name.startswith("deit") and not ("reg4" in name and not name.startswith("hf_"))
-]
+_ONLY_TIMM = re.compile(r"deit3|vit_.*reg4")
+TRANSFORMERS = [name for name in VARIANTS if not _ONLY_TIMM.match(name)]
 
 # --- the authors' files --------------------------------------------------------------------------
 
