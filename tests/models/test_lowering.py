@@ -9,6 +9,7 @@ from programs import MODES, program
 
 from tljax.models import abstract_variables, build_model
 from tljax.models.convolution import backend
+from tljax.runtime.trees import flatten
 
 # One of each family.
 QUICK = ("resnet18", "mobilenetv2_050")
@@ -28,6 +29,7 @@ FAMILIES = (
     "mobilenetv3_small_050",
     "tf_mobilenetv3_small_075",
     "regnety_002",
+    "vit_tiny_patch16_224",
 )
 NAMES = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in FAMILIES]
 PLATFORMS = ("cuda", "tpu")
@@ -88,11 +90,17 @@ def layers(name: str) -> dict[str, int]:
     """Return the number of convolutions and products by mode.
 
     A full step computes each layer, the gradient of its kernel and, except for the first layer,
-    the gradient of its input. For a suffix the number depends on the branches at its start.
+    the gradient of its input. For a suffix the number depends on the branches at its start. An
+    attention multiplies twice, and both factors have gradients.
     """
-    params = abstract_variables(build_model(name, 10))["params"]
-    count = sum(leaf.ndim >= 2 for leaf in jax.tree.leaves(params))
-    return {"inference": count, "input gradient": 2 * count, "full step": 3 * count - 1}
+    paths = flatten(abstract_variables(build_model(name, 10))["params"])
+    count = sum(path.endswith("/kernel") for path in paths)
+    attention = 2 * sum(path.endswith("/query/kernel") for path in paths)
+    return {
+        "inference": count + attention,
+        "input gradient": 2 * count + 3 * attention,
+        "full step": 3 * count - 1 + 3 * attention,
+    }
 
 
 @pytest.mark.parametrize("mode", ["inference", "full step"])

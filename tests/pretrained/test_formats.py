@@ -7,9 +7,11 @@ import lzma
 import resource
 import struct
 import tracemalloc
+import zipfile
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import hypothesis.extra.numpy
@@ -27,6 +29,7 @@ from tljax.pretrained.formats import (
     digest,
     read_tensors,
     torch_file,
+    write_npz,
     write_safetensors,
     write_torch,
 )
@@ -401,9 +404,11 @@ def test_a_file_replaced_during_reading_is_rejected(
     assert "damaged" in error_message(tmp_path / "x")
 
 
-def numpy_zip_bytes(compressed: bool) -> bytes:
+def other_zip_bytes(compressed: bool) -> bytes:
     stream = io.BytesIO()
-    (np.savez_compressed if compressed else np.savez)(stream, a=np.ones(3))
+    kind = zipfile.ZIP_DEFLATED if compressed else zipfile.ZIP_STORED
+    with zipfile.ZipFile(stream, "w", kind) as archive:
+        archive.writestr("notes.txt", "no weights")
     return stream.getvalue()
 
 
@@ -431,11 +436,11 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12
         (b"\x80\x02}.", "a pickle, but not of torch.save"),
         (b"\x80\x04]\x94.", "a pickle, but not of torch.save"),
         (
-            numpy_zip_bytes(compressed=False),
+            other_zip_bytes(compressed=False),
             "a zip archive, but not of torch.save or Keras",
         ),
         (
-            numpy_zip_bytes(compressed=True),
+            other_zip_bytes(compressed=True),
             "a zip archive, but not of torch.save or Keras",
         ),
         (lzma.compress(b"<html>"), "a web page"),
@@ -494,3 +499,60 @@ def test_damaged_bytes_cause_no_crash_and_no_large_allocation(
         tracemalloc.stop()
     assert peak < 1e7  # the dictionary of xz takes 8 MiB
     assert sum(array.copy().nbytes for array in tensors.arrays.values()) < 10_000
+
+
+# --- archives of NumPy ---------------------------------------------------------------------------
+
+
+def npz_bytes(member: bytes, *, compressed: bool = False) -> bytes:
+    """Return an archive with one member of any bytes."""
+    stream = io.BytesIO()
+    kind = zipfile.ZIP_DEFLATED if compressed else zipfile.ZIP_STORED
+    with zipfile.ZipFile(stream, "w", kind) as archive:
+        archive.writestr("a.npy", member)
+    return stream.getvalue()
+
+
+def npy_bytes(array: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, array)
+    return stream.getvalue()
+
+
+def test_archives_of_numpy_are_read(tmp_path: Path) -> None:
+    arrays = {
+        "block/kernel": np.arange(6.0).reshape(2, 3),
+        "b": np.array([1, 2], np.float32),
+        "n": np.ones(1),
+    }
+    write_npz(tmp_path / "ours.npz", arrays)
+    untyped: dict[str, Any] = dict(arrays)
+    np.savez_compressed(tmp_path / "compressed.npz", **untyped)
+    untyped = {key: np.asfortranarray(x) for key, x in arrays.items()}
+    np.savez(tmp_path / "fortran.npz", **untyped)
+    for name in ("ours.npz", "compressed.npz", "fortran.npz"):
+        assert_same(read_tensors(tmp_path / name).arrays, arrays)
+    with np.load(tmp_path / "ours.npz", allow_pickle=False) as file:
+        assert_same(dict(file), arrays)
+
+
+ARRAY = npy_bytes(np.ones(1000, np.float32))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (npz_bytes(ARRAY)[:-100], "truncated or damaged; download it again (zip: "),
+        (npz_bytes(ARRAY)[:2000], "truncated or damaged; download it again (zip: "),
+        (npz_bytes(ARRAY[:-4]), "'a.npy' has 3996 bytes, which its shape does not fit"),
+        (npz_bytes(ARRAY + b"more"), "'a.npy' has 4004 bytes, which its shape does not fit"),
+        (npz_bytes(ARRAY.replace(b"(1000,)", b"(10**9,")), "'a.npy' is no array"),
+        (npz_bytes(ARRAY.replace(b"(1000,)", b"(9999,)")), "which its shape does not fit"),
+        (npz_bytes(b"text"), "'a.npy' is no array"),
+        (npz_bytes(npy_bytes(np.array([{}]))), "'a.npy' holds object, which is not read"),
+        (npz_bytes(bytes(10**7), compressed=True), "refused: it expands more than 100-fold"),
+    ],
+)
+def test_damaged_archives_of_numpy_are_refused(tmp_path: Path, data: bytes, message: str) -> None:
+    (tmp_path / "x.npz").write_bytes(data)
+    assert message in error_message(tmp_path / "x.npz")

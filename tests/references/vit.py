@@ -189,11 +189,8 @@ def transformers_shapes(name: str) -> Shapes:
     return {key: tuple(tensor.shape) for key, tensor in state.items()}
 
 
-TRANSFORMERS = [
-    name
-    for name in VARIANTS
-    if not name.startswith("deit") and not ("reg4" in name and not name.startswith("hf_"))
-]
+_ONLY_TIMM = re.compile(r"deit3|vit_.*reg4")
+TRANSFORMERS = [name for name in VARIANTS if not _ONLY_TIMM.match(name)]
 
 # --- the authors' files --------------------------------------------------------------------------
 
@@ -238,7 +235,8 @@ def from_npz(name: str, folder: Path) -> Reference:
     randomize(written)
     folder.mkdir(parents=True)
     state = {key: tensor.numpy() for key, tensor in written.state_dict().items()}
-    np.savez(folder / "net.npz", **flax_arrays(state, VARIANTS[name].heads))
+    arrays: dict[str, Any] = flax_arrays(state, VARIANTS[name].heads)
+    np.savez(folder / "net.npz", **arrays)
     with torch.no_grad():
         network.load_pretrained(str(folder / "net.npz"))
     variant = VARIANTS[name]

@@ -299,12 +299,15 @@ def _tower(config: _Section) -> _Section:
 
 def _transformer(config: _Section) -> str | None:
     """Return the Vision Transformer that a configuration describes, if several are alike."""
-    defaults = _TRANSFORMER_DEFAULTS.get(str(config.values.get("model_type")))
-    values = {**(defaults or {}), **config.values}
-    for name in MODELS if defaults else ():
+    kind = str(config.values.get("model_type"))
+    if kind not in _TRANSFORMER_DEFAULTS:
+        return None
+    values = {**_TRANSFORMER_DEFAULTS[kind], **config.values}
+    for name in MODELS:
         layout = LAYOUTS[name].get("huggingface")
         expected = layout.config(name) if layout else {}
-        if expected.keys() >= defaults.keys() and not _contradictions(values, expected):
+        is_kind = kind in alternatives(expected.get("model_type"))
+        if is_kind and not _contradictions(values, expected):
             return name
     return None
 

@@ -266,11 +266,11 @@ def _parse(path: Path, data: mmap.mmap) -> Tensors:
     """Parse the file at ``path``, whose bytes are ``data``."""
     if _is_safetensors(data):
         return _read_safetensors(path, data)
+    if npz.is_npz(data):
+        return Tensors(npz.read(path), {})
     if span := keras_file.hdf5_span(data):
         graph = keras_file.configuration(data, span)
         return Tensors(keras_file.read(data, span), {"keras": graph} if graph else {})
-    if npz.is_npz(data):
-        return Tensors(npz.read(path), {})
     if torch_file.is_torch(data):
         return Tensors(torch_file.read(data), {})
     for prefix, problem in _NOT_WEIGHTS.items():

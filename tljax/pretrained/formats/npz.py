@@ -61,7 +61,7 @@ def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
                 (2, 0): np.lib.format.read_array_header_2_0,
             }[version]
             shape, is_fortran, dtype = header(file)
-        except (KeyError, ValueError) as error:
+        except Exception as error:  # the reader of a damaged header may raise anything
             raise DamagedError(f"{name} is no array") from error
         if dtype.hasobject or dtype.kind not in "biuf":
             raise ValueError(f"{name} holds {dtype}, which is not read: only numbers are")
