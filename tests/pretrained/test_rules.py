@@ -47,6 +47,8 @@ TWINS = {
     f"tf_mobilenetv3_{network}": f"mobilenetv3_{network}"
     for network in ("large_075", "large_100", "small_075", "small_100")
 }
+TWINS |= {f"timm_efficientnet_lite{i}": f"efficientnet_lite{i}" for i in range(5)}
+TWINS |= {f"tf_efficientnet_b{i}": f"efficientnet_b{i}" for i in range(6)}
 
 
 def identified_as(name: str, layout: str) -> str:

@@ -98,7 +98,7 @@ def run(command: Config) -> dict[str, Any]:
                 entry.preprocess.resize,
                 entry.preprocess.interpolation,
                 entry.preprocess.normalization,
-                f"{entry.top1:.2f}",
+                f"{entry.top1:.2f}" if entry.top1 else "",
                 entry.licence,
                 entry.source.rpartition("/" if entry.source.startswith("https:") else "\n")[2],
             )

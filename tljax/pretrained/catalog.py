@@ -26,7 +26,7 @@ class Entry:
             torchvision, timm, TensorFlow-Slim or Keras (Keras does not publish how it resized and
             cropped the images). Tags of timm's ResNets: ``a1`` is Wightman et al. 2021, "ResNet
             strikes back", arXiv:2110.00476; ``bit`` is Kolesnikov et al. 2020, "Big Transfer",
-            arXiv:1912.11370, fine-tuned from ImageNet-21k.
+            arXiv:1912.11370, fine-tuned from ImageNet-21k. None if none of them publishes it.
     """
 
     model: str
@@ -34,7 +34,7 @@ class Entry:
     digest: str
     licence: str
     preprocess: Preprocess
-    top1: float
+    top1: float | None
 
 
 def _read_text(name: str) -> str:
@@ -51,7 +51,7 @@ def _parse_row(row: dict[str, str]) -> Entry:
         row["digest"],
         row["licence"],
         Preprocess(*geometry).with_normalization(normalization),
-        float(row["top1"]),
+        float(row["top1"]) if row["top1"] else None,
     )
 
 
@@ -63,10 +63,12 @@ and the name in `keras.applications`. All are trained on the 1,000 classes of Im
 MobileNets have one more output, for the background."""
 
 
-_TORCHVISION_NAMES = {
+TORCHVISION_NAMES = {
     "mobilenet_v2": "mobilenetv2_100",
     "mobilenet_v3_large": "tv_mobilenetv3_large_100",
     "mobilenet_v3_small": "tv_mobilenetv3_small_100",
+    **{f"efficientnet_b{i}": f"tv_efficientnet_b{i}" for i in (5, 6, 7)},
+    **{f"efficientnet_v2_{size}": f"tv_efficientnetv2_{size}" for size in ("s", "m", "l")},
 }
 """Keys of `MODELS` for the torchvision names that differ from them."""
 
@@ -81,7 +83,7 @@ def catalog_name(name: str) -> str | None:
     if project == "torchvision":
         model, _, version = rest.lower().partition(".")
         tag = {"": "tv", "v1": "tv", "v2": "tv2"}.get(version.removeprefix("imagenet1k_"), "")
-        name = f"{_TORCHVISION_NAMES.get(model, model)}.{tag}_in1k"
+        name = f"{TORCHVISION_NAMES.get(model, model)}.{tag}_in1k"
     return {key.lower(): key for key in CATALOG}.get(name.lower())
 
 

@@ -13,7 +13,7 @@ from jaxtyping import UInt8
 
 from tljax.models import Model, layer_outputs, normalize, replace_head
 from tljax.pretrained import verify_keras
-from tljax.pretrained.catalog import CATALOG
+from tljax.pretrained.catalog import CATALOG, TORCHVISION_NAMES
 from tljax.pretrained.fetch import fetch
 from tljax.pretrained.formats import read_tensors
 from tljax.pretrained.keras_graph import Graph
@@ -120,7 +120,8 @@ def _keras_networks(model: Model, weights: Path) -> Iterator[tuple[Any, np.ndarr
     shapes = ((2, 224, 224, 3), (2, 225, 253, 3)) if model.name.startswith("vgg") else INPUTS
     for images in map(_images, shapes):
         network = verify_keras.application(model, images.shape[1:3], weights)
-        yield network, _pixels(model, images), images
+        scales = any(type(layer).__name__ == "Normalization" for layer in network.layers)
+        yield network, images.astype(np.float32) if scales else _pixels(model, images), images
 
 
 def _pixels(model: Model, images: UInt8[np.ndarray, "batch height width 3"]) -> Pixels:
@@ -191,7 +192,9 @@ def _torchvision(pretrained: Pretrained) -> Any:
         ) from None
     arrays = check(read_tensors(_file(card.source)).arrays, card.source, model.name).arrays
     head = arrays.get(head_bias_key(layout_rules(model.name, "torchvision")))
-    network = getattr(torchvision.models, model.name)(num_classes=1 if head is None else head.size)
+    names = {ours: theirs for theirs, ours in TORCHVISION_NAMES.items()}
+    build = getattr(torchvision.models, names.get(model.name, model.name))
+    network = build(num_classes=1 if head is None else head.size)
     tensors = {key: torch.from_numpy(np.array(a)) for key, a in arrays.items()}
     network.load_state_dict(tensors, strict=head is not None)
     return network

@@ -12,6 +12,7 @@ from jaxtyping import Float
 
 from tljax.models import Model
 from tljax.pretrained.rules import Rules
+from tljax.pretrained.tables.keras import normalization_weights
 from tljax.runtime.errors import RequestError
 
 Pixels = Float[np.ndarray, "batch height width 3"]
@@ -27,6 +28,9 @@ _APPLICATIONS = {
     "tf_mobilenetv2": "MobileNetV2",
     "tf_mobilenetv3_large": "MobileNetV3Large",
     "tf_mobilenetv3_small": "MobileNetV3Small",
+    **{f"tf_efficientnet_b{i}": f"EfficientNetB{i}" for i in range(8)},
+    **{f"tf_efficientnetv2_b{i}": f"EfficientNetV2B{i}" for i in range(4)},
+    **{f"tf_efficientnetv2_{size}": f"EfficientNetV2{size.upper()}" for size in ("s", "m", "l")},
     **{f"keras_resnet{depth}": f"ResNet{depth}" for depth in (50, 101, 152)},
     **{f"keras_resnet{depth}v2": f"ResNet{depth}V2" for depth in (50, 101, 152)},
 }
@@ -69,10 +73,10 @@ def application(model: Model, size: tuple[int, int], weights: Path | None) -> An
     name, options = model.name, {}
     if match := re.fullmatch(r"(.*)_(\d{3})", model.name):
         name, options = match[1], {"alpha": int(match[2]) / 100}
-    if "mobilenetv3" in name:
+    if "mobilenetv3" in name or "efficientnetv2" in name:
         options["include_preprocessing"] = False
     with load_errors("keras", weights):
-        return getattr(keras.applications, _APPLICATIONS[name])(
+        network = getattr(keras.applications, _APPLICATIONS[name])(
             input_shape=(*size, 3),
             weights=weights,
             include_top=model.num_classes > 0,
@@ -80,6 +84,11 @@ def application(model: Model, size: tuple[int, int], weights: Path | None) -> An
             classifier_activation=None,
             **options,
         )
+    for layer in network.layers:
+        if type(layer).__name__ == "Normalization":  # see `tables.keras.with_normalization`
+            layer.set_weights(list(normalization_weights(model).values()))
+            layer.finalize_state()
+    return network
 
 
 def whole(path: Path) -> Any:
@@ -108,8 +117,12 @@ def _keras() -> Any:
 
 
 def _weighted_layers(network: Any) -> list[Any]:
-    """Return the layers that have weights, in the order of the key table."""
-    return [layer for layer in network.layers if layer.weights]
+    """Return the layers with weights, except for the preprocessing, in the table's order."""
+    return [
+        layer
+        for layer in network.layers
+        if layer.weights and type(layer).__name__ != "Normalization"
+    ]
 
 
 def tensors(rules: Rules, network: Any) -> dict[str, np.ndarray]:
@@ -118,7 +131,7 @@ def tensors(rules: Rules, network: Any) -> dict[str, np.ndarray]:
     Raises:
         RequestError: the model has other weights than the table.
     """
-    weights = network.get_weights()
+    weights = [weight for layer in _weighted_layers(network) for weight in layer.get_weights()]
     nested = [layer.name for layer in _weighted_layers(network) if hasattr(layer, "layers")]
     if nested or len(weights) != len(rules):
         reason = f"contains the model '{nested[0]}'" if nested else "has another head"

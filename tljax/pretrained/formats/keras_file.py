@@ -32,6 +32,7 @@ WEIGHTS = {
     "separable_conv2d": ("depthwise_kernel", "pointwise_kernel", "bias"),
     "dense": ("kernel", "bias"),
     "batch_normalization": ("gamma", "beta", "moving_mean", "moving_variance"),
+    "normalization": ("mean", "variance", "count"),
 }
 """The weights of each layer class in Keras' order. Biases and gammas may be absent."""
 
@@ -146,6 +147,8 @@ def _class_of(name: str, shapes: list[tuple[int, ...]]) -> str:
             return "dense"
         case [(_,), (_,), (_,), *_]:
             return "batch_normalization"
+        case [(_,), (_,), ()]:
+            return "normalization"
         case _:
             raise ValueError(
                 f"layer {name!r:.80} is of an unsupported class; if it is a nested model, save it "
