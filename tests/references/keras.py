@@ -163,7 +163,7 @@ def randomize(model: Any, weak: tuple[str, ...]) -> None:
     rng = np.random.default_rng(0)
     for layer in model.layers:
         if isinstance(layer, keras.layers.Normalization):
-            layer.set_weights([MEAN, STD**2, 0])
+            layer.set_weights([MEAN, STD**2, np.zeros((), np.int32)])
             continue
         scale = 0.2 if weak and layer.name.endswith(weak) else 1.0
         for weight in layer.weights:
