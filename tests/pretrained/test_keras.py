@@ -88,7 +88,7 @@ def test_preprocessing_matches_preprocess_input(name: str, module: str) -> None:
         (MEAN, STD, Preprocess()),  # Keras' own files
         (MEAN, STD**2, Preprocess()),
         (np.zeros(3), np.ones(3), Preprocess(mean=(0, 0, 0), std=(1, 1, 1))),  # not pretrained
-        (np.full(3, 0.5), np.full(3, 0.25), Preprocess(mean=(0.5,) * 3, std=(0.5,) * 3)),
+        (np.full(3, 0.5), np.full(3, 0.25), Preprocess(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))),
     ],
 )
 def test_the_normalization_layer_of_a_weight_file_becomes_the_preprocessing(
