@@ -162,7 +162,7 @@ def randomize(model: Any, weak: tuple[str, ...]) -> None:
     """Random weights that keep activations of order 1; those in residual branches are small."""
     rng = np.random.default_rng(0)
     for layer in model.layers:
-        if isinstance(layer, keras.layers.Normalization):
+        if isinstance(layer, keras.layers.Normalization) and layer.weights:
             layer.set_weights([MEAN, STD**2, np.zeros((), np.int32)])
             continue
         scale = 0.2 if weak and layer.name.endswith(weak) else 1.0
