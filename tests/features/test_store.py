@@ -30,6 +30,7 @@ FAMILIES = (
     *("resnet18", "resnext50_32x4d", "resnet18d", "keras_resnet50v2", "resnetv2_50x1_bit"),
     *("inception_v3", "keras_xception", "efficientnet_lite0", "vgg16_bn", "mobilenetv1_100"),
     *("mobilenetv2_100", "mobilenetv3_small_100", "tf_mobilenetv3_large_100"),
+    *("efficientnet_b0", "tf_efficientnetv2_b0", "mobilenetv4_conv_small"),
 )
 
 PRINT_KEYS = """

@@ -47,6 +47,8 @@ SLOW = [
     ("resnet50", "huggingface", ("head",), "pool"),
     ("resnet50d", "timm", ("head",), "pool"),
     ("efficientnet_lite0", "efficientnet_pytorch", ("head",), "pool"),
+    ("tf_efficientnet_b0", "huggingface", ("head",), "pool"),
+    ("mobilenetv4_conv_small", "timm", ("hidden", "head"), "pool"),
     ("resnetv2_50x1_bit", "timm", ("head",), "pool"),
     ("resnetv2_50x1_bit", "huggingface", ("head",), "pool"),
     ("inception_v3", "torchvision", ("head",), "pool"),

@@ -243,10 +243,27 @@ def test_timm_configs_distinguish_networks_with_the_same_tensors(tmp_path: Path)
 
 def test_timm_configs_avoid_the_note_on_networks_with_the_same_tensors(tmp_path: Path) -> None:
     """A file alone may hold the network that pads like torch."""
-    export(tmp_path / "model.safetensors", random_pretrained("efficientnet_lite0"), "timm")
-    assert "fit timm's efficientnet_lite0" in load_pretrained(tmp_path).card.notes[0]
-    write(tmp_path / "config.json", architecture="tf_efficientnet_lite0")
+    name = "tf_efficientnetv2_s"
+    export(tmp_path / "model.safetensors", random_pretrained(name), "timm")
+    assert "fit timm's efficientnetv2_s" in load_pretrained(tmp_path).card.notes[0]
+    write(tmp_path / "config.json", architecture=name)
     assert load_pretrained(tmp_path).card.notes == ()
+
+
+def test_both_networks_that_timm_calls_efficientnet_lite0_are_loaded(tmp_path: Path) -> None:
+    """The plain name is timm's own network there; tljax's plain name is TensorFlow's."""
+    path = tmp_path / "model.safetensors"
+    export(path, random_pretrained("efficientnet_lite0"), "timm")
+    both = "fits efficientnet_lite0 and timm_efficientnet_lite0, which have the same tensors"
+    with pytest.raises(RequestError, match=both):
+        load_pretrained(path)
+    for name, ours in (
+        ("efficientnet_lite0", "timm_efficientnet_lite0"),
+        ("tf_efficientnet_lite0", "efficientnet_lite0"),
+    ):
+        write(tmp_path / "config.json", architecture=name)
+        assert load_pretrained(tmp_path).model.name == ours
+        assert load_pretrained(path, model=ours).model.name == ours
 
 
 def test_early_configs_of_timm_are_read(resnet18: Pretrained, tmp_path: Path) -> None:
@@ -463,6 +480,9 @@ def test_invalid_configs_are_refused(
         ("resnetv2_50x1_bit", "width_factor", 1, 2),
         ("tf_mobilenetv2_035", "hidden_act", "relu6", None),
         ("tf_mobilenetv2_035", "finegrained_output", True, False),
+        ("tf_efficientnet_b0", "depthwise_padding", [], [5]),
+        ("tf_efficientnet_b0", "width_coefficient", 1.0, 1.1),
+        ("tf_efficientnet_b0", "pooling_type", "mean", "max"),
         ("resnet18", "auto_map", None, "custom.Network"),
         ("regnety_002", "downsample_in_first_stage", True, False),
         ("regnetx_002", "groups_width", 8, 16),
@@ -524,6 +544,9 @@ def test_arguments_of_timm_without_effect_are_accepted(
         ("mobilenetv2_050", {"act_layer": "relu6", "bn_eps": 1e-5, "pad_type": ""}, "silu"),
         ("mobilenetv3_small_075", {"act_layer": "hard_swish", "fix_stem_head": False}, "relu6"),
         ("tf_efficientnet_lite0", {"act_layer": "relu6", "bn_eps": 1e-3, "pad_type": "same"}, ""),
+        ("efficientnet_b0", {"act_layer": "silu", "bn_eps": 1e-5, "pad_type": ""}, "relu"),
+        ("tf_efficientnet_b0", {"act_layer": "swish", "bn_eps": 1e-3, "pad_type": "same"}, "relu"),
+        ("mobilenetv4_conv_small", {"act_layer": "relu", "bn_eps": 1e-5, "pad_type": ""}, "silu"),
         ("resnet18", {"act_layer": "relu", "global_pool": None}, "relu6"),
     ],
 )

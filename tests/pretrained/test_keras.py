@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 from networks import assert_same_variables, difference, random_images, run
 from references import REFERENCES
-from references.keras import APPLICATIONS, network
+from references.keras import APPLICATIONS, MEAN, STD, inputs, network, randomize
 
 from tljax.models import build_model, normalize
 from tljax.pretrained import CATALOG, export, load_pretrained
-from tljax.pretrained.tables.keras import layer_names
+from tljax.pretrained.keras_graph import read_graph
+from tljax.pretrained.tables.keras import layer_names, with_normalization
 from tljax.pretrained.tables.layouts import LAYOUTS
+from tljax.pretrained.verify import TOLERANCE, verify
+from tljax.runtime.types import Preprocess
 
 
 def layers_with_weights(model: Any) -> list[Any]:
@@ -41,10 +44,11 @@ def test_keras_loads_exported_files(name: str, tmp_path: Path) -> None:
             np.testing.assert_array_equal(actual, expected)
         assert_same_variables(load_pretrained(tmp_path / file).variables, pretrained.variables)
     images = random_images(2, *size)
-    expected = loaded.predict(np.asarray(normalize(images, pretrained.model.preprocess)), verbose=0)
+    pixels = np.asarray(normalize(images, pretrained.model.preprocess))
+    expected = loaded.predict(inputs(loaded, pixels), verbose=0)
     actual = run(pretrained.model, pretrained.variables, images).logits
     assert difference(actual, expected) <= 1e-4
-    generated = ("conv2d", "batch_normalization")
+    generated = ("conv2d", "batch_normalization", "normalization")
     layers = layers_with_weights(original)
     for layer_name, layer in zip(layer_names(name).values(), layers, strict=True):
         assert layer_name.rpartition("/")[2] == layer.name or (
@@ -82,6 +86,52 @@ def test_preprocessing_matches_preprocess_input(name: str, module: str) -> None:
     expected = getattr(keras.applications, module).preprocess_input(images.astype(np.float32))
     np.testing.assert_allclose(normalize(images, preprocess), expected, rtol=0, atol=1e-4)
     assert preprocess.size == (299 if module in ("inception_v3", "xception") else 224)
+
+
+@pytest.mark.parametrize(
+    ("mean", "variance", "expected"),
+    [
+        (MEAN, STD, Preprocess()),  # Keras' own files
+        (MEAN, STD**2, Preprocess()),
+        (np.zeros(3), np.ones(3), Preprocess(mean=(0, 0, 0), std=(1, 1, 1))),  # not pretrained
+        (np.full(3, 0.5), np.full(3, 0.25), Preprocess(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))),
+    ],
+)
+def test_the_normalization_layer_of_a_weight_file_becomes_the_preprocessing(
+    mean: np.ndarray, variance: np.ndarray, expected: Preprocess
+) -> None:
+    arrays = {"normalization/mean": mean, "normalization/variance": variance}
+    assert with_normalization(Preprocess(), arrays) == expected
+    assert with_normalization(expected, {}) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tf_efficientnetv2_b0", "tf_efficientnetv2_s"])
+def test_the_preprocessing_of_efficientnet_v2_is_that_in_its_graph(name: str) -> None:
+    size = name.rpartition("_")[2].upper()
+    build = getattr(keras.applications, f"EfficientNetV2{size}")
+    whole = build(weights=None, classes=5, classifier_activation=None)
+    read, scales, _ = read_graph(whole.to_json(), "x.keras", build_model(name, 5))
+    usual = LAYOUTS[name]["keras"].preprocess
+    assert scales
+    assert usual
+    assert read.preprocess.size == usual.size
+    np.testing.assert_allclose(read.preprocess.mean, usual.mean, atol=1e-6)
+    np.testing.assert_allclose(read.preprocess.std, usual.std, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["x.keras", "x.h5"])
+def test_a_whole_efficientnet_gives_the_outputs_of_keras(form: str, tmp_path: Path) -> None:
+    whole = network("tf_efficientnet_b0", (64, 64))
+    randomize(whole, ("project_bn",))
+    whole.save(tmp_path / form)
+    loaded = load_pretrained(tmp_path / form)
+    images = random_images(2, 64, 64)
+    expected = whole.predict(images.astype(np.float32), verbose=0)
+    assert difference(run(loaded.model, loaded.variables, images).logits, expected) <= 1e-4
+    compared = verify(loaded)
+    assert max(layer.difference for layer in compared) <= TOLERANCE
 
 
 def test_the_catalog_agrees_with_the_layouts() -> None:

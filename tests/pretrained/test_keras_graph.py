@@ -54,6 +54,10 @@ def preprocessed(pixels: np.ndarray) -> np.ndarray:
 # --- supported graphs ----------------------------------------------------------------------------
 
 
+def inverted(image: Any) -> Any:
+    return layers.Normalization(mean=1.0, variance=2.0, invert=True)(image)
+
+
 def augmented(image: Any) -> Any:
     """Augment and scale images, with two layers that scale."""
     image = layers.Rescaling(1 / 255, offset=0.1)(layers.RandomFlip()(image))
@@ -109,6 +113,13 @@ def test_pixel_scaling_in_the_graph_becomes_the_preprocessing(tmp_path: Path) ->
     build(pooled(layers.Dense(5)), layers.Rescaling(1 / 255)).save(tmp_path / "x.keras")
     preprocess = load_pretrained(tmp_path / "x.keras").model.preprocess
     np.testing.assert_allclose((preprocess.mean, preprocess.std), ((0, 0, 0), (1, 1, 1)))
+    layer = layers.Normalization(mean=(0.5, 0.4, 0.3), variance=(0.25, 0.16, 0.09))
+    build(pooled(layers.Dense(5)), lambda x: layer(layers.Rescaling(1 / 255)(x))).save(
+        tmp_path / "y.keras"
+    )
+    preprocess = load_pretrained(tmp_path / "y.keras").model.preprocess
+    expected = (0.5, 0.4, 0.3), (0.5, 0.4, 0.3)
+    np.testing.assert_allclose((preprocess.mean, preprocess.std), expected, rtol=1e-6)
     with pytest.raises(
         RequestError, match="with mean 0 0 0 and std 1 1 1, not the normalization 'tf'"
     ):
@@ -176,10 +187,7 @@ def test_a_layer_with_other_settings_is_named(
         (lambda: build(pooled(layers.Dense(1, "softmax"))), 1, "a softmax, which is always 1"),
         (lambda: build(pooled(layers.Dense(5)), layers.Resizing(32, 32)), 5, "is Resizing("),
         (
-            lambda: build(
-                pooled(layers.Dense(5)),
-                layers.Normalization(mean=1.0, variance=2.0, invert=True),
-            ),
+            lambda: build(pooled(layers.Dense(5)), inverted),
             5,
             "is Norm",
         ),
@@ -227,7 +235,8 @@ QUICK = ("keras_mobilenetv1_025", NAME)
 def test_the_table_holds_the_graphs_of_keras_applications(name: str) -> None:
     """At an odd size too where possible: the padding of some layers depends on it."""
     size = (224, 224) if name.startswith("vgg") else (128, 97)
-    graph = Graph(json.loads(network(name, size).to_json()), same=name.startswith("tf_"))
+    same, statistics = name.startswith("tf_"), ((0.0,) * 3, (1.0,) * 3)
+    graph = Graph(json.loads(network(name, size).to_json()), same=same, statistics=statistics)
     steps = [(step.operation, step.inputs) for step in graph.steps]
     table = _graphs()[re.sub(r"_\d{3}$", "", name)]
     assert steps == [(step.operation, step.inputs) for step in table]

@@ -108,6 +108,7 @@ def test_an_exported_network_is_loaded_unchanged(name: str, layout: str, scratch
                 "regnety_002",
                 "convnext_tiny",
                 "convnextv2_atto",
+                "tf_efficientnet_b0",
             )
         ),
     ],
@@ -117,7 +118,8 @@ def test_transformers_reads_exported_networks(name: str, scratch: Path) -> None:
     export(scratch, pretrained, "huggingface")
     network = AutoModelForImageClassification.from_pretrained(scratch).eval()
     assert network.config.id2label == dict(enumerate(card.classes))
-    images = random_images(2, 97, 64)
+    # transformers' EfficientNet pads images of an odd size in another way than TensorFlow
+    images = random_images(2, 96 if "efficientnet" in name else 97, 64)
     with torch.no_grad():
         expected = network(to_torch(normalize(images, model.preprocess))).logits
     assert difference(run(model, variables, images).logits, expected) <= 1e-4

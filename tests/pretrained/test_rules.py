@@ -53,6 +53,8 @@ TWINS |= {name: name.replace("deit", "vit") for name in vit.DEIT}
 TWINS |= {f"hf_{name}": name for name in (*vit.AUGREG, *vit.SIGLIP)}
 TWINS |= {name: name.replace("_quickgelu", "") for name in vit.CLIP if "quickgelu" in name}
 TWINS["hf_vit_so400m_patch14_siglip_384"] = "vit_so400m_patch14_siglip_378"
+TWINS |= {f"timm_efficientnet_lite{i}": f"efficientnet_lite{i}" for i in range(5)}
+TWINS |= {f"tf_efficientnet_b{i}": f"efficientnet_b{i}" for i in range(6)}
 
 
 def identified_as(name: str, layout: str) -> str:

@@ -55,6 +55,7 @@ FAST = {
     ("efficientnet_lite0", "efficientnet_pytorch"),
     ("efficientnet_b0", "torchvision"),
     ("tf_efficientnet_b0", "huggingface"),
+    ("tf_efficientnet_b0", "keras"),
     ("tf_efficientnetv2_b0", "timm"),
     ("mobilenetv4_conv_small", "timm"),
     ("tf_mobilenetv1_025", "huggingface"),

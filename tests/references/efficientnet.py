@@ -1,4 +1,4 @@
-"""EfficientNet in timm, torchvision and transformers; Lite in plain torch, for the wheels too."""
+"""EfficientNet in timm, torchvision and transformers; Lite in plain torch, for the wheels."""
 
 from collections.abc import Callable
 from functools import partial
@@ -9,7 +9,7 @@ import numpy as np
 import oracles
 import safetensors.torch
 import torch
-from networks import LITE, TorchLite, from_torch, timm_state, to_torch
+from networks import LITE, TorchLite, from_torch, to_torch
 from transformers import EfficientNetConfig, EfficientNetForImageClassification
 
 from references.contract import Build, Reference
@@ -22,15 +22,10 @@ def _lite_stages(network: TorchLite, pixels: np.ndarray) -> dict[str, np.ndarray
     return {name: from_torch(value) for name, value in network.stages(to_torch(pixels)).items()}
 
 
-def build_lite(name: str, layout: str, folder: Path) -> Reference:
-    network = TorchLite(name)
+def build_lite(name: str, folder: Path) -> Reference:
+    network, path = TorchLite(name), folder / "net.pth"
     folder.mkdir(parents=True)
-    if layout == "timm":
-        path = folder / "net.safetensors"
-        safetensors.torch.save_file(dict(timm_state(network)), path)
-    else:
-        path = folder / "net.pth"
-        torch.save(network.state_dict(), path, _use_new_zipfile_serialization=False)
+    torch.save(network.state_dict(), path, _use_new_zipfile_serialization=False)
     return Reference(path, partial(_lite_stages, network))
 
 
@@ -39,6 +34,8 @@ def build_lite(name: str, layout: str, folder: Path) -> Reference:
 
 def timm(name: str, num_classes: int = 7) -> Any:
     """Build the network of timm, untouched."""
+    if name.startswith("efficientnet_lite"):
+        name = f"tf_{name}"
     name = name.removeprefix("timm_")
     return oracles.load("timm").create_model(name, num_classes=num_classes)
 
@@ -146,6 +143,7 @@ def _references(
 
 
 TIMM = (
+    *LITE,
     *(f"timm_efficientnet_lite{i}" for i in range(5)),
     *(f"efficientnet_b{i}" for i in range(6)),
     *(f"tf_efficientnet_b{i}" for i in range(8)),
@@ -157,11 +155,7 @@ TORCHVISION = (
     *(f"tv_efficientnetv2_{size}" for size in ("s", "m", "l")),
 )
 REFERENCES: dict[tuple[str, str], Build] = {
-    **{
-        (name, layout): partial(build_lite, name, layout)
-        for name in LITE
-        for layout in ("efficientnet_pytorch", "timm")
-    },
+    **_references(build_lite, "efficientnet_pytorch", *LITE),
     **_references(build_timm, "timm", *TIMM),
     **_references(build_torchvision, "torchvision", *TORCHVISION),
     **_references(build_transformer, "huggingface", *TRANSFORMERS),

@@ -9,7 +9,11 @@ import keras
 import numpy as np
 
 from references.contract import Build, Reference
-from tljax.models import inception, mobilenet, resnet, resnetv2, xception
+from tljax.models import efficientnet, inception, mobilenet, resnet, resnetv2, xception
+from tljax.runtime.types import NORMALIZATIONS
+
+# Statistics of the layers with which EfficientNet B0 to B7 begin.
+MEAN, STD = np.asarray((NORMALIZATIONS["torch"].mean, NORMALIZATIONS["torch"].std), np.float32)
 
 
 class Application(NamedTuple):
@@ -119,6 +123,24 @@ def _convnext(name: str) -> Application:
     )
 
 
+def _efficientnet(name: str) -> Application:
+    v2 = "v2" in name
+    runs = efficientnet.runs(name)
+    stages = {}
+    for i, run in enumerate(runs, start=1):
+        last = len(run.expansions) - 1
+        end = "add" if last else "project_activation" if run.fused else "project_bn"
+        stages[f"stage{i}"] = f"block{i}{chr(ord('a') + last)}_{end}"
+    ends = {"conv_head": "top_activation", "pool": "avg_pool", "head": "predictions"}
+    size = name.rpartition("_")[2].upper()
+    return Application(
+        getattr(keras.applications, f"EfficientNetV2{size}" if v2 else f"EfficientNet{size}"),
+        {"stem": "stem_activation"} | stages | ends,
+        ("project_bn",),
+        options={"include_preprocessing": False} if v2 else {},
+    )
+
+
 def _of_keras(names: Iterable[str], prefix: str = "keras_") -> Iterator[str]:
     return (name for name in names if name.startswith(prefix))
 
@@ -133,6 +155,7 @@ APPLICATIONS = {
     **{name: _mobilenet_v2(name) for name in _of_keras(mobilenet.V2_VARIANTS, "tf_")},
     **{name: _mobilenet_v3(name) for name in _of_keras(mobilenet.V3_VARIANTS, "tf_")},
     **{name: _convnext(name) for name in ("convnext_tiny", "convnext_small", "convnext_base")},
+    **{name: _efficientnet(name) for name in _of_keras(efficientnet.VARIANTS, "tf_")},
 }
 
 
@@ -158,6 +181,9 @@ def randomize(model: Any, weak: tuple[str, ...]) -> None:
     """Random weights that keep activations of order 1; those in residual branches are small."""
     rng = np.random.default_rng(0)
     for layer in model.layers:
+        if isinstance(layer, keras.layers.Normalization) and layer.weights:
+            layer.set_weights([MEAN, STD**2, np.zeros((), np.int32)])
+            continue
         scale = 0.2 if weak and layer.name.endswith(weak) else 1.0
         for weight in layer.weights:
             shape = weight.shape
@@ -174,11 +200,18 @@ def randomize(model: Any, weak: tuple[str, ...]) -> None:
             weight.assign(value.astype(np.float32))
 
 
+def inputs(model: Any, pixels: np.ndarray) -> np.ndarray:
+    """Undo the normalization of pixels, for networks that begin with it."""
+    if any(isinstance(layer, keras.layers.Normalization) for layer in model.layers):
+        return (pixels * STD + MEAN) * 255
+    return pixels
+
+
 def _stages(name: str, weights: Path, pixels: np.ndarray) -> dict[str, np.ndarray]:
     model = network(name, pixels.shape[1:3], weights)
     stages = APPLICATIONS[name].stages
     outputs = [_output(model, layer) for layer in stages.values()]
-    values = keras.Model(model.input, outputs).predict(pixels, verbose=0)
+    values = keras.Model(model.input, outputs).predict(inputs(model, pixels), verbose=0)
     arrays = dict(zip(stages, map(np.asarray, values), strict=True))
     # MobileNet keeps its vectors as maps of one pixel.
     vectors = {"pool": arrays["pool"], "hidden": arrays.get("hidden", arrays["pool"])}

@@ -42,8 +42,10 @@ def outputs(
     found: dict[str, torch.Tensor] = {}
 
     def keep(stage: str) -> None:
-        module = network.get_submodule(modules[stage])
-        hooks.append(module.register_forward_hook(lambda _, __, x: found.update({stage: x})))
+        def hook(_module: nn.Module, _inputs: object, output: torch.Tensor) -> None:
+            found[stage] = output
+
+        hooks.append(network.get_submodule(modules[stage]).register_forward_hook(hook))
 
     hooks: list[torch.utils.hooks.RemovableHandle] = []
     for stage in modules:

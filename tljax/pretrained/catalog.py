@@ -101,6 +101,8 @@ TORCHVISION_NAMES = {
     "regnet_y_16gf": "regnety_160",
     "regnet_y_32gf": "regnety_320",
     "regnet_y_128gf": "regnety_1280",
+    **{f"efficientnet_b{i}": f"tv_efficientnet_b{i}" for i in (5, 6, 7)},
+    **{f"efficientnet_v2_{size}": f"tv_efficientnetv2_{size}" for size in ("s", "m", "l")},
 }
 """Keys of `MODELS` for the torchvision names that differ from them."""
 

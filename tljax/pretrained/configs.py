@@ -60,6 +60,14 @@ _CONVNEXT_ARGUMENTS = {
     "norm_eps": (1e-6, None),
     "stem_type": ("patch",),
 }
+# timm's names of the activations, by a part of the name of the network; the others have "relu".
+_ACTIVATIONS = {
+    "mobilenetv3": ("hard_swish",),
+    "mobilenetv4": ("relu",),
+    "mobilenet": ("relu6",),
+    "lite": ("relu6",),
+    "efficientnet": ("silu", "swish"),
+}
 # Arguments that do not affect evaluation, or whose effect shows in the shapes of the tensors.
 _IGNORED_ARGUMENTS = (
     *("num_classes", "in_chans", "img_size"),
@@ -351,9 +359,11 @@ def _check_architecture(config: _Section, model: Model) -> None:
 def _check_arguments(config: _Section) -> None:
     """Raise an error for constructor arguments of timm that change the network."""
     name = str(config.values.get("architecture"))
-    is_mobile, is_tf = "mobilenet" in name or "lite" in name, name.startswith("tf_")
+    is_tf = name.startswith("tf_")
     supported_arguments = _SUPPORTED_ARGUMENTS | {
-        "act_layer": ("hard_swish" if "netv3" in name else "relu6" if is_mobile else "relu",),
+        "act_layer": next(
+            (activations for part, activations in _ACTIVATIONS.items() if part in name), ("relu",)
+        ),
         "bn_eps": (1e-3 if is_tf else 1e-5,),
         "norm_layer": () if "resnetv2" in name else ("batchnorm2d", "batchnorm"),
         "pad_type": ("same" if is_tf else "",),

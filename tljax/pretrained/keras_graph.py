@@ -50,6 +50,7 @@ _IDENTITIES = re.compile(
 )
 _SYNONYMS = {
     "ReLU": "relu",
+    "swish": "silu",  # the name in Keras 2
     "ReLU(max_value=6)": "relu6",
     "Sigmoid": "sigmoid",
     "Softmax": "softmax",
@@ -59,6 +60,10 @@ _WORKAROUND = (
     "tljax does not support that; a file of weights alone (Keras' save_weights) is loaded as the "
     "network of keras.applications"
 )
+
+
+Statistics = tuple[Any, Any]
+"""Mean and variance, each a number or ``[channels]``."""
 
 
 class Step(NamedTuple):
@@ -117,14 +122,17 @@ class Graph:
         scaling: factor and offset that the graph first applies to an image in [0, 255].
     """
 
-    def __init__(self, config: dict[str, Any], *, same: bool) -> None:
+    def __init__(
+        self, config: dict[str, Any], *, same: bool, statistics: Statistics | None = None
+    ) -> None:
         """Parse the configuration of a model.
 
         Args:
             config: ``class_name``, and ``config`` as `keras.Model.get_config` returns it.
             same: treat a ZeroPadding2D layer that pads like SAME as part of the convolution.
+            statistics: weights of the Normalization layer, if it has weights.
         """
-        self._same = same
+        self._same, self._statistics = same, statistics
         self.steps: list[Step] = []
         self.size: tuple[int | None, ...] = (None, None)
         self.scaling: tuple[Any, Any] = (1.0, 0.0)
@@ -152,7 +160,11 @@ class Graph:
         if kind == "InputLayer":
             self.size = tuple((config.get("batch_shape") or config["batch_input_shape"])[1:3])
             return _Value(-1, self.size)
-        if not self.steps and (scaling := _scaled(self.scaling, layer)):
+        if kind == "Normalization":
+            scaling = _normalized(self.scaling, config, self._statistics)
+        else:
+            scaling = _scaled(self.scaling, layer)
+        if not self.steps and scaling:
             self.scaling = scaling
             return inputs[0]
         size, padding = inputs[0].size, inputs[0].padding
@@ -282,6 +294,19 @@ def _pads_like_same(padding: _Layer, size: tuple[int | None, ...], config: dict[
     return _simplify(sides) == _simplify(padding.config["padding"])
 
 
+def _normalized(
+    scaling: tuple[Any, Any], config: dict[str, Any], statistics: Statistics | None
+) -> tuple[Any, Any] | None:
+    """Return the same after a Normalization layer, whose statistics are settings or weights."""
+    if config.get("mean") is not None:
+        statistics = config["mean"], config["variance"]
+    if statistics is None or config.get("invert"):
+        return None
+    (factor, offset), (mean, variance) = scaling, (np.ravel(np.float64(x)) for x in statistics)
+    std = np.sqrt(variance)
+    return factor / std, (offset - mean) / std
+
+
 def _scaled(scaling: tuple[Any, Any], layer: _Layer) -> tuple[Any, Any] | None:
     """Return the factor and offset of the image after a layer; None if it does anything else."""
     match layer.kind, layer.numbers:
@@ -303,13 +328,16 @@ def _scaled(scaling: tuple[Any, Any], layer: _Layer) -> tuple[Any, Any] | None:
     return scaling[0] * factor, scaling[1] * factor + offset
 
 
-def read_graph(text: str, where: str, model: Model) -> tuple[Model, bool, tuple[Kind, ...]]:
+def read_graph(
+    text: str, where: str, model: Model, statistics: Statistics | None = None
+) -> tuple[Model, bool, tuple[Kind, ...]]:
     """Compare the graph in a file with that of a network, and take over its preprocessing.
 
     Args:
         text: configuration of a Keras model, JSON.
         where: name of the file, for error messages.
         model: the network that the tensors of the file fit.
+        statistics: mean and variance of its Normalization layer, if the file has such weights.
 
     Returns:
         The network with the image size and pixel scaling of the graph; whether the graph scales the
@@ -319,7 +347,8 @@ def read_graph(text: str, where: str, model: Model) -> tuple[Model, bool, tuple[
         RequestError: the graph computes something else; the message names the layer.
     """
     try:
-        graph = Graph(json.loads(text), same=model.name.startswith("tf_"))
+        same = model.name.startswith("tf_")
+        graph = Graph(json.loads(text), same=same, statistics=statistics)
         reason = _difference(graph.steps, model)
     except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
         raise RequestError(

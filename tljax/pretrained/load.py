@@ -31,7 +31,12 @@ from tljax.pretrained.formats import (
 )
 from tljax.pretrained.keras_graph import read_graph
 from tljax.pretrained.rules import Rule, Rules, apply_rules, compare, invert_rules, native_rules
-from tljax.pretrained.tables.keras import layer_names
+from tljax.pretrained.tables.keras import (
+    layer_names,
+    normalization_weights,
+    read_normalization,
+    with_normalization,
+)
 from tljax.pretrained.tables.layouts import LAYOUTS, Identity, check, identify, table
 from tljax.runtime.errors import RequestError
 from tljax.runtime.settings import Dtype, Kind
@@ -381,8 +386,11 @@ def _load_file(path: Path, name: str, model: str | None, modules: Modules | None
             tensors.arrays, name, model, graph
         )
     else:
-        identity, has_preprocess = check(tensors.arrays, name, model), False
+        identity = check(tensors.arrays, name, model)
         rules, built = table(identity.model, identity.layout), identity.model
+        preprocess = with_normalization(built.preprocess, identity.arrays)
+        has_preprocess = preprocess != built.preprocess
+        built = replace(built, preprocess=preprocess)
     variables = apply_rules(rules, identity.arrays, abstract_variables(identity.model), name)
     notes = identity.notes(name) + (_twin_notes(identity, name) if model is None else ())
     if graph and built.num_classes and kinds == get_args(Kind):
@@ -409,24 +417,28 @@ def _identify_keras(
     dense = {key.partition("/")[0]: a for key, a in arrays.items() if key.startswith("dense")}
     biases = {f"{layer}/bias": np.zeros(a.shape[-1], np.float32) for layer, a in dense.items()}
     arrays = biases | dict(arrays)
+    statistics = read_normalization(arrays)
     try:
         identity = check(arrays, where, model)
     except RequestError:
         backbone = {key: a for key, a in arrays.items() if key.partition("/")[0] not in dense}
         identity = identify(backbone, model)
         if identity.difference.leftover and not identity.difference.missing:
-            read_graph(graph, where, identity.model)  # its error names the additional layer
+            read_graph(
+                graph, where, identity.model, statistics
+            )  # its error names the additional layer
         if not dense or any(identity.difference):
             raise
     else:
         rules = table(identity.model, identity.layout)
-        return identity, rules, read_graph(graph, where, identity.model)
+        return identity, rules, read_graph(graph, where, identity.model, statistics)
     *_, head = dense
     rules = table(identity.model, identity.layout)
     rules += tuple(Rule(f"{head}/{leaf}", f"params/head/{leaf}") for leaf in ("kernel", "bias"))
     whole = with_head(identity.model, arrays[f"{head}/bias"].size)
-    read = read_graph(graph, where, whole)  # its error names an additional layer
-    difference = compare(rules, arrays, abstract_variables(whole))
+    read = read_graph(graph, where, whole, statistics)  # its error names an additional layer
+    ignore = LAYOUTS[whole.name][identity.layout].ignore
+    difference = compare(rules, arrays, abstract_variables(whole), ignore)
     if any(difference):
         raise RequestError(f"{where} does not fit {whole.name} with a new head: {difference}")
     return identity._replace(model=whole, arrays=arrays), rules, read
@@ -639,7 +651,7 @@ def export(path: Path, pretrained: Pretrained, layout: str) -> None:
     elif layout == "keras":
         if path.suffix != ".h5":
             raise RequestError(f"Keras cannot read {path.name}; use the suffix .weights.h5 or .h5")
-        write_keras(path, arrays, layer_names(model.name))
+        write_keras(path, normalization_weights(model) | arrays, layer_names(model.name))
     elif path.suffix == ".safetensors":
         write_safetensors(path, arrays, {"format": "pt"})
     elif path.suffix in (".pth", ".pt", ".bin"):

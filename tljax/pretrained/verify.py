@@ -121,7 +121,8 @@ def _keras_networks(model: Model, weights: Path) -> Iterator[tuple[Any, np.ndarr
     shapes = ((2, 224, 224, 3), (2, 225, 253, 3)) if model.name.startswith("vgg") else INPUTS
     for images in map(_images, shapes):
         network = verify_keras.application(model, images.shape[1:3], weights)
-        yield network, _pixels(model, images), images
+        scales = any(type(layer).__name__ == "Normalization" for layer in network.layers)
+        yield network, images.astype(np.float32) if scales else _pixels(model, images), images
 
 
 def _pixels(model: Model, images: UInt8[np.ndarray, "batch height width channels"]) -> Pixels:
@@ -193,8 +194,9 @@ def _torchvision(pretrained: Pretrained) -> Any:
         ) from None
     arrays = check(read_tensors(_file(card.source)).arrays, card.source, model.name).arrays
     head = arrays.get(head_bias_key(layout_rules(model.name, "torchvision")))
-    name = {ours: theirs for theirs, ours in TORCHVISION_NAMES.items()}.get(model.name, model.name)
-    network = getattr(torchvision.models, name)(num_classes=1 if head is None else head.size)
+    names = {ours: theirs for theirs, ours in TORCHVISION_NAMES.items()}
+    build = getattr(torchvision.models, names.get(model.name, model.name))
+    network = build(num_classes=1 if head is None else head.size)
     tensors = {key: torch.from_numpy(np.array(a)) for key, a in arrays.items()}
     network.load_state_dict(tensors, strict=head is not None)
     return network

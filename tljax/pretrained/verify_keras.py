@@ -12,6 +12,7 @@ from jaxtyping import Float
 
 from tljax.models import Model
 from tljax.pretrained.rules import Rules
+from tljax.pretrained.tables.keras import normalization_weights
 from tljax.runtime.errors import RequestError
 
 Pixels = Float[np.ndarray, "batch height width 3"]
@@ -30,6 +31,9 @@ _APPLICATIONS = {
     "tf_mobilenetv3_large": "MobileNetV3Large",
     "tf_mobilenetv3_small": "MobileNetV3Small",
     **{f"convnext_{size}": f"ConvNeXt{size.title()}" for size in _CONVNEXTS},
+    **{f"tf_efficientnet_b{i}": f"EfficientNetB{i}" for i in range(8)},
+    **{f"tf_efficientnetv2_b{i}": f"EfficientNetV2B{i}" for i in range(4)},
+    **{f"tf_efficientnetv2_{size}": f"EfficientNetV2{size.upper()}" for size in ("s", "m", "l")},
     **{f"keras_resnet{depth}": f"ResNet{depth}" for depth in (50, 101, 152)},
     **{f"keras_resnet{depth}v2": f"ResNet{depth}V2" for depth in (50, 101, 152)},
 }
@@ -72,10 +76,10 @@ def application(model: Model, size: tuple[int, int], weights: Path | None) -> An
     name, options = model.name, {}
     if match := re.fullmatch(r"(.*)_(\d{3})", model.name):
         name, options = match[1], {"alpha": int(match[2]) / 100}
-    if "mobilenetv3" in name or "convnext" in name:
+    if any(part in name for part in ("mobilenetv3", "convnext", "efficientnetv2")):
         options["include_preprocessing"] = False
     with load_errors("keras", weights):
-        return getattr(keras.applications, _APPLICATIONS[name])(
+        network = getattr(keras.applications, _APPLICATIONS[name])(
             input_shape=(*size, 3),
             weights=weights,
             include_top=model.num_classes > 0,
@@ -83,6 +87,11 @@ def application(model: Model, size: tuple[int, int], weights: Path | None) -> An
             classifier_activation=None,
             **options,
         )
+    for layer in network.layers:
+        if type(layer).__name__ == "Normalization":  # see `tables.keras.with_normalization`
+            layer.set_weights(list(normalization_weights(model).values()))
+            layer.finalize_state()
+    return network
 
 
 def whole(path: Path) -> Any:
@@ -111,7 +120,7 @@ def _keras() -> Any:
 
 
 def _weighted_layers(network: Any) -> list[Any]:
-    """Return the layers that have weights, in the order of the key table.
+    """Return the layers with weights, except for the preprocessing, in the table's order.
 
     Those of a `keras.Sequential` inside the network take its place.
     """
@@ -119,7 +128,7 @@ def _weighted_layers(network: Any) -> list[Any]:
         inner
         for layer in network.layers
         for inner in (layer.layers if type(layer).__name__ == "Sequential" else (layer,))
-        if inner.weights
+        if inner.weights and type(inner).__name__ != "Normalization"
     ]
 
 
@@ -129,7 +138,7 @@ def tensors(rules: Rules, network: Any) -> dict[str, np.ndarray]:
     Raises:
         RequestError: the model has other weights than the table.
     """
-    weights = network.get_weights()
+    weights = [weight for layer in _weighted_layers(network) for weight in layer.get_weights()]
     nested = [layer.name for layer in _weighted_layers(network) if hasattr(layer, "layers")]
     if nested or len(weights) != len(rules):
         reason = f"contains the model '{nested[0]}'" if nested else "has another head"

@@ -34,6 +34,7 @@ WEIGHTS = {
     "batch_normalization": ("gamma", "beta", "moving_mean", "moving_variance"),
     "layer_normalization": ("gamma", "beta"),
     "layer_scale": ("gamma",),
+    "normalization": ("mean", "variance", "count"),
 }
 """The weights of each layer class in Keras' order. Biases and gammas may be absent."""
 
@@ -150,19 +151,24 @@ def _unsupported(name: str) -> ValueError:
 def _class_of(name: str, shapes: list[tuple[int, ...]]) -> str:
     match shapes:
         case [(_, _, _, _), (_, _, _, _), *_]:
-            return "separable_conv2d"
+            kind = "separable_conv2d"
         case [(height, _, inputs, 1), *_] if height > 1 < inputs:
-            return "depthwise_conv2d"
+            kind = "depthwise_conv2d"
         case [(_, _, _, _)] | [(_, _, _, _), (_,)]:
-            return "conv2d"
+            kind = "conv2d"
         case [(_, _)] | [(_, _), (_,)]:
-            return "dense"
+            kind = "dense"
         case [(_,), (_,), (_,), *_]:
-            return "batch_normalization"
-        case [(_,)] | [(_,), (_,)]:
-            return "layer_scale" if len(shapes) == 1 else "layer_normalization"
+            kind = "batch_normalization"
+        case [(_,), (_,)]:
+            kind = "layer_normalization"
+        case [(_,)]:
+            kind = "layer_scale"
+        case [(_,), (_,), ()]:
+            kind = "normalization"
         case _:
             raise _unsupported(name)
+    return kind
 
 
 def _counted(root: Object, seen: set[int]) -> Iterator[Layer]:

@@ -45,8 +45,11 @@ def timm_config(name: str) -> Config:
 def timm_twins(name: str) -> tuple[str, ...]:
     """Return the networks with the same tensors and the padding of torch, or of TensorFlow.
 
-    timm has no weights of some of them, so neither has tljax the network.
+    timm has no weights of some of them, so tljax does not have the network; of V2 B0 to B3 there is
+    no other.
     """
+    if "v2_b" in name:
+        return ()
     source = _timm_name(name)
     twin = source.removeprefix("tf_") if source.startswith("tf_") else f"tf_{source}"
     ours = {_timm_name(other): other for other in VARIANTS if not other.startswith("tv_")}

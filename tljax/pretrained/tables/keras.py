@@ -5,15 +5,28 @@ output. Weights are identified by this order (see `tljax.pretrained.formats.kera
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import cache
 from typing import NamedTuple
 
-from tljax.models import convnext, inception, mobilenet, resnet, resnetv2, vgg, xception
+import numpy as np
+
+from tljax.models import (
+    Model,
+    convnext,
+    efficientnet,
+    inception,
+    mobilenet,
+    resnet,
+    resnetv2,
+    vgg,
+    xception,
+)
 from tljax.models.depthwise import round_width
 from tljax.pretrained.rules import Layout, Rule, Rules
 from tljax.pretrained.tables import block_indices, depthwise
-from tljax.runtime.types import CAFFE_PREPROCESS
+from tljax.runtime.types import CAFFE_PREPROCESS, Preprocess
 
 
 class Layer(NamedTuple):
@@ -263,6 +276,31 @@ def _convnext(model: str) -> Layers:
     return layers + _dense(f"{model}_head_dense", "head")
 
 
+def _efficientnet(model: str) -> Layers:
+    """Return the layers of EfficientNet and EfficientNetV2: block 2, 1 is ``block2a``."""
+    runs = efficientnet.runs(model)
+    depthwise_name = "dwconv2" if "v2" in model else "dwconv"
+    layers = _conv_norm("stem_conv", "stem_bn", "stem/conv")
+    for stage, block, expands in depthwise.blocks(runs):
+        key, path = f"block{stage + 1}{chr(ord('a') + block)}", f"stage{stage + 1}/block{block}"
+        for unit in depthwise.units(runs[stage], expands=expands):
+            if unit == "project" and runs[stage].squeeze:
+                inside = f"{path}/squeeze_excite"
+                layers += _conv(f"{key}_se_reduce", f"{inside}/reduce", bias="bias")
+                layers += _conv(f"{key}_se_expand", f"{inside}/expand", bias="bias")
+            if unit == "depthwise":
+                layers += _depthwise(f"{key}_{depthwise_name}", f"{path}/depthwise")
+                layers += _norm(f"{key}_bn", f"{path}/depthwise")
+            else:
+                name = "project" if unit == "conv" else unit
+                layers += _conv_norm(f"{key}_{name}_conv", f"{key}_{name}_bn", f"{path}/{unit}")
+    return (
+        *layers,
+        *_conv_norm("top_conv", "top_bn", "conv_head/conv"),
+        *_dense("predictions", "head"),
+    )
+
+
 def _with_prefix(prefix: str, names: Iterable[str]) -> Iterator[str]:
     return (name for name in names if name.startswith(prefix))
 
@@ -279,6 +317,7 @@ _LAYERS: dict[str, Callable[[str], Layers]] = {
     **dict.fromkeys(
         [f"convnext_{size}" for size in ("tiny", "small", "base", "large", "xlarge")], _convnext
     ),
+    **dict.fromkeys(_with_prefix("tf_", efficientnet.VARIANTS), _efficientnet),
 }
 
 
@@ -299,7 +338,8 @@ def _by_key(model: str) -> dict[str, Layer]:
 
 def layer_names(model: str) -> dict[str, str]:
     """Return the name of each layer in Keras by its key: ``{"conv2d_3": "block2_conv2"}``."""
-    return {key: layer.name for key, layer in _by_key(model).items()}
+    first = {_NORMALIZATION: _NORMALIZATION} if _is_normalized(model) else {}
+    return first | {key: layer.name for key, layer in _by_key(model).items()}
 
 
 def keras(model: str) -> Rules:
@@ -311,9 +351,78 @@ def keras(model: str) -> Rules:
     )
 
 
-_PREPROCESS = {"vgg16": CAFFE_PREPROCESS, "vgg19": CAFFE_PREPROCESS}
+_V2_SIZES = {"b0": 224, "b1": 240, "b2": 260, "b3": 300, "s": 384, "m": 480, "l": 480}
+"""Image sizes of EfficientNetV2 in Keras, in pixels."""
+
+
+def _efficientnet_v2_preprocess(model: str) -> Preprocess:
+    """Return the preprocessing of EfficientNetV2, which scales [0, 255] by 1/128 in S, M and L."""
+    size = model.rpartition("_")[2]
+    own = efficientnet.VARIANTS[model].preprocess.with_size(_V2_SIZES[size])
+    if size.startswith("b"):
+        return own.with_normalization("torch")
+    return replace(own, mean=(128 / 255,) * 3, std=(128 / 255,) * 3)
+
+
+_PREPROCESS = {
+    "vgg16": CAFFE_PREPROCESS,
+    "vgg19": CAFFE_PREPROCESS,
+    **{
+        name: _efficientnet_v2_preprocess(name)
+        for name in _with_prefix("tf_efficientnetv2", efficientnet.VARIANTS)
+    },
+}
 """Preprocessing of Keras' weights, where it differs from that of the model."""
 
+_NORMALIZATION = "normalization"
+"""The layer with which EfficientNet B0 to B7 begin; `Model.preprocess` holds its statistics."""
+
+
+def _is_normalized(model: str) -> bool:
+    return model.startswith("tf_efficientnet_b")
+
+
+def read_normalization(
+    arrays: Mapping[str, np.ndarray],
+) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Return mean and variance of the normalization layer in a file; None if there is none."""
+    mean, variance = (arrays.get(f"{_NORMALIZATION}/{key}") for key in ("mean", "variance"))
+    if mean is None or variance is None:
+        return None
+    return tuple(map(float, mean.ravel())), tuple(map(float, variance.ravel()))
+
+
+def with_normalization(preprocess: Preprocess, arrays: Mapping[str, np.ndarray]) -> Preprocess:
+    """Return the preprocessing with the statistics of the normalization layer in a weight file.
+
+    In Keras' own files the variance is the standard deviation: the network for them divides by its
+    root once more, in a layer without weights.
+    """
+    if (statistics := read_normalization(arrays)) is None:
+        return preprocess
+    mean, variance = map(np.asarray, statistics)
+    std = variance if np.allclose(variance, Preprocess().std, atol=1e-6) else np.sqrt(variance)
+    if np.allclose((mean, std), (preprocess.mean, preprocess.std), atol=1e-6):
+        return preprocess
+    return replace(preprocess, mean=tuple(mean.tolist()), std=tuple(std.tolist()))
+
+
+def normalization_weights(model: Model) -> dict[str, np.ndarray]:
+    """Return the weights of the normalization layer by key; none if a network begins without it."""
+    if not _is_normalized(model.name):
+        return {}
+    mean, std = np.asarray((model.preprocess.mean, model.preprocess.std), np.float32)
+    weights = {"mean": mean, "variance": std**2, "count": np.zeros((), np.int32)}
+    return {f"{_NORMALIZATION}/{key}": array for key, array in weights.items()}
+
+
 LAYOUTS: dict[str, dict[str, Layout]] = {
-    model: {"keras": Layout(keras, _PREPROCESS.get(model))} for model in _LAYERS
+    model: {
+        "keras": Layout(
+            keras,
+            _PREPROCESS.get(model),
+            ignore=(f"{_NORMALIZATION}/",) if _is_normalized(model) else (),
+        )
+    }
+    for model in _LAYERS
 }
