@@ -148,7 +148,8 @@ class Embed(nn.Module):
         if variant.positions != "rotary":
             shape = kept + math.prod(variant.grid), width
             position = self.param("position", nn.initializers.normal(0.02), shape)
-            tokens = tokens.at[:kept].add(position[:kept])
+            # Parameters may be NumPy arrays, which have no `at`.
+            tokens = jnp.asarray(tokens).at[:kept].add(position[:kept])
             x += resize_positions(position[kept:], variant.grid, patches.shape[1:3]).astype(x.dtype)
         prefix = jnp.broadcast_to(tokens.astype(x.dtype), (len(x), *tokens.shape))
         x = jnp.concatenate((prefix, x), axis=1)
