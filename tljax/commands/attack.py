@@ -10,7 +10,7 @@ from tljax.runtime.ranges import Count, Positive
 
 if TYPE_CHECKING:
     from tljax.data.examples import Source
-    from tljax.pretrained.load import Card
+    from tljax.pretrained.network import Card
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from tljax.commands.extension import Extension
     from tljax.data.examples import Source
     from tljax.pretrained import Pretrained
-    from tljax.pretrained.load import Card
+    from tljax.pretrained.network import Card
 
 Images = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[IMAGE ...]")]
 

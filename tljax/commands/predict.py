@@ -13,7 +13,7 @@ from tljax.runtime.ranges import Count
 if TYPE_CHECKING:
     import numpy as np
 
-    from tljax.pretrained.load import Card
+    from tljax.pretrained.network import Card
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from tljax.train.options import REQUEST_CONDITIONS, FitConfig
 if TYPE_CHECKING:
     from tljax.data.examples import Source, Splits
     from tljax.pretrained import Pretrained
-    from tljax.pretrained.load import Card
+    from tljax.pretrained.network import Card
     from tljax.runtime.parallel import Preemption
     from tljax.studies.interpolation import Line
     from tljax.train.fit import FitResult

@@ -5,8 +5,8 @@ from tljax.pretrained.adapters import load_adapter as load_adapter
 from tljax.pretrained.adapters import save_adapter as save_adapter
 from tljax.pretrained.catalog import CATALOG as CATALOG
 from tljax.pretrained.catalog import imagenet_classes as imagenet_classes
-from tljax.pretrained.load import Card as Card
-from tljax.pretrained.load import Pretrained as Pretrained
-from tljax.pretrained.load import export as export
+from tljax.pretrained.exports import export as export
 from tljax.pretrained.load import load_pretrained as load_pretrained
-from tljax.pretrained.load import save as save
+from tljax.pretrained.native import save as save
+from tljax.pretrained.network import Card as Card
+from tljax.pretrained.network import Pretrained as Pretrained

@@ -15,15 +15,9 @@ from tljax.models import MODELS, Model, abstract_variables
 from tljax.models.adapters import A, B, factor_shapes, merge_lora
 from tljax.models.spec import Modules, from_json, is_number, to_json
 from tljax.pretrained.formats import Tensors, read_tensors, write_safetensors
-from tljax.pretrained.load import (
-    ADAPTER,
-    Card,
-    Pretrained,
-    card_json,
-    load_pretrained,
-    read_card,
-    task_fault,
-)
+from tljax.pretrained.load import ADAPTER, load_pretrained
+from tljax.pretrained.native import card_json, read_card, task_fault
+from tljax.pretrained.network import Card, Pretrained
 from tljax.pretrained.rules import apply_rules, native_rules
 from tljax.runtime.errors import RequestError
 from tljax.runtime.trees import flatten, tree_digest, unflatten

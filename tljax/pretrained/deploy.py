@@ -17,7 +17,7 @@ from jaxtyping import Float, Num
 
 from tljax.models import apply
 from tljax.models.convolution import backend
-from tljax.pretrained.load import Card, Pretrained
+from tljax.pretrained.network import Card, Pretrained
 from tljax.runtime.errors import RequestError, VerificationError
 from tljax.runtime.files import atomic_write
 from tljax.runtime.packages import install_command

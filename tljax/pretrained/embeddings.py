@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from tljax.models import add_similarity_head
-from tljax.pretrained.load import Pretrained
+from tljax.pretrained.network import Pretrained
 from tljax.runtime.errors import RequestError
 from tljax.runtime.task import CLASSIFICATION
 

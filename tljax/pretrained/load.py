@@ -1,173 +1,31 @@
-"""Loading, saving and exporting of pretrained networks."""
+"""Load pretrained networks from every format, detecting which one it is."""
 
-import json
 import re
 import shlex
-import sys
-import unicodedata
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
-import jax
 import numpy as np
-from jaxtyping import Float
 
 from tljax.models import MODELS, Model, abstract_variables, build_model, with_head
-from tljax.models.spec import Modules, from_json, is_valid_preprocess, to_json
+from tljax.models.spec import Modules
 from tljax.pretrained.catalog import CATALOG, Entry, catalog_name, default_classes, default_names
-from tljax.pretrained.configs import read_architecture, read_configs, write_configs
+from tljax.pretrained.configs import read_architecture, read_configs
 from tljax.pretrained.fetch import fetch, fetch_hub, fetch_url
-from tljax.pretrained.formats import (
-    Tensors,
-    digest,
-    read_tensors,
-    write_keras,
-    write_npz,
-    write_safetensors,
-    write_torch,
-)
+from tljax.pretrained.formats import digest, read_tensors
 from tljax.pretrained.keras_graph import read_graph
-from tljax.pretrained.rules import Rule, Rules, apply_rules, compare, invert_rules, native_rules
-from tljax.pretrained.tables.keras import (
-    layer_names,
-    normalization_weights,
-    read_normalization,
-    with_normalization,
-)
+from tljax.pretrained.native import load_native
+from tljax.pretrained.network import NOUNS, Card, Pretrained
+from tljax.pretrained.rules import Rule, Rules, apply_rules, compare
+from tljax.pretrained.tables.keras import read_normalization, with_normalization
 from tljax.pretrained.tables.layouts import LAYOUTS, Identity, check, identify, table
 from tljax.runtime.errors import RequestError
-from tljax.runtime.settings import Dtype, Kind
+from tljax.runtime.settings import Kind
 from tljax.runtime.task import CLASSIFICATION, Task
-from tljax.runtime.trees import flatten
-from tljax.runtime.types import NORMALIZATIONS, Preprocess, Variables
-
-
-@dataclass(frozen=True)
-class Card:
-    """Metadata of weights; their preprocessing belongs to the model.
-
-    Attributes:
-        classes: names of what the network predicts: classes, labels or numbers, one per output;
-            for ordered classes one more; empty for a backbone without a head.
-        source: origin of the weights: a catalog name, hub id, URL or path.
-        licence: SPDX identifier of the license, or "unknown".
-        sha256: SHA-256 of the file that was read; of the pretrained file for a fine-tuned network.
-        layout: layout of the keys in the file: one of `LAYOUTS`, or ``tljax``.
-        notes: assumptions made while loading, one line each, to be shown to the user; not saved.
-        task: what the network predicts and how its outputs are read.
-    """
-
-    classes: tuple[str, ...]
-    source: str
-    licence: str
-    sha256: str
-    layout: str
-    notes: tuple[str, ...] = ()
-    task: Task = CLASSIFICATION
-
-    def guess(self, probabilities: Float[np.ndarray, " names"], index: int) -> dict[str, Any]:
-        """Return the name, the index and the probability of a class or label, as JSON."""
-        return {
-            "name": self.classes[index],
-            "index": int(index),
-            "probability": float(probabilities[index]),
-        }
-
-    def index_of(self, name: str) -> int:
-        """Return the index of a class, label or number in `classes`.
-
-        It is the index of its output as well, except for ordered classes.
-
-        Args:
-            name: name of the class. An exact match is preferred to one in another case. If no class
-                has this name, the index itself is accepted, unless all class names are numbers.
-
-        Raises:
-            RequestError: no class has this name, or several do; the message gives the nearest name,
-                or their indices.
-        """
-        one, many = _NOUNS[self.task.kind]
-        name, *classes = (unicodedata.normalize("NFC", each) for each in (name, *self.classes))
-        matches = [i for i, each in enumerate(classes) if each == name]
-        matches = matches or [i for i, each in enumerate(classes) if each.lower() == name.lower()]
-        is_index = name.isdecimal() and not all(each.isdecimal() for each in classes)
-        if not matches and is_index and int(name) < len(classes):
-            return int(name)
-        if len(matches) == 1:
-            return matches[0]
-        if matches:  # ImageNet has two cranes and two maillots
-            indices = " or ".join(map(str, matches))
-            raise RequestError(f"{len(matches)} {many} are called '{name}'; use {indices}")
-        near = get_close_matches(name, classes, n=1)
-        hint = f"did you mean {near[0]}?" if near else "`tljax.load_pretrained` lists card.classes"
-        raise RequestError(f"no {one} is called '{name}' among {len(classes)}; {hint}")
-
-
-_NOUNS: dict[Kind, tuple[str, str]] = {
-    "classification": ("class", "classes"),
-    "multilabel": ("label", "labels"),
-    "regression": ("number", "numbers"),
-    "ordinal": ("class", "ordered classes"),
-}
-
-
-class Pretrained(NamedTuple):
-    """A model, its variables (float32, on the host) and their metadata.
-
-    Attributes:
-        model: the network.
-        variables: its parameters and batch statistics.
-        card: class names, origin and license of the weights.
-    """
-
-    model: Model
-    variables: Variables
-    card: Card
-
-    def with_size(self, size: int | None) -> "Pretrained":
-        """Return the network with another image size in pixels; None changes nothing."""
-        if size is None:
-            return self
-        preprocess = self.model.preprocess.with_size(size)
-        return self._replace(model=replace(self.model, preprocess=preprocess))
-
-    def require_classes(self) -> "Pretrained":
-        """Return the network unchanged if it predicts named classes, labels or numbers.
-
-        Raises:
-            RequestError: the network is a backbone without a head, or has more or fewer outputs
-                than names.
-        """
-        outputs, names, task = self.model.num_classes, len(self.card.classes), self.card.task
-        one, many = _NOUNS[task.kind]
-        if not outputs:
-            raise RequestError(
-                f"{self.card.source} is a backbone without a head, so it has no {many}; add a head "
-                "for yours with tljax train"
-            )
-        if outputs != task.num_outputs(names):
-            outcome = "it is not a classifier" if task == CLASSIFICATION else "they do not fit"
-            raise RequestError(
-                f"{self.card.source} has {outputs} outputs but {names} {one} names: {outcome}"
-            )
-        return self
-
-    def require_task(self, *kinds: Kind) -> "Pretrained":
-        """Return the network unchanged if its task is of one of some kinds.
-
-        Raises:
-            RequestError: its task is another one.
-        """
-        if self.card.task.kind not in kinds:
-            required = " or ".join(_NOUNS[kind][1] for kind in kinds)
-            raise RequestError(
-                f"{self.card.source} predicts {_NOUNS[self.card.task.kind][1]}, but this needs a "
-                f"network that predicts {required}"
-            )
-        return self
+from tljax.runtime.types import NORMALIZATIONS
 
 
 def load_pretrained(
@@ -287,7 +145,7 @@ def _with_task(found: _Found, kind: Kind | None) -> Pretrained:
     """Return the network with a task of the kind that was asked for."""
     network, card = found.network, found.network.card
     if kind is not None and (kind not in found.kinds or not card.classes):
-        own = _NOUNS[card.task.kind][1] if card.classes else "features"
+        own = NOUNS[card.task.kind][1] if card.classes else "features"
         raise RequestError(f"{card.source} predicts {own}, so its task is not {kind}; leave it out")
     if kind not in (None, card.task.kind):
         outputs, classes = len(card.classes), card.classes
@@ -378,7 +236,7 @@ def _load_file(path: Path, name: str, model: str | None, modules: Modules | None
             raise RequestError(f"{path} adapts {own.model.name}, not {model}")
         return _Found(own, True, (own.card.task.kind,))
     if "tljax" in tensors.metadata:
-        own = _load_native(path, tensors, model, modules)
+        own = load_native(path, tensors, model, modules)
         return _Found(own, True, (own.card.task.kind,))
     kinds: tuple[Kind, ...] = get_args(Kind)
     if graph := tensors.metadata.get("keras"):
@@ -470,215 +328,3 @@ def _twin_notes(identity: Identity, where: str) -> tuple[str, ...]:
         f"does not support (pass --model {name} if that is right)"
     )
     return (*notes, note)
-
-
-# --- tljax's own format: safetensors whose keys are paths, with the metadata in the header -------
-
-
-_VERSION = 3  # 3 adds the task to version 2
-
-
-def _load_native(
-    path: Path, tensors: Tensors, model: str | None, modules: Modules | None
-) -> Pretrained:
-    try:
-        header = json.loads(tensors.metadata["tljax"])
-        card = read_card(header["card"])
-        version = int(header.get("version", 1))
-        built = _first_version(header, len(card.classes)) if version == 1 else None
-    except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
-        raise RequestError(
-            f"{path}: its tljax header is damaged ({error!r:.200}); write or fetch the file again"
-        ) from error
-    if version > _VERSION:
-        raise RequestError(
-            f"{path} is version {version} of tljax's format, but this tljax reads up to version "
-            f"{_VERSION}: upgrade tljax"
-        )
-    try:
-        built = built or from_json(header.get("model"), modules)
-    except RequestError as error:
-        raise RequestError(f"{path}: {error}") from error
-    if model not in (None, built.name):
-        raise RequestError(f"{path} holds {built.name}, not {model}")
-    if fault := task_fault(built, card):
-        raise RequestError(
-            f"{path}: its tljax header is damaged ({fault:.200}); write or fetch the file again"
-        )
-    expected = abstract_variables(built)
-    rules = native_rules(tensors.arrays, expected, f"{path} does not fit {built.name}")
-    return Pretrained(built, apply_rules(rules, tensors.arrays, expected, str(path)), card)
-
-
-def read_card(values: dict[str, Any]) -> Card:
-    """Build the card that a header describes; `task_fault` checks its task.
-
-    Raises:
-        AttributeError, LookupError, TypeError, ValueError: the values are damaged.
-    """
-    settings: dict[str, Any] = {
-        k: tuple(x) if isinstance(x, list) else x for k, x in values.get("task", {}).items()
-    }
-    classes = tuple(map(str, values["classes"]))
-    return Card(**{**values, "classes": classes, "notes": (), "task": Task(**settings)})
-
-
-def card_json(card: Card) -> dict[str, Any]:
-    """Return the values of a card that are saved, for `read_card`."""
-    values = {**asdict(card), "layout": "tljax"}
-    del values["notes"]
-    return values
-
-
-_TASK_SETTINGS = {"multilabel": ("thresholds",), "regression": ("mean", "scale", "units")}
-
-
-def task_fault(model: Model, card: Card) -> str:
-    """Return what is wrong with a task; empty if it is valid."""
-    task, names = card.task, len(card.classes)
-    if task.kind not in get_args(Kind):
-        return f"there is no task {task.kind!r}"
-    for name, values in asdict(task).items():
-        allowed = (0, names) if name in _TASK_SETTINGS.get(task.kind, ()) else (0,)
-        if name != "kind" and not (isinstance(values, tuple) and len(values) in allowed):
-            return f"{name} of the task {task.kind} for {names} names is {values!r}"
-    valid = {
-        "thresholds": all(_is_finite(x) and 0 <= x <= 1 for x in task.thresholds),
-        "mean": all(map(_is_finite, task.mean)),
-        "scale": all(_is_finite(x) and x > 0 for x in task.scale),
-        "units": all(isinstance(x, str) for x in task.units),
-    }
-    for name, is_valid in valid.items():
-        if not is_valid:
-            return f"{name} of the task is {getattr(task, name)!r}"
-    # Networks for classification with unnamed outputs are older than this check.
-    if task.kind != "classification" and model.num_classes != task.num_outputs(names):
-        return f"{model.num_classes} outputs for the task {task.kind} with {names} names"
-    return ""
-
-
-def _is_finite(value: Any) -> bool:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and abs(value) <= sys.float_info.max  # a file may hold an int of any length
-
-
-def _first_version(header: dict[str, Any], num_classes: int) -> Model:
-    """Build the model of a header without a version: an architecture with a linear head."""
-    statistics = {key: tuple(header["preprocess"][key]) for key in ("mean", "std")}
-    preprocess = Preprocess(**{**header["preprocess"], **statistics})
-    # The first files had no dtype and no dropout.
-    dtype = np.dtype(header.get("dtype", "float32")).name
-    dropout = float(header.get("dropout", 0))
-    after = None if header.get("head_after") is None else str(header["head_after"])
-    if not (is_valid_preprocess(preprocess) and 0 <= dropout < 1 and dtype in get_args(Dtype)):
-        raise ValueError((preprocess, dtype, dropout))
-    whole = build_model(str(header["model"]))
-    built = with_head(whole, num_classes, after=after, dropout=dropout)
-    return replace(built, preprocess=preprocess, dtype=dtype)
-
-
-def save(path: Path, pretrained: Pretrained) -> None:
-    """Write a network in tljax's own format: one safetensors file for `load_pretrained`.
-
-    The file describes all stages, user-defined ones too; see `tljax.models.spec`.
-
-    Args:
-        path: output file; an existing one is replaced.
-        pretrained: the network to save.
-
-    Raises:
-        RequestError: a setting of a stage is not serializable, the variables or the task do not fit
-            the model, or the file cannot be written.
-    """
-    model, variables, card = pretrained
-    if fault := task_fault(model, card):
-        raise RequestError(f"{path} is not written: {fault:.200}")
-    saved_card = card_json(card)
-    version = _VERSION
-    if card.task == CLASSIFICATION:  # so that earlier versions of tljax read the file
-        version = 2
-        del saved_card["task"]
-    header = {"version": version, "model": to_json(model), "card": saved_card}
-    flat = {key: np.asarray(value) for key, value in flatten(variables).items()}
-    misfit = f"{path} is not written, as its variables do not fit {model.name}"
-    native_rules(flat, abstract_variables(model), misfit)
-    write_safetensors(path, flat, {"tljax": json.dumps(header)})
-
-
-# --- export to other layouts --------------------------------------------------------------------
-
-
-def export(path: Path, pretrained: Pretrained, layout: str) -> None:
-    """Write a network in the layout of another project.
-
-    Their heads return numbers in their units: the mean and scale of a regression become part of its
-    kernel and bias. Of the rest of the task, only huggingface keeps something: its kind, thresholds
-    and units. It has no ordered classes.
-
-    Args:
-        path: output file, ``.safetensors``, ``.pth`` or ``.npz``. For ``huggingface``, a folder for
-            ``from_pretrained`` of transformers; for ``keras``, a file for ``load_weights`` of
-            Keras, ``.weights.h5`` or ``.h5``.
-        pretrained: the network to export.
-        layout: one of the model's `LAYOUTS`, or ``tljax``.
-
-    Raises:
-        RequestError: the model has no such layout or other stages than it, the layout has no such
-            task, or the suffix of the file is unknown.
-    """
-    model, variables, card = pretrained
-    if layout == "tljax":
-        return save(path, pretrained)
-    rules, whole = table(model, layout), build_model(model.name)
-    linear = model.has_linear_head or not model.num_classes
-    cuts = (None,) if model.num_classes else (None, *whole.stage_names[:-1])
-    exportable = [with_head(whole, model.num_classes, after=after).stages for after in cuts]
-    if not linear or with_head(model, model.num_classes).stages not in exportable:
-        raise RequestError(
-            f"the {layout} layout requires a {model.name} with all its stages and a linear head; "
-            "export this network as tljax, stablehlo or onnx"
-        )
-    variables = _with_units(model, jax.device_get(variables), card.task)
-    arrays = _without_zeros(invert_rules(rules, variables), LAYOUTS[model.name][layout].optional)
-    if layout == "huggingface":
-        if extra := [key for key in arrays if key.endswith(LAYOUTS[model.name][layout].optional)]:
-            raise RequestError(
-                f"transformers has no {extra[0]}, which is not zero here; {path} is not written: "
-                "export this network as tljax, timm, stablehlo or onnx"
-            )
-        write_configs(path, model, card.classes, card.task)
-        write_safetensors(path / "model.safetensors", arrays, {"format": "pt"})
-    elif layout == "keras":
-        if path.suffix != ".h5":
-            raise RequestError(f"Keras cannot read {path.name}; use the suffix .weights.h5 or .h5")
-        write_keras(path, normalization_weights(model) | arrays, layer_names(model.name))
-    elif path.suffix == ".safetensors":
-        write_safetensors(path, arrays, {"format": "pt"})
-    elif path.suffix in (".pth", ".pt", ".bin"):
-        write_torch(path, arrays)
-    elif path.suffix == ".npz":
-        write_npz(path, arrays)
-    else:
-        raise RequestError(f"unknown format: {path}; use the suffix .safetensors, .pth or .npz")
-    return None
-
-
-def _without_zeros(
-    arrays: Mapping[str, np.ndarray], optional: tuple[str, ...]
-) -> dict[str, np.ndarray]:
-    """Leave out optional tensors that are zero."""
-    return {key: x for key, x in arrays.items() if not key.endswith(optional) or x.any()}
-
-
-def _with_units(model: Model, variables: Variables, task: Task) -> Variables:
-    """Return variables of a linear head that returns numbers in their units."""
-    if not (task.mean or task.scale):
-        return variables
-    name, scale = model.stage_names[-1], np.asarray(task.scale or 1.0)
-    old = variables["params"][name]
-    head = {
-        "kernel": old["kernel"] * scale,
-        "bias": old["bias"] * scale + np.asarray(task.mean or 0.0),
-    }
-    head = {leaf: values.astype(old[leaf].dtype) for leaf, values in head.items()}
-    return {**variables, "params": {**variables["params"], name: head}}

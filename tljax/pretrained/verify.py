@@ -17,7 +17,7 @@ from tljax.pretrained.catalog import CATALOG, TORCHVISION_NAMES
 from tljax.pretrained.fetch import fetch
 from tljax.pretrained.formats import read_tensors
 from tljax.pretrained.keras_graph import Graph
-from tljax.pretrained.load import Pretrained
+from tljax.pretrained.network import Pretrained
 from tljax.pretrained.rules import Rules, invert_rules
 from tljax.pretrained.tables.layouts import LAYOUTS, check, head_bias_key, layout_rules, table
 from tljax.pretrained.verify_keras import Layer, Pixels, load_errors
