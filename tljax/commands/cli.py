@@ -115,9 +115,6 @@ class Network(Extended):
     Attributes:
         weights: Pretrained weights: a catalog name, hub id, file, saved folder or run directory.
         model: Architecture that the weights must have; by default it is read from the weights.
-        head: File of embeddings, .npz, to classify by: arrays names, vectors and, by default 100,
-            scale, such as those of sentences by the other tower of a CLIP network. By default the
-            network's own head.
         normalization: Normalization of the input that a bare weights file expects, by its name in
             keras.applications; by default the usual one of the architecture and file format.
         image_size: Side of the square input, in pixels; by default the size that the weights
@@ -129,7 +126,6 @@ class Network(Extended):
 
     weights: str = "efficientnet_lite0.in1k"
     model: str | None = None
-    head: str | None = None
     normalization: Normalization | None = None
     image_size: Pixels | None = None
     precision: Dtype | None = None
@@ -143,14 +139,32 @@ class Network(Extended):
         pretrained = self.read(
             weights or self.weights, model=self.model, normalization=self.normalization
         )
-        if self.head is not None:
-            from tljax.pretrained.embeddings import read_embeddings, with_embeddings
-
-            pretrained = with_embeddings(pretrained, read_embeddings(self.head))
         model = replace(pretrained.model, dtype=self.precision or pretrained.model.dtype)
         print_devices(self, model.dtype)
         print_notes(pretrained)
         return pretrained._replace(model=model).with_size(self.image_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classifier(Network):
+    """The option to classify by embeddings.
+
+    Attributes:
+        head: File of embeddings, .npz, to classify by: arrays names, vectors and, by default 100,
+            scale, such as those of sentences by the other tower of a CLIP network. By default the
+            network's own head.
+    """
+
+    head: str | None = None
+
+    def load(self, weights: str | Path | None = None) -> "Pretrained":
+        """Load ``weights``, by default those of ``--weights``, with the head of ``--head``."""
+        pretrained = super().load(weights)
+        if self.head is None:
+            return pretrained
+        from tljax.pretrained.embeddings import read_embeddings, with_embeddings
+
+        return with_embeddings(pretrained, read_embeddings(self.head))
 
 
 @dataclass(frozen=True, kw_only=True)

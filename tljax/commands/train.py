@@ -39,7 +39,7 @@ _NOT_RESUMED = "workers devices distributed json debug platform resume dry_run f
 
 
 @dataclass(frozen=True)
-class Config(cli.Common):
+class Config(cli.Common, cli.Classifier):
     """Train a pretrained network to predict classes, labels or numbers of your own images.
 
     Attributes:
