@@ -40,7 +40,7 @@ DATA = {"batch_size", "workers", "devices"}
 LABELS = {"root", "target", "task", "group", "path_column", "split_column", "weight_column"}
 ALWAYS = {
     "attack Config": {
-        *(NETWORK | DATA),
+        *(NETWORK | DATA | {"head"}),
         *("images", "workdir", "count", "attacks", "epsilons", "norm", "target", "out"),
     },
     "compare Config": {
@@ -48,16 +48,12 @@ ALWAYS = {
         *("extension", "weights", "data", "image_size", "seed", "out", "channels"),
     },
     "doctor Config": OUTPUT,
-    "evaluate Config": {*(NETWORK | DATA), "data", "workdir"},
+    "evaluate Config": {*(NETWORK | DATA), "data", "workdir", "head"},
     "extract Config": {*(NETWORK | DATA | LABELS), "weights", "data", "out", "stage", "maps"},
-    "predict Config": {*(NETWORK | DATA), "weights", "images", "top", "out"},
+    "predict Config": {*(NETWORK | DATA), "weights", "images", "top", "out", "head"},
     "probe Config": {
         *(NETWORK | DATA | LABELS),
-        "weights",
-        "data",
-        "stage",
-        "neighbors",
-        "channels",
+        *("weights", "data", "stage", "neighbors", "channels"),
     },
     # A dry run speaks of the command as it stands, so nothing but another mode is idle in it.
     "train Config": {
@@ -437,6 +433,8 @@ IDLE = [
     ("train", "--optimizer lamb", "without --optimizer sgd", {"momentum": (0.5,)}),
     ("train", "", "without --optimizer sgd", {"momentum": (0.9,)}),  # a default, but given
     ("train", "--schedule one-cycle", "with --schedule one-cycle", {"warmup": (0.2,)}),
+    ("train", "", "where a head is fitted", {"head": ("x.npz",)}),
+    ("train", "--recipe scratch", "where a head is fitted", {"head": ("x.npz",)}),
     (
         "train", "--recipe finetune --augment", "where nothing is frozen",
         {"frozen-dtype": ("bfloat16",), "cache": ("disk",), "cache-views": (4,), **BFLOAT16},
@@ -619,6 +617,7 @@ def test_options_equal_to_those_of_the_run_are_accepted(tmp_path, monkeypatch):
 
 OTHER = {
     "extension": ("mine.py",),
+    "head": ("texts.npz",),
     "model": ("resnet18",),
     "normalization": ("tf",),
     "image-size": (32,),

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Config(cli.Common):
+class Config(cli.Common, cli.Classifier):
     """Measure the accuracy of a network under adversarial attacks.
 
     For images without labels, the prediction of the network counts as the label. With several

@@ -1,5 +1,6 @@
 """Shared parts of the commands: common options, one-line errors and exit codes."""
 
+import inspect
 import io
 import os
 import re
@@ -22,7 +23,6 @@ import tyro
 from tljax.data.options import LabelOptions, Loading
 from tljax.runtime.errors import DivergenceError, RequestError, StoppedError, VerificationError
 from tljax.runtime.files import read_config, to_json
-from tljax.runtime.hardware import require_backend, require_plugin
 from tljax.runtime.process import configure
 from tljax.runtime.ranges import Amount, Checked, Count, Pixels, Range, Seed
 from tljax.runtime.settings import (
@@ -116,9 +116,6 @@ class Network(Extended):
     Attributes:
         weights: Pretrained weights: a catalog name, hub id, file, saved folder or run directory.
         model: Architecture that the weights must have; by default it is read from the weights.
-        head: File of embeddings, .npz, to classify by: arrays names, vectors and, by default 100,
-            scale, such as those of sentences by the other tower of a CLIP network. By default the
-            network's own head.
         normalization: Normalization of the input that a bare weights file expects, by its name in
             keras.applications, or clip for CLIP's; by default the usual one of the architecture and
             file format.
@@ -131,7 +128,6 @@ class Network(Extended):
 
     weights: str = "efficientnet_lite0.in1k"
     model: str | None = None
-    head: str | None = None
     normalization: Normalization | None = None
     image_size: Pixels | None = None
     precision: Dtype | None = None
@@ -139,18 +135,38 @@ class Network(Extended):
 
     def load(self, weights: str | Path | None = None) -> "Pretrained":
         """Load ``weights``, by default those of ``--weights``, for images of ``--image-size``."""
+        from tljax.runtime.hardware import require_plugin
+
         require_plugin(self.platform)
         pretrained = self.read(
             weights or self.weights, model=self.model, normalization=self.normalization
         )
-        if self.head is not None:
-            from tljax.pretrained.embeddings import read_embeddings, with_embeddings
-
-            pretrained = with_embeddings(pretrained, read_embeddings(self.head))
         model = replace(pretrained.model, dtype=self.precision or pretrained.model.dtype)
         print_devices(self, model.dtype)
         print_notes(pretrained)
         return pretrained._replace(model=model).with_size(self.image_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classifier(Network):
+    """The option to classify by embeddings.
+
+    Attributes:
+        head: File of embeddings, .npz, to classify by: arrays names, vectors and, by default 100,
+            scale, such as those of sentences by the other tower of a CLIP network. By default the
+            network's own head.
+    """
+
+    head: str | None = None
+
+    def load(self, weights: str | Path | None = None) -> "Pretrained":
+        """Load ``weights``, by default those of ``--weights``, with the head of ``--head``."""
+        pretrained = super().load(weights)
+        if self.head is None:
+            return pretrained
+        from tljax.pretrained.embeddings import read_embeddings, with_embeddings
+
+        return with_embeddings(pretrained, read_embeddings(self.head))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,6 +296,8 @@ def print_devices(config: Output, precision: str) -> None:
     """
     import jax
 
+    from tljax.runtime.hardware import require_backend
+
     devices = jax.devices()[: getattr(config, "devices", 1)]
     backend, kind = jax.default_backend(), devices[0].device_kind
     require_backend(config.platform, backend)
@@ -382,7 +400,7 @@ def _parse(config_type: Any) -> Any:
     width = max(40, get_terminal_size().columns) if {"-h", "--help"} & set(sys.argv) else 9999
     os.environ["COLUMNS"] = str(width)
     try:
-        with redirect_stderr(box), _without_typeguard():
+        with redirect_stderr(box), _without_typeguard(), _without_sources():
             return tyro.cli(config_type)
     except SystemExit as exit_error:
         if not exit_error.code:
@@ -410,6 +428,24 @@ def _without_typeguard() -> Iterator[None]:
     finally:
         if module is stand_in:
             del sys.modules["typeguard"]
+
+
+@contextmanager
+def _without_sources() -> Iterator[None]:
+    """Keep tyro from parsing the source of every class, a third of the time of ``--help``.
+
+    It looks for docstrings of single fields; ours are in the docstrings of their classes.
+    """
+    import docstring_parser
+
+    original = docstring_parser.parse_from_object
+    docstring_parser.parse_from_object = lambda documented: docstring_parser.parse(
+        inspect.getdoc(documented) or ""
+    )
+    try:
+        yield
+    finally:
+        docstring_parser.parse_from_object = original
 
 
 def _summarize(box: str) -> str:

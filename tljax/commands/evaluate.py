@@ -11,7 +11,7 @@ from tljax.runtime.settings import settings
 
 
 @dataclass(frozen=True)
-class Config(cli.Common):
+class Config(cli.Common, cli.Classifier):
     """Measure a network on labeled images. Classes, labels and numbers are matched by name.
 
     Attributes:

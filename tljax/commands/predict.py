@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Config(cli.Common):
+class Config(cli.Common, cli.Classifier):
     """Print what a network predicts for images.
 
     It prints the most probable classes, all labels whose probability reaches their threshold, or

@@ -41,7 +41,7 @@ _NOT_RESUMED = "workers devices distributed json debug platform resume dry_run f
 
 
 @dataclass(frozen=True)
-class Config(cli.Common, cli.Channels):
+class Config(cli.Common, cli.Classifier, cli.Channels):
     """Train a pretrained network to predict classes, labels or numbers of your own images.
 
     Attributes:
@@ -54,6 +54,8 @@ class Config(cli.Common, cli.Channels):
             --remat and --fsdp.
             If the images, weights or extension file were moved, --data, --root, --weights and
             --extension say where they are now.
+        labels: Options of how labels are read, from a table above all.
+        fit: Options of training.
         val_fraction: Share of the images, from 0 to below 1, that are held out for validation if
             the data has no validation part. With 0, accuracies are measured on the training images.
         on_bad_image: Action on an image that cannot be read: skip leaves it out and lists it in

@@ -326,14 +326,11 @@ class LinearHead(nn.Module):
     """Linear classification head with optional dropout before it.
 
     Kernel and bias are initialized to zero, so that all classes are equally likely (Kolesnikov et
-    al. 2020, BiT). With ``num_classes=0`` the head has no parameters and returns its input. With
-    ``normalize`` the input is scaled to length 1 first, so that logits are cosines times the length
-    of a column of the kernel.
+    al. 2020, BiT). With ``num_classes=0`` the head has no parameters and returns its input.
     """
 
     num_classes: int
     dropout: float = 0.0
-    normalize: bool = False
 
     @nn.compact
     def __call__(self, x: Vectors, mode: Mode) -> Vectors:
@@ -341,10 +338,21 @@ class LinearHead(nn.Module):
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         if not self.num_classes:
             return x
-        if self.normalize:
-            x *= lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-24))
         if self.dropout:
             x = nn.Dropout(self.dropout, deterministic=not mode.noise)(x)
         kernel = self.param("kernel", nn.initializers.zeros, (x.shape[-1], self.num_classes))
         bias = self.param("bias", nn.initializers.zeros, (self.num_classes,))
         return x @ kernel + bias
+
+
+class SimilarityHead(LinearHead):
+    """Linear head of inputs that are scaled to length 1.
+
+    A logit is a cosine times the length of a column of the kernel, plus the bias.
+    """
+
+    def __call__(self, x: Vectors, mode: Mode) -> Vectors:
+        """Map ``[b, c]`` to logits ``[b, num_classes]``, in at least float32."""
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        lengths = jnp.sqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-24))
+        return super().__call__(x / lengths, mode)

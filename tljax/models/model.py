@@ -19,6 +19,7 @@ from tljax.models.layers import (
     GlobalAveragePool,
     LinearHead,
     Mode,
+    SimilarityHead,
     StochasticDepth,
 )
 from tljax.runtime.errors import RequestError
@@ -90,7 +91,7 @@ class Model:
     def has_linear_head(self) -> bool:
         """Return True if the last stage is a linear function with ``kernel`` and ``bias``."""
         head = self.stages[-1].module
-        return isinstance(head, LinearHead) and head.num_classes > 0 and not head.normalize
+        return type(head) is LinearHead and head.num_classes > 0
 
     @property
     def map_stages(self) -> tuple[str, ...]:
@@ -437,7 +438,7 @@ def add_similarity_head(
         "kernel": np.ascontiguousarray(kernel.T, np.float32),
         "bias": np.full(len(vectors), bias, np.float32),
     }
-    stage = Stage(name, LinearHead(len(vectors), normalize=True), "vector")
+    stage = Stage(name, SimilarityHead(len(vectors)), "vector")
     variables = {**variables, "params": {**variables["params"], name: head}}
     return replace(model, stages=(*body, stage)), variables
 

@@ -28,7 +28,12 @@ Modules = Mapping[str, Callable[..., nn.Module]]
 
 MODULES: Modules = {
     module.__name__: module
-    for module in (*layers.LAYERS, layers.GlobalAveragePool, layers.LinearHead)
+    for module in (
+        *layers.LAYERS,
+        layers.GlobalAveragePool,
+        layers.LinearHead,
+        layers.SimilarityHead,
+    )
 }
 """Classes that a model in JSON may name without being supplied."""
 
@@ -50,20 +55,26 @@ def to_json(model: Model) -> dict[str, Any]:
         "stages": [
             {"name": stage.name, "of": model.name}
             if known.get(stage.name) == stage
-            else stage._asdict() | _plain(stage.module, f"stage {stage.name} of {model.name}")
+            else _known(stage._asdict())
+            | _plain(stage.module, f"stage {stage.name} of {model.name}")
             for stage in model.stages
         ],
-        "preprocess": _preprocess(model.preprocess),
+        "preprocess": _known(asdict(model.preprocess)),
         "dtype": model.dtype,
     }
 
 
-def _preprocess(preprocess: Preprocess) -> dict[str, Any]:
-    """Return the preprocessing as JSON; of 8 bits as earlier versions of tljax read it."""
-    values = asdict(preprocess)
-    if preprocess.dtype == "uint8":
-        del values["dtype"]
-    return values
+_NEW = {"patch_size": 0, "use_bias": True, "dtype": "uint8"}
+"""Settings that earlier versions do not know: left out if they are the default, so that these read
+the file."""
+
+
+def _known(settings: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: value
+        for name, value in settings.items()
+        if not (name in _NEW and value == _NEW[name])
+    }
 
 
 def _plain(value: object, where: str) -> Any:
@@ -72,7 +83,7 @@ def _plain(value: object, where: str) -> Any:
         if MODULES.get(name, type(value)) is not type(value):
             raise RequestError(f"{where} is a {name} that is not tljax's: rename its class")
         names = [f.name for f in fields(value) if f.init and f.name != "parent"]
-        values = {key: getattr(value, key) for key in names if key != "name" or value.name}
+        values = _known({key: getattr(value, key) for key in names if key != "name" or value.name})
         settings = {key: _plain(setting, f"{key} of {where}") for key, setting in values.items()}
         return {"module": name, "settings": settings}
     if value is None or isinstance(value, bool | int | str):

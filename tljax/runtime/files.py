@@ -12,7 +12,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-from uuid import uuid4
 
 from tljax.runtime.errors import RequestError, WriteError
 
@@ -135,7 +134,7 @@ def atomic_write(path: Path, *, exclusive: bool = False) -> Iterator[Path]:
         return
     if os.path.islink(path):  # noqa: PTH114 - Path.is_symlink raises if a name is too long
         path = path.resolve()
-    temporary = path.with_name(f".{path.name}.{uuid4().hex}.part")
+    temporary = path.with_name(f".{path.name}.{os.urandom(8).hex()}.part")
     try:
         _create(temporary)
         remove_stale_files(path.parent.glob(f".{glob.escape(path.name)}.*.part"))
