@@ -4,6 +4,7 @@ import io
 import struct
 import sys
 import zlib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -271,7 +272,9 @@ PACKED = {"photometric": "minisblack", "planarconfig": "contig", "compression": 
         (lambda: tiff(pixels(13), **PACKED)[:-300], "its TIFF bands cannot be read"),
     ],
 )
-def test_a_tiff_that_does_not_fit_is_refused_with_its_reason(data: object, reason: str):
+def test_a_tiff_that_does_not_fit_is_refused_with_its_reason(
+    data: Callable[[], bytes], reason: str
+):
     with pytest.raises(UnreadableImageError) as error:
         decode(data(), preprocess(4))
     assert reason in str(error.value)
