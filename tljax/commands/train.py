@@ -195,7 +195,7 @@ def run(config: Config) -> dict[str, Any]:
         labels = replace(config.labels, root=root)
         config = replace(config, data=_absolute(config.data), weights=weights, labels=labels)
         if config.head:
-            config = replace(config, head=str(Path(config.head).expanduser().resolve()))
+            config = replace(config, head=_absolute(config.head))
         if config.extension:
             file, name = split_name(config.extension)
             config = replace(config, extension=f"{_absolute(file)}:{name}")
@@ -203,11 +203,12 @@ def run(config: Config) -> dict[str, Any]:
         splits = open_splits(config.data, val_fraction=config.val_fraction, labels=config.labels)
         fit = check_task(config.fit, task := fitted_task(splits.train))
         make_objective(task, fit, splits.train)
+        hooks = config.training_hooks(pretrained, splits)
         if config.dry_run:
             print(dry_run(pretrained.model, splits, config.fit, config.batch_size))
             return {"dry_run": True}
         if config.find_learning_rate:
-            return suggest_learning_rate(config, pretrained, splits)
+            return suggest_learning_rate(config, pretrained, splits, hooks)
 
         # These raise an error for a bad request before anything is written.
         outputs = task.num_outputs(len(splits.train.classes))
@@ -219,7 +220,7 @@ def run(config: Config) -> dict[str, Any]:
         workdir = config.workdir or run_directory.new_workdir(splits)
         config = replace(config, workdir=workdir)
         with run_directory.occupied(workdir, splits) if is_main_process() else nullcontext():
-            return train(config, workdir, pretrained, splits, preemption, began)
+            return train(config, workdir, pretrained, splits, hooks, preemption, began)
 
 
 def train(
@@ -227,6 +228,7 @@ def train(
     workdir: Path,
     pretrained: "Pretrained",
     splits: "Splits",
+    hooks: dict[str, Any],
     preemption: "Preemption",
     began: float,
 ) -> dict[str, Any]:
@@ -241,7 +243,7 @@ def train(
     from tljax.train.fit import fit
 
     weights = tree_digest(pretrained.variables)
-    hooks, code, extension = config.training_hooks(pretrained, splits), None, ()
+    hooks, code, extension = dict(hooks), None, ()
     if config.extension:
         code = load_extension(config.extension)[1]
         extension = code, split_name(config.extension)[1]
@@ -341,7 +343,7 @@ def _both(one: Callable[..., None], other: Callable[..., None] | None) -> Callab
 
 def _place(name: str, value: Any) -> Any:
     """Return a value to compare: different paths may name one folder."""
-    if name in ("data", "weights") and value:
+    if name in ("data", "weights", "head") and value:
         value = _absolute(value)
     if name == "extension" and value:
         return split_name(value)[1]  # the content of the file is compared elsewhere
@@ -357,7 +359,7 @@ def _absolute(value: str) -> str:
 
 
 def suggest_learning_rate(
-    config: Config, pretrained: "Pretrained", splits: "Splits"
+    config: Config, pretrained: "Pretrained", splits: "Splits", hooks: dict[str, Any]
 ) -> dict[str, Any]:
     """Print a learning rate for the recipe, and draw the loss over learning rates."""
     from tljax.report.figures import learning_rates, write_figure
@@ -372,7 +374,7 @@ def suggest_learning_rate(
         config.fit,
         loading=config.loading,
         seed=config.seed,
-        **config.training_hooks(pretrained, splits),
+        **hooks,
     )
     curve = (config.workdir or Path("runs")) / "learning_rate.png"
     if is_main_process():
