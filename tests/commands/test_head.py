@@ -61,3 +61,21 @@ def test_a_head_that_lacks_a_class_and_recipes_that_fit_a_head_are_refused(place
         paint(place / "data" / part / "z" / f"{i}.png", (0, 0, 0), i)
     line = call_script(place, *train, "--recipe", "finetune").stderr.splitlines()[-1]
     assert line == "error: the embeddings name 3 classes, but not z: add its vector"
+    assert not (place / "runs").exists()
+
+
+def test_a_run_continues_with_the_same_file_under_another_name(place: Path) -> None:
+    train = ("train", "--data", place / "data", "--weights", place / "net.safetensors")
+    train += ("--image-size", "32", "--head", "texts.npz", "--recipe", "finetune", "--epochs", "1")
+    answer(call_script(place, *train, "--workdir", place / "run", "--json"))
+    again = ("train", "--resume", place / "run", "--head", "../" + place.name + "/texts.npz")
+    answer(call_script(place, *again, "--json"))
+
+
+def test_a_file_that_is_no_npz_is_refused_without_advice_to_trust_it(place: Path) -> None:
+    for name, said in (
+        ("nowhere.npz", "No such file or directory"),
+        ("data/train/a/0.png", "write it by numpy.savez, the names as text"),
+    ):
+        done = call_script(place, "predict", place / "data/train/a/0.png", "--head", name)
+        assert done.stderr.splitlines()[-1] == f"error: {name} cannot be read as .npz: {said}"

@@ -220,11 +220,12 @@ def run(config: Config) -> dict[str, Any]:
         fit = check_task(config.fit, task := fitted_task(splits.train))
         check_images(pretrained.model, fit)
         make_objective(task, fit, splits.train)
+        hooks = config.training_hooks(pretrained, splits)
         if config.dry_run:
             print(dry_run(pretrained.model, splits, config.fit, config.loading))
             return {"dry_run": True}
         if config.find_learning_rate:
-            return suggest_learning_rate(config, pretrained, splits)
+            return suggest_learning_rate(config, pretrained, splits, hooks)
 
         # These raise an error for a bad request before anything is written.
         parse_weights(config.interpolate or "0:1:1")
@@ -238,7 +239,8 @@ def run(config: Config) -> dict[str, Any]:
         workdir = config.workdir or run_directory.new_workdir(splits)
         config = replace(config, workdir=workdir)
         with run_directory.occupied(workdir, splits) if is_main_process() else nullcontext():
-            return train(config, workdir, pretrained, splits, shifted or None, preemption, began)
+            inputs = pretrained, splits, hooks, shifted or None
+            return train(config, workdir, *inputs, preemption, began)
 
 
 def train(
@@ -246,6 +248,7 @@ def train(
     workdir: Path,
     pretrained: "Pretrained",
     splits: "Splits",
+    hooks: dict[str, Any],
     shifted: "Source | None",
     preemption: "Preemption",
     began: float,
@@ -259,7 +262,7 @@ def train(
     from tljax.train.fit import fit
 
     weights = tree_digest(pretrained.variables)
-    hooks, code, extension = config.training_hooks(pretrained, splits), None, ()
+    hooks, code, extension = dict(hooks), None, ()
     if config.extension:
         code = load_extension(config.extension)[1]
         extension = code, split_name(config.extension)[1]
@@ -428,7 +431,7 @@ def _both(one: Callable[..., None], other: Callable[..., None] | None) -> Callab
 
 def _place(name: str, value: Any) -> Any:
     """Return a value to compare: different paths may name one folder."""
-    if name in ("data", "weights") and value:
+    if name in ("data", "weights", "head") and value:
         value = _absolute(value)
     if name == "extension" and value:
         return split_name(value)[1]  # the content of the file is compared elsewhere
@@ -464,7 +467,7 @@ def _absolute(value: str) -> str:
 
 
 def suggest_learning_rate(
-    config: Config, pretrained: "Pretrained", splits: "Splits"
+    config: Config, pretrained: "Pretrained", splits: "Splits", hooks: dict[str, Any]
 ) -> dict[str, Any]:
     """Print a learning rate for the recipe, and draw the loss over learning rates."""
     from tljax.report.figures import learning_rates, write_figure
@@ -479,7 +482,7 @@ def suggest_learning_rate(
         config.fit,
         loading=config.loading,
         seed=config.seed,
-        **config.training_hooks(pretrained, splits),
+        **hooks,
     )
     curve = (config.workdir or Path("runs")) / "learning_rate.png"
     if is_main_process():

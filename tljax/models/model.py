@@ -430,9 +430,8 @@ def add_similarity_head(
         The new model and its variables. A backbone's head, which has no parameters, is replaced.
     """
     *body, last = model.stages
-    if not (isinstance(last.module, LinearHead) and not last.module.num_classes):
-        body.append(last)
-    name = last.name if len(body) < len(model.stages) else "similarity"
+    is_backbone = isinstance(last.module, LinearHead) and not last.module.num_classes
+    kept, name = (body, last.name) if is_backbone else (model.stages, "similarity")
     kernel = scale * vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     head = {
         "kernel": np.ascontiguousarray(kernel.T, np.float32),
@@ -440,7 +439,7 @@ def add_similarity_head(
     }
     stage = Stage(name, SimilarityHead(len(vectors)), "vector")
     variables = {**variables, "params": {**variables["params"], name: head}}
-    return replace(model, stages=(*body, stage)), variables
+    return replace(model, stages=(*kept, stage)), variables
 
 
 def select_outputs(

@@ -70,6 +70,7 @@ the file."""
 
 
 def _known(settings: dict[str, Any]) -> dict[str, Any]:
+    """Leave out the new settings that are the default."""
     return {
         name: value
         for name, value in settings.items()

@@ -47,8 +47,13 @@ def read_embeddings(path: str | Path) -> Embeddings:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays: dict[str, Any] = {name: file[name] for name in file.files}
-    except (OSError, ValueError, TypeError, EOFError, BadZipFile) as error:
-        raise RequestError(f"{path} cannot be read as .npz ({error}): write it again") from error
+    except OSError as error:
+        reason = error.strerror or "it is damaged"
+        raise RequestError(f"{path} cannot be read as .npz: {reason}") from error
+    except (ValueError, TypeError, EOFError, BadZipFile) as error:
+        raise RequestError(
+            f"{path} cannot be read as .npz: write it by numpy.savez, the names as text"
+        ) from error
     if missing := {"names", "vectors"} - arrays.keys():
         raise RequestError(f"{path} lacks the array {min(missing)}: write names and vectors")
     names = tuple(map(str, np.ravel(arrays["names"])))

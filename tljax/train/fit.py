@@ -25,12 +25,7 @@ from tljax.runtime.types import Variables
 from tljax.train.adversary import robust_logits
 from tljax.train.checkpoint import Checkpoint, Checkpoints
 from tljax.train.freeze import combine, first_trainable_stage, join, split
-from tljax.train.history import (
-    History,
-    best_epoch,
-    non_finite_loss,
-    validation_metrics,
-)
+from tljax.train.history import History, best_epoch, non_finite_loss, validation_metrics
 from tljax.train.inputs import Inputs
 from tljax.train.loop import divergence_error, save, train_epoch
 from tljax.train.objectives import Objective
