@@ -631,7 +631,7 @@ OTHER = {
     "cache-dtype": ("bfloat16",),
     "val-fraction": (0.5,),
     "on-bad-image": ("fail",),
-    **OF_STEPS,
+    **{flag: values for flag, values in OF_STEPS.items() if flag not in ("remat", "fsdp")},
     **FIND,
     "balance": (),
     "channels": (2,),
@@ -642,6 +642,7 @@ OTHER = {
 OF_NOW = {
     *("workers", "devices", "distributed", "json", "debug", "platform", "resume"),
     *("dry_run", "find_learning_rate"),
+    *("remat", "fsdp"),  # how the memory of this machine is used
     *("data", "root", "weights"),  # where they are now; whether they are the same is another test
 }
 

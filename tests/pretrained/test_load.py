@@ -143,7 +143,7 @@ def test_an_exported_torch_file_equals_the_original(scratch: Path) -> None:
 
 def test_unknown_suffixes_and_layouts_are_refused(resnet18: Pretrained, tmp_path: Path) -> None:
     with pytest.raises(
-        RequestError, match=r"unknown format: .*net.h5; use the suffix .safetensors or"
+        RequestError, match=r"unknown format: .*net.h5; use the suffix .safetensors, .pth or .npz"
     ):
         export(tmp_path / "net.h5", resnet18, "torchvision")
     with pytest.raises(RequestError, match=r"no layout 'keras' for resnet18; known: torchvision"):

@@ -147,7 +147,8 @@ def keras_shapes(name: str) -> Shapes:
     weights: list[Any] = []
 
     def trace() -> None:
-        build = getattr(keras.applications, f"ConvNeXt{name.partition('_')[2].title()}")
+        size = name.partition("_")[2].title().replace("Xl", "XL")
+        build = getattr(keras.applications, f"ConvNeXt{size}")
         weights.extend(build(weights=None, classes=7).weights)
 
     jax.eval_shape(trace)
