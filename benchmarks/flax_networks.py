@@ -1,20 +1,17 @@
-"""Networks of depthwise convolutions in plain Flax, with random weights, as a reference."""
+"""Networks in plain Flax, as its users write them, with random weights, as a reference."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
 
 from tljax.models import Model, efficientnet, mobilenet, normalize
 from tljax.models.depthwise import Run
-
-RUNS: dict[str, tuple[Run, ...]] = {
-    "efficientnet_lite0": efficientnet.runs("efficientnet_lite0"),
-    "tf_mobilenetv2_100": mobilenet.V2,
-}
 
 
 class Unit(nn.Module):
@@ -57,15 +54,67 @@ class Network(nn.Module):
         return nn.Dense(self.num_classes)(Unit(1280)(x).mean((1, 2)))
 
 
+class ConvNeXt(nn.Module):
+    """ConvNeXt-T; source: Liu et al., 2022 (arXiv 2201.03545)."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map ``[b, h, w, 3]`` to logits ``[b, num_classes]``."""
+        x = nn.LayerNorm(1e-6)(nn.Conv(96, (4, 4), (4, 4))(x))
+        for stage, depth in enumerate((3, 3, 9, 3)):
+            width = 96 * 2**stage
+            if stage:
+                x = nn.Conv(width, (2, 2), (2, 2))(nn.LayerNorm(1e-6)(x))
+            for block in range(depth):
+                y = nn.Conv(width, (7, 7), feature_group_count=width)(x)
+                y = nn.Dense(4 * width)(nn.LayerNorm(1e-6)(y))
+                y = nn.Dense(width)(nn.gelu(y, approximate=False))
+                scale = self.param(
+                    f"scale{stage}_{block}", nn.initializers.constant(1e-6), (width,)
+                )
+                x = x + scale * y
+        return nn.Dense(self.num_classes)(nn.LayerNorm(1e-6)(x.mean((1, 2))))
+
+
+class VisionTransformer(nn.Module):
+    """ViT-S/16; source: Dosovitskiy et al., 2021 (arXiv 2010.11929)."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map ``[b, h, w, 3]`` to logits ``[b, num_classes]``."""
+        x = nn.Conv(384, (16, 16), (16, 16))(x).reshape(len(x), -1, 384)
+        first = self.param("class", nn.initializers.zeros, (1, 1, 384))
+        x = jnp.concatenate([jnp.broadcast_to(first, (len(x), 1, 384)), x], 1)
+        x = x + self.param("position", nn.initializers.normal(0.02), (1, *x.shape[1:]))
+        for _ in range(12):
+            y = nn.LayerNorm(1e-6)(x)
+            x = x + nn.MultiHeadDotProductAttention(6)(y, y)
+            y = nn.gelu(nn.Dense(1536)(nn.LayerNorm(1e-6)(x)), approximate=False)
+            x = x + nn.Dense(384)(y)
+        return nn.Dense(self.num_classes)(nn.LayerNorm(1e-6)(x)[:, 0])
+
+
+NETWORKS: dict[str, Callable[[int], nn.Module]] = {
+    "efficientnet_lite0": partial(Network, efficientnet.runs("efficientnet_lite0")),
+    "tf_mobilenetv2_100": partial(Network, mobilenet.V2),
+    "convnext_tiny": ConvNeXt,
+    "vit_small_patch16_224": VisionTransformer,
+}
+
+
 def in_flax(
     model: Model, images: np.ndarray, labels: np.ndarray
 ) -> tuple[Callable[[], jax.Array], Callable[[], jax.Array]]:
     """Return a forward pass, and a step of SGD with momentum that trains all parameters."""
-    if model.name not in RUNS:
+    if model.name not in NETWORKS:
         raise SystemExit(
-            f"--flax: no plain Flax network of {model.name}: use one of {', '.join(RUNS)}"
+            f"--flax: no plain Flax network of {model.name}: use one of {', '.join(NETWORKS)}"
         )
-    network = Network(RUNS[model.name], model.num_classes)
+    network = NETWORKS[model.name](model.num_classes)
     x, y = jax.device_put((images, labels))
     variables: Any = jax.jit(network.init)(jax.random.key(0), x[:1])
     optimizer = optax.sgd(1e-6, momentum=0.9)

@@ -18,9 +18,10 @@ from tljax.pretrained import Pretrained, export
 from tljax.pretrained.tables.layouts import LAYOUTS, layout_rules
 from tljax.train import run_directory
 
-# EfficientNet-Lite is not in transformers; the tests have it in plain torch.
+# The tests import timm beside the CPU build of torch.
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
-from networks import TorchLite, random_pretrained, to_torch
+import oracles
+from networks import random_pretrained, to_torch
 
 __all__ = [
     "TorchNetwork",
@@ -79,12 +80,10 @@ def stages_by_key(model: Model) -> dict[str, str]:
 
 
 def _layout(name: str) -> str:
-    for layout in ("huggingface", "efficientnet_pytorch"):
+    for layout in ("timm", "huggingface"):
         if layout in LAYOUTS[name]:
             return layout
-    raise SystemExit(
-        f"no torch network of {name}: use one with weights of transformers or EfficientNet-Lite"
-    )
+    raise SystemExit(f"no torch network of {name}: use one with weights of timm or transformers")
 
 
 def _same_weights(pretrained: Pretrained) -> torch.nn.Module:
@@ -93,8 +92,12 @@ def _same_weights(pretrained: Pretrained) -> torch.nn.Module:
         if layout == "huggingface":
             export(Path(folder), pretrained, layout)
             return AutoModelForImageClassification.from_pretrained(folder)
-        network = TorchLite(pretrained.model.name, pretrained.model.num_classes)
         export(Path(folder, "net.pth"), pretrained, layout)
+        config = LAYOUTS[pretrained.model.name][layout].config
+        assert config is not None
+        network = oracles.load("timm").create_model(
+            config(pretrained.model.name)["architecture"], num_classes=pretrained.model.num_classes
+        )
         network.load_state_dict(torch.load(Path(folder, "net.pth")))
         return network
 
