@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # So that Python, started beside the checkout, does not take its folder for the package.
 COMPAT := --config-settings editable_mode=compat
+# Where this is set, each of the many processes of the tests compiles all that it imports again.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test test-quick test-all lint docs clean
 

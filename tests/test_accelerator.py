@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "benchmarks" / "accelerator.py"
 
@@ -28,6 +30,7 @@ def test_it_starts_with_jax_flax_and_optax_alone() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT.parent)
 
 
+@pytest.mark.slow
 def test_a_part_records_its_numbers_and_a_skipped_part_its_reason(tmp_path: Path) -> None:
     out = tmp_path / "report.json"
     command = [sys.executable, SCRIPT, "--quick", "--out", out, "--parts", "device"]

@@ -279,6 +279,7 @@ def build(output: Path, *options: str) -> str:
     return (output / "index.html").read_text("utf-8")
 
 
+@pytest.mark.slow
 def test_the_site_builds_without_a_warning(tmp_path: Path):
     assert "tljax" in build(tmp_path, "-D", "nb_execution_mode=off")
     page = (tmp_path / "benchmarks.html").read_text("utf-8")

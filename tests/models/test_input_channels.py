@@ -122,6 +122,7 @@ def test_variables_before_are_not_modified():
     assert flatten(adapted)[path].shape[2] == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "channels"),
     [

@@ -139,8 +139,7 @@ def test_conv2d_of_other_kernels_equals_the_xla_convolution(kind: str) -> None:
     assert_same_conv((7, 8), kind, 1, "SAME", "float32")
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize(("rows", "dtype"), [(1, "float32"), (3, "float64")])
 @pytest.mark.parametrize("padding", [1, 0, "SAME", ((1, 2), (0, 3))])
 @pytest.mark.parametrize("size", [(7, 8), (5, 9), (6, 10), (4, 3)])
 def test_winograd_equals_the_xla_convolution(

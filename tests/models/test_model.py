@@ -358,13 +358,13 @@ def test_the_nearest_name_is_suggested_for_a_misspelled_model() -> None:
 
 def test_a_part_of_a_model_needs_only_its_own_variables(resnet18: tuple[Model, Variables]) -> None:
     model, variables = resnet18
-    x = apply(model, variables, IMAGES, stop="layer4").value
+    x = run(model, variables, IMAGES, stop="layer4").value
     part = {
         kind: {name: tree[name] for name in tree if name in ("layer4", "head")}
         for kind, tree in variables.items()
     }
-    expected = apply(model, variables, IMAGES).logits
-    np.testing.assert_array_equal(apply(model, part, x, start="layer4").logits, expected)
+    expected = run(model, variables, IMAGES).logits
+    assert difference(run(model, part, x, start="layer4").logits, expected) <= 1e-6
 
 
 @pytest.mark.parametrize("argument", ["start", "stop", "batch_statistics", "noise", "capture"])
@@ -433,6 +433,7 @@ def test_only_the_stages_in_batch_statistics_update_their_statistics() -> None:
     assert all(frozen[stage] is tree for stage, tree in variables["batch_stats"].items())
 
 
+@pytest.mark.slow
 def test_gradients_in_training_mode_equal_torch() -> None:
     network, model, variables = reference(set(STAGES))
     weights = np.random.default_rng(1).standard_normal((4, 7)).astype(np.float32)
@@ -584,7 +585,7 @@ def test_replace_head_initializes_to_zero_and_changes_nothing_else(
     assert run(model, variables, IMAGES).logits.shape == (4, 7)
 
 
-@pytest.mark.parametrize(("after", "features"), [("layer2", 128), ("layer4", 512), ("pool", 512)])
+@pytest.mark.parametrize(("after", "features"), [("layer2", 128), ("pool", 512)])
 def test_replace_head_removes_the_stages_after_the_chosen_one(
     resnet18: tuple[Model, Variables], after: str, features: int
 ) -> None:

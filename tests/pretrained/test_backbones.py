@@ -104,6 +104,7 @@ def test_backbones_of_transformers_without_a_key_prefix_are_loaded(
     assert difference(run(loaded.model, loaded.variables, images).value, expected) <= TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "pooling", "size"),
     [
@@ -205,6 +206,7 @@ def test_functions_that_need_classes_refuse_a_backbone(resnet18: Pretrained) -> 
         ideal_pictures(resnet18, ["zebra"])
 
 
+@pytest.mark.slow
 def test_a_stablehlo_folder_of_a_backbone_returns_features(
     resnet18: Pretrained, tmp_path: Path
 ) -> None:
@@ -241,6 +243,7 @@ def averaged(*head: Any) -> Callable[[Any], Any]:
     return keras.Sequential([layers.GlobalAveragePooling2D(), layers.Dropout(0.2), *head])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["keras", "h5"])
 @pytest.mark.parametrize(
     ("name", "bias"),

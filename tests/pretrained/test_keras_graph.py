@@ -64,23 +64,35 @@ def augmented(image: Any) -> Any:
     return keras.applications.mobilenet_v2.preprocess_input(image * 255)
 
 
+SLOW = pytest.mark.slow
+
+
 @pytest.mark.parametrize(
-    ("model", "pixels", "form"),
+    ("make", "pixels", "form"),
     [
-        (build(pooled(layers.Dense(5))), preprocessed(IMAGES), "keras"),
-        (build(pooled(layers.Dense(5)), augmented), IMAGES.astype(np.float32), "keras"),
-        (build(pooled(layers.Dense(1, "sigmoid"))), preprocessed(IMAGES), "h5"),
-        (
-            build(lambda x: layers.Softmax()(pooled(layers.Dense(5))(x))),
-            preprocessed(IMAGES),
-            "keras",
+        pytest.param(
+            lambda: build(pooled(layers.Dense(5))), preprocessed(IMAGES), "keras",
+            id="linear", marks=SLOW,
+        ),
+        pytest.param(
+            lambda: build(pooled(layers.Dense(5)), augmented), IMAGES.astype(np.float32), "keras",
+            id="scaled",
+        ),
+        pytest.param(
+            lambda: build(pooled(layers.Dense(1, "sigmoid"))), preprocessed(IMAGES), "h5",
+            id="one output", marks=SLOW,
+        ),
+        pytest.param(
+            lambda: build(lambda x: layers.Softmax()(pooled(layers.Dense(5))(x))),
+            preprocessed(IMAGES), "keras",
+            id="softmax as a layer", marks=SLOW,
         ),
     ],
-    ids=["linear", "scaled", "one output", "softmax as a layer"],
-)
+)  # fmt: skip
 def test_probabilities_are_those_of_keras(
-    tmp_path: Path, model: Any, pixels: np.ndarray, form: str
+    tmp_path: Path, make: Callable[[], Any], pixels: np.ndarray, form: str
 ) -> None:
+    model = make()
     model.save(tmp_path / f"x.{form}")
     loaded = load_pretrained(tmp_path / f"x.{form}")
     assert (loaded.model.name, loaded.model.preprocess.size) == (NAME, 32)

@@ -19,7 +19,7 @@ from tljax.runtime.errors import RequestError
 from tljax.runtime.trees import flatten
 from tljax.runtime.types import Preprocess
 
-CHANNELS = (1, 2, 4, 13)
+CHANNELS = (1, 2, 13)
 
 
 def of_channels(channels: int, dtype: str = "uint8") -> Pretrained:

@@ -236,6 +236,7 @@ for fsdp, remat in ((False, False), (True, False), (True, True)):
 """
 
 
+@pytest.mark.slow
 def test_fsdp_divides_parameters_and_optimizer_state_and_takes_the_same_steps(tmp_path):
     whole, divided, remat = finish(start(tmp_path, (), program=FSDP_STEPS, devices=8))
     assert whole["losses"][-1] < 0.9 * whole["losses"][0]
