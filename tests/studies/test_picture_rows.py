@@ -23,7 +23,7 @@ from tljax.studies.pictures import (
     explanation_pictures,
     feature_pictures,
     ideal_pictures,
-    map_stages,
+    spatial_stages,
     read_photographs,
 )
 
@@ -97,7 +97,7 @@ def test_every_stage_with_a_feature_map_has_one_row_per_photograph(network, phot
         "0-stem-", "0-layer1-", "1-stem-", "1-layer1-",
     ]  # fmt: skip
     assert rows[1][0].pixels.shape == (8, 8, 3)
-    assert map_stages(network.model) == ("stem", "layer1")
+    assert spatial_stages(network.model) == ("stem", "layer1")
 
 
 def test_a_row_holds_the_photograph_and_its_dream(network, photographs):
