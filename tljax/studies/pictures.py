@@ -182,7 +182,7 @@ def explanation_pictures(
         decoded = card.task.decode(np.asarray(apply(model, variables, image).logits))[0]
         default = 0 if card.task.kind == "regression" else int(decoded.argmax())
         label = default if target_index is None else target_index
-        caption = f"{name}\n{card.classes[label]}, {_format(card, decoded, label)}"
+        caption = f"{name}\n{card.classes[label]}\n{_format(card, decoded, label)}"
         shown = explain.as_rgb(pixels)
         row = [Picture(f"{number}-photograph", caption, shown)]
         maps = attribution_maps(variables, image, jnp.array([label]))
@@ -265,7 +265,7 @@ def dream_pictures(
         rows.append(
             [
                 Picture(f"{number}-photograph", name, explain.as_rgb(pixels)),
-                Picture(f"{number}-{stage}", f"{model.name}, {stage}", explain.as_rgb(picture)),
+                Picture(f"{number}-{stage}", f"{model.name}\n{stage}", explain.as_rgb(picture)),
             ]
         )
     return rows
