@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Float
 
 from tljax.models.model import Model, abstract_variables, apply
@@ -82,9 +83,9 @@ def _reaches_head(
         kind: {name: tree for name, tree in stages.items() if name in later}
         for kind, stages in shapes.items()
     }
-    variables = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), variables)
-    x = jnp.zeros(output.shape, output.dtype)
-    x = x.at[:, model.stages[start - 1].prefix_tokens :].set(jnp.nan)
+    variables = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), variables)
+    x = np.zeros(output.shape, output.dtype)
+    x[:, model.stages[start - 1].prefix_tokens :] = np.nan
     with jax.debug_nans(False):
-        features = apply(model, variables, x, start=start, stop=-1).value
-        return bool(jnp.isnan(features).any())
+        run = jax.jit(lambda v, x: jnp.isnan(apply(model, v, x, start=start, stop=-1).value).any())
+        return bool(run(variables, x))
