@@ -48,6 +48,9 @@ def test_sizes_grow_by_the_octave_scale(relu_twin):
 
     deep_dream(objective, IMAGES, num_steps=1)
     assert sorted(set(sizes)) == [(10, 15), (14, 22), (20, 31)]
+    sizes.clear()
+    deep_dream(objective, IMAGES, num_steps=1, multiple=4)
+    assert sorted(set(sizes)) == [(8, 12), (12, 20), (20, 31)]
 
 
 def test_the_result_depends_neither_on_the_batch_nor_on_jit(relu_twin):

@@ -1,30 +1,35 @@
 """Rows of pictures, for a small network."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import numpy as np
 import pytest
 import tiny
+from networks import random_variables
 from PIL import Image
 
-from tljax.models import apply
+from tljax.explain import mean_square
+from tljax.models import apply, vit
 from tljax.pretrained import Card, Pretrained
 from tljax.report.gallery import open_output
 from tljax.runtime.errors import RequestError
 from tljax.runtime.files import MARKER
 from tljax.runtime.task import Task
+from tljax.runtime.types import Preprocess
 from tljax.studies.pictures import (
     Photographs,
     _default_classes,
+    _features_of,
     _scores,
     channel_pictures,
     dream_pictures,
     explanation_pictures,
     feature_pictures,
     ideal_pictures,
-    map_stages,
     read_photographs,
+    spatial_stages,
 )
 
 
@@ -43,6 +48,14 @@ def photographs(network, tmp_path_factory: pytest.TempPathFactory) -> Photograph
         pixels = rng.integers(0, 256, (20, 24, 3)).astype(np.uint8)
         Image.fromarray(pixels).save(folder / f"{i}.png")
     return read_photographs(network, [str(folder)])[0]
+
+
+@pytest.fixture(scope="module")
+def transformer(network) -> Pretrained:
+    """Patches of 4 x 4 pixels in images of 16 x 16."""
+    model = vit.build("tiny_vit", vit.Variant(12, 1, 2, patch=4, size=16, registers=2), 3)
+    model = replace(model, preprocess=Preprocess(16, 16))
+    return Pretrained(model, random_variables(model), network.card)
 
 
 def assert_rows(rows, shape) -> None:
@@ -81,13 +94,13 @@ def test_five_methods_explain_each_photograph(network, photographs):
     assert_rows(rows, (2, 6))
     for number, (photograph, *explained) in enumerate(rows):
         assert photograph.name == f"{number}-photograph"
-        name, answer = photograph.caption.split("\n")
+        name, answer, _ = photograph.caption.split("\n")
         assert name.endswith(f"{number}.png")
-        assert answer.split(",")[0] in network.card.classes
+        assert answer in network.card.classes
         assert [picture.caption for picture in explained][::3] == ["saliency", "Grad-CAM"]
         assert len({picture.pixels.tobytes() for picture in explained}) == 5
     other = explanation_pictures(network, photographs, target="ant")
-    assert all(row[0].caption.split("\n")[1].startswith("ant, p ") for row in other)
+    assert all("\nant\np " in row[0].caption for row in other)
 
 
 def test_every_stage_with_a_feature_map_has_one_row_per_photograph(network, photographs):
@@ -97,7 +110,7 @@ def test_every_stage_with_a_feature_map_has_one_row_per_photograph(network, phot
         "0-stem-", "0-layer1-", "1-stem-", "1-layer1-",
     ]  # fmt: skip
     assert rows[1][0].pixels.shape == (8, 8, 3)
-    assert map_stages(network.model) == ("stem", "layer1")
+    assert spatial_stages(network.model) == ("stem", "layer1")
 
 
 def test_a_row_holds_the_photograph_and_its_dream(network, photographs):
@@ -111,6 +124,29 @@ def test_channels_are_synthesized_in_one_row(network):
     rows = channel_pictures(network, [0, 11], num_steps=2)
     assert_rows(rows, (1, 2))
     assert [picture.name for picture in rows[0]] == ["layer1-0", "layer1-11"]
+
+
+def test_tokens_of_a_transformer_are_pictured_as_maps(transformer, photographs):
+    rows = feature_pictures(transformer, photographs[:1], count=2)
+    assert [row[0].name.split("-")[1] for row in rows] == ["embed", "block1", "norm"]
+    assert {picture.pixels.shape for row in rows for picture in row} == {(4, 4, 3)}
+
+
+@pytest.mark.slow
+def test_patches_of_a_transformer_are_explained(transformer, photographs):
+    *_, grad_cam, _ = explanation_pictures(transformer, photographs[:1])[0]
+    assert grad_cam.name == "0-grad-cam"
+    assert np.ptp(grad_cam.pixels, axis=(0, 1)).max() > 50  # not zero everywhere
+
+
+def test_a_transformer_dreams_at_sizes_that_its_patches_divide(transformer, photographs):
+    """Without rounding the sizes would be 8, 11 and 16, and patches have 4 pixels."""
+    before, after = dream_pictures(transformer, photographs[:1], stage="block1", num_steps=2)[0]
+    assert after.name == "0-block1"
+    features_fn, _ = _features_of(transformer, "block1")
+    objective = jax.jit(mean_square(partial(features_fn, transformer.variables)))
+    values = objective(np.stack([before.pixels, after.pixels]) / np.float32(255))
+    assert float(values[1]) > 1.01 * float(values[0])
 
 
 def test_unreadable_photographs_are_named_and_the_others_are_read(network, tmp_path):
@@ -161,8 +197,8 @@ def test_unknown_names_are_refused_in_one_line(network, photographs):
 
 
 def told(rows) -> list[str]:
-    """Return the name and value of each row, without the method."""
-    return [row[0].caption.split("\n")[-1] for row in rows]
+    """Return the name and value of each row, without the file."""
+    return [", ".join(row[0].caption.split("\n")[1:]) for row in rows]
 
 
 LABELS = Task("multilabel", thresholds=(0.4, 0.5, 0.6))

@@ -135,7 +135,7 @@ def run(config: Config) -> dict[str, Any]:
             )
     pictures = [picture for row in rows for picture in row]
     mode = type(config).__name__.lower()
-    files = {mode: gallery.grid(pictures, len(rows[0]))}
+    files = {mode: gallery.grid(pictures, len(rows[0]), smallest=112)}
     files |= {f"{mode}-{picture.name}": picture.pixels for picture in pictures}
     gallery.open_output(config.out)
     paths = [config.out / f"{name}.png" for name in files]

@@ -32,6 +32,7 @@ def deep_dream(
     octave_scale: float = 1.4,
     num_steps: int = 20,
     step_size: float | Array = 0.005,
+    multiple: int = 1,
 ) -> Float[jax.Array, "batch height width channels"]:
     """Maximize an objective by gradient ascent on images, from coarse to fine.
 
@@ -50,19 +51,23 @@ def deep_dream(
         num_steps: number of gradient steps at each size.
         step_size: mean absolute change of a pixel value per step, for values in [0, 1]. The default
             corresponds to the usual 0.01 for inputs in [-1, 1].
+        multiple: smaller sizes are rounded down to multiples of this number of pixels; pass the
+            side of a patch for a network that divides images into patches.
 
     Returns:
         ``[batch, height, width, 3]`` in [0, 1].
 
     Raises:
-        RequestError: ``num_octaves`` is 0, or the smallest size is less than one pixel.
+        RequestError: ``num_octaves`` is 0, or the smallest size is less than one pixel or
+            ``multiple``.
     """
     images = as_images(images)
     batch, height, width, channels = images.shape
-    sizes = [
-        (int(height / octave_scale**i), int(width / octave_scale**i))
-        for i in reversed(range(num_octaves))
-    ]
+
+    def shrink(side: int, octave: int) -> int:
+        return int(side / octave_scale**octave) // multiple * multiple if octave else side
+
+    sizes = [(shrink(height, i), shrink(width, i)) for i in reversed(range(num_octaves))]
     if not sizes or min(map(min, sizes)) < 1:
         raise RequestError(
             f"{num_octaves} octaves of scale {octave_scale} are impossible for {height} x {width} "

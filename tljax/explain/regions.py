@@ -18,6 +18,8 @@ def grad_cam(
     logits_from_features_fn: Callable[[jax.Array], jax.Array],
     images: Images,
     labels: Labels,
+    *,
+    as_map: Callable[[jax.Array], jax.Array] = lambda features: features,
 ) -> Float[jax.Array, "batch h w"]:
     """Compute Grad-CAM: the regions of a feature map that increase the logit of a class.
 
@@ -28,14 +30,20 @@ def grad_cam(
         features_fn = lambda images: apply(model, variables, images, stop="pool").value
         logits_from_features_fn = lambda x: apply(model, variables, x, start="pool").logits
 
+    A Vision Transformer is split after a stage of tokens, which become a map by
+
+        as_map = lambda tokens: feature_map(model, stage, tokens, images.shape)
+
     Source: Selvaraju et al., "Grad-CAM: visual explanations from deep networks via gradient-based
     localization", 2017 (arXiv 1610.02391).
 
     Args:
-        features_fn: maps images to a feature map ``[batch, h, w, channels]``.
-        logits_from_features_fn: maps the feature map to logits ``[batch, classes]``.
+        features_fn: maps images to a feature map ``[batch, h, w, channels]``, or to anything of
+            which ``as_map`` makes one.
+        logits_from_features_fn: maps the features to logits ``[batch, classes]``.
         images: ``[batch, height, width, channels]`` floating point in [0, 1].
         labels: ``[batch]`` integers, the class whose logit is explained for each image.
+        as_map: arranges the features, and their gradient, as ``[batch, h, w, channels]``.
 
     Returns:
         ``[batch, h, w]``, at least 0; zero everywhere if no region increases the logit. `heatmap`
@@ -45,14 +53,15 @@ def grad_cam(
         RequestError: the features are not a map with height and width.
     """
     features = features_fn(as_images(images))
-    if features.ndim != 4:
+    maps = as_map(features)
+    if maps.ndim != 4:
         raise RequestError(
-            f"Grad-CAM needs a feature map [batch, height, width, channels], not {features.shape}: "
-            "split the network before its global pooling"
+            f"Grad-CAM needs a feature map [batch, height, width, channels], not {maps.shape}: "
+            "split the network before its global pooling, and pass as_map for tokens"
         )
-    gradient = input_gradient(logits_from_features_fn, features, labels)
+    gradient = as_map(input_gradient(logits_from_features_fn, features, labels))
     weights = gradient.mean((1, 2), keepdims=True)
-    return jax.nn.relu((weights * features).sum(-1))
+    return jax.nn.relu((weights * maps).sum(-1))
 
 
 def occlusion(

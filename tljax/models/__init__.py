@@ -20,6 +20,8 @@ from tljax.models import (
 )
 from tljax.models.inputs import adapt_input as adapt_input
 from tljax.models.inputs import input_kernel as input_kernel
+from tljax.models.maps import feature_map as feature_map
+from tljax.models.maps import grad_cam_stage as grad_cam_stage
 from tljax.models.model import Model as Model
 from tljax.models.model import Output as Output
 from tljax.models.model import Stage as Stage

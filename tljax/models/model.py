@@ -98,6 +98,11 @@ class Model:
         """Return the names of the stages whose output is a feature map, in order."""
         return tuple(stage.name for stage in self.stages if stage.output == "map")
 
+    @property
+    def spatial_stages(self) -> tuple[str, ...]:
+        """Return the names of the stages whose output is a feature map, or tokens of patches."""
+        return tuple(x.name for x in self.stages if x.output == "map" or x.patch_size)
+
     def grid(self, shape: Sequence[int], start: str | int | None = None) -> tuple[int, int] | None:
         """Return the rows and columns of the patches that tokens stand for.
 

@@ -12,7 +12,7 @@ from jaxtyping import Float, Shaped, UInt8
 from tljax import explain
 from tljax.data.folders import open_images
 from tljax.data.loader import load_batches, require_readable_image
-from tljax.models import Model, apply
+from tljax.models import Model, apply, feature_map, grad_cam_stage
 from tljax.pretrained import Card, Pretrained
 from tljax.runtime.errors import RequestError
 from tljax.runtime.types import Array, Variables
@@ -150,7 +150,8 @@ def explanation_pictures(
         RequestError: the class is unknown.
     """
     model, variables, card = network.require_classes()
-    after = model.stage_names[model.position(map_stages(model)[-1]) + 1]
+    stage = grad_cam_stage(model)
+    after = model.position(stage) + 1
     window = max(1, model.preprocess.size // 7)
 
     @jax.jit
@@ -167,6 +168,7 @@ def explanation_pictures(
                 lambda x: _scores(network, variables, x, start=after),
                 image,
                 label,
+                as_map=lambda x: feature_map(model, stage, x, image.shape),
             ),
             "occlusion": explain.occlusion(
                 logits_fn, image, label, window=window, stride=max(1, window // 2)
@@ -180,7 +182,7 @@ def explanation_pictures(
         decoded = card.task.decode(np.asarray(apply(model, variables, image).logits))[0]
         default = 0 if card.task.kind == "regression" else int(decoded.argmax())
         label = default if target_index is None else target_index
-        caption = f"{name}\n{card.classes[label]}, {_format(card, decoded, label)}"
+        caption = f"{name}\n{card.classes[label]}\n{_format(card, decoded, label)}"
         shown = explain.as_rgb(pixels)
         row = [Picture(f"{number}-photograph", caption, shown)]
         maps = attribution_maps(variables, image, jnp.array([label]))
@@ -208,15 +210,16 @@ def feature_pictures(network: Pretrained, photographs: Photographs, *, count: in
     model, variables, _ = network
     if count < 1:
         raise RequestError(f"cannot show {count} channels per stage: choose 1 or more")
-    stages = map_stages(model)
+    stages = spatial_stages(model)
     rows: Rows = []
     for number, (_, pixels) in enumerate(photographs):
-        captured = apply(model, variables, pixels[None], capture=stages).captured
+        images = pixels[None]
+        captured = apply(model, variables, images, capture=stages).captured
         count = min(
             count, *(captured[stage].shape[-1] for stage in stages)
         )  # all rows have the same length
         for stage in stages:
-            features = np.asarray(captured[stage][0])
+            features = np.asarray(feature_map(model, stage, captured[stage], images.shape)[0])
             strongest = explain.strongest_channels(features, count)
             pictures = explain.channel_pictures(features[..., strongest])
             rows.append(
@@ -249,11 +252,12 @@ def dream_pictures(
     if model.preprocess.dtype != "uint8":
         raise RequestError("a dream needs a network for images of 8 bits, whose range is known")
     features_fn, stage = _features_of(network, stage)
+    patch = model.stages[model.position(stage)].patch_size or 1
 
     @jax.jit
     def dream(variables: Variables, image: jax.Array) -> jax.Array:
         objective = explain.mean_square(partial(features_fn, variables))
-        return explain.deep_dream(objective, image, num_steps=num_steps)
+        return explain.deep_dream(objective, image, num_steps=num_steps, multiple=patch)
 
     rows: Rows = []
     for number, (name, pixels) in enumerate(photographs):
@@ -261,7 +265,7 @@ def dream_pictures(
         rows.append(
             [
                 Picture(f"{number}-photograph", name, explain.as_rgb(pixels)),
-                Picture(f"{number}-{stage}", f"{model.name}, {stage}", explain.as_rgb(picture)),
+                Picture(f"{number}-{stage}", f"{model.name}\n{stage}", explain.as_rgb(picture)),
             ]
         )
     return rows
@@ -327,31 +331,36 @@ def _require_rgb(model: Model) -> None:
         )
 
 
-def map_stages(model: Model) -> tuple[str, ...]:
-    """Return the stages whose output is a map ``[batch, height, width, channels]``, in order.
+def spatial_stages(model: Model) -> tuple[str, ...]:
+    """Return the stages whose output is a feature map or tokens of patches, in order.
 
     Raises:
         RequestError: the network has none.
     """
-    if not model.map_stages:
+    if not model.spatial_stages:
         raise RequestError(f"no stage of {model.name} returns a feature map")
-    return model.map_stages
+    return model.spatial_stages
 
 
 def _features_of(
     network: Pretrained, stage: str | None
 ) -> tuple[Callable[[Variables, jax.Array], jax.Array], str]:
-    """Return a function from images to the output of a stage, and the name of the stage."""
+    """Return a function from images to the feature map of a stage, and the name of the stage."""
     model = network.model
-    stages = map_stages(model)
+    stages = spatial_stages(model)
     if stage is None:
         stage = stages[len(stages) * 2 // 3]
     model.position(stage)
     if stage not in stages:
         options = ", ".join(stages)
         raise RequestError(f"the output of {stage} is not a feature map: choose from {options}")
-    after = model.stage_names[model.position(stage) + 1]
-    return lambda variables, images: apply(model, variables, images, stop=after).value, stage
+    after = model.position(stage) + 1
+
+    def features(variables: Variables, images: jax.Array) -> jax.Array:
+        output = apply(model, variables, images, stop=after).value
+        return feature_map(model, stage, output, images.shape)
+
+    return features, stage
 
 
 def _default_classes(card: Card) -> list[int]:
@@ -363,7 +372,7 @@ def _scores(
     network: Pretrained,
     variables: Variables,
     inputs: Shaped[Array, "batch ..."],
-    start: str | None = None,
+    start: int | str | None = None,
 ) -> Float[jax.Array, "batch names"]:
     """Return a value that grows with each class, label or number.
 
