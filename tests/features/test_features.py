@@ -298,6 +298,7 @@ def test_the_default_frozen_part_ends_before_the_lowest_resolution():
 
     assert default_freeze_to(build_model("resnet18")) == "layer3"
     assert default_freeze_to(build_model("efficientnet_lite0")) == "stage5"
+    assert default_freeze_to(build_model("vit_tiny_patch16_224")) == "block10"
 
 
 def test_data_that_cannot_be_trained_on_is_refused(tiny, splits):

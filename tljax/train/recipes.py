@@ -148,11 +148,11 @@ def _check_drop_path(model: Model, config: FitConfig, table: Table) -> None:
 
 
 def default_freeze_to(model: Model) -> str:
-    """Return the last stage before the lowest resolution.
+    """Return the last stage before the lowest resolution, or before the last two blocks of tokens.
 
     The stages after it hold most of the parameters but take little compute: it is ``layer3`` of a
-    ResNet and ``stage5`` of an EfficientNet. For a model without feature maps it is the last stage
-    before the head.
+    ResNet, ``stage5`` of an EfficientNet and ``block10`` of a ViT with twelve blocks. For a model
+    without either it is the last stage before the head.
     """
     image = jax.ShapeDtypeStruct((1, *model.preprocess.shape), "uint8")
     names, maps = model.stage_names, model.map_stages
@@ -162,7 +162,9 @@ def default_freeze_to(model: Model) -> str:
         image,
     )
     lowest = min((output.shape[1] for output in outputs.values()), default=0)
-    first = next((name for name in maps if outputs[name].shape[1] == lowest), names[-1])
+    blocks = [name for name in model.spatial_stages if name.startswith("block")]
+    at_lowest = [name for name in maps if outputs[name].shape[1] == lowest]
+    first, *_ = at_lowest or blocks[-2:] or names[-1:]
     return names[max(names.index(first) - 1, 0)]
 
 
