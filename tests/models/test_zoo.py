@@ -14,7 +14,8 @@ from references.efficientnet import TRANSFORMERS as EFFICIENTNETS
 
 from tljax.models import MODELS, Model, apply, build_model, vit
 from tljax.pretrained import load_pretrained
-from tljax.pretrained.tables.layouts import LAYOUTS, identify
+from tljax.pretrained.identify import identify
+from tljax.pretrained.tables.layouts import LAYOUTS
 from tljax.runtime.types import Variables
 
 TOLERANCE = 1e-4

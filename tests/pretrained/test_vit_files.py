@@ -17,7 +17,9 @@ from tljax.models.vit import VARIANTS
 from tljax.pretrained import Pretrained, export, load_pretrained
 from tljax.pretrained.configs import read_architecture, read_configs
 from tljax.pretrained.formats import write_safetensors
-from tljax.pretrained.tables.layouts import check, identify, layout_rules
+from tljax.pretrained.identify import identify
+from tljax.pretrained.tables.layouts import layout_rules
+from tljax.pretrained.unwrap import check
 from tljax.runtime.errors import RequestError
 from tljax.runtime.trees import flatten
 

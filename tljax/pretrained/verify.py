@@ -19,7 +19,8 @@ from tljax.pretrained.formats import read_tensors
 from tljax.pretrained.keras_graph import Graph
 from tljax.pretrained.network import Pretrained
 from tljax.pretrained.rules import Rules, invert_rules
-from tljax.pretrained.tables.layouts import LAYOUTS, check, head_bias_key, layout_rules, table
+from tljax.pretrained.tables.layouts import LAYOUTS, head_bias_key, layout_rules, table
+from tljax.pretrained.unwrap import check
 from tljax.pretrained.verify_keras import Layer, Pixels, load_errors
 from tljax.runtime.errors import RequestError
 from tljax.runtime.types import Array, Variables
