@@ -19,6 +19,7 @@ from typing import Any
 import oracles
 
 from tljax.models import MODELS
+from tljax.models.vit import VARIANTS
 from tljax.pretrained.catalog import TORCHVISION_NAMES, Row, read_rows, torchvision_tag
 from tljax.pretrained.tables.layouts import LAYOUTS
 from tljax.runtime.files import atomic_write
@@ -81,7 +82,8 @@ def timm_rows(model: str) -> Iterator[Row]:
 def torchvision_rows(model: str) -> Iterator[Row]:
     """Yield the rows of the weights that torchvision publishes; only timm names their license."""
     models: Any = oracles.load("torchvision.models")
-    theirs = {ours: name for name, ours in TORCHVISION_NAMES.items()}.get(model, model)
+    name = {ours: name for name, ours in TORCHVISION_NAMES.items()}.get(model, model)
+    theirs = name.partition(".")[0]
     if "torchvision" not in LAYOUTS[model] or theirs not in models.list_models():
         return
     licences = _licences()
@@ -90,6 +92,8 @@ def torchvision_rows(model: str) -> Iterator[Row]:
             continue
         transform = weights.transforms()
         [size], [resize] = transform.crop_size, transform.resize_size
+        if model in VARIANTS and size != VARIANTS[model].size:  # positions of another size
+            continue
         statistics = tuple(transform.mean), tuple(transform.std)
         preprocess = Preprocess(size, resize, transform.interpolation.value, *statistics)
         others = {

@@ -69,7 +69,7 @@ class Export(Source):
         path: File to write: .safetensors, .pth, .weights.h5, .h5 or .onnx; or the folder to write,
             for the layouts huggingface and stablehlo.
         layout: Format to write: the keys of torchvision, timm, huggingface, keras,
-            efficientnet_pytorch or tljax; or onnx; or stablehlo, a program that runs with JAX
+            efficientnet_pytorch, open_clip, vision_transformer, big_vision or tljax; or onnx; or stablehlo, a program that runs with JAX
             alone. By default onnx for a path that ends in .onnx, otherwise torchvision, or else the
             first one that the network has.
     """

@@ -97,10 +97,12 @@ def identify(arrays: Mapping[str, np.ndarray], model: str | None = None) -> Iden
 
 def _distance(arrays: Mapping[str, np.ndarray], name: str, layout: str) -> int:
     """Return the number of keys that only the file has, or only the network."""
-    details, keys = LAYOUTS[name][layout], _part(arrays, name, layout).keys
+    details, part = LAYOUTS[name][layout], _part(arrays, name, layout)
+    keys, whole = part.keys, map(part.omitted.__add__, arrays)
     if details.optional:
         keys = {key for key in keys if key in arrays or not key.endswith(details.optional)}
-    return len({*required_keys(arrays, details.ignore + details.drop)} ^ keys)
+    found = required_keys(whole, details.ignore + details.drop)
+    return len({key.removeprefix(part.omitted) for key in found} ^ keys)
 
 
 def _fits_first(arrays: Mapping[str, np.ndarray], name: str, layout: str, but: str = "") -> bool:

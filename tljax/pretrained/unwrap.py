@@ -10,10 +10,16 @@ from tljax.models import MODELS
 from tljax.pretrained.identify import Identity, identify, parts_of
 from tljax.pretrained.rules import Difference, required_keys
 from tljax.pretrained.tables.layouts import LAYOUTS, layout_rules, table
+from tljax.pretrained.tables.vit_big_vision import with_usual_names
 from tljax.runtime.errors import RequestError
 
 # Names of wrapper modules, which may occur anywhere in a key.
 _WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+
+# Keys of an MLP that torchvision's first Vision Transformers had, and its index today.
+_TORCHVISION_MLP = re.compile(r"(\bencoder_layer_\d+\.mlp\.)linear_([12])\.")
+
+_SEPARATORS = re.compile(r"[./]")
 
 # Prefixes of copies of a network that are not used if there is another one.
 _COPY = re.compile(r"(?:^|[._])(?:student|encoder_k|key|momentum|target|ema|avg)(?:[._]|$)")
@@ -25,9 +31,15 @@ _COUNTERS = (".total_ops", ".total_params")
 _LAYER_TENSORS = (".weight", ".bias", ".running_mean", ".running_var")
 
 
+def _usual_name(key: str) -> str:
+    """Return the key without wrapper modules, as the newest version of a format has it."""
+    key = _WRAPPERS.sub("", key)
+    return _TORCHVISION_MLP.sub(lambda match: f"{match[1]}{3 * (int(match[2]) - 1)}.", key)
+
+
 def _find(arrays: Mapping[str, np.ndarray], where: str, model: str | None) -> Identity:
     """Return the network that fits under any prefix of the keys, or the nearest one."""
-    arrays = {_WRAPPERS.sub("", key): array for key, array in arrays.items()}
+    arrays = {_usual_name(key): array for key, array in with_usual_names(arrays).items()}
     whole = identify(arrays, model)
     if not any(whole.difference):
         return whole
@@ -42,12 +54,12 @@ def _find(arrays: Mapping[str, np.ndarray], where: str, model: str | None) -> Id
         key.removesuffix(first)
         for first in first_keys
         for key in arrays
-        if f".{key}".endswith(f".{first}")
+        if f".{key}".endswith((f".{first}", f"/{first}"))
     }
     roots = {key.partition(".")[0] + "." for key in arrays}
     prefixes |= roots if len(roots) == 1 else set()
     # Long prefixes belong to blocks within a network.
-    likely = sorted(prefixes, key=lambda prefix: (prefix.count("."), prefix))[:8]
+    likely = sorted(prefixes, key=lambda prefix: (len(_SEPARATORS.findall(prefix)), prefix))[:8]
     candidates = [_identify_under(prefix, arrays, model) for prefix in likely]
     fits = [identity for identity in candidates if not any(identity.difference)]
     fits = [x for x in fits if not any(x.prefix.startswith(y.prefix) for y in fits if y is not x)]

@@ -1,4 +1,4 @@
-"""Key tables of Vision Transformers in timm, and all layouts of them."""
+"""Key tables of Vision Transformers in timm, torchvision and open_clip, and all their layouts."""
 
 from functools import partial
 
@@ -7,10 +7,11 @@ import jax
 from tljax.models import vit
 from tljax.models.vit import VARIANTS
 from tljax.pretrained.rules import Config, Layout, Rule, Rules, dense
-from tljax.pretrained.tables.vit_big_vision import vision_transformer
+from tljax.pretrained.tables.vit_big_vision import big_vision, vision_transformer
 from tljax.pretrained.tables.vit_huggingface import CLASSES as HUGGINGFACE
 from tljax.pretrained.tables.vit_huggingface import huggingface_layout
-from tljax.pretrained.tables.vit_keys import PARTS, Keys, norm, projections, table, twins
+from tljax.pretrained.tables.vit_keys import NO_BIAS, PARTS, Keys, norm, projections, table, twins
+from tljax.runtime.types import Preprocess
 
 
 def _timm_pool() -> Rules:
@@ -80,6 +81,79 @@ def timm_arguments(name: str) -> dict[str, tuple[object, ...]]:
     }
 
 
+_TORCHVISION = Keys(
+    patches="conv_proj",
+    first="class_token",
+    registers="",
+    position="encoder.pos_embedding",
+    blocks="encoder.layers.encoder_layer_{}.",
+    norm1="ln_1",
+    weights=("self_attention.in_proj_weight",),
+    biases=("self_attention.in_proj_bias",),
+    out="self_attention.out_proj",
+    norm2="ln_2",
+    fc1="mlp.0",
+    fc2="mlp.3",
+    norm="encoder.ln",
+    head="heads.head",
+)
+
+_TORCHVISION_PREPROCESS = {
+    "vit_base_patch16_224": Preprocess(224, 256),
+    "vit_base_patch16_384": Preprocess(384, 384, "bicubic"),
+    "vit_base_patch32_224": Preprocess(224, 256),
+    "vit_large_patch16_224": Preprocess(224, 242),
+}
+"""That of the first weights of each network; of ``384`` there are those of SWAG alone."""
+
+
+def torchvision(name: str) -> Rules:
+    """Return torchvision's key table: ``encoder.layers.encoder_layer_0.ln_1.weight``."""
+    return table(name, _TORCHVISION)
+
+
+_OPEN_CLIP = Keys(
+    patches="visual.conv1",
+    first="visual.class_embedding",
+    registers="",
+    position="visual.positional_embedding",
+    blocks="visual.transformer.resblocks.{}.",
+    norm1="ln_1",
+    weights=("attn.in_proj_weight",),
+    biases=("attn.in_proj_bias",),
+    out="attn.out_proj",
+    norm2="ln_2",
+    fc1="mlp.c_fc",
+    fc2="mlp.c_proj",
+    norm="visual.ln_post",
+    head="",
+    pre_norm="visual.ln_pre",
+    flat=True,
+    projection="visual.proj",
+)
+
+
+def open_clip(name: str) -> Rules:
+    """Return the key table of open_clip: ``visual.transformer.resblocks.0.ln_1.weight``."""
+    return table(name, _OPEN_CLIP)
+
+
+_OPEN_CLIP_LAYOUT = Layout(
+    open_clip,
+    drop=(
+        *("text.", "transformer.", "token_embedding.", "positional_embedding", "ln_final."),
+        *("text_projection", "logit_scale", "logit_bias", "attn_mask"),
+        *("input_resolution", "context_length", "vocab_size"),
+    ),
+    optional=(f"visual.proj{NO_BIAS}",),
+    twins=partial(twins, tuple(vit.CLIP)),
+)
+
+
+_BIG_VISION_NAMES = tuple(name for name, variant in VARIANTS.items() if variant.pool == "attention")
+_BIG_VISION = Layout(big_vision, twins=partial(twins, _BIG_VISION_NAMES))
+
+
 _TIMM_NAMES = tuple(
     name for name in VARIANTS if not name.startswith("hf_") and not name.endswith("_lc")
 )
@@ -96,8 +170,15 @@ def _timm_layout(name: str) -> Layout:
 LAYOUTS: dict[str, dict[str, Layout]] = {
     name: {
         **({"timm": _timm_layout(name)} if name in _TIMM_NAMES else {}),
+        **(
+            {"torchvision": Layout(torchvision, _TORCHVISION_PREPROCESS[name])}
+            if name in _TORCHVISION_PREPROCESS
+            else {}
+        ),
         **({"huggingface": huggingface_layout(name)} if name in HUGGINGFACE else {}),
         **({"vision_transformer": Layout(vision_transformer)} if name in vit.AUGREG else {}),
+        **({"open_clip": _OPEN_CLIP_LAYOUT} if name in vit.CLIP else {}),
+        **({"big_vision": _BIG_VISION} if name in _BIG_VISION_NAMES else {}),
     }
     for name in VARIANTS
 }

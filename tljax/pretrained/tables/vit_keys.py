@@ -24,6 +24,7 @@ class Keys(NamedTuple):
         biases: their biases.
         scale: layer scale, with ``{}`` for 1 or 2.
         flat: whether tokens and positions are stored without an axis for the batch.
+        projection: kernel of a head without a bias, [in, out]; then there is no ``head``.
     """
 
     patches: str
@@ -45,7 +46,11 @@ class Keys(NamedTuple):
     pre_norm: str = ""
     pool: Callable[[], Rules] = tuple
     flat: bool = False
+    projection: str = ""
 
+
+NO_BIAS = ".bias"
+"""Ending of the key of a bias that no file has: it stands for zeros."""
 
 PARTS = ("query", "key", "value")
 
@@ -115,6 +120,12 @@ def table(name: str, keys: Keys) -> Rules:
     rules += norm(keys.norm, "norm/norm")
     if variant.pool == "attention":
         rules += keys.pool()
+    if keys.projection:
+        return (
+            *rules,
+            Rule(keys.projection, "params/head/kernel"),
+            Rule(keys.projection + NO_BIAS, "params/head/bias"),
+        )
     return rules + dense(keys.head, "head")
 
 
