@@ -41,7 +41,7 @@ class Identity(NamedTuple):
         arrays: the tensors of the network, by the keys of the layout.
         prefix: prefix of the keys in the file.
         ignored: other keys in the file, which the network does not need.
-        resized: note on learned positions that were resized; empty if they were not.
+        remarks: notes on learned positions that were resized, or a last norm that is missing.
     """
 
     model: Model
@@ -50,14 +50,14 @@ class Identity(NamedTuple):
     arrays: Mapping[str, np.ndarray]
     prefix: str = ""
     ignored: tuple[str, ...] = ()
-    resized: str = ""
+    remarks: tuple[str, ...] = ()
 
     def notes(self, where: str) -> tuple[str, ...]:
         """Return notes about what the file ``where`` holds and the network does not."""
         names = shorten_list(self.ignored)
         left_out = f"ignored tensors that {self.model.name} does not use: {names}"
         notes = (f"{where}: {left_out}{self.under}",) if self.ignored else ()
-        return (*notes, f"{where}: {self.resized}") if self.resized else notes
+        return (*notes, *(f"{where}: {remark}" for remark in self.remarks))
 
     @property
     def under(self) -> str:
@@ -212,7 +212,11 @@ def _compare(arrays: Mapping[str, np.ndarray], name: str, layout: str) -> Identi
     part, details = _part(arrays, name, layout), LAYOUTS[name][layout]
     arrays = {part.omitted + key: array for key, array in arrays.items()}
     model = build_model(name, _outputs(rules, arrays))
+    remarks: tuple[str, ...] = ()
     if part.after:
+        later = model.stage_names[model.stage_names.index(part.after) + 1 :]
+        if "norm" in later:
+            remarks = ("it lacks the last norm, so its features are those before it",)
         model = with_head(model, 0, after=part.after)
     preprocess = details.preprocess or model.preprocess
     channels = _channels(arrays, name, layout)
@@ -224,7 +228,8 @@ def _compare(arrays: Mapping[str, np.ndarray], name: str, layout: str) -> Identi
     arrays = {**_zeros(rules, arrays, skeleton, details.optional), **arrays}
     arrays, note = _with_positions(rules, arrays, skeleton, name)
     difference = compare(rules, arrays, skeleton, details.ignore + details.drop)
-    return Identity(model, layout, difference, arrays, ignored=dropped, resized=note)
+    remarks += (note,) if note else ()
+    return Identity(model, layout, difference, arrays, ignored=dropped, remarks=remarks)
 
 
 _POSITION = "params/embed/position"
