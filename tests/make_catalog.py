@@ -21,6 +21,7 @@ import oracles
 from tljax.models import MODELS
 from tljax.models.vit import VARIANTS
 from tljax.pretrained.catalog import TORCHVISION_NAMES, Row, read_rows, torchvision_tag
+from tljax.pretrained.configs import alternatives
 from tljax.pretrained.tables.layouts import LAYOUTS
 from tljax.runtime.files import atomic_write
 from tljax.runtime.types import Preprocess
@@ -65,7 +66,7 @@ def timm_rows(model: str) -> Iterator[Row]:
     if "timm" not in LAYOUTS[model]:
         return
     timm: Any = oracles.load("timm")
-    architecture = LAYOUTS[model]["timm"].config(model).get("architecture", model)
+    architecture, *_ = alternatives(LAYOUTS[model]["timm"].config(model).get("architecture", model))
     for name in timm.list_pretrained(f"{architecture}.*"):
         cfg = timm.models.get_pretrained_cfg(name)
         _, height, width = cfg.input_size

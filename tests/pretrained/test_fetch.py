@@ -77,9 +77,10 @@ def test_a_license_is_shown_before_anything_is_fetched(
         asked = name if by_name else source.removeprefix("hub:")
         with pytest.raises((RequestError, OSError)):
             load_pretrained(asked)
-        expected = f"note: {asked}: its license is {licence}; read it before use\n"
+        title = source.removeprefix("hub:") if source.startswith("hub:") else name
+        expected = f"note: {title}: its license is {licence}; read it before use\n"
         if licence == "other":
-            expected = f"note: {asked}: no license is stated; ask its publisher\n"
+            expected = f"note: {title}: no license is stated; ask its publisher\n"
         assert shown.pop() == ("" if licence in ("Apache-2.0", "BSD-3-Clause", "MIT") else expected)
     with pytest.raises(RequestError):
         load_pretrained("facebook/dinov3-convnext-tiny-pretrain-lvd1689m")

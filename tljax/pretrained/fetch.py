@@ -37,8 +37,8 @@ def fetch(name: str) -> Path:
     entry = CATALOG[name]
     if entry.source.startswith("hub:"):
         return fetch_hub(entry.source.removeprefix("hub:"))
-    _show_license(name, entry.licence)
     if not entry.source.startswith("package:"):
+        _show_license(name, entry.licence)
         path = cache_dir() / "weights" / entry.source.rpartition("/")[2]
         return _download(entry.source, path, entry.digest, "the published hash")
     package, _, file = entry.source.removeprefix("package:").partition("/")
