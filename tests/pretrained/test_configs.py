@@ -149,7 +149,7 @@ def test_pixels_are_those_of_transformers(
 def test_the_processor_of_efficientnet_squeezes_and_divides_twice(
     resnet18: Pretrained, tmp_path: Path, include_top: bool
 ) -> None:
-    kind = EfficientNetImageProcessorPil(
+    kind: Any = EfficientNetImageProcessorPil(
         size={"height": 160, "width": 160}, resample=3, include_top=include_top
     )
     kind.save_pretrained(tmp_path)
@@ -183,7 +183,8 @@ def test_sizes_at_which_transformers_changes_the_aspect_ratio_are_refused(
         "image_std": [1] * 3,
     }
     image = Image.fromarray(random_images(300, 500))
-    outputs = ConvNextImageProcessorPil.from_dict(values)(image, return_tensors="np")
+    kind: Any = ConvNextImageProcessorPil
+    outputs = kind.from_dict(values)(image, return_tensors="np")
     squashed = np.asarray(image.resize((384, 384), Image.Resampling.BICUBIC)) / 255
     pixels = outputs["pixel_values"][0].transpose(1, 2, 0)
     np.testing.assert_allclose(pixels, squashed, rtol=0, atol=1e-5)

@@ -369,8 +369,11 @@ def test_timm_reads_an_exported_npz(tmp_path: Path) -> None:
 
 
 def test_what_transformers_has_no_place_for_is_not_exported(tmp_path: Path) -> None:
+    clip = random_pretrained(CLIP)
     with pytest.raises(RequestError, match=r"transformers has no visual_projection\.bias"):
-        export(tmp_path, random_pretrained(CLIP), "huggingface")
+        export(tmp_path, clip, "huggingface")
+    with pytest.raises(RequestError, match=r"open_clip has no visual\.proj\.bias"):
+        export(tmp_path / "net.pt", clip, "open_clip")
     with pytest.raises(RequestError, match="no classifier with the pooling of vit_small_patch16_d"):
         export(tmp_path, random_pretrained("vit_small_patch16_dinov3"), "huggingface")
 

@@ -104,7 +104,8 @@ def from_open_clip(name: str, folder: Path) -> Reference:
     torch.save(state, folder / "net.pt")
     convert = oracles.load("timm.models.vision_transformer").checkpoint_filter_fn
     network.load_state_dict(convert(state, network))
-    sizes = (VARIANTS[name].size,) * 2, (7 * VARIANTS[name].patch, 5 * VARIANTS[name].patch)
+    variant = VARIANTS[name]
+    sizes = (variant.size, variant.size), (7 * variant.patch, 5 * variant.patch)
     return Reference(folder / "net.pt", partial(timm_stages, network), sizes)
 
 
@@ -125,7 +126,8 @@ def from_big_vision(name: str, folder: Path) -> Reference:
     np.savez(folder / "net.npz", **named)
     with torch.no_grad():
         network.load_pretrained(str(folder / "net.npz"))
-    sizes = (VARIANTS[name].size,) * 2, (7 * VARIANTS[name].patch, 5 * VARIANTS[name].patch)
+    variant = VARIANTS[name]
+    sizes = (variant.size, variant.size), (7 * variant.patch, 5 * variant.patch)
     return Reference(folder / "net.npz", partial(timm_stages, network), sizes)
 
 
