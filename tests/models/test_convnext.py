@@ -123,6 +123,16 @@ def test_both_configurations_of_transformers_are_read(tmp_path: Path) -> None:
             read_configs(tmp_path, model)
 
 
+def test_the_default_processor_of_dinov3_squeezes_images(tmp_path: Path) -> None:
+    _write(tmp_path, model_type="dinov3_convnext")
+    values = {"size": {"height": 224, "width": 224}, "image_mean": [0] * 3, "image_std": [1] * 3}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(values))
+    description = read_configs(tmp_path, build_model("convnext_tiny", 0))
+    assert description.preprocess is not None
+    assert (description.preprocess.size, description.preprocess.resize) == (224, 224)
+    assert "DINOv3ViT squeezes images into a square" in description.notes[0]
+
+
 def test_a_file_of_keras_without_the_last_norm_gives_a_note() -> None:
     leaves = flatten(abstract_variables(build_model("convnext_tiny", 7)))
     arrays = {
