@@ -19,7 +19,9 @@ from typing import Any
 import oracles
 
 from tljax.models import MODELS
+from tljax.models.vit import VARIANTS
 from tljax.pretrained.catalog import TORCHVISION_NAMES, Row, read_rows, torchvision_tag
+from tljax.pretrained.configs import alternatives
 from tljax.pretrained.tables.layouts import LAYOUTS
 from tljax.runtime.files import atomic_write
 from tljax.runtime.types import Preprocess
@@ -64,7 +66,7 @@ def timm_rows(model: str) -> Iterator[Row]:
     if "timm" not in LAYOUTS[model]:
         return
     timm: Any = oracles.load("timm")
-    architecture = LAYOUTS[model]["timm"].config(model).get("architecture", model)
+    architecture, *_ = alternatives(LAYOUTS[model]["timm"].config(model).get("architecture", model))
     for name in timm.list_pretrained(f"{architecture}.*"):
         cfg = timm.models.get_pretrained_cfg(name)
         _, height, width = cfg.input_size
@@ -81,7 +83,8 @@ def timm_rows(model: str) -> Iterator[Row]:
 def torchvision_rows(model: str) -> Iterator[Row]:
     """Yield the rows of the weights that torchvision publishes; only timm names their license."""
     models: Any = oracles.load("torchvision.models")
-    theirs = {ours: name for name, ours in TORCHVISION_NAMES.items()}.get(model, model)
+    name = {ours: name for name, ours in TORCHVISION_NAMES.items()}.get(model, model)
+    theirs = name.partition(".")[0]
     if "torchvision" not in LAYOUTS[model] or theirs not in models.list_models():
         return
     licences = _licences()
@@ -90,6 +93,8 @@ def torchvision_rows(model: str) -> Iterator[Row]:
             continue
         transform = weights.transforms()
         [size], [resize] = transform.crop_size, transform.resize_size
+        if model in VARIANTS and size != VARIANTS[model].size:  # positions of another size
+            continue
         statistics = tuple(transform.mean), tuple(transform.std)
         preprocess = Preprocess(size, resize, transform.interpolation.value, *statistics)
         others = {

@@ -106,6 +106,25 @@ def source(values: np.ndarray, labels: np.ndarray) -> Source:
     return Source(values, labels, ("kind 0", "kind 1"), [f"image {i}" for i in range(len(labels))])
 
 
+@pytest.mark.slow
+def test_an_adapter_holds_the_first_kernel_of_other_channels(
+    cache: Path, tmp_path: Path, network: Pretrained
+):
+    for i, (values, label) in enumerate(zip(*images(2), strict=True)):
+        (tmp_path / "data" / f"kind {label}").mkdir(parents=True, exist_ok=True)
+        np.save(tmp_path / "data" / f"kind {label}" / f"{i:02d}.npy", values)
+    save(tmp_path / "start.safetensors", network)
+    command = (
+        *("train", "--data", tmp_path / "data", "--channels", 2, "--adapter", "lora"),
+        *("--weights", tmp_path / "start.safetensors", "--image-size", 32, "--epochs", 1),
+        *("--workdir", tmp_path / "run", "--batch-size", 8, "--json"),
+    )
+    trained = answer(call_script(cache, *command))
+    measured = answer(call_script(cache, "evaluate", "--workdir", tmp_path / "run", "--json"))
+    assert measured["top1"] == pytest.approx(trained["val_top1"])
+    assert load_pretrained(tmp_path / "run").model.preprocess.channels == 2
+
+
 @pytest.mark.parametrize("channels", FORMS)
 def test_the_first_kernel_and_the_statistics_follow_the_channels(
     channels: int, network: Pretrained, capsys: pytest.CaptureFixture[str]

@@ -13,11 +13,14 @@ from networks import difference, random_images, random_variables
 from torch import nn
 from transformers.models.convnextv2.modeling_convnextv2 import ConvNextV2GRN
 
-from tljax.models import apply, build_model, with_head
+from tljax.models import abstract_variables, apply, build_model, with_head
 from tljax.models.convnext import VARIANTS, Block, Blocks, GlobalResponseNorm
 from tljax.models.layers import INFERENCE, Mode
 from tljax.pretrained.configs import read_architecture, read_configs
+from tljax.pretrained.tables.layouts import layout_rules
+from tljax.pretrained.unwrap import check
 from tljax.runtime.errors import RequestError
+from tljax.runtime.trees import flatten
 
 IMAGES = random_images(3, 65, 97)
 
@@ -114,6 +117,30 @@ def test_both_configurations_of_transformers_are_read(tmp_path: Path) -> None:
         _write(tmp_path, model_type=kind, hidden_act="silu", **sizes)
         with pytest.raises(RequestError, match="hidden_act is 'silu'; tljax supports only 'gelu'"):
             read_configs(tmp_path, model)
-    _write(tmp_path, model_type="dinov3_convnext", layer_norm_eps=1e-5, **sizes)
-    with pytest.raises(RequestError, match="layer_norm_eps is 1e-05; tljax supports only 1e-06"):
-        read_configs(tmp_path, model)
+        _write(tmp_path, model_type=kind, layer_norm_eps=1e-5, **sizes)
+        expected = "layer_norm_eps is 1e-05; tljax supports only 1e-06"
+        with pytest.raises(RequestError, match=expected):
+            read_configs(tmp_path, model)
+
+
+def test_the_default_processor_of_dinov3_squeezes_images(tmp_path: Path) -> None:
+    _write(tmp_path, model_type="dinov3_convnext")
+    values = {"size": {"height": 224, "width": 224}, "image_mean": [0] * 3, "image_std": [1] * 3}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(values))
+    description = read_configs(tmp_path, build_model("convnext_tiny", 0))
+    assert description.preprocess is not None
+    assert (description.preprocess.size, description.preprocess.resize) == (224, 224)
+    assert "DINOv3ViT squeezes images into a square" in description.notes[0]
+
+
+def test_a_file_of_keras_without_the_last_norm_gives_a_note() -> None:
+    leaves = flatten(abstract_variables(build_model("convnext_tiny", 7)))
+    arrays = {
+        rule.key: np.broadcast_to(np.float32(1), rule.source_shape(leaves[rule.path].shape))
+        for rule in layout_rules("convnext_tiny", "keras")
+        if rule.path.split("/")[1] not in ("norm", "head")
+    }
+    identity = check(arrays, "net", "convnext_tiny")
+    assert "norm" not in identity.model.stage_names
+    expected = ("net: it lacks the last norm, so its features are those before it",)
+    assert identity.notes("net") == expected

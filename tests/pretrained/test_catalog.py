@@ -4,10 +4,13 @@ import re
 from collections.abc import Callable, Iterator
 
 import make_catalog
+import pytest
 
+from tljax.commands import weights
 from tljax.models import MODELS, build_model
 from tljax.pretrained import CATALOG
-from tljax.pretrained.catalog import Row, read_rows
+from tljax.pretrained.catalog import Row, catalog_name, read_rows
+from tljax.runtime.errors import RequestError
 from tljax.runtime.types import NORMALIZATIONS
 
 
@@ -38,6 +41,28 @@ def test_what_is_unknown_is_empty():
     assert (entry.classes, entry.top1, entry.digest) == (11821, None, "")
     assert CATALOG["regnety_320.seer"].classes == 0
     assert CATALOG["tf_mobilenetv1_100.google_in1k"].classes == 1001
+
+
+def test_networks_with_two_names_in_timm_and_several_sizes_in_torchvision_have_rows():
+    assert CATALOG["vit_base_patch16_dinov3.lvd1689m"].licence == "dinov3-license"
+    for name, expected in (
+        ("torchvision:vit_b_16", "vit_base_patch16_224.tv_in1k"),
+        ("torchvision:vit_b_16.swag_linear", "vit_base_patch16_224.tv_swag_linear_in1k"),
+        ("torchvision:vit_b_16.swag_e2e", "vit_base_patch16_384.tv_swag_e2e_in1k"),
+    ):
+        assert catalog_name(name) == expected
+        size = CATALOG[expected].preprocess.size
+        assert size == build_model(CATALOG[expected].model).preprocess.size
+
+
+def test_the_list_of_weights_is_filtered_by_a_part_of_the_name(
+    capsys: pytest.CaptureFixture[str],
+):
+    listed = weights.run(weights.List(name="DINOv3"))["weights"]
+    assert {name for name in CATALOG if "dinov3" in name} == set(listed)
+    assert len(capsys.readouterr().out.splitlines()) == 1 + len(listed)
+    with pytest.raises(RequestError, match="no name of the catalog contains 'nosuch'"):
+        weights.run(weights.List(name="nosuch"))
 
 
 def test_digests_agree_with_the_hashes_in_file_names():

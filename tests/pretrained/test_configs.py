@@ -23,6 +23,9 @@ from networks import (
 from PIL import Image
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 from transformers.models.convnext.image_processing_pil_convnext import ConvNextImageProcessorPil
+from transformers.models.efficientnet.image_processing_pil_efficientnet import (
+    EfficientNetImageProcessorPil,
+)
 
 from tljax.data.decode import decode
 from tljax.models import normalize
@@ -142,6 +145,35 @@ def test_pixels_are_those_of_transformers(
     np.testing.assert_allclose(pixels, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("include_top", [True, False])
+def test_the_processor_of_efficientnet_squeezes_and_divides_twice(
+    resnet18: Pretrained, tmp_path: Path, include_top: bool
+) -> None:
+    kind: Any = EfficientNetImageProcessorPil(
+        size={"height": 160, "width": 160}, resample=3, include_top=include_top
+    )
+    kind.save_pretrained(tmp_path)
+    _, preprocess, _, notes, *_ = read_description(tmp_path, resnet18)
+    assert "squeezes images into a square" in notes[0]
+    image = random_images(200, 200)  # where that is no difference
+    expected = kind(Image.fromarray(image), return_tensors="np")["pixel_values"]
+    pixels = normalize(decode(image, preprocess)[None], preprocess)
+    np.testing.assert_allclose(pixels, expected.transpose(0, 2, 3, 1), rtol=0, atol=1e-5)
+    values = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    write(tmp_path / "preprocessor_config.json", **values | {"resample": 0})
+    assert read_description(tmp_path, resnet18).preprocess == preprocess
+    assert "tljax resizes bicubically" in read_description(tmp_path, resnet18).notes[1]
+    write(tmp_path / "preprocessor_config.json", **values | {"rescale_offset": True})
+    assert "rescale_offset is True and should be false" in error_of(tmp_path, resnet18)
+
+
+def test_a_squashed_crop_of_timm_gives_a_note(resnet18: Pretrained, tmp_path: Path) -> None:
+    write(tmp_path / "config.json", pretrained_cfg=TIMM | {"crop_mode": "squash", "crop_pct": 1})
+    _, preprocess, _, notes, *_ = read_description(tmp_path, resnet18)
+    assert (preprocess.size, preprocess.resize) == (288, 288)
+    assert "crop_mode 'squash' squeezes images into a square" in notes[0]
+
+
 def test_sizes_at_which_transformers_changes_the_aspect_ratio_are_refused(
     resnet18: Pretrained, tmp_path: Path
 ) -> None:
@@ -151,7 +183,8 @@ def test_sizes_at_which_transformers_changes_the_aspect_ratio_are_refused(
         "image_std": [1] * 3,
     }
     image = Image.fromarray(random_images(300, 500))
-    outputs = ConvNextImageProcessorPil.from_dict(values)(image, return_tensors="np")
+    kind: Any = ConvNextImageProcessorPil
+    outputs = kind.from_dict(values)(image, return_tensors="np")
     squashed = np.asarray(image.resize((384, 384), Image.Resampling.BICUBIC)) / 255
     pixels = outputs["pixel_values"][0].transpose(1, 2, 0)
     np.testing.assert_allclose(pixels, squashed, rtol=0, atol=1e-5)
@@ -163,15 +196,23 @@ def test_sizes_at_which_transformers_changes_the_aspect_ratio_are_refused(
     )
 
 
-@hypothesis.given(st.integers(16, 600), st.floats(1, 2), st.sampled_from(["bilinear", "bicubic"]))
+@hypothesis.given(
+    st.integers(16, 600),
+    st.floats(1, 2),
+    st.sampled_from(["bilinear", "bicubic"]),
+    st.sampled_from(["uint8", "float32"]),
+)
 def test_exported_preprocessing_is_read_back(
     resnet18: Pretrained,
     tmp_path_factory: pytest.TempPathFactory,
     size: int,
     ratio: float,
     interpolation: Any,
+    dtype: Any,
 ) -> None:
-    preprocess = Preprocess(size, round(size * ratio), interpolation, (0.1, 0.2, 0.3), (1, 2, 3))
+    preprocess = Preprocess(
+        size, round(size * ratio), interpolation, (0.1, 0.2, 0.3), (1, 2, 3), dtype=dtype
+    )
     model = replace(resnet18.model, preprocess=preprocess)
     folder = tmp_path_factory.mktemp("written")
     write_configs(folder, model, resnet18.card.classes)
@@ -442,7 +483,7 @@ def test_invalid_preprocessor_configs_are_refused(
                 ({"input_size": [3, 288, 320]}, "input_size is [3, 288, 320] and"),
                 ({"input_size": [3, "288", "288"]}, "input_size is [3, '288', '288'] and"),
                 ({"crop_pct": 0}, "crop_pct is 0 and"),
-                ({"crop_mode": "squash"}, "crop_mode is 'squash' and should be 'center'"),
+                ({"crop_mode": "border"}, "crop_mode is 'border' and should be center or squash"),
                 ({"interpolation": "lanczos"}, "interpolation is 'lanczos' and should be bilinear"),
                 ({"interpolation": ["bicubic"]}, "interpolation is ['bicubic'] and"),
                 ({"mean": [0.5]}, "mean is [0.5] and should be 3 numbers"),

@@ -56,6 +56,37 @@ def test_a_catalog_entry_on_the_hub(
     assert loaded.model.preprocess == model.preprocess, "what the repository says"
 
 
+@pytest.mark.parametrize("by_name", [True, False])
+def test_a_license_is_shown_before_anything_is_fetched(
+    by_name: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = []
+
+    def fail(*_args: object, **_options: object) -> str:
+        shown.append(capsys.readouterr().err)
+        raise OSError
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    monkeypatch.setattr("tljax.pretrained.fetch.download", fail)
+    licences = {entry.licence: name for name, entry in CATALOG.items()}
+    assert "dinov3-license" in licences
+    for licence, name in licences.items():
+        source = CATALOG[name].source
+        if source.startswith("package:") or (not by_name and not source.startswith("hub:")):
+            continue
+        asked = name if by_name else source.removeprefix("hub:")
+        with pytest.raises((RequestError, OSError)):
+            load_pretrained(asked)
+        title = source.removeprefix("hub:") if source.startswith("hub:") else name
+        expected = f"note: {title}: its license is {licence}; read it before use\n"
+        if licence == "other":
+            expected = f"note: {title}: no license is stated; ask its publisher\n"
+        assert shown.pop() == ("" if licence in ("Apache-2.0", "BSD-3-Clause", "MIT") else expected)
+    with pytest.raises(RequestError):
+        load_pretrained("facebook/dinov3-convnext-tiny-pretrain-lvd1689m")
+    assert "its license is dinov3-license" in shown.pop()
+
+
 def test_classes_without_names_are_numbered_and_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

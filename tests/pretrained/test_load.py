@@ -63,7 +63,9 @@ QUICK = {("resnet18", "tljax"), *FAST}
 
 
 def _has_classifier(name: str, layout: str) -> bool:
-    """Return True unless transformers has only the backbone."""
+    """Return True unless transformers has only the backbone, or a head has no bias."""
+    if layout == "open_clip":
+        return False
     config = LAYOUTS[name][layout].config(name) if layout == "huggingface" else {}
     return "ForImageClassification" in str(config.get("architectures", "ForImageClassification"))
 

@@ -14,7 +14,8 @@ from references import FAST
 from tljax.models import MODELS, abstract_variables, build_model, vit
 from tljax.models.layers import gelu
 from tljax.pretrained.rules import CONV, DENSE, Rule, apply_rules, compare, invert_rules
-from tljax.pretrained.tables.layouts import LAYOUTS, check, layout_rules
+from tljax.pretrained.tables.layouts import LAYOUTS, layout_rules
+from tljax.pretrained.unwrap import check
 from tljax.runtime.errors import RequestError
 from tljax.runtime.trees import flatten
 from tljax.runtime.types import Preprocess

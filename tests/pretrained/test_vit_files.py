@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,18 @@ import pytest
 import torch
 import transformers
 from networks import difference, random_images, random_pretrained, run, to_torch
+from references.vit import randomize, timm_network
+from references.vit_files import flax_arrays, newer_names
 
 from tljax.models import abstract_variables, build_model, normalize
 from tljax.models.vit import VARIANTS
 from tljax.pretrained import Pretrained, export, load_pretrained
 from tljax.pretrained.configs import read_architecture, read_configs
 from tljax.pretrained.formats import write_safetensors
-from tljax.pretrained.tables.layouts import check, identify, layout_rules
+from tljax.pretrained.identify import identify
+from tljax.pretrained.rules import invert_rules
+from tljax.pretrained.tables.layouts import LAYOUTS, layout_rules
+from tljax.pretrained.unwrap import check
 from tljax.runtime.errors import RequestError
 from tljax.runtime.trees import flatten
 
@@ -93,6 +99,87 @@ def test_a_tower_of_open_clip_is_unwrapped() -> None:
     identity = check({**wrapped, "text.transformer.weight": MATRIX}, "net")
     assert (identity.model.name, identity.prefix) == (SIGLIP, "visual.trunk.")
     assert "text.transformer.weight" in identity.notes("net")[0]
+
+
+def test_the_text_tower_of_open_clip_is_dropped(tmp_path: Path) -> None:
+    tower = file_of(CLIP, "open_clip", 512)
+    assert "visual.proj.bias" in tower  # no file has it: it stands for zeros
+    tower = without(tower, "visual.proj.bias")
+    text = {
+        "positional_embedding": MATRIX,
+        "text_projection": MATRIX,
+        "transformer.resblocks.0.ln_1.weight": MATRIX[0],
+        "logit_scale": MATRIX[0, 0],
+    }
+    for prefix in ("", "module."):
+        whole = {prefix + key: array for key, array in {**text, **tower}.items()}
+        identity = check(whole, "net", CLIP)
+        assert (identity.layout, identity.model.num_classes) == ("open_clip", 512)
+        [note] = identity.notes("net")
+        assert "does not use: " in note
+        assert all(key in note for key in list(text)[:3])
+    assert (identity.arrays["visual.proj.bias"] == 0).all()
+    bare = {key.removeprefix("visual."): x for key, x in without(tower, "visual.proj").items()}
+    identity = check(bare, "net", CLIP)
+    assert (identity.layout, identity.model.num_classes) == ("open_clip", 0)
+    write_safetensors(tmp_path / "net.safetensors", tower, {})
+    with pytest.raises(RequestError, match=f"fits {CLIP} and vit_base_patch32_clip_quickgelu_224"):
+        load_pretrained(tmp_path / "net.safetensors")
+
+
+def stacked(arrays: Arrays) -> Arrays:
+    """Return the arrays with their blocks stacked along a first axis."""
+    blocks: dict[str, dict[int, np.ndarray]] = {}
+    result = {}
+    for key, array in arrays.items():
+        if match := re.fullmatch(r"(.*encoderblock)_(\d+)(/.*)", key):
+            blocks.setdefault(match[1] + match[3], {})[int(match[2])] = array
+        else:
+            result[key] = array
+    return result | {key: np.stack([x[i] for i in range(len(x))]) for key, x in blocks.items()}
+
+
+@pytest.mark.parametrize("stack", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_a_newer_file_of_big_vision_equals_what_timm_reads(stack: bool, tmp_path: Path) -> None:
+    """It has 12 blocks, so that an order by text would differ."""
+    name = "vit_tiny_patch16_224"
+    network, written = timm_network(name, 7).eval(), timm_network(name, 7)
+    randomize(written)
+    state = {key: tensor.numpy() for key, tensor in written.state_dict().items()}
+    arrays = newer_names(flax_arrays(state, VARIANTS[name].heads))
+    arrays = {f"params/{key}": x for key, x in (stacked(arrays) if stack else arrays).items()}
+    np.savez(tmp_path / "net.npz", **{**arrays, "opt/step": MATRIX[0]})
+    with torch.no_grad():
+        network.load_pretrained(str(tmp_path / "net.npz"))
+    pretrained = load_pretrained(tmp_path / "net.npz", model=name)
+    assert pretrained.card.layout == "vision_transformer"
+    assert "does not use: opt/step" in pretrained.card.notes[0]
+    exported = invert_rules(layout_rules(name, "timm"), pretrained.variables)
+    for key, tensor in network.state_dict().items():
+        np.testing.assert_array_equal(exported[key], tensor.numpy(), err_msg=key)
+
+
+def test_a_file_of_siglip_holds_two_networks_with_the_same_tensors_and_a_text_tower() -> None:
+    tower = without(file_of(SIGLIP, "big_vision"), "head/")
+    for arrays in (tower, stacked(tower)):
+        named = {f"params/img/{key}": array for key, array in arrays.items()}
+        identity = check({**named, "params/txt/head/kernel": MATRIX, "params/t": MATRIX[0]}, "net")
+        assert (identity.model.name, identity.layout) == (SIGLIP, "big_vision")
+        assert identity.model.stages == build_model(SIGLIP, 0).stages
+        assert "does not use: params/txt/head/kernel, params/t " in identity.notes("net")[0]
+    assert LAYOUTS[SIGLIP]["big_vision"].twins(SIGLIP) == (f"hf_{SIGLIP}",)
+
+
+def test_the_first_files_of_torchvision_have_other_keys() -> None:
+    arrays = file_of("vit_base_patch16_224", "torchvision")
+    old = {
+        key.replace(".mlp.0.", ".mlp.linear_1.").replace(".mlp.3.", ".mlp.linear_2."): array
+        for key, array in arrays.items()
+    }
+    assert old.keys() != arrays.keys()
+    identity = check(old, "net")
+    assert (identity.model.name, identity.layout) == ("vit_base_patch16_224", "torchvision")
+    assert (identity.model.preprocess.resize, identity.notes("net")) == (256, ())
 
 
 def test_a_distilled_network_of_timm_is_refused() -> None:
@@ -282,8 +369,11 @@ def test_timm_reads_an_exported_npz(tmp_path: Path) -> None:
 
 
 def test_what_transformers_has_no_place_for_is_not_exported(tmp_path: Path) -> None:
+    clip = random_pretrained(CLIP)
     with pytest.raises(RequestError, match=r"transformers has no visual_projection\.bias"):
-        export(tmp_path, random_pretrained(CLIP), "huggingface")
+        export(tmp_path, clip, "huggingface")
+    with pytest.raises(RequestError, match=r"open_clip has no visual\.proj\.bias"):
+        export(tmp_path / "net.pt", clip, "open_clip")
     with pytest.raises(RequestError, match="no classifier with the pooling of vit_small_patch16_d"):
         export(tmp_path, random_pretrained("vit_small_patch16_dinov3"), "huggingface")
 

@@ -18,6 +18,7 @@ from references import (
     resnet,
     vgg,
     vit,
+    vit_files,
     xception,
 )
 from references.contract import Build, Reference, Shapes
@@ -36,6 +37,7 @@ REFERENCES: dict[tuple[str, str], Build] = {
     **convnext.REFERENCES,
     **mobilenetv4.REFERENCES,
     **vit.REFERENCES,
+    **vit_files.REFERENCES,
     **keras.REFERENCES,
 }
 """(model, layout) -> what writes a file as that project would, and the network behind it."""
@@ -44,6 +46,7 @@ SHAPES: dict[tuple[str, str], Callable[[], Shapes]] = {
     **regnet.SHAPES,
     **convnext.SHAPES,
     **vit.SHAPES,
+    **vit_files.SHAPES,
 }
 """(model, layout) -> the shapes of the tensors of a network that is too large to run."""
 

@@ -1,7 +1,7 @@
-"""Vision Transformers of timm and transformers."""
+"""Vision Transformers of timm, transformers and torchvision, and files that timm reads."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import nn
 from transformers.core_model_loading import revert_weight_conversion
 
 from references.contract import Build, Reference, Shapes
-from tljax.models.vit import AUGREG, VARIANTS
+from tljax.models.vit import VARIANTS
 
 
 @torch.no_grad()
@@ -54,7 +54,8 @@ def timm_network(name: str, num_classes: int = 7, **arguments: Any) -> Any:
 
 
 @torch.no_grad()
-def _timm_stages(network: Any, pixels: np.ndarray) -> dict[str, np.ndarray]:
+def timm_stages(network: Any, pixels: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the outputs of the stages of a network of timm."""
     rotary: dict[str, Any] = {}
     x = network._pos_embed(network.patch_embed(to_torch(pixels)))
     if isinstance(x, tuple):
@@ -78,7 +79,7 @@ def from_timm(name: str, folder: Path) -> Reference:
     safetensors.torch.save_file(network.state_dict(), folder / "net.safetensors")
     variant = VARIANTS[name]
     sizes = (variant.size, variant.size), (7 * variant.patch, 5 * variant.patch)
-    return Reference(folder / "net.safetensors", partial(_timm_stages, network), sizes)
+    return Reference(folder / "net.safetensors", partial(timm_stages, network), sizes)
 
 
 def timm_shapes(name: str) -> Shapes:
@@ -192,88 +193,69 @@ def transformers_shapes(name: str) -> Shapes:
 _ONLY_TIMM = re.compile(r"deit3|vit_.*reg4")
 TRANSFORMERS = [name for name in VARIANTS if not _ONLY_TIMM.match(name)]
 
-# --- the authors' files --------------------------------------------------------------------------
+# --- torchvision ---------------------------------------------------------------------------------
+
+TORCHVISION = {
+    "vit_base_patch16_224": "vit_b_16",
+    "vit_base_patch16_384": "vit_b_16",
+    "vit_base_patch32_224": "vit_b_32",
+    "vit_large_patch16_224": "vit_l_16",
+}
 
 
-def flax_arrays(state: dict[str, np.ndarray], heads: int) -> dict[str, np.ndarray]:
-    """Return the tensors of timm under the keys of Flax, which timm's own reader understands."""
-    width = state["pos_embed"].shape[-1]
-    arrays = {
-        "cls": state["cls_token"],
-        "Transformer/posembed_input/pos_embedding": state["pos_embed"],
-        "embedding/kernel": state["patch_embed.proj.weight"].transpose(2, 3, 1, 0),
-        "embedding/bias": state["patch_embed.proj.bias"],
-        "head/kernel": state["head.weight"].T,
-        "head/bias": state["head.bias"],
-    }
-    norms = {"norm": "Transformer/encoder_norm"}
-    for i in range(sum(key.endswith("norm1.bias") for key in state)):
-        key, block = f"Transformer/encoderblock_{i}", f"blocks.{i}"
-        norms |= {f"{block}.norm1": f"{key}/LayerNorm_0", f"{block}.norm2": f"{key}/LayerNorm_2"}
-        attention = f"{key}/MultiHeadDotProductAttention_1"
-        kernels = np.split(state[f"{block}.attn.qkv.weight"], 3)
-        biases = np.split(state[f"{block}.attn.qkv.bias"], 3)
-        for part, kernel, bias in zip(("query", "key", "value"), kernels, biases, strict=True):
-            arrays[f"{attention}/{part}/kernel"] = kernel.T.reshape(width, heads, -1)
-            arrays[f"{attention}/{part}/bias"] = bias.reshape(heads, -1)
-        out = state[f"{block}.attn.proj.weight"].T.reshape(heads, -1, width)
-        arrays[f"{attention}/out/kernel"] = out
-        arrays[f"{attention}/out/bias"] = state[f"{block}.attn.proj.bias"]
-        for j in (0, 1):
-            dense, layer = f"{key}/MlpBlock_3/Dense_{j}", f"{block}.mlp.fc{j + 1}"
-            arrays[f"{dense}/kernel"] = state[f"{layer}.weight"].T
-            arrays[f"{dense}/bias"] = state[f"{layer}.bias"]
-    for norm, key in norms.items():
-        arrays[f"{key}/scale"] = state[f"{norm}.weight"]
-        arrays[f"{key}/bias"] = state[f"{norm}.bias"]
-    return arrays
+def torchvision_network(name: str) -> Any:
+    models: Any = oracles.load("torchvision.models")
+    torch.manual_seed(0)
+    return models.get_model(TORCHVISION[name], num_classes=7, image_size=VARIANTS[name].size)
 
 
-def from_npz(name: str, folder: Path) -> Reference:
-    """Compare with what timm reads from the file."""
-    network, written = timm_network(name).eval(), timm_network(name)
-    randomize(written)
+@torch.no_grad()
+def _torchvision_stages(network: Any, pixels: np.ndarray) -> dict[str, np.ndarray]:
+    encoder, images = network.encoder, to_torch(pixels)
+    tokens = network._process_input(images)
+    tokens = torch.cat((network.class_token.expand(len(tokens), -1, -1), tokens), 1)
+    x = tokens + encoder.pos_embedding
+    outputs = {"embed": x}
+    for i, layer in enumerate(encoder.layers):
+        x = outputs[f"block{i + 1}"] = layer(x)
+    outputs["norm"] = encoder.ln(x)
+    outputs["pool"] = outputs["norm"][:, 0]
+    outputs["head"] = network.heads(outputs["pool"])
+    assert torch.equal(outputs["head"], network(images))
+    return {stage: value.numpy() for stage, value in outputs.items()}
+
+
+def from_torchvision(name: str, folder: Path) -> Reference:
+    """Compare at the native size, the only one that torchvision allows."""
+    network = torchvision_network(name).eval()
+    randomize(network)
+    torch.nn.init.normal_(network.heads.head.weight, std=0.05)
     folder.mkdir(parents=True)
-    state = {key: tensor.numpy() for key, tensor in written.state_dict().items()}
-    arrays: dict[str, Any] = flax_arrays(state, VARIANTS[name].heads)
-    np.savez(folder / "net.npz", **arrays)
-    with torch.no_grad():
-        network.load_pretrained(str(folder / "net.npz"))
-    variant = VARIANTS[name]
-    sizes = (variant.size, variant.size), (7 * variant.patch, 5 * variant.patch)
-    return Reference(folder / "net.npz", partial(_timm_stages, network), sizes)
+    torch.save(network.state_dict(), folder / "net.pth")
+    size = VARIANTS[name].size
+    return Reference(folder / "net.pth", partial(_torchvision_stages, network), ((size, size),))
 
 
-def flax_shapes(name: str) -> Shapes:
-    zero = np.zeros((), np.float32)
-    state = {key: np.broadcast_to(zero, shape) for key, shape in timm_shapes(name).items()}
-    arrays = flax_arrays(state, VARIANTS[name].heads)
-    return {key: array.shape for key, array in arrays.items()}
+def torchvision_shapes(name: str) -> Shapes:
+    with torch.device("meta"):
+        network = torchvision_network(name)
+    return {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
 
 
+_LAYOUTS: dict[str, tuple[Iterable[str], Callable[..., Reference], Callable[[str], Shapes]]] = {
+    "timm": (TIMM, from_timm, timm_shapes),
+    "huggingface": (TRANSFORMERS, from_transformers, transformers_shapes),
+    "torchvision": (TORCHVISION, from_torchvision, torchvision_shapes),
+}
 REFERENCES: dict[tuple[str, str], Build] = {
-    **{(name, "timm"): partial(from_timm, name) for name in TIMM if not is_large(name)},
-    **{
-        (name, "huggingface"): partial(from_transformers, name)
-        for name in TRANSFORMERS
-        if not is_large(name)
-    },
-    **{
-        (name, "vision_transformer"): partial(from_npz, name)
-        for name in AUGREG
-        if not is_large(name)
-    },
+    (name, layout): partial(build, name)
+    for layout, (names, build, _) in _LAYOUTS.items()
+    for name in names
+    if not is_large(name)
 }
 SHAPES: dict[tuple[str, str], Callable[[], Shapes]] = {
-    **{(name, "timm"): partial(timm_shapes, name) for name in TIMM if is_large(name)},
-    **{
-        (name, "huggingface"): partial(transformers_shapes, name)
-        for name in TRANSFORMERS
-        if is_large(name)
-    },
-    **{
-        (name, "vision_transformer"): partial(flax_shapes, name)
-        for name in AUGREG
-        if is_large(name)
-    },
+    (name, layout): partial(shapes, name)
+    for layout, (names, _, shapes) in _LAYOUTS.items()
+    for name in names
+    if is_large(name)
 }

@@ -366,6 +366,8 @@ def save_network(
         return save(workdir / BEST, whole)
     trained = base._replace(model=result.model, variables=result.unmerged, card=card)
     scale = adaptation.scale
+    if config.channels:  # the first kernel for other channels is not in the file of the base
+        base = config.read(config.weights, model=config.model, normalization=config.normalization)
     return save_adapter(workdir / ADAPTER, trained, base, weights=config.weights, scale=scale)
 
 

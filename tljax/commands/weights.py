@@ -15,7 +15,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class List(cli.Output):
-    """List the catalog of published weights."""
+    """List the catalog of published weights.
+
+    Attributes:
+        name: Part of the names to list, such as dinov3; by default all are listed.
+    """
+
+    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME_PART")] = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,9 +75,9 @@ class Export(Source):
         path: File to write: .safetensors, .pth, .weights.h5, .h5 or .onnx; or the folder to write,
             for the layouts huggingface and stablehlo.
         layout: Format to write: the keys of torchvision, timm, huggingface, keras,
-            efficientnet_pytorch or tljax; or onnx; or stablehlo, a program that runs with JAX
-            alone. By default onnx for a path that ends in .onnx, otherwise torchvision, or else the
-            first one that the network has.
+            efficientnet_pytorch, open_clip, vision_transformer, big_vision or tljax; or onnx; or
+            stablehlo, a program that runs with JAX alone. By default onnx for a path that ends in
+            .onnx, otherwise torchvision, or else the first one that the network has.
     """
 
     path: Annotated[Path, tyro.conf.Positional]
@@ -86,10 +92,16 @@ def run(command: Config) -> dict[str, Any]:
     from tljax.pretrained import CATALOG, export, save
     from tljax.pretrained.deploy import export_onnx, export_stablehlo
     from tljax.pretrained.verify import TOLERANCE, verify
-    from tljax.runtime.errors import VerificationError
+    from tljax.runtime.errors import RequestError, VerificationError
     from tljax.runtime.tables import format_table
 
     if isinstance(command, List):
+        part = command.name.lower()
+        entries = {name: entry for name, entry in CATALOG.items() if part in name.lower()}
+        if not entries:
+            raise RequestError(
+                f"no name of the catalog contains '{command.name}'; `tljax weights list` shows all"
+            )
         header = ("name", "network", "crop", "resize", "filter", "norm", "classes", "top-1")
         header = (*header, "license", "file")
         rows = [
@@ -105,10 +117,10 @@ def run(command: Config) -> dict[str, Any]:
                 entry.licence,
                 entry.source.rpartition("/" if entry.source.startswith("https:") else "\n")[2],
             )
-            for name, entry in CATALOG.items()
+            for name, entry in entries.items()
         ]
         print(format_table(header, rows, left=len(header)))
-        return {"weights": {name: asdict(entry) for name, entry in CATALOG.items()}}
+        return {"weights": {name: asdict(entry) for name, entry in entries.items()}}
     options: dict[str, Any] = {"model": command.model}
     if isinstance(command, Import):
         options |= {"normalization": command.normalization, "task": command.task}

@@ -103,8 +103,15 @@ TORCHVISION_NAMES = {
     "regnet_y_128gf": "regnety_1280",
     **{f"efficientnet_b{i}": f"tv_efficientnet_b{i}" for i in (5, 6, 7)},
     **{f"efficientnet_v2_{size}": f"tv_efficientnetv2_{size}" for size in ("s", "m", "l")},
+    "vit_b_16": "vit_base_patch16_224",
+    "vit_b_16.swag_e2e": "vit_base_patch16_384",
+    "vit_b_32": "vit_base_patch32_224",
+    "vit_l_16": "vit_large_patch16_224",
 }
-"""Keys of `MODELS` for the torchvision names that differ from them."""
+"""Keys of `MODELS` for the torchvision names that differ from them.
+
+A name with a version is that of weights for another image size than the first.
+"""
 
 
 def catalog_name(name: str) -> str | None:
@@ -117,7 +124,8 @@ def catalog_name(name: str) -> str | None:
     project, _, rest = name.partition(":")
     if project == "torchvision":
         model, _, version = rest.lower().partition(".")
-        name = f"{TORCHVISION_NAMES.get(model, model)}.{torchvision_tag(version or 'v1')}"
+        model = TORCHVISION_NAMES.get(rest.lower(), TORCHVISION_NAMES.get(model, model))
+        name = f"{model}.{torchvision_tag(version or 'v1')}"
     return {key.lower(): key for key in CATALOG}.get(name.lower())
 
 

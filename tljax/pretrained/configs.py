@@ -5,17 +5,22 @@ networks with the same tensors differ.
 """
 
 import json
-import math
 import reprlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 from tljax.models import MODELS, Model
-from tljax.models.spec import is_number, is_side
+from tljax.models.spec import is_number
 from tljax.pretrained.catalog import default_names
+from tljax.pretrained.processors import (
+    DEFAULT_PROCESSORS,
+    huggingface_preprocess,
+    image_processor,
+    timm_preprocess,
+)
 from tljax.pretrained.rules import Config
+from tljax.pretrained.sections import Section, read_section
 from tljax.pretrained.tables import vit
 from tljax.pretrained.tables.layouts import LAYOUTS
 from tljax.runtime.errors import RequestError
@@ -23,28 +28,6 @@ from tljax.runtime.files import atomic_write
 from tljax.runtime.settings import Kind
 from tljax.runtime.task import CLASSIFICATION, Task
 from tljax.runtime.types import Preprocess
-
-_PILLOW_FILTERS = {2: "bilinear", 3: "bicubic"}
-
-# Image processors of transformers that keep the aspect ratio, with their default resampling.
-_PROCESSORS = {"ConvNext": 3, "Bit": 3, "CLIP": 3, "MobileNetV1": 2, "MobileNetV2": 2}
-# Image processors of transformers that ignore the aspect ratio.
-_SQUEEZING = {"ViT": 2, "DeiT": 3, "Siglip": 3, "DINOv3ViT": 2}
-# Default image processors by model_type; the others default to ConvNext's.
-_DEFAULT_PROCESSORS = {
-    "mobilenet_v1": "MobileNetV1",
-    "mobilenet_v2": "MobileNetV2",
-    "vit": "ViT",
-    "vit_mae": "ViT",
-    "deit": "DeiT",
-    "clip": "CLIP",
-    "siglip": "Siglip",
-    "clip_vision_model": "CLIP",
-    "siglip_vision_model": "Siglip",
-    "dinov3_vit": "DINOv3ViT",
-    "dinov2": "Bit",
-    "dinov2_with_registers": "Bit",
-}
 
 # Arguments of timm's model constructors with their supported values.
 _SUPPORTED_ARGUMENTS = {
@@ -85,9 +68,6 @@ _PROBLEM_TYPES: dict[Kind, str] = {
 # Keys of tljax in config.json, which transformers keeps and ignores.
 _THRESHOLDS, _UNITS = "tljax_thresholds", "tljax_units"
 
-# From this size on transformers' ConvNext processor ignores the aspect ratio.
-_SQUASHED_FROM_SIDE = 384
-
 
 class Description(NamedTuple):
     """Contents of the configuration files beside the weights.
@@ -120,19 +100,19 @@ def read_configs(folder: Path, model: Model) -> Description:
     Raises:
         RequestError: a file is not JSON, or a value in it is invalid or not supported.
     """
-    config = _read(folder / "config.json")
+    config = read_section(folder / "config.json")
     timm = config.section("pretrained_cfg")
     if not timm.values and "input_size" in config.values:  # timm's first versions
         timm = config
     _check_architecture(_tower(config), model)
     _check_outputs(config, model.num_classes)
-    processor = _read(folder / "preprocessor_config.json")
+    processor = read_section(folder / "preprocessor_config.json")
     preprocess, differences = None, ()
     if timm.values:
-        preprocess = _timm_preprocess(timm, model.preprocess.channels)
+        preprocess, differences = timm_preprocess(timm, model.preprocess.channels)
     elif processor.values:
-        default = _DEFAULT_PROCESSORS.get(str(config.values.get("model_type")), "ConvNext")
-        preprocess, differences = _huggingface_preprocess(
+        default = DEFAULT_PROCESSORS.get(str(config.values.get("model_type")), "ConvNext")
+        preprocess, differences = huggingface_preprocess(
             processor, default, model.preprocess.channels
         )
     source = timm if timm.values else config
@@ -150,7 +130,7 @@ def read_architecture(folder: Path) -> str | None:
     Raises:
         RequestError: the network was built with arguments that tljax does not support.
     """
-    config = _read(folder / "config.json")
+    config = read_section(folder / "config.json")
     _check_arguments(config)
     if str(config.values.get("model_type")).startswith("siglip2"):
         raise RequestError(
@@ -213,77 +193,12 @@ def write_configs(
     else:
         architecture = architecture.replace("ForImageClassification", "Model")
         config |= {"architectures": [architecture.replace("WithProjection", "")]}
-    preprocess = model.preprocess
-    if preprocess.channels != 3:
-        config["num_channels"] = preprocess.channels
-    filters = {name: number for number, name in _PILLOW_FILTERS.items()}
-    processor = {
-        # The one processor of transformers that resizes and crops like tljax at any size.
-        "image_processor_type": "BitImageProcessor",
-        "do_resize": True,
-        "size": {"shortest_edge": preprocess.resize},
-        "resample": filters[preprocess.interpolation],
-        "do_center_crop": True,
-        "crop_size": {"height": preprocess.size, "width": preprocess.size},
-        "do_rescale": preprocess.dtype == "uint8",
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": preprocess.mean,
-        "image_std": preprocess.std,
-    }
+    if model.preprocess.channels != 3:
+        config["num_channels"] = model.preprocess.channels
+    processor = image_processor(model.preprocess)
     for name, value in (("config.json", config), ("preprocessor_config.json", processor)):
         with atomic_write(folder / name) as temporary:
             temporary.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
-
-
-@dataclass(frozen=True)
-class _Section:
-    """A JSON object whose values are validated when they are read.
-
-    Attributes:
-        where: file, and key within the file, for error messages.
-        values: the object; empty if it is absent.
-    """
-
-    where: str
-    values: dict[str, Any]
-
-    def get(
-        self, key: str, is_valid: Callable[[Any], bool], expected: str, default: object = None
-    ) -> Any:
-        """Return a valid value, or the default for a missing value or null."""
-        value = self.values.get(key)
-        if value is None and default is not None:
-            return default
-        if not is_valid(value):
-            problem = "is missing" if value is None else f"is {reprlib.repr(value)}"
-            raise self.error(f"{key} {problem} and should be {expected}; correct it")
-        return value
-
-    def section(self, key: str) -> "_Section":
-        """Return a nested object."""
-        value = self.get(key, lambda value: isinstance(value, dict), "an object", {})
-        return _Section(f"{self.where}: {key}", value)
-
-    def error(self, reason: str) -> RequestError:
-        """Return an error that names the section and a workaround."""
-        return RequestError(
-            f"{self.where}: {reason}, or load the weight file alone, with the default "
-            "preprocessing of its architecture"
-        )
-
-
-def _read(path: Path) -> _Section:
-    section = _Section(str(path), {})
-    if not path.exists():
-        return section
-    try:
-        values = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise section.error(f"cannot be read as JSON ({error}); fetch it again") from error
-    if not isinstance(values, dict):
-        raise section.error("is JSON, but not an object; fetch it again")
-    return _Section(str(path), values)
 
 
 def alternatives(value: Any) -> tuple[Any, ...]:
@@ -300,12 +215,12 @@ _TRANSFORMER_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
-def _tower(config: _Section) -> _Section:
+def _tower(config: Section) -> Section:
     """Return the configuration of the image tower of a network for images and text."""
     return config.section("vision_config") if "vision_config" in config.values else config
 
 
-def _transformer(config: _Section) -> str | None:
+def _transformer(config: Section) -> str | None:
     """Return the Vision Transformer that a configuration describes, if several are alike."""
     kind = str(config.values.get("model_type"))
     if kind not in _TRANSFORMER_DEFAULTS:
@@ -330,7 +245,7 @@ def _contradictions(values: dict[str, Any], expected: Config) -> list[str]:
     ]
 
 
-def _check_architecture(config: _Section, model: Model) -> None:
+def _check_architecture(config: Section, model: Model) -> None:
     """Raise an error for a network with the same tensors but another computation."""
     name = model.name
     configs = [layout.config(name) for layout in LAYOUTS[name].values()]
@@ -356,7 +271,7 @@ def _check_architecture(config: _Section, model: Model) -> None:
         )
 
 
-def _check_arguments(config: _Section) -> None:
+def _check_arguments(config: Section) -> None:
     """Raise an error for constructor arguments of timm that change the network."""
     name = str(config.values.get("architecture"))
     is_tf = name.startswith("tf_")
@@ -387,7 +302,7 @@ def _check_arguments(config: _Section) -> None:
             )
 
 
-def _check_outputs(config: _Section, count: int) -> None:
+def _check_outputs(config: Section, count: int) -> None:
     """Raise an error if the configuration is that of a head with more or fewer outputs."""
     for section in (config, config.section("model_args")):
         for key in ("num_classes", "num_labels"):
@@ -397,7 +312,7 @@ def _check_outputs(config: _Section, count: int) -> None:
                 raise section.error(f"{key} is {value}, but {head}; correct it")
 
 
-def _task(config: _Section, count: int) -> tuple[Task, tuple[Kind, ...], tuple[str, ...]]:
+def _task(config: Section, count: int) -> tuple[Task, tuple[Kind, ...], tuple[str, ...]]:
     """Return the task, the kinds that the configuration allows, and remarks.
 
     Without a problem_type, transformers takes one output for a number, and several for exclusive
@@ -450,7 +365,7 @@ def _is_list(value: object, count: int, is_valid: Callable[[Any], bool]) -> bool
 
 
 def _classes(
-    config: _Section, timm: _Section, count: int, kind: Kind
+    config: Section, timm: Section, count: int, kind: Kind
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the class names, and a remark if those of the files do not match the logits."""
     by_index = config.get("id2label", lambda value: isinstance(value, dict), "an object", {})
@@ -468,111 +383,3 @@ def _classes(
         if not isinstance(name, str):
             raise config.error(f"the name of class {i} is {reprlib.repr(name)}; correct it")
     return tuple(names), ()
-
-
-# --- preprocessing -------------------------------------------------------------------------------
-
-
-def _timm_preprocess(cfg: _Section, channels: int) -> Preprocess:
-    """Return timm's evaluation transform: short side to size / crop_pct, then a center crop.
-
-    For a network of other channels than RGB, timm keeps the mean and std of RGB; their averages are
-    taken.
-    """
-    cfg.get("crop_mode", lambda value: value == "center", "'center'", "center")
-    _, size, _ = cfg.get(
-        "input_size",
-        lambda v: (
-            isinstance(v, list)
-            and v[:1] in ([3], [channels])
-            and is_side(v[-1])
-            and v[1:] == v[-1:] * 2
-        ),
-        f"[{channels}, n, n] with n in pixels",
-    )
-    interpolation = cfg.get(
-        "interpolation", lambda value: value in ("bilinear", "bicubic"), "bilinear or bicubic"
-    )
-    resize = math.floor(size / cfg.get("crop_pct", _is_fraction, "a number above 0, at most 1"))
-    mean = cfg.values.get("mean")
-    count = 3 if isinstance(mean, list) and len(mean) == 3 else channels
-    statistics = _mean_and_std(cfg, "mean", "std", count)
-    return Preprocess(size, resize, interpolation, *statistics).with_channels(channels)
-
-
-def _huggingface_preprocess(
-    processor: _Section, default_kind: str, channels: int
-) -> tuple[Preprocess, tuple[str, ...]]:
-    """Return the preprocessing of an image processor of transformers, and a note on differences.
-
-    Where the crop removes an odd number of pixels, transformers' crop may lie one pixel nearer to
-    the top left: it rounds down, while torchvision, timm and tljax round to even.
-    """
-    for key in ("do_resize", "do_rescale", "do_normalize"):
-        processor.get(key, lambda value: value is True, "true", default=True)
-    processor.get(
-        "rescale_factor", lambda v: is_number(v) and math.isclose(v, 1 / 255), "1/255", 1 / 255
-    )
-    old, new = "feature_extractor_type", "image_processor_type"
-    kind = processor.get(
-        old if processor.values.get(new) is None else new,
-        lambda value: isinstance(value, str) and value.startswith((*_PROCESSORS, *_SQUEEZING)),
-        f"that of {', '.join((*_PROCESSORS, *_SQUEEZING))}",
-        default_kind,
-    )
-    defaults = {**_PROCESSORS, **_SQUEEZING}.items()
-    default = next(value for name, value in defaults if kind.startswith(name))
-    squeezes = kind.startswith(tuple(_SQUEEZING))
-    resample = processor.get("resample", lambda value: value in (2, 3), "2 or 3", default)
-    edge = _side(processor, "size", *(("height", "width") if squeezes else ("shortest_edge",)))
-    if squeezes and not processor.values.get("do_center_crop", kind.startswith("DeiT")):
-        crop, resize = edge, edge
-    elif kind.startswith("ConvNext"):
-        processor.get("do_center_crop", lambda value: value is False, "false", default=False)
-        share = processor.get("crop_pct", _is_fraction, "a number above 0, at most 1", 224 / 256)
-        crop, resize = edge, math.floor(edge / share)
-        if edge >= _SQUASHED_FROM_SIDE:
-            raise processor.error(
-                f"from {_SQUASHED_FROM_SIDE} px on this image processor ignores the aspect ratio, "
-                "which tljax does not support; choose a smaller size"
-            )
-    else:
-        processor.get("do_center_crop", lambda value: value is True, "true", default=True)
-        crop, resize = _side(processor, "crop_size", "height", "width"), edge
-        if crop > resize:
-            raise processor.error(f"crop_size {crop} is more than size {resize}; correct it")
-    interpolation: Any = _PILLOW_FILTERS[resample]
-    statistics = _mean_and_std(processor, "image_mean", "image_std", channels)
-    note = (
-        f"{processor.where}: {kind} squeezes images into a square; tljax keeps their aspect ratio "
-        "and crops the center"
-    )
-    preprocess = Preprocess(crop, resize, interpolation, *statistics)
-    return preprocess, (note,) if squeezes else ()
-
-
-def _side(processor: _Section, key: str, *names: str) -> int:
-    """Return a length in pixels, given as a number or as a dict with these names."""
-
-    def is_valid(value: object) -> bool:
-        sides = [value.get(name) for name in names] if isinstance(value, dict) else [value]
-        return all(map(is_side, sides)) and len(set(sides)) == 1
-
-    expected = "n or {" + ", ".join(f"'{name}': n" for name in names) + "} with n in pixels"
-    value = processor.get(key, is_valid, expected)
-    return value[names[0]] if isinstance(value, dict) else value
-
-
-def _mean_and_std(section: _Section, mean: str, std: str, channels: int) -> tuple[Any, Any]:
-    def fits(value: object) -> bool:
-        return isinstance(value, list) and len(value) == channels and all(map(is_number, value))
-
-    numbers = f"{channels} number{'s' * (channels > 1)}"
-    return (
-        tuple(section.get(mean, fits, numbers)),
-        tuple(section.get(std, lambda v: fits(v) and min(v) > 0, f"{numbers} above 0")),
-    )
-
-
-def _is_fraction(value: object) -> bool:
-    return is_number(value) and 0.01 <= value <= 1  # pyright: ignore[reportOperatorIssue]

@@ -55,13 +55,11 @@ def export(path: Path, pretrained: Pretrained, layout: str) -> None:
             "export this network as tljax, stablehlo or onnx"
         )
     variables = _with_units(model, jax.device_get(variables), card.task)
-    arrays = _without_zeros(invert_rules(rules, variables), LAYOUTS[model.name][layout].optional)
+    optional = LAYOUTS[model.name][layout].optional
+    arrays = _without_zeros(invert_rules(rules, variables), optional)
+    if layout in _PROGRAMS:
+        _refuse(arrays, optional, f"{_PROGRAMS[layout]} has no", path)
     if layout == "huggingface":
-        if extra := [key for key in arrays if key.endswith(LAYOUTS[model.name][layout].optional)]:
-            raise RequestError(
-                f"transformers has no {extra[0]}, which is not zero here; {path} is not written: "
-                "export this network as tljax, timm, stablehlo or onnx"
-            )
         write_configs(path, model, card.classes, card.task)
         write_safetensors(path / "model.safetensors", arrays, {"format": "pt"})
     elif layout == "keras":
@@ -77,6 +75,21 @@ def export(path: Path, pretrained: Pretrained, layout: str) -> None:
     else:
         raise RequestError(f"unknown format: {path}; use the suffix .safetensors, .pth or .npz")
     return None
+
+
+_PROGRAMS = {"huggingface": "transformers", "open_clip": "open_clip"}
+"""Layouts whose programs have no place for optional tensors at all."""
+
+
+def _refuse(
+    arrays: Mapping[str, np.ndarray], optional: tuple[str, ...], reason: str, path: Path
+) -> None:
+    """Raise an error if there is an optional tensor."""
+    if extra := [key for key in arrays if key.endswith(optional)]:
+        raise RequestError(
+            f"{reason} {extra[0]}, which is not zero here; {path} is not written: export this "
+            "network as tljax, timm, stablehlo or onnx"
+        )
 
 
 def _without_zeros(

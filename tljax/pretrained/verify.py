@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from tljax.models import Model, layer_outputs, normalize, replace_head
+from tljax.models.vit import VARIANTS
 from tljax.pretrained import verify_keras
 from tljax.pretrained.catalog import CATALOG, TORCHVISION_NAMES
 from tljax.pretrained.fetch import fetch
@@ -19,7 +20,8 @@ from tljax.pretrained.formats import read_tensors
 from tljax.pretrained.keras_graph import Graph
 from tljax.pretrained.network import Pretrained
 from tljax.pretrained.rules import Rules, invert_rules
-from tljax.pretrained.tables.layouts import LAYOUTS, check, head_bias_key, layout_rules, table
+from tljax.pretrained.tables.layouts import LAYOUTS, head_bias_key, layout_rules, table
+from tljax.pretrained.unwrap import check
 from tljax.pretrained.verify_keras import Layer, Pixels, load_errors
 from tljax.runtime.errors import RequestError
 from tljax.runtime.types import Array, Variables
@@ -155,8 +157,10 @@ def _layer(path: str) -> str:
 def _reference(pretrained: Pretrained, reference: str | None) -> tuple[Any, str]:
     """Return a torch module with its own weights, and the layout of its keys."""
     model, _, card = pretrained
-    torchvision = LAYOUTS[model.name].get("torchvision")
-    own = LAYOUTS[model.name].get(card.layout)
+    # A layer of torchvision's transformers has no output of its own to compare with.
+    layouts = {} if model.name in VARIANTS else LAYOUTS[model.name]
+    torchvision = layouts.get("torchvision")
+    own = layouts.get(card.layout)
     if reference is None and torchvision and own and own.table is torchvision.table:
         return _torchvision(pretrained), "torchvision"
     if reference is None and card.layout != "huggingface":

@@ -154,13 +154,14 @@ def huggingface(name: str) -> Rules:
 def huggingface_config(name: str) -> Config:
     """Return the config.json of ``ConvNextForImageClassification`` or its version 2.
 
-    It does not mention ``layer_norm_eps``, the epsilon of the last norm alone: published files say
-    1e-12, and the authors' network has 1e-6 everywhere. The difference is that of rounding errors.
+    ``layer_norm_eps`` is the epsilon of the last norm alone: published files say 1e-12, and the
+    authors' network has 1e-6 everywhere. The difference is that of rounding errors.
     """
     version = "V2" if VARIANTS[name].response_norm else ""
     return {
         "architectures": [f"ConvNext{version}ForImageClassification"],
         "model_type": f"convnext{version.lower()}",
+        "layer_norm_eps": (1e-6, 1e-12),
         **_sizes(name),
     }
 

@@ -1,0 +1,216 @@
+"""Files of Vision Transformers in formats that timm converts: of open_clip and of Google."""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import oracles
+import torch
+
+from references.contract import Build, Reference, Shapes
+from references.vit import is_large, randomize, timm_network, timm_shapes, timm_stages
+from tljax.models.vit import AUGREG, CLIP, VARIANTS
+
+
+def open_clip_arrays(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return the tensors of timm under the keys of open_clip."""
+    names = {
+        "patch_embed.proj": "conv1",
+        "norm_pre": "ln_pre",
+        "norm": "ln_post",
+        "norm1": "ln_1",
+        "norm2": "ln_2",
+        "attn.proj": "attn.out_proj",
+        "mlp.fc1": "mlp.c_fc",
+        "mlp.fc2": "mlp.c_proj",
+    }
+    arrays = {
+        "visual.class_embedding": state["cls_token"][0, 0],
+        "visual.positional_embedding": state["pos_embed"][0],
+        "visual.proj": state["head.weight"].T,
+    }
+    for key, array in state.items():
+        module, _, leaf = key.rpartition(".")
+        start, layer = "visual.", module
+        if module.startswith("blocks."):
+            _, block, layer = module.split(".", 2)
+            start = f"visual.transformer.resblocks.{block}."
+        if layer == "attn.qkv":
+            arrays[f"{start}attn.in_proj_{leaf}"] = array
+        elif layer in names:
+            arrays[f"{start}{names[layer]}.{leaf}"] = array
+    return arrays
+
+
+def newer_names(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return the tensors of an older file of Google under the keys of big_vision."""
+    modules = {
+        "MultiHeadDotProductAttention_1": "MultiHeadDotProductAttention_0",
+        "LayerNorm_2": "LayerNorm_1",
+        "MlpBlock_3": "MlpBlock_0",
+        "Transformer/posembed_input/": "",
+    }
+    renamed = {}
+    for key, array in arrays.items():
+        for old, new in modules.items():
+            key = key.replace(old, new)  # noqa: PLW2901
+        renamed[key] = array
+    return renamed
+
+
+def big_vision_arrays(state: dict[str, np.ndarray], heads: int) -> dict[str, np.ndarray]:
+    """Return the tensors of timm's SigLIP under the keys of big_vision."""
+    body = {key: x for key, x in state.items() if not key.startswith("attn_pool.")}
+    arrays = newer_names(flax_arrays(body, heads))
+    pool, start = "attn_pool", "MAPHead_0"
+    width = state["pos_embed"].shape[-1]
+    arrays[f"{start}/probe"] = state[f"{pool}.latent"]
+    attention = f"{start}/MultiHeadDotProductAttention_0"
+    for leaf in ("weight", "bias"):
+        parts = state[f"{pool}.q.{leaf}"], *np.split(state[f"{pool}.kv.{leaf}"], 2)
+        for part, x in zip(("query", "key", "value"), parts, strict=True):
+            kernel = leaf == "weight"
+            shape = (width, heads, -1) if kernel else (heads, -1)
+            name = f"{attention}/{part}/{'kernel' if kernel else 'bias'}"
+            arrays[name] = (x.T if kernel else x).reshape(shape)
+    out = state[f"{pool}.proj.weight"].T.reshape(heads, -1, width)
+    arrays |= {f"{attention}/out/kernel": out, f"{attention}/out/bias": state[f"{pool}.proj.bias"]}
+    for leaf, key in (("scale", "weight"), ("bias", "bias")):
+        arrays[f"{start}/LayerNorm_0/{leaf}"] = state[f"{pool}.norm.{key}"]
+    for j in (0, 1):
+        layer, dense = f"{pool}.mlp.fc{j + 1}", f"{start}/MlpBlock_0/Dense_{j}"
+        arrays[f"{dense}/kernel"] = state[f"{layer}.weight"].T
+        arrays[f"{dense}/bias"] = state[f"{layer}.bias"]
+    return arrays
+
+
+def siglip_network(name: str) -> Any:
+    """Build the network of timm with the GELU of a variant; the authors' is that of tanh."""
+    theirs = "hf_vit_so400m_patch14_siglip_384"
+    timm_name = "vit_so400m_patch14_siglip_384" if name == theirs else name.removeprefix("hf_")
+    return timm_network(timm_name, act_layer="gelu_tanh" if name.startswith("hf_") else None)
+
+
+def from_open_clip(name: str, folder: Path) -> Reference:
+    """Compare with what timm reads from the file."""
+    network, written = timm_network(name).eval(), timm_network(name)
+    randomize(written)
+    written.head.bias.data.zero_()
+    folder.mkdir(parents=True)
+    arrays = open_clip_arrays({key: x.numpy() for key, x in written.state_dict().items()})
+    state = {key: torch.from_numpy(np.ascontiguousarray(x)) for key, x in arrays.items()}
+    torch.save(state, folder / "net.pt")
+    convert = oracles.load("timm.models.vision_transformer").checkpoint_filter_fn
+    network.load_state_dict(convert(state, network))
+    variant = VARIANTS[name]
+    sizes = (variant.size, variant.size), (7 * variant.patch, 5 * variant.patch)
+    return Reference(folder / "net.pt", partial(timm_stages, network), sizes)
+
+
+def open_clip_shapes(name: str) -> Shapes:
+    zero = np.zeros((), np.float32)
+    state = {key: np.broadcast_to(zero, shape) for key, shape in timm_shapes(name).items()}
+    return {key: array.shape for key, array in open_clip_arrays(state).items()}
+
+
+def from_big_vision(name: str, folder: Path) -> Reference:
+    """Compare with what timm reads from the file."""
+    network, written = siglip_network(name).eval(), siglip_network(name)
+    randomize(written)
+    folder.mkdir(parents=True)
+    state = {key: tensor.numpy() for key, tensor in written.state_dict().items()}
+    arrays = big_vision_arrays(state, VARIANTS[name].heads)
+    named: dict[str, Any] = {f"params/img/{key}": array for key, array in arrays.items()}
+    np.savez(folder / "net.npz", **named)
+    with torch.no_grad():
+        network.load_pretrained(str(folder / "net.npz"))
+    variant = VARIANTS[name]
+    sizes = (variant.size, variant.size), (7 * variant.patch, 5 * variant.patch)
+    return Reference(folder / "net.npz", partial(timm_stages, network), sizes)
+
+
+def big_vision_shapes(name: str) -> Shapes:
+    with torch.device("meta"):
+        state = siglip_network(name).state_dict()
+    zero = np.zeros((), np.float32)
+    arrays = {key: np.broadcast_to(zero, tuple(x.shape)) for key, x in state.items()}
+    named = big_vision_arrays(arrays, VARIANTS[name].heads)
+    return {key: array.shape for key, array in named.items()}
+
+
+def flax_arrays(state: dict[str, np.ndarray], heads: int) -> dict[str, np.ndarray]:
+    """Return the tensors of timm under the keys of Flax, which timm's own reader understands."""
+    width = state["pos_embed"].shape[-1]
+    arrays = {
+        **({"cls": state["cls_token"]} if "cls_token" in state else {}),
+        "Transformer/posembed_input/pos_embedding": state["pos_embed"],
+        "embedding/kernel": state["patch_embed.proj.weight"].transpose(2, 3, 1, 0),
+        "embedding/bias": state["patch_embed.proj.bias"],
+        "head/kernel": state["head.weight"].T,
+        "head/bias": state["head.bias"],
+    }
+    norms = {"norm": "Transformer/encoder_norm"}
+    for i in range(sum(key.endswith("norm1.bias") for key in state)):
+        key, block = f"Transformer/encoderblock_{i}", f"blocks.{i}"
+        norms |= {f"{block}.norm1": f"{key}/LayerNorm_0", f"{block}.norm2": f"{key}/LayerNorm_2"}
+        attention = f"{key}/MultiHeadDotProductAttention_1"
+        kernels = np.split(state[f"{block}.attn.qkv.weight"], 3)
+        biases = np.split(state[f"{block}.attn.qkv.bias"], 3)
+        for part, kernel, bias in zip(("query", "key", "value"), kernels, biases, strict=True):
+            arrays[f"{attention}/{part}/kernel"] = kernel.T.reshape(width, heads, -1)
+            arrays[f"{attention}/{part}/bias"] = bias.reshape(heads, -1)
+        out = state[f"{block}.attn.proj.weight"].T.reshape(heads, -1, width)
+        arrays[f"{attention}/out/kernel"] = out
+        arrays[f"{attention}/out/bias"] = state[f"{block}.attn.proj.bias"]
+        for j in (0, 1):
+            dense, layer = f"{key}/MlpBlock_3/Dense_{j}", f"{block}.mlp.fc{j + 1}"
+            arrays[f"{dense}/kernel"] = state[f"{layer}.weight"].T
+            arrays[f"{dense}/bias"] = state[f"{layer}.bias"]
+    for norm, key in norms.items():
+        arrays[f"{key}/scale"] = state[f"{norm}.weight"]
+        arrays[f"{key}/bias"] = state[f"{norm}.bias"]
+    return arrays
+
+
+def from_npz(name: str, folder: Path) -> Reference:
+    """Compare with what timm reads from the file."""
+    network, written = timm_network(name).eval(), timm_network(name)
+    randomize(written)
+    folder.mkdir(parents=True)
+    state = {key: tensor.numpy() for key, tensor in written.state_dict().items()}
+    arrays: dict[str, Any] = flax_arrays(state, VARIANTS[name].heads)
+    np.savez(folder / "net.npz", **arrays)
+    with torch.no_grad():
+        network.load_pretrained(str(folder / "net.npz"))
+    variant = VARIANTS[name]
+    sizes = (variant.size, variant.size), (7 * variant.patch, 5 * variant.patch)
+    return Reference(folder / "net.npz", partial(timm_stages, network), sizes)
+
+
+def flax_shapes(name: str) -> Shapes:
+    zero = np.zeros((), np.float32)
+    state = {key: np.broadcast_to(zero, shape) for key, shape in timm_shapes(name).items()}
+    arrays = flax_arrays(state, VARIANTS[name].heads)
+    return {key: array.shape for key, array in arrays.items()}
+
+
+SIGLIP = [name for name, variant in VARIANTS.items() if variant.pool == "attention"]
+_LAYOUTS: dict[str, tuple[Iterable[str], Callable[..., Reference], Callable[[str], Shapes]]] = {
+    "open_clip": (CLIP, from_open_clip, open_clip_shapes),
+    "vision_transformer": (AUGREG, from_npz, flax_shapes),
+    "big_vision": (SIGLIP, from_big_vision, big_vision_shapes),
+}
+REFERENCES: dict[tuple[str, str], Build] = {
+    (name, layout): partial(build, name)
+    for layout, (names, build, _) in _LAYOUTS.items()
+    for name in names
+    if not is_large(name)
+}
+SHAPES: dict[tuple[str, str], Callable[[], Shapes]] = {
+    (name, layout): partial(shapes, name)
+    for layout, (names, _, shapes) in _LAYOUTS.items()
+    for name in names
+    if is_large(name)
+}
