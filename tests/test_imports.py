@@ -57,6 +57,29 @@ def test_only_models_import_flax(path: Path):
     assert not imports_flax or package(path) == "models"
 
 
+def family_files() -> list[Path]:
+    from tljax.models import MODELS
+
+    modules = {builder.func.__module__ for builder in MODELS.values()}
+    return sorted(ROOT.joinpath(*module.split(".")).with_suffix(".py") for module in modules)
+
+
+@pytest.mark.parametrize("path", family_files(), ids=lambda path: path.stem)
+def test_a_family_is_one_file_and_its_tables(path: Path):
+    """Beside them it needs its lines in MODELS and in the list of tables, and nothing else.
+
+    Its weights are rows of the catalog, and its reference is in tests/references.
+    """
+    family, pretrained = path.stem, ROOT / "tljax" / "pretrained"
+    users = {file for file in FILES if f"tljax.models.{family}" in imported(file)} - {path}
+    places = {ROOT / "tljax" / "models", pretrained / "tables"}
+    assert {file.parent for file in users} <= places
+    tables = {file for file in FILES if f"tljax.pretrained.tables.{family}" in imported(file)}
+    assert tables <= {pretrained / "tables" / "layouts.py"}
+    lines = (ROOT / "tljax" / "models" / "__init__.py").read_text("utf-8").count(f"{family}.")
+    assert 2 <= lines <= 6, "at most three lines of MODELS, each with a builder and its names"
+
+
 def test_the_rules_can_fail(tmp_path: Path):
     file = tmp_path / "x.py"
     file.write_text("from flax import linen\ndef f():\n    import tljax.train.fit\n")

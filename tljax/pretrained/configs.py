@@ -19,9 +19,8 @@ from tljax.pretrained.processors import (
     image_processor,
     timm_preprocess,
 )
-from tljax.pretrained.rules import Config
+from tljax.pretrained.rules import Arguments, Config
 from tljax.pretrained.sections import Section, read_section
-from tljax.pretrained.tables import vit
 from tljax.pretrained.tables.layouts import LAYOUTS
 from tljax.runtime.errors import RequestError
 from tljax.runtime.files import atomic_write
@@ -36,20 +35,6 @@ _SUPPORTED_ARGUMENTS = {
     "fix_stem_head": (False,),
     "global_pool": ("avg", "fast", "fastavg", None),
     "output_stride": (32,),
-}
-_CONVNEXT_ARGUMENTS = {
-    "act_layer": ("gelu",),
-    "norm_layer": ("layernorm", "layernorm2d"),
-    "norm_eps": (1e-6, None),
-    "stem_type": ("patch",),
-}
-# timm's names of the activations, by a part of the name of the network; the others have "relu".
-_ACTIVATIONS = {
-    "mobilenetv3": ("hard_swish",),
-    "mobilenetv4": ("relu",),
-    "mobilenet": ("relu6",),
-    "lite": ("relu6",),
-    "efficientnet": ("silu", "swish"),
 }
 # Arguments that do not affect evaluation, or whose effect shows in the shapes of the tensors.
 _IGNORED_ARGUMENTS = (
@@ -131,22 +116,22 @@ def read_architecture(folder: Path) -> str | None:
         RequestError: the network was built with arguments that tljax does not support.
     """
     config = read_section(folder / "config.json")
-    _check_arguments(config)
     if str(config.values.get("model_type")).startswith("siglip2"):
         raise RequestError(
             f"{config.where}: SigLIP 2 for images of any aspect ratio (NaFlex) is not supported; "
             "choose weights of a fixed resolution, such as google/siglip2-base-patch16-224"
         )
     architecture = config.values.get("architecture")
-    if not isinstance(architecture, str):
-        return _transformer(_tower(config))
     names = {
         each: name
         for name in MODELS
         for layout in LAYOUTS[name].values()
         for each in alternatives(layout.config(name).get("architecture"))
     }
-    return names.get(architecture)
+    name = names.get(architecture) if isinstance(architecture, str) else None
+    timm = LAYOUTS[name].get("timm") if name else None
+    _check_arguments(config, str(architecture), timm.arguments(str(name)) if timm else {})
+    return name if isinstance(architecture, str) else _transformer(_tower(config))
 
 
 def write_configs(
@@ -271,19 +256,14 @@ def _check_architecture(config: Section, model: Model) -> None:
         )
 
 
-def _check_arguments(config: Section) -> None:
+def _check_arguments(config: Section, architecture: str, of_family: Arguments) -> None:
     """Raise an error for constructor arguments of timm that change the network."""
-    name = str(config.values.get("architecture"))
-    is_tf = name.startswith("tf_")
+    is_tf = architecture.startswith("tf_")
     supported_arguments = _SUPPORTED_ARGUMENTS | {
-        "act_layer": next(
-            (activations for part, activations in _ACTIVATIONS.items() if part in name), ("relu",)
-        ),
         "bn_eps": (1e-3 if is_tf else 1e-5,),
-        "norm_layer": () if "resnetv2" in name else ("batchnorm2d", "batchnorm"),
+        "norm_layer": () if "resnetv2" in architecture else ("batchnorm2d", "batchnorm"),
         "pad_type": ("same" if is_tf else "",),
-        **(_CONVNEXT_ARGUMENTS if "convnext" in name else {}),
-        **vit.timm_arguments(name),
+        **of_family,
     }
     arguments, cfg = config.section("model_args"), config.section("pretrained_cfg")
     items = [(arguments.where, key, value) for key, value in arguments.values.items()]

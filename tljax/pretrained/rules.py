@@ -129,6 +129,10 @@ def timm_config(name: str) -> Config:
     return {"architecture": name}
 
 
+Arguments = Mapping[str, tuple[object, ...]]
+"""Arguments of a constructor, and the values that tljax supports."""
+
+
 class Layout(NamedTuple):
     """The way one project stores a network.
 
@@ -144,6 +148,8 @@ class Layout(NamedTuple):
         drop: prefixes of the keys of other networks in the same file, such as a text tower, which
             import drops with a note.
         optional: endings of the keys that a file may lack, which then stand for zeros.
+        arguments: function from the name of a model to the arguments of timm's constructor that
+            give this network, with their values, beside those that all networks have.
     """
 
     table: Callable[[str], Rules]
@@ -153,6 +159,7 @@ class Layout(NamedTuple):
     twins: Callable[[str], tuple[str, ...]] = lambda _: ()
     drop: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
+    arguments: Callable[[str], Arguments] = lambda _: {"act_layer": ("relu",)}
 
 
 class Difference(NamedTuple):

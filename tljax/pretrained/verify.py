@@ -12,7 +12,6 @@ import numpy as np
 from jaxtyping import UInt8
 
 from tljax.models import Model, layer_outputs, normalize, replace_head
-from tljax.models.vit import VARIANTS
 from tljax.pretrained import verify_keras
 from tljax.pretrained.catalog import CATALOG, TORCHVISION_NAMES
 from tljax.pretrained.fetch import fetch
@@ -158,7 +157,8 @@ def _reference(pretrained: Pretrained, reference: str | None) -> tuple[Any, str]
     """Return a torch module with its own weights, and the layout of its keys."""
     model, _, card = pretrained
     # A layer of torchvision's transformers has no output of its own to compare with.
-    layouts = {} if model.name in VARIANTS else LAYOUTS[model.name]
+    has_tokens = any(stage.output == "tokens" for stage in model.stages)
+    layouts = {} if has_tokens else LAYOUTS[model.name]
     torchvision = layouts.get("torchvision")
     own = layouts.get(card.layout)
     if reference is None and torchvision and own and own.table is torchvision.table:

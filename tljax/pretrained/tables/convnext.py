@@ -194,6 +194,12 @@ def dinov3_config(name: str) -> Config:
     }
 
 
+_ARGUMENTS = {
+    "act_layer": ("gelu",),
+    "norm_layer": ("layernorm", "layernorm2d"),
+    "norm_eps": (1e-6, None),
+    "stem_type": ("patch",),
+}
 _RESIZE = {
     "convnext_tiny": 236,
     "convnext_small": 230,
@@ -208,7 +214,7 @@ DINOv3 has the same.
 
 def _layouts(name: str) -> dict[str, Layout]:
     layouts = {
-        "timm": Layout(timm),
+        "timm": Layout(timm, arguments=lambda _: _ARGUMENTS),
         "huggingface": Layout(huggingface, config=huggingface_config),
     }
     if name in _RESIZE:

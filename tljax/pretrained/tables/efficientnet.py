@@ -5,7 +5,7 @@ The table of keras.applications is in keras.py.
 
 from tljax.models.depthwise import round_width
 from tljax.models.efficientnet import VARIANTS, runs
-from tljax.pretrained.rules import Config, Layout, Rules, conv, conv_norm, dense
+from tljax.pretrained.rules import Arguments, Config, Layout, Rules, conv, conv_norm, dense
 from tljax.pretrained.tables import depthwise
 from tljax.pretrained.tables.depthwise import torchvision_block, torchvision_pair
 from tljax.runtime.types import Preprocess
@@ -144,15 +144,23 @@ def _symmetric(name: str) -> list[int]:
     return odd
 
 
+def timm_arguments(name: str) -> Arguments:
+    """Return timm's names of the activation."""
+    return {"act_layer": ("relu6",) if "lite" in name else ("silu", "swish")}
+
+
+_TIMM = Layout(timm, config=timm_config, twins=timm_twins, arguments=timm_arguments)
+
+
 def _layouts(name: str) -> dict[str, Layout]:
     if name.startswith("efficientnet_lite"):
         return {
-            "timm": Layout(timm, config=timm_config, twins=timm_twins),
+            "timm": _TIMM,
             "efficientnet_pytorch": Layout(efficientnet_pytorch, config=timm_config),
         }
     if name.startswith("tv_"):
         return {"torchvision": Layout(torchvision)}
-    layouts = {"timm": Layout(timm, config=timm_config, twins=timm_twins)}
+    layouts = {"timm": _TIMM}
     if size := name.startswith("efficientnet_") and _TORCHVISION_SIZES.get(name[-2:]):
         preprocess = Preprocess(*size, "bicubic")
         layouts["torchvision"] = Layout(torchvision, preprocess, config=timm_config)

@@ -2,7 +2,7 @@
 
 from tljax.models.depthwise import Run
 from tljax.models.mobilenet import V1, V1_VARIANTS, V2, V2_VARIANTS, V3_LARGE, V3_SMALL, V3_VARIANTS
-from tljax.pretrained.rules import Config, Layout, Rules, conv_norm, dense
+from tljax.pretrained.rules import Arguments, Config, Layout, Rules, conv_norm, dense
 from tljax.pretrained.tables import block_indices, dense_as_conv, depthwise, huggingface_conv_norm
 from tljax.pretrained.tables.depthwise import torchvision_block, torchvision_pair
 from tljax.runtime.types import Preprocess
@@ -145,14 +145,23 @@ def _layouts(name: str) -> dict[str, Layout]:
     if name in V1_VARIANTS:
         if name.startswith("tf_"):
             return {"huggingface": Layout(huggingface_v1, config=huggingface_v1_config)}
-        return {"timm": Layout(timm_v1)}
+        return {"timm": Layout(timm_v1, arguments=_relu6)}
     if name in V2_VARIANTS:
         if name.startswith("tf_"):
             return {"huggingface": Layout(huggingface_v2, config=huggingface_v2_config)}
-        return {"timm": Layout(timm_v2), "torchvision": Layout(torchvision_v2, Preprocess())}
+        torchvision = Layout(torchvision_v2, Preprocess())
+        return {"timm": Layout(timm_v2, arguments=_relu6), "torchvision": torchvision}
     if name.startswith("tv_"):
         return {"torchvision": Layout(torchvision_v3)}
-    return {"timm": Layout(timm_v3, twins=_twins_v3)}
+    return {"timm": Layout(timm_v3, twins=_twins_v3, arguments=_hard_swish)}
+
+
+def _relu6(_: str) -> Arguments:
+    return {"act_layer": ("relu6",)}
+
+
+def _hard_swish(_: str) -> Arguments:
+    return {"act_layer": ("hard_swish",)}
 
 
 def _twins_v3(name: str) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ import jax
 
 from tljax.models import vit
 from tljax.models.vit import VARIANTS
-from tljax.pretrained.rules import Config, Layout, Rule, Rules, dense
+from tljax.pretrained.rules import Arguments, Config, Layout, Rule, Rules, dense
 from tljax.pretrained.tables.vit_big_vision import big_vision, vision_transformer
 from tljax.pretrained.tables.vit_huggingface import CLASSES as HUGGINGFACE
 from tljax.pretrained.tables.vit_huggingface import huggingface_layout
@@ -63,14 +63,11 @@ def timm_dinov3_config(name: str) -> Config:
     return {"architecture": (name, f"{name}_qkvb")}
 
 
-def timm_arguments(name: str) -> dict[str, tuple[object, ...]]:
-    """Return arguments of timm's constructor with their supported values; none if it is no ViT.
+def timm_arguments(name: str) -> Arguments:
+    """Return arguments of timm's constructor with their supported values.
 
     DINOv3 is published without a pooling. That timm averages its patches by default is accepted.
     """
-    name = name.removesuffix("_qkvb")
-    if name not in VARIANTS:
-        return {}
     variant = VARIANTS[name]
     activations = {vit.quick_gelu: "quick_gelu", vit.gelu_tanh: "gelu_tanh", jax.nn.silu: "silu"}
     pool = {"class": "token", "attention": "map"}.get(variant.pool, "avg")
@@ -163,8 +160,14 @@ def _timm_layout(name: str) -> Layout:
     same = partial(twins, _TIMM_NAMES)
     if name in vit.DINOV3:
         optional = (".q_bias", ".v_bias")
-        return Layout(timm, config=timm_dinov3_config, optional=optional, twins=same)
-    return Layout(timm, twins=same)
+        return Layout(
+            timm,
+            config=timm_dinov3_config,
+            optional=optional,
+            twins=same,
+            arguments=timm_arguments,
+        )
+    return Layout(timm, twins=same, arguments=timm_arguments)
 
 
 LAYOUTS: dict[str, dict[str, Layout]] = {
