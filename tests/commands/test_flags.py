@@ -68,7 +68,7 @@ ALWAYS = {
     "visualize Ideal": {*NETWORK, "weights", "out", "classes", "steps", "tv_weight"},
     "weights Export": {*OUTPUT, "extension", "weights", "path", "model", "layout"},
     "weights Import": {*OUTPUT, "extension", "weights", "path", "model", "normalization", "task"},
-    "weights List": OUTPUT,
+    "weights List": {*OUTPUT, "name"},
     "weights Verify": {*OUTPUT, "extension", "weights", "model", "reference"},
 }
 
@@ -237,7 +237,7 @@ WRONG = {
         "y --layout x", "y --normalization", "y --weights x", "y --json=1", "y.pth --path x",
     ],
     "weights List": [
-        "all", "--all", "--jsn", "--json yes", "--model x", "--out x", "--debug=1", "x y", "-x",
+        "no-such-name", "--all", "--jsn", "--json yes", "--model x", "--out x", "--debug=1", "x y", "-x",
         "--weights",
     ],
     "weights Verify": [

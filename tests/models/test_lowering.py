@@ -29,7 +29,14 @@ FAMILIES = (
     "mobilenetv3_small_050",
     "tf_mobilenetv3_small_075",
     "regnety_002",
+    "mobilenetv4_conv_small",
+    "efficientnet_b0",
+    "tf_efficientnetv2_b0",
+    "convnext_atto",
+    "convnextv2_atto",
     "vit_tiny_patch16_224",
+    "vit_small_patch16_dinov3",
+    "vit_base_patch16_siglip_224",
 )
 NAMES = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in FAMILIES]
 PLATFORMS = ("cuda", "tpu")

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from networks import difference, random_images, random_variables
@@ -12,7 +13,9 @@ from parity import stage_differences
 from references import FAST, REFERENCES, SHAPES
 from references.efficientnet import TRANSFORMERS as EFFICIENTNETS
 
-from tljax.models import MODELS, Model, apply, build_model, vit
+from tljax.attack import fgsm
+from tljax.explain import grad_cam
+from tljax.models import MODELS, Model, apply, build_model, feature_map, grad_cam_stage, vit
 from tljax.pretrained import load_pretrained
 from tljax.pretrained.identify import identify
 from tljax.pretrained.tables.layouts import LAYOUTS
@@ -136,3 +139,43 @@ def test_gradients_are_finite(network: tuple[Model, Variables]) -> None:
         leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
         assert all(np.isfinite(leaf).all() for leaf in leaves), stage
         assert any(leaf.any() for leaf in leaves), stage
+
+
+@pytest.mark.slow
+def test_both_modes_of_differentiation_agree_and_attacks_and_grad_cam_run(
+    network: tuple[Model, Variables],
+) -> None:
+    model, variables = network
+    images = images_for(model).astype(np.float32) / 255
+    labels = np.array([1, 5])
+    stage = grad_cam_stage(model)
+    logits_fn = jax.jit(lambda x: apply(model, variables, x).logits)
+
+    @jax.jit
+    def products(x: jax.Array, tangent: jax.Array, cotangent: jax.Array) -> list[jax.Array]:
+        _, forward = jax.jvp(logits_fn, (x,), (tangent,))
+        _, pull = jax.vjp(logits_fn, x)
+        scale = jnp.linalg.norm(forward) * jnp.linalg.norm(cotangent)
+        return [(forward * cotangent).sum(), (tangent * pull(cotangent)[0]).sum(), scale]
+
+    rng = np.random.default_rng(0)
+    tangent, cotangent = (
+        rng.standard_normal(x.shape, np.float32) for x in (images, logits_fn(images))
+    )
+    forward, reverse, scale = products(images, tangent, cotangent)
+    assert abs(forward - reverse) <= 1e-4 * scale
+
+    attacked = fgsm(logits_fn, images, labels, jax.random.key(0), epsilon=4 / 255)
+    change = np.abs(np.asarray(attacked) - images)
+    assert 0 < change.max() <= 4 / 255 + 1e-6
+
+    regions = grad_cam(
+        lambda x: apply(model, variables, x, stop=model.position(stage) + 1).value,
+        lambda x: apply(model, variables, x, start=model.position(stage) + 1).logits,
+        images,
+        labels,
+        as_map=lambda x: feature_map(model, stage, x, images.shape),
+    )
+    assert regions.ndim == 3
+    assert np.isfinite(regions).all()
+    assert np.min(regions) >= 0

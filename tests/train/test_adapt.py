@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from engine import config, everything, splits, train
+from engine import LOADING, config, everything, splits, train
 from tiny import MODEL, random_variables
 
 from tljax.data.loader import load_batches
@@ -112,7 +112,7 @@ def test_only_adapter_and_head_reach_the_optimizer():
     assert numbers == 2 * size  # two moments of Adam
     rows = {
         tuple(cells[1:3])
-        for line in dry_run(MODEL, splits(), config(adaptation=LORA), 4).splitlines()
+        for line in dry_run(MODEL, splits(), config(adaptation=LORA), LOADING).splitlines()
         if len(cells := re.split("  +", line.strip())) == 4
     }
     assert rows == {
