@@ -237,8 +237,8 @@ WRONG = {
         "y --layout x", "y --normalization", "y --weights x", "y --json=1", "y.pth --path x",
     ],
     "weights List": [
-        "no-such-name", "--all", "--jsn", "--json yes", "--model x", "--out x", "--debug=1", "x y", "-x",
-        "--weights",
+        "no-such-name", "--all", "--jsn", "--json yes", "--model x", "--out x", "--debug=1", "x y",
+        "-x", "--weights",
     ],
     "weights Verify": [
         "y", "--refrence x", "--reference", "--model", "--modle x", "--json=1", "--layout x",

@@ -395,6 +395,8 @@ def _parse(config_type: Any) -> Any:
     for word in sys.argv[1:]:
         if new_name := RENAMED.get(flag := word.partition("=")[0]):
             raise RequestError(f"{flag} was renamed: use {new_name}")
+        if flag in ("--json", "--debug") and flag != word:  # tyro takes the value for an argument
+            raise RequestError(f"{flag} takes no value: write {flag} alone")
     box, columns = io.StringIO(), os.environ.get("COLUMNS", "")
     # Errors are not wrapped. Help needs 40 columns: tyro does not terminate in a few.
     width = max(40, get_terminal_size().columns) if {"-h", "--help"} & set(sys.argv) else 9999
