@@ -69,7 +69,7 @@ def main(path: Path, names: list[str]) -> None:
                 "stages": {stage: float(f"{value:.1e}") for stage, value in stages.items()},
             }
         )
-        print(f"{name:28}{layout:22}{worst:.1e}", file=sys.stderr, flush=True)
+        print(f"{name:36}{layout:22}{worst:.1e}", file=sys.stderr, flush=True)
         with atomic_write(path) as temporary:
             temporary.write_text(
                 json.dumps({"environment": environment(), "pairs": rows}, indent=1)
