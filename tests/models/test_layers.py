@@ -22,6 +22,7 @@ from tljax.models.convolution import (
     backend,
     conv2d,
     max_pool,
+    multiply,
 )
 from tljax.models.layers import (
     INFERENCE,
@@ -131,6 +132,14 @@ def test_a_convolution_of_patches_equals_the_xla_convolution(
 ) -> None:
     """The kernel is as large as the stride; remaining pixels are left out."""
     assert_same_conv(size, f"dense{side}", side, 0, dtype)
+
+
+@pytest.mark.parametrize("shape", [(5, 6), (3, 7, 6), (2, 5, 3, 6)])
+def test_positions_are_multiplied_by_a_matrix(shape: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(0)
+    x, kernel = (rng.standard_normal(size).astype(np.float32) for size in (shape, (6, 4)))
+    outputs = value_and_gradients(multiply, x, kernel)
+    assert_close(outputs, value_and_gradients(jnp.matmul, x, kernel), "float32")
 
 
 @pytest.mark.parametrize("kind", ["dense3", "dense7", "grouped1", "depthwise1", "multiplier"])

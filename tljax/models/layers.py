@@ -14,7 +14,7 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Bool, Float
 
-from tljax.models.convolution import Kernel, Padding, conv2d
+from tljax.models.convolution import Kernel, Padding, conv2d, multiply
 from tljax.runtime.types import FeatureMap
 
 
@@ -245,7 +245,7 @@ class Dense(nn.Module):
     def __call__(self, x: Features) -> Features:
         """Map ``[b, ..., c]`` to ``[b, ..., features]``, without activation."""
         kernel = self.param("kernel", nn.initializers.he_normal(), (x.shape[-1], self.features))
-        y = x @ kernel.astype(x.dtype)
+        y = multiply(x, kernel.astype(x.dtype))
         if not self.use_bias:
             return y
         bias = self.param("bias", nn.initializers.zeros, (self.features,))

@@ -14,7 +14,16 @@ from tljax.models.convolution.geometry import Geometry, Kernel, Padding, Window,
 from tljax.models.convolution.primitives import convolution, maximum
 from tljax.runtime.types import FeatureMap
 
-__all__ = ["Kernel", "Padding", "adaptive_avg_pool", "avg_pool", "backend", "conv2d", "max_pool"]
+__all__ = [
+    "Kernel",
+    "Padding",
+    "adaptive_avg_pool",
+    "avg_pool",
+    "backend",
+    "conv2d",
+    "max_pool",
+    "multiply",
+]
 
 backend = jax.make_user_context(default_value="platform")
 """Implementation of convolutions and max pools in programs traced in ``with backend(...):``.
@@ -47,6 +56,22 @@ def conv2d(
     pads = resolve_padding(padding, x.shape[1:3], kernel.shape[:2], stride)
     convolve = xla.convolve if backend.value == "xla" else convolution
     return convolve(x, kernel, Geometry(stride, pads, groups))
+
+
+def multiply(
+    x: Float[jax.Array, "batch *positions inputs"], kernel: Float[jax.Array, "inputs outputs"]
+) -> Float[jax.Array, "batch *positions outputs"]:
+    """Multiply the channels of every position by a matrix, as a convolution by a 1x1 kernel.
+
+    Args:
+        x: ``[batch, channels]``, ``[batch, tokens, channels]`` or
+            ``[batch, height, width, channels]``.
+        kernel: ``[channels, outputs]``, of the dtype of ``x``.
+    """
+    if x.ndim not in (3, 4) or backend.value == "xla":
+        return x @ kernel
+    y = convolution(x if x.ndim == 4 else x[:, None], kernel[None, None], Geometry())
+    return y if x.ndim == 4 else y[:, 0]
 
 
 def max_pool(x: FeatureMap, k: int, *, stride: int, padding: Padding = 0) -> FeatureMap:
