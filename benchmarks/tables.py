@@ -205,7 +205,18 @@ def accelerators() -> str:
     return table(header, rows)
 
 
-TABLES = (speed, accelerators, attacks, jobs, starts, devices, inputs, robustness, parity)
+def memory() -> str:
+    """Tabulate the memory of a device during a training step, as XLA computes it."""
+    rows = []
+    for report in results("memory"):
+        for name, step in report["steps"].items():
+            work = report["model"], batch(report), report["dtype"], name
+            rows.append([*work, *(f"{value / 1024:.2f}" for value in step.values())])
+    header = "network", "images per device", "dtype", "devices", "state, GiB"
+    return table([*header, "activations and gradients, GiB", "peak, GiB"], rows)
+
+
+TABLES = (speed, accelerators, attacks, jobs, starts, devices, memory, inputs, robustness, parity)
 
 
 def main() -> None:

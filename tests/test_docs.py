@@ -283,7 +283,7 @@ def build(output: Path, *options: str) -> str:
 def test_the_site_builds_without_a_warning(tmp_path: Path):
     assert "tljax" in build(tmp_path, "-D", "nb_execution_mode=off")
     page = (tmp_path / "benchmarks.html").read_text("utf-8")
-    assert page.count("<table") == 10
+    assert page.count("<table") == 11
     assert "parity" in page
 
 
