@@ -51,7 +51,7 @@ def test_an_adapter_from_training_to_export(cache: Path, photographs: Path, tmp_
     assert predicted["images"][0]["top"][0]["name"] in ("red", "blue")
     exported = call_script(cache, "weights", "export", workdir, tmp_path / "merged.pth")
     assert exported.returncode == 0, exported.stderr
-    model, variables, _ = load_pretrained(tmp_path / "merged.pth")
+    model, variables, _ = load_pretrained(tmp_path / "merged.pth", model="efficientnet_lite0")
     apart = load_adapter(workdir)
     assert apart.scale == 2
     pixels = np.random.default_rng(0).random((2, 32, 32, 3), np.float32)
