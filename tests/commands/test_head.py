@@ -65,6 +65,7 @@ def test_a_head_that_lacks_a_class_and_recipes_that_fit_a_head_are_refused(place
     assert not (place / "runs").exists()
 
 
+@pytest.mark.slow
 def test_a_run_continues_with_the_same_file_under_another_name(place: Path) -> None:
     train = ("train", "--data", place / "data", "--weights", place / "net.safetensors")
     train += ("--image-size", "32", "--head", "texts.npz", "--recipe", "finetune", "--epochs", "1")

@@ -101,6 +101,7 @@ def test_a_gray_image_has_the_logits_of_its_copy_in_rgb():
     assert difference(run(one, kernel, gray).logits, expected) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_network_of_caffe_reads_rgb_of_the_deviation_of_imagenet():
     model, variables, _ = random_pretrained("resnet18")
     caffe = replace(model, preprocess=replace(CAFFE_PREPROCESS, size=64, resize=64))

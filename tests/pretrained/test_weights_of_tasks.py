@@ -315,7 +315,7 @@ HEADS: dict[str, Callable[[], Any]] = {
     "predictions": lambda: with_top(classifier_activation="sigmoid"),
     "nested": lambda: nested(layers.Dense(5, keras.activations.sigmoid, use_bias=False)),
 }
-QUICK = {("dense", "keras"), ("predictions", "h5")}
+QUICK = {("predictions", "h5")}
 
 
 @pytest.mark.parametrize(
