@@ -31,13 +31,14 @@ def processor_seconds(*arguments: str) -> float:
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "train")) for name in COMMANDS]
 )
-def test_help_takes_less_than_twice_as_long_as_importing_its_parser(name: str):
+def test_help_takes_less_than_three_times_as_long_as_importing_its_parser(name: str):
+    """Parsing a hundred options takes as long as the import; importing JAX would take much more."""
     turns = [
         (processor_seconds("-m", "tljax", name, "--help"), processor_seconds("-c", "import tyro"))
         for _ in range(7)
     ]
     ours, parser = map(statistics.median, zip(*turns, strict=True))
-    assert ours < 2 * parser
+    assert ours < 3 * parser
 
 
 def ended(capsys, *arguments: str) -> tuple[int, str, str]:

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import oracles
 import torch
-from networks import from_torch, randomize_norms, to_torch
+from networks import randomize_norms
 from torch import nn
 from transformers import RegNetConfig, RegNetForImageClassification
 
 from references.contract import Build, Reference, Shapes
+from references.modules import outputs
 from tljax.models.regnet import VARIANTS
 from tljax.pretrained.catalog import TORCHVISION_NAMES
 
@@ -81,24 +81,6 @@ def _network(name: str, layout: str, num_classes: int = 7) -> nn.Module:
     return timm.create_model(name, num_classes=num_classes)
 
 
-def _stages(
-    network: nn.Module, modules: dict[str, str], pixels: np.ndarray
-) -> dict[str, np.ndarray]:
-    outputs: dict[str, torch.Tensor] = {}
-    hooks = [
-        network.get_submodule(module).register_forward_hook(
-            lambda _module, _inputs, output, stage=stage: outputs.update({stage: output})
-        )
-        for stage, module in modules.items()
-    ]
-    with torch.no_grad():
-        network(to_torch(pixels))
-    for hook in hooks:
-        hook.remove()
-    outputs["pool"] = outputs["pool"].flatten(1)
-    return {stage: from_torch(outputs[stage]) for stage in modules}
-
-
 def build(name: str, layout: str, folder: Path) -> Reference:
     network = _network(name, layout).eval()
     generator = torch.Generator().manual_seed(0)
@@ -106,7 +88,7 @@ def build(name: str, layout: str, folder: Path) -> Reference:
     for key, module in network.named_modules():
         if _LAST_NORM.search(key):  # residual branches are weak, as in `torch_resnet`
             nn.init.uniform_(module.get_parameter("weight"), 0.1, 0.3, generator)
-    stages = partial(_stages, network, STAGES[layout])
+    stages = partial(outputs, network, STAGES[layout], vectors=("pool",))
     if isinstance(network, RegNetForImageClassification):
         network.save_pretrained(folder)
         return Reference(folder, stages)

@@ -242,20 +242,29 @@ def torchvision_shapes(name: str) -> Shapes:
     return {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
 
 
-_LAYOUTS: dict[str, tuple[Iterable[str], Callable[..., Reference], Callable[[str], Shapes]]] = {
-    "timm": (TIMM, from_timm, timm_shapes),
-    "huggingface": (TRANSFORMERS, from_transformers, transformers_shapes),
-    "torchvision": (TORCHVISION, from_torchvision, torchvision_shapes),
-}
-REFERENCES: dict[tuple[str, str], Build] = {
-    (name, layout): partial(build, name)
-    for layout, (names, build, _) in _LAYOUTS.items()
-    for name in names
-    if not is_large(name)
-}
-SHAPES: dict[tuple[str, str], Callable[[], Shapes]] = {
-    (name, layout): partial(shapes, name)
-    for layout, (names, _, shapes) in _LAYOUTS.items()
-    for name in names
-    if is_large(name)
-}
+def by_size(
+    layouts: dict[str, tuple[Iterable[str], Callable[..., Reference], Callable[[str], Shapes]]],
+) -> tuple[dict[tuple[str, str], Build], dict[tuple[str, str], Callable[[], Shapes]]]:
+    """Return references for the networks that are small enough to run, and shapes for the others.
+
+    Args:
+        layouts: for each layout the names of its networks, and functions of a name.
+    """
+    references: dict[tuple[str, str], Build] = {}
+    others: dict[tuple[str, str], Callable[[], Shapes]] = {}
+    for layout, (names, build, shapes) in layouts.items():
+        for name in names:
+            if is_large(name):
+                others[name, layout] = partial(shapes, name)
+            else:
+                references[name, layout] = partial(build, name)
+    return references, others
+
+
+REFERENCES, SHAPES = by_size(
+    {
+        "timm": (TIMM, from_timm, timm_shapes),
+        "huggingface": (TRANSFORMERS, from_transformers, transformers_shapes),
+        "torchvision": (TORCHVISION, from_torchvision, torchvision_shapes),
+    }
+)

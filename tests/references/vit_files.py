@@ -1,6 +1,5 @@
 """Files of Vision Transformers in formats that timm converts: of open_clip and of Google."""
 
-from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,8 +8,8 @@ import numpy as np
 import oracles
 import torch
 
-from references.contract import Build, Reference, Shapes
-from references.vit import is_large, randomize, timm_network, timm_shapes, timm_stages
+from references.contract import Reference, Shapes
+from references.vit import by_size, randomize, timm_network, timm_shapes, timm_stages
 from tljax.models.vit import AUGREG, CLIP, VARIANTS
 
 
@@ -197,20 +196,10 @@ def flax_shapes(name: str) -> Shapes:
 
 
 SIGLIP = [name for name, variant in VARIANTS.items() if variant.pool == "attention"]
-_LAYOUTS: dict[str, tuple[Iterable[str], Callable[..., Reference], Callable[[str], Shapes]]] = {
-    "open_clip": (CLIP, from_open_clip, open_clip_shapes),
-    "vision_transformer": (AUGREG, from_npz, flax_shapes),
-    "big_vision": (SIGLIP, from_big_vision, big_vision_shapes),
-}
-REFERENCES: dict[tuple[str, str], Build] = {
-    (name, layout): partial(build, name)
-    for layout, (names, build, _) in _LAYOUTS.items()
-    for name in names
-    if not is_large(name)
-}
-SHAPES: dict[tuple[str, str], Callable[[], Shapes]] = {
-    (name, layout): partial(shapes, name)
-    for layout, (names, _, shapes) in _LAYOUTS.items()
-    for name in names
-    if is_large(name)
-}
+REFERENCES, SHAPES = by_size(
+    {
+        "open_clip": (CLIP, from_open_clip, open_clip_shapes),
+        "vision_transformer": (AUGREG, from_npz, flax_shapes),
+        "big_vision": (SIGLIP, from_big_vision, big_vision_shapes),
+    }
+)
