@@ -42,6 +42,16 @@ def is_large(name: str) -> bool:
     return 12 * variant.depth * variant.width**2 > 120e6
 
 
+def two_sizes(name: str) -> tuple[tuple[int, int], ...]:
+    """Return the native size, and that of another grid, which is not square."""
+    variant = VARIANTS[name]
+    return (variant.size, variant.size), (7 * variant.patch, 5 * variant.patch)
+
+
+def shapes_of(network: nn.Module) -> Shapes:
+    return {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
+
+
 # --- timm ----------------------------------------------------------------------------------------
 
 
@@ -77,15 +87,12 @@ def from_timm(name: str, folder: Path) -> Reference:
     randomize(network)
     folder.mkdir(parents=True)
     safetensors.torch.save_file(network.state_dict(), folder / "net.safetensors")
-    variant = VARIANTS[name]
-    sizes = (variant.size, variant.size), (7 * variant.patch, 5 * variant.patch)
-    return Reference(folder / "net.safetensors", partial(timm_stages, network), sizes)
+    return Reference(folder / "net.safetensors", partial(timm_stages, network), two_sizes(name))
 
 
 def timm_shapes(name: str) -> Shapes:
     with torch.device("meta"):
-        network = timm_network(name)
-    return {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
+        return shapes_of(timm_network(name))
 
 
 TIMM = [name for name in VARIANTS if not name.startswith("hf_") and not name.endswith("_lc")]
@@ -175,10 +182,7 @@ def from_transformers(name: str, folder: Path) -> Reference:
     network = transformers_network(name).eval()
     randomize(network)
     network.save_pretrained(folder)
-    variant = VARIANTS[name]
-    sizes = ((variant.size, variant.size),)
-    if variant.positions == "rotary":
-        sizes += ((7 * variant.patch, 5 * variant.patch),)
+    sizes = two_sizes(name) if VARIANTS[name].positions == "rotary" else two_sizes(name)[:1]
     return Reference(folder, partial(_transformers_stages, network), sizes)
 
 
@@ -232,14 +236,13 @@ def from_torchvision(name: str, folder: Path) -> Reference:
     torch.nn.init.normal_(network.heads.head.weight, std=0.05)
     folder.mkdir(parents=True)
     torch.save(network.state_dict(), folder / "net.pth")
-    size = VARIANTS[name].size
-    return Reference(folder / "net.pth", partial(_torchvision_stages, network), ((size, size),))
+    stages = partial(_torchvision_stages, network)
+    return Reference(folder / "net.pth", stages, two_sizes(name)[:1])
 
 
 def torchvision_shapes(name: str) -> Shapes:
     with torch.device("meta"):
-        network = torchvision_network(name)
-    return {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
+        return shapes_of(torchvision_network(name))
 
 
 def by_size(

@@ -1,5 +1,6 @@
 """Files of Vision Transformers in formats that timm converts: of open_clip and of Google."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -7,9 +8,18 @@ from typing import Any
 import numpy as np
 import oracles
 import torch
+from torch import nn
 
 from references.contract import Reference, Shapes
-from references.vit import by_size, randomize, timm_network, timm_shapes, timm_stages
+from references.vit import (
+    by_size,
+    randomize,
+    shapes_of,
+    timm_network,
+    timm_shapes,
+    timm_stages,
+    two_sizes,
+)
 from tljax.models.vit import AUGREG, CLIP, VARIANTS
 
 
@@ -103,40 +113,55 @@ def from_open_clip(name: str, folder: Path) -> Reference:
     torch.save(state, folder / "net.pt")
     convert = oracles.load("timm.models.vision_transformer").checkpoint_filter_fn
     network.load_state_dict(convert(state, network))
-    variant = VARIANTS[name]
-    sizes = (variant.size, variant.size), (7 * variant.patch, 5 * variant.patch)
-    return Reference(folder / "net.pt", partial(timm_stages, network), sizes)
+    return Reference(folder / "net.pt", partial(timm_stages, network), two_sizes(name))
+
+
+def without_memory(shapes: Shapes) -> dict[str, np.ndarray]:
+    """Return arrays of these shapes; the elements of each share their memory."""
+    zero = np.zeros((), np.float32)
+    return {key: np.broadcast_to(zero, shape) for key, shape in shapes.items()}
 
 
 def open_clip_shapes(name: str) -> Shapes:
-    zero = np.zeros((), np.float32)
-    state = {key: np.broadcast_to(zero, shape) for key, shape in timm_shapes(name).items()}
-    return {key: array.shape for key, array in open_clip_arrays(state).items()}
+    arrays = open_clip_arrays(without_memory(timm_shapes(name)))
+    return {key: array.shape for key, array in arrays.items()}
+
+
+def read_by_timm(
+    name: str, network: Any, written: nn.Module, arrays: Callable[..., Any], folder: Path
+) -> Reference:
+    """Write the tensors of a network of timm to an .npz, and compare with what timm reads from it.
+
+    Args:
+        name: name of the variant.
+        network: network that reads the file.
+        written: network of the same kind, whose tensors are randomized and written.
+        arrays: function of tensors and the number of heads that renames them for the file.
+        folder: new folder of the file.
+    """
+    randomize(written)
+    folder.mkdir(parents=True)
+    state = {key: tensor.numpy() for key, tensor in written.state_dict().items()}
+    np.savez(folder / "net.npz", **arrays(state, VARIANTS[name].heads))
+    with torch.no_grad():
+        network.eval().load_pretrained(str(folder / "net.npz"))
+    return Reference(folder / "net.npz", partial(timm_stages, network), two_sizes(name))
 
 
 def from_big_vision(name: str, folder: Path) -> Reference:
     """Compare with what timm reads from the file."""
-    network, written = siglip_network(name).eval(), siglip_network(name)
-    randomize(written)
-    folder.mkdir(parents=True)
-    state = {key: tensor.numpy() for key, tensor in written.state_dict().items()}
-    arrays = big_vision_arrays(state, VARIANTS[name].heads)
-    named: dict[str, Any] = {f"params/img/{key}": array for key, array in arrays.items()}
-    np.savez(folder / "net.npz", **named)
-    with torch.no_grad():
-        network.load_pretrained(str(folder / "net.npz"))
-    variant = VARIANTS[name]
-    sizes = (variant.size, variant.size), (7 * variant.patch, 5 * variant.patch)
-    return Reference(folder / "net.npz", partial(timm_stages, network), sizes)
+
+    def arrays(state: dict[str, np.ndarray], heads: int) -> dict[str, np.ndarray]:
+        return {f"params/img/{key}": x for key, x in big_vision_arrays(state, heads).items()}
+
+    return read_by_timm(name, siglip_network(name), siglip_network(name), arrays, folder)
 
 
 def big_vision_shapes(name: str) -> Shapes:
     with torch.device("meta"):
-        state = siglip_network(name).state_dict()
-    zero = np.zeros((), np.float32)
-    arrays = {key: np.broadcast_to(zero, tuple(x.shape)) for key, x in state.items()}
-    named = big_vision_arrays(arrays, VARIANTS[name].heads)
-    return {key: array.shape for key, array in named.items()}
+        shapes = shapes_of(siglip_network(name))
+    arrays = big_vision_arrays(without_memory(shapes), VARIANTS[name].heads)
+    return {key: array.shape for key, array in arrays.items()}
 
 
 def flax_arrays(state: dict[str, np.ndarray], heads: int) -> dict[str, np.ndarray]:
@@ -175,23 +200,11 @@ def flax_arrays(state: dict[str, np.ndarray], heads: int) -> dict[str, np.ndarra
 
 def from_npz(name: str, folder: Path) -> Reference:
     """Compare with what timm reads from the file."""
-    network, written = timm_network(name).eval(), timm_network(name)
-    randomize(written)
-    folder.mkdir(parents=True)
-    state = {key: tensor.numpy() for key, tensor in written.state_dict().items()}
-    arrays: dict[str, Any] = flax_arrays(state, VARIANTS[name].heads)
-    np.savez(folder / "net.npz", **arrays)
-    with torch.no_grad():
-        network.load_pretrained(str(folder / "net.npz"))
-    variant = VARIANTS[name]
-    sizes = (variant.size, variant.size), (7 * variant.patch, 5 * variant.patch)
-    return Reference(folder / "net.npz", partial(timm_stages, network), sizes)
+    return read_by_timm(name, timm_network(name), timm_network(name), flax_arrays, folder)
 
 
 def flax_shapes(name: str) -> Shapes:
-    zero = np.zeros((), np.float32)
-    state = {key: np.broadcast_to(zero, shape) for key, shape in timm_shapes(name).items()}
-    arrays = flax_arrays(state, VARIANTS[name].heads)
+    arrays = flax_arrays(without_memory(timm_shapes(name)), VARIANTS[name].heads)
     return {key: array.shape for key, array in arrays.items()}
 
 

@@ -12,6 +12,25 @@ from tljax.runtime.errors import RequestError
 from tljax.runtime.types import Array, FeatureMap, Variables
 
 
+def spatial_stages(model: Model) -> tuple[str, ...]:
+    """Return the stages whose output is a feature map or tokens of patches, in order.
+
+    Raises:
+        RequestError: the network has none.
+    """
+    if not model.spatial_stages:
+        raise RequestError(f"no stage of {model.name} returns a feature map")
+    return model.spatial_stages
+
+
+def require_spatial(model: Model, stage: str) -> None:
+    """Raise a `RequestError` if the output of a stage is no feature map, nor tokens of patches."""
+    name = model.stages[model.position(stage)].name
+    if name not in model.spatial_stages:
+        options = ", ".join(model.spatial_stages) or "a network that has feature maps"
+        raise RequestError(f"the output of {name} is not a feature map: choose from {options}")
+
+
 def feature_map(
     model: Model, stage: str, output: Float[Array, "batch ..."], image_shape: Sequence[int]
 ) -> FeatureMap:
@@ -36,9 +55,7 @@ def feature_map(
     name, _, kind, prefix, patch = model.stages[model.position(stage)]
     if kind == "map":
         return jnp.asarray(output)
-    if kind == "vector" or not patch:
-        options = ", ".join(model.spatial_stages) or "a network that has feature maps"
-        raise RequestError(f"the output of {name} is not a feature map: choose from {options}")
+    require_spatial(model, stage)
     rows, columns = image_shape[1] // patch, image_shape[2] // patch
     if output.ndim != 3 or output.shape[1] != prefix + rows * columns:
         raise RequestError(
@@ -58,16 +75,15 @@ def grad_cam_stage(model: Model) -> str:
     Raises:
         RequestError: no stage of the model returns a feature map.
     """
-    if not model.spatial_stages:
-        raise RequestError(f"no stage of {model.name} returns a feature map")
-    if model.stages[model.position(model.spatial_stages[-1])].output == "map":
-        return model.spatial_stages[-1]
+    stages = spatial_stages(model)
+    if stages[-1] in model.map_stages:
+        return stages[-1]
     variables = abstract_variables(model)
     images = jax.ShapeDtypeStruct((1, *model.preprocess.shape), jnp.float32)
     outputs = jax.eval_shape(
-        lambda v, x: apply(model, v, x, capture=model.spatial_stages).captured, variables, images
+        lambda v, x: apply(model, v, x, capture=stages).captured, variables, images
     )
-    for stage in reversed(model.spatial_stages):
+    for stage in reversed(stages):
         if _reaches_head(model, variables, stage, outputs[stage]):
             return stage
     raise RequestError(f"no feature map of {model.name} has an influence on its outputs")

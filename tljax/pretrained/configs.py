@@ -7,6 +7,7 @@ networks with the same tensors differ.
 import json
 import reprlib
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -19,7 +20,7 @@ from tljax.pretrained.processors import (
     image_processor,
     timm_preprocess,
 )
-from tljax.pretrained.rules import Arguments, Config
+from tljax.pretrained.rules import RELU, Arguments, Config
 from tljax.pretrained.sections import Section, read_section
 from tljax.pretrained.tables.layouts import LAYOUTS
 from tljax.runtime.errors import RequestError
@@ -122,16 +123,22 @@ def read_architecture(folder: Path) -> str | None:
             "choose weights of a fixed resolution, such as google/siglip2-base-patch16-224"
         )
     architecture = config.values.get("architecture")
-    names = {
+    architecture = architecture if isinstance(architecture, str) else ""
+    name = _names_by_architecture().get(architecture)
+    timm = LAYOUTS[name].get("timm") if name else None
+    _check_arguments(config, architecture, timm.arguments(str(name)) if timm else RELU)
+    return name if architecture else _transformer(_tower(config))
+
+
+@cache
+def _names_by_architecture() -> dict[str, str]:
+    """Return the models by their names in timm."""
+    return {
         each: name
         for name in MODELS
         for layout in LAYOUTS[name].values()
         for each in alternatives(layout.config(name).get("architecture"))
     }
-    name = names.get(architecture) if isinstance(architecture, str) else None
-    timm = LAYOUTS[name].get("timm") if name else None
-    _check_arguments(config, str(architecture), timm.arguments(str(name)) if timm else {})
-    return name if isinstance(architecture, str) else _transformer(_tower(config))
 
 
 def write_configs(

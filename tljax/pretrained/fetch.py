@@ -102,10 +102,12 @@ def fetch_hub(repository: str) -> Path:
     """
     from huggingface_hub import snapshot_download  # noqa: PLC0415 - slow to import
 
-    known = "dinov3-license" if "dinov3" in repository.lower() else _PERMISSIVE[0]
     source = f"hub:{repository}"
     entry = next((each for each in CATALOG.values() if each.source == source), None)
-    _show_license(repository, entry.licence if entry else known)
+    if entry:
+        _show_license(repository, entry.licence)
+    elif "dinov3" in repository.lower():
+        _show_license(repository, "dinov3-license")
     patterns = ["*.json", "*.safetensors", "pytorch_model*.bin"]
     try:
         return Path(snapshot_download(repository, allow_patterns=patterns))

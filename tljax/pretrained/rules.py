@@ -132,6 +132,8 @@ def timm_config(name: str) -> Config:
 Arguments = Mapping[str, tuple[object, ...]]
 """Arguments of a constructor, and the values that tljax supports."""
 
+RELU: Arguments = {"act_layer": ("relu",)}
+
 
 class Layout(NamedTuple):
     """The way one project stores a network.
@@ -159,7 +161,7 @@ class Layout(NamedTuple):
     twins: Callable[[str], tuple[str, ...]] = lambda _: ()
     drop: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
-    arguments: Callable[[str], Arguments] = lambda _: {"act_layer": ("relu",)}
+    arguments: Callable[[str], Arguments] = lambda _: RELU
 
 
 class Difference(NamedTuple):

@@ -13,6 +13,7 @@ from tljax import explain
 from tljax.data.folders import open_images
 from tljax.data.loader import load_batches, require_readable_image
 from tljax.models import Model, apply, feature_map, grad_cam_stage
+from tljax.models.maps import require_spatial, spatial_stages
 from tljax.pretrained import Card, Pretrained
 from tljax.runtime.errors import RequestError
 from tljax.runtime.types import Array, Variables
@@ -331,17 +332,6 @@ def _require_rgb(model: Model) -> None:
         )
 
 
-def spatial_stages(model: Model) -> tuple[str, ...]:
-    """Return the stages whose output is a feature map or tokens of patches, in order.
-
-    Raises:
-        RequestError: the network has none.
-    """
-    if not model.spatial_stages:
-        raise RequestError(f"no stage of {model.name} returns a feature map")
-    return model.spatial_stages
-
-
 def _features_of(
     network: Pretrained, stage: str | None
 ) -> tuple[Callable[[Variables, jax.Array], jax.Array], str]:
@@ -350,10 +340,7 @@ def _features_of(
     stages = spatial_stages(model)
     if stage is None:
         stage = stages[len(stages) * 2 // 3]
-    model.position(stage)
-    if stage not in stages:
-        options = ", ".join(stages)
-        raise RequestError(f"the output of {stage} is not a feature map: choose from {options}")
+    require_spatial(model, stage)
     after = model.position(stage) + 1
 
     def features(variables: Variables, images: jax.Array) -> jax.Array:

@@ -63,15 +63,18 @@ def multiply(
 ) -> Float[jax.Array, "batch *positions outputs"]:
     """Multiply the channels of every position by a matrix, as a convolution by a 1x1 kernel.
 
+    On a CPU all positions are then one axis, and the gradient of the kernel takes no copies.
+
     Args:
         x: ``[batch, channels]``, ``[batch, tokens, channels]`` or
             ``[batch, height, width, channels]``.
         kernel: ``[channels, outputs]``, of the dtype of ``x``.
     """
-    if x.ndim not in (3, 4) or backend.value == "xla":
+    if x.ndim == 2 or backend.value == "xla":
         return x @ kernel
-    y = convolution(x if x.ndim == 4 else x[:, None], kernel[None, None], Geometry())
-    return y if x.ndim == 4 else y[:, 0]
+    if x.ndim == 3:
+        return multiply(x[:, None], kernel)[:, 0]
+    return convolution(x, kernel[None, None], Geometry())
 
 
 def max_pool(x: FeatureMap, k: int, *, stride: int, padding: Padding = 0) -> FeatureMap:

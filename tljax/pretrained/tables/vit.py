@@ -157,17 +157,10 @@ _TIMM_NAMES = tuple(
 
 
 def _timm_layout(name: str) -> Layout:
-    same = partial(twins, _TIMM_NAMES)
+    layout = Layout(timm, twins=partial(twins, _TIMM_NAMES), arguments=timm_arguments)
     if name in vit.DINOV3:
-        optional = (".q_bias", ".v_bias")
-        return Layout(
-            timm,
-            config=timm_dinov3_config,
-            optional=optional,
-            twins=same,
-            arguments=timm_arguments,
-        )
-    return Layout(timm, twins=same, arguments=timm_arguments)
+        return layout._replace(config=timm_dinov3_config, optional=(".q_bias", ".v_bias"))
+    return layout
 
 
 LAYOUTS: dict[str, dict[str, Layout]] = {
