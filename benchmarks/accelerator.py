@@ -51,8 +51,9 @@ from tljax.data.options import AugmentConfig
 from tljax.features.logistic import fit_logistic
 from tljax.models import Model, abstract_variables, apply, build_model
 from tljax.models.convolution import backend
+from tljax.runtime.preprocess import Preprocess
 from tljax.runtime.trees import flatten, tree_digest, unflatten
-from tljax.runtime.types import Batch, Preprocess, Variables
+from tljax.runtime.types import Batch, Variables
 from tljax.train.freeze import label, split
 from tljax.train.step import init_state, make_train_step
 

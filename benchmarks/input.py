@@ -26,7 +26,7 @@ from tljax.data.decode import decode, open_image
 from tljax.data.examples import Source, select
 from tljax.data.loader import load_batches
 from tljax.data.sources import open_labeled
-from tljax.runtime.types import Preprocess
+from tljax.runtime.preprocess import Preprocess
 
 
 @dataclass(frozen=True)

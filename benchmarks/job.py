@@ -27,7 +27,7 @@ from tljax.data.decode import decode
 from tljax.data.examples import Source
 from tljax.data.sources import open_splits
 from tljax.pretrained import load_pretrained
-from tljax.runtime.types import Preprocess
+from tljax.runtime.preprocess import Preprocess
 from tljax.train.run_directory import environment
 
 Peer = Literal["torch", "keras"]

@@ -14,7 +14,7 @@ import numpy as np
 from keras import layers
 
 from tljax.models import Model, build_model
-from tljax.runtime.types import Preprocess
+from tljax.runtime.preprocess import Preprocess
 
 
 def resnet18(size: int) -> keras.Model:

@@ -24,7 +24,7 @@ from tljax.pretrained.catalog import TORCHVISION_NAMES, Row, read_rows, torchvis
 from tljax.pretrained.configs import alternatives
 from tljax.pretrained.tables.layouts import LAYOUTS
 from tljax.runtime.files import atomic_write
-from tljax.runtime.types import Preprocess
+from tljax.runtime.preprocess import Preprocess
 
 FOLDER = Path(__file__).parents[1] / "tljax" / "pretrained"
 

@@ -1,8 +1,9 @@
 """Import timm, torchvision and peft beside the CPU build of torch.
 
 `make test` installs them into a folder of their own, because torchvision cannot be imported in a
-plain process: the operators of its compiled library are missing. Its models need none of them, so
-declaring their names is enough. transformers is imported before, and goes on without torchvision.
+plain process: its compiled library, which declares its operators, fits other builds of torch. Its
+models need no operator, so declaring their names is enough; the library, which some builds of torch
+would load, is refused. transformers is imported before, and goes on without torchvision.
 """
 
 import re
@@ -11,6 +12,7 @@ from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from transformers.utils import import_utils
@@ -19,7 +21,8 @@ from transformers.utils import import_utils
 def load(name: str) -> Any:
     """Import a module of timm, torchvision or peft."""
     _prepare()
-    return import_module(name)
+    with mock.patch.object(torch.ops, "load_library", side_effect=OSError("not for this torch")):
+        return import_module(name)
 
 
 @cache

@@ -8,7 +8,8 @@ from flax import linen as nn
 
 from tljax.models import Model, Stage, abstract_variables
 from tljax.models.layers import ConvNorm, GlobalAveragePool, LinearHead
-from tljax.runtime.types import Preprocess, Variables
+from tljax.runtime.preprocess import Preprocess
+from tljax.runtime.types import Variables
 
 
 class Unit(nn.Module):

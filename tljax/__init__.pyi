@@ -2,7 +2,6 @@
 
 from .attack import pgd as pgd  # projected gradient descent; other attacks are in tljax.attack
 from .data.augment import augment as augment  # random crops, flips and RandAugment on the device
-from .data.decode import read_images as read_images  # image files -> one uint8 array
 from .data.examples import Source as Source  # labeled examples by index, with extra arrays
 from .data.examples import Splits as Splits  # a training and a validation source
 from .data.examples import select as select  # a subset of a source
@@ -11,6 +10,7 @@ from .data.loader import load_batches as load_batches  # batches of a fixed shap
 from .data.options import AugmentConfig as AugmentConfig  # options of data augmentation
 from .data.options import LabelOptions as LabelOptions  # options of how labels are read
 from .data.options import Loading as Loading  # options of how images are read
+from .data.pictures import read_images as read_images  # image files -> one uint8 array
 from .data.sources import open_splits as open_splits  # class folders -> train and val
 from .features.extract import (
     compute_features as compute_features,  # features or logits of every image of a source
@@ -42,15 +42,15 @@ from .pretrained import (
 )
 from .pretrained import save as save  # write tljax's own format
 from .pretrained import save_adapter as save_adapter  # write what training changed
+from .runtime.preprocess import (
+    Preprocess as Preprocess,  # resize, crop and normalization of images
+)
 from .runtime.process import (
     configure as configure,  # settings of JAX; call it before JAX is imported
 )
 from .runtime.task import Task as Task  # the meaning of a network's outputs
 from .runtime.types import (
     Batch as Batch,  # inputs, targets, mask, indices and extra arrays
-)
-from .runtime.types import (
-    Preprocess as Preprocess,  # resize, crop and normalization of images
 )
 from .runtime.types import (
     Variables as Variables,  # parameters and batch statistics: nested dicts of arrays

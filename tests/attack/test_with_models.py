@@ -13,7 +13,7 @@ from victims import CLASSES, images
 
 from tljax.attack import fgsm, pgd
 from tljax.models import apply, normalize
-from tljax.runtime.types import Preprocess
+from tljax.runtime.preprocess import Preprocess
 
 KEY = jax.random.key(0)
 PREPROCESSES = {

@@ -15,7 +15,7 @@ from tljax.data.examples import Source
 from tljax.models.inputs import adapt_kernel
 from tljax.pretrained import Pretrained, load_pretrained, save
 from tljax.runtime.errors import RequestError
-from tljax.runtime.types import CAFFE_PREPROCESS, Preprocess
+from tljax.runtime.preprocess import CAFFE_PREPROCESS, Preprocess
 
 FORMS = {1: "PNG of 16 bits", 2: "PNG", 4: "PNG", 13: "npy"}
 

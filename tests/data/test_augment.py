@@ -27,7 +27,7 @@ from tljax.data.augment import (
 )
 from tljax.data.decode import decode
 from tljax.runtime.errors import RequestError
-from tljax.runtime.types import Preprocess
+from tljax.runtime.preprocess import Preprocess
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 

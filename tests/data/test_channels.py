@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from tljax.data.decode import decode, decode_picture, open_image, open_picture
+from tljax.data.decode import decode, open_image
 from tljax.data.examples import Source
 from tljax.data.loader import load_batches
+from tljax.data.pictures import decode_picture, open_picture
 from tljax.data.statistics import measure_channels
 from tljax.runtime.errors import RequestError, UnreadableImageError
-from tljax.runtime.types import Preprocess
+from tljax.runtime.preprocess import Preprocess
 
 HEIGHT, WIDTH = 50, 37
 RGB = Preprocess(24, 31, "bicubic")

@@ -14,10 +14,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageFile, ImageOps
 
-from tljax.data.decode import MAX_PIXELS, decode, open_image, read_images
+from tljax.data.decode import MAX_PIXELS, decode, open_image
 from tljax.data.folders import open_folder
+from tljax.data.pictures import read_images
 from tljax.runtime.errors import RequestError, UnreadableImageError
-from tljax.runtime.types import Preprocess
+from tljax.runtime.preprocess import Preprocess
 
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "JPEG2000", "AVIF")
 

@@ -28,7 +28,7 @@ from tljax.data.loader import load_batches
 from tljax.data.options import LabelOptions
 from tljax.data.sources import has_validation, open_labeled, open_splits
 from tljax.runtime.errors import RequestError, StoppedError, UnreadableImageError
-from tljax.runtime.types import Preprocess
+from tljax.runtime.preprocess import Preprocess
 
 CLASSES = ["cat", "dog", "fox"]
 KEYS = ("image", "label")

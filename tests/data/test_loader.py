@@ -19,7 +19,8 @@ from tljax.data.examples import Source
 from tljax.data.folders import open_folder
 from tljax.data.loader import load_batches, num_batches
 from tljax.runtime.errors import RequestError
-from tljax.runtime.types import Batch, Preprocess
+from tljax.runtime.preprocess import Preprocess
+from tljax.runtime.types import Batch
 
 TINY = Preprocess(size=2, resize=2)
 

@@ -28,8 +28,8 @@ from tljax.models.layers import Dense, GlobalAveragePool, LinearHead, gelu
 from tljax.pretrained import load_pretrained
 from tljax.pretrained.tables.layouts import table
 from tljax.runtime.errors import RequestError
+from tljax.runtime.preprocess import Preprocess
 from tljax.runtime.trees import flatten, unflatten
-from tljax.runtime.types import Preprocess
 
 KEY = jax.random.key(0)
 

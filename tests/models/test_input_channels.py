@@ -25,8 +25,8 @@ from tljax.models.spec import from_json, to_json
 from tljax.pretrained.rules import apply_rules
 from tljax.pretrained.tables.layouts import table
 from tljax.runtime.errors import RequestError
+from tljax.runtime.preprocess import CAFFE_PREPROCESS, Preprocess
 from tljax.runtime.trees import flatten
-from tljax.runtime.types import CAFFE_PREPROCESS, Preprocess
 
 CHANNELS = (1, 2, 4, 13)
 

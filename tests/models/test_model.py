@@ -37,8 +37,9 @@ from tljax.models.layers import Mode
 from tljax.pretrained.rules import apply_rules
 from tljax.pretrained.tables.layouts import layout_rules
 from tljax.runtime.errors import RequestError
+from tljax.runtime.preprocess import Preprocess
 from tljax.runtime.trees import flatten
-from tljax.runtime.types import Preprocess, Variables
+from tljax.runtime.types import Variables
 
 IMAGES = random_images(4, 64, 48)
 

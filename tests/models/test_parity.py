@@ -31,7 +31,7 @@ from tljax.pretrained import export, load_pretrained
 from tljax.pretrained.catalog import match_class_names
 from tljax.pretrained.tables.layouts import layout_rules
 from tljax.pretrained.verify import INPUTS, verify
-from tljax.runtime.types import Preprocess
+from tljax.runtime.preprocess import Preprocess
 
 TOLERANCE = 1e-4
 SIZES = [(224, 224), (225, 193)]

@@ -28,7 +28,7 @@ from tljax.models import (
 from tljax.models.layers import ConvNorm, Dense, GlobalAveragePool, LinearHead, Mode
 from tljax.models.spec import from_json, to_json
 from tljax.runtime.errors import RequestError
-from tljax.runtime.types import INCEPTION_PREPROCESS, Preprocess
+from tljax.runtime.preprocess import INCEPTION_PREPROCESS, Preprocess
 
 QUICK = (
     *("resnet18", "keras_resnet50v2", "resnetv2_50x1_bit", "inception_v3", "keras_xception"),

@@ -11,7 +11,7 @@ from tljax.models import MODELS, build_model
 from tljax.pretrained import CATALOG
 from tljax.pretrained.catalog import Row, catalog_name, read_rows
 from tljax.runtime.errors import RequestError
-from tljax.runtime.types import NORMALIZATIONS
+from tljax.runtime.preprocess import NORMALIZATIONS
 
 
 def rows() -> list[Row]:

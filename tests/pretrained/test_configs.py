@@ -32,8 +32,8 @@ from tljax.models import normalize
 from tljax.pretrained import Pretrained, export, imagenet_classes, load_pretrained
 from tljax.pretrained.configs import read_architecture, read_configs, write_configs
 from tljax.runtime.errors import RequestError
+from tljax.runtime.preprocess import Preprocess
 from tljax.runtime.task import Task
-from tljax.runtime.types import Preprocess
 
 
 @pytest.fixture(scope="module")

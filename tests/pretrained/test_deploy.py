@@ -23,8 +23,8 @@ from tljax.pretrained import Card, Pretrained
 from tljax.pretrained import deploy as deploy_module
 from tljax.pretrained.deploy import export_onnx, export_stablehlo
 from tljax.runtime.errors import RequestError, VerificationError
+from tljax.runtime.preprocess import Preprocess
 from tljax.runtime.task import Task
-from tljax.runtime.types import Preprocess
 
 CLASSES = ("cat", "dog", 'a "quoted" 日本 name')
 

@@ -17,7 +17,7 @@ from tljax.pretrained.catalog import catalog_name
 from tljax.pretrained.fetch import fetch
 from tljax.runtime.errors import RequestError
 from tljax.runtime.files import sha256
-from tljax.runtime.types import Preprocess
+from tljax.runtime.preprocess import Preprocess
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from tljax.pretrained.keras_graph import read_graph
 from tljax.pretrained.tables.keras import layer_names, with_normalization
 from tljax.pretrained.tables.layouts import LAYOUTS
 from tljax.pretrained.verify import TOLERANCE, verify
-from tljax.runtime.types import Preprocess
+from tljax.runtime.preprocess import Preprocess
 
 
 def layers_with_weights(model: Any) -> list[Any]:

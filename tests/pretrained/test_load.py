@@ -44,7 +44,8 @@ from tljax.pretrained.formats import read_tensors, write_safetensors
 from tljax.pretrained.rules import invert_rules
 from tljax.pretrained.tables.layouts import LAYOUTS, layout_rules
 from tljax.runtime.errors import RequestError
-from tljax.runtime.types import CAFFE_PREPROCESS, INCEPTION_PREPROCESS, Preprocess, Variables
+from tljax.runtime.preprocess import CAFFE_PREPROCESS, INCEPTION_PREPROCESS, Preprocess
+from tljax.runtime.types import Variables
 
 
 @pytest.fixture

@@ -17,8 +17,8 @@ from tljax.pretrained.rules import CONV, DENSE, Rule, apply_rules, compare, inve
 from tljax.pretrained.tables.layouts import LAYOUTS, layout_rules
 from tljax.pretrained.unwrap import check
 from tljax.runtime.errors import RequestError
+from tljax.runtime.preprocess import Preprocess
 from tljax.runtime.trees import flatten
-from tljax.runtime.types import Preprocess
 
 Arrays = dict[str, np.ndarray]
 VECTOR, MATRIX = np.ones(3, np.float32), np.ones((3, 3), np.float32)

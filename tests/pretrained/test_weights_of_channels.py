@@ -16,8 +16,8 @@ from transformers import AutoModelForImageClassification
 from tljax.models import adapt_input, normalize
 from tljax.pretrained import Pretrained, export, load_pretrained, save
 from tljax.runtime.errors import RequestError
+from tljax.runtime.preprocess import Preprocess
 from tljax.runtime.trees import flatten
-from tljax.runtime.types import Preprocess
 
 CHANNELS = (1, 2, 13)
 

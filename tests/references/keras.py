@@ -10,7 +10,7 @@ import numpy as np
 
 from references.contract import Build, Reference
 from tljax.models import efficientnet, inception, mobilenet, resnet, resnetv2, xception
-from tljax.runtime.types import NORMALIZATIONS
+from tljax.runtime.preprocess import NORMALIZATIONS
 
 # Statistics of the layers with which EfficientNet B0 to B7 begin.
 MEAN, STD = np.asarray((NORMALIZATIONS["torch"].mean, NORMALIZATIONS["torch"].std), np.float32)

@@ -22,8 +22,8 @@ from tljax.models import Model, Stage, abstract_variables
 from tljax.models.layers import GlobalAveragePool, LinearHead
 from tljax.pretrained import Card, Pretrained, save
 from tljax.report.card import RunFacts, model_card
+from tljax.runtime.preprocess import Preprocess
 from tljax.runtime.settings import Kind
-from tljax.runtime.types import Preprocess
 
 RUN = RunFacts(
     title="ants and bees",

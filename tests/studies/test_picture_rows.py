@@ -16,8 +16,8 @@ from tljax.pretrained import Card, Pretrained
 from tljax.report.gallery import open_output
 from tljax.runtime.errors import RequestError
 from tljax.runtime.files import MARKER
+from tljax.runtime.preprocess import Preprocess
 from tljax.runtime.task import Task
-from tljax.runtime.types import Preprocess
 from tljax.studies.pictures import (
     Photographs,
     _default_classes,

@@ -17,7 +17,8 @@ from tljax.data.options import AugmentConfig
 from tljax.metrics.sums import means
 from tljax.models import Model, Stage, apply, init
 from tljax.models.layers import GlobalAveragePool, LinearHead
-from tljax.runtime.types import Batch, Preprocess
+from tljax.runtime.preprocess import Preprocess
+from tljax.runtime.types import Batch
 from tljax.train.adversary import adversarial
 from tljax.train.freeze import label
 from tljax.train.objectives import cross_entropy

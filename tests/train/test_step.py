@@ -14,8 +14,9 @@ from tljax.metrics.sums import masked_sum, means, merge
 from tljax.models import Model, Stage, apply, init
 from tljax.models.layers import GlobalAveragePool, LinearHead
 from tljax.runtime.errors import RequestError
+from tljax.runtime.preprocess import Preprocess
 from tljax.runtime.trees import flatten, unflatten
-from tljax.runtime.types import Batch, Preprocess
+from tljax.runtime.types import Batch
 from tljax.train.freeze import (
     combine,
     first_trainable_stage,

@@ -3,12 +3,8 @@
 import codecs
 import io
 import re
-import sys
 import warnings
 from collections.abc import Sequence
-from contextlib import suppress
-from functools import cache
-from os import PathLike
 from typing import NamedTuple
 
 import numpy as np
@@ -16,12 +12,10 @@ from jaxtyping import Float, Shaped, UInt8
 from PIL import ExifTags, Image, ImageChops, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
-from tljax.data.folders import open_images
 from tljax.data.pixels import NPY, check_array, is_tiff, read_npy, read_tiff, to_bands, to_values
-from tljax.explain.pictures import as_rgb, to_pixels
-from tljax.runtime.download import is_html
 from tljax.runtime.errors import RequestError, UnreadableImageError
-from tljax.runtime.types import Preprocess
+from tljax.runtime.files import is_html
+from tljax.runtime.preprocess import Preprocess
 
 MAX_PIXELS = 2**27
 """Largest image that is decoded: 134 million pixels, 400 MB of RGB. Phones take 108 million."""
@@ -89,7 +83,7 @@ def decode(
             raise UnreadableImageError(
                 "floating point pixels, but the network takes 8 bits: train one with --channels"
             )
-        return np.rint(pixels * 255).astype(np.uint8)
+        return _to_8_bits(pixels)
     if preprocess.dtype == "float32" and pixels.dtype == np.uint8:
         return pixels.astype(np.float32) / np.float32(255)
     return pixels
@@ -144,74 +138,24 @@ def decode_as_stored(
     return pixels, has_range
 
 
-def decode_picture(data: bytes | np.ndarray, size: int) -> UInt8[np.ndarray, "size size 3"]:
-    """Decode an image to be looked at: what is no picture shows its first three channels.
-
-    Args:
-        data: as for `decode`.
-        size: side of the central square, in pixels.
-
-    Returns:
-        ``[size, size, 3]`` uint8 RGB; see `tljax.explain.pictures.as_rgb`.
+def open_as_stored(data: bytes | np.ndarray) -> Shaped[np.ndarray, "height width channels"]:
+    """Decode an image in full, upright, with all its bands: uint8, or float32 for more bits.
 
     Raises:
         UnreadableImageError: the image cannot be used.
     """
-    return decode(np.asarray(open_picture(data)), Preprocess(size, size))
-
-
-def open_picture(data: bytes | np.ndarray) -> Image.Image:
-    """Decode an image to be looked at, in full: as `open_image` if it is a picture.
-
-    Raises:
-        UnreadableImageError: the image cannot be used.
-    """
-    if not isinstance(data, np.ndarray):
-        with suppress(UnreadableImageError):
-            return open_image(data)
     bands, _, transpose, *_ = _open(data, channels=None, exact=True)
-    image = Image.fromarray(as_rgb(_stack(bands)))
-    return image if transpose is None else image.transpose(transpose)
+    return _stack([band if transpose is None else band.transpose(transpose) for band in bands])
+
+
+def _to_8_bits(values: np.ndarray) -> np.ndarray:
+    """Convert values in [0, 1] to uint8; uint8 stays unchanged."""
+    return values if values.dtype == np.uint8 else np.rint(values * 255).astype(np.uint8)
 
 
 def _stack(bands: Sequence[Image.Image]) -> np.ndarray:
     """Return bands as an array ``[height, width, channels]``."""
     return np.dstack([np.asarray(band) for band in bands])
-
-
-def read_images(
-    paths: Sequence[str | PathLike[str]], preprocess: Preprocess
-) -> Shaped[np.ndarray, "images size size channels"]:
-    """Decode a short list of image files in one thread.
-
-    Args:
-        paths: files, folders (every file below them is read) or URLs, as for `open_images`.
-        preprocess: the sizes, the filter, the number of channels and the dtype; see `decode`.
-
-    Returns:
-        ``[images, size, size, channels]``, RGB for three channels.
-
-    Raises:
-        RequestError: a path does not exist, a folder has no file, or a URL cannot be fetched.
-        UnreadableImageError: a file is not a usable image; the message names it.
-    """
-    source = open_images(paths)
-    images = np.empty((len(source), *preprocess.shape), preprocess.dtype)
-    for index, name in enumerate(source.names):
-        try:
-            remarks: list[str] = []
-            images[index] = decode(source.read(index), preprocess, remarks)
-        except UnreadableImageError as error:
-            raise UnreadableImageError(f"{name}: {error}") from error
-        print_remarks(name, *remarks)
-    return images
-
-
-@cache
-def print_remarks(name: str, *remarks: str) -> None:
-    """Print remarks about an image to stderr, once per process."""
-    for remark in remarks:
-        print(f"note: {name}: {remark}", file=sys.stderr)
 
 
 def open_image(data: bytes) -> Image.Image:
@@ -236,7 +180,7 @@ def open_image(data: bytes) -> Image.Image:
     bands, _, transpose, has_range, _ = _open(data)
     if not has_range:
         raise UnreadableImageError("floating point pixels of unknown range")
-    image = bands[0] if len(bands) == 1 else Image.fromarray(to_pixels(_stack(bands)))
+    image = bands[0] if len(bands) == 1 else Image.fromarray(_to_8_bits(_stack(bands)))
     return image if transpose is None else image.transpose(transpose)
 
 

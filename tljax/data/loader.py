@@ -11,10 +11,12 @@ import numpy as np
 from absl import flags
 from jaxtyping import Float, Int
 
-from tljax.data.decode import decode, print_remarks
+from tljax.data.decode import decode
 from tljax.data.examples import Source
+from tljax.data.pictures import print_remarks
 from tljax.runtime.errors import RequestError, UnreadableImageError
-from tljax.runtime.types import Batch, Preprocess
+from tljax.runtime.preprocess import Preprocess
+from tljax.runtime.types import Batch
 
 BatchRows = Int[np.ndarray, "batches rows"]
 """Indices of the examples of each batch; -1 for padding."""

@@ -8,7 +8,7 @@ import numpy as np
 from tljax.data.decode import decode_as_stored
 from tljax.data.examples import Source
 from tljax.runtime.errors import RequestError, UnreadableImageError
-from tljax.runtime.types import Preprocess
+from tljax.runtime.preprocess import Preprocess
 
 MOST_IMAGES = 4096
 """Number of images that are read at most."""

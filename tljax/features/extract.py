@@ -33,9 +33,10 @@ from tljax.runtime.parallel import (
     round_up_to_devices,
     shard,
 )
+from tljax.runtime.preprocess import Preprocess
 from tljax.runtime.progress import track
 from tljax.runtime.settings import Dtype
-from tljax.runtime.types import Batch, Preprocess, Variables
+from tljax.runtime.types import Batch, Variables
 
 
 class View(NamedTuple):

@@ -78,7 +78,7 @@ def limit() -> int:
         raise RequestError(f"TLJAX_FEATURE_CACHE_GIB={value}: choose a number of GiB") from error
 
 
-_CODE = ("models/**/*.py", "data/**/*.py", "runtime/types.py", "features/extract.py")
+_CODE = ("models/**/*.py", "data/**/*.py", "runtime/preprocess.py", "features/extract.py")
 
 
 @cache

@@ -16,7 +16,7 @@ from jax import Array
 from tljax.models.convolution import max_pool
 from tljax.models.layers import Conv, GroupNorm, Mode
 from tljax.models.model import Model, Stage, pooled_classifier
-from tljax.runtime.types import INCEPTION_PREPROCESS
+from tljax.runtime.preprocess import INCEPTION_PREPROCESS
 
 _conv = partial(Conv, use_bias=False, standardize=True)
 

@@ -23,7 +23,7 @@ from tljax.models.layers import (
     gelu,
 )
 from tljax.models.model import Model, Stage
-from tljax.runtime.types import Preprocess
+from tljax.runtime.preprocess import Preprocess
 
 
 class GlobalResponseNorm(nn.Module):

@@ -18,7 +18,7 @@ from flax import linen as nn
 from tljax.models.depthwise import ConvAct, Convention, Run, round_width, stages
 from tljax.models.layers import Activation
 from tljax.models.model import Model, Stage, pooled_classifier
-from tljax.runtime.types import INCEPTION_PREPROCESS, Preprocess
+from tljax.runtime.preprocess import INCEPTION_PREPROCESS, Preprocess
 
 _TENSORFLOW = Convention("SAME", epsilon=1e-3, momentum=0.99)
 _TENSORFLOW_V2 = Convention("SAME", epsilon=1e-3, momentum=0.9)

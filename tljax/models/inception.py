@@ -17,7 +17,7 @@ from jax import Array
 from tljax.models.convolution import Kernel, avg_pool, max_pool
 from tljax.models.layers import ConvNorm, Mode
 from tljax.models.model import Model, Stage, pooled_classifier
-from tljax.runtime.types import INCEPTION_PREPROCESS
+from tljax.runtime.preprocess import INCEPTION_PREPROCESS
 
 
 class Variant(NamedTuple):

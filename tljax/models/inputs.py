@@ -7,8 +7,9 @@ from jaxtyping import Float
 
 from tljax.models.model import Model, abstract_variables
 from tljax.runtime.errors import RequestError
+from tljax.runtime.preprocess import Preprocess
 from tljax.runtime.trees import flatten, unflatten
-from tljax.runtime.types import Array, Preprocess, Variables
+from tljax.runtime.types import Array, Variables
 
 _RGB = Preprocess()
 

@@ -15,7 +15,7 @@ from jax import Array
 from tljax.models.depthwise import ConvAct, Convention, Run, round_width, stages
 from tljax.models.layers import Dense, GlobalAveragePool, LinearHead, Mode
 from tljax.models.model import Model, Stage, pooled_classifier
-from tljax.runtime.types import INCEPTION_PREPROCESS, Preprocess
+from tljax.runtime.preprocess import INCEPTION_PREPROCESS, Preprocess
 
 
 class Separable(nn.Module):

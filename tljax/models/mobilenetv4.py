@@ -15,7 +15,7 @@ from tljax.models.depthwise import (
 )
 from tljax.models.layers import ConvNorm, GlobalAveragePool, LinearHead, Mode
 from tljax.models.model import Model, Stage
-from tljax.runtime.types import Preprocess
+from tljax.runtime.preprocess import Preprocess
 
 _CONVENTION = Convention("torch", epsilon=1e-5, momentum=0.9)
 

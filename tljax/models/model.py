@@ -23,8 +23,9 @@ from tljax.models.layers import (
     StochasticDepth,
 )
 from tljax.runtime.errors import RequestError
+from tljax.runtime.preprocess import Preprocess
 from tljax.runtime.trees import flatten
-from tljax.runtime.types import Array, Preprocess, Variables
+from tljax.runtime.types import Array, Variables
 
 
 class Stage(NamedTuple):

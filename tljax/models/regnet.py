@@ -14,7 +14,7 @@ from jax import Array
 
 from tljax.models.layers import ConvNorm, Mode, SqueezeExcite, StochasticDepth
 from tljax.models.model import Model, Stage, pooled_classifier
-from tljax.runtime.types import Preprocess
+from tljax.runtime.preprocess import Preprocess
 
 
 class Variant(NamedTuple):

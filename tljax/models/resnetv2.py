@@ -12,7 +12,7 @@ from jax import Array
 from tljax.models.convolution import max_pool
 from tljax.models.layers import BatchNorm, Conv, ConvNorm, Mode
 from tljax.models.model import Model, Stage, pooled_classifier
-from tljax.runtime.types import INCEPTION_PREPROCESS
+from tljax.runtime.preprocess import INCEPTION_PREPROCESS
 
 _KERAS = {"epsilon": 1.001e-5, "momentum": 0.99}
 _conv_norm = partial(ConvNorm, **_KERAS)

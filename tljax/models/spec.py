@@ -15,8 +15,8 @@ from flax.core import FrozenDict
 
 from tljax.models import MODELS, Model, Stage, abstract_variables, build_model, layers
 from tljax.runtime.errors import RequestError
+from tljax.runtime.preprocess import Preprocess
 from tljax.runtime.settings import Dtype
-from tljax.runtime.types import Preprocess
 
 VERSION = 1
 

@@ -9,7 +9,7 @@ from jax import Array
 from tljax.models.convolution import adaptive_avg_pool, max_pool
 from tljax.models.layers import Conv, ConvNorm, Dense, LinearHead, Mode
 from tljax.models.model import Model, Stage
-from tljax.runtime.types import Preprocess
+from tljax.runtime.preprocess import Preprocess
 
 
 class Block(nn.Module):

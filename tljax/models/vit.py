@@ -35,7 +35,8 @@ from tljax.models.layers import (
 )
 from tljax.models.model import Model, Stage
 from tljax.runtime.errors import RequestError
-from tljax.runtime.types import INCEPTION_PREPROCESS, FeatureMap, Preprocess
+from tljax.runtime.preprocess import INCEPTION_PREPROCESS, Preprocess
+from tljax.runtime.types import FeatureMap
 
 gelu_tanh: Activation = partial(nn.gelu, approximate=True)
 """Approximation of GELU by a hyperbolic tangent."""

@@ -16,7 +16,7 @@ from jax import Array
 from tljax.models.convolution import Padding, max_pool
 from tljax.models.layers import Conv, ConvNorm, Mode
 from tljax.models.model import Model, Stage, pooled_classifier
-from tljax.runtime.types import INCEPTION_PREPROCESS
+from tljax.runtime.preprocess import INCEPTION_PREPROCESS
 
 
 class Variant(NamedTuple):

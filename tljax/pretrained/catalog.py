@@ -6,8 +6,8 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
+from tljax.runtime.preprocess import Preprocess
 from tljax.runtime.settings import Kind
-from tljax.runtime.types import Preprocess
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,9 @@ from tljax.pretrained.sections import Section, read_section
 from tljax.pretrained.tables.layouts import LAYOUTS
 from tljax.runtime.errors import RequestError
 from tljax.runtime.files import atomic_write
+from tljax.runtime.preprocess import Preprocess
 from tljax.runtime.settings import Kind
 from tljax.runtime.task import CLASSIFICATION, Task
-from tljax.runtime.types import Preprocess
 
 # Arguments of timm's model constructors with their supported values.
 _SUPPORTED_ARGUMENTS = {

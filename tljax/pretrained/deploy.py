@@ -21,7 +21,8 @@ from tljax.pretrained.network import Card, Pretrained
 from tljax.runtime.errors import RequestError, VerificationError
 from tljax.runtime.files import atomic_write
 from tljax.runtime.packages import install_command
-from tljax.runtime.types import Array, Preprocess
+from tljax.runtime.preprocess import Preprocess
+from tljax.runtime.types import Array
 
 _Network = Callable[[Num[Array, "batch size size channels"]], Float[jax.Array, "batch outputs"]]
 

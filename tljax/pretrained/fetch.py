@@ -7,9 +7,9 @@ from pathlib import Path
 
 from tljax.pretrained.catalog import CATALOG
 from tljax.pretrained.formats import digest
-from tljax.runtime.download import download, is_html
+from tljax.runtime.download import download
 from tljax.runtime.errors import RequestError, first_line
-from tljax.runtime.files import cache_dir, sha256
+from tljax.runtime.files import cache_dir, is_html, sha256
 from tljax.runtime.packages import install_command
 
 _MAX_BYTES = 2**35  # eight times the size of the largest published network

@@ -25,9 +25,9 @@ from tljax.pretrained.tables.keras import read_normalization, with_normalization
 from tljax.pretrained.tables.layouts import LAYOUTS, table
 from tljax.pretrained.unwrap import check
 from tljax.runtime.errors import RequestError
+from tljax.runtime.preprocess import NORMALIZATIONS
 from tljax.runtime.settings import Kind
 from tljax.runtime.task import CLASSIFICATION, Task
-from tljax.runtime.types import NORMALIZATIONS
 
 
 def load_pretrained(

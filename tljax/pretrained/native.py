@@ -14,10 +14,10 @@ from tljax.pretrained.formats import Tensors, write_safetensors
 from tljax.pretrained.network import Card, Pretrained
 from tljax.pretrained.rules import apply_rules, native_rules
 from tljax.runtime.errors import RequestError
+from tljax.runtime.preprocess import Preprocess
 from tljax.runtime.settings import Dtype, Kind
 from tljax.runtime.task import CLASSIFICATION, Task
 from tljax.runtime.trees import flatten
-from tljax.runtime.types import Preprocess
 
 _VERSION = 3  # 3 adds the task to version 2
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from tljax.models.spec import is_number, is_side
 from tljax.pretrained.sections import Section
-from tljax.runtime.types import Preprocess
+from tljax.runtime.preprocess import Preprocess
 
 _PILLOW_FILTERS = {2: "bilinear", 3: "bicubic"}
 _NEAREST = 0  # in the files of EfficientNet, whose networks were trained with bicubic filters

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tljax.runtime.errors import RequestError
+from tljax.runtime.preprocess import Preprocess
 from tljax.runtime.trees import flatten, unflatten
-from tljax.runtime.types import Preprocess, Variables
+from tljax.runtime.types import Variables
 
 CONV = (2, 3, 1, 0)
 """Axes from torch's ``[out, in, k, k]`` to ``[k, k, in, out]``; the same for depthwise kernels."""

@@ -26,8 +26,8 @@ from tljax.report.results import (
     number_rows,
     per_class,
 )
+from tljax.runtime.preprocess import Preprocess
 from tljax.runtime.settings import Kind
-from tljax.runtime.types import Preprocess
 
 MAX_ROWS = 10
 """Number of classes, labels or numbers that the card lists; the report has all."""

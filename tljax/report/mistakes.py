@@ -6,8 +6,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import UInt8
 
-from tljax.data.decode import decode_picture
 from tljax.data.examples import Source, join_names
+from tljax.data.pictures import decode_picture
 from tljax.features.evaluate import Evaluation
 
 

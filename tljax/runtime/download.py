@@ -1,6 +1,5 @@
 """Downloads of single files over HTTP: complete, checked and cached."""
 
-import codecs
 import json
 import string
 import sys
@@ -87,16 +86,6 @@ def download(
                 f"could not fetch {url} ({reason}); fetch it on another machine and pass the file"
             ) from None
         _note_copy(url, copy, reason)
-
-
-def is_html(data: bytes) -> bool:
-    """Return whether a file that begins with these bytes is a web page, for example a login page.
-
-    Args:
-        data: the file, or its first kilobyte.
-    """
-    head = data[:1024].removeprefix(codecs.BOM_UTF8).lstrip().lower()
-    return head.startswith((b"<!doctype html", b"<html"))
 
 
 def _receive(response: Any, request: Request, file: Path, name: str, limit: int) -> None:

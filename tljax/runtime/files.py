@@ -1,5 +1,6 @@
 """Cache folder, output folders, atomic writes, digests and JSON."""
 
+import codecs
 import errno
 import glob
 import hashlib
@@ -185,3 +186,13 @@ _DISK_ERRORS = (
     *(errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EFBIG, errno.EIO, errno.EISDIR),
     *(errno.ENAMETOOLONG, errno.ENOENT, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS),
 )
+
+
+def is_html(data: bytes) -> bool:
+    """Return whether a file that begins with these bytes is a web page, for example a login page.
+
+    Args:
+        data: the file, or its first kilobyte.
+    """
+    head = data[:1024].removeprefix(codecs.BOM_UTF8).lstrip().lower()
+    return head.startswith((b"<!doctype html", b"<html"))

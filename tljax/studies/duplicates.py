@@ -24,8 +24,8 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
-from tljax.data.decode import open_picture
 from tljax.data.examples import Examples
+from tljax.data.pictures import open_picture
 from tljax.runtime.errors import UnreadableImageError
 from tljax.runtime.files import sha256
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from tljax.models.convnext import VARIANTS
 from tljax.pretrained.rules import Config, Layout, Rule, Rules, conv, dense
 from tljax.pretrained.tables import block_indices, dense_as_conv
-from tljax.runtime.types import Preprocess
+from tljax.runtime.preprocess import Preprocess
 
 
 class _Keys(NamedTuple):

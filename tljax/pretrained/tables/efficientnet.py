@@ -8,7 +8,7 @@ from tljax.models.efficientnet import VARIANTS, runs
 from tljax.pretrained.rules import Arguments, Config, Layout, Rules, conv, conv_norm, dense
 from tljax.pretrained.tables import depthwise
 from tljax.pretrained.tables.depthwise import torchvision_block, torchvision_pair
-from tljax.runtime.types import Preprocess
+from tljax.runtime.preprocess import Preprocess
 
 
 def efficientnet_pytorch(name: str) -> Rules:

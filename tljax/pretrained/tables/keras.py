@@ -26,7 +26,7 @@ from tljax.models import (
 from tljax.models.depthwise import round_width
 from tljax.pretrained.rules import Layout, Rule, Rules
 from tljax.pretrained.tables import block_indices, depthwise
-from tljax.runtime.types import CAFFE_PREPROCESS, Preprocess
+from tljax.runtime.preprocess import CAFFE_PREPROCESS, Preprocess
 
 
 class Layer(NamedTuple):

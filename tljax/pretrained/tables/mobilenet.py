@@ -5,7 +5,7 @@ from tljax.models.mobilenet import V1, V1_VARIANTS, V2, V2_VARIANTS, V3_LARGE, V
 from tljax.pretrained.rules import Arguments, Config, Layout, Rules, conv_norm, dense
 from tljax.pretrained.tables import block_indices, dense_as_conv, depthwise, huggingface_conv_norm
 from tljax.pretrained.tables.depthwise import torchvision_block, torchvision_pair
-from tljax.runtime.types import Preprocess
+from tljax.runtime.preprocess import Preprocess
 
 # --- version 1 -----------------------------------------------------------------------------------
 

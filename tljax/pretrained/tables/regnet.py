@@ -3,7 +3,7 @@
 from tljax.models.regnet import VARIANTS
 from tljax.pretrained.rules import Config, Layout, Rules, conv, conv_norm, dense
 from tljax.pretrained.tables import block_indices, huggingface_conv_norm
-from tljax.runtime.types import Preprocess
+from tljax.runtime.preprocess import Preprocess
 
 
 def torchvision(name: str) -> Rules:

@@ -11,7 +11,7 @@ from tljax.pretrained.tables.vit_big_vision import big_vision, vision_transforme
 from tljax.pretrained.tables.vit_huggingface import CLASSES as HUGGINGFACE
 from tljax.pretrained.tables.vit_huggingface import huggingface_layout
 from tljax.pretrained.tables.vit_keys import NO_BIAS, PARTS, Keys, norm, projections, table, twins
-from tljax.runtime.types import Preprocess
+from tljax.runtime.preprocess import Preprocess
 
 
 def _timm_pool() -> Rules:

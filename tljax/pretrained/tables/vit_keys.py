@@ -11,7 +11,7 @@ from tljax.models import vit
 from tljax.models.layers import gelu
 from tljax.models.vit import VARIANTS, Variant
 from tljax.pretrained.rules import CONV, DENSE, Rule, Rules, dense
-from tljax.runtime.types import Preprocess
+from tljax.runtime.preprocess import Preprocess
 
 
 class Keys(NamedTuple):
