@@ -14,6 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageFile, ImageOps
 
+from tljax.data import decode as decode_module
 from tljax.data.decode import MAX_PIXELS, decode, open_image
 from tljax.data.folders import open_folder
 from tljax.data.pictures import read_images
@@ -93,6 +94,22 @@ def test_a_photograph_is_decoded_like_pillow(shared_data):
     image = Image.open(path).convert("RGB")
     expected = torchvision_resize_and_crop(image, 256, 224, Image.Resampling.BILINEAR)
     np.testing.assert_array_equal(decode(path.read_bytes(), Preprocess()), np.asarray(expected))
+
+
+@pytest.mark.parametrize("scale", [1, 2, 4, 8])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize(
+    "options",
+    [{"subsampling": 0}, {"subsampling": 1}, {"subsampling": 2}, {"progressive": True}],
+    ids=str,
+)
+def test_plain_jpegs_are_decoded_without_pillow_to_its_pixels(options, mode, scale, monkeypatch):
+    photograph = Image.fromarray(skimage.data.chelsea()).resize((331, 243)).convert(mode)
+    data = encode(photograph, "JPEG", quality=80, **options)
+    preprocess = Preprocess(16, 243 // scale // 4)
+    direct = decode(data, preprocess)
+    monkeypatch.setattr(decode_module, "decode_jpeg", None)
+    np.testing.assert_array_equal(decode(data, preprocess), direct)
 
 
 # Maps the upright image to the stored one for each orientation, from Exif 2.32 (tag 274).

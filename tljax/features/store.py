@@ -86,7 +86,9 @@ def _code() -> str:
     """Identify the code that turns an image file into features: hashes and package versions."""
     root = Path(tljax.__file__).parent
     files = sorted(path for pattern in _CODE for path in root.glob(pattern))
-    packages = [f"{name} {version(name)}" for name in ("jax", "jaxlib", "flax", "pillow")]
+    packages = [
+        f"{name} {version(name)}" for name in ("jax", "jaxlib", "flax", "pillow", "simplejpeg")
+    ]
     return "\n".join((*map(_file_digest, files), *packages))
 
 
