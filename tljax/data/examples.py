@@ -87,6 +87,15 @@ class Source:
         """
         return self.examples[index]
 
+    def locate(self, indices: np.ndarray) -> tuple[Examples, np.ndarray]:
+        """Return the examples that this is a selection of, and where ``indices`` are among them.
+
+        An index of -1 stays.
+        """
+        if not isinstance(self.examples, _Subset):
+            return self.examples, indices
+        return self.examples.examples, np.where(indices < 0, -1, self.examples.indices[indices])
+
     def batch(self, inputs: Array, mask: np.ndarray, indices: np.ndarray) -> Batch:
         """Build a batch from inputs and the targets and extra arrays at ``indices``.
 
@@ -115,9 +124,7 @@ class Source:
             header += self.task.kind.encode()
         if self.groups is not None:
             header += b"groups" + np.asarray(self.groups, np.int64).tobytes()
-        examples, indices = self.examples, np.arange(len(self))
-        if isinstance(examples, _Subset):
-            examples, indices = examples.examples, examples.indices
+        examples, indices = self.locate(np.arange(len(self)))
         if fingerprint := getattr(examples, "fingerprint", None):
             contents = fingerprint.encode() + indices.tobytes()
         else:
@@ -153,10 +160,8 @@ class _Subset:
 
 def select(source: Source, indices: Sequence[int] | np.ndarray) -> Source:
     """Select the examples at ``indices``, in that order, and keep the list of classes."""
-    indices = np.asarray(indices, np.int64)
-    examples, positions = source.examples, indices
-    if isinstance(examples, _Subset):  # not nested, so that equal selections have equal digests
-        examples, positions = examples.examples, examples.indices[indices]
+    indices = np.arange(len(source))[np.asarray(indices, np.int64)]
+    examples, positions = source.locate(indices)  # not nested: equal selections have equal digests
     arrays = source.labels, source.targets, dict(source.extra), source.groups
     labels, targets, extra, groups = jax.tree.map(lambda x: x[indices], arrays)
     return replace(

@@ -1,20 +1,18 @@
-"""Batches of decoded images: grain reads and decodes ahead, in threads or processes."""
+"""Batches of decoded images: grain asks for batches ahead, which `workers` decodes."""
 
-import os
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Iterator, Sized
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Literal
 
 import grain
 import numpy as np
-from absl import flags
 from jaxtyping import Float, Int
 
-from tljax.data.decode import decode
 from tljax.data.examples import Source
 from tljax.data.pictures import print_remarks
-from tljax.runtime.errors import RequestError, UnreadableImageError
+from tljax.data.workers import Decoder, Note, concurrent_batches, decoder
+from tljax.runtime.errors import RequestError
 from tljax.runtime.preprocess import Preprocess
 from tljax.runtime.types import Batch
 
@@ -62,9 +60,10 @@ def load_batches(
             they are the batches of a single process.
         multiple: pad batches to a multiple of this number of rows, to divide them among devices.
         frequencies: how often each example is drawn, relative to the others; see `batch_rows`.
-        workers: number of processes that decode images; 0 decodes in threads. Processes take
-            seconds to start and are faster for large sources, where threads contend for the
-            interpreter. A script that uses them needs the ``if __name__ == "__main__"`` guard.
+        workers: number of processes that decode images; 0 decodes in threads, one for each core.
+            Processes start once for the whole program, in a second; on many cores they are faster,
+            as threads contend for the interpreter. A script that uses them needs the
+            ``if __name__ == "__main__"`` guard.
         on_bad_image: ``skip`` replaces an image that cannot be read by a masked row of zeros with
             its targets and index; ``fail`` raises.
         skipped: a dict that such images are added to, ``{index in the source: reason}``, when their
@@ -91,7 +90,10 @@ def load_batches(
     rows = shard_rows(rows[start:], shard)
     if not len(rows):
         return iter(())
-    decoded = _dataset(_Decoded(source, preprocess, rows.ravel()), rows.shape[1], workers)
+    batches = _Batches(source, preprocess, rows, decoder(workers))
+    ahead = concurrent_batches(workers, rows.shape[1])
+    options = grain.ReadOptions(num_threads=ahead, prefetch_buffer_size=ahead)
+    decoded = grain.MapDataset.source(batches).to_iter_dataset(options)
     return _iterate(source, rows, decoded, on_bad_image, skipped)
 
 
@@ -162,71 +164,42 @@ def shard_rows(rows: BatchRows, shard: tuple[int, int]) -> BatchRows:
 
 
 @dataclass(frozen=True, eq=False)
-class _Decoded:
-    """Random access to decoded images with their faults and remarks, as a grain data source."""
+class _Batches:
+    """Random access to decoded batches, as a grain data source."""
 
     source: Source
     preprocess: Preprocess
-    indices: np.ndarray
+    rows: BatchRows
+    decode: Decoder
 
     def __len__(self) -> int:
-        return len(self.indices)
+        return len(self.rows)
 
-    def __getitem__(self, index: int) -> "_Row":
-        example, fault, remarks = int(self.indices[index]), None, []
-        image = np.zeros(self.preprocess.shape, self.preprocess.dtype)
-        if example >= 0:
-            try:
-                image = decode(self.source.read(example), self.preprocess, remarks)
-            except UnreadableImageError as error:
-                fault = str(error)
-        return image, fault, remarks
-
-
-_Row = tuple[np.ndarray, str | None, list[str]]
-_Rows = tuple[np.ndarray, tuple[str | None, ...], tuple[list[str], ...]]
-
-
-def _stack(rows: Sequence[_Row]) -> _Rows:
-    images, faults, remarks = zip(*rows, strict=True)
-    return np.stack(images), faults, remarks
-
-
-def _dataset(decoded: _Decoded, size: int, workers: int) -> grain.IterDataset[_Rows]:
-    examples = grain.MapDataset.source(decoded)
-    if workers == 0:
-        # Threads decode single images rather than batches, so that the first batch is early.
-        threads = os.cpu_count() or 1
-        ahead = grain.ReadOptions(threads, prefetch_buffer_size=max(2 * size, threads))
-        return examples.to_iter_dataset(ahead).batch(size, batch_fn=_stack)
-    if not flags.FLAGS.is_parsed():  # grain's processes read an absl flag
-        flags.FLAGS.mark_as_parsed()
-    # Processes decode whole batches, as transferring single images is slow. grain assigns batches
-    # to processes round-robin, so their order is kept.
-    one_ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
-    batches = examples.batch(size, batch_fn=_stack).to_iter_dataset(one_ahead)
-    processes = min(workers, len(decoded) // size)
-    batches = batches.mp_prefetch(grain.MultiprocessingOptions(processes))
-    # Arrays are copied out of shared memory, where each one keeps a file open.
-    return batches.map(lambda rows: (np.array(rows[0]), *rows[1:]))
+    def __getitem__(self, index: int) -> tuple[np.ndarray, list[Note]]:
+        examples, positions = self.source.locate(self.rows[index])
+        images = np.empty((len(positions), *self.preprocess.shape), self.preprocess.dtype)
+        return images, self.decode(examples, self.preprocess, positions, images)
 
 
 def _iterate(
     source: Source,
-    rows: np.ndarray,
-    decoded: grain.IterDataset[_Rows],
+    rows: BatchRows,
+    decoded: grain.IterDataset[tuple[np.ndarray, list[Note]]],
     on_bad_image: str,
     skipped: dict[int, str] | None,
 ) -> Iterator[Batch]:
     with closing(iter(decoded)) as batches:
-        for indices, (images, faults, remarks) in zip(rows, batches, strict=True):
-            for index in np.flatnonzero([*map(bool, remarks)]):
-                print_remarks(source.names[indices[index]], *remarks[index])
-            bad = {int(i): fault for i, fault in zip(indices, faults, strict=True) if fault}
-            if bad and on_bad_image == "fail":
-                index, fault = next(iter(bad.items()))
-                raise RequestError(f"{source.names[index]}: {fault}; repair, remove or skip it")
-            if skipped is not None:
-                skipped.update(bad)
-            mask = (indices >= 0) & [fault is None for fault in faults]
+        for indices, (images, notes) in zip(rows, batches, strict=True):
+            mask = indices >= 0
+            for note in notes:
+                index = int(indices[note.row])
+                print_remarks(source.names[index], *note.remarks)
+                if note.fault is None:
+                    continue
+                if on_bad_image == "fail":
+                    name = source.names[index]
+                    raise RequestError(f"{name}: {note.fault}; repair, remove or skip it")
+                if skipped is not None:
+                    skipped[index] = note.fault
+                mask[note.row] = False
             yield source.batch(images, mask, indices)
