@@ -18,6 +18,7 @@ from tljax.models import (
 from tljax.models.spec import MAX_CHANNELS
 from tljax.pretrained.rules import (
     Difference,
+    Layout,
     Rule,
     Rules,
     compare,
@@ -25,7 +26,6 @@ from tljax.pretrained.rules import (
     shorten_list,
 )
 from tljax.pretrained.tables.layouts import LAYOUTS, layout_rules, table
-from tljax.pretrained.tables.vit_keys import resize_positions
 from tljax.runtime.trees import flatten
 from tljax.runtime.types import Variables
 
@@ -226,7 +226,7 @@ def _compare(arrays: Mapping[str, np.ndarray], name: str, layout: str) -> Identi
     rules, skeleton = table(model, layout), abstract_variables(model)
     dropped = tuple(key for key in arrays if details.drop and key.startswith(details.drop))
     arrays = {**_zeros(rules, arrays, skeleton, details.optional), **arrays}
-    arrays, note = _with_positions(rules, arrays, skeleton, name)
+    arrays, note = _with_positions(rules, arrays, skeleton, name, details)
     difference = compare(rules, arrays, skeleton, details.ignore + details.drop)
     remarks += (note,) if note else ()
     return Identity(model, layout, difference, arrays, ignored=dropped, remarks=remarks)
@@ -236,7 +236,11 @@ _POSITION = "params/embed/position"
 
 
 def _with_positions(
-    rules: Rules, arrays: Mapping[str, np.ndarray], skeleton: Variables, name: str
+    rules: Rules,
+    arrays: Mapping[str, np.ndarray],
+    skeleton: Variables,
+    name: str,
+    layout: Layout,
 ) -> tuple[Mapping[str, np.ndarray], str]:
     """Resize learned positions to the grid of the network; this import cannot be inverted.
 
@@ -245,13 +249,13 @@ def _with_positions(
     """
     rule = next((rule for rule in rules if rule.path == _POSITION), None)
     positions = None if rule is None else arrays.get(rule.key)
-    if rule is None or positions is None:
+    if rule is None or positions is None or layout.resize_positions is None:
         return arrays, ""
     shape = rule.source_shape(flatten(skeleton)[_POSITION].shape)
     same_kind = len(positions.shape) == len(shape) and positions.shape[-1] == shape[-1]
     if positions.shape == shape or not same_kind:
         return arrays, ""
-    resized = resize_positions(name, positions)
+    resized = layout.resize_positions(name, positions)
     if resized is None:
         return arrays, ""
     old, new = positions.shape[-2], shape[-2]

@@ -153,6 +153,10 @@ class Layout(NamedTuple):
         optional: endings of the keys that a file may lack, which then stand for zeros.
         arguments: function from the name of a model to the arguments of timm's constructor that
             give this network, with their values, beside those that all networks have.
+        rename: function from the tensors of a file of any version of this layout to those that the
+            key table names; it leaves other files as they are.
+        resize_positions: function from the name of a model and the learned positions of a file to
+            positions for the grid of the model; None if they fit no square grid.
     """
 
     table: Callable[[str], Rules]
@@ -163,6 +167,8 @@ class Layout(NamedTuple):
     drop: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     arguments: Callable[[str], Arguments] = lambda _: RELU
+    rename: Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]] | None = None
+    resize_positions: Callable[[str, np.ndarray], np.ndarray | None] | None = None
 
 
 class Difference(NamedTuple):

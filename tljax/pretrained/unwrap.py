@@ -10,14 +10,10 @@ from tljax.models import MODELS
 from tljax.pretrained.identify import Identity, identify, parts_of
 from tljax.pretrained.rules import Difference, required_keys
 from tljax.pretrained.tables.layouts import LAYOUTS, layout_rules, table
-from tljax.pretrained.tables.vit_big_vision import with_usual_names
 from tljax.runtime.errors import RequestError
 
 # Names of wrapper modules, which may occur anywhere in a key.
 _WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-
-# Keys of an MLP that torchvision's first Vision Transformers had, and its index today.
-_TORCHVISION_MLP = re.compile(r"(\bencoder_layer_\d+\.mlp\.)linear_([12])\.")
 
 _SEPARATORS = re.compile(r"[./]")
 
@@ -31,15 +27,21 @@ _COUNTERS = (".total_ops", ".total_params")
 _LAYER_TENSORS = (".weight", ".bias", ".running_mean", ".running_var")
 
 
-def _usual_name(key: str) -> str:
-    """Return the key without wrapper modules, as the newest version of a format has it."""
-    key = _WRAPPERS.sub("", key)
-    return _TORCHVISION_MLP.sub(lambda match: f"{match[1]}{3 * (int(match[2]) - 1)}.", key)
+_LAYOUTS = [layout for layouts in LAYOUTS.values() for layout in layouts.values()]
+_RENAME = [rename for rename in dict.fromkeys(layout.rename for layout in _LAYOUTS) if rename]
+
+
+def _with_usual_names(arrays: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    """Return tensors without wrapper modules in their keys, named as their layout names them."""
+    arrays = {_WRAPPERS.sub("", key): array for key, array in arrays.items()}
+    for rename in _RENAME:
+        arrays = dict(rename(arrays))
+    return arrays
 
 
 def _find(arrays: Mapping[str, np.ndarray], where: str, model: str | None) -> Identity:
     """Return the network that fits under any prefix of the keys, or the nearest one."""
-    arrays = {_usual_name(key): array for key, array in with_usual_names(arrays).items()}
+    arrays = _with_usual_names(arrays)
     whole = identify(arrays, model)
     if not any(whole.difference):
         return whole

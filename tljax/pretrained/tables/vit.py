@@ -1,16 +1,28 @@
 """Key tables of Vision Transformers in timm, torchvision and open_clip, and all their layouts."""
 
+import re
+from collections.abc import Mapping
 from functools import partial
 
 import jax
+import numpy as np
 
 from tljax.models import vit
 from tljax.models.vit import VARIANTS
 from tljax.pretrained.rules import Arguments, Config, Layout, Rule, Rules, dense
-from tljax.pretrained.tables.vit_big_vision import big_vision, vision_transformer
+from tljax.pretrained.tables.vit_big_vision import big_vision, vision_transformer, with_usual_names
 from tljax.pretrained.tables.vit_huggingface import CLASSES as HUGGINGFACE
 from tljax.pretrained.tables.vit_huggingface import huggingface_layout
-from tljax.pretrained.tables.vit_keys import NO_BIAS, PARTS, Keys, norm, projections, table, twins
+from tljax.pretrained.tables.vit_keys import (
+    NO_BIAS,
+    PARTS,
+    Keys,
+    norm,
+    projections,
+    resize_positions,
+    table,
+    twins,
+)
 from tljax.runtime.preprocess import Preprocess
 
 
@@ -109,6 +121,18 @@ def torchvision(name: str) -> Rules:
     return table(name, _TORCHVISION)
 
 
+_OLD_MLP = re.compile(r"(\bencoder_layer_\d+\.mlp\.)linear_([12])\.")
+
+
+def _rename_torchvision(arrays: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    """Return keys with numbers for the layers of MLPs, which torchvision named in the beginning."""
+
+    def newest(match: re.Match[str]) -> str:
+        return f"{match[1]}{3 * (int(match[2]) - 1)}."
+
+    return {_OLD_MLP.sub(newest, key): array for key, array in arrays.items()}
+
+
 _OPEN_CLIP = Keys(
     patches="visual.conv1",
     first="visual.class_embedding",
@@ -148,7 +172,8 @@ _OPEN_CLIP_LAYOUT = Layout(
 
 
 _BIG_VISION_NAMES = tuple(name for name, variant in VARIANTS.items() if variant.pool == "attention")
-_BIG_VISION = Layout(big_vision, twins=partial(twins, _BIG_VISION_NAMES))
+_BIG_VISION = Layout(big_vision, twins=partial(twins, _BIG_VISION_NAMES), rename=with_usual_names)
+_VISION_TRANSFORMER = Layout(vision_transformer, rename=with_usual_names)
 
 
 _TIMM_NAMES = tuple(
@@ -163,18 +188,22 @@ def _timm_layout(name: str) -> Layout:
     return layout
 
 
-LAYOUTS: dict[str, dict[str, Layout]] = {
-    name: {
-        **({"timm": _timm_layout(name)} if name in _TIMM_NAMES else {}),
-        **(
-            {"torchvision": Layout(torchvision, _TORCHVISION_PREPROCESS[name])}
-            if name in _TORCHVISION_PREPROCESS
-            else {}
-        ),
-        **({"huggingface": huggingface_layout(name)} if name in HUGGINGFACE else {}),
-        **({"vision_transformer": Layout(vision_transformer)} if name in vit.AUGREG else {}),
-        **({"open_clip": _OPEN_CLIP_LAYOUT} if name in vit.CLIP else {}),
-        **({"big_vision": _BIG_VISION} if name in _BIG_VISION_NAMES else {}),
-    }
-    for name in VARIANTS
-}
+def _layouts(name: str) -> dict[str, Layout]:
+    layouts: dict[str, Layout] = {}
+    if name in _TIMM_NAMES:
+        layouts["timm"] = _timm_layout(name)
+    if name in _TORCHVISION_PREPROCESS:
+        preprocess = _TORCHVISION_PREPROCESS[name]
+        layouts["torchvision"] = Layout(torchvision, preprocess, rename=_rename_torchvision)
+    if name in HUGGINGFACE:
+        layouts["huggingface"] = huggingface_layout(name)
+    if name in vit.AUGREG:
+        layouts["vision_transformer"] = _VISION_TRANSFORMER
+    if name in vit.CLIP:
+        layouts["open_clip"] = _OPEN_CLIP_LAYOUT
+    if name in _BIG_VISION_NAMES:
+        layouts["big_vision"] = _BIG_VISION
+    return {key: x._replace(resize_positions=resize_positions) for key, x in layouts.items()}
+
+
+LAYOUTS: dict[str, dict[str, Layout]] = {name: _layouts(name) for name in VARIANTS}
