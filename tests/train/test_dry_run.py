@@ -111,3 +111,11 @@ def test_nothing_is_trained(monkeypatch):
     assert "nothing is cached" in text()
     with pytest.raises(RequestError, match="no stage 'layer9'"):
         text(freeze_to="layer9")
+
+
+def test_what_bounds_is_said_where_images_are_loaded():
+    line = (
+        r"images/s: loading [\d,]+, transfer to the devices [\d,]+, the step about [\d,]+ .* bounds"
+    )
+    assert len(re.findall(line, text(freeze_to="stem", cache="none"))) == 1
+    assert "images/s" not in text(freeze_to="stem", cache="memory")

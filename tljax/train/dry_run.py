@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, cast
 
 import jax
@@ -22,13 +23,14 @@ from tljax.runtime.types import Batch, Variables
 from tljax.train.adapt import adapter_functions, add_adapter
 from tljax.train.adversary import adversarial
 from tljax.train.freeze import FROZEN, first_trainable_stage, label, partition
-from tljax.train.inputs import cache_bytes, cache_location
+from tljax.train.inputs import Inputs, cache_bytes, cache_location
 from tljax.train.objectives import cross_entropy
 from tljax.train.optimizer import build_optimizer
 from tljax.train.options import FitConfig
 from tljax.train.recipes import make_plan
 from tljax.train.setup import training_mesh
 from tljax.train.step import init_state, make_train_step
+from tljax.train.throughput import describe_rates, loading_rate, matmul_rate, transfer_rate
 
 Shape = tuple[int, ...]
 
@@ -64,6 +66,7 @@ def dry_run(model: Model, splits: Splits, config: FitConfig, loading: Loading) -
     variables = jax.eval_shape(
         lambda v: add_adapter(model, v, plan.config, jax.random.key(0)), variables
     )
+    rates = _InputRates(model, splits, plan.config, loading, mesh)
     for phase in plan.phases:
         labels = label(variables["params"], phase.table)
         start = first_trainable_stage(model, labels)
@@ -79,9 +82,31 @@ def dry_run(model: Model, splits: Splits, config: FitConfig, loading: Loading) -
             f"{phase.epochs} epochs; a step takes {cost}",
             f"cached in {place}: the activations that enter {start}, {size:,.0f} MiB"
             if cached
-            else "nothing is cached: every step starts from the images",
+            else "nothing is cached: every step starts from the images\n"
+            + rates.describe(batch_size / flops),
         ]
     return "\n".join(lines)
+
+
+class _InputRates:
+    """Images per second of loading and transfer, measured when they are first needed."""
+
+    def __init__(
+        self, model: Model, splits: Splits, config: FitConfig, loading: Loading, mesh: Mesh
+    ) -> None:
+        self._inputs = Inputs(splits, config, loading, 0, None, (), None, ({}, {}))
+        self._model, self._mesh = model, mesh
+
+    @cached_property
+    def _rates(self) -> tuple[float, float, float]:
+        loading = loading_rate(self._inputs.batches(self._model, epoch=1))
+        batch = next(self._inputs.batches(self._model, epoch=1))
+        products = matmul_rate(self._model.dtype, self._mesh.size)
+        return loading, transfer_rate(batch, self._mesh), products
+
+    def describe(self, images_per_flop: float) -> str:
+        loading, transfer, products = self._rates
+        return describe_rates(loading, transfer, images_per_flop * products)
 
 
 def _parameter_table(model: Model, params: Variables, labels: Variables, config: FitConfig) -> str:

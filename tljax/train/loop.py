@@ -11,7 +11,7 @@ from tljax.metrics.sums import means
 from tljax.runtime.errors import DivergenceError, StoppedError
 from tljax.runtime.parallel import is_main_process, shard, sync_flags, to_host
 from tljax.runtime.progress import track
-from tljax.runtime.types import Variables
+from tljax.runtime.types import Batch, Variables
 from tljax.train.inputs import Inputs
 from tljax.train.memory import within_memory
 from tljax.train.recipes import Phase
@@ -66,12 +66,12 @@ def train_epoch(
         batches,
         description=f"epoch {epoch}",
         total=len(run.splits.train) - first * run.loading.batch_size,
-        size=lambda batch: int((batch.indices >= 0).sum()) * jax.process_count(),
+        size=_count,
         quiet=not is_main_process(),
     )
     log = StepLog(run, phase, (epoch - 1) * run.steps_per_epoch + first, position["sums"])
     interruptible = run.checkpoints is not None or run.preemption is not None
-    waited, began = 0.0, time.monotonic()
+    waited, images, began = 0.0, 0, time.monotonic()
     requested = saved = began
     for done, batch in enumerate(batches, start=first + 1):
         if state.step.is_ready():  # pyright: ignore[reportAttributeAccessIssue]
@@ -82,6 +82,7 @@ def train_epoch(
             jax.block_until_ready(state.step)
             state, metrics = step(*arguments)
         log.append(metrics)
+        images += _count(batch)
         late = time.monotonic() - saved >= run.checkpoint_seconds
         stop_asked = run.preemption is not None and run.preemption.requested
         due, stop = sync_flags(late, stop_asked) if interruptible else (False, False)
@@ -93,9 +94,19 @@ def train_epoch(
             raise StoppedError
         requested = time.monotonic()
     if inputs.start is None and is_main_process():
-        share = waited / (time.monotonic() - began)
-        print(f"  {share:.0%} of the time waiting for data", file=sys.stderr)
+        elapsed = time.monotonic() - began
+        rate, share = images / elapsed, waited / elapsed
+        slowest = "loading images" if share > 0.1 else "the step"
+        print(
+            f"  {rate:,.0f} images/s, {share:.1%} of the time waiting for images: {slowest} bounds",
+            file=sys.stderr,
+        )
     return state, means(log.read())
+
+
+def _count(batch: Batch) -> int:
+    """Return the number of images of a batch, of all processes together."""
+    return int((batch.indices >= 0).sum()) * jax.process_count()
 
 
 def save(
