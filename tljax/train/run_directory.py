@@ -21,7 +21,8 @@ from typing import Any
 
 import jax
 
-from tljax.data.examples import Source, Splits, format_labels, join_names, printable
+from tljax.data.examples import Source, Splits, format_labels, join_names
+from tljax.data.files import printable
 from tljax.data.options import LabelOptions
 from tljax.data.sources import open_splits
 from tljax.data.table_files import is_table
