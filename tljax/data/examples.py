@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from tljax.data.files import Names, Subset, in_chunks
+from tljax.data.files import MISSING, Files, Names, Subset, in_chunks
 from tljax.runtime.errors import RequestError, UnreadableImageError
 from tljax.runtime.files import sha256
 from tljax.runtime.task import CLASSIFICATION, Task
@@ -136,6 +136,17 @@ class Source:
     def cache_key(self) -> str:
         """Compute a `fingerprint` that changes, too, whenever a file of this machine is written."""
         return self._identify(times=True)
+
+    @property
+    def file_sizes(self) -> list[int | None] | None:
+        """Look up the size in bytes of each file, None for one that does not exist.
+
+        It is None for examples that are not files.
+        """
+        examples, indices = _base(self.examples)
+        if not isinstance(examples, Files):
+            return None
+        return [None if x == MISSING else x for x in examples.status[indices, 0].tolist()]
 
     def _identify(self, *, times: bool) -> str:
         examples, indices = _base(self.examples)

@@ -144,7 +144,7 @@ def _write(path: Path, root: str, index: Index, visits: Visits) -> None:
 def _read(path: Path, root: str) -> Index | None:
     """Read the index of an earlier call; None if there is none or a folder has changed."""
     try:
-        with np.load(_place(path), allow_pickle=False) as file:
+        with _place(path).open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             header = json.loads(file["header"].tobytes())
             if header["version"] != VERSION or header["path"] != str(path.resolve()):
                 return None
