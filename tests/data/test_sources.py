@@ -485,7 +485,7 @@ def test_only_images_from_a_url_are_cached(tmp_path, monkeypatch, capsys):
         server.body = photograph.getvalue()
         source = open_images([server.url])
         assert contents(source) == [server.body]
-        assert source.names == (server.url,)
+        assert source.names == [server.url]
         server.body = b"<html>moved"
         with pytest.raises(RequestError, match="an HTML page, not an image"):
             open_images([server.url])

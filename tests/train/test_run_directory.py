@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import tiny
 from PIL import Image
 
+from tljax.data.files import Files
 from tljax.data.sources import open_splits
 from tljax.runtime.errors import RequestError
 from tljax.runtime.files import MARKER
@@ -90,12 +92,16 @@ def flip(data):
         (flip, "the contents of the images in"),
     ],
 )
-def test_changed_images_are_named(data, tmp_path, change, message):
-    begin(tmp_path / "run", data)
+@pytest.mark.parametrize("verify_content", [True, False])
+def test_changed_images_are_named(data, tmp_path, change, message, verify_content):
+    begin(tmp_path / "run", data, verify_content=verify_content)
     before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
     change(data)
+    if change is flip and not verify_content:
+        assert begin(tmp_path / "run", data, verify_content=False)
+        return
     with pytest.raises(RequestError) as error:
-        begin(tmp_path / "run", data)
+        begin(tmp_path / "run", data, verify_content=verify_content)
     assert message in str(error.value)
     assert str(data) in str(error.value)
     assert "restore them or start a new run" in str(error.value)
@@ -104,6 +110,34 @@ def test_changed_images_are_named(data, tmp_path, change, message):
         with pytest.raises(RequestError, match=re.escape(message)):
             run_directory.open_validation(tmp_path / "run")
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+
+
+def test_other_weights_of_the_images_are_named(data, tmp_path):
+    splits = open_splits(str(data))
+    extra = {"weight": np.ones(len(splits.train), np.float32)}
+    other = splits._replace(train=replace(splits.train, extra=extra))
+    config = {"data": str(data), "weights": "some.net", "verify_content": False}
+    run_directory.open_run(tmp_path / "run", config, splits, "weights")
+    with pytest.raises(RequestError, match=r"the paths, sizes or labels of the images in .* have"):
+        run_directory.open_run(tmp_path / "run", config, other, "weights")
+
+
+def test_a_run_reads_images_only_to_verify_their_content(data, tmp_path, monkeypatch):
+    splits = open_splits(str(data))
+    assert len({*run_directory.identify(splits, True), *run_directory.identify(splits, False)}) == 4
+    monkeypatch.setattr(Files, "__getitem__", lambda *_: pytest.fail("a file was read"))
+    assert not begin(tmp_path / "run", data, verify_content=False)
+
+
+def test_a_run_that_an_earlier_version_began_is_verified_by_content(data, tmp_path):
+    """Such a run has no --verify-content."""
+    begin(tmp_path / "run", data)
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    train, val, _ = open_splits(str(data))
+    assert saved["fingerprint"]["images"] == [train.digest, val.digest]
+    flip(data)
+    with pytest.raises(RequestError, match="the contents of the images in"):
+        begin(tmp_path / "run", data)
 
 
 def test_changed_base_weights_are_named(data, tmp_path):

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 _UNUSED_IN_RANGE_TEST = (
     "learning_rate schedule warmup patience ema_decay choose_by checkpoint_minutes log_every "
-    "profile"
+    "profile verify_content"
 )
 _IN_RANGE_TEST = "with --find-learning-rate"
 _NOT_RESUMED = "workers devices distributed json debug platform resume dry_run find_learning_rate"
@@ -60,6 +61,8 @@ class Config(cli.Common, cli.Classifier, cli.Channels):
             the data has no validation part. With 0, accuracies are measured on the training images.
         on_bad_image: Action on an image that cannot be read: skip leaves it out and lists it in
             skipped.csv, fail stops.
+        verify_content: Read all images first, so that the run is continued only if none of their
+            bytes have changed. By default their paths, sizes and labels are compared.
         checkpoint_minutes: Minutes between checkpoints within an epoch; 0 writes one at every step.
             One is always written at the end of an epoch.
         log_every: Number of steps between lines of metrics.jsonl within an epoch, beside that of
@@ -86,6 +89,7 @@ class Config(cli.Common, cli.Classifier, cli.Channels):
     fit: tyro.conf.OmitArgPrefixes[FitConfig] = field(default_factory=FitConfig)
     val_fraction: Share = 0.2
     on_bad_image: Literal["skip", "fail"] = "skip"
+    verify_content: bool = False
     checkpoint_minutes: NotNegative = 10.0
     log_every: Amount = 0
     find_learning_rate: bool = False
@@ -137,11 +141,15 @@ class Config(cli.Common, cli.Classifier, cli.Channels):
                 "predict, evaluate and attack can still use it"
             )
         saved.pop("fingerprint", None)
+        chosen = "verify_content" in saved
+        saved.setdefault("verify_content", True)  # as earlier versions did
         try:
             resumed = cli.from_json(Config, saved)
         except (AttributeError, RequestError, TypeError) as error:
             raise RequestError(f"{workdir / 'config.json'}: {error}") from error
         compared = cli.explicit_options() if self.resume else settings(self).keys()
+        if not chosen:  # a run of an earlier version
+            compared -= {"verify_content"}
         moved = compared & {"data", "weights"} if self.resume else set()
         replaced = {name: getattr(self, name) for name in (*_NOT_RESUMED.split(), *moved)}
         resumed = replace(resumed, **replaced, workdir=workdir)
@@ -255,7 +263,7 @@ def train(
 ) -> dict[str, Any]:
     """Train in a run directory, or continue the run in it, and write its results."""
     from tljax.commands.extension import load_extension
-    from tljax.runtime.parallel import is_main_process
+    from tljax.runtime.parallel import broadcast_json, is_main_process
     from tljax.runtime.trees import tree_digest
     from tljax.train import run_directory
     from tljax.train.checkpoint import Checkpoints
@@ -266,6 +274,8 @@ def train(
     if config.extension:
         code = load_extension(config.extension)[1]
         extension = code, split_name(config.extension)[1]
+    # One process looks at the files, as the others may be on other machines.
+    images = broadcast_json(partial(run_directory.identify, splits, config.verify_content))
     continues = False
     if is_main_process():
         options = {"version": CONFIG_VERSION, **asdict(config)}
@@ -273,11 +283,10 @@ def train(
             print(f"note: the run in {workdir} is continued", file=sys.stderr)
         for note in splits.notes:
             print(note)
-    digests = splits.train.digest, splits.val.digest, weights
     # A run may be continued with another division of memory, which changes rounding errors only.
     fit_config = replace(config.fit, remat=False, fsdp=False)
     numerics = fit_config, config.seed, config.batch_size, pretrained.model.dtype
-    identity = repr((*numerics, digests, *extension))
+    identity = repr((*numerics, (*images, weights), *extension))
     metrics = run_directory.MetricsFile(workdir)
     hooks["on_epoch"] = _both(metrics.on_epoch, hooks.get("on_epoch"))
     if config.log_every:

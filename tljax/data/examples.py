@@ -2,21 +2,19 @@
 
 import hashlib
 import json
-import os
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import count
-from os import PathLike
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 
+from tljax.data.files import MISSING, Files, Names, Subset, in_chunks
 from tljax.runtime.errors import RequestError, UnreadableImageError
 from tljax.runtime.files import sha256
 from tljax.runtime.task import CLASSIFICATION, Task
@@ -30,6 +28,8 @@ class Examples(Protocol):
     satisfies the protocol. Reading an example that
     cannot be read raises ``UnreadableImageError``. An optional attribute ``fingerprint``, a string
     that changes whenever the content of any example does, spares `Source.digest` reading them all.
+    An optional method ``describe``, see `tljax.data.files.Files.describe`, spares it
+    `Source.fingerprint`.
     """
 
     def __len__(self) -> int: ...
@@ -87,12 +87,13 @@ class Source:
         """
         return self.examples[index]
 
-    def locate(self, indices: np.ndarray) -> tuple[Examples, np.ndarray]:
+    def locate(self, indices: np.ndarray | None = None) -> tuple[Examples, np.ndarray]:
         """Return the examples that this is a selection of, and where ``indices`` are among them.
 
-        An index of -1 stays.
+        An index of -1 stays; by default all are located.
         """
-        if not isinstance(self.examples, _Subset):
+        indices = np.arange(len(self)) if indices is None else indices
+        if not isinstance(self.examples, Subset):
             return self.examples, indices
         return self.examples.examples, np.where(indices < 0, -1, self.examples.indices[indices])
 
@@ -124,12 +125,53 @@ class Source:
             header += self.task.kind.encode()
         if self.groups is not None:
             header += b"groups" + np.asarray(self.groups, np.int64).tobytes()
-        examples, indices = self.locate(np.arange(len(self)))
+        examples, indices = self.locate()
         if fingerprint := getattr(examples, "fingerprint", None):
             contents = fingerprint.encode() + indices.tobytes()
         else:
-            contents = b"".join(hash_examples(self))
+            contents = hash_examples(self).tobytes()
         return sha256(header + contents)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Compute a SHA-256 hex digest that identifies the examples without reading files.
+
+        Of files it covers the paths in their folder and the sizes, so that it stays the same if the
+        folder is moved or copied, or if a file is overwritten by one of the same size. Of other
+        examples it is the `digest`. It covers all that labels them, too.
+        """
+        return self._identify(times=False)
+
+    @cached_property
+    def cache_key(self) -> str:
+        """Compute a `fingerprint` that changes, too, whenever a file of this machine is written."""
+        return self._identify(times=True)
+
+    @property
+    def file_sizes(self) -> list[int | None] | None:
+        """Look up the size in bytes of each file, None for one that does not exist.
+
+        It is None for examples that are not files.
+        """
+        examples, indices = self.locate()
+        if not isinstance(examples, Files):
+            return None
+        return [None if x == MISSING else x for x in examples.status[indices, 0].tolist()]
+
+    def _identify(self, *, times: bool) -> str:
+        examples, indices = self.locate()
+        describe = getattr(examples, "describe", None)
+        if describe is None:
+            return self.digest
+        identity = hashlib.sha256(json.dumps([self.classes, self.task.kind]).encode())
+        groups = None if self.groups is None else np.asarray(self.groups, np.int64)
+        arrays = self.labels, self.targets, dict(self.extra), groups
+        for path, leaf in jax.tree.leaves_with_path(arrays):
+            identity.update(f"{path} {leaf.dtype} {leaf.shape}".encode())
+            identity.update(np.asarray(leaf).tobytes())
+        for part in describe(indices, times=times):
+            identity.update(part)
+        return identity.hexdigest()
 
 
 class Splits(NamedTuple):
@@ -146,29 +188,20 @@ class Splits(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, eq=False)
-class _Subset:
-    examples: Examples
-    indices: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> bytes | np.ndarray:
-        return self.examples[self.indices[index]]
-
-
 def select(source: Source, indices: Sequence[int] | np.ndarray) -> Source:
     """Select the examples at ``indices``, in that order, and keep the list of classes."""
     indices = np.arange(len(source))[np.asarray(indices, np.int64)]
-    examples, positions = source.locate(indices)  # not nested: equal selections have equal digests
-    arrays = source.labels, source.targets, dict(source.extra), source.groups
-    labels, targets, extra, groups = jax.tree.map(lambda x: x[indices], arrays)
+    # Selections are not nested, so that equal ones have equal digests.
+    examples, positions = source.locate(indices)
+    hashes = source.examples.hashes if isinstance(source.examples, Subset) else None
+    arrays = source.labels, source.targets, dict(source.extra), source.groups, hashes
+    labels, targets, extra, groups, hashes = jax.tree.map(lambda x: x[indices], arrays)
+    names = source.names
     return replace(
         source,
-        examples=_Subset(examples, positions),
+        examples=Subset(examples, positions, hashes),
         labels=labels,
-        names=[source.names[int(index)] for index in indices],
+        names=names[indices] if isinstance(names, Names) else [names[i] for i in indices.tolist()],
         targets=targets,
         extra=extra,
         groups=groups,
@@ -317,8 +350,10 @@ def _numbered(names: Sequence[str]) -> list[tuple[str, int]]:
     return [(name, next(counters[name])) for name in names]
 
 
-def hash_examples(source: Source) -> list[bytes]:
+def hash_examples(source: Source) -> UInt8[np.ndarray, "n 32"]:
     """Compute the SHA-256 of each example; one that cannot be read is hashed as empty."""
+    if isinstance(source.examples, Subset) and source.examples.hashes is not None:
+        return source.examples.hashes
 
     def hash_one(index: int) -> bytes:
         try:
@@ -329,13 +364,17 @@ def hash_examples(source: Source) -> list[bytes]:
             data = repr(data.shape).encode() + data.tobytes()
         return hashlib.sha256(data).digest()
 
-    def hash_chunk(indices: range) -> list[bytes]:
-        return [hash_one(index) for index in indices]
+    def hash_chunk(indices: np.ndarray) -> bytes:
+        return b"".join(map(hash_one, indices.tolist()))
 
-    indices = range(len(source))
-    chunks = (indices[start : start + 256] for start in indices[::256])
-    with ThreadPoolExecutor() as pool:
-        return [digest for chunk in pool.map(hash_chunk, chunks) for digest in chunk]
+    hashes = b"".join(in_chunks(hash_chunk, np.arange(len(source)), 256))
+    return np.frombuffer(hashes, np.uint8).reshape(-1, 32)
+
+
+def with_hashes(source: Source) -> Source:
+    """Return a source that remembers the SHA-256 of each example, as do its selections."""
+    hashes = hash_examples(source)
+    return replace(source, examples=Subset(*source.locate(), hashes))
 
 
 def is_labeled(labels: np.ndarray) -> np.ndarray:
@@ -401,11 +440,6 @@ def normal(name: str) -> str:
     Source: https://unicode.org/reports/tr15.
     """
     return unicodedata.normalize("NFC", name)
-
-
-def printable(path: str | PathLike[str]) -> str:
-    """Return a path as printable text, with bytes that are not UTF-8 as escapes."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def join_names(names: Sequence[str]) -> str:

@@ -1,16 +1,16 @@
 """Labels of class folders: several of one image, numbers, and classes in an order."""
 
-import operator
 import os
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from tljax.data.examples import Source, printable, select
+from tljax.data.examples import Source, select
+from tljax.data.files import MISSING, Files, printable
+from tljax.data.index import Index
 from tljax.data.labels import describe_values, make_task, order_source, parse_number
 from tljax.data.options import LabelOptions
 from tljax.runtime.errors import RequestError
@@ -23,7 +23,7 @@ MAX_COMPARED_BYTES = 2**28
 
 
 def label_folders(
-    source: Source, entries: Sequence[os.DirEntry[str]], labels: LabelOptions
+    source: Source, index: Index, labels: LabelOptions
 ) -> tuple[Source, tuple[str, ...]]:
     """Label the images of class folders for a task.
 
@@ -33,7 +33,7 @@ def label_folders(
 
     Args:
         source: the images with the class of their folder.
-        entries: the file of each image.
+        index: the file of each image.
         labels: the options.
 
     Returns:
@@ -46,7 +46,7 @@ def label_folders(
     where = "the folder"
     kind = labels.kind or "classification"
     task = make_task(labels, kind, 1, where)
-    first, compared = find_same_files(entries, source.labels)
+    first, compared = find_same_files(index, source.labels)
     if kind == "multilabel":
         numbers = np.unique(first, return_inverse=True)[1]
         applies = np.zeros((numbers.max() + 1, len(source.classes)), np.float32)
@@ -57,7 +57,7 @@ def label_folders(
         several = np.count_nonzero(applies.sum(1) > 1)
         phrase += f"; {several} of {len(source)} images are in several folders"
         return replace(source, labels=applies, task=task), (phrase,)
-    notes = _note_contradictions(source, entries, first)
+    notes = _note_contradictions(source, index.files, first)
     if kind == "ordinal":
         source, phrase = order_source(source, labels, where)
         return source, (f"class folders: {phrase}", *notes)
@@ -74,15 +74,13 @@ def label_folders(
     return replace(source, task=task), notes
 
 
-def _note_contradictions(
-    source: Source, entries: Sequence[os.DirEntry[str]], first: np.ndarray
-) -> tuple[str, ...]:
+def _note_contradictions(source: Source, files: Files, first: np.ndarray) -> tuple[str, ...]:
     """Return a note on files in folders of several classes."""
     is_other = source.labels != source.labels[first]
     if not is_other.any():
         return ()
     count, index = len(np.unique(first[is_other])), int(np.flatnonzero(is_other)[0])
-    pair = entries[first[index]].path, entries[index].path
+    pair = files.path(int(first[index])), files.path(index)
     folder = os.path.commonpath(pair)
     one, other = (printable(Path(path).relative_to(folder)) for path in pair)
     images = "1 image is" if count == 1 else f"{count} images are"
@@ -93,41 +91,59 @@ def _note_contradictions(
     return (note,)
 
 
-def find_same_files(
-    entries: Sequence[os.DirEntry[str]], labels: np.ndarray
-) -> tuple[np.ndarray, bool]:
+def find_same_files(index: Index, labels: np.ndarray) -> tuple[np.ndarray, bool]:
     """Find the files that are links to one file, or copies of it in another class.
 
     Copies are searched for among up to 10,000 files, and only by reading those that have the size
     of a file of another class, if these have up to 256 MB.
 
     Args:
-        entries: files.
+        index: files.
         labels: ``[n]`` their classes.
 
     Returns:
         ``[n]`` index of the first file that is the same, and whether copies were searched for.
     """
-    # Files are looked up only if they have the inode of another: that takes long for many.
-    # Some file systems list other inodes than they report for a file, or the same for all.
-    inodes = [_status(x, "st_ino") if x.is_symlink() else x.inode() for x in entries]
-    first = np.arange(len(entries))
-    for group in _groups_of_equals(inodes):
-        keys = [_status(entries[i], "st_dev", "st_ino") for i in group]
-        for same in _groups_of_equals(keys):
-            first[np.array(group)[same]] = group[same[0]]
-    if len(entries) > MAX_COMPARED_FILES:
+    files, first = index.files, np.arange(len(index.files))
+    candidates = _candidates(index)
+    devices, inodes = files.look_up(candidates, "st_dev", "st_ino").T
+    present = inodes != MISSING
+    candidates, keys = candidates[present], [devices[present], inodes[present]]
+    firsts, groups = np.unique(_number_rows(keys), return_index=True, return_inverse=True)[1:]
+    first[candidates] = candidates[firsts[groups]]
+    if len(files) > MAX_COMPARED_FILES:
         return first, False
-    sizes = [_status(entry, "st_size") or None for entry in entries]
-    groups = [group for group in _groups_of_equals(sizes) if len({*labels[group]}) > 1]
-    groups = [group for group in groups if len({*first[group]}) > 1]
-    if sum(sizes[index] or 0 for group in groups for index in group) > MAX_COMPARED_BYTES:
+    sizes = files.status[:, 0]
+    known = np.flatnonzero((sizes > 0) & (sizes != MISSING))
+    same_size = [known[group] for group in _groups_of_equals(sizes[known].tolist())]
+    same_size = [x for x in same_size if len({*labels[x]}) > 1 and len({*first[x]}) > 1]
+    if sum(int(sizes[group].sum()) for group in same_size) > MAX_COMPARED_BYTES:
         return first, False
-    for group in groups:
-        for same in _groups_of_equals([_hash(entries[index].path) for index in group]):
-            members = np.asarray(group)[same]
-            first[np.isin(first, first[members])] = first[members].min()
+    for group in same_size:
+        for same in _groups_of_equals([_hash(files.path(i)) for i in group.tolist()]):
+            first[np.isin(first, first[group[same]])] = first[group[same]].min()
     return first, True
+
+
+def _candidates(index: Index) -> np.ndarray:
+    """Return the files that may be links to the same file as another.
+
+    Only these are looked up, which takes long for many. Some file systems list other inodes than
+    they report for a file, or the same for all.
+    """
+    inodes, links = index.inodes.copy(), np.flatnonzero(index.links)
+    inodes[links] = index.files.look_up(links, "st_ino")[:, 0]
+    _, numbers, counts = np.unique(inodes, return_inverse=True, return_counts=True)
+    return np.flatnonzero((counts[numbers] > 1) & (inodes != MISSING))
+
+
+def _number_rows(columns: Sequence[np.ndarray]) -> np.ndarray:
+    """Return a number for each row of a table, the same for equal rows."""
+    numbers = np.zeros(len(columns[0]), np.int64)
+    for column in columns:
+        values, codes = np.unique(column, return_inverse=True)
+        numbers = numbers * len(values) + codes
+    return numbers
 
 
 def _groups_of_equals(keys: Sequence[Hashable]) -> list[list[int]]:
@@ -139,17 +155,6 @@ def _groups_of_equals(keys: Sequence[Hashable]) -> list[list[int]]:
         groups[key].append(index)
     groups.pop(None, None)
     return [group for group in groups.values() if len(group) > 1]
-
-
-def _status(entry: os.DirEntry[str], *names: str) -> Any:
-    """Return fields of the status of a file, None if it does not exist.
-
-    ``entry.stat`` is not used, as it remembers, and has no inode on Windows.
-    """
-    try:
-        return operator.attrgetter(*names)(Path(entry.path).stat())
-    except OSError:
-        return None
 
 
 def _hash(path: str) -> str | None:

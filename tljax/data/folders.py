@@ -1,11 +1,9 @@
 """Folders of images, files and URLs as sources."""
 
-import difflib
 import os
 import re
-import stat
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
@@ -18,55 +16,20 @@ from tljax.data.examples import (
     join_names,
     match_part,
     normal,
-    printable,
     without_example,
 )
+from tljax.data.files import MAX_BYTES, Files, Names, printable
 from tljax.data.folder_labels import label_folders
+from tljax.data.index import Index, index_classes
+from tljax.data.listing import exists, list_folders, suggest_path, walk
 from tljax.data.options import LabelOptions
 from tljax.data.splits import group_parts, refuse_constants, search_groups, split_source
 from tljax.runtime.download import download
-from tljax.runtime.errors import RequestError, UnreadableImageError
-from tljax.runtime.files import MARKER, cache_dir, sha256
+from tljax.runtime.errors import RequestError
+from tljax.runtime.files import cache_dir, sha256
 
 TRAIN = ("train", "training")
 VAL = ("val", "valid", "validation", "test")
-MAX_BYTES = 2**29
-"""Size in bytes of the largest file that is read as an image: 134 million RGB pixels fit."""
-
-# Hidden files, and names that only operating systems and thumbnail caches use.
-_IGNORED = re.compile(
-    r"\..*|(eh)?thumbs\.db|desktop\.ini|\$recycle\.bin|system volume information|found\.000"
-    r"|lost\+found|cvs|__macosx|icon\r|network trash folder|temporary items|@eadir|#recycle"
-    r"|#snapshot|@recycle|@recently-snapshot|@__thumb",
-    re.IGNORECASE | re.DOTALL,
-)
-
-
-@dataclass(frozen=True)
-class Files:
-    """Files as examples. Paths may be text, which a million rows make faster than `Path`."""
-
-    paths: Sequence[Path | str]
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> bytes:
-        path = Path(self.paths[index])
-        try:
-            info = path.stat()
-            if not stat.S_ISREG(info.st_mode):
-                raise UnreadableImageError("not a file but a folder, pipe or device")
-            if info.st_size > MAX_BYTES:
-                raise UnreadableImageError(f"larger than {MAX_BYTES >> 20} MiB")
-            return path.read_bytes()
-        except OSError as error:
-            raise UnreadableImageError(f"cannot be read: {error.strerror}") from error
-
-
-IMAGE_SUFFIXES = {
-    *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".jp2", ".avif", ".npy")
-}
 
 _TABLE_OPTIONS = "root target path_column split_column weight_column"
 
@@ -74,10 +37,10 @@ _TABLE_OPTIONS = "root target path_column split_column weight_column"
 class _ClassFolders(NamedTuple):
     folder: Path
     source: Source
-    entries: list[os.DirEntry[str]]
+    listed: Index
 
     def label(self, labels: LabelOptions) -> tuple[Source, tuple[str, ...]]:
-        return label_folders(self.source, self.entries, labels)
+        return label_folders(self.source, self.listed, labels)
 
 
 def open_folder_splits(
@@ -165,7 +128,9 @@ def open_folder(path: str | PathLike[str]) -> Source:
             f"{printable(path.parent)} has a training and a validation folder:"
             f" choose {printable(path)} or {printable(val)}"
         )
-    return _open_classes(path).source if _folders(path) else _file_source(_files_of(path))
+    if list_folders(path):
+        return _open_classes(path).source
+    return _file_source(Files.from_paths(_files_of(path), str(path)))
 
 
 def open_labeled_folder(path: Path, labels: LabelOptions | None = None) -> Source:
@@ -200,20 +165,21 @@ def open_images(items: Sequence[str | PathLike[str]]) -> Source:
     Raises:
         RequestError: a path does not exist, a folder has no file, or a URL leads to no image.
     """
-    paths: list[Path] = []
-    names: list[str] = []
+    paths: list[str | Path] = []
+    urls: dict[int, str] = {}
     for item in items:
         if re.match(r"[a-z][a-z0-9+.-]+://", str(item), re.IGNORECASE):
+            urls[len(paths)] = str(item)
             paths.append(_fetch(str(item)))
-            names.append(str(item))
             continue
         path = expand_path(item)
         if not exists(path):
             raise RequestError(f"{printable(path)} does not exist{suggest_path(path)}")
-        files = _files_of(path) if path.is_dir() else [path]
-        paths += files
-        names += map(printable, files)
-    return replace(_file_source(paths), names=tuple(names))
+        paths += _files_of(path) if path.is_dir() else [path]
+    source = _file_source(Files.from_paths(paths, str(expand_path(items[0])) if items else ""))
+    if not urls:
+        return source
+    return replace(source, names=[urls.get(i, name) for i, name in enumerate(source.names)])
 
 
 def _fetch(url: str) -> Path:
@@ -243,40 +209,37 @@ def _open_training(path: Path) -> _ClassFolders:
 
 
 def _open_classes(path: Path) -> _ClassFolders:
-    folders = _folders(path)
-    if not folders:
+    index = index_classes(path)
+    if not index.folders:
         raise RequestError(
             f"{printable(path)} has no class folders: put the images of each class into a folder"
             f" such as {printable(path / 'cats')}"
         )
-    # A link to the data set or a folder above it would bring in the images of other classes.
-    ancestors = {path.resolve(), *path.resolve().parents}
-    files = [list(_walk(folder, set(ancestors))) for folder in folders]
-    names = [normal(printable(folder.name)) for folder in folders]
+    if not len(index.files):
+        raise _no_file(path)
+    names = [normal(printable(name)) for name in index.folders]
     # Folders whose names differ in Unicode form only are one class.
-    position = {name: index for index, name in enumerate(dict.fromkeys(names))}
+    position = {name: number for number, name in enumerate(dict.fromkeys(names))}
     folder_labels = np.array([position[name] for name in names], np.int32)
-    labels = np.repeat(folder_labels, [*map(len, files)])
-    entries = [entry for class_files in files for entry in class_files]
-    source = _file_source(_nonempty(path, entries), labels, tuple(position))
-    return _ClassFolders(path, source, entries)
+    labels = np.repeat(folder_labels, index.counts)
+    return _ClassFolders(path, _file_source(index.files, labels, tuple(position)), index)
 
 
 def _file_source(
-    paths: Sequence[Path], labels: np.ndarray | None = None, classes: tuple[str, ...] = ()
+    files: Files, labels: np.ndarray | None = None, classes: tuple[str, ...] = ()
 ) -> Source:
-    labels = np.full(len(paths), -1, np.int32) if labels is None else labels
-    return Source(Files(tuple(paths)), labels, classes, tuple(map(printable, paths)))
+    labels = np.full(len(files), -1, np.int32) if labels is None else labels
+    return Source(files, labels, classes, Names(files))
 
 
-def _files_of(path: Path) -> list[Path]:
-    return _nonempty(path, _walk(path, set()))
-
-
-def _nonempty(path: Path, entries: Iterable[os.DirEntry[str]]) -> list[Path]:
-    if paths := [Path(entry.path) for entry in entries]:
+def _files_of(path: Path) -> list[str]:
+    if paths := [entry.path.removeprefix("./") for entry in walk(path)]:
         return paths
-    raise RequestError(f"{printable(path)} has no file: put images into it")
+    raise _no_file(path)
+
+
+def _no_file(path: Path) -> RequestError:
+    return RequestError(f"{printable(path)} has no file: put images into it")
 
 
 def train_and_val(path: Path) -> tuple[Path, Path | None] | None:
@@ -285,112 +248,18 @@ def train_and_val(path: Path) -> tuple[Path, Path | None] | None:
     The validation folder is None if there is only ``train/``, or if the other one is a ``test/``
     that has none of the classes, as in competitions.
     """
-    folders = {folder.name.lower(): folder for folder in _folders(path)}
+    folders = {folder.name.lower(): folder for folder in list_folders(path)}
     train = next((folders[name] for name in TRAIN if name in folders), None)
     val = next((folders[name] for name in VAL if name in folders), None)
     if train is None or (val is None and len(folders) > 1):
         return None
-    classes = {normal(folder.name) for folder in _folders(train)}
+    classes = {normal(folder.name) for folder in list_folders(train)}
     if val is None:
         return (train, None) if classes else None
-    common = {normal(folder.name) for folder in _folders(val)} & classes
+    common = {normal(folder.name) for folder in list_folders(val)} & classes
     return train, None if val.name.lower() == "test" and not common else val
 
 
 def expand_path(item: str | PathLike[str]) -> Path:
     """Convert to a path and expand a leading ``~`` if the user has a home folder."""
     return Path(os.path.expanduser(item))  # noqa: PTH111 - Path.expanduser raises if there is none
-
-
-def exists(path: Path) -> bool:
-    """Return True if a file or folder exists and is accessible."""
-    return os.path.exists(path)  # noqa: PTH110 - Path.exists raises for a name that is too long
-
-
-def _walk(folder: Path, seen: set[Path]) -> Iterator[os.DirEntry[str]]:
-    """Yield the files below a folder in the byte order of their names; no real folder twice."""
-    real = folder.resolve()
-    if real in seen:
-        return
-    seen.add(real)
-    for entry in _entries(folder):
-        if _is_folder(entry):
-            yield from _walk(Path(entry.path), seen)
-        elif _is_example(entry):
-            yield entry
-
-
-def _folders(path: Path) -> list[Path]:
-    return [Path(entry.path) for entry in _entries(path) if _is_folder(entry)]
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    # Path.is_dir raises for a link to a name that is too long.
-    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()  # noqa: PTH112
-
-
-def _is_example(entry: os.DirEntry[str]) -> bool:
-    """Return True for a file and for a broken link, which is reported when it is read."""
-    if not entry.is_symlink():
-        return entry.is_file()
-    path = Path(entry.path)
-    return path.is_file() or not exists(path)
-
-
-_RUN_FILES = ("config.json", "split.csv", "metrics.jsonl")
-
-
-def _is_output(folder: str) -> bool:
-    """Return True if tljax wrote into a folder, or into every folder in it and nothing else."""
-    # Runs of earlier versions have no marker.
-    if exists(Path(folder, MARKER)) or all(exists(Path(folder, name)) for name in _RUN_FILES):
-        return True
-    with os.scandir(folder) as entries:
-        outputs = (
-            entry.is_dir(follow_symlinks=False) and _is_output(entry.path)
-            for entry in filter(_is_visible, entries)
-        )
-        return next(outputs, False) and all(outputs)
-
-
-def first_image(folder: Path) -> str | None:
-    """Find a file with the extension of an image that is not in an output folder of tljax."""
-    if not folder.is_dir() or _is_output(str(folder)):
-        return None
-    paths = (Path(entry.path) for entry in _walk(folder, set()))
-    paths = (path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES)
-    return next(map(printable, paths), None)
-
-
-def _is_visible(entry: os.DirEntry[str]) -> bool:
-    return not _IGNORED.fullmatch(entry.name)
-
-
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    """List the visible entries of a folder in the byte order of their names."""
-    try:
-        with os.scandir(folder) as entries:
-            visible = [
-                entry
-                for entry in filter(_is_visible, entries)
-                if not (_is_folder(entry) and _is_output(entry.path))
-            ]
-    except FileNotFoundError as error:
-        raise RequestError(f"{printable(folder)} does not exist{suggest_path(folder)}") from error
-    except NotADirectoryError as error:
-        raise RequestError(f"{printable(folder)} is a file: choose a folder") from error
-    except OSError as error:
-        where = printable(error.filename or folder)
-        raise RequestError(f"{where} cannot be listed: {error.strerror}") from error
-    return sorted(visible, key=lambda entry: os.fsencode(normal(entry.name)))
-
-
-def suggest_path(path: Path) -> str:
-    """Suggest an existing path with a similar name, as the end of an error; empty if none is."""
-    missing = next(part for part in (*reversed(path.parents), path) if not exists(part))
-    try:
-        names = [sibling.name for sibling in missing.parent.iterdir()]
-    except OSError:
-        return ""
-    close = difflib.get_close_matches(missing.name, names, n=1)
-    return f"; did you mean {printable(missing.parent / close[0])}?" if close else ""

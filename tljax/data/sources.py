@@ -5,7 +5,8 @@ Nothing is decoded: a source gives random access to encoded files or pixels, wit
 
 import numpy as np
 
-from tljax.data.examples import Source, Splits, printable
+from tljax.data.examples import Source, Splits
+from tljax.data.files import printable
 from tljax.data.folders import (
     exists,
     expand_path,

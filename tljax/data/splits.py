@@ -15,6 +15,7 @@ from tljax.data.examples import (
     hash_examples,
     join_names,
     select,
+    with_hashes,
     without_example,
 )
 from tljax.data.table_files import factorize
@@ -43,9 +44,10 @@ def split_source(
         note = f"no validation images: metrics are computed on the {len(source)} training images"
         return Splits(source, source, (note,))
     if source.groups is None:
-        in_val = np.array(
-            [int.from_bytes(h[:6]) / 2**48 < val_fraction for h in hash_examples(source)], bool
-        )
+        source = with_hashes(source)  # which `Source.digest` needs, too
+        # The first 48 bits are an integer that a float holds exactly.
+        first = hash_examples(source)[:, :6] @ 256.0 ** np.arange(5, -1, -1)
+        in_val = first / 2**48 < val_fraction
         advice = "add images, change --val-fraction, or divide the data into train and val"
     else:
         in_val = _rows_of_validation_groups(source, source.groups, val_fraction, group_names)

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from tljax.data.examples import join_names, normal, printable
+from tljax.data.examples import join_names, normal
+from tljax.data.files import printable
 from tljax.runtime.errors import RequestError, first_line
 from tljax.runtime.packages import install_command
 

@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import NamedTuple
 
-from tljax.data.examples import join_names, normal, printable
-from tljax.data.folders import IMAGE_SUFFIXES
+from tljax.data.examples import join_names, normal
+from tljax.data.files import printable
+from tljax.data.listing import IMAGE_SUFFIXES
 from tljax.data.table_files import Table, require_column
 from tljax.runtime.errors import RequestError
 

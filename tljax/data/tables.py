@@ -13,11 +13,11 @@ from tljax.data.examples import (
     is_labeled,
     join_names,
     normal,
-    printable,
     select,
     without_example,
 )
-from tljax.data.folders import TRAIN, VAL, Files, expand_path
+from tljax.data.files import Files, Names, printable
+from tljax.data.folders import TRAIN, VAL, expand_path
 from tljax.data.labels import (
     Column,
     Labels,
@@ -180,12 +180,12 @@ def _build(
     parts, groups, weights = (x if x is None else x[rows] for x in (parts, groups, weights))
     if parts is not None and groups is not None:
         refuse_divided_groups(groups, parts, group_names or [])
-    paths = [paths[i] for i in rows.tolist()]
+    files = Files.from_paths([paths[i] for i in rows.tolist()], root)
     source = Source(
-        examples=Files(paths),
+        examples=files,
         labels=values,
         classes=labels.names,
-        names=[path if path.isascii() else printable(path) for path in paths],
+        names=Names(files),
         extra={} if weights is None else {"weight": weights},
         task=labels.task,
         groups=groups,

@@ -92,9 +92,9 @@ def compute_features(
 ) -> Outputs:
     """Compute the output of the stages before ``stop`` for every image of a source.
 
-    With ``cache``, the result of an earlier call is reused. The cache, see `store`, is keyed by
-    content: the weights, settings and code of those stages, the preprocessing, and the bytes of the
-    image files. A damaged file is detected and computed again. Several processes compute a part
+    With ``cache``, the result of an earlier call is reused. The cache, see `store`, is keyed by the
+    weights, settings and code of those stages, the preprocessing, and the paths, sizes and times of
+    the image files. A damaged file is detected and computed again. Several processes compute a part
     each, and all get the whole result; they use no cache.
 
     Args:
@@ -115,7 +115,9 @@ def compute_features(
     """
     cache = cache and jax.process_count() == 1
     folder = (
-        store.entry_folder(model, variables, stop, (source.digest, dtype, view)) if cache else None
+        store.entry_folder(model, variables, stop, (source.cache_key, dtype, view))
+        if cache
+        else None
     )
     if folder:
         stored = store.read(folder)

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from tljax.attack.evaluate import Robustness
-from tljax.data.folders import first_image
+from tljax.data.listing import first_image
 from tljax.report.figures import robustness_curve, write_figure
 from tljax.report.grid import image_grid
 from tljax.runtime.errors import RequestError

@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from threading import Thread
 from typing import Any, NoReturn, Self, TypeVar
@@ -273,3 +273,8 @@ def gather_json(value: Any) -> list[Any]:
     lengths = gather(np.array([data.size], np.int32))
     rows = gather(np.pad(data, (0, int(lengths.max()) - data.size))[None])
     return [json.loads(row[:length].tobytes()) for row, length in zip(rows, lengths, strict=True)]
+
+
+def broadcast_json(compute: Callable[[], Any]) -> Any:
+    """Compute a JSON-serializable value on the main process, and return it on every process."""
+    return gather_json(compute() if is_main_process() else None)[0]

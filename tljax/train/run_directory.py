@@ -14,6 +14,7 @@ import platform
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from importlib.metadata import version
 from itertools import count
 from pathlib import Path
@@ -21,7 +22,8 @@ from typing import Any
 
 import jax
 
-from tljax.data.examples import Source, Splits, format_labels, join_names, printable
+from tljax.data.examples import Source, Splits, format_labels, join_names
+from tljax.data.files import printable
 from tljax.data.options import LabelOptions
 from tljax.data.sources import open_splits
 from tljax.data.table_files import is_table
@@ -124,9 +126,10 @@ def open_run(
     """
     path = workdir / "config.json"
     split = _split_csv(config["data"], splits)
+    verify_content = config.get("verify_content", True)  # as earlier versions did
     fingerprint = {
         "weights": weights,
-        "images": [splits.train.digest, splits.val.digest],
+        "images": identify(splits, verify_content),
         "split.csv": sha256(split),
     }
     if extension:
@@ -136,8 +139,9 @@ def open_run(
         saved = read_config(workdir)
         _compare_split(workdir, saved, config["data"], split)
         expected = saved.get("fingerprint", fingerprint)  # earlier versions saved none
+        what = "contents" if verify_content else "paths, sizes or labels"
         changes = {
-            "images": f"contents of the images in {config['data']} have changed",
+            "images": f"{what} of the images in {config['data']} have changed",
             "weights": f"base weights, {config['weights']}, have changed",
             "extension": f"functions of the extension {config.get('extension')} have changed",
         }
@@ -154,6 +158,17 @@ def open_run(
         write_json(workdir / "classes.json", list(splits.train.classes))
         _write(workdir / "split.csv", split)
     return resumed
+
+
+def identify(splits: Splits, verify_content: bool) -> list[str]:
+    """Return what identifies the training and validation images of a run.
+
+    Args:
+        splits: the images.
+        verify_content: whether to read all images, so that a change of any byte changes it;
+            otherwise see `Source.fingerprint`.
+    """
+    return [x.digest if verify_content else x.fingerprint for x in (splits.train, splits.val)]
 
 
 @contextmanager
@@ -174,22 +189,33 @@ def attempt(workdir: Path, *, new: bool) -> Iterator[None]:
 
 
 def _split_csv(spec: str, splits: Splits) -> bytes:
+    relative = partial(_within, _folder(spec), spec)
     rows = (
-        (part, _within(spec, name), label, _size(name))
+        (part, relative(name), label, size)
         for part, source in (("train", splits.train), ("val", splits.val))
-        for name, label in zip(source.names, format_labels(source, source.labels), strict=True)
+        for name, label, size in zip(
+            source.names, format_labels(source, source.labels), _sizes(source), strict=True
+        )
     )
     return format_csv(("part", "name", "class", "size"), rows)
 
 
-def _within(spec: str, name: str) -> str:
+def _folder(spec: str) -> str:
+    return printable(Path(spec).parent if is_table(Path(spec)) else Path(spec))
+
+
+def _within(folder: str, spec: str, name: str) -> str:
     """Return the path of an example relative to the data, whose folder may be moved."""
-    folder = Path(spec).parent if is_table(Path(spec)) else Path(spec)
-    return name.removeprefix(printable(folder)).removeprefix(spec).lstrip("/ ")
+    return name.removeprefix(folder).removeprefix(spec).lstrip("/ ")
+
+
+def _sizes(source: Source) -> Sequence[int | None]:
+    """Return the size in bytes of each example's file, None if it has no file of its own."""
+    sizes = source.file_sizes
+    return [*map(_size, source.names)] if sizes is None else sizes
 
 
 def _size(name: str) -> int | None:
-    """Return the size in bytes of an example's file, or None if it has no file of its own."""
     with suppress(OSError, ValueError):
         return Path(name).stat().st_size
     return None
@@ -202,20 +228,25 @@ def _compare_split(workdir: Path, saved: dict[str, Any], spec: str, split: bytes
         return
     saved_split = path.read_bytes()
     digest = sha256(saved_split)
+    if saved_split == split and saved.get("fingerprint", {}).get("split.csv") == digest:
+        return  # the usual case, without a dictionary for each of a million rows
     try:
         if saved.get("fingerprint", {}).get("split.csv", digest) != digest:
             raise ValueError("checksum mismatch")  # noqa: TRY301
         before, now = (_by_name(saved["data"], text) for text in (saved_split, split))
     except (KeyError, ValueError, csv.Error) as error:
         raise RequestError(f"{path} is damaged ({error}): restore it or start a new run") from error
-    columns = ("part", "class", "size")  # earlier versions saved no sizes
+
+    def differs(before: dict[str, str], now: dict[str, str]) -> bool:
+        size = before.get("size")  # earlier versions saved none, or only those of some files
+        columns = ("part", "class", "size") if size else ("part", "class")
+        return any(before[name] != now[name] for name in columns)
+
     differences = {
         "added": now.keys() - before.keys(),
         "missing": before.keys() - now.keys(),
         "of another size, class or part": {
-            name
-            for name in before.keys() & now.keys()
-            if any(before[name].get(key, now[name][key]) != now[name][key] for key in columns)
+            name for name in before.keys() & now.keys() if differs(before[name], now[name])
         },
     }
     if changes := [f"{len(n)} {d} ({join_names(sorted(n))})" for d, n in differences.items() if n]:
@@ -229,7 +260,8 @@ def _by_name(spec: str, split: bytes) -> dict[str, dict[str, str]]:
     rows = list(csv.DictReader(io.StringIO(split.decode(), newline=""), strict=True))
     if any(None in row.values() for row in rows):
         raise ValueError("a line is truncated")
-    return {_within(spec, row["name"]): row for row in rows}
+    relative = partial(_within, _folder(spec), spec)
+    return {relative(row["name"]): row for row in rows}
 
 
 class MetricsFile:
@@ -363,11 +395,12 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) 
 
 def format_csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> bytes:
     """Return the bytes of a CSV file."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    return text.getvalue().encode()
+    content = io.BytesIO()  # text in memory takes four times as much
+    with io.TextIOWrapper(content, "utf-8", newline="", write_through=True) as text:
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)
+        return content.getvalue()
 
 
 def _write(path: Path, content: bytes, *, exclusive: bool = False) -> None:
