@@ -47,6 +47,7 @@ from jax.tree_util import Partial
 
 from tljax.attack import pgd
 from tljax.data.augment import augment, epoch_key
+from tljax.data.boxes import Crops, pixel_boxes
 from tljax.data.options import AugmentConfig
 from tljax.features.logistic import fit_logistic
 from tljax.models import Model, abstract_variables, apply, build_model
@@ -650,15 +651,19 @@ def time_attack(bench: Bench) -> None:
 def time_augmentation(bench: Bench) -> None:
     """Time the augmentation of uint8 images on the device."""
     count, size = bench.batch(256), bench.size
-    images = on_device(images_of(count, size * 8 // 7, size * 8 // 7))
-    rows, key = jnp.arange(count, dtype=jnp.int32), epoch_key(0, 0)
+    height, width = size * 8 // 7, size * 32 // 21
+    images = on_device(images_of(count, height, width))
+    crops, shapes = Crops(0, 0, AugmentConfig()), np.tile([height, width], (count, 1))
+    boxes = crops.boxes(np.arange(count), shapes, Preprocess().with_size(size))
+    boxes = on_device(pixel_boxes(boxes, shapes))
+    args = images, jnp.arange(count, dtype=jnp.int32), epoch_key(0, 0), boxes
     for title, config in (
         ("crop and flip", AugmentConfig()),
         ("crop, flip and RandAugment of 2 layers", AugmentConfig(randaugment_layers=2)),
     ):
-        run = jax.jit(partial(augment, size=size, config=config))
-        program = bench.compile(title, run, images, rows, key)
-        work = Work(partial(program, images, rows, key), jax.block_until_ready)
+        run = partial(augment, size=size, config=config)
+        program = bench.compile(title, jax.jit(lambda *a, run=run: run(*a[:3], boxes=a[3])), *args)
+        work = Work(partial(program, *args), jax.block_until_ready)
         bench.turns(f"{title}, {count}", {"tljax": work}, count)
 
 

@@ -23,7 +23,8 @@ def two_views(weight: float = 1.0, config: tljax.AugmentConfig | None = None) ->
 
     Args:
         weight: weight of the squared distance between the two probability vectors.
-        config: the augmentation of each view; by default `tljax.AugmentConfig()`.
+        config: the augmentation of each view; by default `tljax.AugmentConfig()`. Crops are squares
+            of at least 60% of the side.
     """
     augmentation = config or tljax.AugmentConfig()
 
@@ -33,7 +34,8 @@ def two_views(weight: float = 1.0, config: tljax.AugmentConfig | None = None) ->
 
         def view(key: jax.Array) -> jax.Array:
             size = forward.model.preprocess.size
-            images = tljax.augment(batch.inputs, batch.indices, key, size, augmentation)
+            boxes = None if augmentation.crop == "center" else random_squares(key, batch)
+            images = tljax.augment(batch.inputs, batch.indices, key, size, augmentation, boxes)
             return forward(images).logits
 
         one, other = (view(each) for each in jax.random.split(key))
@@ -44,6 +46,15 @@ def two_views(weight: float = 1.0, config: tljax.AugmentConfig | None = None) ->
         return losses, {"cross_entropy": cross_entropy, "disagreement": disagreement}
 
     return objective
+
+
+def random_squares(key: jax.Array, batch: tljax.Batch) -> jax.Array:
+    """Draw a square within each image of a batch, as `tljax.augment` takes boxes to crop."""
+    count, size = batch.inputs.shape[:2]
+    draws = jax.random.uniform(key, (count, 3))
+    side = size * (0.6 + 0.4 * draws[:, :1])
+    corner = (size - side) * draws[:, 1:]
+    return jnp.concatenate([corner, side, side, jnp.full((count, 2), size)], axis=1)
 
 
 extension = {"objective": two_views()}

@@ -1,7 +1,8 @@
 """Public names of tljax and the modules that define them."""
 
 from .attack import pgd as pgd  # projected gradient descent; other attacks are in tljax.attack
-from .data.augment import augment as augment  # random crops, flips and RandAugment on the device
+from .data.augment import augment as augment  # flips, RandAugment and crops on the device
+from .data.boxes import Crops as Crops  # random crops of an epoch, for load_batches
 from .data.examples import Source as Source  # labeled examples by index, with extra arrays
 from .data.examples import Splits as Splits  # a training and a validation source
 from .data.examples import select as select  # a subset of a source

@@ -303,7 +303,7 @@ def test_every_option_always_has_an_effect_or_has_a_condition():
 
 # For every conditional flag of every command: arguments with which it has no effect, and why not.
 AUGMENTATION = {
-    "no-crop": (),
+    "crop": ("center",),
     "scale": (0.2, 0.9),
     "ratio": (0.8, 1.2),
     "no-flip": (),
@@ -361,6 +361,9 @@ BIT = {
     "mixup": (0.1,),
     "warmup": (0.1,),
     "clip-norm": (1.0,),
+    "crop": ("center",),
+    "scale": (0.2, 0.9),
+    "ratio": (0.8, 1.2),
 }
 FIND = {
     "epochs": (3,),
@@ -409,7 +412,7 @@ IDLE = [
     ("train", "--attack fast", "robust accuracy is compared", {"interpolate": ("0:1:0.5",)}),
     ("train", "", "without --interpolate", {"interpolate-data": ("digits",)}),
     (
-        "train", "--augment --no-crop", "with --no-crop",
+        "train", "--augment --crop center", "without --crop random-resized",
         {"scale": (0.2, 0.9), "ratio": (0.8, 1.2)},
     ),
     ("train", "--augment", "without --randaugment-layers", {"randaugment-magnitude": (5.0,)}),
@@ -494,7 +497,7 @@ COUNTING = [
     ("train", "--augment --mixup 0.4 --no-flip --scale 0.2 0.9 --ratio 0.8 1.2"),
     ("train", "--augment --randaugment-layers 2 --randaugment-magnitude 5 --cutmix 1"),
     ("train", "--recipe scratch --mixup 0.4 --augment"),
-    ("train", "--recipe bit --epochs 3 --momentum 0.5 --learning-rate 0.1 --no-crop --augment"),
+    ("train", "--recipe bit --epochs 3 --momentum 0.5 --learning-rate 0.1 --no-flip --augment"),
     ("train", "--augment --cache-views 4 --cache disk --cache-dtype bfloat16"),
     ("train", "--attack fast --epsilon 8"),
     ("train", "--interpolate 0:1:0.5 --interpolate-data digits"),
@@ -538,8 +541,8 @@ def test_options_with_an_effect_are_accepted(tmp_path, monkeypatch, script, line
 
 def test_all_options_without_effect_are_named_at_once(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert refused(capsys, "train", "--mixup=0.4", "--momentum", "0.5", "--no-crop") == (
-        "error: --no-crop has no effect without --augment; --mixup 0.4 has no effect without "
+    assert refused(capsys, "train", "--mixup=0.4", "--momentum", "0.5", "--no-flip") == (
+        "error: --no-flip has no effect without --augment; --mixup 0.4 has no effect without "
         "--augment; --momentum 0.5 has no effect without --optimizer sgd"
     )
 
@@ -677,6 +680,6 @@ def test_a_run_with_options_that_have_no_effect_continues(tmp_path):
 
 
 def test_explicit_options_are_found_in_every_notation():
-    argv = "train.py --mixup=0.4 --no-crop --image_size 3 --train head --data no_x"
+    argv = "train.py --mixup=0.4 --no-flip --image_size 3 --train head --data no_x"
     with mock.patch.object(sys, "argv", argv.split(" ")):
-        assert cli.explicit_options() == {"mixup", "crop", "image_size", "train", "data"}
+        assert cli.explicit_options() == {"mixup", "flip", "image_size", "train", "data"}

@@ -4,7 +4,7 @@ import math
 import os
 import subprocess
 import sys
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 import jax
@@ -19,26 +19,25 @@ from tljax.data.augment import (
     OPERATIONS,
     AugmentConfig,
     _distort,
-    _random_box,
-    _resized_crop,
     augment,
     epoch_key,
     mix,
 )
-from tljax.data.decode import decode
+from tljax.data.boxes import Crops, pixel_boxes
 from tljax.runtime.errors import RequestError
 from tljax.runtime.preprocess import Preprocess
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
-OFF = AugmentConfig(crop=False, flip=False)
+OFF = AugmentConfig(crop="center", flip=False)
 ALL = AugmentConfig(randaugment_layers=2)
 KEY = epoch_key(0, 0)
 IMAGES = np.random.default_rng(0).integers(0, 256, (6, 20, 20, 3), np.uint8)
 INDICES = np.array([3, 11, 0, -1, 7, 1000], np.int32)
+SHAPES = np.full((6, 2), 20)
+BOXES = pixel_boxes(Crops(0, 0, ALL).boxes(INDICES, SHAPES, Preprocess()), SHAPES)
 
 distort = jax.jit(_distort)
-resized_crop = jax.jit(_resized_crop, static_argnums=2)
 
 
 def levels(images: jax.Array) -> np.ndarray:
@@ -49,13 +48,13 @@ def levels(images: jax.Array) -> np.ndarray:
 
 
 def test_an_example_does_not_depend_on_its_batch():
-    whole = np.asarray(augment(IMAGES, INDICES, KEY, 16, ALL))
+    whole = np.asarray(augment(IMAGES, INDICES, KEY, 16, ALL, BOXES))
     assert whole.shape == (6, 16, 16, 3)
     assert whole.dtype == np.float32
     for rows in ([5, 4, 3, 2, 1, 0], [2, 2, 0, 1, 2, 3], [4]):
-        part = np.asarray(augment(IMAGES[rows], INDICES[rows], KEY, 16, ALL))
+        part = np.asarray(augment(IMAGES[rows], INDICES[rows], KEY, 16, ALL, BOXES[rows]))
         assert part.tobytes() == whole[rows].tobytes()
-    assert (augment(IMAGES, INDICES[::-1], KEY, 16, ALL) != whole).any((1, 2, 3)).all()
+    assert (augment(IMAGES, INDICES[::-1], KEY, 16, ALL, BOXES) != whole).any((1, 2, 3)).all()
 
 
 def test_an_example_does_not_depend_on_the_number_of_devices():
@@ -63,8 +62,8 @@ def test_an_example_does_not_depend_on_the_number_of_devices():
 import sys
 from tests.data import test_augment as t
 from tljax.runtime.parallel import data_mesh, shard
-batch = shard((t.IMAGES, t.INDICES), data_mesh())
-sys.stdout.buffer.write(t.np.asarray(t.augment(*batch, t.KEY, 16, t.ALL)).tobytes())
+batch = shard((t.IMAGES, t.INDICES, t.BOXES), data_mesh())
+sys.stdout.buffer.write(t.np.asarray(t.augment(*batch[:2], t.KEY, 16, t.ALL, batch[2])).tobytes())
 """
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=3", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
@@ -74,12 +73,13 @@ sys.stdout.buffer.write(t.np.asarray(t.augment(*batch, t.KEY, 16, t.ALL)).tobyte
         capture_output=True,
         check=True,
     )
-    assert done.stdout == np.asarray(augment(IMAGES, INDICES, KEY, 16, ALL)).tobytes()
+    assert done.stdout == np.asarray(augment(IMAGES, INDICES, KEY, 16, ALL, BOXES)).tobytes()
 
 
 def test_seeds_and_epochs_differ():
     keys = [epoch_key(seed, epoch) for seed in range(2) for epoch in range(3)]
-    results = [np.asarray(augment(IMAGES[:1], INDICES[:1], key, 16, ALL)) for key in keys]
+    arrays = IMAGES[:1], INDICES[:1]
+    results = [np.asarray(augment(*arrays, key, 16, ALL, BOXES[:1])) for key in keys]
     assert len({result.tobytes() for result in results}) == 6
     # A run resumed with a later version must see the same augmentations.
     assert jax.random.key_data(epoch_key(3, 4)).tolist() == [2514142082, 2772707869]
@@ -93,8 +93,8 @@ def test_the_key_is_threefry_whatever_the_default():
 
 def test_jit_does_not_change_the_result():
     with jax.disable_jit():  # without RandAugment, which takes a minute without jit
-        plain = augment(IMAGES[:1], INDICES[:1], KEY, 16, AugmentConfig())
-    compiled = augment(IMAGES[:1], INDICES[:1], KEY, 16, AugmentConfig())
+        plain = augment(IMAGES[:1], INDICES[:1], KEY, 16, AugmentConfig(), BOXES[:1])
+    compiled = augment(IMAGES[:1], INDICES[:1], KEY, 16, AugmentConfig(), BOXES[:1])
     np.testing.assert_array_equal(levels(plain), levels(compiled))
 
 
@@ -105,7 +105,7 @@ def test_values_stay_between_0_and_1(seed, kind):
     images = np.random.default_rng(seed).integers(0, high, IMAGES.shape).astype(np.uint8)
     images = 255 - images if kind == "white" else images
     config = AugmentConfig(randaugment_layers=2, randaugment_magnitude=30, mixup=0.2, cutmix=1)
-    result = augment(images, INDICES, epoch_key(seed, 0), 16, config)
+    result = augment(images, INDICES, epoch_key(seed, 0), 16, config, BOXES)
     mixed, _ = mix(result, np.eye(6), INDICES >= 0, jax.random.key(seed), config)
     for values in (result, mixed):
         assert np.isfinite(values).all()
@@ -113,72 +113,29 @@ def test_values_stay_between_0_and_1(seed, kind):
         assert values.max() <= 1
 
 
-@pytest.mark.parametrize(("side", "size"), [(9, 6), (10, 5), (8, 5), (7, 7), (11, 4)])
-def test_without_augmentation_the_result_is_the_central_crop_of_decode(side, size):
-    images = IMAGES[:, :side, :side]
-    crops = [decode(image, Preprocess(size=size, resize=side)) for image in images]
+def test_without_augmentation_levels_become_values():
     # Compiled, since XLA rounds a division by 255 differently from numpy.
-    expected = jax.jit(lambda levels: levels.astype(jnp.float32) / 255)(np.stack(crops))
-    np.testing.assert_array_equal(augment(images, INDICES, KEY, size, OFF), expected)
+    expected = jax.jit(lambda levels: levels.astype(jnp.float32) / 255)(IMAGES)
+    np.testing.assert_array_equal(augment(IMAGES, INDICES, KEY, 20, OFF), expected)
 
 
 def test_half_of_the_images_are_flipped():
     n = 2000
     images = IMAGES[:1].repeat(n, 0)
-    config = AugmentConfig(crop=False)
-    result = levels(augment(images, np.arange(n), KEY, 20, config))
+    result = levels(augment(images, np.arange(n), KEY, 20, AugmentConfig()))
     flipped = (result == IMAGES[0, :, ::-1]).all((1, 2, 3))
     assert (flipped | (result == IMAGES[0]).all((1, 2, 3))).all()
     assert abs(flipped.mean() - 0.5) < 4 * 0.5 / math.sqrt(n)
 
 
-@pytest.mark.parametrize("scale", [(0.08, 1.0), (0.35, 1.0), (0.5, 0.5), (1.0, 1.0)])
-@pytest.mark.parametrize("ratio", [(3 / 4, 4 / 3), (0.5, 1.0), (1.0, 1.0)])
-def test_boxes_have_the_configured_area_and_ratio(scale, ratio):
-    side, n = 4096, 4000  # large enough that rounding to pixels does not matter
-    config = AugmentConfig(scale=scale, ratio=ratio)
-    draws = jax.random.uniform(KEY, (n, 4))
-    boxes = jax.vmap(partial(_random_box, side=side, config=config))(draws)
-    top, left, height, width = np.asarray(boxes, np.float64).T
-    area, aspect = height * width / side**2, width / height
-    assert (np.minimum(top, left) >= 0).all()
-    assert (np.maximum(top + height, left + width) <= side).all()
-    assert area.min() >= scale[0] - 1e-3
-    assert area.max() <= scale[1] + 1e-3
-    assert aspect.min() >= ratio[0] - 2e-3
-    assert aspect.max() <= ratio[1] + 2e-3
-    # The area is uniform, and so is the position among those at which the box fits.
-    spread = 5 * (scale[1] - scale[0]) / math.sqrt(12 * n)
-    assert abs(area.mean() - sum(scale) / 2) <= spread + 1e-3
-    for start, length in ((top, height), (left, width)):
-        free = length < side - 100
-        share = start[free] / (side - length[free])
-        if free.any():
-            assert abs(share.mean() - 0.5) < 5 / math.sqrt(12 * free.sum()) + 1e-3
-    small = area * max(ratio[1], 1 / ratio[0]) < 1  # any ratio fits: it is log-uniform
-    if small.any():
-        logs, width = np.log(aspect[small]), math.log(ratio[1] / ratio[0])
-        middle = math.log(ratio[0] * ratio[1]) / 2
-        assert abs(logs.mean() - middle) <= 5 * width / math.sqrt(12 * small.sum()) + 1e-3
-
-
-@settings(max_examples=40, deadline=None)
-@given(data=st.data(), size=st.sampled_from([5, 16, 33]))
-def test_the_crop_is_resized_like_pillow(data, size):
-    top, left = (data.draw(st.integers(0, 19)) for _ in range(2))
-    height, width = (data.draw(st.integers(1, 20 - start)) for start in (top, left))
-    result = resized_crop(IMAGES[0], jnp.array([top, left, height, width]), size)
-    crop = Image.fromarray(IMAGES[0]).crop((left, top, left + width, top + height))
-    expected = np.asarray(crop.resize((size, size), Image.Resampling.BILINEAR), int)
-    # Pillow rounds to whole levels between its two passes, and works in fixed point.
-    assert abs(np.asarray(result, int) - expected).max() <= 1
-
-
-def test_the_full_box_is_resized_like_jax():
-    config = AugmentConfig(flip=False, scale=(1, 1))
-    result = levels(augment(IMAGES, INDICES, KEY, 13, config)).astype(int)
-    expected = jax.image.resize(IMAGES.astype(np.float32), (6, 13, 13, 3), "linear")
-    np.testing.assert_allclose(result, expected, atol=0.5 + 1e-3)
+def test_a_flipped_crop_is_the_mirror_image_of_the_crop():
+    plain, flipped = (
+        np.asarray(augment(IMAGES, INDICES, KEY, 16, AugmentConfig(flip=flip), BOXES))
+        for flip in (False, True)
+    )
+    turned = (flipped != plain).any((1, 2, 3))
+    assert 0 < turned.sum() < 6
+    np.testing.assert_array_equal(flipped[turned], plain[turned, :, ::-1])
 
 
 STRENGTHS = [-1.0, -0.7, -0.3, 0.0, 0.3, 0.7, 1.0]
@@ -250,9 +207,7 @@ def outcomes(image: np.ndarray, strength: float) -> dict[bytes, tuple[np.ndarray
 
 def randaugmented(n: int, layers: int) -> list[bytes]:
     """Augment one image with n different indices, at strength 0.7."""
-    config = AugmentConfig(
-        crop=False, flip=False, randaugment_layers=layers, randaugment_magnitude=21
-    )
+    config = AugmentConfig(flip=False, randaugment_layers=layers, randaugment_magnitude=21)
     results = levels(augment(np.stack([DIM] * n), np.arange(n), KEY, 64, config))
     return [result.tobytes() for result in results]
 
@@ -394,6 +349,7 @@ def test_without_mixing_the_batch_is_unchanged():
         ({"randaugment_layers": -1}, "layers"),
         ({"mixup": -0.1}, "mixup"),
         ({"cutmix": -0.1}, "cutmix"),
+        ({"crop": False}, "--crop False: choose random-resized, random, center"),
     ],
 )
 def test_values_out_of_range_are_refused(options, message):
@@ -401,13 +357,12 @@ def test_values_out_of_range_are_refused(options, message):
         AugmentConfig(**options)
 
 
-def test_images_that_are_not_square_or_too_small_are_refused():
-    with pytest.raises(RequestError, match="20 x 20: pass squares of at least 21"):
-        augment(IMAGES, INDICES, KEY, 21, OFF)
+def test_images_of_another_size_are_refused_without_boxes():
+    for size in (16, 21):
+        with pytest.raises(RequestError, match=f"20 x 20: pass boxes, or {size} x {size} pixels"):
+            augment(IMAGES, INDICES, KEY, size, OFF)
     with pytest.raises(RequestError, match="20 x 19"):
-        augment(IMAGES[:, :, :19], INDICES, KEY, 16, ALL)
-    larger = jax.eval_shape(lambda: augment(IMAGES, INDICES, KEY, 21, AugmentConfig()))
-    assert larger.shape == (6, 21, 21, 3)  # a resized crop may be larger than the image
+        augment(IMAGES[:, :, :19], INDICES, KEY, 20, ALL)
 
 
 # --- other channels -------------------------------------------------------------------------------
@@ -416,30 +371,29 @@ def test_images_that_are_not_square_or_too_small_are_refused():
 def test_every_channel_is_cropped_and_flipped_alike():
     images = np.random.default_rng(0).integers(0, 256, (6, 20, 20, 13), np.uint8)
     config = AugmentConfig()
-    whole = augment(images, INDICES, KEY, 16, config)
+    whole = augment(images, INDICES, KEY, 16, config, BOXES)
     for channel in (0, 5, 12):
-        alone = augment(images[..., [channel]], INDICES, KEY, 16, config)
+        alone = augment(images[..., [channel]], INDICES, KEY, 16, config, BOXES)
         np.testing.assert_array_equal(whole[..., [channel]], alone)
 
 
 def test_numbers_of_more_than_8_bits_are_not_rounded():
     values = np.random.default_rng(0).normal(3, 7, (6, 20, 20, 4)).astype(np.float32)
-    off = augment(values, INDICES, KEY, 16, OFF)
-    np.testing.assert_array_equal(off, values[:, 2:18, 2:18])
-    exact = augment(IMAGES.astype(np.float32), INDICES, KEY, 16, AugmentConfig())
-    rounded = levels(augment(IMAGES, INDICES, KEY, 16, AugmentConfig()))
-    assert 0.1 < np.abs(exact - rounded).max() <= 0.5 + 1e-4
+    np.testing.assert_array_equal(augment(values, INDICES, KEY, 20, OFF), values)
+    exact = augment(IMAGES.astype(np.float32), INDICES, KEY, 16, AugmentConfig(), BOXES)
+    rounded = levels(augment(IMAGES, INDICES, KEY, 16, AugmentConfig(), BOXES))
+    assert 0.1 < np.abs(exact - rounded).max() <= 1 + 1e-4  # of two roundings
 
 
 @pytest.mark.slow
 def test_gray_images_are_distorted_as_their_copies_in_rgb():
     gray = IMAGES[..., :1]
-    expected = augment(gray.repeat(3, -1), INDICES, KEY, 16, ALL)
-    np.testing.assert_array_equal(augment(gray, INDICES, KEY, 16, ALL), expected[..., :1])
+    expected = augment(gray.repeat(3, -1), INDICES, KEY, 16, ALL, BOXES)
+    np.testing.assert_array_equal(augment(gray, INDICES, KEY, 16, ALL, BOXES), expected[..., :1])
 
 
 @pytest.mark.parametrize(("channels", "dtype"), [(4, np.uint8), (3, np.float32)])
 def test_distortions_of_other_images_are_refused(channels: int, dtype: type):
     images = np.zeros((6, 20, 20, channels), dtype)
     with pytest.raises(RequestError, match=f"1 or 3 channels of 8 bits, not of {channels} of "):
-        augment(images, INDICES, KEY, 16, ALL)
+        augment(images, INDICES, KEY, 20, ALL)

@@ -4,11 +4,14 @@ import io
 import struct
 import warnings
 import zlib
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
+from unittest import mock
 
 import numpy as np
 import pytest
+import simplejpeg
 import skimage.data
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -174,6 +177,56 @@ def test_rotated_images_are_resized_in_their_upright_orientation(format_, orient
     expected = torchvision_resize_and_crop(open_image(data), 128, 100, Image.Resampling.BILINEAR)
     decoded = decode(data, Preprocess(100, 128, "bilinear")).astype(int)
     assert np.abs(decoded - np.asarray(expected)).max() <= 1
+
+
+def cut_of(box: tuple[float, float, float, float]) -> Callable[[float, float], Sequence[float]]:
+    return lambda height, width: box if height < width else (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("format_", ["JPEG", "PNG", "TIFF"])
+def test_a_crop_is_a_box_of_the_upright_image(format_, orientation):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    shape = (48, 64) if orientation < 5 else (64, 48)
+    data = encode(smooth(*shape), format_, exif=exif)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    assert upright.size == (64, 48)
+    result = decode(data, Preprocess(size=20, resize=24), crop=cut_of((0.25, 0.5, 0.625, 0.375)))
+    expected = upright.resize((20, 20), Image.Resampling.BILINEAR, (32, 12, 56, 42))
+    assert np.abs(result.astype(int) - np.asarray(expected)).max() <= 1  # of the order of passes
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_crop_of_a_large_jpeg_is_decoded_at_four_times_its_resolution(orientation):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    image = smooth(400, 512) if orientation == 1 else smooth(512, 400)
+    data, preprocess = encode(image, "JPEG", quality=95, exif=exif), Preprocess(size=8, resize=10)
+    sides = []
+
+    def decode_jpeg(*arguments: Any, **options: Any) -> np.ndarray:
+        pixels = simplejpeg.decode_jpeg(*arguments, **options)
+        sides.append(min(pixels.shape[:2]))
+        return pixels
+
+    with mock.patch("tljax.data.decode.decode_jpeg", decode_jpeg):
+        results = [
+            decode(data, preprocess, crop=cut_of((0.1, 0.2, share, share)))
+            for share in (0.75, 0.5, 0.15)
+        ]
+    assert sides == [50, 100, 400]
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    for share, result in zip((0.75, 0.5, 0.15), results, strict=True):
+        box = (0.2 * 512, 0.1 * 400, (0.2 + share) * 512, (0.1 + share) * 400)
+        expected = np.asarray(upright.resize((8, 8), Image.Resampling.BILINEAR, box), int)
+        assert np.abs(result - expected).mean() < 1
+
+
+def test_a_crop_of_one_pixel_is_that_pixel():
+    image = noise(1, 1)
+    result = decode(image, Preprocess(size=4, resize=4), crop=lambda *_: (0.3, 0.2, 0.4, 0.5))
+    assert (result == image).all()
 
 
 @pytest.mark.parametrize("exif", [b"Exif\0\0garbage", b"Exif\0\0II*\0\xff\xff\xff\xff"])

@@ -14,10 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from tljax.data.boxes import Crops
 from tljax.data.decode import decode
 from tljax.data.examples import Source
 from tljax.data.folders import open_folder
 from tljax.data.loader import load_batches, num_batches
+from tljax.data.options import AugmentConfig
 from tljax.runtime.errors import RequestError
 from tljax.runtime.preprocess import Preprocess
 from tljax.runtime.types import Batch
@@ -56,6 +58,20 @@ def assert_same(batches: Iterator[Batch], expected: list[Batch]) -> None:
 
 def joined(batches: list[Batch]) -> Batch:
     return jax.tree.map(lambda *parts: np.concatenate(parts), *batches)
+
+
+def test_random_crops_depend_on_the_epoch_and_the_example_only(folder):
+    preprocess, crops = Preprocess(size=6, resize=7), Crops(0, 1, AugmentConfig())
+    load = partial(load_batches, folder, preprocess, crops=crops)
+    whole = joined(list(load(batch_size=11)))
+    for index in (0, 4, 10):
+        expected = decode(folder.read(index), preprocess, crop=crops.of(index, preprocess))
+        np.testing.assert_array_equal(whole.inputs[index], expected)
+    shuffled = joined(list(load(batch_size=4, seed=3)))
+    rows = shuffled.indices >= 0
+    np.testing.assert_array_equal(shuffled.inputs[rows], whole.inputs[shuffled.indices[rows]])
+    other = joined(list(load(batch_size=11, crops=replace(crops, epoch=2))))
+    assert (other.inputs != whole.inputs)[whole.mask].any((1, 2, 3)).all()
 
 
 def test_without_a_seed_the_order_is_that_of_the_source(folder):

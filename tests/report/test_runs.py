@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("quick_to_compile")
 CARD = Card(("a", "b", "c"), "tiny.web", "MIT", "ab" * 32, "tljax")
 APART = Splits(source(11, broken=(4,)), source(7, 1, (2,)), ())
 ALONE = Splits(APART.train, APART.train, ("no validation images: metrics are computed on ...",))
-PLAIN = AugmentConfig(crop=False)
+PLAIN = AugmentConfig(crop="center")
 
 
 class Written(NamedTuple):

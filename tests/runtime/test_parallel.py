@@ -37,7 +37,7 @@ config = engine.config(
     freeze_to="stem", cache="none", batch_norm="batch", epochs=7, accumulate=2, augment=True,
     optimizer="sgd", rate=0.1,
 )
-config = replace(config, augmentation=AugmentConfig(crop=False, mixup=0.2))
+config = replace(config, augmentation=AugmentConfig(crop="center", mixup=0.2))
 for size in map(int, sizes):
     run = Path(folder) / f"{size}"
     result = engine.train(config, data, folder=run, loading=Loading(10, devices=size))

@@ -556,7 +556,7 @@ RUNS = {
             dropout=0.3,
             ema_decay=0.9,
             augment=True,
-            augmentation=tljax.AugmentConfig(crop=False, mixup=0.4),
+            augmentation=tljax.AugmentConfig(mixup=0.4),
         ),
         {"objective": objective},
     ),

@@ -137,7 +137,7 @@ def lives(monkeypatch):
     return left, log
 
 
-MIX = AugmentConfig(crop=False, mixup=0.4)  # a crop takes seconds to compile
+MIX = AugmentConfig(mixup=0.4)
 RUNS = {
     "cached": config(freeze_to="stem", epochs=3, **RANDOM),
     "augmented": config(epochs=3, augment=True, accumulate=2, ema_decay=0.9, augmentation=MIX),

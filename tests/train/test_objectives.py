@@ -312,9 +312,7 @@ def confident(forward, batch, key):
 
 def test_fit_takes_an_objective_and_calls_callbacks_in_order(tmp_path):
     steps, epochs = [], []
-    fit_config = config(
-        cache="none", augment=True, augmentation=AugmentConfig(crop=False, mixup=0.3)
-    )
+    fit_config = config(cache="none", augment=True, augmentation=AugmentConfig(mixup=0.3))
     result = train(
         fit_config,
         objective=confident,

@@ -130,7 +130,7 @@ def assert_close(actual, expected, tolerance):
 
 SMALL = replace(DEEP, stages=(*DEEP.stages[:2], *DEEP.stages[-2:]))
 TRAINED = frozenset(SMALL.stage_names)
-MIXED = AugmentConfig(crop=False, flip=False, mixup=0.4)
+MIXED = AugmentConfig(flip=False, mixup=0.4)
 MOVING = {"batch_statistics": TRAINED, "noise": TRAINED}
 PGD = adversarial(cross_entropy(), AdversaryConfig("pgd", attack_steps=2))
 HOW: dict[str, dict[str, Any]] = {

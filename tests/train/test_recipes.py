@@ -193,7 +193,7 @@ def test_a_cache_without_views_and_a_cache_of_mixed_images_are_refused():
         ({"recipe": "probe", "epochs": 3}, "--epochs 3 has no effect with --recipe probe: it "),
         ({"recipe": "bit", "optimizer": OptimizerConfig("sgd")}, "--optimizer sgd has no effect"),
         ({"augment": True, "augmentation": AugmentConfig(mixup=0.4)}, ""),
-        ({"recipe": "bit", "augmentation": AugmentConfig(crop=False), "epochs": 3}, ""),
+        ({"recipe": "bit", "augmentation": AugmentConfig(flip=False), "epochs": 3}, ""),
     ],
 )
 def test_an_option_without_effect_is_noted_and_not_refused(options, note, capsys, monkeypatch):
@@ -216,7 +216,7 @@ def test_every_recipe_learns(recipe, monkeypatch):
     # An untrained probe leaves something to learn, and takes no time to compile.
     probe = type("Probe", (), {"kernel": np.zeros((12, 3), "f"), "bias": np.zeros(3, "f")})
     monkeypatch.setattr(train_setup, "fit_source_probe", lambda *_, **__: probe)
-    options = config(recipe, rate=0.02, epochs=8, augmentation=AugmentConfig(crop=False))
+    options = config(recipe, rate=0.02, epochs=8)
     result = train(options, splits(24), loading=LOADING)
     losses = [entry["train_loss"] for entry in result.history[1:]]
     assert len(losses) == 8

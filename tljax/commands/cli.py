@@ -42,7 +42,11 @@ if TYPE_CHECKING:
 
 Images = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[IMAGE ...]")]
 
-RENAMED = {"--average": "--ema-decay", "--neighbours": "--neighbors"}
+RENAMED = {
+    "--average": "--ema-decay",
+    "--neighbours": "--neighbors",
+    "--no-crop": "--crop center",
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,8 @@
 """Image augmentation on the device, jitted and determined by seed, epoch and example index.
 
 A training step starts with ``augment(batch.inputs, batch.indices, epoch_key(seed, epoch), ...)``,
-optionally followed by `mix`.
+optionally followed by `mix`. The boxes of random crops are drawn on the host, see
+`tljax.data.boxes`; images are cropped there, or by `crop_and_resize`.
 """
 
 import math
@@ -10,8 +11,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float, Int, Key, Shaped, UInt8
+from jaxtyping import Bool, Float, Int, Key, UInt8
 
+from tljax.data.crop import Interpolation, crop_and_resize
 from tljax.data.options import AugmentConfig
 from tljax.runtime.errors import RequestError
 from tljax.runtime.types import Array
@@ -36,52 +38,53 @@ def epoch_key(seed: int, epoch: Int[Array, ""] | int) -> Key[jax.Array, ""]:
     return jax.random.fold_in(jax.random.fold_in(key, _AUGMENT), epoch)
 
 
-@partial(jax.jit, static_argnames=("size", "config"))
+@partial(jax.jit, static_argnames=("size", "config", "interpolation"))
 def augment(
-    images: UInt8[Array, "batch side side channels"] | Float[Array, "batch side side channels"],
+    images: UInt8[Array, "batch height width channels"]
+    | Float[Array, "batch height width channels"],
     indices: Int[Array, " batch"],
     key: Key[jax.Array, ""],
     size: int,
     config: AugmentConfig,
+    boxes: Float[Array, "batch 6"] | None = None,
+    interpolation: Interpolation = "bilinear",
 ) -> Float[jax.Array, "batch size size channels"]:
-    """Crop, flip and distort each image independently.
+    """Flip and distort each image independently, after cropping its box if there are boxes.
 
-    Pixels of 8 bits are integers from 0 to 255 between the steps, as in Pillow. With every
-    augmentation off, the result is exactly the central crop of `decode`.
+    Pixels of 8 bits are integers from 0 to 255 between the steps, as in Pillow.
 
     Args:
-        images: ``[batch, side, side, channels]`` from `decode`, uint8 or float32, preferably larger
-            than ``size``.
+        images: ``[batch, height, width, channels]`` uint8 or float32: images of ``size``, or with
+            ``boxes`` whole photographs on a canvas.
         indices: ``[batch]`` int32 position of each example in its source; -1 for padding. The
-            result for an example depends on its image, its index and ``key`` only, not on the rest
-            of the batch.
+            result for an example depends on its image, its box, its index and ``key`` only, not on
+            the rest of the batch.
         key: random key of the seed and the epoch, from `epoch_key`.
         size: side of the network's square input, in pixels.
-        config: the augmentations to apply.
+        config: the augmentations to apply; its rule for crops is that of `load_batches`, which
+            crops images or gives the boxes.
+        boxes: ``[batch, 6]`` boxes to crop, in pixels, see `Batch`.
+        interpolation: Pillow filter of the crop's resize.
 
     Returns:
         ``[batch, size, size, channels]`` float32: uint8 in [0, 1], others in their own range.
 
     Raises:
-        RequestError: the images are not square, or too small for a central crop, or RandAugment
-            does not fit their channels.
+        RequestError: images without boxes have another size, or RandAugment does not fit their
+            channels.
     """
-    height, side = images.shape[1:3]
-    if height != side or (side < size and not config.crop):
-        raise RequestError(f"images of {height} x {side}: pass squares of at least {size} pixels")
+    if boxes is not None:
+        images = crop_and_resize(images, boxes, size, interpolation)
+    height, width = images.shape[1:3]
+    if (height, width) != (size, size):
+        raise RequestError(f"images of {height} x {width}: pass boxes, or {size} x {size} pixels")
     if config.randaugment_layers:
         check_randaugment(images.shape[-1], images.dtype)
-    offset = round((side - size) / 2)
 
     def one(image: jax.Array, index: jax.Array) -> jax.Array:
         geometry, distortions = jax.random.split(jax.random.fold_in(key, index))
-        draws = jax.random.uniform(geometry, (5,))
         if config.flip:
-            image = jnp.where(draws[4] < 0.5, image[:, ::-1], image)
-        if config.crop:
-            image = _resized_crop(image, _random_box(draws[:4], side, config), size)
-        else:
-            image = image[offset : offset + size, offset : offset + size]
+            image = jnp.where(jax.random.bernoulli(geometry), image[:, ::-1], image)
 
         def layer(image: jax.Array, draws: jax.Array) -> tuple[jax.Array, None]:
             operation = (draws[0] * len(OPERATIONS)).astype(jnp.int32)
@@ -167,51 +170,6 @@ def mix(
         pixel_weight * images + (1 - pixel_weight) * images[partner],
         weight * targets + (1 - weight) * targets[partner],
     )
-
-
-def _random_box(draws: Float[Array, "4"], side: int, config: AugmentConfig) -> Int[Array, "4"]:
-    """Compute the top, left, height and width of a crop, in pixels, from four uniform draws.
-
-    Torchvision draws area and aspect ratio up to ten times until the box fits. Here the ratio is
-    drawn among those that fit, so the area keeps its uniform distribution.
-    """
-    area = config.scale[0] + draws[0] * (config.scale[1] - config.scale[0])
-    low = jnp.log(jnp.maximum(area, config.ratio[0]))
-    high = jnp.log(jnp.minimum(1 / area, config.ratio[1]))
-    ratio = jnp.exp(low + draws[1] * (high - low))
-    shape = side * jnp.sqrt(jnp.stack([area / ratio, area * ratio]))
-    shape = jnp.clip(jnp.round(shape), 1, side)
-    corner = jnp.floor(draws[2:] * (side - shape + 1))
-    return jnp.concatenate([corner, shape]).astype(jnp.int32)
-
-
-def _resized_crop(
-    image: Shaped[Array, "side side channels"], box: Int[Array, "4"], size: int
-) -> Shaped[jax.Array, "size size channels"]:
-    """Crop and resize like Pillow's ``image.crop(box).resize((size, size), BILINEAR)``.
-
-    The few pixels that contribute to an output pixel are gathered. `jax.image.scale_and_translate`
-    also uses pixels outside of the box, and its matrix products take 8 times as long on a CPU.
-    """
-    side, (top, left, height, width) = image.shape[0], box
-
-    def taps(start: Array, length: Array) -> tuple[jax.Array, jax.Array]:
-        stride = length / size
-        support = jnp.maximum(stride, 1)
-        centers = start + (jnp.arange(size) + 0.5) * stride
-        first = jnp.floor(centers - support + 0.5).astype(jnp.int32)
-        positions = first + jnp.arange(math.ceil(2 * max(side / size, 1)))[:, None]
-        weights = jnp.maximum(1 - jnp.abs(positions + 0.5 - centers) / support, 0)
-        weights = jnp.where((positions >= start) & (positions < start + length), weights, 0)
-        return jnp.clip(positions, 0, side - 1), weights / weights.sum(0)
-
-    # One gather per tap: on a CPU, XLA takes 30 times as long to sum a single gather of all taps.
-    rows = pixels = jnp.zeros(())
-    for y, weight in zip(*taps(top, height), strict=True):
-        rows += image[y] * weight[:, None, None]
-    for x, weight in zip(*taps(left, width), strict=True):
-        pixels += rows[:, x] * weight[:, None]
-    return jnp.round(pixels).astype(jnp.uint8) if image.dtype == jnp.uint8 else pixels
 
 
 def _distort(image: _Pixels, operation: Array | int, strength: Array | float) -> _Pixels:

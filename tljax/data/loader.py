@@ -9,9 +9,10 @@ import grain
 import numpy as np
 from jaxtyping import Float, Int
 
+from tljax.data.boxes import Crops
 from tljax.data.examples import Source
 from tljax.data.pictures import print_remarks
-from tljax.data.workers import Decoder, Note, concurrent_batches, decoder
+from tljax.data.workers import CropRows, Decoder, Note, concurrent_batches, decoder
 from tljax.runtime.errors import RequestError
 from tljax.runtime.preprocess import Preprocess
 from tljax.runtime.types import Batch
@@ -37,6 +38,7 @@ def load_batches(
     shard: tuple[int, int] = (0, 1),
     multiple: int = 1,
     frequencies: Float[np.ndarray, " n"] | None = None,
+    crops: Crops | None = None,
     workers: int = 0,
     on_bad_image: Literal["skip", "fail"] = "skip",
     skipped: dict[int, str] | None = None,
@@ -60,6 +62,7 @@ def load_batches(
             they are the batches of a single process.
         multiple: pad batches to a multiple of this number of rows, to divide them among devices.
         frequencies: how often each example is drawn, relative to the others; see `batch_rows`.
+        crops: random crops in place of the central one.
         workers: number of processes that decode images; 0 decodes in threads, one for each core.
             Processes start once for the whole program, in a second; on many cores they are faster,
             as threads contend for the interpreter. A script that uses them needs the
@@ -90,7 +93,7 @@ def load_batches(
     rows = shard_rows(rows[start:], shard)
     if not len(rows):
         return iter(())
-    batches = _Batches(source, preprocess, rows, decoder(workers))
+    batches = _Batches(source, preprocess, crops, rows, decoder(workers))
     ahead = concurrent_batches(workers, rows.shape[1])
     options = grain.ReadOptions(num_threads=ahead, prefetch_buffer_size=ahead)
     decoded = grain.MapDataset.source(batches).to_iter_dataset(options)
@@ -169,6 +172,7 @@ class _Batches:
 
     source: Source
     preprocess: Preprocess
+    crops: Crops | None
     rows: BatchRows
     decode: Decoder
 
@@ -176,9 +180,11 @@ class _Batches:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, list[Note]]:
-        examples, positions = self.source.locate(self.rows[index])
+        rows = self.rows[index]
+        examples, positions = self.source.locate(rows)
         images = np.empty((len(positions), *self.preprocess.shape), self.preprocess.dtype)
-        return images, self.decode(examples, self.preprocess, positions, images)
+        crops = self.crops and CropRows(self.crops, rows)
+        return images, self.decode(examples, self.preprocess, positions, images, crops)
 
 
 def _iterate(

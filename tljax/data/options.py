@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from tljax.runtime.errors import RequestError
 from tljax.runtime.ranges import Amount, Checked, Count, NotNegative, Range, Ratio, format_flag
@@ -94,15 +94,20 @@ class LabelOptions(Checked):
                 raise RequestError(f"{flag} has no effect on {where}: leave it out")
 
 
+CropRule = Literal["random-resized", "random", "center"]
+
+
 @dataclass(frozen=True)
 class AugmentConfig(Checked):
     """Options of `augment` and `mix`. Hashable, for use as a static argument of `jax.jit`.
 
     Attributes:
-        crop: Crop a random box and resize it (Szegedy et al. 2014, arXiv:1409.4842), instead of the
-            central crop.
-        scale: Smallest and largest share of the area of the image that the box covers. Training
-            from scratch commonly uses 0.08 1.
+        crop: Rule by which a photograph is cropped. random-resized: a random box of the whole
+            photograph, resized (Szegedy et al. 2014, arXiv:1409.4842); random: the photograph is
+            squeezed into a square, of which a random square is cropped (BiT, Kolesnikov et al.
+            2019, arXiv:1912.11370); center: the central crop, as in validation.
+        scale: Smallest and largest share of the area of the photograph that the box covers.
+            Training from scratch commonly uses 0.08 1.
         ratio: Smallest and largest width of the box over its height, drawn log-uniformly; the range
             must contain 1.
         flip: Flip images from left to right with probability 1/2.
@@ -118,7 +123,7 @@ class AugmentConfig(Checked):
         RequestError: a value is out of its range.
     """
 
-    crop: bool = True
+    crop: CropRule = "random-resized"
     scale: tuple[Ratio, Ratio] = (0.35, 1.0)
     ratio: tuple[Ratio, Annotated[float, Range(1, 3e38)]] = (3 / 4, 4 / 3)
     flip: bool = True
@@ -129,6 +134,8 @@ class AugmentConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.crop not in get_args(CropRule):
+            raise RequestError(f"--crop {self.crop}: choose {', '.join(get_args(CropRule))}")
         if self.scale[0] > self.scale[1]:
             raise RequestError(
                 f"{format_flag('scale', self.scale)}: the first number must not be above the second"

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from jaxtyping import Int, Shaped
 
+from tljax.data.boxes import Crops
 from tljax.data.decode import decode
 from tljax.runtime.errors import RequestError, UnreadableImageError, first_line
 from tljax.runtime.preprocess import Preprocess
@@ -49,6 +50,23 @@ class Note(NamedTuple):
     remarks: list[str]
 
 
+class CropRows(NamedTuple):
+    """The random crops of the images of a batch.
+
+    Attributes:
+        crops: the crops of the epoch.
+        indices: position of each image in the source, by which crops are drawn; a selection of
+            examples has other positions than the examples themselves.
+    """
+
+    crops: Crops
+    indices: Int[np.ndarray, " rows"]
+
+    def part(self, rows: slice) -> "CropRows":
+        """Return the crops of some rows."""
+        return CropRows(self.crops, self.indices[rows])
+
+
 class Decoder(Protocol):
     """Decode the images of a batch."""
 
@@ -58,6 +76,7 @@ class Decoder(Protocol):
         preprocess: Preprocess,
         indices: Int[np.ndarray, " rows"],
         out: Shaped[np.ndarray, "rows size size channels"],
+        crops: CropRows | None = None,
     ) -> list[Note]:
         """Decode ``examples[i]`` for each index into a row of ``out``; zeros for an index of -1."""
         ...
@@ -85,6 +104,7 @@ def _decode_rows(
     indices: np.ndarray,
     out: np.ndarray,
     first: int,
+    crops: CropRows | None,
 ) -> list[Note]:
     """Decode a part of a batch that begins at row ``first``."""
     notes = []
@@ -94,7 +114,8 @@ def _decode_rows(
             out[row] = 0
             continue
         try:
-            out[row] = decode(examples[index], preprocess, remarks)
+            crop = crops and crops.crops.of(crops.indices[row], preprocess)
+            out[row] = decode(examples[index], preprocess, remarks, crop=crop)
         except UnreadableImageError as error:
             fault = str(error)
             out[row] = 0
@@ -113,12 +134,17 @@ def _threads(count: int) -> ThreadPoolExecutor:
 
 
 def _decode_in_threads(
-    examples: Any, preprocess: Preprocess, indices: np.ndarray, out: np.ndarray
+    examples: Any,
+    preprocess: Preprocess,
+    indices: np.ndarray,
+    out: np.ndarray,
+    crops: CropRows | None = None,
 ) -> list[Note]:
     submit = _threads(cores()).submit
     futures = [
-        submit(_decode_rows, examples, preprocess, indices[part], out[part], part.start)
+        submit(_decode_rows, examples, preprocess, indices[part], out[part], part.start, crop)
         for part in _chunks(len(out))
+        for crop in [crops and crops.part(part)]
     ]
     return [note for future in futures for note in future.result()]
 
@@ -137,7 +163,12 @@ class _Processes:
         atexit.register(self._close)
 
     def __call__(
-        self, examples: Any, preprocess: Preprocess, indices: np.ndarray, out: np.ndarray
+        self,
+        examples: Any,
+        preprocess: Preprocess,
+        indices: np.ndarray,
+        out: np.ndarray,
+        crops: CropRows | None = None,
     ) -> list[Note]:
         with self._lock:
             shared, slots = self._share(examples), self._memory(out[:CHUNK].nbytes)
@@ -148,7 +179,8 @@ class _Processes:
                 # Wait for memory only while none is in use here: it would never become free.
                 while parts and (slot := _take(slots, wait=not pending)):
                     part = parts.popleft()
-                    task = shared, preprocess, indices[part], slot, part.start
+                    crop = crops and crops.part(part)
+                    task = shared, preprocess, indices[part], slot, part.start, crop
                     pending.append((self._pool.submit(_decode_into_slot, *task), part, slot))
                 future, part, slot = pending[0]
                 notes += future.result()
@@ -315,7 +347,8 @@ def _decode_into_slot(
     indices: np.ndarray,
     slot: _Slot,
     first: int,
+    crops: CropRows | None,
 ) -> list[Note]:
     shape = (len(indices), *preprocess.shape)
     out = slot.array(shape, np.dtype(preprocess.dtype))
-    return _decode_rows(_load_shared(shared), preprocess, indices, out, first)
+    return _decode_rows(_load_shared(shared), preprocess, indices, out, first, crops)

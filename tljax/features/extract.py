@@ -7,7 +7,6 @@ later stages can be fine-tuned exactly without running the frozen prefix again.
 import sys
 import timeit
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -15,9 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Int, Key, Shaped
+from jaxtyping import Float, Int, Key, Shaped
 
 from tljax.data.augment import augment, epoch_key
+from tljax.data.boxes import Crops, random_crops
 from tljax.data.examples import Source, Splits
 from tljax.data.loader import BatchRows, batch_rows, load_batches, shard_rows
 from tljax.data.options import AugmentConfig, Loading
@@ -129,12 +129,15 @@ def compute_features(
     forward = partial(_forward, model, mesh, None, stop, dtype, view and view.config, key)
     skipped: dict[int, str] = {}
     batches = over_source(
-        lambda variables, batch: forward(variables, *shard((batch.inputs, batch.indices), mesh)),
+        lambda variables, batch: forward(
+            variables, *shard((batch.inputs, batch.indices, batch.boxes), mesh)
+        ),
         variables,
         source,
-        (with_crop_margin(model) if view else model).preprocess,
+        model.preprocess,
         loading,
         skipped,
+        view and random_crops(view.config, view.seed, view.number),
     )
     batches = track(
         batches, description=description, total=len(source), size=lambda part: len(part[1])
@@ -268,12 +271,6 @@ def feature_bytes(
     return count * value.size * jnp.dtype(dtype).itemsize
 
 
-def with_crop_margin(model: Model) -> Model:
-    """Return the model with preprocessing that keeps the margin around the crop, for `augment`."""
-    preprocess = model.preprocess
-    return replace(model, preprocess=replace(preprocess, size=preprocess.resize))
-
-
 # The key is a traced argument, so that all views share one compiled program.
 @partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
 def _forward(
@@ -287,9 +284,12 @@ def _forward(
     variables: Variables,
     x: Shaped[jax.Array, "batch ..."],
     indices: Int[jax.Array, " batch"],
+    boxes: Float[jax.Array, "batch 6"] | None = None,
 ) -> Shaped[jax.Array, "batch ..."]:
     if augmentation is not None and key is not None:
-        x = augment(x, indices, key, model.preprocess.size, augmentation)
+        preprocess = model.preprocess
+        crop = boxes, preprocess.interpolation
+        x = augment(x, indices, key, preprocess.size, augmentation, *crop)
     value = apply(model, variables, x, start=start, stop=stop).value.astype(dtype)
     return jax.lax.with_sharding_constraint(value, NamedSharding(mesh, PartitionSpec("data")))
 
@@ -301,6 +301,7 @@ def over_source(
     preprocess: Preprocess,
     loading: Loading,
     skipped: dict[int, str],
+    crops: Crops | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Run a function over the images of a source, in batches over all processes together.
 
@@ -313,6 +314,7 @@ def over_source(
         loading: batch size, workers and devices.
         skipped: dict that the images which this process could not read are added to: the reason by
             position in the source.
+        crops: random crops in place of the central one.
 
     Yields:
         Values ``[n, ...]`` and positions in the source ``[n]``, without padding and without images
@@ -327,6 +329,7 @@ def over_source(
         preprocess,
         batch_size=round_up_to_devices(min(loading.batch_size, enough), mesh),
         shard=process_shard(),
+        crops=crops,
         workers=loading.workers,
         on_bad_image=loading.on_bad_image,
         skipped=skipped,

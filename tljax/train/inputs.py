@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Shaped
 
+from tljax.data.boxes import Crops, random_crops
 from tljax.data.examples import Source, Splits, balancing_weights
 from tljax.data.loader import batch_rows, load_batches
 from tljax.data.options import Loading
@@ -23,7 +24,6 @@ from tljax.features.extract import (
     process_rows,
     process_shard,
     run_from_stage,
-    with_crop_margin,
 )
 from tljax.models import Model
 from tljax.runtime.errors import RequestError, WriteError
@@ -77,7 +77,7 @@ class Inputs:
         if not self.train:
             return load_batches(
                 self.splits.train,
-                (with_crop_margin(model) if self.config.augment else model).preprocess,
+                model.preprocess,
                 batch_size=size,
                 seed=self.seed,
                 epoch=epoch,
@@ -85,6 +85,7 @@ class Inputs:
                 shard=process_shard(),
                 multiple=multiple,
                 frequencies=self._frequencies,
+                crops=self._crops(epoch),
                 workers=self.loading.workers,
                 on_bad_image=self.loading.on_bad_image,
                 skipped=self.skipped[0],
@@ -96,6 +97,10 @@ class Inputs:
         rows = batch_rows(examples, size, self.seed, epoch, multiple, self._frequencies)[first:]
         batches = feature_rows(view, process_rows(row_of[rows]))
         return (self.splits.train.batch(*arrays) for arrays in batches)
+
+    def _crops(self, epoch: int) -> Crops | None:
+        config = self.config
+        return random_crops(config.augmentation, self.seed, epoch) if config.augment else None
 
     @cached_property
     def _frequencies(self) -> Float[np.ndarray, " n"] | None:

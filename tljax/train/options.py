@@ -220,7 +220,7 @@ FIT_CONDITIONS: Conditions = (
     ("augment", lambda s: s.augment == _augments(s), "with --recipe bit or scratch: they augment"),
     (f"cache_views {_AUGMENTATION}", _augments, "without --augment"),
     ("focal_gamma", lambda s: s.loss == "focal", "without --loss focal"),
-    ("scale ratio", lambda s: s.crop, "with --no-crop"),
+    ("scale ratio", lambda s: s.crop == "random-resized", "without --crop random-resized"),
     ("randaugment_magnitude", lambda s: s.randaugment_layers, "without --randaugment-layers"),
     ("rank alpha adapter_dropout adapter_targets", _uses_lora, "without --adapter lora"),
     ("epsilon attack_steps", lambda s: s.attack != "none", "without --attack"),
@@ -236,7 +236,7 @@ FIT_CONDITIONS: Conditions = (
 )
 """Conditions under which options have an effect, once a recipe has filled in the defaults."""
 
-_SET_BY_BIT = "optimizer weight_decay schedule warmup clip_norm mixup"
+_SET_BY_BIT = "optimizer weight_decay schedule warmup clip_norm mixup crop scale ratio"
 REQUEST_CONDITIONS: Conditions = (
     (_SET_BY_BIT, lambda s: s.recipe != "bit", "with --recipe bit: its HyperRule sets it"),
     *FIT_CONDITIONS,

@@ -200,7 +200,8 @@ def _hyperrule(config: FitConfig, examples: int, batch_size: int) -> FitConfig:
         warmup=min(500, steps // 5) / steps,
         clip_norm=0.0,
     )
-    augmentation = replace(config.augmentation, mixup=0.1 if examples >= 20_000 else 0.0)
+    mixup = 0.1 if examples >= 20_000 else 0.0
+    augmentation = replace(config.augmentation, crop="random", mixup=mixup)
     epochs = config.epochs or -(-steps // num_batches(examples, batch_size))
     return replace(
         config, optimizer=optimizer, augment=True, augmentation=augmentation, epochs=epochs

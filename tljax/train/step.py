@@ -244,8 +244,9 @@ def make_train_step(
             first steps.
         accumulate: number of parts the batch is split into for gradient accumulation. The result
             is the same, except that batch statistics are those of a part.
-        augment: augmentation of images, on the device; None for activations and for the central
-            crop. Mixup and CutMix turn class indices into class shares ``[batch, classes]``.
+        augment: augmentation of images on the device, which crops them if the batch has boxes; None
+            for activations and for no augmentation. Mixup and CutMix turn class indices into class
+            shares ``[batch, classes]``.
         around_stage: transformation of the function of every stage, as for `apply`; to save memory,
             `jax.checkpoint` computes the activations within a stage again in the backward pass.
         compiler_options: options of XLA's compiler, as for `jax.jit`.
@@ -376,10 +377,12 @@ def _checked(returned: Any, batch_size: int) -> tuple[Any, Mapping[str, Any]]:
 
 def _augmented(batch: Batch, model: Model, keys: Keys, config: AugmentConfig) -> Batch:
     """Augment each image, then apply Mixup and CutMix."""
-    size = model.preprocess.size
-    inputs = augmented(batch.inputs, batch.indices, keys[0], size, config)
+    preprocess = model.preprocess
+    crop = batch.boxes, preprocess.interpolation
+    inputs = augmented(batch.inputs, batch.indices, keys[0], preprocess.size, config, *crop)
+    batch = batch._replace(inputs=inputs, boxes=None)
     if not (config.mixup or config.cutmix):
-        return batch._replace(inputs=inputs)
+        return batch
     shares = class_shares(batch.targets, model.num_classes)
     inputs, shares = mix(inputs, shares, batch.mask, keys[1], config)
     return batch._replace(inputs=inputs, targets=shares)
