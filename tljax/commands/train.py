@@ -46,7 +46,8 @@ class Config(cli.Common, cli.Classifier, cli.Channels):
 
     Attributes:
         data: Labeled images: a table (.csv, .tsv, .parquet or .jsonl) with a column of paths, a
-            folder of class folders (with or without train/ and val/), digits, tfds:NAME or hf:NAME.
+            folder of class folders (with or without train/ and val/), digits, tfds:NAME, hf:NAME or
+            packed:FOLDER.
         workdir: Run directory to create, or to continue if it exists and has the same options. By
             default a new folder in runs/ is created.
         resume: Run directory to continue with its own options; other options may not differ from
@@ -462,7 +463,7 @@ def _with_absolute_paths(config: Config) -> Config:
 
 def _absolute(value: str) -> str:
     """Return the absolute path of a file or folder that exists; other values unchanged."""
-    prefix = "hf:" if value.startswith("hf:") else ""
+    prefix = next((one for one in ("hf:", "packed:") if value.startswith(one)), "")
     path = Path(value.removeprefix(prefix)).expanduser()
     is_path = value != "digits" and path.exists()
     return f"{prefix}{path.resolve()}" if is_path else value

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from tljax.data.examples import Source
+from tljax.data.packed import describe_resize
 from tljax.data.pictures import print_remarks
 from tljax.data.workers import Decoder, Note, concurrent_batches, decoder
 from tljax.runtime.errors import RequestError
@@ -86,6 +87,8 @@ def load_batches(
         raise RequestError(f"seed {seed}: choose 0 or more")
     if start < 0:
         raise RequestError(f"first batch {start}: choose 0 or more")
+    if note := describe_resize(source.examples, preprocess):
+        print_remarks("data", note)
     rows = batch_rows(len(source), batch_size, seed, epoch, multiple, frequencies)
     rows = shard_rows(rows[start:], shard)
     if not len(rows):

@@ -26,7 +26,15 @@ from tljax.data.options import LabelOptions
 from tljax.data.sources import open_splits
 from tljax.data.table_files import is_table
 from tljax.runtime.errors import DivergenceError, RequestError, WriteError
-from tljax.runtime.files import MARKER, atomic_write, mark_output, read_config, sha256, to_json
+from tljax.runtime.files import (
+    MARKER,
+    atomic_write,
+    locked,
+    mark_output,
+    read_config,
+    sha256,
+    to_json,
+)
 from tljax.runtime.parallel import is_main_process
 
 BEST = Path("best") / "model.safetensors"
@@ -71,9 +79,6 @@ def mark(folder: Path, splits: Splits) -> None:
 def occupied(workdir: Path, splits: Splits) -> Iterator[None]:
     """Mark a folder as results, and lock it against other processes that train in it.
 
-    The operating system releases the lock when the process ends, however it ends. On a file system
-    without locks there is none.
-
     Raises:
         RequestError: another process trains in the folder, it holds images of the data or files
             that a run would overwrite, or it cannot be written.
@@ -85,17 +90,8 @@ def occupied(workdir: Path, splits: Splits) -> Iterator[None]:
             "another --workdir"
         )
     mark(workdir, splits)
-    with (workdir / MARKER).open("a") as marker:
-        try:
-            import fcntl  # noqa: PLC0415 - not on Windows
-
-            fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RequestError(
-                f"another process trains in {workdir}: wait for it or choose another --workdir"
-            ) from error
-        except (ImportError, OSError):
-            pass
+    message = f"another process trains in {workdir}: wait for it or choose another --workdir"
+    with locked(workdir / MARKER, message):
         yield
 
 
