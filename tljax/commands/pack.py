@@ -9,7 +9,7 @@ import tyro
 from tljax.commands import cli
 from tljax.data.options import LabelOptions
 from tljax.runtime.errors import RequestError
-from tljax.runtime.ranges import Amount, Pixels, Share
+from tljax.runtime.ranges import Amount, Range, Share
 from tljax.runtime.settings import settings
 
 
@@ -39,7 +39,7 @@ class Config(cli.Output):
 
     data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
     out: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")] = None
-    size: Pixels = 256
+    size: Annotated[int, Range(4, 10_000)] = 256
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     format: Literal["raw", "jpeg"] = "raw"
     workers: Amount = 0

@@ -73,7 +73,7 @@ def pack(
         out: the folder to write: one that does not exist, is empty, or was written by this
             function from the same images with the same settings.
         source: the name of the data set, for the header.
-        size: short side of the packed photographs, in pixels.
+        size: short side of the packed photographs, in pixels; 4 or more.
         interpolation: the Pillow filter to resize with.
         encoding: ``raw`` pixels, or ``jpeg`` files of quality 95.
         workers: number of processes that decode; 0 decodes in threads, one for each core.
@@ -82,9 +82,11 @@ def pack(
         The header of the folder.
 
     Raises:
-        RequestError: the folder holds something else, another process packs into it, or it cannot
-            be written.
+        RequestError: the folder holds something else, another process packs into it, it cannot be
+            written, or no photograph can be read.
     """
+    if size < 4:
+        raise RequestError(f"size {size}: choose 4 or more")
     parts = [splits.train] if splits.val is splits.train else [splits.train, splits.val]
     if any(part.targets is not None for part in parts):
         raise RequestError("a source with targets cannot be packed: give them as labels")
@@ -124,12 +126,12 @@ def _claimed(out: Path, plan: dict[str, Any]) -> Iterator[Header | None]:
             _compare(out, found, plan)  # another version of Pillow is no reason to pack again
             yield header
             return
-        _remove_temporary(out)
         path = out / _UNFINISHED / _PLAN
         if path.exists():
             _compare(out, _read_json(path), plan)
         else:
             _write_json(path, plan)
+        _remove_temporary(out)
         yield None
 
 

@@ -152,7 +152,13 @@ class Packed:
 
     @cached_property
     def _shards(self) -> list[np.ndarray]:
-        """Map the shards into memory, in the process that reads them."""
+        """Map the shards into memory, in the process that reads them.
+
+        Raises:
+            RequestError: one is missing or has another size.
+        """
+        for shard in self.header.shards:
+            _check_size(self.folder / shard.name, shard.bytes)
         paths = [self.folder / shard.name for shard in self.header.shards]
         return [
             # The slices of a plain array are made in a tenth of the time of those of a memmap.
@@ -226,7 +232,7 @@ def open_packed(folder: Path) -> tuple[Packed, dict[str, np.ndarray]]:
         with np.load(io.BytesIO(content), allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         index = _check_index(arrays, header)
-    except (OSError, KeyError, TypeError, ValueError, BadZipFile) as error:
+    except (OSError, LookupError, TypeError, ValueError, BadZipFile) as error:
         raise RequestError(f"{path} is damaged ({error!s:.100}): pack the images again") from error
     for shard in header.shards:
         _check_size(folder / shard.name, shard.bytes)
@@ -260,7 +266,7 @@ def _check_index(arrays: Mapping[str, np.ndarray], header: Header) -> dict[str, 
     """Return the arrays that say where photographs are; check that they are within their shards.
 
     Raises:
-        KeyError, ValueError: an array is missing, or a photograph is outside of its shard.
+        LookupError, ValueError: an array is missing, or a photograph is outside of its shard.
     """
     places = {name: arrays[name] for name in ("shard", "offset", "length", "transposed", *_SIZES)}
     count = header.examples
