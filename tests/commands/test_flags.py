@@ -50,6 +50,7 @@ ALWAYS = {
     "doctor Config": OUTPUT,
     "evaluate Config": {*(NETWORK | DATA), "data", "workdir", "head"},
     "extract Config": {*(NETWORK | DATA | LABELS), "weights", "data", "out", "stage", "maps"},
+    "pack Config": {*OUTPUT, "data", "out", "verify"},
     "predict Config": {*(NETWORK | DATA), "weights", "images", "top", "out", "head"},
     "probe Config": {
         *(NETWORK | DATA | LABELS),
@@ -199,6 +200,11 @@ WRONG = {
         "--val-fraction 1",
     ],
     "predict Config": ["", "nowhere.jpg", ". --top 2.5", "x --tpo 2", "--devices two", *OF_PARSER],
+    "pack Config": [
+        "", "y", "y z", "y --size 3", "y --size x", "y --size", "y --format png", "y --formt raw",
+        "y --workers -1", "y --interpolation nearest", "y --val-fraction 1", "y --verify",
+        "--verify", "y --weights z",
+    ],
     "doctor Config": [
         "all", "--all", "--jsn", "--json yes", "--model x", "--platform", "--platform x",
         "--platform gpu cpu", "--debug=1", "-x", "--weights",
@@ -419,12 +425,20 @@ IDLE = [
         (script, options, "with another --task than", {flag: (value,)})
         for script, required in (
             ("train", ""), ("probe", ""), ("compare", ""),
-            ("evaluate", "--data x"), ("extract", "x --out x.npz"),
+            ("evaluate", "--data x"), ("extract", "x --out x.npz"), ("pack", "x y"),
         )
         for flag, value, task in (("order", "a,b", "multilabel"), ("units", "m", "ordinal"))
         for options in [f"{required} --task {task}"]
     ),
     ("evaluate", "--workdir run", "without --data", LABELS_OF_DATA),
+    (
+        "pack", "x --verify", "with --verify",
+        {
+            "size": (128,), "interpolation": ("bicubic",), "format": ("jpeg",), "workers": (2,),
+            "val-fraction": (0.3,), **LABELS_OF_DATA,
+        },
+    ),
+    ("pack", "parts y", "a validation part of its own", {"val-fraction": (0.3,)}),
     ("train", "", "without --adapter lora", LORA),
     ("train", "--adapter norm", "without --adapter lora", LORA),
     ("train", "", "without --attack", {"epsilon": (8.0,), "attack-steps": (3,)}),
@@ -514,6 +528,9 @@ COUNTING = [
     ("evaluate", "--data x.csv --target a,b --task regression --units m,s"),
     ("train", "--data x.csv --order a,b --group patient --split-column s --balance"),
     ("train", "--loss focal --focal-gamma 3 --choose-by macro_f1"),
+    ("pack", "classes y --size 128 --format jpeg --workers 2 --val-fraction 0.3"),
+    ("pack", "x.csv y --target a,b --group patient --interpolation bicubic"),
+    ("pack", "x --verify"),
     ("predict", "x.jpg --out x.csv"),
     ("attack", "x.jpg --workdir run"),
     ("attack", "--data digits --attacks fgsm pgd --steps 3 --seed 2 --out o --pictures 2"),

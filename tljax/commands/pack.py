@@ -1,4 +1,4 @@
-"""The command ``tljax pack``: decode a data set once, into files that are read without decoding."""
+"""The command ``tljax pack``: write a data set to files that are read without decoding."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,11 +15,11 @@ from tljax.runtime.settings import settings
 
 @dataclass(frozen=True)
 class Config(cli.Output):
-    """Write the images of a data set, decoded and resized, to a folder: --data packed:FOLDER.
+    """Pack a data set into files that are read without decoding, by --data packed:OUT.
 
-    Whole images are resized so that their short side has --size pixels. Both parts are written,
-    with all labels, names and groups. A command that was interrupted is resumed by the same
-    command.
+    Whole images are resized so that their short side has --size pixels. The training and the
+    validation part are written, with all labels, names and groups. A command that was interrupted
+    is resumed by the same command.
 
     Attributes:
         data: Data set to pack: a folder, a table, digits, tfds:NAME or hf:NAME; with --verify a
@@ -82,11 +82,13 @@ def run(config: Config) -> dict[str, Any]:
     names = [*splits.train.names, *(splits.val.names if splits.val is not splits.train else ())]
     skipped = {names[i]: reason for i, reason in header.unreadable.items()}
     size = sum(shard.bytes for shard in header.shards)
-    print("\n".join(header.notes))
-    print(f"{header.examples - len(skipped)} images of {size / 1e6:.1f} MB in {config.out}")
-    for name, reason in skipped.items():
-        print(f"not read: {name}: {reason}")
-    print(f"open them with --data packed:{config.out}")
+    lines = [
+        *header.notes,
+        f"{header.examples - len(skipped)} images of {size / 1e6:.1f} MB in {config.out}",
+        *(f"not read: {name}: {reason}" for name, reason in skipped.items()),
+        f"open them with --data packed:{config.out}",
+    ]
+    print("\n".join(lines))
     return {
         "out": str(config.out),
         "images": header.examples - len(skipped),

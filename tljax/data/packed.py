@@ -175,15 +175,16 @@ def describe_resize(examples: object, preprocess: Preprocess) -> str | None:
     packed = getattr(examples, "examples", examples)  # of a subset
     if not isinstance(packed, Packed):
         return None
-    size, resize = packed.header.size, preprocess.resize
-    if size != resize:
-        return f"packed at {size} pixels, the network resizes to {resize}"
-    if packed.header.interpolation != preprocess.interpolation:
-        return (
-            f"packed with the {packed.header.interpolation} filter, the network expects the "
-            f"{preprocess.interpolation} one"
-        )
-    return None
+    header = packed.header
+    if header.size != preprocess.resize:
+        what = f"at {header.size} pixels, the network resizes to {preprocess.resize}"
+        option = f"--size {preprocess.resize}"
+    elif header.interpolation != preprocess.interpolation:
+        what = f"with the {header.interpolation} filter, the network expects another"
+        option = f"--interpolation {preprocess.interpolation}"
+    else:
+        return None
+    return f"packed {what}: tljax pack {option} gives it the pixels of the files"
 
 
 # --- reading --------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ import jax
 
 from tljax.data.examples import Source, Splits, format_labels, join_names, printable
 from tljax.data.options import LabelOptions
+from tljax.data.packed_splits import is_packed
 from tljax.data.sources import open_splits
 from tljax.data.table_files import is_table
 from tljax.runtime.errors import DivergenceError, RequestError, WriteError
@@ -171,7 +172,7 @@ def attempt(workdir: Path, *, new: bool) -> Iterator[None]:
 
 def _split_csv(spec: str, splits: Splits) -> bytes:
     rows = (
-        (part, _within(spec, name), label, _size(name))
+        (part, _within(spec, name), label, None if is_packed(spec) else _size(name))
         for part, source in (("train", splits.train), ("val", splits.val))
         for name, label in zip(source.names, format_labels(source, source.labels), strict=True)
     )
