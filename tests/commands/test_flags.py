@@ -378,6 +378,7 @@ FIND = {
     "checkpoint-minutes": (5.0,),
     "log-every": (10,),
     "profile": (),
+    "pack": ("always",),
     "choose-by": ("loss",),
     "interpolate": ("0:1:0.5",),
     "interpolate-data": ("digits",),
@@ -407,7 +408,7 @@ IDLE = [
     (
         "train", "--dry-run", "with --dry-run",
         {
-            "find-learning-rate": (), "profile": (),
+            "find-learning-rate": (), "profile": (), "pack": ("always",),
             "interpolate": ("0:1:0.5",), "interpolate-data": ("digits",),
         },
     ),
@@ -439,6 +440,8 @@ IDLE = [
         },
     ),
     ("pack", "parts y", "a validation part of its own", {"val-fraction": (0.3,)}),
+    ("train", "--data packed:x", "on images that are packed", {"pack": ("auto",)}),
+    ("train", "--distributed", "use tljax pack on each host", {"pack": ("always",)}),
     ("train", "", "without --adapter lora", LORA),
     ("train", "--adapter norm", "without --adapter lora", LORA),
     ("train", "", "without --attack", {"epsilon": (8.0,), "attack-steps": (3,)}),
@@ -516,7 +519,7 @@ COUNTING = [
     ("train", "--optimizer sgd --momentum 0.5 --schedule step --warmup 0.2"),
     ("train", "--recipe finetune --freeze-to stem --cache memory --frozen-dtype bfloat16"),
     ("train", "--recipe finetune --rates stem=0 --cache-dtype bfloat16"),
-    ("train", "--recipe finetune --cache none"),
+    ("train", "--recipe finetune --cache none --pack always"),
     ("train", "--adapter lora --rank 4 --alpha 8 --adapter-dropout 0.1 --adapter-targets head"),
     ("train", "--recipe finetune --adapter bitfit --cache memory"),
     ("train", "--recipe probe --cache disk --cache-dtype bfloat16 --head-after pool"),
@@ -649,7 +652,7 @@ OTHER = {
     "val-fraction": (0.5,),
     "on-bad-image": ("fail",),
     **{flag: values for flag, values in OF_STEPS.items() if flag not in ("remat", "fsdp")},
-    **FIND,
+    **{flag: values for flag, values in FIND.items() if flag != "pack"},
     "balance": (),
     "channels": (2,),
     "mean": (-0.5, 0.5),
@@ -657,6 +660,7 @@ OTHER = {
     **{flag: values for flag, values in LABELS_OF_DATA.items() if flag != "root"},
 }
 OF_NOW = {
+    "pack",
     *("workers", "devices", "distributed", "json", "debug", "platform", "resume"),
     *("dry_run", "find_learning_rate"),
     *("remat", "fsdp"),  # how the memory of this machine is used

@@ -37,7 +37,9 @@ _UNUSED_IN_RANGE_TEST = (
     "profile"
 )
 _IN_RANGE_TEST = "with --find-learning-rate"
-_NOT_RESUMED = "workers devices distributed json debug platform resume dry_run find_learning_rate"
+_NOT_RESUMED = (
+    "workers devices distributed pack json debug platform resume dry_run find_learning_rate"
+)
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Config(cli.Common, cli.Classifier, cli.Channels):
             default a new folder in runs/ is created.
         resume: Run directory to continue with its own options; other options may not differ from
             them, except those of this machine: --workers, --devices, --platform, --distributed,
-            --remat and --fsdp.
+            --pack, --remat and --fsdp.
             If the images, weights or extension file were moved, --data, --root, --weights and
             --extension say where they are now.
         labels: Options of how labels are read, from a table above all.
@@ -61,6 +63,9 @@ class Config(cli.Common, cli.Classifier, cli.Channels):
             the data has no validation part. With 0, accuracies are measured on the training images.
         on_bad_image: Action on an image that cannot be read: skip leaves it out and lists it in
             skipped.csv, fail stops.
+        pack: Packing of the images in the cache folder, so that they are decoded once: never,
+            always, or auto, on a GPU or TPU if two epochs or more decode them and the disk has
+            room. It changes no result.
         checkpoint_minutes: Minutes between checkpoints within an epoch; 0 writes one at every step.
             One is always written at the end of an epoch.
         log_every: Number of steps between lines of metrics.jsonl within an epoch, beside that of
@@ -87,6 +92,7 @@ class Config(cli.Common, cli.Classifier, cli.Channels):
     fit: tyro.conf.OmitArgPrefixes[FitConfig] = field(default_factory=FitConfig)
     val_fraction: Share = 0.2
     on_bad_image: Literal["skip", "fail"] = "skip"
+    pack: Literal["never", "auto", "always"] = "never"
     checkpoint_minutes: NotNegative = 10.0
     log_every: Amount = 0
     find_learning_rate: bool = False
@@ -100,7 +106,10 @@ class Config(cli.Common, cli.Classifier, cli.Channels):
         *REQUEST_CONDITIONS,
         *cli.SPLIT_CONDITIONS,
         *cli.CHANNEL_CONDITIONS,
-        ("find_learning_rate profile", lambda s: not s.dry_run, "with --dry-run"),
+        ("pack", lambda s: not s.data.startswith("packed:"), "on images that are packed"),
+        ("pack", lambda s: not s.distributed, "with --distributed: use tljax pack on each host"),
+        ("find_learning_rate profile pack", lambda s: not s.dry_run, "with --dry-run"),
+        ("pack", lambda s: not s.find_learning_rate, _IN_RANGE_TEST),
         ("epochs", lambda s: not s.find_learning_rate or s.recipe == "gradual", _IN_RANGE_TEST),
         (_UNUSED_IN_RANGE_TEST, lambda s: not s.find_learning_rate, _IN_RANGE_TEST),
         (
@@ -138,6 +147,7 @@ class Config(cli.Common, cli.Classifier, cli.Channels):
                 "predict, evaluate and attack can still use it"
             )
         saved.pop("fingerprint", None)
+        saved.setdefault("pack", "never")  # runs of earlier versions have no such option
         try:
             resumed = cli.from_json(Config, saved)
         except (AttributeError, RequestError, TypeError) as error:
@@ -202,6 +212,7 @@ def run(config: Config) -> dict[str, Any]:
     from tljax.train import run_directory
     from tljax.train.dry_run import dry_run
     from tljax.train.objectives import make_objective
+    from tljax.train.packing import pack_images
     from tljax.train.recipes import make_plan
     from tljax.train.setup import check_images, check_task, fitted_task
     from tljax.train.trace import check_traceable
@@ -240,7 +251,10 @@ def run(config: Config) -> dict[str, Any]:
         workdir = config.workdir or run_directory.new_workdir(splits)
         config = replace(config, workdir=workdir)
         with run_directory.occupied(workdir, splits) if is_main_process() else nullcontext():
-            inputs = pretrained, splits, hooks, shifted or None
+            packed = splits
+            if config.pack != "never":
+                packed = pack_images(config.pack, cut, splits, plan, config.workers)
+            inputs = pretrained, splits, packed, hooks, shifted or None
             return train(config, workdir, *inputs, preemption, began)
 
 
@@ -249,12 +263,16 @@ def train(
     workdir: Path,
     pretrained: "Pretrained",
     splits: "Splits",
+    packed: "Splits",
     hooks: dict[str, Any],
     shifted: "Source | None",
     preemption: "Preemption",
     began: float,
 ) -> dict[str, Any]:
-    """Train in a run directory, or continue the run in it, and write its results."""
+    """Train in a run directory, or continue the run in it, and write its results.
+
+    The same images are in ``splits`` and, if they are packed, in ``packed``, which is trained on.
+    """
     from tljax.commands.extension import load_extension
     from tljax.runtime.parallel import is_main_process
     from tljax.runtime.trees import tree_digest
@@ -291,7 +309,7 @@ def train(
             result = fit(
                 pretrained.model,
                 pretrained.variables,
-                splits,
+                packed,
                 config.fit,
                 loading=config.loading,
                 seed=config.seed,

@@ -61,6 +61,7 @@ def pack(
     interpolation: Interpolation = "bilinear",
     encoding: Encoding = "raw",
     workers: int = 0,
+    wait: bool = False,
 ) -> Header:
     """Write the photographs of a data set as packed photographs; see docs/packed.md.
 
@@ -77,6 +78,7 @@ def pack(
         interpolation: the Pillow filter to resize with.
         encoding: ``raw`` pixels, or ``jpeg`` files of quality 95.
         workers: number of processes that decode; 0 decodes in threads, one for each core.
+        wait: wait for another process that packs into the folder.
 
     Returns:
         The header of the folder.
@@ -97,7 +99,7 @@ def pack(
         "images": [part.digest for part in parts],
         "pillow": PIL.__version__,
     }
-    with _claimed(out, plan) as complete:
+    with _claimed(out, plan, wait=wait) as complete:
         if (header := complete) is None:
             job = Job(tuple(part.examples for part in parts), size, interpolation, encoding)
             names = [name for part in parts for name in part.names]
@@ -111,7 +113,7 @@ def pack(
 
 
 @contextmanager
-def _claimed(out: Path, plan: dict[str, Any]) -> Iterator[Header | None]:
+def _claimed(out: Path, plan: dict[str, Any], *, wait: bool) -> Iterator[Header | None]:
     """Lock a folder to write to, and check that it holds nothing else; create it if needed.
 
     Yields:
@@ -119,7 +121,8 @@ def _claimed(out: Path, plan: dict[str, Any]) -> Iterator[Header | None]:
     """
     _refuse_other_files(out)
     mark_output(out)
-    with locked(out / MARKER, f"another process packs into {out}: wait for it or choose another"):
+    message = f"another process packs into {out}: wait for it or choose another"
+    with locked(out / MARKER, message, wait=wait):
         if (out / HEADER).exists():
             header = read_header(out)[0]
             found = {**plan, **asdict(header), "images": header.source.get("images")}

@@ -50,7 +50,7 @@ def mark_output(folder: Path) -> None:
 
 
 @contextmanager
-def locked(path: Path, message: str) -> Iterator[None]:
+def locked(path: Path, message: str, *, wait: bool = False) -> Iterator[None]:
     """Lock a file against other processes that lock it, until the end of the block.
 
     The operating system releases the lock when the process ends, however it ends. On a file system
@@ -59,6 +59,7 @@ def locked(path: Path, message: str) -> Iterator[None]:
     Args:
         path: the file; it is created if it is missing.
         message: the error if another process has locked it.
+        wait: wait for the other process instead.
 
     Raises:
         RequestError: another process has locked the file.
@@ -67,7 +68,7 @@ def locked(path: Path, message: str) -> Iterator[None]:
         try:
             import fcntl  # noqa: PLC0415 - not on Windows
 
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
             raise RequestError(message) from error
         except (ImportError, OSError):
