@@ -438,7 +438,7 @@ def test_a_full_disk_is_one_line_and_the_same_call_resumes(expected, tmp_path, m
 
     monkeypatch.setattr(Job, "__call__", full)
     out = tmp_path / "out"
-    with pytest.raises(WriteError, match=r"part-00003.bin: cannot be written \(No space left.*rep"):
+    with pytest.raises(WriteError, match=r"part-00003.bin: cannot be written \(No space left.*repeat"):
         pack(many(), out, size=24)
     monkeypatch.setattr(Job, "__call__", original)
     before = (out / "part-00002.bin").stat().st_mtime_ns

@@ -64,8 +64,8 @@ class Config(cli.Common, cli.Classifier, cli.Channels):
         on_bad_image: Action on an image that cannot be read: skip leaves it out and lists it in
             skipped.csv, fail stops.
         pack: Packing of the images in the cache folder, so that they are decoded once: never,
-            always, or auto, on a GPU or TPU if two epochs or more decode them and the disk has
-            room. It changes no result.
+            always, or auto, on a GPU or TPU if two epochs or more decode them and half of the free
+            disk space holds them. It changes no result.
         checkpoint_minutes: Minutes between checkpoints within an epoch; 0 writes one at every step.
             One is always written at the end of an epoch.
         log_every: Number of steps between lines of metrics.jsonl within an epoch, beside that of

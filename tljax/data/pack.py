@@ -360,7 +360,7 @@ def _resumable() -> Iterator[None]:
     try:
         yield
     except WriteError as error:
-        raise WriteError(f"{error}: make room and repeat the command, which resumes") from error
+        raise WriteError(f"{error}: free some space and repeat the command, which resumes") from error
 
 
 # --- the index and the header ---------------------------------------------------------------------
