@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import PIL
@@ -438,13 +439,23 @@ def test_a_full_disk_is_one_line_and_the_same_call_resumes(expected, tmp_path, m
 
     monkeypatch.setattr(Job, "__call__", full)
     out = tmp_path / "out"
-    with pytest.raises(WriteError, match=r"part-00003.bin: cannot be written \(No space left.*repeat"):
+    with pytest.raises(
+        WriteError, match=r"part-00003.bin: cannot be written \(No space left.*repeat"
+    ):
         pack(many(), out, size=24)
     monkeypatch.setattr(Job, "__call__", original)
     before = (out / "part-00002.bin").stat().st_mtime_ns
     pack(many(), out, size=24)
     assert contents(out) == expected
     assert (out / "part-00002.bin").stat().st_mtime_ns == before
+
+
+def test_a_disk_without_the_space_is_refused_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=3 * 24**2 * 2 - 1))
+    with pytest.raises(RequestError, match=r"the images take 0.0 GB or more, and 0.0 GB are free"):
+        packed_of(tmp_path, [noise(9, 9)] * 2, size=24)
+    assert not [*tmp_path.glob("part-*")]
+    assert len(packed_of(tmp_path, [noise(9, 9)] * 2, size=23)) == 2  # a smaller size is accepted
 
 
 def test_files_that_a_killed_process_left_are_removed(expected, tmp_path):

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 from collections import deque
@@ -130,9 +131,9 @@ def _claimed(out: Path, plan: dict[str, Any], *, wait: bool) -> Iterator[Header 
             yield header
             return
         path = out / _UNFINISHED / _PLAN
-        if path.exists():
+        if any(path.parent.glob("part-*.npz")):
             _compare(out, _read_json(path), plan)
-        else:
+        else:  # no shard is complete, so that nothing is lost
             _write_json(path, plan)
         _remove_temporary(out)
         yield None
@@ -230,6 +231,7 @@ def _write_shards(out: Path, job: Job, names: Sequence[str], workers: int) -> li
         for number in missing
     }
     total = sum(len(shards[number]) for number in missing)
+    _require_space(out, job, total)
     pool, work, ahead = _start(job, workers)
     everything = (chunk for number in missing for chunk in chunks[number])
     with pool, closing(_in_order(pool, work, everything, ahead)) as records:
@@ -240,6 +242,20 @@ def _write_shards(out: Path, job: Job, names: Sequence[str], workers: int) -> li
             found[number] = _write_part(out, number, names, shards[number], rows)
         next(packed, None)  # prints the line of the whole loop
     return [part for part in found if part is not None]
+
+
+def _require_space(out: Path, job: Job, photographs: int) -> None:
+    """Check that a disk holds raw photographs, if all of them are square.
+
+    Raises:
+        RequestError: it has less free space.
+    """
+    needed, free = 3 * job.size**2 * photographs, shutil.disk_usage(out).free
+    if job.encoding == "raw" and needed > free:
+        raise RequestError(
+            f"{out}: the images take {needed / 1e9:.1f} GB or more, and {free / 1e9:.1f} GB are "
+            "free: choose another disk, a smaller size or jpeg"
+        )
 
 
 def _start(job: Job, workers: int) -> tuple[Executor, Callable[[range], list[Record]], int]:
@@ -360,7 +376,9 @@ def _resumable() -> Iterator[None]:
     try:
         yield
     except WriteError as error:
-        raise WriteError(f"{error}: free some space and repeat the command, which resumes") from error
+        raise WriteError(
+            f"{error}: free some space and repeat the command, which resumes"
+        ) from error
 
 
 # --- the index and the header ---------------------------------------------------------------------

@@ -227,10 +227,9 @@ def open_packed(folder: Path) -> tuple[Packed, dict[str, np.ndarray]]:
     header, fingerprint = read_header(folder)
     path = folder / INDEX
     try:
-        content = path.read_bytes()
-        if sha256(content) != header.index:
+        if sha256(path) != header.index:
             raise ValueError("checksum mismatch")  # noqa: TRY301
-        with np.load(io.BytesIO(content), allow_pickle=False) as file:
+        with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         index = _check_index(arrays, header)
     except (OSError, LookupError, TypeError, ValueError, BadZipFile) as error:
