@@ -50,6 +50,7 @@ ALWAYS = {
     "doctor Config": OUTPUT,
     "evaluate Config": {*(NETWORK | DATA), "data", "workdir", "head"},
     "extract Config": {*(NETWORK | DATA | LABELS), "weights", "data", "out", "stage", "maps"},
+    "pack Config": {*OUTPUT, "data", "out", "verify"},
     "predict Config": {*(NETWORK | DATA), "weights", "images", "top", "out", "head"},
     "probe Config": {
         *(NETWORK | DATA | LABELS),
@@ -199,6 +200,11 @@ WRONG = {
         "--val-fraction 1",
     ],
     "predict Config": ["", "nowhere.jpg", ". --top 2.5", "x --tpo 2", "--devices two", *OF_PARSER],
+    "pack Config": [
+        "", "y", "y z", "y --size 3", "y --size x", "y --size", "y --format png", "y --formt raw",
+        "y --workers -1", "y --interpolation nearest", "y --val-fraction 1", "y --verify",
+        "--verify", "y --weights z",
+    ],
     "doctor Config": [
         "all", "--all", "--jsn", "--json yes", "--model x", "--platform", "--platform x",
         "--platform gpu cpu", "--debug=1", "-x", "--weights",
@@ -375,6 +381,7 @@ FIND = {
     "checkpoint-minutes": (5.0,),
     "log-every": (10,),
     "profile": (),
+    "pack": ("always",),
     "choose-by": ("loss",),
     "interpolate": ("0:1:0.5",),
     "interpolate-data": ("digits",),
@@ -404,7 +411,7 @@ IDLE = [
     (
         "train", "--dry-run", "with --dry-run",
         {
-            "find-learning-rate": (), "profile": (),
+            "find-learning-rate": (), "profile": (), "pack": ("always",),
             "interpolate": ("0:1:0.5",), "interpolate-data": ("digits",),
         },
     ),
@@ -422,12 +429,22 @@ IDLE = [
         (script, options, "with another --task than", {flag: (value,)})
         for script, required in (
             ("train", ""), ("probe", ""), ("compare", ""),
-            ("evaluate", "--data x"), ("extract", "x --out x.npz"),
+            ("evaluate", "--data x"), ("extract", "x --out x.npz"), ("pack", "x y"),
         )
         for flag, value, task in (("order", "a,b", "multilabel"), ("units", "m", "ordinal"))
         for options in [f"{required} --task {task}"]
     ),
     ("evaluate", "--workdir run", "without --data", LABELS_OF_DATA),
+    (
+        "pack", "x --verify", "with --verify",
+        {
+            "size": (128,), "interpolation": ("bicubic",), "format": ("jpeg",), "workers": (2,),
+            "val-fraction": (0.3,), **LABELS_OF_DATA,
+        },
+    ),
+    ("pack", "parts y", "a validation part of its own", {"val-fraction": (0.3,)}),
+    ("train", "--data packed:x", "on images that are packed", {"pack": ("auto",)}),
+    ("train", "--distributed", "use tljax pack on each host", {"pack": ("always",)}),
     ("train", "", "without --adapter lora", LORA),
     ("train", "--adapter norm", "without --adapter lora", LORA),
     ("train", "", "without --attack", {"epsilon": (8.0,), "attack-steps": (3,)}),
@@ -505,7 +522,7 @@ COUNTING = [
     ("train", "--optimizer sgd --momentum 0.5 --schedule step --warmup 0.2"),
     ("train", "--recipe finetune --freeze-to stem --cache memory --frozen-dtype bfloat16"),
     ("train", "--recipe finetune --rates stem=0 --cache-dtype bfloat16"),
-    ("train", "--recipe finetune --cache none"),
+    ("train", "--recipe finetune --cache none --pack always"),
     ("train", "--adapter lora --rank 4 --alpha 8 --adapter-dropout 0.1 --adapter-targets head"),
     ("train", "--recipe finetune --adapter bitfit --cache memory"),
     ("train", "--recipe probe --cache disk --cache-dtype bfloat16 --head-after pool"),
@@ -517,6 +534,9 @@ COUNTING = [
     ("evaluate", "--data x.csv --target a,b --task regression --units m,s"),
     ("train", "--data x.csv --order a,b --group patient --split-column s --balance"),
     ("train", "--loss focal --focal-gamma 3 --choose-by macro_f1"),
+    ("pack", "classes y --size 128 --format jpeg --workers 2 --val-fraction 0.3"),
+    ("pack", "x.csv y --target a,b --group patient --interpolation bicubic"),
+    ("pack", "x --verify"),
     ("predict", "x.jpg --out x.csv"),
     ("attack", "x.jpg --workdir run"),
     ("attack", "--data digits --attacks fgsm pgd --steps 3 --seed 2 --out o --pictures 2"),
@@ -635,7 +655,7 @@ OTHER = {
     "val-fraction": (0.5,),
     "on-bad-image": ("fail",),
     **{flag: values for flag, values in OF_STEPS.items() if flag not in ("remat", "fsdp")},
-    **FIND,
+    **{flag: values for flag, values in FIND.items() if flag != "pack"},
     "balance": (),
     "channels": (2,),
     "mean": (-0.5, 0.5),
@@ -643,6 +663,7 @@ OTHER = {
     **{flag: values for flag, values in LABELS_OF_DATA.items() if flag != "root"},
 }
 OF_NOW = {
+    "pack",
     *("workers", "devices", "distributed", "json", "debug", "platform", "resume"),
     *("dry_run", "find_learning_rate"),
     *("remat", "fsdp"),  # how the memory of this machine is used

@@ -61,8 +61,8 @@ ALL = [
 ]
 
 IMPERATIVES = {
-    *("Amplify", "Check", "Classify", "Compare", "Draw", "List", "Measure", "Port", "Print"),
-    *("Train", "Write"),
+    *("Amplify", "Check", "Classify", "Compare", "Draw", "List", "Measure", "Pack", "Port"),
+    *("Print", "Train", "Write"),
 }
 # Words of no noun phrase and no imperative, with which a text for an option must not begin.
 FRAGMENTS = {

@@ -10,6 +10,7 @@ COMMANDS = {
     "probe": "Measure frozen features by a linear probe and nearest neighbors.",
     "extract": "Write the features of images to a file.",
     "compare": "Compare pretrained networks on a data set.",
+    "pack": "Pack a data set into files that are read without decoding.",
     "attack": "Measure the accuracy of a network under adversarial attacks.",
     "visualize": "Draw what a network and its stages respond to.",
     "weights": "List, verify, import and export pretrained weights.",

@@ -38,7 +38,9 @@ _UNUSED_IN_RANGE_TEST = (
     "profile verify_content"
 )
 _IN_RANGE_TEST = "with --find-learning-rate"
-_NOT_RESUMED = "workers devices distributed json debug platform resume dry_run find_learning_rate"
+_NOT_RESUMED = (
+    "workers devices distributed pack json debug platform resume dry_run find_learning_rate"
+)
 
 
 @dataclass(frozen=True)
@@ -47,12 +49,13 @@ class Config(cli.Common, cli.Classifier, cli.Channels):
 
     Attributes:
         data: Labeled images: a table (.csv, .tsv, .parquet or .jsonl) with a column of paths, a
-            folder of class folders (with or without train/ and val/), digits, tfds:NAME or hf:NAME.
+            folder of class folders (with or without train/ and val/), digits, tfds:NAME, hf:NAME or
+            packed:FOLDER.
         workdir: Run directory to create, or to continue if it exists and has the same options. By
             default a new folder in runs/ is created.
         resume: Run directory to continue with its own options; other options may not differ from
             them, except those of this machine: --workers, --devices, --platform, --distributed,
-            --remat and --fsdp.
+            --pack, --remat and --fsdp.
             If the images, weights or extension file were moved, --data, --root, --weights and
             --extension say where they are now.
         labels: Options of how labels are read, from a table above all.
@@ -63,6 +66,9 @@ class Config(cli.Common, cli.Classifier, cli.Channels):
             skipped.csv, fail stops.
         verify_content: Read all images first, so that the run is continued only if none of their
             bytes have changed. By default their paths, sizes and labels are compared.
+        pack: Packing of the images in the cache folder, so that they are decoded once: never,
+            always, or auto, on a GPU or TPU if two epochs or more decode them and half of the free
+            disk space holds them. It changes no result.
         checkpoint_minutes: Minutes between checkpoints within an epoch; 0 writes one at every step.
             One is always written at the end of an epoch.
         log_every: Number of steps between lines of metrics.jsonl within an epoch, beside that of
@@ -90,6 +96,7 @@ class Config(cli.Common, cli.Classifier, cli.Channels):
     val_fraction: Share = 0.2
     on_bad_image: Literal["skip", "fail"] = "skip"
     verify_content: bool = False
+    pack: Literal["never", "auto", "always"] = "never"
     checkpoint_minutes: NotNegative = 10.0
     log_every: Amount = 0
     find_learning_rate: bool = False
@@ -103,7 +110,10 @@ class Config(cli.Common, cli.Classifier, cli.Channels):
         *REQUEST_CONDITIONS,
         *cli.SPLIT_CONDITIONS,
         *cli.CHANNEL_CONDITIONS,
-        ("find_learning_rate profile", lambda s: not s.dry_run, "with --dry-run"),
+        ("pack", lambda s: not s.data.startswith("packed:"), "on images that are packed"),
+        ("pack", lambda s: not s.distributed, "with --distributed: use tljax pack on each host"),
+        ("find_learning_rate profile pack", lambda s: not s.dry_run, "with --dry-run"),
+        ("pack", lambda s: not s.find_learning_rate, _IN_RANGE_TEST),
         ("epochs", lambda s: not s.find_learning_rate or s.recipe == "gradual", _IN_RANGE_TEST),
         (_UNUSED_IN_RANGE_TEST, lambda s: not s.find_learning_rate, _IN_RANGE_TEST),
         (
@@ -143,6 +153,7 @@ class Config(cli.Common, cli.Classifier, cli.Channels):
         saved.pop("fingerprint", None)
         chosen = "verify_content" in saved
         saved.setdefault("verify_content", True)  # as earlier versions did
+        saved.setdefault("pack", "never")  # runs of earlier versions have no such option
         try:
             resumed = cli.from_json(Config, saved)
         except (AttributeError, RequestError, TypeError) as error:
@@ -209,6 +220,7 @@ def run(config: Config) -> dict[str, Any]:
     from tljax.train import run_directory
     from tljax.train.dry_run import dry_run
     from tljax.train.objectives import make_objective
+    from tljax.train.packing import pack_images
     from tljax.train.recipes import make_plan
     from tljax.train.setup import check_images, check_task, fitted_task
     from tljax.train.trace import check_traceable
@@ -247,7 +259,10 @@ def run(config: Config) -> dict[str, Any]:
         workdir = config.workdir or run_directory.new_workdir(splits)
         config = replace(config, workdir=workdir)
         with run_directory.occupied(workdir, splits) if is_main_process() else nullcontext():
-            inputs = pretrained, splits, hooks, shifted or None
+            packed = splits
+            if config.pack != "never":
+                packed = pack_images(config.pack, cut, splits, plan, config.workers)
+            inputs = pretrained, splits, packed, hooks, shifted or None
             return train(config, workdir, *inputs, preemption, began)
 
 
@@ -256,12 +271,16 @@ def train(
     workdir: Path,
     pretrained: "Pretrained",
     splits: "Splits",
+    packed: "Splits",
     hooks: dict[str, Any],
     shifted: "Source | None",
     preemption: "Preemption",
     began: float,
 ) -> dict[str, Any]:
-    """Train in a run directory, or continue the run in it, and write its results."""
+    """Train in a run directory, or continue the run in it, and write its results.
+
+    The same images are in ``splits`` and, if they are packed, in ``packed``, which is trained on.
+    """
     from tljax.commands.extension import load_extension
     from tljax.runtime.parallel import broadcast_json, is_main_process
     from tljax.runtime.trees import tree_digest
@@ -299,7 +318,7 @@ def train(
             result = fit(
                 pretrained.model,
                 pretrained.variables,
-                splits,
+                packed,
                 config.fit,
                 loading=config.loading,
                 seed=config.seed,
@@ -471,7 +490,7 @@ def _with_absolute_paths(config: Config) -> Config:
 
 def _absolute(value: str) -> str:
     """Return the absolute path of a file or folder that exists; other values unchanged."""
-    prefix = "hf:" if value.startswith("hf:") else ""
+    prefix = next((one for one in ("hf:", "packed:") if value.startswith(one)), "")
     path = Path(value.removeprefix(prefix)).expanduser()
     is_path = value != "digits" and path.exists()
     return f"{prefix}{path.resolve()}" if is_path else value

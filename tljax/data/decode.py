@@ -7,7 +7,7 @@ import re
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import Float, Shaped, UInt8
@@ -98,15 +98,55 @@ def decode(
     """
     exact = preprocess.dtype != "uint8" or preprocess.channels != 3
     pixels, has_range = decode_as_stored(data, preprocess, remarks, exact=exact, crop=crop)
-    if preprocess.dtype == "uint8" and pixels.dtype != np.uint8:
-        if not has_range:
-            raise UnreadableImageError(
-                "floating point pixels, but the network takes 8 bits: train one with --channels"
-            )
-        return _to_8_bits(pixels)
-    if preprocess.dtype == "float32" and pixels.dtype == np.uint8:
-        return pixels.astype(np.float32) / np.float32(255)
-    return pixels
+    if preprocess.dtype == "uint8":
+        return _require_8_bits(pixels, has_range)
+    return pixels.astype(np.float32) / np.float32(255) if pixels.dtype == np.uint8 else pixels
+
+
+class Whole(NamedTuple):
+    """A whole photograph that was resized.
+
+    Attributes:
+        pixels: ``[height, width, 3]`` uint8, upright.
+        height: height of the photograph before it was resized, in pixels.
+        width: width of the photograph before it was resized, in pixels.
+    """
+
+    pixels: UInt8[np.ndarray, "height width 3"]
+    height: int
+    width: int
+
+
+def decode_whole(
+    data: bytes | np.ndarray,
+    size: int,
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear",
+    remarks: list[str] | None = None,
+) -> Whole:
+    """Decode a photograph and resize it so that its short side has ``size`` pixels.
+
+    Its pixels are those from which `decode` crops the central square if ``preprocess.resize`` is
+    ``size``. Of a photograph that is longer than twice its short side only the central part is
+    kept, of at most ``2 * size`` pixels: a multiple of two pixels is cropped from each end, so that
+    all central squares are those of `decode`.
+
+    Args:
+        data: as for `decode`.
+        size: the short side of the result, in pixels; 4 or more.
+        interpolation: the Pillow filter to resize with.
+        remarks: as for `decode`.
+
+    Raises:
+        UnreadableImageError: the image cannot be used, for the reasons of `decode`.
+    """
+    preprocess = Preprocess(size, size, interpolation)
+    opened = _open(data, lambda _: 4 * size)
+    height, width = shape = _resized_shape(opened.shape, size)
+    top, left = (2 * max(0, -(-(side - 2 * size) // 4)) for side in shape)
+    window = top, left, height - 2 * top, width - 2 * left
+    _remark(opened, remarks)
+    pixels = _resize_and_crop(opened, shape, window, preprocess)
+    return Whole(_require_8_bits(pixels, opened.has_range), *opened.full_shape)
 
 
 def decode_as_stored(
@@ -135,21 +175,15 @@ def decode_as_stored(
     """
     side = partial(_sufficient_side, preprocess, crop)
     opened = _open(data, side, preprocess.channels, exact=exact)
-    if opened.truncated and remarks is not None:
-        remarks.append("the end of the file is missing; the decoded part is used")
-    window, shape = _central_square(opened.shape, preprocess)
+    _remark(opened, remarks)
+    shape = _resized_shape(opened.shape, preprocess.resize)
     if crop is None:
-        window, size = _as_stored(window, shape, opened.orientation)
-        parts = [_resize(band, opened.size, size, window, preprocess) for band in opened.bands]
-    else:
-        box = _scaled(crop(*opened.shape), opened.shape)
-        box, _ = _as_stored(box, opened.shape, opened.orientation)
-        parts = [_resize_part(band, opened.size, box, preprocess) for band in opened.bands]
-    pixels = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
-    pixels = np.ascontiguousarray(_put_upright(pixels, opened.orientation))
-    if opened.has_range and pixels.dtype != np.uint8:
-        pixels = np.clip(pixels, 0, 1)  # bicubic filters overshoot
-    return pixels, opened.has_range
+        window = _central_square(shape, preprocess.size)
+        return _resize_and_crop(opened, shape, window, preprocess), opened.has_range
+    box = _scaled(crop(*opened.shape), opened.shape)
+    box, _ = _as_stored(box, opened.shape, opened.orientation)
+    parts = [_resize_part(band, opened.size, box, preprocess) for band in opened.bands]
+    return _join(opened, parts), opened.has_range
 
 
 _Window = tuple[int, int, int, int]
@@ -181,18 +215,41 @@ def _scaled(box: Sequence[float] | np.ndarray, shape: tuple[float, float]) -> _B
     return top * rows, left * columns, height * rows, width * columns
 
 
-def _central_square(
-    shape: tuple[float, float], preprocess: Preprocess
-) -> tuple[_Window, tuple[int, int]]:
-    """Return the central square of a resized image, and the height and width of that image."""
+def _remark(opened: "_Opened", remarks: list[str] | None) -> None:
+    if opened.truncated and remarks is not None:
+        remarks.append("the end of the file is missing; the decoded part is used")
+
+
+def _resize_and_crop(
+    opened: "_Opened", shape: tuple[int, int], window: _Window, preprocess: Preprocess
+) -> Pixels:
+    """Resize an image to the height and width ``shape``, and crop it; both hold upright."""
+    window, size = _as_stored(window, shape, opened.orientation)
+    parts = [_resize(band, opened.size, size, window, preprocess) for band in opened.bands]
+    return _join(opened, parts)
+
+
+def _join(opened: "_Opened", parts: Sequence[np.ndarray]) -> Pixels:
+    """Join the bands of an image, put it upright, and keep the range of integers."""
+    pixels = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
+    pixels = np.ascontiguousarray(_put_upright(pixels, opened.orientation))
+    if opened.has_range and pixels.dtype != np.uint8:
+        pixels = np.clip(pixels, 0, 1)  # bicubic filters overshoot
+    return pixels
+
+
+def _resized_shape(shape: tuple[float, float], resize: int) -> tuple[int, int]:
+    """Return the height and width of an image whose short side is resized."""
     short, long = sorted(shape)
-    long = int(preprocess.resize * long / short)
-    if preprocess.resize * long > MAX_PIXELS:
+    long = int(resize * long / short)
+    if resize * long > MAX_PIXELS:
         raise UnreadableImageError(f"too elongated: {shape[1]:.0f} x {shape[0]:.0f} pixels")
-    size = preprocess.size
-    height, width = (preprocess.resize, long) if shape[0] <= shape[1] else (long, preprocess.resize)
-    top, left = round((height - size) / 2), round((width - size) / 2)
-    return (top, left, size, size), (height, width)
+    return (resize, long) if shape[0] <= shape[1] else (long, resize)
+
+
+def _central_square(shape: tuple[int, int], size: int) -> _Window:
+    top, left = (round((side - size) / 2) for side in shape)
+    return top, left, size, size
 
 
 def _as_stored(
@@ -257,6 +314,19 @@ def open_as_stored(data: bytes | np.ndarray) -> Shaped[np.ndarray, "height width
     return _put_upright(_stack(opened.bands), opened.orientation)
 
 
+def _require_8_bits(pixels: np.ndarray, has_range: bool) -> np.ndarray:
+    """Convert pixels to uint8.
+
+    Raises:
+        UnreadableImageError: they are floating point numbers, whose range is not known.
+    """
+    if pixels.dtype != np.uint8 and not has_range:
+        raise UnreadableImageError(
+            "floating point pixels, but the network takes 8 bits: train one with --channels"
+        )
+    return _to_8_bits(pixels)
+
+
 def _to_8_bits(values: np.ndarray) -> np.ndarray:
     """Convert values in [0, 1] to uint8; uint8 stays unchanged."""
     return values if values.dtype == np.uint8 else np.rint(values * 255).astype(np.uint8)
@@ -310,6 +380,7 @@ class _Opened(NamedTuple):
         orientation: how to put the image upright.
         has_range: whether pixels were integers; floating point ones are in [0, 1] then.
         truncated: whether the end of the file is missing.
+        full_size: width and height in the file, in pixels, if they are not ``size``.
     """
 
     bands: tuple[_Band, ...]
@@ -317,11 +388,18 @@ class _Opened(NamedTuple):
     orientation: _Orientation
     has_range: bool
     truncated: bool = False
+    full_size: tuple[int, int] | None = None
 
     @property
     def shape(self) -> tuple[float, float]:
         """Return the height and width of the upright image, in pixels."""
         return _shape(self.size, self.orientation)
+
+    @property
+    def full_shape(self) -> tuple[int, int]:
+        """Return the height and width of the upright image in the file, in pixels."""
+        width, height = map(int, self.full_size or self.size)
+        return (width, height) if self.orientation[2] else (height, width)
 
 
 def _shape(size: tuple[float, float], orientation: _Orientation) -> tuple[float, float]:
@@ -396,16 +474,16 @@ def _read(data: bytes, min_side: _MinSide | None, channels: int | None, *, exact
         return _from_array(read_tiff(data, channels), channels)
     # Only JPEG decodes at a lower resolution, by leaving out high frequencies. The reduced width
     # and height are rounded up; the box is exact.
+    full_size = image.size
     drafted = None
     if min_side and isinstance(image, JpegImageFile):
         side = min_side(_shape(image.size, _orientation(image)))
         drafted = image.draft(None, (side, side))
     image.load()
     width, height = drafted[1][2:] if drafted else image.size
-    if not exact:
-        return _Opened((_to_rgb(image),), (width, height), _orientation(image), has_range=True)
-    bands, has_range = _to_bands(image, channels)
-    return _Opened(bands, (width, height), _orientation(image), has_range)
+    bands, has_range = _to_bands(image, channels) if exact else ((_to_rgb(image),), True)
+    opened = _Opened(bands, (width, height), _orientation(image), has_range)
+    return opened._replace(full_size=full_size) if drafted else opened
 
 
 def _read_jpeg(data: bytes, min_side: _MinSide) -> _Opened | None:
@@ -429,7 +507,8 @@ def _read_jpeg(data: bytes, min_side: _MinSide) -> _Opened | None:
         pixels = decode_jpeg(data, "RGB", min_height=least[0], min_width=least[1])
     except Exception:  # noqa: BLE001 - Pillow decides about damaged files
         return None
-    return _Opened((pixels,), (width / scale, height / scale), orientation, has_range=True)
+    size = width / scale, height / scale
+    return _Opened((pixels,), size, orientation, has_range=True, full_size=(width, height))
 
 
 def _is_nearly_complete(data: bytes) -> bool:

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 
 from tljax.data.boxes import Crops
 from tljax.data.examples import Source
+from tljax.data.packed import describe_resize
 from tljax.data.pictures import print_remarks
 from tljax.data.workers import CropRows, Decoder, Note, concurrent_batches, decoder
 from tljax.runtime.errors import RequestError
@@ -89,6 +90,8 @@ def load_batches(
         raise RequestError(f"seed {seed}: choose 0 or more")
     if start < 0:
         raise RequestError(f"first batch {start}: choose 0 or more")
+    if note := describe_resize(source.examples, preprocess):
+        print_remarks("data", note)
     rows = batch_rows(len(source), batch_size, seed, epoch, multiple, frequencies)
     rows = shard_rows(rows[start:], shard)
     if not len(rows):

@@ -1,4 +1,4 @@
-"""Open data sets by name: folders, tables, scikit-learn's digits, `tfds:` and `hf:` data sets.
+"""Open data sets by name: folders, tables, digits, and `tfds:`, `hf:` and `packed:` data sets.
 
 Nothing is decoded: a source gives random access to encoded files or pixels, with labels.
 """
@@ -18,6 +18,8 @@ from tljax.data.folders import (
 from tljax.data.hubs import hub_has_validation, is_hub, open_hub_splits, open_labeled_hub
 from tljax.data.labels import order_source
 from tljax.data.options import LabelOptions
+from tljax.data.packed import HEADER
+from tljax.data.packed_splits import is_packed, open_labeled_packed, open_packed_splits
 from tljax.data.splits import split_source
 from tljax.data.table_files import is_table
 from tljax.data.tables import open_labeled_table, open_table_splits, table_has_validation
@@ -53,7 +55,8 @@ def open_splits(
               ``$TFDS_DATA_DIR`` if it is not there yet;
             - ``hf:OWNER/NAME``, ``hf:OWNER/NAME:CONFIG``: from the Hugging Face Hub;
             - ``hf:FOLDER``: a folder that the ``datasets`` library can read: written by
-              ``save_to_disk``, or with parquet files or images.
+              ``save_to_disk``, or with parquet files or images;
+            - ``packed:FOLDER``: written by `tljax.data.pack.pack`, with its parts and labels.
         val_fraction: fraction of the examples, or of the groups, to validate on if the data set has
             no validation part, in [0, 1). With 0, the training images are also the validation
             images.
@@ -68,9 +71,13 @@ def open_splits(
     labels = labels or LabelOptions()
     if is_hub(spec):
         return open_hub_splits(spec, val_fraction, labels)
+    if is_packed(spec):
+        return open_packed_splits(spec, labels)
     path = expand_path(spec)
+    if exists(path / HEADER):
+        raise RequestError(f"{printable(spec)} holds packed images: write packed:{printable(spec)}")
     if spec != "digits" and not exists(path):
-        kinds = "neither a folder, a table nor digits, tfds:NAME or hf:NAME"
+        kinds = "neither a folder, a table nor digits, tfds:NAME, hf:NAME or packed:FOLDER"
         raise RequestError(f"{printable(spec)} is {kinds}{suggest_path(path)}")
     if spec != "digits" and is_table(path):
         return open_table_splits(path, val_fraction, labels)
@@ -83,6 +90,8 @@ def has_validation(spec: str, labels: LabelOptions | None = None) -> bool:
     """Return True if a data set has a validation part, so that `open_splits` does not split it."""
     if is_hub(spec):
         return hub_has_validation(spec, labels)
+    if is_packed(spec):
+        return True
     path = expand_path(spec)
     if is_table(path):
         return exists(path) and table_has_validation(path, labels or LabelOptions())
@@ -107,6 +116,8 @@ def open_labeled(spec: str, labels: LabelOptions | None = None) -> Source:
         return open_splits(spec, labels=labels).val
     if is_hub(spec):
         return open_labeled_hub(spec, VAL_FRACTION, labels)
+    if is_packed(spec):
+        return open_labeled_packed(spec, labels)
     path = expand_path(spec)
     if is_table(path) and exists(path):
         return open_labeled_table(path, labels)

@@ -49,6 +49,33 @@ def mark_output(folder: Path) -> None:
             temporary.write_text("written by tljax: not read as data\n", "utf-8")
 
 
+@contextmanager
+def locked(path: Path, message: str, *, wait: bool = False) -> Iterator[None]:
+    """Lock a file against other processes that lock it, until the end of the block.
+
+    The operating system releases the lock when the process ends, however it ends. On a file system
+    without locks there is none.
+
+    Args:
+        path: the file; it is created if it is missing.
+        message: the error if another process has locked it.
+        wait: wait for the other process instead.
+
+    Raises:
+        RequestError: another process has locked the file.
+    """
+    with path.open("a") as file:
+        try:
+            import fcntl  # noqa: PLC0415 - not on Windows
+
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError as error:
+            raise RequestError(message) from error
+        except (ImportError, OSError):
+            pass
+        yield
+
+
 def read_config(workdir: Path) -> dict[str, Any]:
     """Read and check the ``config.json`` of a run directory.
 

@@ -25,10 +25,19 @@ import jax
 from tljax.data.examples import Source, Splits, format_labels, join_names
 from tljax.data.files import printable
 from tljax.data.options import LabelOptions
+from tljax.data.packed_splits import is_packed
 from tljax.data.sources import open_splits
 from tljax.data.table_files import is_table
 from tljax.runtime.errors import DivergenceError, RequestError, WriteError
-from tljax.runtime.files import MARKER, atomic_write, mark_output, read_config, sha256, to_json
+from tljax.runtime.files import (
+    MARKER,
+    atomic_write,
+    locked,
+    mark_output,
+    read_config,
+    sha256,
+    to_json,
+)
 from tljax.runtime.parallel import is_main_process
 
 BEST = Path("best") / "model.safetensors"
@@ -73,9 +82,6 @@ def mark(folder: Path, splits: Splits) -> None:
 def occupied(workdir: Path, splits: Splits) -> Iterator[None]:
     """Mark a folder as results, and lock it against other processes that train in it.
 
-    The operating system releases the lock when the process ends, however it ends. On a file system
-    without locks there is none.
-
     Raises:
         RequestError: another process trains in the folder, it holds images of the data or files
             that a run would overwrite, or it cannot be written.
@@ -87,17 +93,8 @@ def occupied(workdir: Path, splits: Splits) -> Iterator[None]:
             "another --workdir"
         )
     mark(workdir, splits)
-    with (workdir / MARKER).open("a") as marker:
-        try:
-            import fcntl  # noqa: PLC0415 - not on Windows
-
-            fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RequestError(
-                f"another process trains in {workdir}: wait for it or choose another --workdir"
-            ) from error
-        except (ImportError, OSError):
-            pass
+    message = f"another process trains in {workdir}: wait for it or choose another --workdir"
+    with locked(workdir / MARKER, message):
         yield
 
 
@@ -190,11 +187,13 @@ def attempt(workdir: Path, *, new: bool) -> Iterator[None]:
 
 def _split_csv(spec: str, splits: Splits) -> bytes:
     relative = partial(_within, _folder(spec), spec)
+    # Packed photographs have the names of files that may lie elsewhere, or nowhere.
+    sizes = (lambda source: [None] * len(source)) if is_packed(spec) else _sizes
     rows = (
         (part, relative(name), label, size)
         for part, source in (("train", splits.train), ("val", splits.val))
         for name, label, size in zip(
-            source.names, format_labels(source, source.labels), _sizes(source), strict=True
+            source.names, format_labels(source, source.labels), sizes(source), strict=True
         )
     )
     return format_csv(("part", "name", "class", "size"), rows)
