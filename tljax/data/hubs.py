@@ -22,8 +22,8 @@ from tljax.data.parts import (
     Parts,
     Unlabeled,
     has_validation_part,
-    open_labeled_part,
     open_parts,
+    open_validation_part,
 )
 from tljax.runtime.errors import RequestError, UnreadableImageError, first_line
 from tljax.runtime.files import sha256
@@ -62,7 +62,7 @@ def open_labeled_hub(spec: str, val_fraction: float, labels: LabelOptions | None
         RequestError: the data set, a feature or a package is missing, or no example has a label.
     """
     labels = labels or LabelOptions()
-    source = open_labeled_part(spec, parts := _open(spec, labels), labels)
+    source = open_validation_part(spec, parts := _open(spec, labels), labels)
     return open_parts(spec, parts, val_fraction, labels).val if source is None else source
 
 

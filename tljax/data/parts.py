@@ -122,21 +122,28 @@ def has_validation_part(spec: str, parts: Parts, labels: LabelOptions) -> bool:
     return len(parts) > 1 and _validation(spec, parts, labels) is not None
 
 
-def open_labeled_part(
-    spec: str, parts: Parts, labels: LabelOptions, name: str | None = None
-) -> Source | None:
-    """Open the validation part of a data set, or the one with a name.
-
-    Returns:
-        The part; None if none is for validation.
+def open_validation_part(spec: str, parts: Parts, labels: LabelOptions) -> Source | None:
+    """Open the validation part of a data set; return None if it has none with labels.
 
     Raises:
         RequestError: a feature is missing.
     """
-    named = None if name is None else _read(spec, name, parts, labels)
-    part = named or _validation(spec, parts, labels)
-    if part is None or part.groups is None:
-        return part and part.source
+    part = _validation(spec, parts, labels)
+    return None if part is None else _group(part)
+
+
+def open_part(spec: str, name: str, parts: Parts, labels: LabelOptions) -> Source:
+    """Open a part of a data set with its labels.
+
+    Raises:
+        RequestError: a feature is missing.
+    """
+    return _group(_read(spec, name, parts, labels))
+
+
+def _group(part: _Part) -> Source:
+    if part.groups is None:
+        return part.source
     return group_parts([part.source], part.groups, part.source.names)[0][0]
 
 

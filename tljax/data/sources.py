@@ -1,4 +1,4 @@
-"""Open data sets by name: folders, tables, scikit-learn's digits, `tfds:` and `hf:` data sets.
+"""Open data sets by name: folders, tables, shards, buckets, digits, `tfds:` and `hf:` data sets.
 
 Nothing is decoded: a source gives random access to encoded files or pixels, with labels.
 """
@@ -17,6 +17,8 @@ from tljax.data.folders import (
 from tljax.data.hubs import hub_has_validation, is_hub, open_hub_splits, open_labeled_hub
 from tljax.data.labels import order_source
 from tljax.data.options import LabelOptions
+from tljax.data.parts import Parts, has_validation_part, open_part, open_parts, open_validation_part
+from tljax.data.shards import is_shards, shard_parts
 from tljax.data.splits import split_source
 from tljax.data.table_files import is_table
 from tljax.data.tables import open_labeled_table, open_table_splits, table_has_validation
@@ -47,6 +49,10 @@ def open_splits(
 
             - a table: a .csv, .tsv, .parquet, .jsonl or .ndjson file with a column of paths and one
               or more columns of labels; see `tljax.data.labels.read_labels`;
+            - shards of images and labels, WebDataset tars, TFRecord files or ArrayRecords: a file,
+              a folder or a pattern such as ``train-{000..099}.tar``; see
+              `tljax.data.shards.shard_parts`;
+            - the URL of shards or of a folder in a bucket, such as ``gs://bucket/folder``;
             - ``digits``: 1,797 handwritten digits of 8 x 8 pixels, from scikit-learn;
             - ``tfds:NAME``, ``tfds:NAME/CONFIG:VERSION``: from TensorFlow Datasets; prepared in
               ``$TFDS_DATA_DIR`` if it is not there yet;
@@ -67,6 +73,8 @@ def open_splits(
     labels = labels or LabelOptions()
     if is_hub(spec):
         return open_hub_splits(spec, val_fraction, labels)
+    if spec != "digits" and is_shards(spec):
+        return open_parts(spec, _shard_parts(spec, labels), val_fraction, labels)
     path = expand_path(spec)
     if spec != "digits" and not exists(path):
         kinds = "neither a folder, a table nor digits, tfds:NAME or hf:NAME"
@@ -82,6 +90,9 @@ def has_validation(spec: str, labels: LabelOptions | None = None) -> bool:
     """Return True if a data set has a validation part, so that `open_splits` does not split it."""
     if is_hub(spec):
         return hub_has_validation(spec, labels)
+    if is_shards(spec):
+        labels = labels or LabelOptions()
+        return has_validation_part(spec, _shard_parts(spec, labels), labels)
     path = expand_path(spec)
     if is_table(path):
         return exists(path) and table_has_validation(path, labels or LabelOptions())
@@ -94,7 +105,8 @@ def open_labeled(spec: str, labels: LabelOptions | None = None) -> Source:
 
     Args:
         spec: a data set as for `open_splits`, of which the validation part is used; or a folder of
-            class folders or a table without a column for the split, all of which is used.
+            class folders, a table without a column for the split or shards that are no parts, all
+            of which is used.
         labels: how labels and the split are read. For a table, give the task and the order of a
             network: what is inferred from few rows may differ.
 
@@ -106,10 +118,19 @@ def open_labeled(spec: str, labels: LabelOptions | None = None) -> Source:
         return open_splits(spec, labels=labels).val
     if is_hub(spec):
         return open_labeled_hub(spec, VAL_FRACTION, labels)
+    if is_shards(spec):
+        parts = _shard_parts(spec, labels)
+        source = open_validation_part(spec, parts, labels)
+        return open_part(spec, next(iter(parts)), parts, labels) if source is None else source
     path = expand_path(spec)
     if is_table(path) and exists(path):
         return open_labeled_table(path, labels)
     return open_labeled_folder(path, labels)
+
+
+def _shard_parts(spec: str, labels: LabelOptions) -> Parts:
+    labels.refuse("root path_column split_column", spec)
+    return shard_parts(spec)
 
 
 def _digits(labels: LabelOptions) -> Source:

@@ -1,0 +1,208 @@
+"""Tars of images and labels, as WebDataset writes them: their headers say where everything is.
+
+Formats: POSIX.1-2017, pax; GNU tar manual, "Basic Tar Format". Keys and extensions are those of
+https://github.com/webdataset/webdataset.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tljax.data.byte_ranges import BlockReader, ShardFile
+from tljax.data.byte_strings import ByteStrings
+from tljax.data.shard_index import ShardIndex
+from tljax.runtime.errors import RequestError
+
+LABELS = ("cls", "txt", "json")
+"""Extensions of members that may be labels."""
+
+IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "jp2", "avif", "npy")
+"""Extensions of images; of several images of one example the first in this order is used."""
+
+_MAX_LABEL = 2**20
+_BLOCK = 512
+_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18")
+_OTHERS = {b"1": b"links", b"2": b"links", b"S": b"sparse files"}
+
+_Files = dict[str, tuple[int, int]]  # start and length of each member of an example, by extension
+
+
+class _Member(NamedTuple):
+    name: bytes
+    kind: bytes  # 0 for a file
+    start: int
+    size: int
+
+
+def index_tar(file: ShardFile) -> ShardIndex:
+    """Find the images and labels of a tar, of which only headers and labels are read.
+
+    Members whose names are equal up to the first dot of their last part are one example. Its image
+    has one of the extensions `IMAGES`, or any extension that ends in one of them if there is only
+    one such member. Hidden files and what macOS adds are ignored; members without an image are left
+    out, and so are links and sparse files. Of two members with one name the second counts, as when
+    a tar is unpacked.
+
+    Raises:
+        RequestError: the tar is damaged, cut short or compressed.
+    """
+    reader, digest = BlockReader(file), hashlib.sha256()
+    examples: dict[bytes, _Files] = {}
+    skipped: list[bytes] = []
+    for member in _members(reader, digest):
+        if member.kind != b"0":
+            skipped.append(_OTHERS.get(member.kind, b"members that are no files"))
+            continue
+        name = member.name.lstrip(b"/")
+        while name.startswith(b"./"):
+            name = name[2:].lstrip(b"/")
+        if _is_hidden(name):
+            continue
+        key, extension = _divide(name)
+        if extension in LABELS and member.size > _MAX_LABEL:
+            skipped.append(b"labels of more than 1 MiB")
+        else:
+            examples.setdefault(key, {})[extension] = member.start, member.size
+    return _index(examples, skipped, reader, digest)
+
+
+def _is_hidden(name: bytes) -> bool:
+    """Return True for files that systems add, such as ``._1.jpg`` by macOS."""
+    return name.startswith((b".", b"__MACOSX/")) or b"/." in name or b"/__MACOSX/" in name
+
+
+def _divide(name: bytes) -> tuple[bytes, str]:
+    """Divide a name at the first dot of its last part; the extension becomes lower case."""
+    dot = name.find(b".", name.rfind(b"/") + 1)
+    if dot < 0:
+        return name, ""
+    return name[:dot], name[dot + 1 :].decode("latin-1").lower()
+
+
+def _index(
+    examples: dict[bytes, _Files], skipped: list[bytes], reader: BlockReader, digest: Any
+) -> ShardIndex:
+    images = {key: _image(files) for key, files in examples.items()}
+    keys = [key for key, image in images.items() if image]
+    without = len(images) - len(keys)
+    places = np.array([images[key] for key in keys], np.int64).reshape(-1, 2)
+    values = {}
+    for name in LABELS:
+        if any(name in files for files in examples.values()):
+            ranges = [examples[key].get(name, (0, 0)) for key in keys]
+            values[name] = ByteStrings.of(_read_label(name, reader, *place) for place in ranges)
+            digest.update(values[name].data)
+    return ShardIndex(
+        keys=ByteStrings.of(keys),
+        starts=places[:, 0],
+        lengths=places[:, 1],
+        values=values,
+        skipped=ByteStrings.of([*skipped, *([b"members without an image"] * without)]),
+        identity=digest.hexdigest(),
+    )
+
+
+def _read_label(name: str, reader: BlockReader, start: int, size: int) -> bytes:
+    """Return a label as JSON; nothing if it is missing."""
+    data = reader(start, size).strip() if size else b""
+    if name == "json" or not data:
+        return data
+    return json.dumps(data.decode("utf-8", "backslashreplace")).encode()
+
+
+def _image(files: _Files) -> tuple[int, int] | None:
+    for extension in IMAGES:
+        if extension in files:
+            return files[extension]
+    others = [place for name, place in files.items() if name.rpartition(".")[2] in IMAGES]
+    return others[0] if len(others) == 1 else None
+
+
+def _members(reader: BlockReader, digest: Any) -> Iterator[_Member]:
+    """Yield the members of a tar except folders; hash the headers."""
+    file, position = reader.file, 0
+    extended: dict[bytes, bytes] = {}  # what a header before says of the next member
+    while position < file.size:
+        header = reader(position, _BLOCK)
+        if len(header) == _BLOCK and not any(header):
+            return
+        _check(header, file, position)
+        digest.update(header)
+        kind = header[156:157]
+        size = int(extended.pop(b"size", b"-1"))
+        size = _number(header[124:136]) if size < 0 else size
+        start = position + _BLOCK
+        if kind == b"S":  # the map of a sparse file continues in further blocks
+            more = header[482]
+            while more:
+                more = reader(start, _BLOCK).ljust(_BLOCK, b"\0")[504]
+                start += _BLOCK
+        end = start + size
+        if end > file.size:
+            raise RequestError(
+                f"{file} is cut short: byte {end} of a member is missing, it ends at {file.size}:"
+                " copy it again"
+            )
+        if kind == b"x":
+            extended |= _records(reader(start, size), file, position)
+        elif kind == b"L":
+            extended[b"path"] = reader(start, size).rstrip(b"\0")
+        elif kind not in b"gK":
+            name = extended.get(b"path") or _name(header)
+            is_sparse = any(key.startswith(b"GNU.sparse") for key in extended)
+            is_file = kind in b"07\0" and not name.endswith(b"/")
+            if kind != b"5" and not (kind in b"07\0" and not is_file):
+                yield _Member(name, b"S" if is_sparse else b"0" if is_file else kind, start, size)
+            extended = {}
+        position = end + -size % _BLOCK
+
+
+def _check(header: bytes, file: ShardFile, position: int) -> None:
+    """Check a header by its checksum.
+
+    Raises:
+        RequestError: it is none.
+    """
+    if position == 0 and header.startswith(_COMPRESSED):
+        raise RequestError(f"{file} is compressed, which allows no random access: decompress it")
+    if len(header) == _BLOCK:
+        # The sum counts its own field as spaces; some programs summed signed bytes.
+        rest = header[:148] + b" " * 8 + header[156:]
+        total = sum(rest)
+        signed = total - 256 * sum(byte > 127 for byte in rest) if total != 0 else 0
+        if _number(header[148:156]) in (total, signed):
+            return
+    what = "is no tar" if position == 0 else f"is damaged at byte {position}"
+    raise RequestError(f"{file} {what}: copy it again")
+
+
+def _number(field: bytes) -> int:
+    """Read a number of a header, octal or, if it is large, binary; -1 if it is neither."""
+    if field[0] & 128:
+        return int.from_bytes(field) & (1 << (8 * len(field) - 1)) - 1
+    try:
+        return int(field.strip(b" \0") or b"0", 8)
+    except ValueError:
+        return -1
+
+
+def _name(header: bytes) -> bytes:
+    name = header[:100].partition(b"\0")[0]
+    prefix = header[345:500].partition(b"\0")[0] if header[257:263] == b"ustar\0" else b""
+    return prefix + b"/" + name if prefix else name
+
+
+def _records(data: bytes, file: ShardFile, position: int) -> dict[bytes, bytes]:
+    """Read an extended header: lines of a length, a keyword and a value."""
+    records = {}
+    while data.strip(b"\0"):
+        digits, _, _ = data.partition(b" ")
+        if not digits.isdigit() or not len(digits) < int(digits) <= len(data):
+            raise RequestError(f"{file} is damaged at byte {position}: copy it again")
+        line, data = data[len(digits) + 1 : int(digits)], data[int(digits) :]
+        keyword, _, value = line.rstrip(b"\n").partition(b"=")
+        records[keyword] = value
+    return records
