@@ -276,9 +276,11 @@ def labels_of(
         card: what the network predicts, which is the default of the task.
     """
     from tljax.data.folders import expand_path
+    from tljax.data.shards import is_shards
     from tljax.train.run_directory import label_options
 
-    run, has_columns = Path(weights), data is not None and not expand_path(data).is_dir()
+    run = Path(weights)
+    has_columns = data is not None and (is_shards(data) or not expand_path(data).is_dir())
     if labels == LabelOptions() and has_columns and (run / "config.json").exists():
         labels = replace(label_options(read_config(run)), root=None)
     if labels.task is None and labels.order is None:

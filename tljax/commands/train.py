@@ -404,11 +404,12 @@ def open_shifted(config: Config, train: "Source") -> "Source":
         RequestError: there are none, or their labels are of another kind.
     """
     from tljax.data.folders import expand_path
+    from tljax.data.shards import is_shards
     from tljax.data.sources import open_labeled
     from tljax.features.evaluate import match_network
 
     data = config.interpolate_data or ""
-    same_columns = not expand_path(data).is_dir()
+    same_columns = is_shards(data) or not expand_path(data).is_dir()
     labels = config.labels if same_columns else LabelOptions(order=config.labels.order)
     if labels.order is None:
         labels = replace(labels, task=train.task.kind)
@@ -461,10 +462,15 @@ def _with_absolute_paths(config: Config) -> Config:
 
 
 def _absolute(value: str) -> str:
-    """Return the absolute path of a file or folder that exists; other values unchanged."""
+    """Return the absolute path of files or a folder that exist; other values unchanged."""
+    from tljax.data.buckets import is_bucket
+    from tljax.data.hubs import is_hub
+    from tljax.data.shards import is_shards
+
     prefix = "hf:" if value.startswith("hf:") else ""
     path = Path(value.removeprefix(prefix)).expanduser()
-    is_path = value != "digits" and path.exists()
+    is_pattern = not (is_hub(value) or is_bucket(value)) and is_shards(value)
+    is_path = value != "digits" and (is_pattern or path.exists())
     return f"{prefix}{path.resolve()}" if is_path else value
 
 

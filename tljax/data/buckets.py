@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from fsspec.core import url_to_fs
-
 from tljax.runtime.errors import RequestError, UnreadableImageError, first_line
 
 
@@ -34,7 +32,7 @@ def list_bucket(url: str) -> list[BucketFile]:
         RequestError: the bucket cannot be reached or the folder has no file.
     """
     with _explained(url):
-        system, path = url_to_fs(url)
+        system, path = _locate(url)
         is_pattern = any(sign in path for sign in "*?[")
         found = system.glob(path, detail=True) if is_pattern else system.find(path, detail=True)
         scheme = url.partition("://")[0]
@@ -55,10 +53,17 @@ def read_bucket(url: str, start: int, end: int) -> bytes:
         UnreadableImageError: the file cannot be read.
     """
     try:
-        system, path = url_to_fs(url)  # fsspec keeps one file system per bucket and process
+        system, path = _locate(url)
         return system.cat_file(path, start=start, end=end)
     except Exception as error:  # each package has errors of its own
         raise UnreadableImageError(f"cannot be read: {first_line(error)}") from error
+
+
+def _locate(url: str) -> tuple[Any, str]:
+    """Return the file system of a URL, of which fsspec keeps one a process, and the path in it."""
+    from fsspec.core import url_to_fs  # noqa: PLC0415 - slow to import
+
+    return url_to_fs(url)
 
 
 def _version(info: dict[str, Any]) -> str:

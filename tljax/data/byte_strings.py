@@ -62,4 +62,4 @@ class ByteStrings(Sequence[bytes]):
     def tolist(self) -> list[bytes]:
         """Return all strings as objects; much faster than one by one."""
         data, ends = self.data.tobytes(), self.ends.tolist()
-        return [data[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+        return [data[start:end] for start, end in zip([0, *ends], ends, strict=False)]

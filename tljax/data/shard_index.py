@@ -77,7 +77,8 @@ def _save(index: ShardIndex, path: Path) -> None:
 
 
 def _load(path: Path) -> ShardIndex:
-    with np.load(path, allow_pickle=False) as arrays:
+    # np.load leaves a damaged file open that it has opened itself.
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
 
         def column(name: str) -> ByteStrings:
             return ByteStrings(arrays[f"{name}.data"], arrays[f"{name}.ends"])

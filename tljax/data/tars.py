@@ -6,6 +6,7 @@ https://github.com/webdataset/webdataset.
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "jp2", "avi
 _MAX_LABEL = 2**20
 _BLOCK = 512
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18")
+_HIDDEN = re.compile(rb"(^|/)(\.[^./]|__MACOSX/)")  # such as ._1.jpg, which macOS adds
 _OTHERS = {b"1": b"links", b"2": b"links", b"S": b"sparse files"}
 
 _Files = dict[str, tuple[int, int]]  # start and length of each member of an example, by extension
@@ -59,7 +61,7 @@ def index_tar(file: ShardFile) -> ShardIndex:
         name = member.name.lstrip(b"/")
         while name.startswith(b"./"):
             name = name[2:].lstrip(b"/")
-        if _is_hidden(name):
+        if _HIDDEN.search(name):
             continue
         key, extension = _divide(name)
         if extension in LABELS and member.size > _MAX_LABEL:
@@ -67,11 +69,6 @@ def index_tar(file: ShardFile) -> ShardIndex:
         else:
             examples.setdefault(key, {})[extension] = member.start, member.size
     return _index(examples, skipped, reader, digest)
-
-
-def _is_hidden(name: bytes) -> bool:
-    """Return True for files that systems add, such as ``._1.jpg`` by macOS."""
-    return name.startswith((b".", b"__MACOSX/")) or b"/." in name or b"/__MACOSX/" in name
 
 
 def _divide(name: bytes) -> tuple[bytes, str]:
@@ -124,63 +121,70 @@ def _image(files: _Files) -> tuple[int, int] | None:
 def _members(reader: BlockReader, digest: Any) -> Iterator[_Member]:
     """Yield the members of a tar except folders; hash the headers."""
     file, position = reader.file, 0
-    extended: dict[bytes, bytes] = {}  # what a header before says of the next member
+    if not file.size:
+        raise RequestError(f"{file} is empty: copy it again")
+    extended: dict[bytes, bytes] = {}  # what headers before say of the next member
     while position < file.size:
         header = reader(position, _BLOCK)
-        if len(header) == _BLOCK and not any(header):
+        if not any(header):
             return
         _check(header, file, position)
         digest.update(header)
         kind = header[156:157]
-        size = int(extended.pop(b"size", b"-1"))
-        size = _number(header[124:136]) if size < 0 else size
-        start = position + _BLOCK
-        if kind == b"S":  # the map of a sparse file continues in further blocks
-            more = header[482]
-            while more:
-                more = reader(start, _BLOCK).ljust(_BLOCK, b"\0")[504]
-                start += _BLOCK
-        end = start + size
-        if end > file.size:
+        start = position + _BLOCK if kind != b"S" else _end_of_map(reader, header, position)
+        size = _number(extended.pop(b"size", b"") or header[124:136])
+        if start + size > file.size:
             raise RequestError(
-                f"{file} is cut short: byte {end} of a member is missing, it ends at {file.size}:"
-                " copy it again"
+                f"{file} is cut short: it ends at byte {file.size} within a member: copy it again"
             )
         if kind == b"x":
             extended |= _records(reader(start, size), file, position)
         elif kind == b"L":
             extended[b"path"] = reader(start, size).rstrip(b"\0")
         elif kind not in b"gK":
-            name = extended.get(b"path") or _name(header)
-            is_sparse = any(key.startswith(b"GNU.sparse") for key in extended)
-            is_file = kind in b"07\0" and not name.endswith(b"/")
-            if kind != b"5" and not (kind in b"07\0" and not is_file):
-                yield _Member(name, b"S" if is_sparse else b"0" if is_file else kind, start, size)
+            member = _member(header, extended, start, size)
+            if member.kind != b"5":
+                yield member
             extended = {}
-        position = end + -size % _BLOCK
+        position = start + size + -size % _BLOCK
+
+
+def _member(header: bytes, extended: dict[bytes, bytes], start: int, size: int) -> _Member:
+    name, kind = extended.get(b"path") or _name(header), header[156:157]
+    if kind in b"07\0":
+        kind = b"5" if name.endswith(b"/") else b"0"  # folders of tars before POSIX
+    if any(key.startswith(b"GNU.sparse") for key in extended):
+        kind = b"S"
+    return _Member(name, kind, start, size)
+
+
+def _end_of_map(reader: BlockReader, header: bytes, position: int) -> int:
+    """Return where the map of a sparse file ends, which continues in further blocks."""
+    start, more = position + _BLOCK, header[482]
+    while more:
+        more = reader(start, _BLOCK).ljust(_BLOCK, b"\0")[504]
+        start += _BLOCK
+    return start
 
 
 def _check(header: bytes, file: ShardFile, position: int) -> None:
-    """Check a header by its checksum.
+    """Check a header by its checksum, which counts its own field as spaces.
 
     Raises:
         RequestError: it is none.
     """
     if position == 0 and header.startswith(_COMPRESSED):
         raise RequestError(f"{file} is compressed, which allows no random access: decompress it")
-    if len(header) == _BLOCK:
-        # The sum counts its own field as spaces; some programs summed signed bytes.
-        rest = header[:148] + b" " * 8 + header[156:]
-        total = sum(rest)
-        signed = total - 256 * sum(byte > 127 for byte in rest) if total != 0 else 0
-        if _number(header[148:156]) in (total, signed):
-            return
-    what = "is no tar" if position == 0 else f"is damaged at byte {position}"
-    raise RequestError(f"{file} {what}: copy it again")
+    if len(header) < _BLOCK:
+        raise RequestError(f"{file} is cut short at byte {file.size}: copy it again")
+    total = sum(header) - sum(header[148:156]) + 8 * ord(" ")
+    if total != _number(header[148:156]):
+        what = f"is damaged at byte {position}" if position else "is no tar"
+        raise RequestError(f"{file} {what}: copy it again")
 
 
 def _number(field: bytes) -> int:
-    """Read a number of a header, octal or, if it is large, binary; -1 if it is neither."""
+    """Read a number, octal or, if it is large, binary; -1 if it is neither."""
     if field[0] & 128:
         return int.from_bytes(field) & (1 << (8 * len(field) - 1)) - 1
     try:
@@ -204,5 +208,6 @@ def _records(data: bytes, file: ShardFile, position: int) -> dict[bytes, bytes]:
             raise RequestError(f"{file} is damaged at byte {position}: copy it again")
         line, data = data[len(digits) + 1 : int(digits)], data[int(digits) :]
         keyword, _, value = line.rstrip(b"\n").partition(b"=")
-        records[keyword] = value
+        # The size is decimal, unlike that of other headers.
+        records[keyword] = b"%o" % int(value) if keyword == b"size" else value
     return records
