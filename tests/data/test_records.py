@@ -206,6 +206,12 @@ def test_a_damaged_array_record_is_refused(tmp_path, data):
         open_splits(str(tmp_path / "a.array_record"))
 
 
+def test_an_array_record_of_large_groups_is_refused(tmp_path):
+    path = write_array_record(tmp_path / "a.array_record", examples(range(2)), "group_size:65536")
+    with pytest.raises(RequestError, match=r"in groups of 65536 records, .* group_size:1"):
+        open_splits(str(path))
+
+
 @pytest.mark.parametrize("write", [write_tfrecord, write_array_record])
 @pytest.mark.parametrize(
     ("record", "message"),

@@ -37,7 +37,11 @@ def list_bucket(url: str) -> list[BucketFile]:
         found = system.glob(path, detail=True) if is_pattern else system.find(path, detail=True)
         scheme = url.partition("://")[0]
         files = [
-            BucketFile(f"{scheme}://{name.lstrip('/')}", info["size"], _version(info))
+            BucketFile(
+                name if "://" in name else f"{scheme}://{name.lstrip('/')}",
+                info["size"],
+                _version(info),
+            )
             for name, info in sorted(found.items())
             if info["type"] == "file"
         ]

@@ -7,6 +7,7 @@ https://protobuf.dev/programming-guides/encoding, and ``feature.proto`` of Tenso
 
 import hashlib
 import json
+import re
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -28,6 +29,7 @@ Read = Callable[[int, int], bytes]
 _Value = list[Any]  # numbers, or the start and length of each string
 _USUAL = ("image/encoded", "image", "jpg", "jpeg", "png", "image_bytes", "img")
 _MAX_VALUE = 2**16  # bytes of a feature that is kept as a possible label
+_MAX_GROUP = 64
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP", b"\x93NUMPY")
 
 
@@ -269,6 +271,12 @@ def _open(file: ShardFile) -> Any:
     reader = ArrayRecordReader(file.path, options="readahead_buffer_size:0,max_parallelism:0")
     if not reader.ok() or not reader.num_records():
         raise RequestError(f"{file} is no ArrayRecord, damaged or empty: copy it again")
+    group = re.search(r"group_size:(\d+)", reader.writer_options_string() or "")
+    if group and int(group[1]) > _MAX_GROUP:
+        raise RequestError(
+            f"{file} was written in groups of {group[1]} records, which are decoded together to"
+            " read one: write it with the option group_size:1"
+        )
     return reader
 
 
