@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from tljax.data.array_records import open_array_records
+from tljax.data.byte_ranges import ShardFile
 from tljax.data.examples import Source, Splits, join_names
 from tljax.data.folders import suggest_path
 from tljax.data.hub_labels import Feature, Values
@@ -25,6 +27,9 @@ from tljax.data.parts import (
     open_parts,
     open_validation_part,
 )
+from tljax.data.shard_index import open_column
+from tljax.data.tf_examples import RecordImages
+from tljax.data.tfrecords import open_tfrecords
 from tljax.runtime.errors import RequestError, UnreadableImageError, first_line
 from tljax.runtime.files import sha256
 from tljax.runtime.packages import install_command
@@ -114,10 +119,6 @@ class _Rows:
         return self.read(self.rows[int(index)])
 
 
-def _tfds_image(parse: Callable[[bytes], dict[str, bytes]], name: str, record: bytes) -> bytes:
-    return parse(record)[name]
-
-
 def _hf_image(name: str, row: Mapping[str, Any]) -> bytes:
     image = row[name]
     if image is None or (image["bytes"] is None and image["path"] is None):
@@ -143,9 +144,7 @@ def _tfds_parts(spec: str, name: str) -> Parts:
         f" (now {tfds.core.constants.DATA_DIR})"
     )
     with _explained(spec, advice):
-        # Some data sets need TensorFlow to be prepared; none does to be read.
-        builder = tfds.builder(name, file_format="array_record")
-        builder.download_and_prepare()
+        builder = _tfds_builder(tfds, name)
         features = dict(builder.info.features)
     keys = builder.info.supervised_keys or (None, None)
     other = "choose a data set for image classification"
@@ -158,31 +157,46 @@ def _tfds_parts(spec: str, name: str) -> Parts:
     }
 
     def open_split(split: str) -> Unlabeled:
-        # Parsing some features does not decode the others, such as masks.
-        parse_image = partial(
-            tfds.features.FeaturesDict({image: features[image]}).deserialize_example_np,
-            decoders={image: tfds.decode.SkipDecoding()},
-        )
-        with _explained(f"{spec} {split}", advice):
-            records = builder.as_data_source(
-                split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
-            )
+        where = f"{spec} {split}"
+        with _explained(where, advice):
+            paths = builder.info.splits[split].filepaths
             # The version alone does not identify the content: a builder under development changes
             # it. Nor do modification times, which copying changes.
-            shards = list(map(_shard_identity, builder.info.splits[split].filepaths))
+            shards = list(map(_shard_identity, paths))
+            files = [ShardFile.local(str(path)) for path in paths]
+        is_tfrecord = builder.info.file_format.value == "tfrecord"
+        records = open_tfrecords(files) if is_tfrecord else open_array_records(files)
+        fingerprint = sha256(repr((builder.info.full_name, split, image, shards)).encode())
 
-        def read(names: Sequence[str]) -> dict[str, list[Any]]:
-            parse = tfds.features.FeaturesDict({name: features[name] for name in names})
-            with _explained(f"{spec} {split}", advice):
-                rows = [parse.deserialize_example_np(record) for record in records]
-            return {name: [_python_value(row[name]) for row in rows] for name in names}
+        def read_one(name: str) -> list[Any]:
+            parse = tfds.features.FeaturesDict({name: features[name]}).deserialize_example_np
+            with _explained(where, advice):
+                return [_python_value(parse(records[i])[name]) for i in range(len(records))]
 
-        identity = repr((builder.info.full_name, split, image, shards))
-        fingerprint = sha256(identity.encode())
-        examples = _Rows(records, partial(_tfds_image, parse_image, image), fingerprint)
+        def read(names: Sequence[str]) -> dict[str, Sequence[Any]]:
+            # The labels lie among the images, so that all the data are read for them.
+            return {
+                name: open_column(f"{fingerprint} {name}", partial(read_one, name))
+                for name in names
+            }
+
+        examples = RecordImages(records, image, fingerprint)
         return Unlabeled(examples, described, read, keys[1], other)
 
     return {split: partial(open_split, split) for split in builder.info.splits}
+
+
+def _tfds_builder(tfds: Any, name: str) -> Any:
+    """Prepare a data set, and return its builder."""
+    # Some data sets need TensorFlow to be prepared; none does to be read.
+    try:
+        builder = tfds.builder(name, file_format="array_record")
+    except ValueError:  # it is prepared in another format, of which tfrecord can be read
+        builder = tfds.builder(name)
+        if builder.info.file_format.value != "tfrecord":
+            raise
+    builder.download_and_prepare()
+    return builder
 
 
 def _tfds_feature(tfds: Any, feature: Any) -> Feature | str:

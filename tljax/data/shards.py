@@ -14,16 +14,18 @@ from typing import overload
 
 import numpy as np
 
+from tljax.data.array_records import ArrayRecords, index_array_record
 from tljax.data.buckets import is_bucket, list_bucket
 from tljax.data.byte_ranges import BucketFiles, ByteRanges, ShardFile
 from tljax.data.byte_strings import ByteStrings
 from tljax.data.examples import printable
 from tljax.data.folders import TRAIN, VAL, expand_path, suggest_path
 from tljax.data.parts import Parts, Unlabeled
-from tljax.data.records import ArrayRecords, index_array_record, index_tfrecord
 from tljax.data.shard_fields import ShardFields
 from tljax.data.shard_index import ShardIndex, open_index
 from tljax.data.tars import index_tar
+from tljax.data.tf_examples import RecordImages
+from tljax.data.tfrecords import index_tfrecord
 from tljax.runtime.errors import RequestError
 from tljax.runtime.files import sha256
 
@@ -166,8 +168,10 @@ def _open(where: str, files: Sequence[ShardFile]) -> Unlabeled:
     identities = [index.identity for index in indexes]
     fingerprint = sha256(json.dumps([names, identities]).encode())
     if kind == "ArrayRecords":
-        images = tuple(index.image for index in indexes)
-        examples = ArrayRecords(tuple(files), images, number, starts, fingerprint)
+        image, *others = sorted({index.image for index in indexes})
+        if others:
+            raise RequestError(f"{where} has images in the features {image} and {others[0]}")
+        examples = RecordImages(ArrayRecords(tuple(files), number, starts), image, fingerprint)
     else:
         sizes = np.concatenate([index.lengths for index in indexes])
         examples = ByteRanges(tuple(files), number, starts, sizes, fingerprint)

@@ -29,7 +29,7 @@ _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"\x04\x22
 _HIDDEN = re.compile(rb"(^|/)(\.[^./]|__MACOSX/)")  # such as ._1.jpg, which macOS adds
 _OTHERS = {b"1": b"links", b"2": b"links", b"S": b"sparse files"}
 
-_Files = dict[str, tuple[int, int]]  # start and length of each member of an example, by extension
+_Place = tuple[int, int]  # start and length
 
 
 class _Member(NamedTuple):
@@ -44,15 +44,16 @@ def index_tar(file: ShardFile) -> ShardIndex:
 
     Members whose names are equal up to the first dot of their last part are one example. Its image
     has one of the extensions `IMAGES`, or any extension that ends in one of them if there is only
-    one such member. Hidden files and what macOS adds are ignored; members without an image are left
-    out, and so are links and sparse files. Of two members with one name the second counts, as when
-    a tar is unpacked.
+    one such member. Hidden files and what macOS adds are ignored; examples without an image, links
+    and sparse files are left out. Of two members with one name the second counts, as when a tar is
+    unpacked.
 
     Raises:
         RequestError: the tar is damaged, cut short or compressed.
     """
     reader, digest = BlockReader(file), hashlib.sha256()
-    examples: dict[bytes, _Files] = {}
+    examples: dict[bytes, dict[str, _Place]] = {}
+    labels: dict[str, dict[bytes, bytes]] = {name: {} for name in LABELS}
     skipped: list[bytes] = []
     for member in _members(reader, digest):
         if member.kind != b"0":
@@ -66,9 +67,13 @@ def index_tar(file: ShardFile) -> ShardIndex:
         key, extension = _divide(name)
         if extension in LABELS and member.size > _MAX_LABEL:
             skipped.append(b"labels of more than 1 MiB")
+        elif extension in LABELS:
+            data = reader(member.start, member.size)  # now, as going back is slow in buckets
+            digest.update(data)
+            labels[extension][key] = _write_label(extension, data)
         else:
             examples.setdefault(key, {})[extension] = member.start, member.size
-    return _index(examples, skipped, reader, digest)
+    return _index(examples, labels, skipped, digest.hexdigest())
 
 
 def _divide(name: bytes) -> tuple[bytes, str]:
@@ -79,38 +84,39 @@ def _divide(name: bytes) -> tuple[bytes, str]:
     return name[:dot], name[dot + 1 :].decode("latin-1").lower()
 
 
-def _index(
-    examples: dict[bytes, _Files], skipped: list[bytes], reader: BlockReader, digest: Any
-) -> ShardIndex:
-    images = {key: _image(files) for key, files in examples.items()}
-    keys = [key for key, image in images.items() if image]
-    without = len(images) - len(keys)
-    places = np.array([images[key] for key in keys], np.int64).reshape(-1, 2)
-    values = {}
-    for name in LABELS:
-        if any(name in files for files in examples.values()):
-            ranges = [examples[key].get(name, (0, 0)) for key in keys]
-            values[name] = ByteStrings.of(_read_label(name, reader, *place) for place in ranges)
-            digest.update(values[name].data)
-    return ShardIndex(
-        keys=ByteStrings.of(keys),
-        starts=places[:, 0],
-        lengths=places[:, 1],
-        values=values,
-        skipped=ByteStrings.of([*skipped, *([b"members without an image"] * without)]),
-        identity=digest.hexdigest(),
-    )
-
-
-def _read_label(name: str, reader: BlockReader, start: int, size: int) -> bytes:
-    """Return a label as JSON; nothing if it is missing."""
-    data = reader(start, size).strip() if size else b""
-    if name == "json" or not data:
+def _write_label(extension: str, data: bytes) -> bytes:
+    """Return a label as JSON; nothing if it is empty."""
+    data = data.strip()
+    if extension == "json" or not data:
         return data
     return json.dumps(data.decode("utf-8", "backslashreplace")).encode()
 
 
-def _image(files: _Files) -> tuple[int, int] | None:
+def _index(
+    examples: dict[bytes, dict[str, _Place]],
+    labels: dict[str, dict[bytes, bytes]],
+    skipped: list[bytes],
+    identity: str,
+) -> ShardIndex:
+    images = {key: _image(files) for key, files in examples.items()}
+    keys = [key for key, image in images.items() if image]
+    without = len({*images}.union(*labels.values())) - len(keys)
+    places = np.array([images[key] for key in keys], np.int64).reshape(-1, 2)
+    return ShardIndex(
+        keys=ByteStrings.of(keys),
+        starts=places[:, 0],
+        lengths=places[:, 1],
+        values={
+            name: ByteStrings.of(cells.get(key, b"") for key in keys)
+            for name, cells in labels.items()
+            if cells
+        },
+        skipped=ByteStrings.of([*skipped, *([b"examples without an image"] * without)]),
+        identity=identity,
+    )
+
+
+def _image(files: dict[str, _Place]) -> _Place | None:
     for extension in IMAGES:
         if extension in files:
             return files[extension]
