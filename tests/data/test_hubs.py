@@ -24,6 +24,7 @@ from test_records import write_tfrecord
 
 from tljax.data import hubs
 from tljax.data.examples import Source, Splits, select
+from tljax.data.hf_images import HfImages
 from tljax.data.hubs import open_hub_splits, open_labeled_hub
 from tljax.data.loader import load_batches
 from tljax.data.options import LabelOptions
@@ -293,7 +294,7 @@ def test_a_missing_image_is_reported_when_it_is_read(hf, tmp_path):
     data = rows(hf, range(3), image=(stored, images))
     for row, reason in zip(data, ["the row has no", "the row has no", "No such file"], strict=True):
         with pytest.raises(UnreadableImageError, match=reason):
-            hubs._hf_image("image", row)
+            HfImages([row], "image", "")[0]
 
 
 @pytest.mark.parametrize(
@@ -442,7 +443,7 @@ def test_tfds_in_another_format_is_refused_with_instructions_to_convert_it(tfds)
 
 def test_labels_of_tfds_are_read_once(tfds, monkeypatch):
     prepare_and_edit(tfds, "dataset_info.json")
-    labels = open_splits("tfds:tiny_pets").train.labels
+    labels = open_splits("tfds:tiny_pets", val_fraction=0).train.labels
     reads = "tljax.data.array_records.ArrayRecords.__getitem__"
     monkeypatch.setattr(reads, lambda *_: pytest.fail("read a record"))
     np.testing.assert_array_equal(

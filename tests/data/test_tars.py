@@ -378,7 +378,8 @@ def test_examples_are_pickled_without_opening_files(shards):
 
 
 def test_reading_imports_no_jax():
-    modules = "tljax.data.byte_ranges, tljax.data.array_records, tljax.data.tf_examples"
+    names = ("byte_ranges", "array_records", "tf_examples", "hf_images")
+    modules = ", ".join(f"tljax.data.{name}" for name in names)
     code = f"import sys, {modules}; sys.exit('jax' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 

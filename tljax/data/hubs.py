@@ -4,9 +4,8 @@ Each package is imported when a data set of its kind is opened. TensorFlow is no
 one.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -18,6 +17,7 @@ from tljax.data.array_records import open_array_records
 from tljax.data.byte_ranges import ShardFile
 from tljax.data.examples import Source, Splits, join_names
 from tljax.data.folders import suggest_path
+from tljax.data.hf_images import HfImages
 from tljax.data.hub_labels import Feature, Values
 from tljax.data.options import LabelOptions
 from tljax.data.parts import (
@@ -30,7 +30,7 @@ from tljax.data.parts import (
 from tljax.data.shard_index import open_column
 from tljax.data.tf_examples import RecordImages
 from tljax.data.tfrecords import open_tfrecords
-from tljax.runtime.errors import RequestError, UnreadableImageError, first_line
+from tljax.runtime.errors import RequestError, first_line
 from tljax.runtime.files import sha256
 from tljax.runtime.packages import install_command
 
@@ -102,33 +102,6 @@ def _explained(spec: str, advice: str) -> Iterator[None]:
     except Exception as error:
         reason = first_line(error).rstrip(".")
         raise RequestError(f"{spec} cannot be opened: {reason}; {advice}") from error
-
-
-@dataclass(frozen=True, eq=False)
-class _Rows:
-    """The encoded images of a split. ``read`` can be pickled, as processes decode."""
-
-    rows: Sequence[Any]
-    read: Callable[[Any], bytes]
-    fingerprint: str
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> bytes:
-        return self.read(self.rows[int(index)])
-
-
-def _hf_image(name: str, row: Mapping[str, Any]) -> bytes:
-    image = row[name]
-    if image is None or (image["bytes"] is None and image["path"] is None):
-        raise UnreadableImageError("the row has no image")
-    if image["bytes"] is not None:
-        return image["bytes"]
-    try:
-        return Path(image["path"]).read_bytes()
-    except OSError as error:
-        raise UnreadableImageError(f"cannot be read: {error.strerror}") from error
 
 
 def _tfds_parts(spec: str, name: str) -> Parts:
@@ -279,7 +252,7 @@ def _hf_parts(spec: str, name: str) -> Parts:
         }
         rows = dataset.select_columns(image).cast_column(image, datasets.Image(decode=False))
         fingerprint = f"{dataset._fingerprint} {image}"
-        examples = _Rows(rows, partial(_hf_image, image), fingerprint)
+        examples = HfImages(rows, image, fingerprint)
         return Unlabeled(examples, described, read, "label", advice)
 
     return {split: partial(open_split, split, dataset) for split, dataset in parts.items()}
