@@ -27,8 +27,9 @@ class Config(cli.Common):
     lists in its metadata. Labels are names of classes; images without class folders have none.
 
     Attributes:
-        data: Images: a folder of images or of class folders; or a table, digits, tfds:NAME or
-            hf:NAME, of which the validation part is used if there is one.
+        data: Images: a folder of images or of class folders; or a table, shards, the URL of a
+            bucket, digits, tfds:NAME or hf:NAME, of which the validation part is used if there is
+            one.
         out: File to write: .npz, .parquet (needs pyarrow) or .safetensors.
         stage: Stage whose output is written; the default writes the pooled features.
         maps: Write feature maps in full instead of their averages over all positions. A .parquet

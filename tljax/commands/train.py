@@ -46,7 +46,8 @@ class Config(cli.Common, cli.Classifier, cli.Channels):
 
     Attributes:
         data: Labeled images: a table (.csv, .tsv, .parquet or .jsonl) with a column of paths, a
-            folder of class folders (with or without train/ and val/), digits, tfds:NAME or hf:NAME.
+            folder of class folders (with or without train/ and val/), shards (.tar, .tfrecord,
+            .array_record), the URL of a bucket, digits, tfds:NAME or hf:NAME.
         workdir: Run directory to create, or to continue if it exists and has the same options. By
             default a new folder in runs/ is created.
         resume: Run directory to continue with its own options; other options may not differ from
@@ -465,12 +466,12 @@ def _absolute(value: str) -> str:
     """Return the absolute path of files or a folder that exist; other values unchanged."""
     from tljax.data.buckets import is_bucket
     from tljax.data.hubs import is_hub
-    from tljax.data.shards import is_shards
+    from tljax.data.shards import is_pattern
 
     prefix = "hf:" if value.startswith("hf:") else ""
     path = Path(value.removeprefix(prefix)).expanduser()
-    is_pattern = not (is_hub(value) or is_bucket(value)) and is_shards(value)
-    is_path = value != "digits" and (is_pattern or path.exists())
+    is_local = value != "digits" and not is_hub(value) and not is_bucket(value)
+    is_path = path.exists() if prefix else is_local and (path.exists() or is_pattern(value))
     return f"{prefix}{path.resolve()}" if is_path else value
 
 

@@ -14,6 +14,7 @@ from tljax.data.byte_ranges import ShardFile
 from tljax.data.shard_index import ShardIndex
 from tljax.data.tf_examples import make_index, read_example, reader_of
 from tljax.runtime.errors import RequestError
+from tljax.runtime.packages import install_command
 
 _MAX_GROUP = 64  # records that are decoded together
 _MANY = 64  # records that are read together
@@ -76,8 +77,11 @@ def _iterate(file: ShardFile) -> Iterator[bytes]:
 
 @lru_cache(maxsize=128)
 def _open(file: ShardFile) -> Any:
-    from array_record.python.array_record_module import ArrayRecordReader  # noqa: PLC0415 - slow
-
+    try:
+        from array_record.python.array_record_module import ArrayRecordReader  # noqa: PLC0415
+    except ImportError as error:  # on Windows, grain does without it
+        advice = install_command("array_record")
+        raise RequestError(f"{file} needs array_record: {advice}") from error
     if is_bucket(file.path):
         raise RequestError(f"{file}: ArrayRecords are read from disks only: copy it to one")
     reader = ArrayRecordReader(file.path, options="readahead_buffer_size:0,max_parallelism:0")

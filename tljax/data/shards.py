@@ -19,7 +19,7 @@ from tljax.data.buckets import is_bucket, list_bucket
 from tljax.data.byte_ranges import BucketFiles, ByteRanges, ShardFile
 from tljax.data.byte_strings import ByteStrings
 from tljax.data.examples import printable
-from tljax.data.folders import TRAIN, VAL, expand_path, suggest_path
+from tljax.data.folders import TRAIN, VAL, exists, expand_path, suggest_path
 from tljax.data.parts import Parts, Unlabeled
 from tljax.data.shard_fields import ShardFields
 from tljax.data.shard_index import ShardIndex, open_index
@@ -48,8 +48,12 @@ def is_shards(spec: str) -> bool:
     path = expand_path(spec)
     if os.path.isdir(path):  # noqa: PTH112 - Path.is_dir raises for a name that is too long
         return bool(_list_folder(str(path)))
-    is_pattern = any(sign in spec for sign in "*?{") and not os.path.exists(path)  # noqa: PTH110
-    return is_pattern or _kind(spec) is not None
+    return is_pattern(spec) or _kind(spec) is not None
+
+
+def is_pattern(spec: str) -> bool:
+    """Return True for a pattern of several files, which is not the name of a file itself."""
+    return any(sign in spec for sign in "*?{") and not exists(expand_path(spec))
 
 
 def shard_parts(spec: str) -> Parts:
