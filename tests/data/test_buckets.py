@@ -57,6 +57,14 @@ def test_a_part_of_a_bucket_is_split_by_content(tree):
     assert len(open_labeled(f"{tree}/train")) == 12
 
 
+def test_a_bucket_with_training_images_only_is_split(bucket):
+    for i in range(12):
+        bucket.pipe(f"/b/one/train/{('cat', 'dog')[i % 2]}/{i:02d}.jpg", jpeg(i))
+    train, val, _ = open_splits("memory://b/one", val_fraction=0.4)
+    assert train.classes == ("cat", "dog")
+    assert len(train) + len(val) == 12
+
+
 @pytest.mark.parametrize("spec", ["memory://b/wds", "memory://b/wds/{train,val}-*.tar"])
 def test_tars_in_a_bucket_are_read_by_ranges(bucket, tmp_path, spec, monkeypatch):
     put(bucket, write_tar(tmp_path / "a.tar", tar_examples(range(20))), "wds/train-0.tar")

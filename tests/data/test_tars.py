@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tljax.commands import train as train_command
 from tljax.data import byte_ranges, shard_index, tars
 from tljax.data.byte_ranges import ByteRanges, ShardFile
 from tljax.data.byte_strings import ByteStrings
@@ -24,6 +25,7 @@ from tljax.data.sources import has_validation, open_labeled, open_splits
 from tljax.data.tars import index_tar
 from tljax.runtime.errors import RequestError, UnreadableImageError
 from tljax.runtime.preprocess import Preprocess
+from tljax.train import run_directory
 
 TINY = Preprocess(size=2, resize=2)
 
@@ -102,11 +104,25 @@ def test_a_pattern_chooses_tars(shards, pattern):
     assert len(open_labeled(str(shards / pattern))) == 20
 
 
+def test_a_run_keeps_a_pattern_as_an_absolute_path(shards, monkeypatch):
+    monkeypatch.chdir(shards)
+    data = train_command._absolute("train-{00..01}.tar")
+    assert data == str(shards / "train-{00..01}.tar")
+    run_directory.refuse_missing(shards, {"data": data}, "data")
+
+
 def test_parts_may_be_folders(shards, tmp_path):
     for part in ("train", "test"):
         write_tar(tmp_path / "parts" / part / "0.tar", examples(range(len(part))))
     train, val, _ = open_splits(str(tmp_path / "parts"))
     assert (len(train), len(val)) == (5, 4)
+
+
+def test_tars_with_one_name_in_two_folders_are_told_apart(tmp_path):
+    for folder in ("a", "b"):
+        write_tar(tmp_path / folder / "0.tar", examples(range(3)))
+    names = open_labeled(str(tmp_path / "*" / "0.tar")).names
+    assert [*names][::3] == ["a/0.tar/0000", "b/0.tar/0000"]
 
 
 def test_tars_without_parts_are_split_by_content(tmp_path):
@@ -339,6 +355,24 @@ def test_a_tar_that_is_gone_is_said_when_it_is_read(shards):
     (shards / "train-00.tar").unlink()
     with pytest.raises(UnreadableImageError, match="No such file"):
         train.read(0)
+
+
+def test_photographs_in_a_tar_are_those_of_the_folder(shared_data, tmp_path):
+    folder = open_labeled(str(shared_data / "hymenoptera"))
+    with tarfile.open(tmp_path / "val.tar", "w") as tar:
+        tar.add(shared_data / "hymenoptera" / "val", "val")
+    source = open_labeled(str(tmp_path / "val.tar"))
+    assert source.classes == folder.classes
+    images = {source.read(i): source.labels[i] for i in range(len(source))}
+    assert images == {folder.read(i): folder.labels[i] for i in range(len(folder))}
+
+
+@pytest.mark.slow
+def test_workers_read_the_same_batches(shards):
+    train = open_splits(str(shards)).train
+    here, there = (list(load_batches(train, TINY, batch_size=4, workers=n)) for n in (0, 2))
+    for batch, reference in zip(there, here, strict=True):
+        np.testing.assert_array_equal(batch.inputs, reference.inputs)
 
 
 @pytest.mark.parametrize("data", [b"", b"PK\x03\x04junk", b"\x80\x04N."])

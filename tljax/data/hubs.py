@@ -57,7 +57,7 @@ def hub_has_validation(spec: str, labels: LabelOptions | None = None) -> bool:
         RequestError: the data set, a feature or a package is missing.
     """
     labels = labels or LabelOptions()
-    return has_validation_part(spec, _open(spec, labels), labels)
+    return has_validation_part(_open(spec, labels), labels)
 
 
 def open_labeled_hub(spec: str, val_fraction: float, labels: LabelOptions | None = None) -> Source:
@@ -67,7 +67,7 @@ def open_labeled_hub(spec: str, val_fraction: float, labels: LabelOptions | None
         RequestError: the data set, a feature or a package is missing, or no example has a label.
     """
     labels = labels or LabelOptions()
-    source = open_validation_part(spec, parts := _open(spec, labels), labels)
+    source = open_validation_part(parts := _open(spec, labels), labels)
     return open_parts(spec, parts, val_fraction, labels).val if source is None else source
 
 
@@ -154,7 +154,7 @@ def _tfds_parts(spec: str, name: str) -> Parts:
             }
 
         examples = RecordImages(records, image, fingerprint)
-        return Unlabeled(examples, described, read, keys[1], other)
+        return Unlabeled(where, examples, described, read, keys[1], other)
 
     return {split: partial(open_split, split) for split in builder.info.splits}
 
@@ -253,7 +253,7 @@ def _hf_parts(spec: str, name: str) -> Parts:
         rows = dataset.select_columns(image).cast_column(image, datasets.Image(decode=False))
         fingerprint = f"{dataset._fingerprint} {image}"
         examples = HfImages(rows, image, fingerprint)
-        return Unlabeled(examples, described, read, "label", advice)
+        return Unlabeled(where, examples, described, read, "label", advice)
 
     return {split: partial(open_split, split, dataset) for split, dataset in parts.items()}
 

@@ -18,6 +18,7 @@ from tljax.data.examples import (
     join_names,
     match_classes,
     match_part,
+    printable,
     select,
     without_example,
 )
@@ -34,6 +35,7 @@ class Unlabeled(NamedTuple):
     """A part whose labels have not been read.
 
     Attributes:
+        where: its name in errors, and in the names of examples that have none.
         examples: its images.
         features: its features by name; of one that cannot be a label the name of its type.
         read: returns the values of features, as Python objects.
@@ -43,6 +45,7 @@ class Unlabeled(NamedTuple):
         notes: remarks to print.
     """
 
+    where: str
     examples: Examples
     features: Mapping[str, Feature | str]
     read: Callable[[Sequence[str]], Mapping[str, Sequence[Any]]]
@@ -54,6 +57,15 @@ class Unlabeled(NamedTuple):
 
 Parts = Mapping[str, Callable[[], Unlabeled]]
 """The parts of a data set by their names in lower case; each is opened when it is needed."""
+
+
+WHOLE = "all"
+"""The name of the only part of a data set that is not divided."""
+
+
+def name_part(spec: str, part: str) -> str:
+    """Name a part in errors."""
+    return printable(spec) if part == WHOLE else f"{printable(spec)} {part}"
 
 
 class _Part(NamedTuple):
@@ -93,11 +105,11 @@ def open_parts(spec: str, parts: Parts, val_fraction: float, labels: LabelOption
     names = [name for name in TRAIN if name in parts] or list(parts)
     if names[0] not in TRAIN and len(names) > 1:
         raise RequestError(f"{spec} has no split named train, only {join_names(names)}: rename one")
-    part = _trainable(_read(spec, names[0], parts, labels), f"{spec} {names[0]}")
+    part = _trainable(_read(names[0], parts, labels), f"{spec} {names[0]}")
     others = {name: other for name, other in parts.items() if name != names[0]}
     # The validation part is read as the training part was.
     same = replace(labels, task=part.source.task.kind, target=",".join(part.columns))
-    val_part = _validation(spec, others, same)
+    val_part = _validation(others, same)
     both = [part] if val_part is None else [part, val_part]
     sources, group_names, notes = [one.source for one in both], None, part.notes
     if labels.group is not None:
@@ -113,32 +125,32 @@ def open_parts(spec: str, parts: Parts, val_fraction: float, labels: LabelOption
     return Splits(train, val, notes + more)
 
 
-def has_validation_part(spec: str, parts: Parts, labels: LabelOptions) -> bool:
+def has_validation_part(parts: Parts, labels: LabelOptions) -> bool:
     """Return True if a data set has a validation part with labels besides another part.
 
     Raises:
         RequestError: a feature is missing.
     """
-    return len(parts) > 1 and _validation(spec, parts, labels) is not None
+    return len(parts) > 1 and _validation(parts, labels) is not None
 
 
-def open_validation_part(spec: str, parts: Parts, labels: LabelOptions) -> Source | None:
+def open_validation_part(parts: Parts, labels: LabelOptions) -> Source | None:
     """Open the validation part of a data set; return None if it has none with labels.
 
     Raises:
         RequestError: a feature is missing.
     """
-    part = _validation(spec, parts, labels)
+    part = _validation(parts, labels)
     return None if part is None else _group(part)
 
 
-def open_part(spec: str, name: str, parts: Parts, labels: LabelOptions) -> Source:
+def open_part(name: str, parts: Parts, labels: LabelOptions) -> Source:
     """Open a part of a data set with its labels.
 
     Raises:
         RequestError: a feature is missing.
     """
-    return _group(_read(spec, name, parts, labels))
+    return _group(_read(name, parts, labels))
 
 
 def _group(part: _Part) -> Source:
@@ -147,9 +159,9 @@ def _group(part: _Part) -> Source:
     return group_parts([part.source], part.groups, part.source.names)[0][0]
 
 
-def _validation(spec: str, parts: Parts, labels: LabelOptions) -> _Part | None:
+def _validation(parts: Parts, labels: LabelOptions) -> _Part | None:
     """Open the first validation part with labels; test parts of competitions have none."""
-    opened = (_read(spec, name, parts, labels) for name in VAL if name in parts)
+    opened = (_read(name, parts, labels) for name in VAL if name in parts)
     return next((part for part in opened if is_labeled(part.source.labels).any()), None)
 
 
@@ -174,10 +186,10 @@ def _trainable(part: _Part, where: str) -> _Part:
     return part._replace(source=source, notes=notes + check_training(source, where))
 
 
-def _read(spec: str, part: str, parts: Parts, labels: LabelOptions) -> _Part:
+def _read(part: str, parts: Parts, labels: LabelOptions) -> _Part:
     """Read the labels of a part."""
-    where, opened = f"{spec} {part}", parts[part]()
-    group = labels.group
+    opened = parts[part]()
+    where, group = opened.where, labels.group
     searched = opened.names is not None and group is not None and group not in opened.features
     known = replace(labels, group=None) if searched else labels
     chosen = choose_features(where, opened.features, known, opened.preferred, opened.advice)

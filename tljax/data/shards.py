@@ -15,12 +15,13 @@ from typing import overload
 import numpy as np
 
 from tljax.data.array_records import ArrayRecords, index_array_record
+from tljax.data.bucket_folders import bucket_folder_parts
 from tljax.data.buckets import is_bucket, list_bucket
-from tljax.data.byte_ranges import BucketFiles, ByteRanges, ShardFile
+from tljax.data.byte_ranges import ByteRanges, ShardFile
 from tljax.data.byte_strings import ByteStrings
 from tljax.data.examples import printable
 from tljax.data.folders import TRAIN, VAL, exists, expand_path, suggest_path
-from tljax.data.parts import Parts, Unlabeled
+from tljax.data.parts import WHOLE, Parts, Unlabeled, name_part
 from tljax.data.shard_fields import ShardFields
 from tljax.data.shard_index import ShardIndex, open_index
 from tljax.data.tars import index_tar
@@ -29,12 +30,17 @@ from tljax.data.tfrecords import index_tfrecord
 from tljax.runtime.errors import RequestError
 from tljax.runtime.files import sha256
 
-_KINDS: Mapping[str, tuple[str, Callable[[ShardFile], ShardIndex]]] = {
-    "tars": (r"\.tar(\.(gz|bz2|xz|zst|lz4))?|\.tgz", index_tar),
-    "ArrayRecords": (r"\.array_?record(-\d+-of-\d+)?", index_array_record),
-    "TFRecord files": (r"\.tfrecords?(-\d+-of-\d+)?|/[^/.]*-\d{5}-of-\d{5}", index_tfrecord),
+_KINDS: Mapping[str, tuple[re.Pattern[str], Callable[[ShardFile], ShardIndex]]] = {
+    "tars": (re.compile(r".*(\.tar(\.(gz|bz2|xz|zst|lz4))?|\.tgz)", re.IGNORECASE), index_tar),
+    "ArrayRecords": (
+        re.compile(r".*\.array_?record(-\d+-of-\d+)?", re.IGNORECASE),
+        index_array_record,
+    ),
+    "TFRecord files": (
+        re.compile(r".*\.tfrecords?(-\d+-of-\d+)?|[^.]*-\d{5}-of-\d{5}", re.IGNORECASE),
+        index_tfrecord,
+    ),
 }
-_ADVICE = "write a field cls with the number or the name of the class"
 
 
 def is_shards(spec: str) -> bool:
@@ -72,48 +78,44 @@ def shard_parts(spec: str) -> Parts:
     kinds = {file: _kind(file.path) for file in files}
     if not any(kinds.values()):
         if is_bucket(spec):
-            return _tree_parts(spec, files)
-        raise RequestError(f"{_shown(spec)} has no .tar, .tfrecord or .array_record file")
+            return bucket_folder_parts(spec, files)
+        raise RequestError(f"{printable(spec)} has no .tar, .tfrecord or .array_record file")
     parts: dict[str, list[ShardFile]] = defaultdict(list)
     for file, kind in kinds.items():
         if kind:
             parts[_part_of(file.path)].append(file)
-    return {name: partial(_open, f"{_shown(spec)} {name}", some) for name, some in parts.items()}
-
-
-def _shown(spec: str) -> str:
-    return spec if is_bucket(spec) else printable(spec)
+    return {name: partial(_open, name_part(spec, name), some) for name, some in parts.items()}
 
 
 def _kind(path: str) -> str | None:
     """Return which shards a file is by its name, None if it is none."""
-    for kind, (pattern, _) in _KINDS.items():
-        if re.search(f"({pattern})$", f"/{path}", re.IGNORECASE):
-            return kind
-    return None
+    name = path.rpartition("/")[2]
+    return next((kind for kind, (form, _) in _KINDS.items() if form.fullmatch(name)), None)
 
 
 def _part_of(path: str) -> str:
     folder, _, name = path.rpartition("/")
     words = [*re.findall("[a-z]+", name.lower()), folder.rpartition("/")[2].lower()]
-    return next((word for word in words if word in TRAIN + VAL), "all")
+    return next((word for word in words if word in TRAIN + VAL), WHOLE)
 
 
 def _list_folder(folder: str) -> list[str]:
     """List the shards of a folder and of its parts; none if it has other folders."""
     found, parts = list[str](), list[str]()
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                parts.append(entry.path)
-            elif _kind(entry.name):
-                found.append(entry.path)
-    if any(os.path.basename(part).lower() not in TRAIN + VAL for part in parts):  # noqa: PTH119
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir():
+                    parts.append(entry.path)
+                    if entry.name.lower() not in TRAIN + VAL:
+                        return []
+                elif _kind(entry.name):
+                    found.append(entry.path)
+    except OSError:  # which is said when it is opened as a folder of images
         return []
-    nested = [_list_folder(part) for part in parts]
-    return sorted([*found, *(path for paths in nested for path in paths)])
+    return sorted([*found, *(path for part in parts for path in _list_folder(part))])
 
 
 def _find_files(spec: str) -> list[ShardFile]:
@@ -134,7 +136,7 @@ def _match(pattern: str, spec: str) -> list[ShardFile]:
     try:
         files = [ShardFile.local(path) for path in paths if not os.path.isdir(path)]  # noqa: PTH112
     except OSError as error:
-        raise RequestError(f"{_shown(spec)} cannot be read: {error.strerror}") from error
+        raise RequestError(f"{printable(spec)} cannot be read: {error.strerror}") from error
     if not files:
         raise RequestError(f"{printable(pattern)} does not exist{suggest_path(Path(path))}")
     return files
@@ -168,7 +170,7 @@ def _open(where: str, files: Sequence[ShardFile]) -> Unlabeled:
         raise RequestError(f"{where} has no image: write members such as 0001.jpg and 0001.cls")
     number = np.repeat(np.arange(len(files), dtype=np.int32), lengths)
     starts = np.concatenate([index.starts for index in indexes])
-    names = [file.name for file in files]
+    names = _short_names(files)
     identities = [index.identity for index in indexes]
     fingerprint = sha256(json.dumps([names, identities]).encode())
     if kind == "ArrayRecords":
@@ -184,14 +186,25 @@ def _open(where: str, files: Sequence[ShardFile]) -> Unlabeled:
     fields = ShardFields(where, columns, keys, files[0].path.rpartition("/")[0])
     skipped = Counter(what.decode() for index in indexes for what in index.skipped)
     return Unlabeled(
+        where=where,
         examples=examples,
         features=fields.features,
         read=fields.read,
         preferred="label",
-        advice=_ADVICE,
+        advice="write a field cls with the number or the name of the class",
         names=_Names(tuple(names), number, keys),
         notes=tuple(f"left out {count} {what}" for what, count in sorted(skipped.items())),
     )
+
+
+def _short_names(files: Sequence[ShardFile]) -> list[str]:
+    """Return the names of files, with folders where names alone would be equal."""
+    names = [file.name for file in files]
+    if len({*names}) == len(names):
+        return names
+    paths = [file.path.split("/") for file in files]
+    depth = next(i for i, folders in enumerate(zip(*paths, strict=False)) if len({*folders}) > 1)
+    return ["/".join(path[depth:]) for path in paths]
 
 
 def _merge_values(indexes: Sequence[ShardIndex], lengths: Sequence[int]) -> dict[str, ByteStrings]:
@@ -224,41 +237,3 @@ class _Names(Sequence[str]):
             return [self[i] for i in range(len(self))[index]]
         key = self.keys[index].decode("utf-8", "backslashreplace")
         return f"{printable(self.shards[int(self.number[index])])}/{key}"
-
-
-def _tree_parts(url: str, files: Sequence[ShardFile]) -> Parts:
-    """Divide the images of class folders in a bucket into their parts."""
-    if any(sign in url for sign in "*?[{"):
-        raise RequestError(f"{url} has no shards: a folder of class folders is named itself")
-    root = f"{url.rstrip('/')}/"
-    paths = [file.path.removeprefix(root) for file in files]
-    tops = {path.partition("/")[0].lower() for path in paths}
-    named = tops & {*TRAIN} and tops & {*VAL}
-    parts: dict[str, list[int]] = defaultdict(list)
-    for number, path in enumerate(paths):
-        part, _, rest = path.partition("/") if named else ("all", "", path)
-        if "/" in rest and "/." not in f"/{path}" and part.lower() in ("all", *TRAIN, *VAL):
-            parts[part.lower()].append(number)
-    if not parts:
-        raise RequestError(f"{url} has neither shards nor class folders with images")
-    return {
-        part: partial(_open_tree, f"{url} {part}", root, [files[i] for i in numbers])
-        for part, numbers in parts.items()
-    }
-
-
-def _open_tree(where: str, root: str, files: Sequence[ShardFile]) -> Unlabeled:
-    paths = [file.path.removeprefix(root) for file in files]
-    inner = [path if where.endswith(" all") else path.partition("/")[2] for path in paths]
-    # The class is the first folder, which may have further ones.
-    keys = ByteStrings.of(os.fsencode(path.partition("/")[0]) + b"/" for path in inner)
-    identity = [(path, file.size, file.version) for path, file in zip(paths, files, strict=True)]
-    examples = BucketFiles(
-        root,
-        ByteStrings.of(map(os.fsencode, paths)),
-        np.array([file.size for file in files], np.int64),
-        sha256(json.dumps(identity).encode()),
-    )
-    fields = ShardFields(where, {}, keys, root)
-    names = [file.path for file in files]
-    return Unlabeled(examples, fields.features, fields.read, "folder", _ADVICE, names)

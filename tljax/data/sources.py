@@ -92,7 +92,7 @@ def has_validation(spec: str, labels: LabelOptions | None = None) -> bool:
         return hub_has_validation(spec, labels)
     if is_shards(spec):
         labels = labels or LabelOptions()
-        return has_validation_part(spec, _shard_parts(spec, labels), labels)
+        return has_validation_part(_shard_parts(spec, labels), labels)
     path = expand_path(spec)
     if is_table(path):
         return exists(path) and table_has_validation(path, labels or LabelOptions())
@@ -120,8 +120,8 @@ def open_labeled(spec: str, labels: LabelOptions | None = None) -> Source:
         return open_labeled_hub(spec, VAL_FRACTION, labels)
     if is_shards(spec):
         parts = _shard_parts(spec, labels)
-        source = open_validation_part(spec, parts, labels)
-        return open_part(spec, next(iter(parts)), parts, labels) if source is None else source
+        source = open_validation_part(parts, labels)
+        return open_part(next(iter(parts)), parts, labels) if source is None else source
     path = expand_path(spec)
     if is_table(path) and exists(path):
         return open_labeled_table(path, labels)
