@@ -20,9 +20,11 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from test_records import write_tfrecord
 
 from tljax.data import hubs
 from tljax.data.examples import Source, Splits, select
+from tljax.data.hf_images import HfImages
 from tljax.data.hubs import open_hub_splits, open_labeled_hub
 from tljax.data.loader import load_batches
 from tljax.data.options import LabelOptions
@@ -65,6 +67,7 @@ def examples_of(source: Source) -> dict[bytes, str]:
 def _hf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     import datasets
 
+    monkeypatch.setenv("TLJAX_CACHE", str(tmp_path / "tljax"))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     return datasets
@@ -190,7 +193,7 @@ def test_workers_read_the_same_batches(spec):
 
 def test_digest_reads_no_image(spec, monkeypatch):
     train, val, _ = open_splits(spec)
-    monkeypatch.setattr(hubs._Rows, "__getitem__", lambda *_: pytest.fail("read an image"))
+    monkeypatch.setattr(Source, "read", lambda *_: pytest.fail("read an image"))
     digests = [
         train.digest,
         val.digest,
@@ -291,7 +294,7 @@ def test_a_missing_image_is_reported_when_it_is_read(hf, tmp_path):
     data = rows(hf, range(3), image=(stored, images))
     for row, reason in zip(data, ["the row has no", "the row has no", "No such file"], strict=True):
         with pytest.raises(UnreadableImageError, match=reason):
-            hubs._hf_image("image", row)
+            HfImages([row], "image", "")[0]
 
 
 @pytest.mark.parametrize(
@@ -414,11 +417,38 @@ def prepare_and_edit(tfds: Any, file: str, **edits: str) -> None:
     path.write_text(text)
 
 
-def test_a_tfrecord_is_refused_with_instructions_to_convert_it(tfds):
-    prepare_and_edit(tfds, "dataset_info.json", array_record="tfrecord")
+def test_tfds_in_tfrecord_files_is_read_without_tensorflow(tfds, tmp_path):
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    prepare_and_edit(tfds, "dataset_info.json")
+    before = open_splits("tfds:tiny_pets")
+    folder = tmp_path / "tiny_pets/3.2.0"
+    for path in folder.glob("*array_record*"):
+        records = ArrayRecordReader(str(path)).read_all()
+        write_tfrecord(path.with_name(path.name.replace("array_record", "tfrecord")), records)
+        path.unlink()
+    info = folder / "dataset_info.json"
+    info.write_text(info.read_text().replace("array_record", "tfrecord"))
+    after = open_splits("tfds:tiny_pets")
+    assert examples_of(after.train) == examples_of(before.train)
+    assert examples_of(after.val) == examples_of(before.val)
+
+
+def test_tfds_in_another_format_is_refused_with_instructions_to_convert_it(tfds):
+    prepare_and_edit(tfds, "dataset_info.json", array_record="riegeli")
     build = "`tfds build tiny_pets --file_format=array_record --data_dir=FOLDER`"
-    with pytest.raises(RequestError, match=rf"\['tfrecord'\]; .*{build}.* TFDS_DATA_DIR=FOLDER"):
+    with pytest.raises(RequestError, match=rf"\['riegeli'\]; .*{build}.* TFDS_DATA_DIR=FOLDER"):
         open_splits("tfds:tiny_pets")
+
+
+def test_labels_of_tfds_are_read_once(tfds, monkeypatch):
+    prepare_and_edit(tfds, "dataset_info.json")
+    labels = open_splits("tfds:tiny_pets", val_fraction=0).train.labels
+    reads = "tljax.data.array_records.ArrayRecords.__getitem__"
+    monkeypatch.setattr(reads, lambda *_: pytest.fail("read a record"))
+    np.testing.assert_array_equal(
+        open_splits("tfds:tiny_pets", val_fraction=0).train.labels, labels
+    )
 
 
 def test_a_missing_shard_is_reported(tfds, tmp_path):

@@ -209,8 +209,8 @@ def test_files_keep_their_order(tmp_path):
 @pytest.mark.parametrize(
     ("files", "spec", "message"),
     [
-        ([], "digts", "digts is neither a folder, a table nor digits, tfds:NAME or hf:NAME"),
-        ([], "./tfds:mnist", "./tfds:mnist is neither a folder, a table nor"),
+        ([], "digts", "digts is neither a folder, a table, shards nor digits, tfds:NAME"),
+        ([], "./tfds:mnist", "./tfds:mnist is neither a folder, a table, shards nor"),
         (["hymenoptera/x"], "hymenopterra/train", "hf:NAME; did you mean .*hymenoptera\\?"),
         (["file"], "file", "file is a file: choose a folder"),
         (["x/1.jpg"], "x", "x has no class folders: put the images of each class into a folder"),
@@ -457,7 +457,7 @@ def test_a_path_may_begin_with_a_tilde_and_end_with_a_slash(tmp_path, monkeypatc
         assert open_folder(spec).classes == open_labeled(spec).classes == ("a", "b")
         assert len(open_images([spec])) == 2
     for spec in ("~nobody/data", "x" * 300):
-        with pytest.raises(RequestError, match="is neither a folder, a table nor digits"):
+        with pytest.raises(RequestError, match="is neither a folder, a table, shards nor digits"):
             open_splits(spec)
         with pytest.raises(RequestError, match="does not exist"):
             open_images([spec])

@@ -24,8 +24,8 @@ class Config(cli.Common, cli.Classifier):
     Attributes:
         images: Image files, URLs, a folder of images or a folder of class folders, which are
             matched by name.
-        data: Labeled images instead: a table, a folder of class folders, digits, tfds:NAME, hf:NAME
-            or packed:FOLDER.
+        data: Labeled images instead: a table, a folder of class folders, shards, the URL of a
+            bucket, digits, tfds:NAME, hf:NAME or packed:FOLDER.
         columns: Columns of a table with labels, separated by commas; of a tfds or hf data set one
             feature. By default those of the run, or else the only one that can be a label.
         root: Folder that the paths in a table are relative to; by default the folder of the table.

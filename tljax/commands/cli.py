@@ -281,10 +281,13 @@ def labels_of(
     """
     from tljax.data.folders import expand_path
     from tljax.data.packed_splits import is_packed
+    from tljax.data.shards import is_shards
     from tljax.train.run_directory import label_options
 
     run = Path(weights)
-    has_columns = data is not None and not (is_packed(data) or expand_path(data).is_dir())
+    has_columns = data is not None and (
+        is_shards(data) or not (is_packed(data) or expand_path(data).is_dir())
+    )
     if labels == LabelOptions() and has_columns and (run / "config.json").exists():
         labels = replace(label_options(read_config(run)), root=None)
     if labels.task is None and labels.order is None:

@@ -19,8 +19,8 @@ class Config(cli.Extended, cli.Batches, cli.Channels):
         weights: Networks to compare: catalog names, hub ids, files, saved folders or run
             directories.
         data: Labeled images: a table (.csv, .tsv, .parquet or .jsonl) with a column of paths, a
-            folder of class folders (with or without train/ and val/), digits, tfds:NAME, hf:NAME or
-            packed:FOLDER.
+            folder of class folders (with or without train/ and val/), shards (.tar, .tfrecord,
+            .array_record), the URL of a bucket, digits, tfds:NAME, hf:NAME or packed:FOLDER.
         image_size: Side of the square input of all networks, in pixels; by default the size that
             each network's weights expect.
         val_fraction: Share of the images, from 0 to below 1, that are held out for validation if

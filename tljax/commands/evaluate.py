@@ -15,9 +15,9 @@ class Config(cli.Common, cli.Classifier):
     """Measure a network on labeled images. Classes, labels and numbers are matched by name.
 
     Attributes:
-        data: Labeled images: a table, a folder of class folders, digits, tfds:NAME, hf:NAME or
-            packed:FOLDER, of which the validation part is used. By default the validation images of
-            the run of --workdir.
+        data: Labeled images: a table, a folder of class folders, shards, the URL of a bucket,
+            digits, tfds:NAME, hf:NAME or packed:FOLDER, of which the validation part is used. By
+            default the validation images of the run of --workdir.
         labels: Options of the labels of --data; by default those of the run.
         workdir: Run directory whose network is measured instead of --weights. A report is written
             to its eval/ folder.

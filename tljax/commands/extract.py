@@ -27,8 +27,9 @@ class Config(cli.Common):
     lists in its metadata. Labels are names of classes; images without class folders have none.
 
     Attributes:
-        data: Images: a folder of images or of class folders; or a table, digits, tfds:NAME,
-            hf:NAME or packed:FOLDER, of which the validation part is used if there is one.
+        data: Images: a folder of images or of class folders; or a table, shards, the URL of a
+            bucket, digits, tfds:NAME, hf:NAME or packed:FOLDER, of which the validation part is
+            used if there is one.
         out: File to write: .npz, .parquet (needs pyarrow) or .safetensors.
         stage: Stage whose output is written; the default writes the pooled features.
         maps: Write feature maps in full instead of their averages over all positions. A .parquet
@@ -49,6 +50,7 @@ def run(config: Config) -> dict[str, Any]:
     from tljax.data.examples import format_labels
     from tljax.data.folders import exists, expand_path, open_folder
     from tljax.data.loader import require_readable_image
+    from tljax.data.shards import is_shards
     from tljax.data.sources import open_labeled
     from tljax.features.extract import compute_features
     from tljax.train.run_directory import skipped_lines, skipped_rows
@@ -67,7 +69,8 @@ def run(config: Config) -> dict[str, Any]:
     network = config.load()
     model, position = network.model, network.model.position(config.stage)
     stop = (*model.stage_names, None)[position + 1]
-    source = open_folder(folder) if is_folder else open_labeled(config.data, config.labels)
+    without_labels = is_folder and not is_shards(config.data)
+    source = open_folder(folder) if without_labels else open_labeled(config.data, config.labels)
     with atomic_write(out) as temporary:
         features = compute_features(
             *network[:2], source, config.loading, stop=stop, description="extract"

@@ -15,8 +15,8 @@ class Config(cli.Common, cli.Channels):
 
     Attributes:
         data: Labeled images: a table (.csv, .tsv, .parquet or .jsonl) with a column of paths, a
-            folder of class folders (with or without train/ and val/), digits, tfds:NAME, hf:NAME or
-            packed:FOLDER.
+            folder of class folders (with or without train/ and val/), shards (.tar, .tfrecord,
+            .array_record), the URL of a bucket, digits, tfds:NAME, hf:NAME or packed:FOLDER.
         stage: Stage whose input is probed; the default probes the pooled features. Feature maps are
             averaged over all positions.
         neighbors: Number of neighbors that vote in the nearest-neighbor classifier of classes.

@@ -49,8 +49,8 @@ class Config(cli.Common, cli.Classifier, cli.Channels):
 
     Attributes:
         data: Labeled images: a table (.csv, .tsv, .parquet or .jsonl) with a column of paths, a
-            folder of class folders (with or without train/ and val/), digits, tfds:NAME, hf:NAME or
-            packed:FOLDER.
+            folder of class folders (with or without train/ and val/), shards (.tar, .tfrecord,
+            .array_record), the URL of a bucket, digits, tfds:NAME, hf:NAME or packed:FOLDER.
         workdir: Run directory to create, or to continue if it exists and has the same options. By
             default a new folder in runs/ is created.
         resume: Run directory to continue with its own options; other options may not differ from
@@ -432,11 +432,12 @@ def open_shifted(config: Config, train: "Source") -> "Source":
         RequestError: there are none, or their labels are of another kind.
     """
     from tljax.data.folders import expand_path
+    from tljax.data.shards import is_shards
     from tljax.data.sources import open_labeled
     from tljax.features.evaluate import match_network
 
     data = config.interpolate_data or ""
-    same_columns = not expand_path(data).is_dir()
+    same_columns = is_shards(data) or not expand_path(data).is_dir()
     labels = config.labels if same_columns else LabelOptions(order=config.labels.order)
     if labels.order is None:
         labels = replace(labels, task=train.task.kind)
@@ -489,10 +490,15 @@ def _with_absolute_paths(config: Config) -> Config:
 
 
 def _absolute(value: str) -> str:
-    """Return the absolute path of a file or folder that exists; other values unchanged."""
+    """Return the absolute path of files or a folder that exist; other values unchanged."""
+    from tljax.data.buckets import is_bucket
+    from tljax.data.hubs import is_hub
+    from tljax.data.shards import is_pattern
+
     prefix = next((one for one in ("hf:", "packed:") if value.startswith(one)), "")
     path = Path(value.removeprefix(prefix)).expanduser()
-    is_path = value != "digits" and path.exists()
+    is_local = value != "digits" and not is_hub(value) and not is_bucket(value)
+    is_path = path.exists() if prefix else is_local and (path.exists() or is_pattern(value))
     return f"{prefix}{path.resolve()}" if is_path else value
 
 

@@ -4,87 +4,35 @@ Each package is imported when a data set of its kind is opened. TensorFlow is no
 one.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from tljax.data.examples import (
-    Examples,
-    Source,
-    Splits,
-    is_labeled,
-    join_names,
-    match_classes,
-    match_part,
-    select,
-    without_example,
-)
-from tljax.data.folders import TRAIN, VAL, suggest_path
-from tljax.data.hub_labels import (
-    Feature,
-    Values,
-    choose_features,
-    read_feature,
-    read_features,
-)
-from tljax.data.labels import label_source, read_labels, read_weights
+from tljax.data.array_records import open_array_records
+from tljax.data.byte_ranges import ShardFile
+from tljax.data.examples import Source, Splits, join_names
+from tljax.data.hf_images import HfImages
+from tljax.data.hub_labels import Feature, Values
+from tljax.data.listing import suggest_path
 from tljax.data.options import LabelOptions
-from tljax.data.splits import check_training, group_parts, split_source
-from tljax.data.table_files import Table, require_column
-from tljax.runtime.errors import RequestError, UnreadableImageError, first_line
+from tljax.data.parts import (
+    Parts,
+    Unlabeled,
+    has_validation_part,
+    open_parts,
+    open_validation_part,
+)
+from tljax.data.shard_index import open_column
+from tljax.data.tf_examples import RecordImages
+from tljax.data.tfrecords import open_tfrecords
+from tljax.runtime.errors import RequestError, first_line
 from tljax.runtime.files import sha256
 from tljax.runtime.packages import install_command
-
-
-class _Split(NamedTuple):
-    """A split whose labels have not been read.
-
-    Attributes:
-        examples: its images.
-        features: its features by name; of one that cannot be a label the name of its type.
-        read: returns the values of features, as Python objects.
-        preferred: the name of the feature to choose among several that can be labels.
-        advice: the end of the error if no feature can be a label.
-    """
-
-    examples: Examples
-    features: Mapping[str, Feature | str]
-    read: Callable[[Sequence[str]], Mapping[str, list[Any]]]
-    preferred: object
-    advice: str
-
-
-class _Part(NamedTuple):
-    """A split whose labels have been read.
-
-    Attributes:
-        source: its examples with their labels.
-        columns: the features that were read as labels.
-        notes: remarks to print.
-        by_name: see `Labels`.
-        groups: the name of the group of each example, empty if it has none; None without groups.
-    """
-
-    source: Source
-    columns: tuple[str, ...]
-    notes: tuple[str, ...]
-    by_name: bool
-    groups: tuple[str, ...] | None
-
-    def select(self, rows: np.ndarray) -> "_Part":
-        """Select examples by their indices."""
-        groups = None if self.groups is None else tuple(self.groups[i] for i in rows.tolist())
-        return self._replace(source=select(self.source, rows), groups=groups)
-
-
-_Splits = Mapping[str, Callable[[], _Split]]  # opened when needed
-_Parts = Mapping[str, Callable[[LabelOptions], _Part]]  # reading the labels can be slow
 
 
 def is_hub(spec: str) -> bool:
@@ -93,39 +41,13 @@ def is_hub(spec: str) -> bool:
 
 
 def open_hub_splits(spec: str, val_fraction: float, labels: LabelOptions | None = None) -> Splits:
-    """Open the training and validation splits of a data set, or split its only split by content.
-
-    The labels are those of the features that ``labels.target`` names or, without it, of the only
-    feature that can be a label. `tljax.data.hub_labels.read_features` says what is read from each
-    type of feature. Examples without a label, classes without a training example and labels that
-    apply to none are left out. A split with ``labels.group`` keeps groups together.
+    """Open the training and validation splits of a data set; see `tljax.data.parts.open_parts`.
 
     Raises:
         RequestError: the data set, a feature or a package is missing, or it cannot be trained on.
     """
     labels = labels or LabelOptions()
-    parts = _open(spec, labels)
-    names = [name for name in TRAIN if name in parts] or list(parts)
-    if names[0] not in TRAIN and len(names) > 1:
-        raise RequestError(f"{spec} has no split named train, only {join_names(names)}: rename one")
-    part = _trainable(parts[names[0]](labels), f"{spec} {names[0]}")
-    others = {name: other for name, other in parts.items() if name != names[0]}
-    # The validation split is read as the training split was.
-    same = replace(labels, task=part.source.task.kind, target=",".join(part.columns))
-    val_part = _validation(others, same)
-    both = [part] if val_part is None else [part, val_part]
-    sources, group_names, notes = [one.source for one in both], None, part.notes
-    if labels.group is not None:
-        groups = [name for one in both for name in one.groups or ()]
-        rows = [name for source in sources for name in source.names]
-        sources, group_names, ungrouped = group_parts(sources, groups, rows)
-        notes += ungrouped
-    if val_part is None:
-        train, val, more = split_source(sources[0], spec, val_fraction, group_names)
-    else:
-        train = sources[0]
-        val, more = match_part(sources[1], train, by_name=part.by_name)
-    return Splits(train, val, notes + more)
+    return open_parts(spec, _open(spec, labels), val_fraction, labels)
 
 
 def hub_has_validation(spec: str, labels: LabelOptions | None = None) -> bool:
@@ -135,8 +57,7 @@ def hub_has_validation(spec: str, labels: LabelOptions | None = None) -> bool:
         RequestError: the data set, a feature or a package is missing.
     """
     labels = labels or LabelOptions()
-    parts = _open(spec, labels)
-    return len(parts) > 1 and _validation(parts, labels) is not None
+    return has_validation_part(_open(spec, labels), labels)
 
 
 def open_labeled_hub(spec: str, val_fraction: float, labels: LabelOptions | None = None) -> Source:
@@ -146,75 +67,16 @@ def open_labeled_hub(spec: str, val_fraction: float, labels: LabelOptions | None
         RequestError: the data set, a feature or a package is missing, or no example has a label.
     """
     labels = labels or LabelOptions()
-    part = _validation(_open(spec, labels), labels)
-    if part is None:
-        return open_hub_splits(spec, val_fraction, labels).val
-    if part.groups is None:
-        return part.source
-    return group_parts([part.source], part.groups, part.source.names)[0][0]
+    source = open_validation_part(parts := _open(spec, labels), labels)
+    return open_parts(spec, parts, val_fraction, labels).val if source is None else source
 
 
-def _open(spec: str, labels: LabelOptions) -> _Parts:
+def _open(spec: str, labels: LabelOptions) -> Parts:
     kind, _, name = spec.partition(":")
     if not name:
         raise RequestError(f"{spec} has no name: write {kind}:NAME")
     labels.refuse("root path_column split_column", spec)
-    return {
-        split.lower(): partial(_read_part, f"{spec} {split}", open_split)
-        for split, open_split in _KINDS[kind](spec, name).items()
-    }
-
-
-def _validation(parts: _Parts, labels: LabelOptions) -> _Part | None:
-    """Open the first validation split with labels; test splits of competitions have none."""
-    opened = (parts[name](labels) for name in VAL if name in parts)
-    return next((part for part in opened if is_labeled(part.source.labels).any()), None)
-
-
-def _trainable(part: _Part, where: str) -> _Part:
-    """Leave out what cannot be learned: examples, classes and labels without the others."""
-    labeled, notes = is_labeled(part.source.labels), part.notes
-    if not labeled.all():
-        notes += (f"left out {np.count_nonzero(~labeled)} examples without a label",)
-        part = part.select(np.flatnonzero(labeled))
-    source = part.source
-    never = without_example(source)
-    used = [name for name in source.classes if name not in never]
-    if not used or not len(source):
-        raise RequestError(f"{where} has no example with a label: training needs some")
-    if source.task.kind == "classification" and never:
-        notes += (f"left out classes without training examples: {join_names(never)}",)
-        source, _ = match_classes(source, used)
-    elif source.task.kind == "multilabel" and never:
-        notes += (f"left out labels that apply to no training example: {join_names(never)}",)
-        columns = [source.classes.index(name) for name in used]
-        source = replace(source, labels=source.labels[:, columns], classes=tuple(used))
-    return part._replace(source=source, notes=notes + check_training(source, where))
-
-
-def _read_part(where: str, open_split: Callable[[], _Split], labels: LabelOptions) -> _Part:
-    split = open_split()
-    chosen = choose_features(where, split.features, labels, split.preferred, split.advice)
-    options = (("--group", labels.group), ("--weight-column", labels.weight_column))
-    others = [require_column(name, split.features, where, flag) for flag, name in options if name]
-    rows = split.read([*dict.fromkeys([*chosen, *others])])
-    table = Table(where, {}, range(1, 1 + len(split.examples)), unit="row")
-    features = {name: x for name in chosen if isinstance(x := split.features[name], Feature)}
-    columns, kind = read_features(table, features, rows, labels.kind)
-    read = read_labels(columns, labels, kind)
-    names = tuple(f"{where}[{index}]" for index in range(len(split.examples)))
-    source = label_source(Source(split.examples, np.zeros(len(names)), (), names), read)
-    plain = all(feature.values == "class" and not feature.many for feature in features.values())
-    # Nothing is to be said if there was no choice: the feature says itself what it is.
-    notes = (read.note,) * (not plain or labels.target is not None or labels.kind is not None)
-    more = {name: read_feature(table, name, split.features[name], rows[name]) for name in others}
-    groups = None
-    if labels.group is not None:
-        cells = np.array(more[labels.group].cells, object)
-        groups = tuple(more[labels.group].rows(cells).tolist())
-    if labels.weight_column is not None:
-        source = replace(source, extra={"weight": read_weights(more[labels.weight_column])})
-    return _Part(source, tuple(chosen), notes, read.by_name, groups)
+    return {split.lower(): part for split, part in _KINDS[kind](spec, name).items()}
 
 
 def _image_feature(
@@ -242,38 +104,7 @@ def _explained(spec: str, advice: str) -> Iterator[None]:
         raise RequestError(f"{spec} cannot be opened: {reason}; {advice}") from error
 
 
-@dataclass(frozen=True, eq=False)
-class _Rows:
-    """The encoded images of a split. ``read`` can be pickled, as processes decode."""
-
-    rows: Sequence[Any]
-    read: Callable[[Any], bytes]
-    fingerprint: str
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> bytes:
-        return self.read(self.rows[int(index)])
-
-
-def _tfds_image(parse: Callable[[bytes], dict[str, bytes]], name: str, record: bytes) -> bytes:
-    return parse(record)[name]
-
-
-def _hf_image(name: str, row: Mapping[str, Any]) -> bytes:
-    image = row[name]
-    if image is None or (image["bytes"] is None and image["path"] is None):
-        raise UnreadableImageError("the row has no image")
-    if image["bytes"] is not None:
-        return image["bytes"]
-    try:
-        return Path(image["path"]).read_bytes()
-    except OSError as error:
-        raise UnreadableImageError(f"cannot be read: {error.strerror}") from error
-
-
-def _tfds_parts(spec: str, name: str) -> _Splits:
+def _tfds_parts(spec: str, name: str) -> Parts:
     try:
         # Its type annotations are wrong, and the type checker should not need it.
         tfds: Any = import_module("tensorflow_datasets")
@@ -286,9 +117,7 @@ def _tfds_parts(spec: str, name: str) -> _Splits:
         f" (now {tfds.core.constants.DATA_DIR})"
     )
     with _explained(spec, advice):
-        # Some data sets need TensorFlow to be prepared; none does to be read.
-        builder = tfds.builder(name, file_format="array_record")
-        builder.download_and_prepare()
+        builder = _tfds_builder(tfds, name)
         features = dict(builder.info.features)
     keys = builder.info.supervised_keys or (None, None)
     other = "choose a data set for image classification"
@@ -300,32 +129,47 @@ def _tfds_parts(spec: str, name: str) -> _Splits:
         name: _tfds_feature(tfds, feature) for name, feature in features.items() if name != image
     }
 
-    def open_split(split: str) -> _Split:
-        # Parsing some features does not decode the others, such as masks.
-        parse_image = partial(
-            tfds.features.FeaturesDict({image: features[image]}).deserialize_example_np,
-            decoders={image: tfds.decode.SkipDecoding()},
-        )
-        with _explained(f"{spec} {split}", advice):
-            records = builder.as_data_source(
-                split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
-            )
+    def open_split(split: str) -> Unlabeled:
+        where = f"{spec} {split}"
+        with _explained(where, advice):
+            paths = builder.info.splits[split].filepaths
             # The version alone does not identify the content: a builder under development changes
             # it. Nor do modification times, which copying changes.
-            shards = list(map(_shard_identity, builder.info.splits[split].filepaths))
+            shards = list(map(_shard_identity, paths))
+            files = [ShardFile.local(str(path)) for path in paths]
+        is_tfrecord = builder.info.file_format.value == "tfrecord"
+        records = open_tfrecords(files) if is_tfrecord else open_array_records(files)
+        fingerprint = sha256(repr((builder.info.full_name, split, image, shards)).encode())
 
-        def read(names: Sequence[str]) -> dict[str, list[Any]]:
-            parse = tfds.features.FeaturesDict({name: features[name] for name in names})
-            with _explained(f"{spec} {split}", advice):
-                rows = [parse.deserialize_example_np(record) for record in records]
-            return {name: [_python_value(row[name]) for row in rows] for name in names}
+        def read_one(name: str) -> list[Any]:
+            parse = tfds.features.FeaturesDict({name: features[name]}).deserialize_example_np
+            with _explained(where, advice):
+                return [_python_value(parse(records[i])[name]) for i in range(len(records))]
 
-        identity = repr((builder.info.full_name, split, image, shards))
-        fingerprint = sha256(identity.encode())
-        examples = _Rows(records, partial(_tfds_image, parse_image, image), fingerprint)
-        return _Split(examples, described, read, keys[1], other)
+        def read(names: Sequence[str]) -> dict[str, Sequence[Any]]:
+            # The labels lie among the images, so that all the data are read for them.
+            return {
+                name: open_column(f"{fingerprint} {name}", partial(read_one, name))
+                for name in names
+            }
+
+        examples = RecordImages(records, image, fingerprint)
+        return Unlabeled(where, examples, described, read, keys[1], other)
 
     return {split: partial(open_split, split) for split in builder.info.splits}
+
+
+def _tfds_builder(tfds: Any, name: str) -> Any:
+    """Prepare a data set, and return its builder."""
+    # Some data sets need TensorFlow to be prepared; none does to be read.
+    try:
+        builder = tfds.builder(name, file_format="array_record")
+    except ValueError:  # it is prepared in another format, of which tfrecord can be read
+        builder = tfds.builder(name)
+        if builder.info.file_format.value != "tfrecord":
+            raise
+    builder.download_and_prepare()
+    return builder
 
 
 def _tfds_feature(tfds: Any, feature: Any) -> Feature | str:
@@ -371,7 +215,7 @@ def _shard_identity(shard: Any) -> tuple[str, int, str]:
         return shard.name, length, sha256(begin + file.read())
 
 
-def _hf_parts(spec: str, name: str) -> _Splits:
+def _hf_parts(spec: str, name: str) -> Parts:
     try:
         datasets: Any = import_module("datasets")
     except ImportError as error:
@@ -387,7 +231,7 @@ def _hf_parts(spec: str, name: str) -> _Splits:
             opened = datasets.load_dataset(str(path) if path.is_dir() else base, config or None)
     parts = opened if isinstance(opened, dict) else {str(opened.split or "all"): opened}
 
-    def open_split(split: str, dataset: Any) -> _Split:
+    def open_split(split: str, dataset: Any) -> Unlabeled:
         dataset = dataset.with_format(None)  # save_to_disk stores the format
         where = f"{spec} {split}"
         advice = (
@@ -408,8 +252,8 @@ def _hf_parts(spec: str, name: str) -> _Splits:
         }
         rows = dataset.select_columns(image).cast_column(image, datasets.Image(decode=False))
         fingerprint = f"{dataset._fingerprint} {image}"
-        examples = _Rows(rows, partial(_hf_image, image), fingerprint)
-        return _Split(examples, described, read, "label", advice)
+        examples = HfImages(rows, image, fingerprint)
+        return Unlabeled(where, examples, described, read, "label", advice)
 
     return {split: partial(open_split, split, dataset) for split, dataset in parts.items()}
 

@@ -35,9 +35,9 @@ class LabelOptions(Checked):
 
     Attributes:
         root: Folder that the paths in a table are relative to; by default the folder of the table.
-        target: Columns of a table with what is to be learned, separated by commas; of a tfds or hf
-            data set one feature. By default the only column, or feature, that can be a label, or
-            all columns that have only 0 and 1.
+        target: Columns of a table with what is to be learned, separated by commas; of shards and of
+            a tfds or hf data set one feature. By default the only column, or feature, that can be a
+            label, or all columns that have only 0 and 1.
         task: Kind of label; by default it is inferred from the values. classification: one of
             several classes; multilabel: any number of labels; regression: numbers; ordinal: classes
             with an order, see --order.

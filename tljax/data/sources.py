@@ -1,4 +1,4 @@
-"""Open data sets by name: folders, tables, digits, and `tfds:`, `hf:` and `packed:` data sets.
+"""Open data sets by name: folders, tables, shards, buckets, digits, and those of hubs or packed.
 
 Nothing is decoded: a source gives random access to encoded files or pixels, with labels.
 """
@@ -20,6 +20,8 @@ from tljax.data.labels import order_source
 from tljax.data.options import LabelOptions
 from tljax.data.packed import HEADER
 from tljax.data.packed_splits import is_packed, open_labeled_packed, open_packed_splits
+from tljax.data.parts import Parts, has_validation_part, open_part, open_parts, open_validation_part
+from tljax.data.shards import is_shards, shard_parts
 from tljax.data.splits import split_source
 from tljax.data.table_files import is_table
 from tljax.data.tables import open_labeled_table, open_table_splits, table_has_validation
@@ -50,6 +52,10 @@ def open_splits(
 
             - a table: a .csv, .tsv, .parquet, .jsonl or .ndjson file with a column of paths and one
               or more columns of labels; see `tljax.data.labels.read_labels`;
+            - shards of images and labels, WebDataset tars, TFRecord files or ArrayRecords: a file,
+              a folder or a pattern such as ``train-{000..099}.tar``; see
+              `tljax.data.shards.shard_parts`;
+            - the URL of shards or of a folder in a bucket, such as ``gs://bucket/folder``;
             - ``digits``: 1,797 handwritten digits of 8 x 8 pixels, from scikit-learn;
             - ``tfds:NAME``, ``tfds:NAME/CONFIG:VERSION``: from TensorFlow Datasets; prepared in
               ``$TFDS_DATA_DIR`` if it is not there yet;
@@ -73,11 +79,13 @@ def open_splits(
         return open_hub_splits(spec, val_fraction, labels)
     if is_packed(spec):
         return open_packed_splits(spec, labels)
+    if spec != "digits" and is_shards(spec):
+        return open_parts(spec, _shard_parts(spec, labels), val_fraction, labels)
     path = expand_path(spec)
     if exists(path / HEADER):
         raise RequestError(f"{printable(spec)} holds packed images: write packed:{printable(spec)}")
     if spec != "digits" and not exists(path):
-        kinds = "neither a folder, a table nor digits, tfds:NAME, hf:NAME or packed:FOLDER"
+        kinds = "neither a folder, a table, shards nor digits, tfds:NAME, hf:NAME or packed:FOLDER"
         raise RequestError(f"{printable(spec)} is {kinds}{suggest_path(path)}")
     if spec != "digits" and is_table(path):
         return open_table_splits(path, val_fraction, labels)
@@ -92,6 +100,9 @@ def has_validation(spec: str, labels: LabelOptions | None = None) -> bool:
         return hub_has_validation(spec, labels)
     if is_packed(spec):
         return True
+    if is_shards(spec):
+        labels = labels or LabelOptions()
+        return has_validation_part(_shard_parts(spec, labels), labels)
     path = expand_path(spec)
     if is_table(path):
         return exists(path) and table_has_validation(path, labels or LabelOptions())
@@ -104,7 +115,8 @@ def open_labeled(spec: str, labels: LabelOptions | None = None) -> Source:
 
     Args:
         spec: a data set as for `open_splits`, of which the validation part is used; or a folder of
-            class folders or a table without a column for the split, all of which is used.
+            class folders, a table without a column for the split or shards that are no parts, all
+            of which is used.
         labels: how labels and the split are read. For a table, give the task and the order of a
             network: what is inferred from few rows may differ.
 
@@ -118,10 +130,19 @@ def open_labeled(spec: str, labels: LabelOptions | None = None) -> Source:
         return open_labeled_hub(spec, VAL_FRACTION, labels)
     if is_packed(spec):
         return open_labeled_packed(spec, labels)
+    if is_shards(spec):
+        parts = _shard_parts(spec, labels)
+        source = open_validation_part(parts, labels)
+        return open_part(next(iter(parts)), parts, labels) if source is None else source
     path = expand_path(spec)
     if is_table(path) and exists(path):
         return open_labeled_table(path, labels)
     return open_labeled_folder(path, labels)
+
+
+def _shard_parts(spec: str, labels: LabelOptions) -> Parts:
+    labels.refuse("root path_column split_column", spec)
+    return shard_parts(spec)
 
 
 def _digits(labels: LabelOptions) -> Source:

@@ -26,6 +26,7 @@ from tljax.data.examples import Source, Splits, format_labels, join_names
 from tljax.data.files import printable
 from tljax.data.options import LabelOptions
 from tljax.data.packed_splits import is_packed
+from tljax.data.shards import is_pattern
 from tljax.data.sources import open_splits
 from tljax.data.table_files import is_table
 from tljax.runtime.errors import DivergenceError, RequestError, WriteError
@@ -336,7 +337,7 @@ def refuse_missing(workdir: Path, config: Mapping[str, Any], *names: str) -> Non
     """
     for name in names:
         path = Path(config[name])
-        if path.is_absolute() and not path.exists():
+        if path.is_absolute() and not path.exists() and not is_pattern(config[name]):
             raise RequestError(
                 f"{workdir}: {path} with the {name} of the run does not exist: restore it or set "
                 f"--{name} to its new place"
