@@ -372,6 +372,7 @@ FIND = {
     "checkpoint-minutes": (5.0,),
     "log-every": (10,),
     "profile": (),
+    "verify-content": (),
     "choose-by": ("loss",),
     "interpolate": ("0:1:0.5",),
     "interpolate-data": ("digits",),
@@ -603,6 +604,16 @@ def test_a_run_continues_with_its_own_options(tmp_path):
         fit=fit, seed=3, precision="bfloat16", workdir=run, resume=run, json=True
     )
     assert resumed("--resume", run, "--workers", 3, "--devices", 1).loading.workers == 3
+
+
+@pytest.mark.parametrize("again", ["--resume", "--workdir"])
+def test_a_run_that_an_earlier_version_began_continues_to_verify_content(tmp_path, again):
+    run = write_run(tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    assert not resumed(again, run).verify_content
+    del config["verify_content"]
+    (run / "config.json").write_text(json.dumps(config))
+    assert resumed(again, run).verify_content
 
 
 def test_options_equal_to_those_of_the_run_are_accepted(tmp_path, monkeypatch):
