@@ -382,6 +382,7 @@ FIND = {
     "log-every": (10,),
     "profile": (),
     "pack": ("always",),
+    "verify-content": (),
     "choose-by": ("loss",),
     "interpolate": ("0:1:0.5",),
     "interpolate-data": ("digits",),

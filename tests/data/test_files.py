@@ -87,7 +87,8 @@ def test_the_sizes_of_missing_files_are_unknown(folder):
     source = open_folder(folder)
     (folder / "a/2").unlink()
     assert source.file_sizes == [3, None, 3, 3]
-    assert source.examples.look_up(np.array([1]), "st_ino", "st_dev").tolist() == [[MISSING] * 2]
+    files = Files.from_paths([folder / "a/2"])
+    assert files.look_up(np.array([0]), "st_ino", "st_dev").tolist() == [[MISSING] * 2]
     assert Source([b"x"], np.zeros(1, np.int32), ("a",), ["x"]).file_sizes is None
 
 

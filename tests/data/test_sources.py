@@ -211,7 +211,7 @@ def test_files_keep_their_order(tmp_path):
     [
         ([], "digts", "digts is neither a folder, a table, shards nor digits, tfds:NAME"),
         ([], "./tfds:mnist", "./tfds:mnist is neither a folder, a table, shards nor"),
-        (["hymenoptera/x"], "hymenopterra/train", "hf:NAME; did you mean .*hymenoptera\\?"),
+        (["hymenoptera/x"], "hymenopterra/train", "packed:FOLDER; did you mean .*hymenoptera\\?"),
         (["file"], "file", "file is a file: choose a folder"),
         (["x/1.jpg"], "x", "x has no class folders: put the images of each class into a folder"),
         (["x/a/1", "x/a/2"], "x", "x has one class folder, a: training needs two or more"),

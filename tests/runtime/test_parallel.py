@@ -327,6 +327,27 @@ def test_a_run_continues_with_and_without_fsdp_and_in_two_processes(tmp_path):
     assert len(others[0]["losses"]) < len(whole["losses"]) == len(first["losses"])
 
 
+BROADCAST = """
+import json
+from tljax.runtime.parallel import broadcast_json, is_main_process, join
+
+join()
+
+def compute():
+    assert is_main_process()
+    return {"text": "caf\\u00e9", "numbers": [1, 2.5]}
+
+print(json.dumps(broadcast_json(compute)))
+"""
+
+
+@pytest.mark.slow
+def test_one_process_computes_a_value_for_all(tmp_path):
+    port = free_port()
+    both = [start(tmp_path, (), devices=1, number=i, port=port, program=BROADCAST) for i in (0, 1)]
+    assert [finish(one) for one in both] == [[{"text": "café", "numbers": [1, 2.5]}]] * 2
+
+
 def free_port():
     with socket.socket() as free:
         free.bind(("localhost", 0))

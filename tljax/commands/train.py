@@ -151,16 +151,11 @@ class Config(cli.Common, cli.Classifier, cli.Channels):
                 "predict, evaluate and attack can still use it"
             )
         saved.pop("fingerprint", None)
-        chosen = "verify_content" in saved
-        saved.setdefault("verify_content", True)  # as earlier versions did
-        saved.setdefault("pack", "never")  # runs of earlier versions have no such option
         try:
             resumed = cli.from_json(Config, saved)
         except (AttributeError, RequestError, TypeError) as error:
             raise RequestError(f"{workdir / 'config.json'}: {error}") from error
         compared = cli.explicit_options() if self.resume else settings(self).keys()
-        if not chosen:  # a run of an earlier version
-            compared -= {"verify_content"}
         moved = compared & {"data", "weights"} if self.resume else set()
         replaced = {name: getattr(self, name) for name in (*_NOT_RESUMED.split(), *moved)}
         resumed = replace(resumed, **replaced, workdir=workdir)

@@ -195,9 +195,13 @@ class Names(Sequence[str]):
 
 def join(paths: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
     """Join encoded paths into the arrays ``text`` and ``ends`` of `Files`."""
-    ends = np.zeros(len(paths) + 1, np.int64)
-    np.cumsum(np.fromiter(map(len, paths), np.int64, len(paths)), out=ends[1:])
-    return np.frombuffer(b"".join(paths), np.uint8), ends
+    lengths = np.fromiter(map(len, paths), np.int64, len(paths))
+    return np.frombuffer(b"".join(paths), np.uint8), to_ends(lengths)
+
+
+def to_ends(lengths: np.ndarray) -> np.ndarray:
+    """Return the array ``ends`` of `Files` from the length of each path."""
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
 
 
 def in_chunks(run: Callable[[np.ndarray], T], indices: np.ndarray, size: int = _CHUNK) -> list[T]:

@@ -20,7 +20,7 @@ from zipfile import BadZipFile
 import numpy as np
 from jaxtyping import Bool, Int, UInt64
 
-from tljax.data.files import MISSING, Files, join
+from tljax.data.files import MISSING, Files, join, to_ends
 from tljax.data.listing import Visits, is_output, list_folders, signature, walk
 from tljax.runtime.errors import WriteError
 from tljax.runtime.files import atomic_write, cache_dir, sha256
@@ -65,28 +65,33 @@ def index_classes(path: Path) -> Index:
     root = "" if str(path) == "." else str(path)
     if index := _read(path, root):
         return index
-    began, visits = time.time(), Visits()
+    began = time.time()
+    index, visits = _list(path, root)
+    times = [modified for *_, modified in visits.folders.values()]
+    dated = min(times) > 0 and max(times) < (began - _RECENT) * 1e9
+    if len(index.files) >= FEWEST and dated and visits.repeatable:
+        _write(path, root, index, visits)
+    return index
+
+
+def _list(path: Path, root: str) -> tuple[Index, Visits]:
+    visits = Visits()
     folders = list_folders(path, visits)
     # A link to the data set or a folder above it would bring in the images of other classes.
     ancestors = {path.resolve(), *path.resolve().parents}
     with ThreadPoolExecutor(_THREADS) as pool:
         parts = [*pool.map(partial(_list_class, root, ancestors), folders)]
     for part in parts:
-        visits.folders |= part.visits.folders
-        visits.outputs += part.visits.outputs
-        visits.repeatable &= part.visits.repeatable
-    counts = np.array([len(part.inodes) for part in parts], np.int64)
-    lengths = np.concatenate([np.zeros(1, np.int64), *(np.diff(part.ends) for part in parts)])
-    files = Files(root, _concatenate([x.text for x in parts], np.uint8), np.cumsum(lengths))
-    inodes = _concatenate([part.inodes for part in parts], np.uint64)
-    links = _concatenate([part.links for part in parts], np.bool_)
-    index = Index(tuple(folder.name for folder in folders), counts, files, inodes, links)
-    newest = max(modified for *_, modified in visits.folders.values())
-    oldest = min(modified for *_, modified in visits.folders.values())
-    dated = oldest > 0 and newest < (began - _RECENT) * 1e9
-    if len(files) >= FEWEST and dated and visits.repeatable:
-        _write(path, root, index, visits)
-    return index
+        visits.add(part.visits)
+    lengths = _concatenate([np.diff(part.ends) for part in parts], np.int64)
+    index = Index(
+        folders=tuple(folder.name for folder in folders),
+        counts=np.array([len(part.inodes) for part in parts], np.int64),
+        files=Files(root, _concatenate([x.text for x in parts], np.uint8), to_ends(lengths)),
+        inodes=_concatenate([part.inodes for part in parts], np.uint64),
+        links=_concatenate([part.links for part in parts], np.bool_),
+    )
+    return index, visits
 
 
 class _Part(NamedTuple):

@@ -42,6 +42,12 @@ class Visits:
     outputs: list[str] = field(default_factory=list)
     repeatable: bool = True
 
+    def add(self, other: "Visits") -> None:
+        """Add what further lists depend on."""
+        self.folders |= other.folders
+        self.outputs += other.outputs
+        self.repeatable &= other.repeatable
+
 
 def walk(
     folder: Path, seen: set[Path] | None = None, visits: Visits | None = None

@@ -124,7 +124,7 @@ def open_run(
     """
     path = workdir / "config.json"
     split = _split_csv(config["data"], splits)
-    verify_content = config.get("verify_content", True)  # as earlier versions did
+    verify_content = config["verify_content"]
     fingerprint = {
         "weights": weights,
         "images": identify(splits, verify_content),
