@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from tljax.data.boxes import Crops, _philox, pixel_boxes, random_boxes
+from tljax.data.boxes import Crops, _philox, in_central_part, pixel_boxes, random_boxes
 from tljax.data.options import AugmentConfig
 from tljax.runtime.errors import RequestError
 from tljax.runtime.preprocess import Preprocess
@@ -124,9 +124,17 @@ def test_only_the_middle_of_an_elongated_photograph_is_used(crop):
 
 
 def test_boxes_in_pixels_are_followed_by_the_shape():
-    boxes = pixel_boxes(np.array([[0.1, 0.2, 0.5, 0.25]]), np.array([[30, 80]]))
-    np.testing.assert_allclose(boxes, [[3, 16, 15, 20, 30, 80]])
+    box, shape = np.array([[0.1, 0.2, 0.5, 0.25]]), np.array([[30, 50]])
+    boxes = pixel_boxes(box, shape)
+    np.testing.assert_allclose(boxes, [[3, 10, 15, 12.5, 30, 50, 0]], rtol=1e-6)
     assert boxes.dtype == np.float32
+    boxes = pixel_boxes(box, shape, np.array([True]))
+    np.testing.assert_allclose(boxes, [[10, 3, 12.5, 15, 50, 30, 1]], rtol=1e-6)
+
+
+def test_boxes_of_elongated_photographs_are_those_of_their_central_part():
+    boxes = in_central_part(np.array([[0.1, 0.25, 0.5, 0.25]]), np.array([[30, 120]]))
+    np.testing.assert_allclose(boxes, [[0.1, 0, 0.5, 0.5]], atol=1e-12)
 
 
 def test_a_central_crop_is_not_random():

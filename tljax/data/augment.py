@@ -46,7 +46,7 @@ def augment(
     key: Key[jax.Array, ""],
     size: int,
     config: AugmentConfig,
-    boxes: Float[Array, "batch 6"] | None = None,
+    boxes: Float[Array, "batch 7"] | None = None,
     interpolation: Interpolation = "bilinear",
 ) -> Float[jax.Array, "batch size size channels"]:
     """Flip and distort each image independently, after cropping its box if there are boxes.
@@ -63,7 +63,7 @@ def augment(
         size: side of the network's square input, in pixels.
         config: the augmentations to apply; its rule for crops is that of `load_batches`, which
             crops images or gives the boxes.
-        boxes: ``[batch, 6]`` boxes to crop, in pixels, see `Batch`.
+        boxes: ``[batch, 7]`` boxes to crop, in pixels, see `Batch`.
         interpolation: Pillow filter of the crop's resize.
 
     Returns:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from tljax.data.options import AugmentConfig
 from tljax.runtime.errors import RequestError
@@ -97,27 +97,50 @@ def random_boxes(
     """
     draws = _uniform_draws(seed, epoch, indices)
     sides = np.asarray(shapes, np.float64)
-    used = np.minimum(sides, MAX_ELONGATION * sides[..., ::-1])
+    part = _central_part(sides)
+    used = part * sides
     if config.crop == "random":
         box = np.full(sides.shape, share)
     else:
         box = _random_shape(draws[..., 0], draws[..., 1], used[..., 1] / used[..., 0], config)
-    part = used / sides
     corner = (1 - part) / 2 + draws[..., 2:] * (1 - box) * part
     return np.concatenate([corner, box * part], axis=-1)
 
 
-def pixel_boxes(boxes: Boxes, shapes: Float[np.ndarray, "*n 2"]) -> Float[np.ndarray, "*n 6"]:
+def pixel_boxes(
+    boxes: Boxes,
+    shapes: Float[np.ndarray, "n 2"],
+    transposed: Bool[np.ndarray, " n"] | None = None,
+) -> Float[np.ndarray, "n 7"]:
     """Convert boxes to pixels of photographs at the upper left of a canvas, for ``Batch.boxes``.
 
     Args:
-        boxes: ``[n, 4]`` from `random_boxes`.
-        shapes: ``[n, 2]`` height and width of each photograph on the canvas, in pixels.
+        boxes: ``[n, 4]`` shares of what is on the canvas, from `random_boxes`; of a photograph of
+            more than two to one, only the central part may be there, see `in_central_part`.
+        shapes: ``[n, 2]`` height and width of each photograph on the canvas, upright, in pixels.
+        transposed: ``[n]`` whether the two axes are exchanged on the canvas; by default none.
 
     Returns:
-        ``[n, 6]`` float32: top, left, height and width of the box, and the shape again.
+        ``[n, 7]`` float32: top, left, height and width of the box on the canvas, height and width
+        of the photograph there, and 1 if it is transposed.
     """
-    return np.concatenate([boxes * np.tile(shapes, 2), shapes], axis=-1).astype(np.float32)
+    transposed = np.zeros(len(boxes), bool) if transposed is None else transposed
+    pixels = np.concatenate([boxes * np.tile(shapes, 2), shapes], axis=-1)
+    pixels = np.where(transposed[:, None], pixels[:, [1, 0, 3, 2, 5, 4]], pixels)
+    return np.concatenate([pixels, transposed[:, None]], axis=-1).astype(np.float32)
+
+
+def in_central_part(boxes: Boxes, shapes: Float[np.ndarray, "*n 2"]) -> Boxes:
+    """Convert shares of photographs to shares of the central part of two to one that is used."""
+    part = _central_part(shapes)
+    size = boxes[..., 2:] / part
+    corner = np.clip((boxes[..., :2] - (1 - part) / 2) / part, 0, 1 - size)
+    return np.concatenate([corner, size], axis=-1)
+
+
+def _central_part(shapes: Float[np.ndarray, "*n 2"]) -> Float[np.ndarray, "*n 2"]:
+    """Return the shares of height and width that are used of each photograph."""
+    return np.minimum(1, MAX_ELONGATION * shapes[..., ::-1] / shapes)
 
 
 def _random_shape(

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 
 from tljax.data.boxes import Crops
 from tljax.data.examples import Source
-from tljax.data.packed import describe_resize
+from tljax.data.packed import Packed, describe_resize
 from tljax.data.pictures import print_remarks
 from tljax.data.workers import CropRows, Decoder, Note, concurrent_batches, decoder
 from tljax.runtime.errors import RequestError
@@ -75,7 +75,8 @@ def load_batches(
 
     Yields:
         This process's rows of each batch: inputs ``[rows, size, size, channels]`` of the dtype of
-        ``preprocess``; the last batch is padded to its full size.
+        ``preprocess``; the last batch is padded to its full size. With ``crops``, packed pixels
+        come as whole photographs, with the boxes that `augment` crops on the device.
 
     Raises:
         RequestError: an argument is out of its range; or, during the iteration and with ``fail``,
@@ -169,6 +170,10 @@ def shard_rows(rows: BatchRows, shard: tuple[int, int]) -> BatchRows:
     return rows.reshape(len(rows), processes, rows.shape[1] // processes)[:, process]
 
 
+_Loaded = tuple[np.ndarray, np.ndarray | None, list[Note]]
+"""Images, the boxes to crop on the device, and what is to be said of them."""
+
+
 @dataclass(frozen=True, eq=False)
 class _Batches:
     """Random access to decoded batches, as a grain data source."""
@@ -182,23 +187,27 @@ class _Batches:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, list[Note]]:
-        rows = self.rows[index]
+    def __getitem__(self, index: int) -> _Loaded:
+        rows, preprocess, boxes = self.rows[index], self.preprocess, None
         examples, positions = self.source.locate(rows)
-        images = np.empty((len(positions), *self.preprocess.shape), self.preprocess.dtype)
-        crops = self.crops and CropRows(self.crops, rows)
-        return images, self.decode(examples, self.preprocess, positions, images, crops)
+        crops, shape = self.crops and CropRows(self.crops, rows), preprocess.shape
+        if self.crops and isinstance(examples, Packed) and examples.canvas:
+            # Cropped on the device, as the host would take longer than to copy.
+            boxes = examples.canvas_boxes(self.crops, rows, positions, preprocess)
+            crops, shape = None, examples.canvas
+        images = np.empty((len(rows), *shape), preprocess.dtype)
+        return images, boxes, self.decode(examples, preprocess, positions, images, crops)
 
 
 def _iterate(
     source: Source,
     rows: BatchRows,
-    decoded: grain.IterDataset[tuple[np.ndarray, list[Note]]],
+    decoded: grain.IterDataset[_Loaded],
     on_bad_image: str,
     skipped: dict[int, str] | None,
 ) -> Iterator[Batch]:
     with closing(iter(decoded)) as batches:
-        for indices, (images, notes) in zip(rows, batches, strict=True):
+        for indices, (images, boxes, notes) in zip(rows, batches, strict=True):
             mask = indices >= 0
             for note in notes:
                 index = int(indices[note.row])
@@ -211,4 +220,4 @@ def _iterate(
                 if skipped is not None:
                     skipped[index] = note.fault
                 mask[note.row] = False
-            yield source.batch(images, mask, indices)
+            yield source.batch(images, mask, indices)._replace(boxes=boxes)

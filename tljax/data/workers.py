@@ -78,7 +78,11 @@ class Decoder(Protocol):
         out: Shaped[np.ndarray, "rows size size channels"],
         crops: CropRows | None = None,
     ) -> list[Note]:
-        """Decode ``examples[i]`` for each index into a row of ``out``; zeros for an index of -1."""
+        """Decode ``examples[i]`` for each index into a row of ``out``; zeros for an index of -1.
+
+        If the rows of ``out`` have another shape than ``preprocess``, they are canvases for the
+        whole photographs of a `tljax.data.packed.Packed`.
+        """
         ...
 
 
@@ -108,14 +112,21 @@ def _decode_rows(
 ) -> list[Note]:
     """Decode a part of a batch that begins at row ``first``."""
     notes = []
+    packed: Any = examples if hasattr(examples, "copy_square") else None
+    whole = out.shape[1:] != preprocess.shape
     for row, index in enumerate(indices.tolist()):
         fault, remarks = None, []
         if index < 0:
             out[row] = 0
             continue
         try:
-            crop = crops and crops.crops.of(crops.indices[row], preprocess)
-            out[row] = decode(examples[index], preprocess, remarks, crop=crop)
+            if whole:
+                packed.copy_whole(index, out[row])
+            elif crops or not (packed and packed.copy_square(index, preprocess, out[row])):
+                crop = crops and crops.crops.of(crops.indices[row], preprocess)
+                if crop and packed:
+                    crop = packed.crop(crop, index)
+                out[row] = decode(examples[index], preprocess, remarks, crop=crop)
         except UnreadableImageError as error:
             fault = str(error)
             out[row] = 0
@@ -180,7 +191,7 @@ class _Processes:
                 while parts and (slot := _take(slots, wait=not pending)):
                     part = parts.popleft()
                     crop = crops and crops.part(part)
-                    task = shared, preprocess, indices[part], slot, part.start, crop
+                    task = shared, preprocess, indices[part], slot, out.shape[1:], part.start, crop
                     pending.append((self._pool.submit(_decode_into_slot, *task), part, slot))
                 future, part, slot = pending[0]
                 notes += future.result()
@@ -346,9 +357,9 @@ def _decode_into_slot(
     preprocess: Preprocess,
     indices: np.ndarray,
     slot: _Slot,
+    shape: tuple[int, ...],
     first: int,
     crops: CropRows | None,
 ) -> list[Note]:
-    shape = (len(indices), *preprocess.shape)
-    out = slot.array(shape, np.dtype(preprocess.dtype))
+    out = slot.array((len(indices), *shape), np.dtype(preprocess.dtype))
     return _decode_rows(_load_shared(shared), preprocess, indices, out, first, crops)

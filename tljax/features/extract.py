@@ -284,7 +284,7 @@ def _forward(
     variables: Variables,
     x: Shaped[jax.Array, "batch ..."],
     indices: Int[jax.Array, " batch"],
-    boxes: Float[jax.Array, "batch 6"] | None = None,
+    boxes: Float[jax.Array, "batch 7"] | None = None,
 ) -> Shaped[jax.Array, "batch ..."]:
     if augmentation is not None and key is not None:
         preprocess = model.preprocess

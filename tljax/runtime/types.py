@@ -34,9 +34,9 @@ class Batch(NamedTuple):
         mask: ``[batch]`` bool; False for padding and for unreadable images.
         indices: ``[batch]`` int32 position of each example in its source; -1 for padding.
         extra: further arrays ``[batch, ...]`` of the source, by name.
-        boxes: ``[batch, 6]`` float32 if inputs are whole photographs, each at the upper left of a
-            canvas, that `augment` is to crop: top, left, height and width of the crop, and height
-            and width of the photograph, in pixels. Otherwise None.
+        boxes: ``[batch, 7]`` float32 if inputs are whole photographs, each at the upper left of a
+            canvas, that `augment` is to crop: top, left, height and width of the crop, height and
+            width of the photograph, in pixels, and whether it is transposed. Otherwise None.
     """
 
     inputs: Shaped[Array, "batch ..."]
@@ -44,4 +44,4 @@ class Batch(NamedTuple):
     mask: Bool[Array, " batch"]
     indices: Int32[Array, " batch"]
     extra: dict[str, Array] = {}  # noqa: RUF012 - a field of a tuple, never written to
-    boxes: Float[Array, "batch 6"] | None = None
+    boxes: Float[Array, "batch 7"] | None = None
