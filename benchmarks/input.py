@@ -1,20 +1,23 @@
 """Measure the images per second that are read, decoded and resized; print JSON.
 
-``Pillow`` decodes at full size, resizes and crops in one thread; ``decode`` is tljax in one thread.
-The loaders of tljax and torch use all cores, in threads or processes; the seconds include the start
-of the processes. ``--enlarge 12`` turns images of 256 pixels into the size of a phone's.
+``Pillow`` decodes at full size, resizes and crops in one thread, as torchvision does; ``decode`` is
+tljax in one thread. The loaders of tljax and torch use two threads or processes, or eight on the
+same cores, which have started before. ``packed`` reads pixels that were decoded once, from the
+page cache or from the disk. ``--enlarge 12`` turns images of 256 pixels into the size of a phone's.
 
-    python benchmarks/input.py FOLDER --count 200
+    python benchmarks/input.py FOLDER --count 1000
 """
 
 import io
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -22,10 +25,12 @@ import tyro
 from peers import environment, take_turns
 from PIL import Image
 
+from tljax.data import workers as decoding
 from tljax.data.decode import decode, open_image
-from tljax.data.examples import Source, select
+from tljax.data.examples import Source, Splits, select
 from tljax.data.loader import load_batches
-from tljax.data.sources import open_labeled
+from tljax.data.pack import pack
+from tljax.data.sources import open_labeled, open_splits
 from tljax.runtime.preprocess import Preprocess
 
 
@@ -35,7 +40,7 @@ class Config:
 
     data: Annotated[str, tyro.conf.Positional]
     """A folder with one subfolder per class."""
-    count: int = 500
+    count: int = 1000
     """Number of images, drawn at random from the folder."""
     enlarge: int = 1
     """Factor by which height and width are enlarged first, stored as JPEG of quality 90."""
@@ -48,14 +53,26 @@ class Config:
 class Decoded(torch.utils.data.Dataset[tuple[np.ndarray, int]]):
     """A data set for the loader of torch that decodes with Pillow."""
 
-    def __init__(self, source: Source, decode_fully: Callable[[Any], np.ndarray]) -> None:
-        self.source, self.decode_fully = source, decode_fully
+    def __init__(self, source: Source) -> None:
+        self.source = source
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-        return self.decode_fully(self.source.read(index)), int(self.source.labels[index])
+        return decode_fully(self.source.read(index)), int(self.source.labels[index])
+
+
+def decode_fully(data: Any) -> np.ndarray:
+    """Decode, resize and crop as torchvision does."""
+    preprocess = Preprocess()
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    side, resize = preprocess.size, preprocess.resize
+    scale = resize / min(image.size)
+    width, height = (max(resize, int(length * scale)) for length in image.size)
+    image = image.resize((width, height), Image.Resampling.BILINEAR)
+    left, top = (width - side) // 2, (height - side) // 2
+    return np.array(image.crop((left, top, left + side, top + side)))
 
 
 def write_enlarged(folder: str, source: Source, times: int) -> None:
@@ -69,69 +86,85 @@ def write_enlarged(folder: str, source: Source, times: int) -> None:
         image.save(path, quality=90)
 
 
+def exhaust(batches: Iterable[Any]) -> None:
+    """Read all batches."""
+    for _ in batches:
+        pass
+
+
+def evict(folder: str) -> None:
+    """Remove the files of a folder from the page cache."""
+    for path in Path(folder).iterdir():
+        with path.open("rb") as file:
+            os.fdatasync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def read_in_order(folder: str) -> None:
+    """Read the files of a folder in blocks of a megabyte, as dd does."""
+    for path in sorted(Path(folder).glob("part-*")):
+        with path.open("rb", buffering=0) as file:
+            while file.read(2**20):
+                pass
+
+
 def main() -> None:
     config = tyro.cli(Config)
     source = open_labeled(config.data)
     count = min(config.count, len(source))
     indices = np.random.default_rng(0).choice(len(source), count, replace=False)
     source = select(source, np.sort(indices))
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as packed:
         if config.enlarge > 1:
             write_enlarged(folder, source, config.enlarge)
             source = open_labeled(folder)
-        measure(config, source)
+        pack(Splits(source, select(source, [0])), Path(packed))
+        measure(config, source, packed)
 
 
-def measure(config: Config, source: Source) -> None:
+def measure(config: Config, source: Source, packed: str) -> None:
     """Time every way to read the images, and print the report as JSON."""
-    preprocess, cores = Preprocess(), os.cpu_count() or 1
-
-    def decode_fully(data: Any) -> np.ndarray:
-        image = Image.open(io.BytesIO(data)).convert("RGB")
-        side, resize = preprocess.size, preprocess.resize
-        scale = resize / min(image.size)
-        width, height = (max(resize, int(length * scale)) for length in image.size)
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
-        left, top = (width - side) // 2, (height - side) // 2
-        return np.array(image.crop((left, top, left + side, top + side)))
-
-    def each(function: Callable[[Any], np.ndarray]) -> None:
-        for i in range(len(source)):
-            function(source.read(i))
-
-    def load(workers: int) -> None:
-        batches = load_batches(
-            source, preprocess, batch_size=config.batch_size, workers=workers, on_bad_image="fail"
-        )
-        for _ in batches:
-            pass
-
-    def load_in_torch() -> None:
-        data = Decoded(source, decode_fully)
-        for _ in torch.utils.data.DataLoader(data, config.batch_size, num_workers=cores):
-            pass
-
-    rows: dict[str, Any] = take_turns(
-        {
-            "Pillow": lambda: each(decode_fully),
-            "decode": lambda: each(lambda data: decode(data, preprocess)),
-            "loader, threads": lambda: load(0),
-            "loader, processes": lambda: load(cores),
-            "torch loader, processes": load_in_torch,
-        },
-        config.rounds,
+    preprocess = Preprocess()
+    read_packed = open_splits(f"packed:{packed}").train
+    torch_loader = torch.utils.data.DataLoader(
+        Decoded(source), config.batch_size, num_workers=2, persistent_workers=True
     )
-    for name, row in rows.items():
+
+    def load(source: Source, workers: int = 0, threads: int = 2, **options: Any) -> None:
+        options |= {"batch_size": config.batch_size, "on_bad_image": "fail", "workers": workers}
+        with mock.patch.object(decoding, "cores", return_value=threads):
+            exhaust(load_batches(source, preprocess, **options))
+
+    def each(function: Callable[[Any], np.ndarray], source: Source) -> None:
+        exhaust(function(source.read(i)) for i in range(len(source)))
+
+    def cold(read: Callable[[], None]) -> None:
+        evict(packed)
+        read()
+
+    ways: dict[str, Callable[[], None]] = {
+        "Pillow": partial(each, decode_fully, source),
+        "decode": partial(each, partial(decode, preprocess=preprocess), source),
+        "loader, 2 threads": partial(load, source),
+        "loader, 2 processes": partial(load, source, workers=2),
+        "loader, 8 threads": partial(load, source, threads=8),
+        "loader, 8 processes": partial(load, source, workers=8),
+        "torch loader, 2 processes": lambda: exhaust(torch_loader),
+        "packed, 1 thread": partial(load, read_packed, threads=1, seed=0),
+        "packed, 2 threads": partial(load, read_packed, seed=0),
+        "packed, 2 threads, from the disk": partial(cold, partial(load, read_packed)),
+        "read, from the disk": partial(cold, partial(read_in_order, packed)),
+    }
+    rows: dict[str, Any] = take_turns(ways, config.rounds)
+    for row in rows.values():
         row["images_per_second"] = round(len(source) / row["seconds"], 1)
-        workers = cores if "loader" in name else 1
-        row["images_per_second_and_core"] = round(len(source) / row["seconds"] / workers, 1)
     report = {
         "environment": environment(),
         "data": Path(config.data).name,
         "count": len(source),
         "enlarge": config.enlarge,
         "batch_size": config.batch_size,
-        "cores": cores,
+        "cores": decoding.cores(),
         "ways": rows,
     }
     print(json.dumps(report, indent=2))

@@ -134,9 +134,8 @@ def inputs() -> str:
     for report in results("input"):
         for reader, row in report["ways"].items():
             side = 256 * report["enlarge"]
-            cells = [row[f"images_per_second{suffix}"] for suffix in ("", "_and_core")]
-            rows.append([f"{side} px", reader, *(f"{cell:.0f}" for cell in cells)])
-    return table(["short side", "reader", "images/s", "images/s per core"], rows)
+            rows.append([f"{side} px", reader, f"{row['images_per_second']:,.0f}"])
+    return table(["short side", "reader", "images/s"], rows)
 
 
 def parity() -> str:

@@ -656,7 +656,7 @@ OTHER = {
     "val-fraction": (0.5,),
     "on-bad-image": ("fail",),
     **{flag: values for flag, values in OF_STEPS.items() if flag not in ("remat", "fsdp")},
-    **{flag: values for flag, values in FIND.items() if flag != "pack"},
+    **FIND,
     "balance": (),
     "channels": (2,),
     "mean": (-0.5, 0.5),
@@ -664,7 +664,6 @@ OTHER = {
     **{flag: values for flag, values in LABELS_OF_DATA.items() if flag != "root"},
 }
 OF_NOW = {
-    "pack",
     *("workers", "devices", "distributed", "json", "debug", "platform", "resume"),
     *("dry_run", "find_learning_rate"),
     *("remat", "fsdp"),  # how the memory of this machine is used

@@ -57,16 +57,14 @@ def test_extracted_features_are_those_of_the_files(place: Path, packed: Path):
 
 
 @pytest.mark.slow
-def test_a_run_that_packs_its_images_is_the_same_and_is_resumed_without(
-    place: Path, tmp_path: Path
-):
+def test_a_run_that_packs_its_images_is_the_same(place: Path, tmp_path: Path):
     data = ("--data", place / "images", "--workdir", "run", "--recipe", "finetune", "--epochs", 2)
     options = (*data, "--weights", place / "net.safetensors", "--image-size", 32, "--json")
     done = call_script(tmp_path, "train", *options, "--pack", "always")
     result = answer(done)
     assert "note: images are packed at 37 pixels" in done.stderr
     assert [*(tmp_path / "packed").glob("*/header.json")]
-    again = call_script(tmp_path, "train", *options)
+    again = call_script(tmp_path, "train", *options, "--pack", "always")
     assert "note: the run in run is continued" in again.stderr
     assert answer(again)["val_top1"] == result["val_top1"]
     shutil.move(tmp_path / "run", tmp_path / "packed_run")

@@ -17,9 +17,9 @@ from tljax.data.examples import Splits
 from tljax.data.loader import load_batches
 from tljax.data.sources import open_splits
 from tljax.runtime.errors import RequestError
-from tljax.runtime.files import MARKER
+from tljax.runtime.files import MARKER, mark_output
 from tljax.train.options import FitConfig
-from tljax.train.packing import epochs_on_images, pack_images
+from tljax.train.packing import _place, epochs_on_images, pack_images
 from tljax.train.recipes import Plan, make_plan
 
 
@@ -127,9 +127,10 @@ def test_epochs_that_start_from_cached_activations_decode_nothing(tiny, splits):
     assert epochs(epochs=7, freeze_to="layer1", augment=True) == 7
 
 
-def test_another_process_that_packs_is_waited_for(tiny, splits, tmp_path, capsys):
-    pack_images("always", tiny[0], splits, plan_of(tiny), workers=0)
-    [folder] = (tmp_path / "cache" / "packed").iterdir()
+def test_another_process_that_packs_is_waited_for(tiny, splits, capsys):
+    folder = _place(splits, tiny[0].preprocess)
+    folder.mkdir(parents=True)
+    mark_output(folder)
     code = (
         "import fcntl, sys, time; file = open(sys.argv[1], 'a'); fcntl.flock(file, fcntl.LOCK_EX);"
         "print('locked', flush=True); time.sleep(0.5)"

@@ -38,9 +38,7 @@ _UNUSED_IN_RANGE_TEST = (
     "profile verify_content"
 )
 _IN_RANGE_TEST = "with --find-learning-rate"
-_NOT_RESUMED = (
-    "workers devices distributed pack json debug platform resume dry_run find_learning_rate"
-)
+_NOT_RESUMED = "workers devices distributed json debug platform resume dry_run find_learning_rate"
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ class Config(cli.Common, cli.Classifier, cli.Channels):
             default a new folder in runs/ is created.
         resume: Run directory to continue with its own options; other options may not differ from
             them, except those of this machine: --workers, --devices, --platform, --distributed,
-            --pack, --remat and --fsdp.
+            --remat and --fsdp.
             If the images, weights or extension file were moved, --data, --root, --weights and
             --extension say where they are now.
         labels: Options of how labels are read, from a table above all.
@@ -68,7 +66,7 @@ class Config(cli.Common, cli.Classifier, cli.Channels):
             bytes have changed. By default their paths, sizes and labels are compared.
         pack: Packing of the images in the cache folder, so that they are decoded once: never,
             always, or auto, on a GPU or TPU if two epochs or more decode them and half of the free
-            disk space holds them. It changes no result.
+            disk space holds them. With --augment, crops are cut from the packed images.
         checkpoint_minutes: Minutes between checkpoints within an epoch; 0 writes one at every step.
             One is always written at the end of an epoch.
         log_every: Number of steps between lines of metrics.jsonl within an epoch, beside that of

@@ -11,6 +11,7 @@ import numpy as np
 
 from tljax.data.examples import Splits
 from tljax.data.pack import pack
+from tljax.data.packed import HEADER
 from tljax.data.packed_splits import open_packed_splits
 from tljax.models import Model, abstract_variables
 from tljax.runtime.errors import RequestError
@@ -27,9 +28,9 @@ def pack_images(
 ) -> Splits:
     """Pack the images of a run in the cache folder, and return sources that read them from there.
 
-    They are packed at the size and with the filter of the network, which therefore gets the same
-    bytes. One line on stderr says what is done. Another process that packs the same images is
-    waited for.
+    They are packed at the size and with the filter of the network, so that central squares are the
+    same bytes. Random crops are cut from the packed photographs. One line on stderr says what is
+    done. Another process that packs the same images is waited for.
 
     Args:
         mode: ``always``, or ``auto`` to pack only where it is likely to save time: on a GPU or TPU,
@@ -51,19 +52,17 @@ def pack_images(
         return _unpacked(splits, "images with --channels are read from their files")
     folder = _place(splits, preprocess)
     size = 4 * preprocess.resize**2 * (len(splits.train) + len(splits.val))  # of 4:3
-    if mode == "auto" and (reason := _reason_against(model, splits, plan, size, folder)):
+    found = (folder / HEADER).exists()
+    if mode == "auto" and (
+        reason := _reason_against(model, splits, plan, 0 if found else size, folder)
+    ):
         return _unpacked(splits, reason)
     _print(
         f"images are packed at {preprocess.resize} pixels, about {size / 1e9:.1f} GB in {folder}"
     )
-    pack(
-        splits,
-        folder,
-        size=preprocess.resize,
-        interpolation=preprocess.interpolation,
-        workers=workers,
-        wait=True,
-    )
+    if not found:
+        resize = {"size": preprocess.resize, "interpolation": preprocess.interpolation}
+        pack(splits, folder, **resize, workers=workers, wait=True)
     packed = open_packed_splits(f"packed:{folder}")
     train = replace(splits.train, examples=packed.train.examples)
     if splits.val is splits.train:
@@ -74,7 +73,7 @@ def pack_images(
 
 def _place(splits: Splits, preprocess: Preprocess) -> Path:
     """Return the folder of the images, which depends on them and on how they are resized."""
-    images = splits.train.digest, splits.val.digest
+    images = splits.train.cache_key, splits.val.cache_key
     key = sha256(repr((images, preprocess.resize, preprocess.interpolation)).encode())
     return cache_dir() / "packed" / key[:16]
 
