@@ -119,6 +119,18 @@ def test_importing_tljax_imports_neither_jax_nor_flax():
     assert run.stdout.strip() == "[]"
 
 
+def test_a_command_compares_paths_before_jax_is_configured():
+    """As the command that began a run does when it is repeated."""
+    code = (
+        "import sys; from tljax.commands.train import _place;"
+        "print(_place('data', 'missing/*.tar'), 'jax' in sys.modules)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert run.stdout.strip() == f"{ROOT / 'missing/*.tar'} False"
+
+
 def test_every_public_name_can_be_imported():
     import tljax
 

@@ -370,6 +370,13 @@ def test_a_complete_folder_is_left_as_it_is(expected, tmp_path, monkeypatch):
     assert contents(tmp_path / "expected") == expected
 
 
+def test_a_complete_folder_that_was_damaged_is_not_called_packed(tmp_path):
+    pack(many(), tmp_path / "out", size=24)
+    os.truncate(tmp_path / "out" / "part-00000.bin", 9)
+    with pytest.raises(RequestError, match=r"out was damaged after it was packed: remove it to pa"):
+        pack(many(), tmp_path / "out", size=24)
+
+
 KILLED = """
 import sys, time
 from pathlib import Path

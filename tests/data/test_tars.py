@@ -428,3 +428,11 @@ def test_byte_strings_are_a_sequence():
     assert ByteStrings.concatenate([strings, strings[1:]]).tolist()[3:] == [b"", b"bcd"]
     with pytest.raises(IndexError):
         strings[3]
+
+
+def test_heic_photos_are_examples_that_cannot_be_read_as_in_a_folder(tmp_path):
+    heic = b"\0\0\0\x18ftypheic" + bytes(99)
+    tar = write_tar(tmp_path / "a.tar", {**examples(range(3)), "7.HEIC": heic, "7.cls": b"1"})
+    source, skipped = open_labeled(str(tar)), {}
+    list(load_batches(source, TINY, batch_size=4, skipped=skipped))
+    assert skipped == {3: "a HEIC photo, which Pillow cannot read: convert it to JPEG"}

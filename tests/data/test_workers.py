@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections import namedtuple
 from dataclasses import dataclass
@@ -87,6 +88,57 @@ def test_a_killed_worker_is_one_clear_line_and_the_next_pass_starts_new_ones(pho
     assert batches_of(photographs, 3) == expected
 
 
+def test_memory_of_examples_that_are_not_used_any_more_is_freed():
+    """Data sets follow each other, of which workers know four."""
+
+    def pass_over_another() -> tuple[set[Path], int]:
+        batches_of(arrays(0), 2)
+        return shared_memory(), psutil.Process().num_fds()
+
+    for _ in range(4):
+        pass_over_another()
+    before, files = pass_over_another()
+    after, files_after = pass_over_another()
+    assert len(after) == len(before)
+    assert files_after <= files
+
+
+def test_more_data_sets_than_workers_know_are_read_side_by_side():
+    sources = [arrays(k) for k in range(6)]
+    loaded = [load_batches(source, TINY, batch_size=4, workers=2) for source in sources]
+    for batches in zip(*loaded, strict=True):
+        assert [batch.inputs[0, 0, 0, 0] for batch in batches] == [*range(6)]
+
+
+def arrays(value: int) -> Source:
+    return Source(np.full((40, 8, 8, 3), value, np.uint8), np.zeros(40, int), ("a",), ["x"] * 40)
+
+
+class Slow:
+    """Examples that take a tenth of a second each."""
+
+    def __len__(self) -> int:
+        return 400
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        time.sleep(0.1)
+        return np.full((8, 8, 3), index % 256, np.uint8)
+
+
+@pytest.mark.parametrize("count", [0, 2])
+@pytest.mark.slow
+def test_a_batch_that_no_one_needs_any_more_ends_after_the_next_image(count):
+    source = Source(Slow(), np.zeros(400, np.int32), ("a",), ["x"] * 400)
+    decode, stopped = workers.decoder(count)
+    out = np.zeros((100, *TINY.shape), np.uint8)
+    decode(source.examples, TINY, np.full(100, -1), out)  # starts what it needs
+    threading.Timer(0.3, stopped.set).start()
+    began = time.monotonic()
+    decode(source.examples, TINY, np.arange(100), out)
+    assert time.monotonic() - began < 2
+    assert not out[-1].any()
+
+
 @dataclass(frozen=True, eq=False)
 class Local:
     """Examples that cannot be pickled."""
@@ -157,3 +209,48 @@ def test_a_program_that_stops_early_prints_nothing_and_leaves_no_memory(tmp_path
     )
     assert (done.stdout, done.stderr) == ("batch\n", "")
     assert shared_memory() <= before
+
+
+@pytest.mark.slow
+def test_a_script_without_the_guard_is_told_of_it(tmp_path):
+    path = tmp_path / "script.py"
+    path.write_text(textwrap.dedent(SCRIPT.replace('__name__ == "__main__"', "True")))
+    done = subprocess.run([sys.executable, path], check=False, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "must be a file with the guard if __name__" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no process groups")
+@pytest.mark.parametrize("wait", ["start", "batch"])
+def test_workers_print_nothing_on_ctrl_c(tmp_path, wait):
+    """Whether they decode or are still being started."""
+    path = tmp_path / "script.py"
+    start = 'print("start", flush=True)\n        for batch'
+    path.write_text(textwrap.dedent(SCRIPT.replace("for batch", start)))
+    with subprocess.Popen(
+        [sys.executable, path],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as program:
+        assert program.stdout is not None
+        while program.stdout.readline() != f"{wait}\n":
+            pass
+        time.sleep(0.5)
+        os.killpg(program.pid, signal.SIGINT)
+        errors = program.communicate(timeout=60)[1]
+    assert errors.count("Traceback") == 1, errors  # of the program itself
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="the sender of signals is unknown")
+def test_workers_go_on_after_a_sigterm_that_is_meant_for_the_program(photographs):
+    """Schedulers send it to all processes of a job, and the program has to save its state."""
+    expected = batches_of(photographs, 0)
+    batches_of(photographs, 2)
+    ids = worker_ids()
+    subprocess.run(["kill", "-TERM", *map(str, ids)], check=True)
+    assert batches_of(photographs, 2) == expected
+    assert worker_ids() == ids

@@ -483,15 +483,17 @@ def _with_absolute_paths(config: Config) -> Config:
 
 
 def _absolute(value: str) -> str:
-    """Return the absolute path of files or a folder that exist; other values unchanged."""
+    """Return the absolute path of files or a folder that exist; other values unchanged.
+
+    It is called before JAX is configured, and imports nothing that imports JAX.
+    """
     from tljax.data.buckets import is_bucket
-    from tljax.data.hubs import is_hub
-    from tljax.data.shards import is_pattern
 
     prefix = next((one for one in ("hf:", "packed:") if value.startswith(one)), "")
     path = Path(value.removeprefix(prefix)).expanduser()
-    is_local = value != "digits" and not is_hub(value) and not is_bucket(value)
-    is_path = path.exists() if prefix else is_local and (path.exists() or is_pattern(value))
+    is_local = value != "digits" and not value.startswith("tfds:") and not is_bucket(value)
+    is_pattern = not prefix and any(sign in value for sign in "*?{")
+    is_path = (prefix or is_local) and (path.exists() or is_pattern)
     return f"{prefix}{path.resolve()}" if is_path else value
 
 

@@ -1,7 +1,7 @@
 """Batches of decoded images: grain asks for batches ahead, which `workers` decodes."""
 
 from collections.abc import Iterator, Sized
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,7 +13,7 @@ from tljax.data.boxes import Crops
 from tljax.data.examples import Source
 from tljax.data.packed import Packed, describe_resize
 from tljax.data.pictures import print_remarks
-from tljax.data.workers import CropRows, Decoder, Note, concurrent_batches, decoder
+from tljax.data.workers import CropRows, Decoder, Flag, Note, concurrent_batches, decoder
 from tljax.runtime.errors import RequestError
 from tljax.runtime.preprocess import Preprocess
 from tljax.runtime.types import Batch
@@ -97,11 +97,12 @@ def load_batches(
     rows = shard_rows(rows[start:], shard)
     if not len(rows):
         return iter(())
-    batches = _Batches(source, preprocess, crops, rows, decoder(workers))
+    decode, stopped = decoder(workers)
+    batches = _Batches(source, preprocess, crops, rows, decode)
     ahead = concurrent_batches(workers, rows.shape[1])
     options = grain.ReadOptions(num_threads=ahead, prefetch_buffer_size=ahead)
     decoded = grain.MapDataset.source(batches).to_iter_dataset(options)
-    return _iterate(source, rows, decoded, on_bad_image, skipped)
+    return _iterate(source, rows, decoded, stopped, on_bad_image, skipped)
 
 
 def require_readable_image(source: Source, skipped: dict[int, str]) -> None:
@@ -203,10 +204,12 @@ def _iterate(
     source: Source,
     rows: BatchRows,
     decoded: grain.IterDataset[_Loaded],
+    stopped: Flag,
     on_bad_image: str,
     skipped: dict[int, str] | None,
 ) -> Iterator[Batch]:
-    with closing(iter(decoded)) as batches:
+    with closing(iter(decoded)) as batches, ExitStack() as end:
+        end.callback(stopped.set)
         for indices, (images, boxes, notes) in zip(rows, batches, strict=True):
             mask = indices >= 0
             for note in notes:

@@ -9,17 +9,15 @@ import json
 import os
 import re
 import shutil
-import signal
 import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from itertools import islice
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 from zipfile import BadZipFile
@@ -38,9 +36,11 @@ from tljax.data.packed import (
     Job,
     Record,
     Shard,
+    open_packed,
     read_header,
 )
 from tljax.data.pictures import print_remarks
+from tljax.data.workers import cores, start_processes
 from tljax.runtime.errors import RequestError, WriteError
 from tljax.runtime.files import MARKER, atomic_write, locked, mark_output, sha256, to_json
 from tljax.runtime.progress import track
@@ -126,7 +126,7 @@ def _claimed(out: Path, plan: dict[str, Any], *, wait: bool) -> Iterator[Header 
     message = f"another process packs into {out}: wait for it or choose another"
     with locked(out / MARKER, message, wait=wait):
         if (out / HEADER).exists():
-            header = read_header(out)[0]
+            header = _read_complete(out)
             found = {**plan, **asdict(header), "images": header.source.get("images")}
             _compare(out, found, plan)  # another version of Pillow is no reason to pack again
             yield header
@@ -162,6 +162,20 @@ def _refuse_other_files(out: Path) -> None:
         raise RequestError(
             f"{out} holds something else, {printable(others[0])}: choose an empty folder"
         )
+
+
+def _read_complete(out: Path) -> Header:
+    """Return the header of a folder that is complete.
+
+    Raises:
+        RequestError: it was damaged since.
+    """
+    try:
+        return open_packed(out)[0].header
+    except RequestError as error:
+        raise RequestError(
+            f"{out} was damaged after it was packed: remove it to pack again ({error})"
+        ) from error
 
 
 def _compare(out: Path, found: dict[str, Any], plan: dict[str, Any]) -> None:
@@ -265,18 +279,15 @@ def _start(job: Job, workers: int) -> tuple[Executor, Callable[[range], list[Rec
     The job is sent to each process once.
     """
     if not workers:
-        threads = os.cpu_count() or 1
+        threads = cores()
         return ThreadPoolExecutor(threads), job, 4 * threads
-    context = get_context("spawn")  # threads of this process may hold locks, which a fork copies
-    pool = ProcessPoolExecutor(workers, context, _keep, (job,))
-    return pool, _work, 4 * workers
+    return start_processes(workers, _keep, job), _work, 4 * workers
 
 
 _kept: list[Job] = []  # of a process that packs
 
 
 def _keep(job: Job) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the main process, which ends this
     _kept[:] = [job]
 
 

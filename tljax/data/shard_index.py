@@ -16,7 +16,7 @@ from tljax.data.byte_strings import ByteStrings
 from tljax.runtime.errors import WriteError
 from tljax.runtime.files import atomic_write, cache_dir, sha256
 
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,7 +20,10 @@ from tljax.runtime.errors import RequestError
 LABELS = ("cls", "txt", "json")
 """Extensions of members that may be labels."""
 
-IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "jp2", "avif", "npy")
+IMAGES = (
+    *("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "jp2", "avif", "npy"),
+    *("heic", "heif"),  # which are listed as unreadable, with the reason
+)
 """Extensions of images; of several images of one example the first in this order is used."""
 
 _MAX_LABEL = 2**20

@@ -12,13 +12,14 @@ import pickle
 import shutil
 import signal
 import threading
-from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
+from itertools import count
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -86,9 +87,25 @@ class Decoder(Protocol):
         ...
 
 
-def decoder(workers: int) -> Decoder:
-    """Return a decoder that uses a number of processes; 0 uses threads, one for each core."""
-    return _decode_in_threads if workers == 0 else _processes(workers)
+class Flag(Protocol):
+    """What is set once."""
+
+    def set(self) -> None: ...  # noqa: D102
+    def is_set(self) -> bool: ...  # noqa: D102
+
+
+def decoder(workers: int) -> tuple[Decoder, Flag]:
+    """Return a decoder that uses a number of processes; 0 uses threads, one for each core.
+
+    Also returns a flag to set when no one needs its batches any more: those that are being decoded
+    end after the next image, unfinished.
+    """
+    if workers == 0:
+        stopped = threading.Event()
+        return partial(_decode_in_threads, stopped), stopped
+    processes = _processes(workers)
+    stopped = processes.new_flag()
+    return partial(processes, stopped), stopped
 
 
 def concurrent_batches(workers: int, rows: int) -> int:
@@ -109,6 +126,7 @@ def _decode_rows(
     out: np.ndarray,
     first: int,
     crops: CropRows | None,
+    stopped: Flag,
 ) -> list[Note]:
     """Decode a part of a batch that begins at row ``first``."""
     notes = []
@@ -116,6 +134,8 @@ def _decode_rows(
     whole = out.shape[1:] != preprocess.shape
     for row, index in enumerate(indices.tolist()):
         fault, remarks = None, []
+        if stopped.is_set():
+            break
         if index < 0:
             out[row] = 0
             continue
@@ -145,6 +165,7 @@ def _threads(count: int) -> ThreadPoolExecutor:
 
 
 def _decode_in_threads(
+    stopped: Flag,
     examples: Any,
     preprocess: Preprocess,
     indices: np.ndarray,
@@ -153,11 +174,50 @@ def _decode_in_threads(
 ) -> list[Note]:
     submit = _threads(cores()).submit
     futures = [
-        submit(_decode_rows, examples, preprocess, indices[part], out[part], part.start, crop)
+        submit(_decode_rows, examples, preprocess, rows, images, part.start, crop, stopped)
         for part in _chunks(len(out))
-        for crop in [crops and crops.part(part)]
+        for rows, images, crop in [(indices[part], out[part], crops and crops.part(part))]
     ]
     return [note for future in futures for note in future.result()]
+
+
+def start_processes(
+    workers: int, begin: Callable[..., None] | None = None, *args: Any
+) -> ProcessPoolExecutor:
+    """Start worker processes, which leave signals to this process and end when it does.
+
+    Args:
+        workers: how many.
+        begin: a function that each worker calls first.
+        *args: its arguments.
+    """
+    # Threads of this process may hold locks, which a fork would copy.
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin, (begin, args))
+    with _without_signals():
+        for _ in range(workers):
+            pool.submit(os.getpid)  # starts one
+    return pool
+
+
+@contextmanager
+def _without_signals() -> Iterator[None]:
+    """Block signals in this thread, and so in processes that it starts.
+
+    Ctrl-C and the SIGTERM of a scheduler go to workers, too, but are for this process, which may
+    need workers to go on with until it has saved its state.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # on Windows
+        yield
+        return
+    signals = {signal.SIGINT, signal.SIGTERM} if _TELLS_SENDER else {signal.SIGINT}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+_TELLS_SENDER = hasattr(signal, "sigwaitinfo")  # not on macOS
 
 
 class _Processes:
@@ -165,16 +225,25 @@ class _Processes:
 
     def __init__(self, workers: int) -> None:
         self._workers = workers
-        context = multiprocessing.get_context("spawn")
-        self._pool = ProcessPoolExecutor(workers, context, _begin)
+        self._pool = start_processes(workers)
+        self._ready = self._pool.submit(os.getpid)
         self._lock = threading.Lock()
         self._known: OrderedDict[int, tuple[Any, _Shared]] = OrderedDict()
+        self._users = Counter[_Shared]()  # calls that use them now
         self._slots: dict[int, SimpleQueue[_Slot]] = {}
-        self._memories: list[str] = []
+        self._flags, self._numbers = _allocate(_FLAGS), count()
+        self._memories = [self._flags]
         atexit.register(self._close)
+
+    def new_flag(self) -> "_SharedFlag":
+        """Return a flag that workers see."""
+        flag = _SharedFlag(self._flags, next(self._numbers) % _FLAGS)
+        flag.write(0)
+        return flag
 
     def __call__(
         self,
+        stopped: Flag,
         examples: Any,
         preprocess: Preprocess,
         indices: np.ndarray,
@@ -183,6 +252,7 @@ class _Processes:
     ) -> list[Note]:
         with self._lock:
             shared, slots = self._share(examples), self._memory(out[:CHUNK].nbytes)
+            self._users[shared] += 1
         pending = deque[tuple[Future[list[Note]], slice, _Slot]]()
         notes, parts = list[Note](), deque(_chunks(len(out)))
         try:
@@ -192,40 +262,44 @@ class _Processes:
                     part = parts.popleft()
                     crop = crops and crops.part(part)
                     task = shared, preprocess, indices[part], slot, out.shape[1:], part.start, crop
-                    pending.append((self._pool.submit(_decode_into_slot, *task), part, slot))
+                    future = self._pool.submit(_decode_into_slot, *task, stopped)
+                    pending.append((future, part, slot))
                 future, part, slot = pending[0]
                 notes += future.result()
                 out[part] = slot.array(out[part].shape, out.dtype)
                 slots.put(pending.popleft()[2])
         except BrokenProcessPool as error:
             _processes.cache_clear()  # a later call starts new ones
-            raise RequestError(
-                "a process that decodes images was killed, perhaps because memory was short: choose"
-                " fewer --workers"
-            ) from error
+            raise RequestError(_KILLED if self._have_started() else _NOT_STARTED) from error
         finally:
             for future, _, slot in pending:
+                future.cancel()
                 future.add_done_callback(lambda _, slot=slot: slots.put(slot))
+            with self._lock:
+                self._users[shared] -= 1
         return notes
 
+    def _have_started(self) -> bool:
+        return self._ready.done() and self._ready.exception() is None
+
     def _share(self, examples: Any) -> "_Shared":
-        """Put examples into shared memory, and remove those that were used longest ago."""
+        """Put examples into shared memory; remove unused ones that were used longest ago."""
         if id(examples) not in self._known:
+            unused = [key for key, (_, one) in self._known.items() if not self._users[one]]
+            for key in unused[: max(0, len(self._known) + 1 - _KNOWN)]:
+                _remove(self._known.pop(key)[1].memory)
             self._known[id(examples)] = examples, _write_shared(examples)
         self._known.move_to_end(id(examples))
-        while len(self._known) > _KNOWN:
-            _, (_, shared) = self._known.popitem(last=False)
-            _remove(shared.memory)
         return self._known[id(examples)][1]
 
     def _memory(self, size: int) -> "SimpleQueue[_Slot]":
         """Return the free slots of a size in bytes: three for each worker."""
         if size not in self._slots:
-            count = 3 * self._workers
-            memory = _allocate(count * size)
+            slots = 3 * self._workers
+            memory = _allocate(slots * size)
             self._memories.append(memory)
             self._slots[size] = SimpleQueue()
-            for k in range(count):
+            for k in range(slots):
                 self._slots[size].put(_Slot(memory, k * size))
         return self._slots[size]
 
@@ -242,6 +316,35 @@ def _processes(workers: int) -> _Processes:
 
 _KNOWN = 4
 """Examples that workers keep: those to train on, those to validate on, and two more."""
+
+_FLAGS = 4096
+"""Flags of passes that may be under way at the same time."""
+
+_KILLED = (
+    "a process that decodes images was killed, perhaps because memory was short: choose fewer"
+    " --workers"
+)
+_NOT_STARTED = (
+    "processes that decode images end before they begin: a program that uses workers must be a file"
+    ' with the guard if __name__ == "__main__"; or choose 0'
+)
+
+
+@dataclass(frozen=True)
+class _SharedFlag:
+    """A byte of shared memory as a flag."""
+
+    memory: str
+    position: int
+
+    def write(self, value: int) -> None:
+        _bytes(self.memory)[self.position] = value
+
+    def set(self) -> None:
+        self.write(1)
+
+    def is_set(self) -> bool:
+        return _bytes(self.memory)[self.position] != 0
 
 
 @dataclass(frozen=True)
@@ -270,7 +373,7 @@ class _Shared:
 
     def load(self) -> Any:
         """Build the examples on the arrays where they lie."""
-        memory = _bytes(self.memory)
+        memory = memoryview(_Memory(self.memory).buf or b"")
         data, *arrays = (memory[start:end].toreadonly() for start, end in self.bounds)
         return pickle.loads(data, buffers=arrays)  # noqa: S301 - written by the parent process
 
@@ -298,7 +401,9 @@ class _Memory(SharedMemory):
     """Shared memory that stays mapped while arrays lie in it."""
 
     def __del__(self) -> None:
-        """Leave it open: to close it under an array is an error."""
+        """Close its file. The mapping is left to the arrays, the last of which ends it."""
+        self._buf = self._mmap = None
+        self.close()
 
 
 _MEMORIES: dict[str, _Memory] = {}
@@ -335,16 +440,27 @@ def _remove(name: str) -> None:
 # In a worker.
 
 
-def _begin() -> None:
-    """Prepare a worker: Ctrl-C is for its parent, and it ends when that does."""
+def _begin(begin: Callable[..., None] | None, args: tuple[Any, ...]) -> None:
+    """Prepare a worker: signals are for its parent, and it ends when that does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    if _TELLS_SENDER:
+        threading.Thread(target=_end_when_told, daemon=True).start()
+    if begin:
+        begin(*args)
 
 
 def _end_with_parent() -> None:
     if (parent := multiprocessing.parent_process()) is not None:
         parent.join()
         os._exit(1)
+
+
+def _end_when_told() -> None:
+    """Wait for the SIGTERM by which the pool of the parent ends its workers."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(1)
 
 
 @lru_cache(_KNOWN)
@@ -360,6 +476,7 @@ def _decode_into_slot(
     shape: tuple[int, ...],
     first: int,
     crops: CropRows | None,
+    stopped: Flag,
 ) -> list[Note]:
     out = slot.array((len(indices), *shape), np.dtype(preprocess.dtype))
-    return _decode_rows(_load_shared(shared), preprocess, indices, out, first, crops)
+    return _decode_rows(_load_shared(shared), preprocess, indices, out, first, crops, stopped)
