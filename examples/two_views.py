@@ -54,7 +54,8 @@ def random_squares(key: jax.Array, batch: tljax.Batch) -> jax.Array:
     draws = jax.random.uniform(key, (count, 3))
     side = size * (0.6 + 0.4 * draws[:, :1])
     corner = (size - side) * draws[:, 1:]
-    return jnp.concatenate([corner, side, side, jnp.full((count, 2), size)], axis=1)
+    shape, upright = jnp.full((count, 2), size), jnp.zeros((count, 1))
+    return jnp.concatenate([corner, side, side, shape, upright], axis=1)
 
 
 extension = {"objective": two_views()}
