@@ -156,11 +156,11 @@ def test_both_modes_of_differentiation_agree_and_attacks_and_grad_cam_run(
     labels = np.array([1, 5])
     stage = grad_cam_stage(model)
     run = jax.jit(partial(apply, model), static_argnames=("start", "stop"))
-    if np.abs(run(variables, images).logits).max() > 1e8:
+    if np.abs(run(variables, images).logits).max() > 1e5:
         # Each block of a deep residual network adds to its input. With smaller norms, activations
         # do not grow so much that float32 loses the differences which are compared here.
         flat = flatten(variables)
-        norms = {path: x / 2 for path, x in flat.items() if path.endswith("/scale")}
+        norms = {path: 0.7 * x for path, x in flat.items() if path.endswith("/scale")}
         variables = unflatten(flat | norms)
 
     def logits_fn(x: jax.Array) -> jax.Array:
