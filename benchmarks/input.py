@@ -3,14 +3,13 @@
 ``Pillow`` decodes at full size, resizes and crops in one thread, as torchvision does; ``decode`` is
 tljax in one thread. The loaders of tljax and torch use two threads or processes, or eight on the
 same cores, which have started before. ``packed`` reads pixels that were decoded once, from the
-page cache or from the disk. ``--enlarge 12`` turns images of 256 pixels into the size of a phone's.
+page cache. ``--enlarge 12`` turns images of 256 pixels into the size of a phone's.
 
-    python benchmarks/input.py FOLDER --count 1000
+    python benchmarks/input.py FOLDER
 """
 
 import io
 import json
-import os
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -40,8 +39,8 @@ class Config:
 
     data: Annotated[str, tyro.conf.Positional]
     """A folder with one subfolder per class."""
-    count: int = 1000
-    """Number of images, drawn at random from the folder."""
+    count: int = 4000
+    """Number of images, drawn at random from the folder, several times each if it has fewer."""
     enlarge: int = 1
     """Factor by which height and width are enlarged first, stored as JPEG of quality 90."""
     batch_size: int = 32
@@ -92,28 +91,11 @@ def exhaust(batches: Iterable[Any]) -> None:
         pass
 
 
-def evict(folder: str) -> None:
-    """Remove the files of a folder from the page cache."""
-    for path in Path(folder).iterdir():
-        with path.open("rb") as file:
-            os.fdatasync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def read_in_order(folder: str) -> None:
-    """Read the files of a folder in blocks of a megabyte, as dd does."""
-    for path in sorted(Path(folder).glob("part-*")):
-        with path.open("rb", buffering=0) as file:
-            while file.read(2**20):
-                pass
-
-
 def main() -> None:
     config = tyro.cli(Config)
     source = open_labeled(config.data)
-    count = min(config.count, len(source))
-    indices = np.random.default_rng(0).choice(len(source), count, replace=False)
-    source = select(source, np.sort(indices))
+    indices = np.random.default_rng(0).permutation(len(source))
+    source = select(source, np.sort(np.resize(indices, config.count)))
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as packed:
         if config.enlarge > 1:
             write_enlarged(folder, source, config.enlarge)
@@ -138,10 +120,6 @@ def measure(config: Config, source: Source, packed: str) -> None:
     def each(function: Callable[[Any], np.ndarray], source: Source) -> None:
         exhaust(function(source.read(i)) for i in range(len(source)))
 
-    def cold(read: Callable[[], None]) -> None:
-        evict(packed)
-        read()
-
     ways: dict[str, Callable[[], None]] = {
         "Pillow": partial(each, decode_fully, source),
         "decode": partial(each, partial(decode, preprocess=preprocess), source),
@@ -152,8 +130,6 @@ def measure(config: Config, source: Source, packed: str) -> None:
         "torch loader, 2 processes": lambda: exhaust(torch_loader),
         "packed, 1 thread": partial(load, read_packed, threads=1, seed=0),
         "packed, 2 threads": partial(load, read_packed, seed=0),
-        "packed, 2 threads, from the disk": partial(cold, partial(load, read_packed)),
-        "read, from the disk": partial(cold, partial(read_in_order, packed)),
     }
     rows: dict[str, Any] = take_turns(ways, config.rounds)
     for row in rows.values():
