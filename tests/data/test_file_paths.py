@@ -40,8 +40,8 @@ def test_files_are_read_in_their_order(folder):
 
 def test_paths_below_the_root_are_stored_without_it(folder):
     files = Files.from_paths([folder / "a/1", folder / "b/3"], str(folder))
-    assert files.relative(np.array([1, 0])) == [b"b/3", b"a/1"]
-    assert files.text.nbytes == 6
+    assert files.paths.take(np.array([1, 0])) == [b"b/3", b"a/1"]
+    assert files.paths.data.nbytes == 6
     elsewhere = Files.from_paths([folder / "a/1", "elsewhere"], str(folder))
     assert (elsewhere.root, elsewhere.path(1)) == ("", "elsewhere")
 
@@ -196,7 +196,7 @@ def test_a_process_that_decodes_gets_tables_only(folder):
     assert source.fingerprint
     sent = pickle.loads(pickle.dumps(source.examples))
     assert isinstance(sent, Subset)
-    assert (sent.hashes, vars(sent.examples).keys()) == (None, {"root", "text", "ends"})
+    assert (sent.hashes, vars(sent.examples).keys()) == (None, {"root", "paths"})
     assert sent[3] == b"b/4"
 
 

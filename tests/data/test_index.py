@@ -38,7 +38,7 @@ def age(folder: Path) -> Path:
 
 def listed(folder: Path) -> list[str]:
     files = index_classes(folder).files
-    return [os.fsdecode(path) for path in files.relative(np.arange(len(files)))]
+    return [os.fsdecode(path) for path in files.paths.take(np.arange(len(files)))]
 
 
 def remembered(folder: Path) -> list[Path]:
@@ -56,8 +56,8 @@ def test_an_unchanged_folder_is_not_listed_again(data, monkeypatch):
     assert (first.folders, first.files.root) == (second.folders, second.files.root)
     for name in ("counts", "inodes", "links"):
         np.testing.assert_array_equal(getattr(first, name), getattr(second, name), strict=True)
-    for name in ("text", "ends"):
-        one, other = getattr(first.files, name), getattr(second.files, name)
+    for name in ("data", "ends"):
+        one, other = getattr(first.files.paths, name), getattr(second.files.paths, name)
         np.testing.assert_array_equal(one, other, strict=True)
 
 

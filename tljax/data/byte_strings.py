@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import overload
 
 import numpy as np
+from jaxtyping import Int, UInt8
 
 
 @dataclass(frozen=True, eq=False)
@@ -16,8 +17,8 @@ class ByteStrings(Sequence[bytes]):
         ends: ``[n]`` int64, where each string ends in ``data``.
     """
 
-    data: np.ndarray
-    ends: np.ndarray
+    data: UInt8[np.ndarray, " bytes"]
+    ends: Int[np.ndarray, " n"]
 
     @classmethod
     def of(cls, strings: Iterable[bytes]) -> "ByteStrings":
@@ -36,9 +37,12 @@ class ByteStrings(Sequence[bytes]):
             np.concatenate([np.empty(0, np.int64), *ends]),
         )
 
-    def select(self, rows: np.ndarray) -> "ByteStrings":
-        """Select strings by their indices."""
-        return ByteStrings.of(self[int(row)] for row in rows)
+    def take(self, rows: np.ndarray) -> list[bytes]:
+        """Return the strings at indices, 0 or more, as objects; faster than one by one."""
+        data, ends = self.data.data, self.ends
+        starts = np.where(rows > 0, ends[rows - 1], 0)
+        pairs = zip(starts.tolist(), ends[rows].tolist(), strict=True)
+        return [data[start:end].tobytes() for start, end in pairs]
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -51,7 +55,7 @@ class ByteStrings(Sequence[bytes]):
         if isinstance(index, slice):
             rows = range(len(self))[index]
             if rows.step != 1 or not rows:
-                return self.select(np.array(rows, np.int64))
+                return ByteStrings.of(self.take(np.array(rows, np.int64)))
             start = int(self.ends[rows.start - 1]) if rows.start else 0
             ends = self.ends[rows.start : rows.stop]
             return ByteStrings(self.data[start : int(ends[-1])], ends - start)

@@ -16,6 +16,7 @@ from typing import Any, Self, TypeVar, overload
 import numpy as np
 from jaxtyping import Int, UInt8, UInt64
 
+from tljax.data.byte_strings import ByteStrings
 from tljax.runtime.errors import UnreadableImageError
 
 MAX_BYTES = 2**29
@@ -36,13 +37,11 @@ class Files:
 
     Attributes:
         root: folder of relative paths; empty for the working directory.
-        text: the bytes of all paths, one after the other, as the file system encodes them.
-        ends: ``[n + 1]`` path ``i`` is ``text[ends[i] : ends[i + 1]]``.
+        paths: the paths, as the file system encodes them.
     """
 
     root: str
-    text: UInt8[np.ndarray, " bytes"]
-    ends: Int[np.ndarray, " n+1"]
+    paths: ByteStrings
 
     @classmethod
     def from_paths(cls, paths: Iterable[str | PathLike[str]], root: str = "") -> Self:
@@ -54,10 +53,10 @@ class Files:
             encoded = [path[len(prefix) :] for path in encoded]
         else:
             root = ""
-        return cls(root, *join(encoded))
+        return cls(root, ByteStrings.of(encoded))
 
     def __len__(self) -> int:
-        return len(self.ends) - 1
+        return len(self.paths)
 
     def __getitem__(self, index: int) -> bytes:
         path = Path(self.path(index))
@@ -72,20 +71,11 @@ class Files:
             raise UnreadableImageError(f"cannot be read: {error.strerror}") from error
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Files, (self.root, self.text, self.ends)  # without what is cached
+        return Files, (self.root, self.paths)  # without what is cached
 
     def path(self, index: int) -> str:
         """Return the path of a file, with ``root``."""
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        start, end = self.ends[index % len(self)], self.ends[index % len(self) + 1]
-        return os.path.join(self.root, os.fsdecode(self.text[start:end].tobytes()))  # noqa: PTH118
-
-    def relative(self, indices: np.ndarray) -> list[bytes]:
-        """Return the encoded paths of some files, without ``root``."""
-        text, ends = self.text.data, self.ends
-        pairs = zip(ends[indices].tolist(), ends[indices + 1].tolist(), strict=True)
-        return [text[start:end].tobytes() for start, end in pairs]
+        return os.path.join(self.root, os.fsdecode(self.paths[index]))  # noqa: PTH118
 
     def look_up(self, indices: np.ndarray, *fields: str) -> UInt64[np.ndarray, "n fields"]:
         """Return fields of `os.stat_result` of some files; negative numbers modulo 2^64.
@@ -101,7 +91,7 @@ class Files:
                 return None
 
         def look_up_chunk(chunk: np.ndarray) -> np.ndarray:
-            found = [*map(status, self.relative(chunk))]
+            found = [*map(status, self.paths.take(chunk))]
             columns = [
                 [int(MISSING) if info is None else getattr(info, name) % 2**64 for info in found]
                 for name in fields
@@ -127,7 +117,7 @@ class Files:
             times: whether to add when each file was changed, which a copy does not keep.
         """
         for start in range(0, len(indices), _CHUNK):
-            yield b"\0".join([*self.relative(indices[start : start + _CHUNK]), b""])
+            yield b"\0".join([*self.paths.take(indices[start : start + _CHUNK]), b""])
         yield self.status[indices, : 3 if times else 1].tobytes()
 
 
@@ -179,7 +169,7 @@ class Names(Sequence[str]):
     def __iter__(self) -> Iterator[str]:
         prefix = printable(os.path.join(self._files.root, ""))  # noqa: PTH118
         for start in range(0, len(self), _CHUNK):
-            for path in self._files.relative(self._indices[start : start + _CHUNK]):
+            for path in self._files.paths.take(self._indices[start : start + _CHUNK]):
                 yield prefix + _decode(path)
 
     def __eq__(self, other: object) -> bool:
@@ -191,17 +181,6 @@ class Names(Sequence[str]):
 
     def __repr__(self) -> str:
         return repr([*self])
-
-
-def join(paths: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
-    """Join encoded paths into the arrays ``text`` and ``ends`` of `Files`."""
-    lengths = np.fromiter(map(len, paths), np.int64, len(paths))
-    return np.frombuffer(b"".join(paths), np.uint8), to_ends(lengths)
-
-
-def to_ends(lengths: np.ndarray) -> np.ndarray:
-    """Return the array ``ends`` of `Files` from the length of each path."""
-    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
 
 
 def in_chunks(run: Callable[[np.ndarray], T], indices: np.ndarray, size: int = _CHUNK) -> list[T]:

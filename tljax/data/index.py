@@ -20,7 +20,8 @@ from zipfile import BadZipFile
 import numpy as np
 from jaxtyping import Bool, Int, UInt64
 
-from tljax.data.files import MISSING, Files, join, to_ends
+from tljax.data.byte_strings import ByteStrings
+from tljax.data.files import MISSING, Files
 from tljax.data.listing import Visits, is_output, list_folders, signature, walk
 from tljax.runtime.errors import WriteError
 from tljax.runtime.files import atomic_write, cache_dir, sha256
@@ -31,7 +32,7 @@ FEWEST = 20_000
 Some network file systems never change the times of folders: few have so many files there.
 """
 
-VERSION = 1
+VERSION = 2
 """Version of remembered indexes: increase it when other files become examples."""
 
 _THREADS = 16  # more than cores, as they wait for the file system
@@ -83,11 +84,10 @@ def _list(path: Path, root: str) -> tuple[Index, Visits]:
         parts = [*pool.map(partial(_list_class, root, ancestors), folders)]
     for part in parts:
         visits.add(part.visits)
-    lengths = _concatenate([np.diff(part.ends) for part in parts], np.int64)
     index = Index(
         folders=tuple(folder.name for folder in folders),
         counts=np.array([len(part.inodes) for part in parts], np.int64),
-        files=Files(root, _concatenate([x.text for x in parts], np.uint8), to_ends(lengths)),
+        files=Files(root, ByteStrings.concatenate([part.paths for part in parts])),
         inodes=_concatenate([part.inodes for part in parts], np.uint64),
         links=_concatenate([part.links for part in parts], np.bool_),
     )
@@ -95,8 +95,7 @@ def _list(path: Path, root: str) -> tuple[Index, Visits]:
 
 
 class _Part(NamedTuple):
-    text: np.ndarray
-    ends: np.ndarray
+    paths: ByteStrings
     inodes: np.ndarray
     links: np.ndarray
     visits: Visits
@@ -106,10 +105,10 @@ def _list_class(root: str, ancestors: set[Path], folder: Path) -> _Part:
     """List the files of a class folder as arrays, which take a tenth of the memory of entries."""
     visits, start = Visits(), len(os.path.join(root, ""))  # noqa: PTH118
     entries = [*walk(folder, set(ancestors), visits)]
-    text, ends = join([os.fsencode(entry.path[start:]) for entry in entries])
+    paths = ByteStrings.of(os.fsencode(entry.path[start:]) for entry in entries)
     inodes = np.fromiter((entry.inode() for entry in entries), np.uint64, len(entries))
     links = np.fromiter((entry.is_symlink() for entry in entries), np.bool_, len(entries))
-    return _Part(text, ends, inodes, links, visits)
+    return _Part(paths, inodes, links, visits)
 
 
 def _concatenate(arrays: list[np.ndarray], dtype: Any) -> np.ndarray:
@@ -133,8 +132,8 @@ def _write(path: Path, root: str, index: Index, visits: Visits) -> None:
     arrays = {
         "header": np.frombuffer(json.dumps(header).encode(), np.uint8),
         "counts": index.counts,
-        "text": index.files.text,
-        "ends": index.files.ends,
+        "text": index.files.paths.data,
+        "ends": index.files.paths.ends,
         "inodes": index.inodes,
         "links": np.flatnonzero(index.links),
     }
@@ -158,7 +157,7 @@ def _read(path: Path, root: str) -> Index | None:
                     return None
             if not all(is_output(os.path.join(root, x)) for x in header["outputs"]):  # noqa: PTH118
                 return None
-            files = Files(root, file["text"], file["ends"])
+            files = Files(root, ByteStrings(file["text"], file["ends"]))
             inodes, links = file["inodes"], np.zeros(len(files), np.bool_)
             links[file["links"]] = True
             counts, folders = file["counts"], tuple(header["classes"])

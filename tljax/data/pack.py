@@ -25,6 +25,7 @@ from zipfile import BadZipFile
 import numpy as np
 import PIL
 
+from tljax.data.byte_strings import ByteStrings
 from tljax.data.examples import Source, Splits
 from tljax.data.files import printable
 from tljax.data.packed import (
@@ -434,11 +435,13 @@ def _finish(
 
 def _label_arrays(parts: Sequence[Source]) -> dict[str, np.ndarray]:
     """Return the arrays of labels, groups, names and parts, of one part after the other."""
-    names = [name.encode("utf-8", "backslashreplace") for part in parts for name in part.names]
+    names = ByteStrings.of(
+        name.encode("utf-8", "backslashreplace") for part in parts for name in part.names
+    )
     arrays = {
         "part": np.repeat(np.arange(len(parts), dtype=np.uint8), [len(part) for part in parts]),
-        "name_bytes": np.frombuffer(b"".join(names), np.uint8),
-        "name_ends": np.cumsum([len(name) for name in names], dtype=np.int64),
+        "name_bytes": names.data,
+        "name_ends": names.ends,
         "labels": np.concatenate([part.labels for part in parts]),
     }
     for name in parts[0].extra:

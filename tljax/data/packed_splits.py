@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from tljax.data.byte_strings import ByteStrings
 from tljax.data.examples import Source, Splits, select
 from tljax.data.files import printable
 from tljax.data.labels import split_names
@@ -85,9 +86,8 @@ def _task(kind: Kind, **of_outputs: Sequence[Any]) -> Task:
 
 
 def _names(arrays: dict[str, np.ndarray]) -> list[str]:
-    text, ends = arrays["name_bytes"].tobytes(), arrays["name_ends"].tolist()
-    starts = [0, *ends[:-1]]
-    return [text[a:b].decode("utf-8") for a, b in zip(starts, ends, strict=True)]
+    names = ByteStrings(arrays["name_bytes"], arrays["name_ends"])
+    return [name.decode("utf-8") for name in names.tolist()]
 
 
 def _check_labels(spec: str, source: Source, labels: LabelOptions) -> None:

@@ -28,6 +28,7 @@ from tljax.data.shard_index import ShardIndex, open_index
 from tljax.data.tars import index_tar
 from tljax.data.tf_examples import RecordImages
 from tljax.data.tfrecords import index_tfrecord
+from tljax.data.workers import cores
 from tljax.runtime.errors import RequestError
 from tljax.runtime.files import sha256
 
@@ -163,7 +164,7 @@ def _open(where: str, files: Sequence[ShardFile]) -> Unlabeled:
     if len(kinds) > 1:
         raise RequestError(f"{where} has {' and '.join(sorted(kinds))}: choose with a pattern")
     kind = kinds.pop()
-    threads = 16 if is_bucket(files[0].path) else os.cpu_count()
+    threads = 16 if is_bucket(files[0].path) else cores()
     with ThreadPoolExecutor(threads) as pool:
         indexes = list(pool.map(partial(open_index, build=_KINDS[kind][1]), files))
     lengths = [len(index.keys) for index in indexes]

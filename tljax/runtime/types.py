@@ -45,3 +45,8 @@ class Batch(NamedTuple):
     indices: Int32[Array, " batch"]
     extra: dict[str, Array] = {}  # noqa: RUF012 - a field of a tuple, never written to
     boxes: Float[Array, "batch 7"] | None = None
+
+    @property
+    def num_examples(self) -> int:
+        """Return the number of examples, without padding."""
+        return int((self.indices >= 0).sum())

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from functools import cached_property
+from functools import cache
 from typing import Any, cast
 
 import jax
@@ -66,7 +66,8 @@ def dry_run(model: Model, splits: Splits, config: FitConfig, loading: Loading) -
     variables = jax.eval_shape(
         lambda v: add_adapter(model, v, plan.config, jax.random.key(0)), variables
     )
-    rates = _InputRates(model, splits, plan.config, loading, mesh)
+    inputs = Inputs(splits, plan.config, loading, 0, None, (), None, ({}, {}))
+    rates = cache(lambda: _measure_rates(model, inputs, mesh))  # only if a phase needs them
     for phase in plan.phases:
         labels = label(variables["params"], phase.table)
         start = first_trainable_stage(model, labels)
@@ -83,30 +84,16 @@ def dry_run(model: Model, splits: Splits, config: FitConfig, loading: Loading) -
             f"cached in {place}: the activations that enter {start}, {size:,.0f} MiB"
             if cached
             else "nothing is cached: every step starts from the images\n"
-            + rates.describe(batch_size / flops),
+            + describe_rates(*rates()[:2], batch_size / flops * rates()[2]),
         ]
     return "\n".join(lines)
 
 
-class _InputRates:
-    """Images per second of loading and transfer, measured when they are first needed."""
-
-    def __init__(
-        self, model: Model, splits: Splits, config: FitConfig, loading: Loading, mesh: Mesh
-    ) -> None:
-        self._inputs = Inputs(splits, config, loading, 0, None, (), None, ({}, {}))
-        self._model, self._mesh = model, mesh
-
-    @cached_property
-    def _rates(self) -> tuple[float, float, float]:
-        loading = loading_rate(self._inputs.batches(self._model, epoch=1))
-        batch = next(self._inputs.batches(self._model, epoch=1))
-        products = matmul_rate(self._model.dtype, self._mesh.size)
-        return loading, transfer_rate(batch, self._mesh), products
-
-    def describe(self, images_per_flop: float) -> str:
-        loading, transfer, products = self._rates
-        return describe_rates(loading, transfer, images_per_flop * products)
+def _measure_rates(model: Model, inputs: Inputs, mesh: Mesh) -> tuple[float, float, float]:
+    """Return images per second of loading and of transfer, and FLOP/s of a matrix product."""
+    loading = loading_rate(inputs.batches(model, epoch=1))
+    transfer = transfer_rate(next(inputs.batches(model, epoch=1)), mesh)
+    return loading, transfer, matmul_rate(model.dtype, mesh.size)
 
 
 def _parameter_table(model: Model, params: Variables, labels: Variables, config: FitConfig) -> str:

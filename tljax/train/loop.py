@@ -11,7 +11,7 @@ from tljax.metrics.sums import means
 from tljax.runtime.errors import DivergenceError, StoppedError
 from tljax.runtime.parallel import is_main_process, shard, sync_flags, to_host
 from tljax.runtime.progress import track
-from tljax.runtime.types import Batch, Variables
+from tljax.runtime.types import Variables
 from tljax.train.inputs import Inputs
 from tljax.train.memory import within_memory
 from tljax.train.recipes import Phase
@@ -66,7 +66,7 @@ def train_epoch(
         batches,
         description=f"epoch {epoch}",
         total=len(run.splits.train) - first * run.loading.batch_size,
-        size=_count,
+        size=lambda batch: batch.num_examples * jax.process_count(),
         quiet=not is_main_process(),
     )
     log = StepLog(run, phase, (epoch - 1) * run.steps_per_epoch + first, position["sums"])
@@ -82,7 +82,7 @@ def train_epoch(
             jax.block_until_ready(state.step)
             state, metrics = step(*arguments)
         log.append(metrics)
-        images += _count(batch)
+        images += batch.num_examples * jax.process_count()
         late = time.monotonic() - saved >= run.checkpoint_seconds
         stop_asked = run.preemption is not None and run.preemption.requested
         due, stop = sync_flags(late, stop_asked) if interruptible else (False, False)
@@ -102,11 +102,6 @@ def train_epoch(
             file=sys.stderr,
         )
     return state, means(log.read())
-
-
-def _count(batch: Batch) -> int:
-    """Return the number of images of a batch, of all processes together."""
-    return int((batch.indices >= 0).sum()) * jax.process_count()
 
 
 def save(

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from tljax.runtime.parallel import shard
@@ -24,11 +23,11 @@ def loading_rate(batches: Iterator[Batch]) -> float:
     ready = time.perf_counter()
     images, elapsed = 0, 0.0
     for batch in batches:
-        images += _count(batch)
+        images += batch.num_examples
         elapsed = time.perf_counter() - ready
         if elapsed > _SECONDS:
             break
-    return images / elapsed if images else _count(first) / (ready - began)
+    return images / elapsed if images else first.num_examples / (ready - began)
 
 
 def transfer_rate(batch: Batch, mesh: Mesh) -> float:
@@ -65,7 +64,3 @@ def describe_rates(loading: float, transfer: float, step: float) -> str:
         f"images/s: loading {loading:,.0f}, transfer to the devices {transfer:,.0f}, the step"
         f" about {step:,.0f} (its operations at the rate of a matrix product): {slowest} bounds"
     )
-
-
-def _count(batch: Batch) -> int:
-    return int(np.count_nonzero(batch.indices >= 0))
