@@ -14,6 +14,7 @@ import transformers
 from networks import difference, random_images, random_pretrained, run, to_torch
 from references.vit import randomize, timm_network
 from references.vit_files import flax_arrays, newer_names
+from torch.nn.functional import interpolate
 
 from tljax.models import abstract_variables, build_model, normalize
 from tljax.models.vit import VARIANTS
@@ -208,8 +209,15 @@ def test_positions_of_another_size_are_resized_with_a_note(side: int) -> None:
     arrays = {**file_of("vit_tiny_patch16_224", "timm"), "pos_embed": positions}
     identity = check(arrays, "net", "vit_tiny_patch16_224")
     resample: Any = oracles.load("timm.layers").resample_abs_pos_embed
-    expected = resample(torch.from_numpy(positions), [14, 14], num_prefix_tokens=1)
-    assert difference(identity.arrays["pos_embed"], expected.numpy()) <= 1e-6
+    theirs = resample(torch.from_numpy(positions), [14, 14], num_prefix_tokens=1).numpy()
+    # Both are compared with float64: in float32 coordinates up to `side` are rounded.
+    grid = torch.from_numpy(positions[:, 1:]).double().reshape(1, side, side, 192)
+    resized = interpolate(grid.movedim(-1, 1), (14, 14), mode="bicubic", antialias=True)
+    expected = np.concatenate(
+        [positions[:, :1], resized.movedim(1, -1).flatten(1, 2).numpy()], axis=1
+    )
+    for actual in (theirs, identity.arrays["pos_embed"]):
+        assert difference(actual, expected) <= side * np.finfo(np.float32).eps
     [note] = identity.notes("net")
     assert note == (
         f"net: its {1 + side**2} positions are resized to the 197 of vit_tiny_patch16_224; export "

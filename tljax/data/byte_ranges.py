@@ -11,7 +11,7 @@ import numpy as np
 
 from tljax.data.buckets import is_bucket, read_bucket
 from tljax.data.byte_strings import ByteStrings
-from tljax.data.files import MAX_BYTES
+from tljax.data.files import check_size
 from tljax.runtime.errors import RequestError, UnreadableImageError
 
 _LOCAL_BLOCK, _BUCKET_BLOCK = 2**12, 2**23
@@ -133,8 +133,7 @@ class ByteRanges:
         file, length = self.files[int(self.file[index])], int(self.lengths[index])
         if length < 0:
             raise UnreadableImageError("the record has no image")
-        if length > MAX_BYTES:
-            raise UnreadableImageError(f"larger than {MAX_BYTES >> 20} MiB")
+        check_size(length)
         data = file.read(int(self.starts[index]), length)
         if len(data) < length:
             raise UnreadableImageError(f"{file.name} has become shorter")
@@ -161,6 +160,5 @@ class BucketFiles:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> bytes:
-        if (size := int(self.sizes[index])) > MAX_BYTES:
-            raise UnreadableImageError(f"larger than {MAX_BYTES >> 20} MiB")
+        check_size(size := int(self.sizes[index]))
         return read_bucket(self.folder + os.fsdecode(self.paths[int(index)]), 0, size)

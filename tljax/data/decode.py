@@ -398,8 +398,8 @@ class _Opened(NamedTuple):
     @property
     def full_shape(self) -> tuple[int, int]:
         """Return the height and width of the upright image in the file, in pixels."""
-        width, height = map(int, self.full_size or self.size)
-        return (width, height) if self.orientation[2] else (height, width)
+        height, width = _shape(self.full_size or self.size, self.orientation)
+        return int(height), int(width)
 
 
 def _shape(size: tuple[float, float], orientation: _Orientation) -> tuple[float, float]:

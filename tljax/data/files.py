@@ -25,6 +25,17 @@ MAX_BYTES = 2**29
 MISSING = np.uint64(2**64 - 1)
 """What `Files.look_up` returns for a file that does not exist."""
 
+
+def check_size(size: int) -> None:
+    """Refuse a file that is too large for an image, before it is read.
+
+    Raises:
+        UnreadableImageError: it has more than `MAX_BYTES`.
+    """
+    if size > MAX_BYTES:
+        raise UnreadableImageError(f"larger than {MAX_BYTES >> 20} MiB")
+
+
 T = TypeVar("T")
 
 _CHUNK = 4096  # files that a thread handles at once
@@ -64,8 +75,7 @@ class Files:
             info = path.stat()
             if not stat.S_ISREG(info.st_mode):
                 raise UnreadableImageError("not a file but a folder, pipe or device")
-            if info.st_size > MAX_BYTES:
-                raise UnreadableImageError(f"larger than {MAX_BYTES >> 20} MiB")
+            check_size(info.st_size)
             return path.read_bytes()
         except OSError as error:
             raise UnreadableImageError(f"cannot be read: {error.strerror}") from error

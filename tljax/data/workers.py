@@ -155,8 +155,13 @@ def _decode_rows(
     return notes
 
 
-def _chunks(rows: int) -> list[slice]:
-    return [slice(start, min(start + CHUNK, rows)) for start in range(0, rows, CHUNK)]
+def _chunks(
+    indices: np.ndarray, crops: CropRows | None
+) -> list[tuple[slice, np.ndarray, CropRows | None]]:
+    """Divide a batch: the rows of each chunk, their indices and their crops."""
+    rows = len(indices)
+    parts = [slice(start, min(start + CHUNK, rows)) for start in range(0, rows, CHUNK)]
+    return [(part, indices[part], crops and crops.part(part)) for part in parts]
 
 
 @cache
@@ -174,9 +179,8 @@ def _decode_in_threads(
 ) -> list[Note]:
     submit = _threads(cores()).submit
     futures = [
-        submit(_decode_rows, examples, preprocess, rows, images, part.start, crop, stopped)
-        for part in _chunks(len(out))
-        for rows, images, crop in [(indices[part], out[part], crops and crops.part(part))]
+        submit(_decode_rows, examples, preprocess, chosen, out[part], part.start, crop, stopped)
+        for part, chosen, crop in _chunks(indices, crops)
     ]
     return [note for future in futures for note in future.result()]
 
@@ -254,14 +258,13 @@ class _Processes:
             shared, slots = self._share(examples), self._memory(out[:CHUNK].nbytes)
             self._users[shared] += 1
         pending = deque[tuple[Future[list[Note]], slice, _Slot]]()
-        notes, parts = list[Note](), deque(_chunks(len(out)))
+        notes, chunks = list[Note](), deque(_chunks(indices, crops))
         try:
-            while parts or pending:
+            while chunks or pending:
                 # Wait for memory only while none is in use here: it would never become free.
-                while parts and (slot := _take(slots, wait=not pending)):
-                    part = parts.popleft()
-                    crop = crops and crops.part(part)
-                    task = shared, preprocess, indices[part], slot, out.shape[1:], part.start, crop
+                while chunks and (slot := _take(slots, wait=not pending)):
+                    part, chosen, crop = chunks.popleft()
+                    task = shared, preprocess, chosen, slot, out.shape[1:], part.start, crop
                     future = self._pool.submit(_decode_into_slot, *task, stopped)
                     pending.append((future, part, slot))
                 future, part, slot = pending[0]
