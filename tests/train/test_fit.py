@@ -14,8 +14,8 @@ import tiny
 from engine import LOADING, config, everything, splits, train
 from flax import linen as nn
 
+import tljax.train.feed as feed_module
 import tljax.train.fit as fit_module
-import tljax.train.loop as loop_module
 import tljax.train.setup as train_setup
 from tljax.data.loader import batch_rows
 from tljax.data.options import AugmentConfig, Loading
@@ -25,9 +25,11 @@ from tljax.runtime.parallel import Preemption
 from tljax.runtime.trees import flatten
 from tljax.train import run_directory
 from tljax.train.checkpoint import Checkpoints
+from tljax.train.feed import Feed
 from tljax.train.inputs import Inputs
 from tljax.train.objectives import class_weights
 from tljax.train.recipes import Phase
+from tljax.train.step_log import StepLog
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
 
@@ -35,16 +37,28 @@ RANDOM = {"batch_norm": "batch", "dropout": 0.3, "ema_decay": 0.8}
 
 
 @pytest.fixture
-def indices(monkeypatch):
-    """Record the indices of the valid examples of every training batch."""
-    seen, shard = [], loop_module.shard
+def fed(monkeypatch):
+    """Record every training batch, with row numbers as inputs if several steps are dispatched."""
+    seen, batches = [], Feed.batches
 
-    def recording(batch, mesh):
-        seen.append(batch.indices[batch.mask].tolist())
-        return shard(batch, mesh)
+    def recording(self, epoch, first):
+        for fed in batches(self, epoch, first):
+            if self.steps == 1:
+                seen.append(fed.batch)
+            else:
+                steps = [
+                    jax.tree.map(lambda x, i=i: x[i], fed.batch.batches) for i in range(fed.steps)
+                ]
+                seen.extend(steps)
+            yield fed
 
-    monkeypatch.setattr(loop_module, "shard", recording)
+    monkeypatch.setattr(Feed, "batches", recording)
     return seen
+
+
+def examples(batches):
+    """Return the indices of the valid examples of each batch."""
+    return [np.asarray(batch.indices)[np.asarray(batch.mask)].tolist() for batch in batches]
 
 
 @pytest.fixture(autouse=True)
@@ -58,12 +72,12 @@ def losses(result):
     return [(entry["train_loss"], entry["val_loss"], entry["train_top1"]) for entry in entries]
 
 
-def test_a_cached_prefix_does_not_change_the_result(indices, feature_cache):
+def test_a_cached_prefix_does_not_change_the_result(fed, feature_cache):
     actual = {}
     for cache in ("none", "memory", "disk"):
-        indices.clear()
+        fed.clear()
         fit_config = config(freeze_to="stem", cache=cache, epochs=4, rate=5e-2, **RANDOM)
-        actual[cache] = losses(train(fit_config)), list(indices)
+        actual[cache] = losses(train(fit_config)), examples(fed)
         assert feature_cache.exists() == (cache == "disk")
     np.testing.assert_allclose(actual["memory"][0], actual["none"][0], rtol=1e-6)
     assert actual["memory"] == actual["disk"]
@@ -174,25 +188,61 @@ def test_a_run_that_is_killed_and_resumed_gives_the_same_result(name, lives, tmp
         assert len(expected["history"]) == 3
 
 
+class StopAfter(Preemption):
+    """A request to stop after some steps."""
+
+    def __init__(self, steps):
+        super().__init__()
+        self.left = steps
+
+    def reached(self):
+        self.left -= 1
+        self.requested = not self.left
+        return self.requested
+
+
 def test_a_run_that_is_asked_to_stop_saves_its_last_step(tmp_path, monkeypatch):
-    fit_config, shard, taken = config(ema_decay=0.8, cache="none"), loop_module.shard, []
+    fit_config, taken, append = config(ema_decay=0.8, cache="none"), [], StepLog.append
     expected = everything(train(fit_config, folder=tmp_path / "whole"), tmp_path / "whole")
     stopped = tmp_path / "stopped"
+    monkeypatch.setattr(StepLog, "append", lambda *args: (taken.append(args), append(*args)))
     for steps in (1, 3, 2):  # within an epoch, within the next one, and at the very end
-        preemption = Preemption()
         taken.clear()
-
-        def counted(batch, mesh, steps=steps, preemption=preemption):
-            taken.append(batch)
-            preemption.requested = len(taken) == steps
-            return shard(batch, mesh)
-
-        monkeypatch.setattr(loop_module, "shard", counted)
         with pytest.raises(StoppedError, match="stopped by SIGTERM"):
-            train(fit_config, folder=stopped, preemption=preemption)
+            train(fit_config, folder=stopped, preemption=StopAfter(steps))
         assert len(taken) == steps
-    monkeypatch.setattr(loop_module, "shard", lambda *_: pytest.fail("all steps were taken"))
+    taken.clear()
     assert everything(train(fit_config, folder=stopped), stopped) == expected
+    assert not taken
+
+
+HEAD = config(freeze_to="layer1", epochs=6, rate=5e-2, dropout=0.1, ema_decay=0.8)
+
+
+def test_several_steps_in_one_dispatch_give_the_result_of_single_steps(fed, monkeypatch):
+    actual = {}
+    for steps in (1, 2):
+        fed.clear()
+        monkeypatch.setattr(feed_module, "_steps_per_dispatch", lambda *_, steps=steps: steps)
+        logged = {}
+        result = train(HEAD, on_step=lambda step, metrics, log=logged: log.update({step: metrics}))
+        logged = [(step, metrics["loss"]) for step, metrics in logged.items()]
+        actual[steps] = losses(result), logged, examples(fed)
+        assert {batch.inputs.shape for batch in fed} == ({(4, 12)} if steps == 1 else {(4,)})
+    np.testing.assert_allclose(actual[2][0], actual[1][0], rtol=1e-6)
+    np.testing.assert_allclose(actual[2][1], actual[1][1], rtol=1e-6)
+    assert actual[2][2] == actual[1][2]
+    assert actual[1][0][-1][0] < 0.9 * actual[1][0][0][0]
+
+
+def test_a_run_that_stops_between_two_dispatches_continues_equally(tmp_path, monkeypatch):
+    monkeypatch.setattr(feed_module, "_steps_per_dispatch", lambda *_: 2)
+    expected = everything(train(HEAD, folder=tmp_path / "whole"), tmp_path / "whole")
+    for dispatches in (1, 2, 1):
+        with pytest.raises(StoppedError):
+            train(HEAD, folder=tmp_path / "stopped", preemption=StopAfter(dispatches))
+    result = train(HEAD, folder=tmp_path / "stopped")
+    assert everything(result, tmp_path / "stopped") == expected
 
 
 def test_the_first_signal_waits_for_the_step_and_the_second_does_not():
@@ -213,17 +263,14 @@ def test_the_first_signal_waits_for_the_step_and_the_second_does_not():
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_the_batch_size_is_at_most_the_size_of_the_training_set(indices, monkeypatch):
-    shapes, shard = [], loop_module.shard
-    monkeypatch.setattr(
-        loop_module, "shard", lambda x, mesh: (shapes.append(x.inputs.shape), shard(x, mesh))[1]
-    )
+def test_the_batch_size_is_at_most_the_size_of_the_training_set(fed):
     for others in ({"cache": "none", "accumulate": 2}, {"freeze_to": "stem"}):
         actual = {}
         for size in (11, 2048):
-            shapes.clear()
+            fed.clear()
             fit_config = config(epochs=2, dropout=0.3, **others)
-            actual[size] = everything(train(fit_config, loading=Loading(size))), list(shapes)
+            result = everything(train(fit_config, loading=Loading(size)))
+            actual[size] = result, [batch.inputs.shape for batch in fed]
         assert actual[11] == actual[2048]
         assert {shape[0] for shape in actual[2048][1]} == {12 if "accumulate" in others else 11}
 

@@ -24,6 +24,7 @@ from tljax.runtime.trees import flatten
 from tljax.runtime.types import Variables
 from tljax.train.adversary import robust_logits
 from tljax.train.checkpoint import Checkpoint, Checkpoints
+from tljax.train.feed import Feed
 from tljax.train.freeze import combine, first_trainable_stage, join, split
 from tljax.train.history import History, best_epoch, non_finite_loss, validation_metrics
 from tljax.train.inputs import Inputs
@@ -262,6 +263,7 @@ def train_phase(
             part.update(before)
         run.report(history)
     run_key = jax.random.fold_in(jax.random.key(run.seed), number)
+    feed = Feed(run, inputs, step)
 
     for epoch in range(epoch, phase.epochs + 1):  # noqa: B020 - resumes where it stopped
         in_phase = sum(entry["phase"] == phase.name for entry in history)
@@ -272,7 +274,7 @@ def train_phase(
         position = {"phase": number, "epoch": epoch, "pass": total_epoch, "history": history}
         start = {**position, "batch": batch, "sums": sums}
         keys = epoch_key(run.seed, total_epoch), run_key
-        state, means = train_epoch(run, phase, inputs, step, state, frozen, keys, best, start)
+        state, means = train_epoch(run, phase, inputs, feed, state, frozen, keys, best, start)
         inputs.check_classes()
         batch, sums = 0, {}
         changing = state.ema or state.changing

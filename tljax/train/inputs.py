@@ -12,7 +12,7 @@ from jaxtyping import Float, Shaped
 
 from tljax.data.boxes import Crops, random_crops
 from tljax.data.examples import Source, Splits, balancing_weights
-from tljax.data.loader import batch_rows, load_batches
+from tljax.data.loader import BatchRows, batch_rows, load_batches
 from tljax.data.options import Loading
 from tljax.features import store
 from tljax.features.extract import (
@@ -72,31 +72,63 @@ class Inputs:
             epoch: number of the epoch over all phases, from 1.
             first: index of the first batch, to resume.
         """
-        mesh = data_mesh(self.loading.devices)
-        size, multiple = self.loading.batch_size, mesh.size * self.config.accumulate
         if not self.train:
             return load_batches(
                 self.splits.train,
                 model.preprocess,
-                batch_size=size,
+                batch_size=self.loading.batch_size,
                 seed=self.seed,
                 epoch=epoch,
                 start=first,
                 shard=process_shard(),
-                multiple=multiple,
+                multiple=self._multiple,
                 frequencies=self._frequencies,
                 crops=self._crops(epoch),
                 workers=self.loading.workers,
                 on_bad_image=self.loading.on_bad_image,
                 skipped=self.skipped[0],
             )
-        view = self.train[(epoch - 1) % len(self.train)]
-        examples = len(self.splits.train)
+        view, rows = self.rows(epoch)
+        batches = feature_rows(view, rows[first:])
+        return (self.splits.train.batch(*arrays) for arrays in batches)
+
+    def rows(self, epoch: int) -> tuple[Outputs, BatchRows]:
+        """Return the cached view of an epoch, and which of its rows this process feeds.
+
+        Args:
+            epoch: number of the epoch over all phases, from 1.
+
+        Returns:
+            The view, and ``[batches, rows]`` row numbers in it; -1 for padding and for images that
+            could not be read.
+        """
+        view, examples = self.train[(epoch - 1) % len(self.train)], len(self.splits.train)
         row_of = np.full(examples + 1, -1, np.int32)  # the last one is for padding
         row_of[view.indices] = np.arange(len(view.indices))
-        rows = batch_rows(examples, size, self.seed, epoch, multiple, self._frequencies)[first:]
-        batches = feature_rows(view, process_rows(row_of[rows]))
-        return (self.splits.train.batch(*arrays) for arrays in batches)
+        size, multiple = self.loading.batch_size, self._multiple
+        rows = batch_rows(examples, size, self.seed, epoch, multiple, self._frequencies)
+        return view, process_rows(row_of[rows])
+
+    def row_batches(self, view: Outputs, rows: BatchRows, steps: int) -> Batch:
+        """Join batches of a view, whose inputs are row numbers instead of activations.
+
+        Args:
+            view: see `rows`.
+            rows: ``[batches, rows]`` part of its rows.
+            steps: number of batches to pad to with batches of padding.
+
+        Returns:
+            A batch with leaves ``[steps, rows, ...]``.
+        """
+        rows = np.pad(rows, ((0, steps - len(rows)), (0, 0)), constant_values=-1)
+        mask = rows >= 0
+        indices = np.where(mask, view.indices[rows], -1)
+        return self.splits.train.batch(np.where(mask, rows, 0), mask, indices)
+
+    @property
+    def _multiple(self) -> int:
+        """Return what the number of rows of a batch is a multiple of."""
+        return data_mesh(self.loading.devices).size * self.config.accumulate
 
     def _crops(self, epoch: int) -> Crops | None:
         config = self.config

@@ -9,14 +9,16 @@ import numpy as np
 
 from tljax.metrics.sums import means
 from tljax.runtime.errors import DivergenceError, StoppedError
-from tljax.runtime.parallel import is_main_process, shard, sync_flags, to_host
+from tljax.runtime.parallel import is_main_process, main_process_says, replicate, to_host
+from tljax.runtime.prefetch import prefetch
 from tljax.runtime.progress import track
 from tljax.runtime.types import Variables
+from tljax.train.feed import Feed
 from tljax.train.inputs import Inputs
 from tljax.train.memory import within_memory
 from tljax.train.recipes import Phase
 from tljax.train.setup import Run
-from tljax.train.step import Keys, TrainState, TrainStep
+from tljax.train.step import Keys, TrainState
 from tljax.train.step_log import StepLog
 from tljax.train.trace import traced
 
@@ -29,7 +31,7 @@ def train_epoch(
     run: Run,
     phase: Phase,
     inputs: Inputs,
-    step: TrainStep,
+    feed: Feed,
     state: TrainState,
     frozen: Variables,
     keys: Keys,
@@ -38,11 +40,14 @@ def train_epoch(
 ) -> tuple[TrainState, dict[str, float]]:
     """Take the remaining steps of an epoch.
 
+    A thread loads and transfers the next two batches, and two steps are in flight: this waits for
+    the step before the last one only. Processes agree on nothing between two logged steps.
+
     Args:
         run: everything that is constant during the run.
         phase: phase of the epoch.
         inputs: inputs of the trained stages.
-        step: jitted training step.
+        feed: batches on the devices, and the step that takes them.
         state: state before the first of these steps; it is donated.
         frozen: frozen variables.
         keys: keys of the epoch and of the phase, see `tljax.train.step.Keys`.
@@ -57,36 +62,34 @@ def train_epoch(
         RequestError: the device ran out of memory.
         StoppedError: the run was asked to stop; it is saved.
     """
-    epoch, first = position["pass"], position["batch"]
-    parts = run.config.accumulate
-    batches = inputs.batches(run.model, epoch, first)
+    epoch, done, parts = position["pass"], position["batch"], run.config.accumulate
+    batches = prefetch(feed.batches(epoch, done))
     if run.profile and epoch == 1:
         batches = traced(batches, run.profile)
     batches = track(
         batches,
         description=f"epoch {epoch}",
-        total=len(run.splits.train) - first * run.loading.batch_size,
-        size=lambda batch: batch.num_examples * jax.process_count(),
+        total=len(run.splits.train) - done * run.loading.batch_size,
+        size=lambda fed: fed.examples * jax.process_count(),
         quiet=not is_main_process(),
     )
-    log = StepLog(run, phase, (epoch - 1) * run.steps_per_epoch + first, position["sums"])
-    interruptible = run.checkpoints is not None or run.preemption is not None
+    log = StepLog(run, phase, (epoch - 1) * run.steps_per_epoch + done, position["sums"])
+    keys = replicate(keys, run.mesh)
     waited, images, began = 0.0, 0, time.monotonic()
     requested = saved = began
-    for done, batch in enumerate(batches, start=first + 1):
+    for fed in batches:
         if state.step.is_ready():  # pyright: ignore[reportAttributeAccessIssue]
             waited += time.monotonic() - requested
-        arguments = state, frozen, shard(batch, run.mesh), keys
-        with within_memory(step, arguments, run.mesh.size * parts, parts):
-            # At most one step ahead, so that batches do not pile up on the device.
-            jax.block_until_ready(state.step)
-            state, metrics = step(*arguments)
-        log.append(metrics)
-        images += batch.num_examples * jax.process_count()
+        arguments = state, frozen, fed.batch, keys
+        with within_memory(feed.step, arguments, run.mesh.size * parts, parts):
+            state, metrics = feed.step(*arguments)
+            log.append(metrics, fed.steps)
+        images += fed.examples * jax.process_count()
+        stop = run.preemption is not None and run.preemption.reached()
         late = time.monotonic() - saved >= run.checkpoint_seconds
-        stop_asked = run.preemption is not None and run.preemption.requested
-        due, stop = sync_flags(late, stop_asked) if interruptible else (False, False)
-        if due or stop:
+        logged = (done + fed.steps) // run.agree_every > done // run.agree_every
+        done += fed.steps
+        if stop or (logged and main_process_says(late)):
             sums = log.read()
             save(run, phase, inputs, {**position, "batch": done, "sums": sums}, state, best)
             saved = time.monotonic()

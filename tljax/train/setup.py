@@ -58,6 +58,8 @@ from tljax.train.step import (
 
 Tree = TypeVar("Tree")
 
+_AGREE_EVERY = 64  # steps, where none are logged
+
 NewHead = Callable[[Model, Variables, int], tuple[Model, Variables]]
 
 
@@ -121,14 +123,21 @@ class Run:
         """Return the number of batches per epoch, including a smaller last one."""
         return num_batches(len(self.splits.train), self.loading.batch_size)
 
+    @property
+    def agree_every(self) -> int:
+        """Return after how many steps processes agree on whether to save: the logged ones."""
+        logged = self.log_every if self.on_step else _AGREE_EVERY
+        return logged if jax.process_count() > 1 else 1
+
     def schedule(self, phase: Phase) -> optax.Schedule:
         """Return the learning rate as a function of the step of a phase."""
         return learning_rate_schedule(self.config.optimizer, phase.epochs * self.steps_per_epoch)
 
     def place(self, tree: Tree) -> Tree:
         """Copy variables or a training state to the devices: with ``fsdp`` sharded over them."""
-        place = shard_parameters if self.config.fsdp else replicate
-        return place(tree, self.mesh)
+        if self.config.fsdp:
+            return shard_parameters(tree, self.mesh)
+        return replicate(tree, self.mesh, copy=True)
 
     def open_inputs(self, start: str) -> Inputs:
         """Return the activations that enter ``start``, or the images if nothing is cached."""

@@ -10,9 +10,12 @@ from tljax.train.recipes import Phase
 from tljax.train.setup import Run
 from tljax.train.step import StepMetrics
 
+IN_FLIGHT = 2
+"""Number of dispatches that the devices may have been given and not finished."""
+
 
 class StepLog:
-    """Metrics of the steps of an epoch, read from the device without delaying any step.
+    """Metrics of the steps of an epoch, read from the devices some steps later.
 
     Every `Run.log_every` steps, ``on_step`` gets the means since its last call or the start of the
     epoch.
@@ -22,34 +25,52 @@ class StepLog:
         """Start after ``step`` steps of the run, with the ``sums`` of this epoch so far."""
         self._run, self._step, self._sums, self._schedule = run, step, sums, run.schedule(phase)
         self._first = phase.epochs_before * run.steps_per_epoch
-        self._pending: list[tuple[float, StepMetrics]] = []
-        self._read = self._began = time.monotonic()
+        self._pending: list[tuple[float, int, StepMetrics]] = []
+        self._read = self._last = self._began = time.monotonic()
         self._window: Sums = {}
 
-    def append(self, metrics: StepMetrics) -> None:
-        """Add the metrics of a step that was just dispatched."""
-        self._pending.append((time.monotonic(), metrics))
+    def append(self, metrics: StepMetrics, steps: int) -> None:
+        """Add the metrics of a dispatch of some steps, and wait for the dispatch before the last.
+
+        So two are in flight: the devices never run out of work, nor does it pile up on them.
+        """
+        self._pending.append((time.monotonic(), steps, metrics))
+        if len(self._pending) > IN_FLIGHT:
+            jax.block_until_ready(self._pending[-1 - IN_FLIGHT][-1]["loss"])
         if len(self._pending) > 64 or time.monotonic() - self._read > 1:
-            self.read(leave=1)
+            self.read(leave=IN_FLIGHT)
 
     def read(self, leave: int = 0) -> Sums:
-        """Add up all pending metrics but those of the last ``leave`` steps; return the sums."""
+        """Add up the metrics of all dispatches but the last ``leave``; return the sums."""
         ready = self._pending[: len(self._pending) - leave]
         del self._pending[: len(ready)]
-        for (when, _), metrics in zip(ready, jax.device_get([m for _, m in ready]), strict=True):
-            self._step += 1
-            sums = {name: (float(total), float(count)) for name, (total, count) in metrics.items()}
-            self._sums = merge(self._sums, sums)
-            if self._run.on_step is None:
-                continue
-            self._window = merge(self._window, sums)
-            if self._step % self._run.log_every == 0:
-                seconds, examples = when - self._began, self._window["examples"][0]
-                rate = float(np.asarray(self._schedule(self._step - 1 - self._first)))
-                entry = means(self._window) | {"learning_rate": rate}
-                entry["images_per_second"] = examples / max(seconds, 1e-9)
-                del entry["examples"]
-                self._run.on_step(self._step, entry)
-                self._window, self._began = {}, when
+        values = jax.device_get([metrics for *_, metrics in ready])
+        for (when, steps, _), metrics in zip(ready, values, strict=True):
+            seconds = (when - self._last) / steps
+            for i in range(steps):
+                step = {name: (_at(x, i), _at(n, i)) for name, (x, n) in metrics.items()}
+                self._add(step, self._last + seconds * (i + 1))
+            self._last = when
         self._read = time.monotonic()
         return self._sums
+
+    def _add(self, sums: Sums, when: float) -> None:
+        """Add the metrics of a step, and report the window that it ends."""
+        self._step += 1
+        self._sums = merge(self._sums, sums)
+        if self._run.on_step is None:
+            return
+        self._window = merge(self._window, sums)
+        if self._step % self._run.log_every == 0:
+            examples = self._window["examples"][0]
+            rate = float(np.asarray(self._schedule(self._step - 1 - self._first)))
+            entry = means(self._window) | {"learning_rate": rate}
+            entry["images_per_second"] = examples / max(when - self._began, 1e-9)
+            del entry["examples"]
+            self._run.on_step(self._step, entry)
+            self._window, self._began = {}, when
+
+
+def _at(values: np.ndarray, i: int) -> float:
+    """Return the value of one of several steps, or of a single one."""
+    return float(values[i] if np.ndim(values) else values)
