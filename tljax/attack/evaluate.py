@@ -1,6 +1,6 @@
 """Evaluation of robust accuracy: attacks on a data set for several epsilons, on all devices."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from tljax.attack.types import LogitsFn
 from tljax.metrics.classification import standard_error
 from tljax.runtime.errors import RequestError
 from tljax.runtime.parallel import data_mesh, local_shards, replicate, round_up_to_devices, shard
+from tljax.runtime.prefetch import in_flight
 from tljax.runtime.progress import track
 from tljax.runtime.types import Array
 
@@ -241,19 +242,18 @@ def run_batches(
     """
     images, labels = data
     small = round_up_to_devices(max(size // _SMALL_BATCHES, 1), mesh)
+
+    def dispatched() -> Iterator[tuple[int, Sequence[jax.Array]]]:
+        for part, length in _split(rows, size, small):
+            x = np.zeros((length, *images.shape[1:]), images.dtype)
+            y = np.full((length, *labels.shape[1:]), padding, labels.dtype)
+            x[: len(part)], y[: len(part)] = images[part], labels[part]
+            yield len(part), function(networks, *shard((x, y), mesh), *arguments)
+
     results: list[list[np.ndarray]] = []
-    for part, length in track(
-        _split(rows, size, small),
-        description=name,
-        total=len(rows),
-        size=lambda part: len(part[0]),
-        quiet=quiet,
-    ):
-        x = np.zeros((length, *images.shape[1:]), images.dtype)
-        y = np.full((length, *labels.shape[1:]), padding, labels.dtype)
-        x[: len(part)], y[: len(part)] = images[part], labels[part]
-        outputs = function(networks, *shard((x, y), mesh), *arguments)
-        results.append([local_shards(output)[: len(part)] for output in outputs])
+    options = {"description": name, "total": len(rows), "quiet": quiet}
+    for count, outputs in track(in_flight(dispatched(), 1), size=lambda part: part[0], **options):
+        results.append([local_shards(output)[:count] for output in outputs])
     return [np.concatenate(parts) for parts in zip(*results, strict=True)]
 
 

@@ -28,11 +28,13 @@ from tljax.runtime.parallel import (
     data_mesh,
     gather,
     gather_json,
+    gather_ragged,
     local_shards,
     replicate,
     round_up_to_devices,
     shard,
 )
+from tljax.runtime.prefetch import in_flight, prefetch
 from tljax.runtime.preprocess import Preprocess
 from tljax.runtime.progress import track
 from tljax.runtime.settings import Dtype
@@ -129,9 +131,7 @@ def compute_features(
     forward = partial(_forward, model, mesh, None, stop, dtype, view and view.config, key)
     skipped: dict[int, str] = {}
     batches = over_source(
-        lambda variables, batch: forward(
-            variables, *shard((batch.inputs, batch.indices, batch.boxes), mesh)
-        ),
+        lambda variables, batch: forward(variables, batch.inputs, batch.indices, batch.boxes),
         variables,
         source,
         model.preprocess,
@@ -139,9 +139,7 @@ def compute_features(
         skipped,
         view and random_crops(view.config, view.seed, view.number),
     )
-    batches = track(
-        batches, description=description, total=len(source), size=lambda part: len(part[1])
-    )
+    batches = track_rows(batches, description, source)
     if not folder:
         return collect(batches, source, skipped)
     size = feature_bytes(model, len(source), stop, dtype)
@@ -229,11 +227,12 @@ def run_from_stage(
     variables = replicate(variables, mesh)
     forward = partial(_forward, model, mesh, start, stop, "float32", None, None)
     rows = batch_rows(len(features.labels), loading.batch_size, multiple=mesh.size)
-    outputs = [
-        gather(local_shards(forward(variables, *shard((inputs, indices), mesh))))
-        for inputs, _, indices in feature_rows(features, process_rows(rows))
-    ]
-    return features._replace(values=np.concatenate(outputs)[rows.ravel() >= 0])
+    batches = feature_rows(features, process_rows(rows))
+    on_devices = prefetch(shard((inputs, indices), mesh) for inputs, _, indices in batches)
+    outputs = in_flight(forward(variables, *arrays) for arrays in on_devices)
+    values = np.stack([local_shards(output) for output in outputs])
+    values = gather(values.swapaxes(0, 1)).swapaxes(0, 1)
+    return features._replace(values=values.reshape(-1, *values.shape[2:])[rows.ravel() >= 0])
 
 
 def process_shard() -> tuple[int, int]:
@@ -305,8 +304,11 @@ def over_source(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Run a function over the images of a source, in batches over all processes together.
 
+    Loading, transfer and computation overlap: two batches wait on the devices, and two outputs are
+    computed before the first is read.
+
     Args:
-        forward: maps the variables, replicated on all devices, and a batch on the host to
+        forward: maps the variables, replicated on all devices, and a batch on the devices to
             ``[batch, ...]``, sharded along its first axis.
         variables: variables of the network.
         source: the images.
@@ -317,14 +319,14 @@ def over_source(
         crops: random crops in place of the central one.
 
     Yields:
-        Values ``[n, ...]`` and positions in the source ``[n]``, without padding and without images
-        that could not be read.
+        The rows of this process: values ``[n, ...]`` and positions in the source ``[n]``, without
+        padding and without images that could not be read.
     """
     mesh = data_mesh(loading.devices)
     variables = replicate(variables, mesh)
     # Small sources get a smaller batch: a power of two, so that few programs are compiled.
     enough = 1 << max(len(source) - 1, 0).bit_length()
-    for batch in load_batches(
+    batches = load_batches(
         source,
         preprocess,
         batch_size=round_up_to_devices(min(loading.batch_size, enough), mesh),
@@ -333,17 +335,35 @@ def over_source(
         workers=loading.workers,
         on_bad_image=loading.on_bad_image,
         skipped=skipped,
-    ):
-        values = gather(local_shards(forward(variables, batch)))
-        mask = gather(np.asarray(batch.mask))
-        yield values[mask], gather(np.asarray(batch.indices))[mask]
+    )
+    on_devices = prefetch((batch, shard(batch, mesh)) for batch in batches)
+    for values, batch in in_flight((forward(variables, on), batch) for batch, on in on_devices):
+        mask = np.asarray(batch.mask)
+        yield local_shards(values)[mask], np.asarray(batch.indices)[mask]
+
+
+def track_rows(
+    batches: Iterator[tuple[np.ndarray, np.ndarray]], description: str, source: Source
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Show the progress of the batches of `over_source`."""
+    processes = jax.process_count()
+    return track(
+        batches,
+        description=description,
+        total=len(source),
+        size=lambda part: len(part[1]) * processes,
+    )
 
 
 def collect(
     batches: Iterable[tuple[np.ndarray, np.ndarray]], source: Source, skipped: dict[int, str]
 ) -> Outputs:
-    """Concatenate the batches of `over_source`, and add the skipped images of other processes."""
+    """Concatenate the batches of `over_source` of all processes, with the images they skipped."""
     values, indices = map(np.concatenate, zip(*batches, strict=True))
+    if jax.process_count() > 1:
+        values, indices = gather_ragged(values), gather_ragged(indices)
+        order = np.argsort(indices)
+        values, indices = values[order], indices[order]
     for others in gather_json(list(skipped.items())):
         skipped |= dict(others)
     return Outputs(values, np.asarray(source.labels)[indices], indices, skipped)

@@ -89,7 +89,7 @@ def _follow(client: Any) -> None:
 
 def _exit_together(client: Any, code: int) -> NoReturn:
     with suppress(RuntimeError):  # a process may have died
-        client.wait_at_barrier(_EXIT_KEY, 10_000)
+        client.wait_at_barrier(_EXIT_KEY, 20_000)
     sys.stdout.flush()
     os._exit(code)
 
@@ -228,6 +228,16 @@ def gather(rows: np.ndarray) -> np.ndarray:
     if jax.process_count() == 1:
         return rows
     return np.asarray(multihost_utils.process_allgather(rows)).reshape(-1, *rows.shape[1:])
+
+
+def gather_ragged(rows: np.ndarray) -> np.ndarray:
+    """Concatenate the rows of all processes in process order, of which each may have any number."""
+    lengths = gather(np.array([len(rows)]))
+    longest = int(lengths.max())
+    padded = np.zeros((longest, *rows.shape[1:]), rows.dtype)
+    padded[: len(rows)] = rows
+    parts = np.split(gather(padded), len(lengths))
+    return np.concatenate([part[:n] for part, n in zip(parts, lengths, strict=True)])
 
 
 def main_process_says(flag: bool) -> bool:

@@ -1,7 +1,7 @@
-"""Computing the items of an iterator before they are asked for."""
+"""Compute the items of an iterator before they are asked for."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -25,3 +25,16 @@ def prefetch(items: Iterator[Item], size: int = 2) -> Iterator[Item]:
             thread.shutdown(cancel_futures=True)
             if close := getattr(items, "close", None):
                 close()
+
+
+def in_flight(items: Iterable[Item], size: int = 2) -> Iterator[Item]:
+    """Yield the items of an iterator, each after ``size`` further ones have been computed.
+
+    Devices compute in the background: until an item is read, they have work.
+    """
+    pending = deque[Item]()
+    for item in items:
+        pending.append(item)
+        if len(pending) > size:
+            yield pending.popleft()
+    yield from pending

@@ -16,10 +16,8 @@ from tljax.attack import fgsm, pgd
 from tljax.attack.contract import as_float
 from tljax.data.examples import Source
 from tljax.data.options import Loading
-from tljax.features.extract import Outputs, collect, over_source
+from tljax.features.extract import Outputs, collect, over_source, track_rows
 from tljax.models import Model, apply
-from tljax.runtime.parallel import data_mesh, shard
-from tljax.runtime.progress import track
 from tljax.runtime.types import Array, Batch, Variables
 from tljax.train.objectives import Objective
 from tljax.train.options import AdversaryConfig
@@ -97,25 +95,20 @@ def robust_logits(
         config: for its epsilon.
         seed: seed of the random starts.
     """
-    mesh = data_mesh(loading.devices)
     forward = partial(
         _attacked_logits, model, AdversaryConfig("pgd", config.epsilon, EVALUATION_STEPS)
     )
     key = jax.random.key(seed)
     skipped: dict[int, str] = {}
-    batches = track(
-        over_source(
-            lambda variables, batch: forward(variables, shard(batch, mesh), key),
-            variables,
-            source,
-            model.preprocess,
-            loading,
-            skipped,
-        ),
-        description=f"attack at {config.epsilon:g}/255",
-        total=len(source),
-        size=lambda part: len(part[1]),
+    batches = over_source(
+        lambda variables, batch: forward(variables, batch, key),
+        variables,
+        source,
+        model.preprocess,
+        loading,
+        skipped,
     )
+    batches = track_rows(batches, f"attack at {config.epsilon:g}/255", source)
     return collect(batches, source, skipped)
 
 
