@@ -121,11 +121,11 @@ def mix(
     key: Key[jax.Array, ""],
     config: AugmentConfig,
 ) -> tuple[Float[jax.Array, "batch height width channels"], Float[jax.Array, "batch classes"]]:
-    """Mix each example with another one of the batch, by mixup or CutMix.
+    """Mix each example with the one before it in the batch, by mixup or CutMix.
 
-    The result depends on the examples of the batch and their order, but not on the number of
-    devices. One mixing proportion is drawn per batch, as in both papers. Valid rows are mixed with
-    valid rows only; masked rows stay unchanged.
+    Batches are shuffled, so the one before is any other; devices exchange one image each, and the
+    result does not depend on their number. One mixing proportion is drawn per batch, as in both
+    papers. A valid row after a masked one stays unchanged, as masked rows do.
 
     Source: mixup, Zhang et al. 2017, arXiv:1710.09412; CutMix, Yun et al. 2019, arXiv:1905.04899.
 
@@ -144,15 +144,7 @@ def mix(
     methods = (config.mixup > 0) + (config.cutmix > 0)
     if not methods:
         return images, targets
-    key = jax.random.fold_in(key, _MIX)
-    partner_key, method_key, weight_key, box_key = jax.random.split(key, 4)
-
-    # Valid rows come first, once in the order of the batch and once shuffled; masked rows follow in
-    # the same order in both, so each is its own partner.
-    rows = jnp.argsort(~mask, stable=True)
-    draws = jax.random.uniform(partner_key, mask.shape)
-    shuffled = jnp.argsort(jnp.where(mask, draws, 1), stable=True)
-    partner = jnp.zeros_like(rows).at[rows].set(shuffled)
+    method_key, weight_key, box_key = jax.random.split(jax.random.fold_in(key, _MIX), 3)
 
     use_cutmix = jax.random.bernoulli(method_key, (config.cutmix > 0) / methods)
     alpha = jnp.where(use_cutmix, config.cutmix, config.mixup)
@@ -166,10 +158,13 @@ def mix(
     inside = (y >= low[0]) & (y < high[0]) & (x >= low[1]) & (x < high[1])
     pixel_weight = jnp.where(use_cutmix, ~inside, weight)[:, :, None]
     weight = jnp.where(use_cutmix, 1 - (high - low).prod() / shape.prod(), weight)
-    return (
-        pixel_weight * images + (1 - pixel_weight) * images[partner],
-        weight * targets + (1 - weight) * targets[partner],
-    )
+    mixed = mask & jnp.roll(mask, 1)
+
+    def mix_rows(x: jax.Array, weight: jax.Array) -> jax.Array:
+        rows = jnp.expand_dims(mixed, range(1, x.ndim))
+        return jnp.where(rows, weight * x + (1 - weight) * jnp.roll(x, 1, axis=0), x)
+
+    return mix_rows(images, pixel_weight), mix_rows(targets, weight)
 
 
 def _distort(image: _Pixels, operation: Array | int, strength: Array | float) -> _Pixels:

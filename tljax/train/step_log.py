@@ -34,6 +34,8 @@ class StepLog:
 
         So two are in flight: the devices never run out of work, nor does it pile up on them.
         """
+        for x in jax.tree.leaves(metrics):
+            x.copy_to_host_async()
         self._pending.append((time.monotonic(), steps, metrics))
         if len(self._pending) > IN_FLIGHT:
             jax.block_until_ready(self._pending[-1 - IN_FLIGHT][-1]["loss"])
@@ -44,8 +46,8 @@ class StepLog:
         """Add up the metrics of all dispatches but the last ``leave``; return the sums."""
         ready = self._pending[: len(self._pending) - leave]
         del self._pending[: len(ready)]
-        values = jax.device_get([metrics for *_, metrics in ready])
-        for (when, steps, _), metrics in zip(ready, values, strict=True):
+        for when, steps, metrics in ready:
+            metrics = jax.tree.map(np.asarray, metrics)  # noqa: PLW2901
             seconds = (when - self._last) / steps
             for i in range(steps):
                 step = {name: (_at(x, i), _at(n, i)) for name, (x, n) in metrics.items()}
