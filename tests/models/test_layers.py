@@ -290,6 +290,22 @@ def test_max_pool_equals_the_xla_pool(padding: Padding, dtype: str) -> None:
         np.testing.assert_array_equal(*matrices)
 
 
+@pytest.mark.parametrize(("k", "stride", "padding"), [(3, 2, 1), (2, 2, 0), (3, 1, "SAME")])
+def test_max_pool_of_any_bfloat16_numbers_equals_the_xla_pool(
+    k: int, stride: int, padding: Padding
+) -> None:
+    """Few different values, so that most windows have ties; NaN is larger than any number."""
+    values = np.array([-np.inf, -3e38, -2, -1e-30, -0.0, 0.0, 1e-30, 1, np.inf, np.nan, -np.nan])
+    rng = np.random.default_rng(0)
+    for numbers in (values[1:9], values[:4], values):
+        x = jnp.asarray(rng.choice(numbers, (4, 11, 8, 3)), jnp.bfloat16)
+        actual, plain = (
+            partial(f, k=k, stride=stride, padding=padding) for f in (max_pool, plain_max_pool)
+        )
+        y, expected = (np.asarray(jax.jit(f)(x), np.float32) for f in (actual, plain))
+        np.testing.assert_array_equal(y, expected)  # NaN equals NaN
+
+
 def test_max_pool_with_same_padding_equals_tensorflow() -> None:
     x = -jnp.arange(1.0, 17).reshape(1, 4, 4, 1)  # the first value of each window is the largest
     pooled = max_pool(x, 3, stride=2, padding="SAME")

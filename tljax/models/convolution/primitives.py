@@ -109,7 +109,7 @@ _KERNEL_GRADIENT = _primitive(
     tpu=partial(xla.kernel_gradient, xla.convolve_on_tpu),
     cpu=cpu.kernel_gradient,
 )
-_MAXIMUM = _primitive("maximum", (True,), default=xla.max_pool)
+_MAXIMUM = _primitive("maximum", (True,), default=xla.max_pool, cpu=cpu.max_pool)
 _MAXIMUM_TANGENT = _primitive(
     "maximum_tangent", (True, True), default=xla.max_pool_tangent, cpu=cpu.max_pool_tangent
 )
