@@ -92,7 +92,7 @@ cli.main(Config, run)
 """
 
 
-def start(folder, sizes, *, devices, number=None, port=0, program=TRAIN):
+def start(folder, sizes, *, devices, number=None, port=0, program=TRAIN, processes=2):
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path]),
@@ -102,7 +102,7 @@ def start(folder, sizes, *, devices, number=None, port=0, program=TRAIN):
     if number is not None:
         environment |= {
             "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
-            "JAX_NUM_PROCESSES": "2",
+            "JAX_NUM_PROCESSES": str(processes),
             "JAX_PROCESS_ID": str(number),
         }
     arguments = [str(folder), "-" if number is None else str(number), *map(str, sizes)]
@@ -325,6 +325,56 @@ def test_a_run_continues_with_and_without_fsdp_and_in_two_processes(tmp_path):
         for step, loss in run["losses"].items():
             assert loss == pytest.approx(whole["losses"][step], abs=1e-5), step
     assert len(others[0]["losses"]) < len(whole["losses"]) == len(first["losses"])
+
+
+LOOP = """
+import json, sys
+from pathlib import Path
+from tljax.runtime.parallel import join
+
+join()
+from jax.experimental import multihost_utils
+import engine
+import tljax.train.fit as fit_module
+from tljax.data.options import Loading
+from tljax.runtime.parallel import Preemption
+
+gathered, logged, gather = [], [], multihost_utils.process_allgather
+
+def counting(*args, **options):
+    gathered.append(steps[0])
+    return gather(*args, **options)
+
+train_epoch, steps = fit_module.train_epoch, [0]
+
+def spied(*args):
+    multihost_utils.process_allgather = counting
+    try:
+        return train_epoch(*args)
+    finally:
+        multihost_utils.process_allgather = gather
+
+class Counting(Preemption):
+    def reached(self):
+        steps[0] += 1
+        return super().reached()
+
+fit_module.train_epoch = spied
+config = engine.config(optimizer="sgd", cache="none", epochs=1)
+engine.train(config, engine.splits(80, ()), folder=Path(sys.argv[1]), loading=Loading(4),
+             on_step=lambda step, _: logged.append(step), log_every=5, preemption=Counting())
+print(json.dumps({"gathered": gathered, "logged": logged}))
+"""
+
+
+@pytest.mark.slow
+def test_processes_agree_on_nothing_between_two_logged_steps(tmp_path):
+    port, every = free_port(), [5, 10, 15, 20]
+    options = {"devices": 1, "port": port, "program": LOOP, "processes": 4}
+    for process in [start(tmp_path, (), number=i, **options) for i in range(4)]:
+        (record,) = finish(process)
+        assert record["logged"] == every
+        assert sorted({*record["gathered"]}) == every
 
 
 BROADCAST = """
