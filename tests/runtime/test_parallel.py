@@ -435,6 +435,26 @@ def test_if_one_process_fails_the_other_exits_too(tmp_path, fails):
 
 
 @pytest.mark.slow
+def test_if_one_process_is_killed_the_first_says_so_and_asks_to_be_run_again(tmp_path):
+    port = free_port()
+    both = [
+        start(tmp_path, ("nothing",), devices=1, number=i, port=port, program=RUN) for i in (0, 1)
+    ]
+    for _ in range(3):
+        both[1].stdout.readline()
+    both[1].kill()
+    both[1].communicate()
+    lines = both[0].communicate(timeout=120)[1].splitlines()
+    assert both[0].returncode == 75
+    (error,) = (line for line in lines if line.startswith("error"))
+    assert error == (
+        "error: another process has ended or does not answer; see its messages, and run the same "
+        "command in all processes again"
+    )
+    assert not any("Traceback" in line for line in lines)
+
+
+@pytest.mark.slow
 def test_sigterm_to_one_of_two_processes_stops_both_at_the_same_step(tmp_path):
     port = free_port()
     both = [

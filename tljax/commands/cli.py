@@ -479,12 +479,19 @@ _CODES = {
 }
 
 
+_PEER = re.compile("(?i)gloo|nccl|coordination service|(closed|reset) by peer")
+"""Matches errors of a collective operation whose other processes have ended."""
+
+
 def _explain(error: BaseException, config: Any) -> tuple[str, int]:
     """Return the message of an error as one line, and the exit code."""
     text = " ".join(str(error).split())
     for kind, code in _CODES.items():
         if isinstance(error, kind):
             return text, code
+    if getattr(config, "distributed", False) and _PEER.search(text):
+        fault = "another process has ended or does not answer; see its messages, and run the same"
+        return f"{fault} command in all processes again", StoppedError.CODE
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
         advice = [words for name, words in _LESS_MEMORY.items() if name in settings(config)]
         where = "" if isinstance(error, MemoryError) else "device "

@@ -345,14 +345,16 @@ def over_source(
 def track_rows(
     batches: Iterator[tuple[np.ndarray, np.ndarray]], description: str, source: Source
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Show the progress of the batches of `over_source`."""
-    processes = jax.process_count()
-    return track(
-        batches,
-        description=description,
-        total=len(source),
-        size=lambda part: len(part[1]) * processes,
-    )
+    """Show the progress of the batches of `over_source`, of all processes together."""
+    left, processes = len(source), jax.process_count()
+
+    def size(part: tuple[np.ndarray, np.ndarray]) -> int:
+        nonlocal left
+        count = min(len(part[1]) * processes, left)
+        left -= count
+        return count
+
+    return track(batches, description=description, total=len(source), size=size)
 
 
 def collect(
