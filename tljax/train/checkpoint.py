@@ -266,9 +266,16 @@ def _together() -> ocp.options.MultiprocessingOptions:
     return ocp.options.MultiprocessingOptions(active_processes=set(range(jax.process_count())))
 
 
+class _ArrayHandler(ocp.type_handlers.ArrayHandler):
+    """Handler whose arrays a plain Orbax reads as host arrays, whatever devices they were on."""
+
+    def typestr(self) -> str:
+        return ocp.type_handlers.NumpyHandler().typestr()
+
+
 def _state_handler() -> ocp.PyTreeCheckpointHandler:
     # One process writes a replicated array as a whole, so that its shards are those of the array.
-    arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
+    arrays = _ArrayHandler(use_replica_parallel=False, enable_write_sharding_file=False)
     return ocp.PyTreeCheckpointHandler(
         type_handler_registry=ocp.type_handlers.create_type_handler_registry(
             (np.ndarray, ocp.type_handlers.NumpyHandler()), (jax.Array, arrays)
