@@ -96,7 +96,7 @@ def read_config(workdir: Path) -> dict[str, Any]:
     return config
 
 
-CONFIG_VERSION = 5
+CONFIG_VERSION = 6
 """Version of a run's config.json. Version 1 has no number and calls ``ema_decay`` ``average``."""
 
 _TYPES = {"data": str, "weights": str, "val_fraction": int | float, "fingerprint": dict}

@@ -84,13 +84,13 @@ class Checkpoints:
         for library in ("absl", "asyncio"):
             logging.getLogger(library).setLevel(logging.CRITICAL)
         self._identity = identity
-        self._folder = epath.Path(folder).absolute()
+        self._folder = epath.Path(folder)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             damaged = [int(path.stem) for path in self._folder.glob("[0-9]*.damaged")]
             self._damaged = set(gather_json(damaged)[0])
             self._manager = ocp.CheckpointManager(
-                self._folder,
+                self._folder.absolute(),
                 options=ocp.CheckpointManagerOptions(
                     preservation_policy=_LastTwoIntact(self._damaged),
                     create=False,
@@ -205,7 +205,7 @@ class Checkpoints:
         try:
             self._manager.wait_until_finished()
             self._manager.close()
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, jax.errors.JaxRuntimeError) as error:
             raise self._failed(error) from error
 
     def _failed(self, error: Exception) -> RequestError:
@@ -257,7 +257,7 @@ def _read_arrays(folder: epath.Path, leaves: dict[str, Any]) -> dict[str, Any]:
         restore_args=unflatten(how),
         partial_restore=True,
     )
-    return flatten(_state_handler().restore(folder, args=what))
+    return flatten(_state_handler().restore(folder.absolute(), args=what))
 
 
 def _together() -> ocp.options.MultiprocessingOptions:
@@ -308,5 +308,7 @@ def _proves_damage(error: Exception | None) -> bool:
 
 def _reason(error: Exception) -> str:
     """Return the last part of an error message, without TensorStore's " [os_error_code='28']"."""
+    if isinstance(error, jax.errors.JaxRuntimeError):  # of JAX's coordination service
+        return "another process did not come, for minutes"
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return re.split(r" \[\w+='", text)[0].rpartition(": ")[2]
