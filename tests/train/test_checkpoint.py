@@ -81,7 +81,7 @@ def test_any_orbax_reads_the_arrays_by_their_names(good):
     expected = state(3)
     for reader in (ocp.StandardCheckpointer(), ocp.PyTreeCheckpointer()):
         with reader:
-            actual = reader.restore(good.absolute() / "3" / "state")
+            actual = reader.restore(good.absolute() / "3")
         assert jax.tree.structure(actual) == jax.tree.structure(expected)
         jax.tree.map(partial(np.testing.assert_array_equal, strict=True), actual, expected)
 
@@ -95,7 +95,7 @@ def test_saving_does_not_wait_for_the_checksums(tmp_path, monkeypatch):
         threads.add(threading.current_thread())
         return array_bytes(array)
 
-    monkeypatch.setattr("tljax.train.manifest.array_bytes", late)
+    monkeypatch.setattr("tljax.train.checkpoint_arrays.array_bytes", late)
     step = jax.jit(lambda x: x + 1, donate_argnums=0)
     given = jax.numpy.arange(3.0)
     checkpoints = Checkpoints(tmp_path, "mine")
@@ -178,7 +178,7 @@ def test_a_changed_position_is_recognized(good, tmp_path):
     folder = tmp_path / "checkpoints"
     shutil.copytree(good, folder)
     for number, text in ((3, '"batch": 3'), (2, '"mine"')):
-        path = folder / str(number) / "manifest" / "0.json"
+        path = folder / str(number) / "tljax.0.json"
         content = path.read_text()
         assert text in content
         path.write_text(content.replace(text, text.replace("3", "2").replace("mine", "nine")))
@@ -346,7 +346,7 @@ for writer, error in ((True, OSError(5, "Ouch")), (False, OSError(5, "Oh"))):
 ocp.PyTreeCheckpointHandler.restore = restore
 gather_json(None)
 if is_main_process():
-    (folder / "2" / "manifest" / "1.json").write_text("{")
+    (folder / "2" / "tljax.1.json").write_text("{")
 gather_json(None)
 restored()
 """

@@ -1,17 +1,15 @@
 """Checkpoints of a run in progress, written asynchronously by Orbax and verified when read.
 
 A checkpoint holds the training state (trainable parameters, optimizer state, updated statistics)
-as named arrays in ``state``, which any Orbax reads, and in ``manifest`` their checksums and the
-position in the run. Frozen variables are identified by their hash. Each process writes and reads
-its own shards. A damaged checkpoint ``3`` is marked by a file ``3.damaged``: it is not read again,
-and never deleted.
+as named arrays, which any Orbax reads, their checksums, and the position in the run. Frozen
+variables are identified by their hash. Each process writes and reads its own shards. A damaged
+checkpoint ``3`` is marked by a file ``3.damaged``: it is not read again, and never deleted.
 """
 
 import logging
 import re
-from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -20,13 +18,20 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from orbax.checkpoint.checkpoint_managers import PolicyCheckpointInfo
 
 from tljax.runtime.errors import RequestError, WriteError
 from tljax.runtime.files import atomic_write
 from tljax.runtime.parallel import gather_json, is_main_process
-from tljax.runtime.trees import flatten, unflatten
-from tljax.train.manifest import Leaves, ManifestHandler, SaveManifest, read_manifest, verify
+from tljax.train.checkpoint_arrays import (
+    ArraysHandler,
+    Leaves,
+    SaveArrays,
+    is_on_mesh,
+    read_arrays,
+    read_checksums,
+    together,
+    verify,
+)
 
 Tree = TypeVar("Tree")
 
@@ -37,8 +42,8 @@ class Checkpoint(NamedTuple):
     Attributes:
         position: position in the run that the caller saved, as JSON.
         notes: one line for each damaged checkpoint that was skipped.
-        folder: folder of the arrays, which any Orbax reads.
-        leaves: description of each array, see `tljax.train.manifest`.
+        folder: folder of the checkpoint, which any Orbax reads.
+        leaves: description of each array, see `tljax.train.checkpoint_arrays`.
     """
 
     position: dict[str, Any]
@@ -61,7 +66,7 @@ class Checkpoint(NamedTuple):
         if saved != {name: (x.dtype.name, [*x.shape]) for name, x in expected.items()}:
             raise RequestError("the checkpoint was saved with another network or optimizer")
         try:
-            arrays = _read_arrays(self.folder, expected)
+            arrays = read_arrays(self.folder, expected)
         except (OSError, ValueError) as error:
             raise RequestError(f"{self.folder} cannot be read ({_reason(error)})") from error
         return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in expected])
@@ -88,20 +93,16 @@ class Checkpoints:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             damaged = [int(path.stem) for path in self._folder.glob("[0-9]*.damaged")]
-            self._damaged = set(gather_json(damaged)[0])
-            self._manager = ocp.CheckpointManager(
-                self._folder.absolute(),
-                options=ocp.CheckpointManagerOptions(
-                    preservation_policy=_LastTwoIntact(self._damaged),
-                    create=False,
-                    cleanup_tmp_directories=is_main_process(),
-                    multiprocessing_options=_together(),
-                ),
-                handler_registry=_handlers(),
-            )
+            numbers = ocp.utils.checkpoint_steps(self._folder)
+            if is_main_process():
+                for unfinished in ocp.utils.tmp_checkpoints(self._folder):
+                    unfinished.get().rmtree(missing_ok=True)
         except OSError as error:
             raise RequestError(f"{folder}: cannot be written ({error.strerror})") from error
-        self._numbers = gather_json(list(self._manager.all_steps()))[0]
+        # The main process decides, as the others may see its files later.
+        self._numbers, damaged = gather_json((sorted(numbers), damaged))[0]
+        self._damaged = set(damaged)
+        self._writer = ocp.AsyncCheckpointer(ArraysHandler(), multiprocessing_options=together())
 
     def save(self, number: int, position: dict[str, Any], state: Any) -> None:
         """Write a checkpoint in the background; all processes call it together.
@@ -119,21 +120,16 @@ class Checkpoints:
             RequestError: the previous write failed, or another process failed.
         """
         leaves = {
-            name: leaf if _is_on_mesh(leaf) else np.array(leaf)
+            name: leaf if is_on_mesh(leaf) else np.array(leaf)
             for name, leaf in name_leaves(state).items()
         }
         about = {"position": position, "identity": self._identity}
-        self._numbers.append(max([number, *(before + 1 for before in self._numbers)]))
-        try:
-            self._manager.save(
-                self._numbers[-1],
-                args=ocp.args.Composite(
-                    state=ocp.args.PyTreeSave(unflatten(leaves)),  # pyright: ignore[reportCallIssue]
-                    manifest=SaveManifest(about, leaves),
-                ),
-            )
-        except (OSError, ValueError, jax.errors.JaxRuntimeError) as error:
-            raise self._failed(error) from error
+        with self._explained():
+            self._writer.wait_until_finished()
+            self._remove_old()
+            self._numbers.append(max([number, *(before + 1 for before in self._numbers)]))
+            path = self._folder.absolute() / str(self._numbers[-1])
+            self._writer.save(path, args=SaveArrays(about, leaves))
 
     def restore(self) -> Checkpoint | None:
         """Return the last intact checkpoint, or None if the folder has no checkpoints.
@@ -144,7 +140,7 @@ class Checkpoints:
             RequestError: all are damaged, they belong to another run, or one cannot be read.
         """
         notes: list[str] = []
-        for number in sorted(self._numbers, reverse=True):
+        for number in reversed(self._numbers):
             content = None if number in self._damaged else self._read(number)
             if content is None:
                 notes.append(f"checkpoint {number} is damaged")
@@ -155,8 +151,8 @@ class Checkpoints:
                     f"{self._folder} belongs to a run with other base weights, images or "
                     "settings: choose another --workdir"
                 )
-            state = self._folder / str(number) / "state"
-            return Checkpoint(about["position"], tuple(notes), state, leaves)
+            folder = self._folder / str(number)
+            return Checkpoint(about["position"], tuple(notes), folder, leaves)
         if notes:
             raise RequestError(f"{self._folder}: no checkpoint is intact: {'; '.join(notes)}")
         return None
@@ -173,10 +169,10 @@ class Checkpoints:
         about, leaves, failed = {}, {}, None
         folder = self._folder / str(number)
         try:
-            about, leaves = read_manifest(folder / "manifest")
+            about, leaves = read_checksums(folder)
             names = sorted(leaves)[jax.process_index() :: jax.process_count()]
             mine = {name: leaves[name] for name in names}
-            verify(mine, _read_arrays(folder / "state", dict.fromkeys(mine)))
+            verify(mine, read_arrays(folder, dict.fromkeys(mine)))
         except Exception as error:  # noqa: BLE001 - Orbax documents no type for a damaged file
             failed = error
         damaged = _proves_damage(failed) and folder.is_dir()
@@ -202,93 +198,34 @@ class Checkpoints:
         Raises:
             RequestError: the last write failed.
         """
+        with self._explained():
+            self._writer.wait_until_finished()
+            self._remove_old()
+            self._writer.close()
+
+    def _remove_old(self) -> None:
+        """Delete all but the last two intact checkpoints and the damaged ones."""
+        for number in [n for n in self._numbers if n not in self._damaged][:-2]:
+            if is_main_process():
+                (self._folder / str(number)).rmtree(missing_ok=True)
+            self._numbers.remove(number)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Convert an error of a write to a one-line RequestError."""
         try:
-            self._manager.wait_until_finished()
-            self._manager.close()
+            yield
         except (OSError, ValueError, jax.errors.JaxRuntimeError) as error:
-            raise self._failed(error) from error
-
-    def _failed(self, error: Exception) -> RequestError:
-        return RequestError(
-            f"{self._folder}: a checkpoint cannot be written ({_reason(error)}); earlier ones are "
-            "kept: free disk space and continue with --resume"
-        )
-
-
-@dataclass
-class _LastTwoIntact:
-    """Orbax policy: preserve the last two intact checkpoints and all damaged ones."""
-
-    damaged: set[int]
-
-    def should_preserve(
-        self, checkpoints: Sequence[PolicyCheckpointInfo], **_: Any
-    ) -> Sequence[bool]:
-        steps = [checkpoint.step for checkpoint in checkpoints]
-        preserved = self.damaged.union([step for step in steps if step not in self.damaged][-2:])
-        return [step in preserved for step in steps]
+            raise RequestError(
+                f"{self._folder}: a checkpoint cannot be written ({_reason(error)}); earlier ones "
+                "are kept: free disk space and continue with --resume"
+            ) from error
 
 
 def name_leaves(tree: Any) -> dict[str, Any]:
     """Return ``{path: leaf}``, such as ``params/head/kernel``, for the leaves of any tree."""
     path = partial(jax.tree_util.keystr, simple=True, separator="/")
     return {path(keys): leaf for keys, leaf in jax.tree.leaves_with_path(tree)}
-
-
-def _is_on_mesh(leaf: Any) -> bool:
-    """Return whether an array is on the devices of all processes, which then save it together."""
-    return isinstance(leaf, jax.Array) and (
-        jax.process_count() == 1 or not leaf.is_fully_addressable
-    )
-
-
-def _read_arrays(folder: epath.Path, leaves: dict[str, Any]) -> dict[str, Any]:
-    """Read some arrays of a checkpoint, on the devices of those given or else on the host."""
-    how = {
-        name: ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape)
-        if _is_on_mesh(leaf)
-        else ocp.RestoreArgs(restore_type=np.ndarray)
-        for name, leaf in leaves.items()
-    }
-    if not leaves:
-        return {}
-    what = ocp.args.PyTreeRestore(  # pyright: ignore[reportCallIssue]
-        item=unflatten(dict.fromkeys(leaves, 0)),
-        restore_args=unflatten(how),
-        partial_restore=True,
-    )
-    return flatten(_state_handler().restore(folder.absolute(), args=what))
-
-
-def _together() -> ocp.options.MultiprocessingOptions:
-    """Return Orbax's options of processes, which wait for each other for minutes, not forever."""
-    # Without this set Orbax synchronizes them by a program on the devices, which has no timeout.
-    return ocp.options.MultiprocessingOptions(active_processes=set(range(jax.process_count())))
-
-
-class _ArrayHandler(ocp.type_handlers.ArrayHandler):
-    """Handler whose arrays a plain Orbax reads as host arrays, whatever devices they were on."""
-
-    def typestr(self) -> str:
-        return ocp.type_handlers.NumpyHandler().typestr()
-
-
-def _state_handler() -> ocp.PyTreeCheckpointHandler:
-    # One process writes a replicated array as a whole, so that its shards are those of the array.
-    arrays = _ArrayHandler(use_replica_parallel=False, enable_write_sharding_file=False)
-    return ocp.PyTreeCheckpointHandler(
-        type_handler_registry=ocp.type_handlers.create_type_handler_registry(
-            (np.ndarray, ocp.type_handlers.NumpyHandler()), (jax.Array, arrays)
-        ),
-        multiprocessing_options=_together(),
-    )
-
-
-def _handlers() -> ocp.handlers.CheckpointHandlerRegistry:
-    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-    registry.add("state", ocp.args.PyTreeSave, _state_handler())
-    registry.add("manifest", SaveManifest, ManifestHandler())
-    return registry
 
 
 _ENVIRONMENT_ERROR = re.compile(
