@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import numpy as np
@@ -179,7 +179,7 @@ class Checkpoints:
         outcomes = gather_json((damaged, failed and _reason(failed)))
         if reason := next((reason for damaged, reason in outcomes if damaged), None):
             self._damaged.add(number)
-            marker = Path(self._folder / f"{number}.damaged")
+            marker = cast("Path", self._folder / f"{number}.damaged")
             text = f"{reason}\nDelete this file to read checkpoint {number} again.\n"
             if is_main_process():
                 with suppress(WriteError), atomic_write(marker) as temporary:
