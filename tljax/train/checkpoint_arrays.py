@@ -8,7 +8,7 @@ writes computes the checksums. The main process adds what the caller says about 
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -46,9 +46,7 @@ class ArraysHandler(ocp.PyTreeCheckpointHandler):
     async def async_save(self, directory: epath.Path, args: "SaveArrays") -> list[Future]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Copy the shards to the host, and write them and their checksums in the background."""
         shards = {name: _saved_shards(leaf) for name, leaf in args.leaves.items()}
-        for _, data in chain.from_iterable(shards.values()):
-            if isinstance(data, jax.Array):
-                data.copy_to_host_async()
+        _start_copies(chain.from_iterable(shards.values()))
         arrays = ocp.args.PyTreeSave(unflatten(args.leaves))  # pyright: ignore[reportCallIssue]
         futures = await super().async_save(directory, args=arrays) or []
         # Arrays keep the copies that Orbax writes, and a step may then donate the arrays.
@@ -127,6 +125,17 @@ def read_arrays(folder: epath.Path, leaves: Mapping[str, Any]) -> dict[str, Any]
     return flatten(ArraysHandler().restore(folder.absolute(), args=what))
 
 
+def all_finite(tree: Any) -> bool:
+    """Return whether no number of the shards that this process saves is NaN or infinite.
+
+    The copies on the host are those that `ArraysHandler` writes. To compute it on the devices takes
+    longer, above all to compile.
+    """
+    shards = [shard for leaf in jax.tree.leaves(tree) for shard in _saved_shards(leaf)]
+    _start_copies(shards)
+    return all(bool(np.isfinite(np.asarray(data)).all()) for _, data in shards)
+
+
 def read_checksums(folder: epath.Path) -> tuple[dict[str, Any], Leaves]:
     """Read what all processes wrote about a checkpoint.
 
@@ -177,6 +186,12 @@ def _saved_shards(leaf: Any) -> list[tuple[list[int], Any]]:
         for shard in leaf.addressable_shards
         if shard.replica_id == 0
     ]
+
+
+def _start_copies(shards: Iterable[tuple[list[int], Any]]) -> None:
+    for _, data in shards:
+        if isinstance(data, jax.Array):
+            data.copy_to_host_async()
 
 
 def _describe(shape: tuple[int, ...], shards: list[tuple[list[int], np.ndarray]]) -> dict[str, Any]:

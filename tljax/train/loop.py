@@ -6,14 +6,14 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from tljax.metrics.sums import means
 from tljax.runtime.errors import DivergenceError, StoppedError
-from tljax.runtime.parallel import is_main_process, shard, sync_flags
+from tljax.runtime.parallel import gather_json, is_main_process, shard, sync_flags
 from tljax.runtime.progress import track
 from tljax.runtime.types import Variables
+from tljax.train.checkpoint_arrays import all_finite
 from tljax.train.inputs import Inputs
 from tljax.train.memory import within_memory
 from tljax.train.recipes import Phase
@@ -122,20 +122,14 @@ def save(
     if run.checkpoints is None:
         return
     loss = position["sums"].get("loss", (0.0, 0.0))[0]
-    if not (math.isfinite(loss) and _all_finite((state.changing, state.ema))):
+    finite = math.isfinite(loss) and all_finite((state.changing, state.ema))
+    if not all(gather_json(finite)):
         raise divergence_error(run, phase, state, "a parameter or the loss is not finite")
     skipped = [sorted(part.items()) for part in inputs.all_skipped()]
     # The end of an epoch has a number of its own, hence one more than the number of steps.
     number = position["pass"] * (run.steps_per_epoch + 1) + position["batch"]
     saved = {**position, "skipped": skipped}
     run.checkpoints.save(number, saved, {**state._asdict(), "best": best})
-
-
-@jax.jit
-def _all_finite(tree: Any) -> jax.Array:
-    """Return whether no number of a tree is NaN or infinite, computed where the arrays are."""
-    finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]
-    return jnp.stack(finite).all() if finite else jnp.bool_(True)
 
 
 def divergence_error(run: Run, phase: Phase, state: TrainState, problem: str) -> DivergenceError:
