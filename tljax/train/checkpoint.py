@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -48,7 +48,7 @@ class Checkpoint(NamedTuple):
 
     position: dict[str, Any]
     notes: tuple[str, ...]
-    folder: epath.Path
+    folder: Path
     leaves: Leaves
 
     def fill(self, like: Tree) -> Tree:
@@ -89,7 +89,7 @@ class Checkpoints:
         for library in ("absl", "asyncio"):
             logging.getLogger(library).setLevel(logging.CRITICAL)
         self._identity = identity
-        self._folder = epath.Path(folder)
+        self._folder = folder
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             damaged = [int(path.stem) for path in self._folder.glob("[0-9]*.damaged")]
@@ -128,7 +128,7 @@ class Checkpoints:
             self._writer.wait_until_finished()
             self._remove_old()
             self._numbers.append(max([number, *(before + 1 for before in self._numbers)]))
-            path = self._folder.absolute() / str(self._numbers[-1])
+            path = epath.Path(self._folder).absolute() / str(self._numbers[-1])
             self._writer.save(path, args=SaveArrays(about, leaves))
 
     def restore(self) -> Checkpoint | None:
@@ -179,7 +179,7 @@ class Checkpoints:
         outcomes = gather_json((damaged, failed and _reason(failed)))
         if reason := next((reason for damaged, reason in outcomes if damaged), None):
             self._damaged.add(number)
-            marker = cast("Path", self._folder / f"{number}.damaged")
+            marker = self._folder / f"{number}.damaged"
             text = f"{reason}\nDelete this file to read checkpoint {number} again.\n"
             if is_main_process():
                 with suppress(WriteError), atomic_write(marker) as temporary:
@@ -207,7 +207,7 @@ class Checkpoints:
         """Delete all but the last two intact checkpoints and the damaged ones."""
         for number in [n for n in self._numbers if n not in self._damaged][:-2]:
             if is_main_process():
-                (self._folder / str(number)).rmtree(missing_ok=True)
+                epath.Path(self._folder / str(number)).rmtree(missing_ok=True)
             self._numbers.remove(number)
 
     @contextmanager

@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -99,7 +100,7 @@ def is_on_mesh(leaf: Any) -> bool:
     )
 
 
-def read_arrays(folder: epath.Path, leaves: Mapping[str, Any]) -> dict[str, Any]:
+def read_arrays(folder: Path, leaves: Mapping[str, Any]) -> dict[str, Any]:
     """Read some arrays of a checkpoint, on the devices of those given or else on the host.
 
     Args:
@@ -122,7 +123,7 @@ def read_arrays(folder: epath.Path, leaves: Mapping[str, Any]) -> dict[str, Any]
         restore_args=unflatten(how),
         partial_restore=True,
     )
-    return flatten(ArraysHandler().restore(folder.absolute(), args=what))
+    return flatten(ArraysHandler().restore(epath.Path(folder).absolute(), args=what))
 
 
 def all_finite(tree: Any) -> bool:
@@ -136,7 +137,7 @@ def all_finite(tree: Any) -> bool:
     return all(bool(np.isfinite(np.asarray(data)).all()) for _, data in shards)
 
 
-def read_checksums(folder: epath.Path) -> tuple[dict[str, Any], Leaves]:
+def read_checksums(folder: Path) -> tuple[dict[str, Any], Leaves]:
     """Read what all processes wrote about a checkpoint.
 
     Returns:
