@@ -7,7 +7,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -17,7 +19,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from tljax.runtime.errors import RequestError
-from tljax.runtime.trees import tree_digest
+from tljax.runtime.trees import array_bytes, tree_digest
 from tljax.train.checkpoint import Checkpoints
 
 TESTS = Path(__file__).parents[1]
@@ -73,6 +75,39 @@ def test_saving_copies_the_arrays(tmp_path):
     given["params"]["head"][:] = 0
     checkpoints.close()
     assert_is(Checkpoints(tmp_path, "mine").restore(), 1)
+
+
+def test_any_orbax_reads_the_arrays_by_their_names(good):
+    expected = state(3)
+    for reader in (ocp.StandardCheckpointer(), ocp.PyTreeCheckpointer()):
+        with reader:
+            actual = reader.restore(good.absolute() / "3")
+        assert jax.tree.structure(actual) == jax.tree.structure(expected)
+        jax.tree.map(partial(np.testing.assert_array_equal, strict=True), actual, expected)
+
+
+def test_saving_does_not_wait_for_the_checksums(tmp_path, monkeypatch):
+    """The thread that writes computes them, of the arrays as they were."""
+    saved, threads = threading.Event(), set()
+
+    def late(array):
+        saved.wait(60)
+        threads.add(threading.current_thread())
+        return array_bytes(array)
+
+    monkeypatch.setattr("tljax.train.checkpoint_arrays.array_bytes", late)
+    step = jax.jit(lambda x: x + 1, donate_argnums=0)
+    given = jax.numpy.arange(3.0)
+    checkpoints = Checkpoints(tmp_path, "mine")
+    checkpoints.save(1, position(1), {"x": given})
+    step(given)
+    saved.set()
+    checkpoints.close()
+    assert threads
+    assert threading.main_thread() not in threads
+    monkeypatch.undo()
+    actual = Checkpoints(tmp_path, "mine").restore().fill({"x": np.zeros(3, np.float32)})
+    assert actual["x"].tolist() == [0, 1, 2]
 
 
 def test_checkpoints_of_another_run_or_network_are_refused(good):
@@ -143,7 +178,7 @@ def test_a_changed_position_is_recognized(good, tmp_path):
     folder = tmp_path / "checkpoints"
     shutil.copytree(good, folder)
     for number, text in ((3, '"batch": 3'), (2, '"mine"')):
-        (path,) = (p for p in (folder / str(number) / "position").iterdir() if "meta" in p.name)
+        path = folder / str(number) / "tljax.0.json"
         content = path.read_text()
         assert text in content
         path.write_text(content.replace(text, text.replace("3", "2").replace("mine", "nine")))
@@ -245,7 +280,7 @@ def test_a_failure_of_the_disk_does_not_count_as_damage(good, tmp_path, monkeypa
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(ocp.CheckpointManager, "restore", failing)
+        patch.setattr(ocp.PyTreeCheckpointHandler, "restore", failing)
         with pytest.raises(RequestError, match=rf"checkpoint 3 .*\({reason}\).* try again$"):
             Checkpoints(folder, "mine").restore()
     assert contents(folder) == before
@@ -257,14 +292,14 @@ def test_a_checkpoint_deleted_by_another_process_does_not_count_as_damaged(
 ):
     folder = tmp_path / "checkpoints"
     shutil.copytree(good, folder)
-    restore = ocp.CheckpointManager.restore
+    restore = ocp.PyTreeCheckpointHandler.restore
 
     def late(*args, **options):
         shutil.rmtree(folder / "3")
         return restore(*args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ocp.CheckpointManager, "restore", late)
+        patch.setattr(ocp.PyTreeCheckpointHandler, "restore", late)
         with pytest.raises(RequestError, match="try again"):
             Checkpoints(folder, "mine").restore()
     assert retained(folder) == ["2"]
@@ -285,69 +320,129 @@ join()
 folder = Path(sys.argv[1])
 opened = Checkpoints(folder, "mine")
 for number in (1, 2):
-    opened.save(number, {"epoch": number}, {"x": np.full(3, number, np.float32)})
+    opened.save(number, {"epoch": number}, dict.fromkeys("xy", np.full(3, number, np.float32)))
 opened.close()
 
 def restored():
     opened = Checkpoints(folder, "mine")
     try:
         found = opened.restore()
-        print(found.position["epoch"], found.leaves[0].tolist(), *found.notes, flush=True)
+        filled = found.fill(dict.fromkeys("xy", np.zeros(3, np.float32)))
+        print(found.position["epoch"], filled["x"].tolist(), *found.notes, flush=True)
     except RequestError as error:
         print(error, flush=True)
     opened.close()
 
 restored()
-restore = ocp.CheckpointManager.restore
-for writer, error in ((True, OSError(5, "Ouch")), (False, OSError(5, "Oh")), (False, KeyError(1))):
+restore = ocp.PyTreeCheckpointHandler.restore
+for writer, error in ((True, OSError(5, "Ouch")), (False, OSError(5, "Oh"))):
     def failing(*args, **how):
         if is_main_process() == writer:
             raise error
         return restore(*args, **how)
 
-    ocp.CheckpointManager.restore = failing
+    ocp.PyTreeCheckpointHandler.restore = failing
     restored()
-ocp.CheckpointManager.restore = restore
+ocp.PyTreeCheckpointHandler.restore = restore
 gather_json(None)
 if is_main_process():
-    (folder / "2" / "position" / "metadata").write_text("{")
+    (folder / "2" / "tljax.1.json").write_text("{")
 gather_json(None)
 restored()
 """
 
 
-@pytest.mark.slow
-def test_the_writing_process_decides_for_all_what_is_damaged(tmp_path):
+def run_together(program, folder, processes, devices=1):
+    """Return the lines that each process prints."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    processes = [
+    started = [
         subprocess.Popen(
-            [sys.executable, "-c", TWO_PROCESSES, str(tmp_path / "checkpoints")],
+            [sys.executable, "-c", program, str(folder)],
             stdout=subprocess.PIPE,
             text=True,
             env={
                 **os.environ,
                 "PYTHONPATH": os.pathsep.join(sys.path),
                 "JAX_PLATFORMS": "cpu",
+                "JAX_NUM_CPU_DEVICES": str(devices),
                 "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
-                "JAX_NUM_PROCESSES": "2",
+                "JAX_NUM_PROCESSES": str(processes),
                 "JAX_PROCESS_ID": str(number),
             },
         )
-        for number in range(2)
+        for number in range(processes)
     ]
-    first, second = (
-        [line for line in process.communicate(timeout=300)[0].splitlines() if "Gloo" not in line]
-        for process in processes
-    )
+    printed = [process.communicate(timeout=200)[0].splitlines() for process in started]
+    return [[line for line in lines if "Gloo" not in line] for lines in printed]
+
+
+@pytest.mark.slow
+def test_damage_that_one_process_sees_is_damage_for_all(tmp_path):
+    first, second = run_together(TWO_PROCESSES, tmp_path / "checkpoints", 2)
     assert first == second
-    assert len(first) == 5
+    assert len(first) == 4
     assert first[0] == "2 [2.0, 2.0, 2.0]"
-    for line, reason in zip(first[1:4], ("Ouch", "Oh", "1"), strict=True):
+    for line, reason in zip(first[1:3], ("Ouch", "Oh"), strict=True):
         assert f"checkpoint 2 cannot be read ({reason})" in line
-    assert first[4] == "1 [1.0, 1.0, 1.0] checkpoint 2 is damaged"
+    assert first[3] == "1 [1.0, 1.0, 1.0] checkpoint 2 is damaged"
     assert retained(tmp_path / "checkpoints") == ["1", "2"]
+
+
+SHARDED = """
+import sys
+from contextlib import closing
+from pathlib import Path
+import jax
+import numpy as np
+from tljax.runtime.parallel import data_mesh, join, shard_parameters, to_host
+from tljax.train.checkpoint import Checkpoints
+
+join()
+x = np.random.default_rng(0).random((256, 64), np.float32)
+whole = {**shard_parameters({"x": x, "b": x[0, :7]}, data_mesh()), "host": x}
+with closing(Checkpoints(Path(sys.argv[1]), "mine")) as checkpoints:
+    number = 1
+    if found := checkpoints.restore():
+        number = found.position["number"] + 1
+        actual = found.fill(whole)
+        for name, array in to_host(actual).items():
+            np.testing.assert_array_equal(array, to_host(whole)[name])
+        assert actual["x"].sharding == whole["x"].sharding
+        assert actual["b"].sharding == whole["b"].sharding
+    checkpoints.save(number, {"number": number}, whole)
+local = whole["x"].addressable_shards
+print(number, len(local), *local[0].data.shape)
+"""
+
+
+@pytest.mark.slow
+# Orbax leaves futures of the read that failed behind a closed event loop.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_shards_of_some_processes_are_restored_by_others_or_recognized_as_damaged(tmp_path):
+    folder = tmp_path / "checkpoints"
+    assert run_together(SHARDED, folder, 2, 2) == [["1 2 64 64"]] * 2
+    assert run_together(SHARDED, folder, 4) == [["2 1 64 64"]] * 4
+    assert run_together(SHARDED, folder, 1) == [["3 1 256 64"]]
+    assert run_together(SHARDED, folder, 2) == [["4 1 128 64"]] * 2
+    whole = np.random.default_rng(0).random((256, 64), np.float32)
+    like = {"x": whole, "b": whole[0, :7], "host": whole}
+    files = [path for path in sorted((folder / "4").rglob("*")) if path.stat().st_size]
+    files = [path for path in files if path.is_file()]
+    sizes = np.array([path.stat().st_size for path in files])
+    rng, damaged = np.random.default_rng(1), 0
+    for path in [*files, *rng.choice(files, 100, p=sizes / sizes.sum())]:
+        content = path.read_bytes()
+        flipped = bytearray(content)
+        flipped[rng.integers(len(content))] ^= 1 << int(rng.integers(8))
+        path.write_bytes(flipped)
+        found = Checkpoints(folder, "mine").restore()
+        damaged += found.position["number"] == 3
+        np.testing.assert_array_equal(found.fill(like)["x"], whole)
+        path.write_bytes(content)
+        (folder / "4.damaged").unlink(missing_ok=True)
+    assert damaged > 80
 
 
 def test_an_unfinished_checkpoint_is_not_restored(good, tmp_path):
@@ -379,7 +474,7 @@ def save(folder, numbers):
     try:
         with closing(Checkpoints(folder, "mine")) as checkpoints:
             for number in numbers:
-                checkpoints.save(number, {"epoch": number}, noise + number)
+                checkpoints.save(number, {"epoch": number}, {"x": noise + number})
     except RequestError as error:
         print(error)
 
@@ -388,7 +483,8 @@ def restored(folder):
         found = checkpoints.restore()
     if found is None:
         return 0
-    np.testing.assert_array_equal(found.leaves[0], noise + found.position["epoch"])
+    state = found.fill({"x": noise})
+    np.testing.assert_array_equal(state["x"], noise + found.position["epoch"])
     assert found.notes == ()
     return found.position["epoch"]
 """

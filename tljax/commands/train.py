@@ -19,7 +19,7 @@ from tljax.commands import cli
 from tljax.commands.extension import split_name
 from tljax.data.options import LabelOptions, Loading
 from tljax.runtime.errors import RequestError, StoppedError
-from tljax.runtime.files import CONFIG_VERSION, read_config
+from tljax.runtime.files import CONFIG_VERSION, in_bucket, open_path, read_config
 from tljax.runtime.ranges import Amount, NotNegative, Share, format_flag
 from tljax.runtime.settings import settings
 from tljax.train.options import REQUEST_CONDITIONS, FitConfig
@@ -49,8 +49,8 @@ class Config(cli.Common, cli.Classifier, cli.Channels):
         data: Labeled images: a table (.csv, .tsv, .parquet or .jsonl) with a column of paths, a
             folder of class folders (with or without train/ and val/), shards (.tar, .tfrecord,
             .array_record), the URL of a bucket, digits, tfds:NAME, hf:NAME or packed:FOLDER.
-        workdir: Run directory to create, or to continue if it exists and has the same options. By
-            default a new folder in runs/ is created.
+        workdir: Run directory to create, or to continue if it exists and has the same options, also
+            in a bucket (gs://BUCKET/RUN). By default a new folder in runs/ is created.
         resume: Run directory to continue with its own options; other options may not differ from
             them, except those of this machine: --workers, --devices, --platform, --distributed,
             --remat and --fsdp.
@@ -138,9 +138,12 @@ class Config(cli.Common, cli.Classifier, cli.Channels):
         Raises:
             RequestError: there is no such run, or an option on the command line differs from it.
         """
-        workdir = self.resume or self.workdir
-        if not workdir or not (self.resume or self._continues()):
+        folder = self.resume or self.workdir
+        if not folder:
             return self
+        workdir = open_path(folder)
+        if not (self.resume or self._continues(workdir)):
+            return replace(self, workdir=workdir)
         saved = read_config(workdir)
         if (version := saved.pop("version", None)) != CONFIG_VERSION:
             which = "another" if version else "an earlier"
@@ -192,10 +195,9 @@ class Config(cli.Common, cli.Classifier, cli.Channels):
             "new_head": lambda model, variables, _: select_outputs(model, variables, chosen)
         }
 
-    def _continues(self) -> bool:
+    def _continues(self, workdir: Path) -> bool:
         """Return whether ``--workdir`` holds a run, which the command then continues."""
-        trial = self.dry_run or self.find_learning_rate
-        return not trial and self.workdir is not None and (self.workdir / "config.json").exists()
+        return not (self.dry_run or self.find_learning_rate) and (workdir / "config.json").exists()
 
     @property
     def loading(self) -> Loading:
@@ -247,6 +249,8 @@ def run(config: Config) -> dict[str, Any]:
         cut = with_head(pretrained.model, outputs, after=config.fit.head_after)
         plan = make_plan(cut, fit, len(splits.train), config.batch_size)
         if config.profile:
+            if config.workdir and in_bucket(config.workdir):
+                raise RequestError("--profile writes to a local folder: choose another --workdir")
             steps = num_batches(len(splits.train), config.batch_size)
             check_traceable(steps if plan.phases else 0)
         workdir = config.workdir or run_directory.new_workdir(splits)
@@ -459,7 +463,9 @@ def _place(name: str, value: Any) -> Any:
         value = _absolute(value)
     if name == "extension" and value:
         return split_name(value)[1]  # the content of the file is compared elsewhere
-    return Path(value).resolve() if name in ("workdir", "resume") and value else value
+    if name in ("workdir", "resume") and value:
+        return open_path(value).resolve()
+    return value
 
 
 def _with_absolute_paths(config: Config) -> Config:

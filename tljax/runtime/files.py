@@ -12,9 +12,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
-from tljax.runtime.errors import RequestError, WriteError
+from tljax.runtime.errors import RequestError, WriteError, first_line
 
 
 def cache_dir() -> Path:
@@ -32,6 +32,40 @@ def cache_dir() -> Path:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tljax"
     except RuntimeError as error:  # for example a container whose user has no passwd entry
         raise WriteError("there is no home folder: set TLJAX_CACHE to a cache folder") from error
+
+
+def open_path(path: str | os.PathLike[str]) -> Path:
+    """Return a path as given on the command line, which may be in a bucket.
+
+    Args:
+        path: ``gs://bucket/name``, which pathlib shortens to ``gs:/bucket/name``, or local.
+
+    Returns:
+        The path; of a bucket an `epath.Path`, which has the methods of a `Path`.
+
+    Raises:
+        RequestError: buckets of this kind are not supported, or their package is not installed.
+    """
+    scheme, sign, rest = os.fspath(path).partition(":/")
+    if not sign or not scheme.isalnum():
+        return Path(path)
+    if scheme not in ("gs", "s3"):
+        raise RequestError(
+            f"{scheme}://: choose a local folder, or one in a bucket: gs:// or s3://"
+        )
+    from etils import epath  # noqa: PLC0415 - for buckets only
+
+    opened = epath.Path(f"{scheme}://{rest.lstrip('/')}")
+    try:
+        opened.exists()
+    except Exception as error:  # each package has errors of its own
+        raise RequestError(f"{opened} cannot be opened: {first_line(error)}") from error
+    return cast("Path", opened)
+
+
+def in_bucket(path: Path) -> bool:
+    """Return whether a path from `open_path`, or below one, is in a bucket."""
+    return "://" in os.fspath(path)
 
 
 MARKER = ".tljax"
@@ -54,7 +88,7 @@ def locked(path: Path, message: str, *, wait: bool = False) -> Iterator[None]:
     """Lock a file against other processes that lock it, until the end of the block.
 
     The operating system releases the lock when the process ends, however it ends. On a file system
-    without locks there is none.
+    without locks, and in a bucket, there is none.
 
     Args:
         path: the file; it is created if it is missing.
@@ -64,6 +98,9 @@ def locked(path: Path, message: str, *, wait: bool = False) -> Iterator[None]:
     Raises:
         RequestError: another process has locked the file.
     """
+    if in_bucket(path):
+        yield
+        return
     with path.open("a") as file:
         try:
             import fcntl  # noqa: PLC0415 - not on Windows
@@ -96,7 +133,7 @@ def read_config(workdir: Path) -> dict[str, Any]:
     return config
 
 
-CONFIG_VERSION = 5
+CONFIG_VERSION = 6
 """Version of a run's config.json. Version 1 has no number and calls ``ema_decay`` ``average``."""
 
 _TYPES = {"data": str, "weights": str, "val_fraction": int | float, "fingerprint": dict}
@@ -145,13 +182,19 @@ def atomic_write(path: Path, *, exclusive: bool = False) -> Iterator[Path]:
 
     Args:
         path: file to write; the target of a symbolic link is written, not the link. A device or
-            pipe, such as /dev/stdout, is written after the block, not replaced.
-        exclusive: never replace an existing file; of several concurrent writers the first wins.
+            pipe, such as /dev/stdout, is written after the block, not replaced. A file in a bucket
+            is uploaded after the block, which replaces it at once.
+        exclusive: never replace an existing file; of several concurrent writers the first wins,
+            but in a bucket the last.
 
     Raises:
         FileExistsError: ``exclusive`` is set and the file exists.
         WriteError: the file cannot be written, for example because the disk is full.
     """
+    if in_bucket(path):
+        with _uploaded(path, exclusive=exclusive) as temporary:
+            yield temporary
+        return
     if os.path.exists(path) and not (path.is_file() or path.is_dir()):  # noqa: PTH110
         with TemporaryDirectory() as folder:
             temporary = Path(folder, path.name)
@@ -180,6 +223,20 @@ def atomic_write(path: Path, *, exclusive: bool = False) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+@contextmanager
+def _uploaded(path: Path, *, exclusive: bool) -> Iterator[Path]:
+    with TemporaryDirectory() as folder:
+        temporary = Path(folder, path.name)
+        temporary.touch()
+        yield temporary
+        if exclusive and path.exists():
+            raise FileExistsError(errno.EEXIST, "exists", str(path))
+        try:
+            path.write_bytes(temporary.read_bytes())
+        except Exception as error:  # each package has errors of its own
+            raise WriteError(f"{path}: cannot be written ({first_line(error)})") from error
 
 
 def remove_stale_files(paths: Iterable[Path]) -> None:

@@ -1,57 +1,75 @@
 """Checkpoints of a run in progress, written asynchronously by Orbax and verified when read.
 
 A checkpoint holds the training state (trainable parameters, optimizer state, updated statistics)
-and the position in the run; frozen variables are identified by their hash. A damaged checkpoint
-``3`` is marked by a file ``3.damaged``: it is not read again, and never deleted.
+as named arrays, which any Orbax reads, their checksums, and the position in the run. Frozen
+variables are identified by their hash. Each process writes and reads its own shards. A damaged
+checkpoint ``3`` is marked by a file ``3.damaged``: it is not read again, and never deleted.
 """
 
-import hashlib
-import json
 import logging
 import re
-from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_managers import PolicyCheckpointInfo
+from etils import epath
 
 from tljax.runtime.errors import RequestError, WriteError
 from tljax.runtime.files import atomic_write
 from tljax.runtime.parallel import gather_json, is_main_process
-from tljax.runtime.trees import array_bytes
+from tljax.train.checkpoint_arrays import (
+    ArraysHandler,
+    Leaves,
+    SaveArrays,
+    is_on_mesh,
+    read_arrays,
+    read_checksums,
+    together,
+    verify,
+)
 
 Tree = TypeVar("Tree")
-Content = tuple[dict[str, Any], list[np.ndarray]]
 
 
 class Checkpoint(NamedTuple):
-    """Saved state of a run.
+    """Saved state of a run, whose arrays are intact.
 
     Attributes:
         position: position in the run that the caller saved, as JSON.
-        leaves: arrays of the saved state, in the order of its tree.
         notes: one line for each damaged checkpoint that was skipped.
+        folder: folder of the checkpoint, which any Orbax reads.
+        leaves: description of each array, see `tljax.train.checkpoint_arrays`.
     """
 
     position: dict[str, Any]
-    leaves: list[np.ndarray]
     notes: tuple[str, ...]
+    folder: Path
+    leaves: Leaves
 
     def fill(self, like: Tree) -> Tree:
-        """Return the saved state as a tree like ``like``.
+        """Read the saved state as a tree like ``like``; all processes call it together.
+
+        Args:
+            like: tree of arrays. For an array on the devices of the mesh each process reads its
+                shards only, whatever devices it was saved from; others become host arrays.
 
         Raises:
-            RequestError: a shape or dtype differs.
+            RequestError: a name, shape or dtype differs, or an array cannot be read.
         """
-        expected, structure = jax.tree.flatten(like)
-        if [(x.shape, x.dtype) for x in expected] != [(x.shape, x.dtype) for x in self.leaves]:
+        expected = name_leaves(like)
+        saved = {name: (leaf["dtype"], leaf["shape"]) for name, leaf in self.leaves.items()}
+        if saved != {name: (x.dtype.name, [*x.shape]) for name, x in expected.items()}:
             raise RequestError("the checkpoint was saved with another network or optimizer")
-        return jax.tree.unflatten(structure, self.leaves)
+        try:
+            arrays = read_arrays(self.folder, expected)
+        except (OSError, ValueError) as error:
+            raise RequestError(f"{self.folder} cannot be read ({_reason(error)})") from error
+        return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in expected])
 
 
 class Checkpoints:
@@ -72,69 +90,57 @@ class Checkpoints:
             logging.getLogger(library).setLevel(logging.CRITICAL)
         self._identity = identity
         self._folder = folder
-        # Each process saves and reads alone: with a barrier, all would wait for one that fails.
-        me = jax.process_index()
-        alone = ocp.options.MultiprocessingOptions(
-            primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process {me}"
-        )
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            damaged = [int(path.stem) for path in folder.glob("[0-9]*.damaged")]
-            self._damaged = set(gather_json(damaged)[0])
-            self._manager = ocp.CheckpointManager(
-                folder.absolute(),
-                item_names=("state", "position"),
-                options=ocp.CheckpointManagerOptions(
-                    preservation_policy=_LastTwoIntact(self._damaged),
-                    create=False,
-                    cleanup_tmp_directories=is_main_process(),
-                    multiprocessing_options=alone,
-                ),
-            )
+            self._folder.mkdir(parents=True, exist_ok=True)
+            damaged = [int(path.stem) for path in self._folder.glob("[0-9]*.damaged")]
+            numbers = ocp.utils.checkpoint_steps(self._folder)
+            if is_main_process():
+                for unfinished in ocp.utils.tmp_checkpoints(self._folder):
+                    unfinished.get().rmtree(missing_ok=True)
         except OSError as error:
             raise RequestError(f"{folder}: cannot be written ({error.strerror})") from error
+        # The main process decides, as the others may see its files later.
+        self._numbers, damaged = gather_json((sorted(numbers), damaged))[0]
+        self._damaged = set(damaged)
+        self._writer = ocp.AsyncCheckpointer(ArraysHandler(), multiprocessing_options=together())
 
     def save(self, number: int, position: dict[str, Any], state: Any) -> None:
-        """Write a checkpoint in the background, on the process that writes.
+        """Write a checkpoint in the background; all processes call it together.
 
-        It waits for the previous write.
+        It waits for the previous write, and for the copies of the arrays to the host.
 
         Args:
             number: number of the checkpoint, higher than before. If a damaged checkpoint has a
                 higher one, the next free number is used instead.
             position: position in the run, as JSON.
-            state: tree of arrays; they are copied before this returns.
+            state: tree of arrays. Each process writes its shards of those on the devices of the
+                mesh; the main process writes host arrays.
 
         Raises:
-            RequestError: the previous write failed.
+            RequestError: the previous write failed, or another process failed.
         """
-        if not is_main_process():
-            return
-        leaves = [np.array(leaf) for leaf in jax.tree.leaves(state)]
+        leaves = {
+            name: leaf if is_on_mesh(leaf) else np.array(leaf)
+            for name, leaf in name_leaves(state).items()
+        }
         about = {"position": position, "identity": self._identity}
-        about["sha256"] = _digest(leaves, about)
-        latest = self._manager.latest_step()
-        try:
-            self._manager.save(
-                number if latest is None else max(number, latest + 1),
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave({f"{i:05d}": x for i, x in enumerate(leaves)}),  # pyright: ignore[reportCallIssue]
-                    position=ocp.args.JsonSave(about),  # pyright: ignore[reportCallIssue]
-                ),
-            )
-        except (OSError, ValueError) as error:
-            raise self._failed(error) from error
+        with self._explained():
+            self._writer.wait_until_finished()
+            self._remove_old()
+            self._numbers.append(max([number, *(before + 1 for before in self._numbers)]))
+            path = epath.Path(self._folder).absolute() / str(self._numbers[-1])
+            self._writer.save(path, args=SaveArrays(about, leaves))
 
     def restore(self) -> Checkpoint | None:
         """Return the last intact checkpoint, or None if the folder has no checkpoints.
 
-        Damaged checkpoints are marked and skipped. The writing process decides for all processes.
+        Damaged checkpoints are marked and skipped. Each process verifies a part of the arrays.
 
         Raises:
             RequestError: all are damaged, they belong to another run, or one cannot be read.
         """
         notes: list[str] = []
-        for number in sorted(gather_json(list(self._manager.all_steps()))[0], reverse=True):
+        for number in reversed(self._numbers):
             content = None if number in self._damaged else self._read(number)
             if content is None:
                 notes.append(f"checkpoint {number} is damaged")
@@ -145,37 +151,33 @@ class Checkpoints:
                     f"{self._folder} belongs to a run with other base weights, images or "
                     "settings: choose another --workdir"
                 )
-            return Checkpoint(about["position"], leaves, tuple(notes))
+            folder = self._folder / str(number)
+            return Checkpoint(about["position"], tuple(notes), folder, leaves)
         if notes:
             raise RequestError(f"{self._folder}: no checkpoint is intact: {'; '.join(notes)}")
         return None
 
-    def _read(self, number: int) -> Content | None:
-        """Read a checkpoint; mark it and return None if it is damaged.
+    def _read(self, number: int) -> tuple[dict[str, Any], Leaves] | None:
+        """Verify a checkpoint; mark it and return None if it is damaged.
+
+        Returns:
+            Position and identity, and the description of the arrays.
 
         Raises:
             RequestError: it cannot be read, but may be intact.
         """
-        about, leaves, failed = {}, [], None
+        about, leaves, failed = {}, {}, None
+        folder = self._folder / str(number)
         try:
-            # The shapes come from the checkpoint itself: `fill` compares them.
-            restored = self._manager.restore(
-                number,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(),  # pyright: ignore[reportCallIssue]
-                    position=ocp.args.JsonRestore(),  # pyright: ignore[reportCallIssue]
-                ),
-            )
-            about, state = restored["position"], restored["state"]
-            leaves = [np.asarray(state[name]) for name in sorted(state)]
-            if about.pop("sha256") != _digest(leaves, about):
-                raise ValueError("checksum mismatch")  # noqa: TRY301
+            about, leaves = read_checksums(folder)
+            names = sorted(leaves)[jax.process_index() :: jax.process_count()]
+            mine = {name: leaves[name] for name in names}
+            verify(mine, read_arrays(folder, dict.fromkeys(mine)))
         except Exception as error:  # noqa: BLE001 - Orbax documents no type for a damaged file
             failed = error
-        damaged = _proves_damage(failed) and (self._folder / str(number)).is_dir()
+        damaged = _proves_damage(failed) and folder.is_dir()
         outcomes = gather_json((damaged, failed and _reason(failed)))
-        damaged, reason = outcomes[0]
-        if damaged:
+        if reason := next((reason for damaged, reason in outcomes if damaged), None):
             self._damaged.add(number)
             marker = self._folder / f"{number}.damaged"
             text = f"{reason}\nDelete this file to read checkpoint {number} again.\n"
@@ -196,31 +198,34 @@ class Checkpoints:
         Raises:
             RequestError: the last write failed.
         """
+        with self._explained():
+            self._writer.wait_until_finished()
+            self._remove_old()
+            self._writer.close()
+
+    def _remove_old(self) -> None:
+        """Delete all but the last two intact checkpoints and the damaged ones."""
+        for number in [n for n in self._numbers if n not in self._damaged][:-2]:
+            if is_main_process():
+                epath.Path(self._folder / str(number)).rmtree(missing_ok=True)
+            self._numbers.remove(number)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Convert an error of a write to a one-line RequestError."""
         try:
-            self._manager.wait_until_finished()
-            self._manager.close()
-        except (OSError, ValueError) as error:
-            raise self._failed(error) from error
-
-    def _failed(self, error: Exception) -> RequestError:
-        return RequestError(
-            f"{self._folder}: a checkpoint cannot be written ({_reason(error)}); earlier ones are "
-            "kept: free disk space and continue with --resume"
-        )
+            yield
+        except (OSError, ValueError, jax.errors.JaxRuntimeError) as error:
+            raise RequestError(
+                f"{self._folder}: a checkpoint cannot be written ({_reason(error)}); earlier ones "
+                "are kept: free disk space and continue with --resume"
+            ) from error
 
 
-@dataclass
-class _LastTwoIntact:
-    """Orbax policy: preserve the last two intact checkpoints and all damaged ones."""
-
-    damaged: set[int]
-
-    def should_preserve(
-        self, checkpoints: Sequence[PolicyCheckpointInfo], **_: Any
-    ) -> Sequence[bool]:
-        steps = [checkpoint.step for checkpoint in checkpoints]
-        preserved = self.damaged.union([step for step in steps if step not in self.damaged][-2:])
-        return [step in preserved for step in steps]
+def name_leaves(tree: Any) -> dict[str, Any]:
+    """Return ``{path: leaf}``, such as ``params/head/kernel``, for the leaves of any tree."""
+    path = partial(jax.tree_util.keystr, simple=True, separator="/")
+    return {path(keys): leaf for keys, leaf in jax.tree.leaves_with_path(tree)}
 
 
 _ENVIRONMENT_ERROR = re.compile(
@@ -240,13 +245,7 @@ def _proves_damage(error: Exception | None) -> bool:
 
 def _reason(error: Exception) -> str:
     """Return the last part of an error message, without TensorStore's " [os_error_code='28']"."""
+    if isinstance(error, jax.errors.JaxRuntimeError):  # of JAX's coordination service
+        return "another process did not come, for minutes"
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return re.split(r" \[\w+='", text)[0].rpartition(": ")[2]
-
-
-def _digest(leaves: list[np.ndarray], about: dict[str, Any]) -> str:
-    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
-    for leaf in leaves:
-        digest.update(f"{leaf.dtype} {leaf.shape}".encode())
-        digest.update(array_bytes(leaf))
-    return digest.hexdigest()

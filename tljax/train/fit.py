@@ -34,7 +34,7 @@ from tljax.train.optimizer import OptimizerWrapper
 from tljax.train.options import FitConfig
 from tljax.train.recipes import Phase
 from tljax.train.setup import NewHead, Run, begin_phase, prepare
-from tljax.train.step import RESERVED, Materialize
+from tljax.train.step import RESERVED, Materialize, TrainState
 
 
 class FitResult(NamedTuple):
@@ -255,8 +255,8 @@ def train_phase(
     best = split(best, phase.rates, set(state.batch_stats))[0]
     epoch, batch, sums = 1, 0, {}
     if saved is not None:
-        state, best = saved.fill((state, best))
-        state = run.place(state)
+        filled = saved.fill({**state._asdict(), "best": best})
+        best, state = filled.pop("best"), TrainState(**filled)
         names = "history", "epoch", "batch", "sums"
         history, epoch, batch, sums = (saved.position[name] for name in names)
         for part, before in zip(inputs.skipped, saved.position["skipped"], strict=True):

@@ -1,5 +1,6 @@
 """One epoch of training: feeding batches, taking steps, logging and saving checkpoints."""
 
+import math
 import sys
 import time
 from typing import Any
@@ -9,10 +10,11 @@ import numpy as np
 
 from tljax.metrics.sums import means
 from tljax.runtime.errors import DivergenceError, StoppedError
-from tljax.runtime.parallel import is_main_process, main_process_says, replicate, to_host
+from tljax.runtime.parallel import gather_json, is_main_process, main_process_says, replicate
 from tljax.runtime.prefetch import prefetch
 from tljax.runtime.progress import track
 from tljax.runtime.types import Variables
+from tljax.train.checkpoint_arrays import all_finite
 from tljax.train.feed import Feed
 from tljax.train.inputs import Inputs
 from tljax.train.memory import within_memory
@@ -123,14 +125,14 @@ def save(
     if run.checkpoints is None:
         return
     loss = position["sums"].get("loss", (0.0, 0.0))[0]
-    state = to_host(state)
-    leaves = jax.tree.leaves((state.changing, state.ema, loss))
-    if not all(np.isfinite(leaf).all() for leaf in leaves):
+    finite = math.isfinite(loss) and all_finite((state.changing, state.ema))
+    if not all(gather_json(finite)):
         raise divergence_error(run, phase, state, "a parameter or the loss is not finite")
     skipped = [sorted(part.items()) for part in inputs.all_skipped()]
     # The end of an epoch has a number of its own, hence one more than the number of steps.
     number = position["pass"] * (run.steps_per_epoch + 1) + position["batch"]
-    run.checkpoints.save(number, {**position, "skipped": skipped}, (state, best))
+    saved = {**position, "skipped": skipped}
+    run.checkpoints.save(number, saved, {**state._asdict(), "best": best})
 
 
 def divergence_error(run: Run, phase: Phase, state: TrainState, problem: str) -> DivergenceError:

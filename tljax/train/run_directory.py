@@ -33,6 +33,7 @@ from tljax.runtime.errors import DivergenceError, RequestError, WriteError
 from tljax.runtime.files import (
     MARKER,
     atomic_write,
+    in_bucket,
     locked,
     mark_output,
     read_config,
@@ -267,7 +268,8 @@ def _by_name(spec: str, split: bytes) -> dict[str, dict[str, str]]:
 class MetricsFile:
     """``metrics.jsonl``: one line per epoch, preceded by the lines of its logged steps.
 
-    A resumed run overwrites the lines of steps after its checkpoint.
+    A resumed run overwrites the lines of steps after its checkpoint. In a bucket, where nothing can
+    be appended, the lines of steps are written with that of their epoch.
     """
 
     def __init__(self, workdir: Path) -> None:
@@ -291,6 +293,8 @@ class MetricsFile:
         rewrite, self._steps = len(earlier) < len(self._steps), earlier
         line = to_json({"step": step, **metrics})
         self._steps.append((len(self._epochs), step, line))
+        if in_bucket(self._path):
+            return
         if rewrite:
             self._write_all()
             return

@@ -22,7 +22,7 @@ import safetensors.numpy
 from tljax.pretrained.formats import keras_file, npz, torch_file
 from tljax.pretrained.formats.torch_pickle import DamagedError
 from tljax.runtime.errors import RequestError
-from tljax.runtime.files import atomic_write
+from tljax.runtime.files import atomic_write, open_path
 
 # numpy names of the dtypes; safetensors' numpy reader copies, and lacks bfloat16 and float8.
 _DTYPES = {
@@ -107,7 +107,7 @@ def write_safetensors(
     """
     # The library ignores strides: it writes the memory of a transposed array without reordering.
     arrays = {key: np.asarray(array, order="C") for key, array in arrays.items()}
-    with atomic_write(Path(path)) as temporary:
+    with atomic_write(open_path(path)) as temporary:
         mode = temporary.stat().st_mode
         try:
             safetensors.numpy.save_file(arrays, temporary, dict(metadata) if metadata else None)
