@@ -1,0 +1,210 @@
+"""Features in the basis of their principal axes, on the devices that solve a probe.
+
+There the Hessian of a linear probe is nearly diagonal, and known up to one number per class.
+"""
+
+import sys
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from jaxtyping import Float, Shaped
+
+from tljax.features.lbfgs import HISTORY
+from tljax.features.rows import Layout, Rows, StreamedRows, divide, layout, row_bytes
+from tljax.runtime.errors import DivergenceError, RequestError
+from tljax.runtime.free_memory import device_memory, free_memory
+from tljax.runtime.parallel import gather, gather_json, replicate
+from tljax.runtime.types import Array
+
+ADVICE = "check the weights and the preprocessing of the network that computed them"
+
+_CHUNK_BYTES = 2**27  # rows that the host looks at together
+
+
+class Design(NamedTuple):
+    """Standardized features, rotated to their principal axes.
+
+    Attributes:
+        rows: the rotated rows ``[n, r]`` where ``r = min(n, d)``: the optimum of an L2-penalized
+            problem is in the span of the centered features.
+        layout: how rows are divided.
+        spectrum: ``[r + 1]`` mean square of each column, and of the ones that the bias multiplies.
+        rotation: ``[d, r]`` orthonormal columns.
+        mean: ``[d]`` mean of the features.
+        scale: ``[d]`` what features were divided by.
+    """
+
+    rows: Rows | StreamedRows
+    layout: Layout
+    spectrum: Float[jax.Array, " r+1"]
+    rotation: Float[np.ndarray, "d r"]
+    mean: Float[np.ndarray, " d"]
+    scale: Float[np.ndarray, " d"]
+
+    def place(self, values: Shaped[np.ndarray, " n"], dtype: Any) -> jax.Array:
+        """Divide values of the examples over the devices, as the rows are; 0 for padding."""
+        return self.layout.place(values, dtype, np.zeros(()))
+
+
+def check_features(features: Shaped[Array, "n d"]) -> Shaped[np.ndarray, "n d"]:
+    """Convert features to a matrix of float32, or of a narrower floating-point type as they are.
+
+    Raises:
+        RequestError: they are not a matrix, or a value is not finite.
+    """
+    features = np.asarray(features)
+    if features.dtype.itemsize > 4 or not jnp.issubdtype(features.dtype, jnp.floating):
+        features = np.asarray(features, np.float32)
+    if features.ndim != 2 or not features.size:
+        raise RequestError(f"features must be [examples, dimensions], got {list(features.shape)}")
+    bad = sum(np.count_nonzero(~np.isfinite(chunk)) for chunk in _chunks(features))
+    if bad:
+        raise RequestError(f"{bad} of {features.size} feature values are not finite: {ADVICE}")
+    return features
+
+
+def diverged(features: Shaped[np.ndarray, "n d"]) -> DivergenceError:
+    """Return the error for features that are too large to compute with."""
+    largest = max(np.abs(chunk).max() for chunk in _chunks(features))
+    return DivergenceError(
+        f"logistic regression diverged on features of up to {largest:.1e}: {ADVICE}"
+    )
+
+
+def make_design(
+    features: Shaped[np.ndarray, "n d"], num_outputs: int, mesh: Mesh, *, standardize: bool
+) -> Design:
+    """Put features on the devices, center and rotate them; the optional scale is that of a column.
+
+    Where a device has too little memory for its rows, they are read again in every pass, in blocks.
+
+    Args:
+        features: ``[n, d]`` from `check_features`; with several processes, the rows of this one.
+        num_outputs: number of outputs of the model, for the size of blocks.
+        mesh: see `data_mesh`.
+        standardize: divide each feature by its standard deviation, unless it is constant.
+
+    Raises:
+        DivergenceError: the values are too large to compute with.
+    """
+    count, dimensions = int(_total(len(features))), features.shape[1]
+    mean, scale = transform = moments(features, count, standardize=standardize)
+    span, source = np.eye(dimensions, dtype=np.float32), features
+    if count < dimensions:
+        source = (np.asarray(features, np.float32) - mean) / scale
+        span = np.linalg.qr(_all_rows(source).T)[0]
+        source = source @ span
+        transform = np.zeros(count, np.float32), np.ones(count, np.float32)
+    blocks = layout(len(source), row_bytes(source.shape[1], num_outputs), mesh)
+    rows = _hold(source, blocks, replicate(transform, mesh), num_outputs)
+    second_moment = np.asarray(rows.sum(_second_moment, ())) / count
+    if not np.isfinite(second_moment).all():
+        raise diverged(features)
+    # On the host: compiling an eigendecomposition for a TPU takes minutes. All processes use that
+    # of the first one, since another CPU may round otherwise.
+    rotation = np.linalg.eigh(second_moment)[1]
+    if jax.process_count() > 1:
+        rotation = np.asarray(multihost_utils.broadcast_one_to_all(rotation))
+    rows = rows.rotated(rotation)
+    spectrum = jnp.append(rows.sum(_squares, ()) / count, 1)
+    rotation = rotation if count >= dimensions else span @ rotation
+    return Design(rows, blocks, spectrum, rotation, mean, scale)
+
+
+def _hold(features, blocks, transform, num_outputs):
+    """Put features on the devices, if there is memory for them and for a solver."""
+    needed = solver_bytes(blocks, features.shape[1], num_outputs)
+    free = min(gather_json(_free_bytes(blocks.mesh)))
+    if needed <= free:
+        padding = np.asarray(transform[0])
+        return Rows(blocks.place(features, np.float32, padding), transform, blocks.mesh)
+    print(
+        f"probe  features are read in every pass: they would take {needed / 2**30:.1f} GiB of each "
+        f"device, which has {free / 2**30:.1f} free",
+        file=sys.stderr,
+    )
+    return StreamedRows(features, blocks, transform)
+
+
+def _free_bytes(mesh: Mesh) -> int:
+    """Return the free memory of a device, or its share of the host's if it is a CPU."""
+    return device_memory() or free_memory() // len(mesh.local_devices)
+
+
+def probe_bytes(num_rows: int, dimensions: int, num_outputs: int, mesh: Mesh) -> int:
+    """Compute the memory of each device that solves a probe with all of its rows on the devices.
+
+    Args:
+        num_rows: number of rows of all processes.
+        dimensions: number of features.
+        num_outputs: number of classes.
+        mesh: see `data_mesh`.
+    """
+    rank = min(num_rows, dimensions)
+    per_device = -(-num_rows // mesh.size)
+    blocks = divide(per_device, row_bytes(rank, num_outputs), mesh)
+    return solver_bytes(blocks, rank, num_outputs)
+
+
+def solver_bytes(blocks: Layout, rank: int, num_outputs: int) -> int:
+    """Compute the memory of a device for rows, a block of them, and the state of L-BFGS."""
+    rows = blocks.blocks * blocks.rows
+    state = 4 * num_outputs * (rank + 1)
+    return rows * (4 * rank + 8) + blocks.rows * row_bytes(rank, num_outputs) + _COPIES * state
+
+
+_COPIES = 2 * HISTORY + 12
+
+
+def _chunks(features) -> Iterator[Float[np.ndarray, "rows d"]]:
+    rows = max(1, _CHUNK_BYTES // (4 * features.shape[1]))
+    for start in range(0, len(features), rows):
+        yield np.asarray(features[start : start + rows], np.float32)
+
+
+def moments(
+    features: Shaped[np.ndarray, "n d"], count: int, *, standardize: bool
+) -> tuple[Float[np.ndarray, " d"], Float[np.ndarray, " d"]]:
+    """Return the mean and the standard deviation of each column over all processes.
+
+    The standard deviation of a constant, or of all columns without ``standardize``, is given as 1.
+    """
+    totals = sum(chunk.sum(0, dtype=np.float64) for chunk in _chunks(features))
+    mean = (_total(totals) / count).astype(np.float32)
+    scale = np.ones_like(mean)
+    if standardize:
+        # In float64, so that no square overflows.
+        squares = 0
+        for chunk in _chunks(features):
+            centered = chunk - mean
+            squares += np.einsum("nd,nd->d", centered, centered, dtype=np.float64)
+        scale = np.sqrt(_total(squares) / count).astype(np.float32)
+        # A spread within float32's rounding of the values is noise, which dividing would amplify.
+        scale[scale <= 4 * np.finfo(np.float32).eps * np.abs(mean)] = 1
+    return mean, scale
+
+
+def _total(values):
+    """Sum float64 values over the processes, each of which has some; JAX would round them."""
+    values = np.asarray(values, np.float64)
+    parts = gather(np.frombuffer(values.tobytes(), np.uint8)[None])
+    return sum(np.frombuffer(part.tobytes()) for part in parts).reshape(values.shape)
+
+
+def _all_rows(rows):
+    """Return the rows of all processes, and some of zeros."""
+    most = int(gather(np.array([len(rows)], np.int32)).max())
+    return gather(np.pad(rows, ((0, most - len(rows)), (0, 0))))
+
+
+def _second_moment(features):
+    return features.T @ features
+
+
+def _squares(features):
+    return jnp.sum(features**2, 0)
