@@ -38,7 +38,7 @@ def run(config: Config) -> dict[str, Any]:
     from tljax.data.sources import open_splits
     from tljax.features.evaluate import METRICS, choose_thresholds, evaluate
     from tljax.features.extract import split_features
-    from tljax.features.probe import knn_predict
+    from tljax.features.knn import knn_predict
     from tljax.features.source_probe import fit_source_probe, probe_outputs
     from tljax.train.run_directory import skipped_lines
     from tljax.train.setup import fitted_task

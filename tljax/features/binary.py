@@ -106,7 +106,9 @@ def fit_binary(
         problems = [_label(targets[:, label], weights[row], held_out[row]) for row, label in block]
         # All blocks have the same number of problems, so that they share a compiled program.
         nothing = np.zeros_like(problems[0].sign)
-        problems += [_Label(nothing, nothing, nothing, np.float32(0))] * (width - len(block))
+        problems += [_Label(nothing, nothing, nothing, np.zeros((), np.float32))] * (
+            width - len(block)
+        )
         sign, weight, held, constant = map(np.stack, zip(*problems, strict=True))
         walks = [
             _first_walk(*fields, len(design.spectrum), len(l2))
@@ -177,17 +179,17 @@ class _Walk(NamedTuple):
         converged: whether the last optimum reached the tolerance.
     """
 
-    value: Int[jax.Array, ""]
+    value: Int[Array, ""]
     state: State
-    objective: Float[jax.Array, ""]
-    held_out_losses: Float[jax.Array, " k"]
-    converged: Bool[jax.Array, ""]
+    objective: Float[Array, ""]
+    held_out_losses: Float[Array, " k"]
+    converged: Bool[Array, ""]
 
 
 class _Path(NamedTuple):
     """What all problems have in common; see `fit_binary`."""
 
-    spectrum: Float[jax.Array, " r+1"]
+    spectrum: Float[Array, " r+1"]
     l2: Float[np.ndarray, " k"]
     num_values: int
     tolerance: float
@@ -208,9 +210,9 @@ def _first_walk(sign, weight, width, num_values) -> _Walk:
     share = weight @ (sign < 0)
     params = np.zeros((1, width), np.float32)
     params[:, -1] = np.log(max(share, RARE) / max(weight.sum() - share, RARE))
-    zero = np.float32(0)
-    losses = np.zeros(num_values, np.float32)
-    return _Walk(np.int32(0), first_state(params, zero), zero, losses, np.bool_(False))
+    zero, losses = np.zeros((), np.float32), np.zeros(num_values, np.float32)
+    state = first_state(params, scores=zero)
+    return _Walk(np.zeros((), np.int32), state, zero, losses, np.zeros((), bool))
 
 
 def _solve(

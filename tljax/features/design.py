@@ -48,7 +48,7 @@ class Design(NamedTuple):
 
     def place(self, values: Shaped[np.ndarray, " n"], dtype: Any) -> jax.Array:
         """Divide values of the examples over the devices, as the rows are; 0 for padding."""
-        return self.layout.place(values, dtype, np.zeros(()))
+        return self.layout.place(values, dtype, 0)
 
 
 def check_features(features: Shaped[Array, "n d"]) -> Shaped[np.ndarray, "n d"]:
@@ -145,20 +145,27 @@ def probe_bytes(num_rows: int, dimensions: int, num_outputs: int, mesh: Mesh) ->
         num_outputs: number of classes.
         mesh: see `data_mesh`.
     """
+    return solver_bytes(*probe_layout(num_rows, dimensions, num_outputs, mesh), num_outputs)
+
+
+def probe_layout(
+    num_rows: int, dimensions: int, num_outputs: int, mesh: Mesh
+) -> tuple[Layout, int]:
+    """Return how rows are divided, and the number of columns that are left; see `probe_bytes`."""
     rank = min(num_rows, dimensions)
     per_device = -(-num_rows // mesh.size)
-    blocks = divide(per_device, row_bytes(rank, num_outputs), mesh)
-    return solver_bytes(blocks, rank, num_outputs)
+    return divide(per_device, row_bytes(rank, num_outputs), mesh), rank
 
 
 def solver_bytes(blocks: Layout, rank: int, num_outputs: int) -> int:
-    """Compute the memory of a device for rows, a block of them, and the state of L-BFGS."""
-    rows = blocks.blocks * blocks.rows
-    state = 4 * num_outputs * (rank + 1)
-    return rows * (4 * rank + 8) + blocks.rows * row_bytes(rank, num_outputs) + _COPIES * state
+    """Compute the memory of a device for rows, their labels and weights, a block, and L-BFGS."""
+    rows = blocks.blocks * blocks.rows * 4 * (rank + 2)
+    # A single block is used where it lies.
+    block = blocks.rows * row_bytes(rank if blocks.blocks > 1 else 0, num_outputs)
+    return rows + block + (2 * HISTORY + _VECTORS) * 4 * num_outputs * (rank + 1)
 
 
-_COPIES = 2 * HISTORY + 12
+_VECTORS = 8  # besides the memory of L-BFGS, of the size of the parameters
 
 
 def _chunks(features) -> Iterator[Float[np.ndarray, "rows d"]]:
@@ -193,7 +200,7 @@ def _total(values):
     """Sum float64 values over the processes, each of which has some; JAX would round them."""
     values = np.asarray(values, np.float64)
     parts = gather(np.frombuffer(values.tobytes(), np.uint8)[None])
-    return sum(np.frombuffer(part.tobytes()) for part in parts).reshape(values.shape)
+    return np.sum([np.frombuffer(part.tobytes()) for part in parts], 0).reshape(values.shape)
 
 
 def _all_rows(rows):

@@ -14,7 +14,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Float, Int
+
+from tljax.runtime.types import Array
 
 HISTORY = 10  # number of pairs in the memory
 _TRIALS = 10  # largest number of evaluations in a line search
@@ -32,23 +35,19 @@ class Memory(NamedTuple):
         num_pairs: number of pairs written so far.
     """
 
-    steps: Float[jax.Array, "m c r"]
-    changes: Float[jax.Array, "m c r"]
-    rho: Float[jax.Array, " m"]
-    num_pairs: Int[jax.Array, ""]
+    steps: Float[Array, "m c r"]
+    changes: Float[Array, "m c r"]
+    rho: Float[Array, " m"]
+    num_pairs: Int[Array, ""]
 
 
 def empty_memory(shape: tuple[int, ...]) -> Memory:
     """Return a memory without pairs, for parameters of a shape ``(c, r)``."""
-    return Memory(
-        jnp.zeros((HISTORY, *shape)),
-        jnp.zeros((HISTORY, *shape)),
-        jnp.zeros(HISTORY),
-        jnp.zeros((), jnp.int32),
-    )
+    ring = np.zeros((HISTORY, *shape), np.float32)
+    return Memory(ring, ring, np.zeros(HISTORY, np.float32), np.zeros((), np.int32))
 
 
-def remember(memory: Memory, step: jax.Array, change: jax.Array, is_new: jax.Array) -> Memory:
+def remember(memory: Memory, step: Array, change: Array, is_new: Array) -> Memory:
     """Put a step and the change of the gradient along it in the place of the oldest pair.
 
     A step of length 0 means that the memory gave a bad direction: its pairs are then not used.
@@ -58,12 +57,12 @@ def remember(memory: Memory, step: jax.Array, change: jax.Array, is_new: jax.Arr
     # A product within rounding error of 0 would make the direction far too long.
     usable = product > 1e-6 * jnp.linalg.norm(step) * jnp.linalg.norm(change)
     entry = memory.num_pairs % HISTORY
-    rho = memory.rho.at[entry].set(jnp.where(usable, 1 / product, 0))
+    rho = jnp.asarray(memory.rho).at[entry].set(jnp.where(usable, 1 / product, 0))
     rho = jnp.where(jnp.any(step != 0), rho, 0)
 
     def write(ring, value):
         # Only the entry is selected: a selected ring would be a copy of it.
-        return ring.at[entry].set(jnp.where(is_new, value, ring[entry]))
+        return jnp.asarray(ring).at[entry].set(jnp.where(is_new, value, ring[entry]))
 
     return Memory(
         write(memory.steps, step),
@@ -73,7 +72,7 @@ def remember(memory: Memory, step: jax.Array, change: jax.Array, is_new: jax.Arr
     )
 
 
-def lower_penalty(memory: Memory, difference: jax.Array) -> Memory:
+def lower_penalty(memory: Memory, difference: Array) -> Memory:
     """Correct the changes of the gradient for a penalty that is smaller by ``difference``."""
     changes = memory.changes - difference * memory.steps
     product = jnp.sum(memory.steps * changes, (1, 2))
@@ -81,9 +80,7 @@ def lower_penalty(memory: Memory, difference: jax.Array) -> Memory:
     return memory._replace(changes=changes, rho=jnp.where(usable, 1 / product, 0))
 
 
-def lbfgs_direction(
-    gradient: jax.Array, memory: Memory, inverse_hessian: jax.Array
-) -> Float[jax.Array, "c r"]:
+def lbfgs_direction(gradient: Array, memory: Memory, inverse_hessian: Array) -> Float[Array, "c r"]:
     """Compute minus the L-BFGS inverse Hessian times the gradient, by the two-loop recursion."""
     newest = (memory.num_pairs - 1) % HISTORY
     order = (newest - jnp.arange(HISTORY)) % HISTORY
@@ -116,10 +113,10 @@ class Point(NamedTuple):
         scores: what else was summed there.
     """
 
-    params: Float[jax.Array, "c r"]
-    objective: Float[jax.Array, ""]
-    gradient: Float[jax.Array, "c r"]
-    curvature: Float[jax.Array, "c 1"]
+    params: Float[Array, "c r"]
+    objective: Float[Array, ""]
+    gradient: Float[Array, "c r"]
+    curvature: Float[Array, "c 1"]
     scores: Any = ()
 
 
@@ -140,33 +137,31 @@ class Search(NamedTuple):
     """
 
     point: Point
-    direction: Float[jax.Array, "c r"]
-    slope: Float[jax.Array, ""]
-    length: Float[jax.Array, ""]
-    low: Float[jax.Array, ""]
-    high: Float[jax.Array, ""]
-    last: tuple[Float[jax.Array, ""], Float[jax.Array, ""]]
-    trials: Int[jax.Array, ""]
+    direction: Float[Array, "c r"]
+    slope: Float[Array, ""]
+    length: Float[Array, ""]
+    low: Float[Array, ""]
+    high: Float[Array, ""]
+    last: tuple[Float[Array, ""], Float[Array, ""]]
+    trials: Int[Array, ""]
     memory: Memory
-    iterations: Int[jax.Array, ""]
+    iterations: Int[Array, ""]
 
 
-def begin(point: Point, guess: Float[jax.Array, "c r"], memory: Memory) -> Search:
+def begin(point: Point, guess: Float[Array, "c r"], memory: Memory) -> Search:
     """Start a search whose first trial is ``point.params + guess``, and its only one if worse."""
-    zero, one = jnp.zeros(()), jnp.ones(())
-    return Search(
-        point, guess, zero, one, zero, jnp.full((), jnp.inf), (zero, zero),
-        jnp.full((), _TRIALS - 1, jnp.int32), memory, jnp.full((), -1, jnp.int32),
-    )  # fmt: skip
+    zero, one, infinity = (np.asarray(x, np.float32) for x in (0, 1, np.inf))
+    trials, iterations = np.asarray(_TRIALS - 1, np.int32), np.asarray(-1, np.int32)
+    return Search(point, guess, zero, one, zero, infinity, (zero, zero), trials, memory, iterations)
 
 
-def trial_params(search: Search) -> Float[jax.Array, "c r"]:
+def trial_params(search: Search) -> Float[Array, "c r"]:
     """Return the parameters at which the search wants the objective evaluated."""
     return search.point.params + search.length * search.direction
 
 
 def advance(
-    search: Search, trial: Point, inverse_hessian: Callable[[Point], Float[jax.Array, "c r"]]
+    search: Search, trial: Point, inverse_hessian: Callable[[Point], Float[Array, "c r"]]
 ) -> Search:
     """Continue a search with what was evaluated at its trial.
 

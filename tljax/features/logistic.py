@@ -25,7 +25,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Bool, Float, Int, Integer, Shaped
 
-from tljax.features.design import Design, check_features, diverged, make_design
+from tljax.features.design import Design, check_features, diverged, make_design, probe_layout
 from tljax.features.lbfgs import Search, trial_params
 from tljax.features.path import (
     RARE,
@@ -201,6 +201,37 @@ def check_training_data(
     return features, labels.astype(np.int32)
 
 
+def lower_solver(
+    num_rows: int, dimensions: int, num_classes: int, mesh: Mesh
+) -> jax.stages.Lowered:
+    """Lower the program that solves one L2 value, for devices that need not exist.
+
+    Args:
+        num_rows: number of examples of all processes.
+        dimensions: number of features.
+        num_classes: number of classes.
+        mesh: see `data_mesh`; its devices may be those of a topology.
+    """
+    blocks, rank = probe_layout(num_rows, dimensions, num_classes, mesh)
+    data, everywhere = (NamedSharding(mesh, PartitionSpec(*axis)) for axis in (("data",), ()))
+    shape = mesh.size, blocks.blocks, blocks.rows
+    features = jax.ShapeDtypeStruct((*shape, rank), np.float32, sharding=data)
+    examples = tuple(
+        jax.ShapeDtypeStruct(shape, dtype, sharding=data) for dtype in (np.int32, np.float32)
+    )
+    number = np.zeros((), np.float32)
+    problem = Problem(
+        np.zeros(rank + 1, np.float32), np.zeros(num_classes, bool), number, number, 1e-6, 1000
+    )
+    state = first_state(np.zeros((num_classes, rank + 1), np.float32))
+    problem, state = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(np.shape(x), np.result_type(x), sharding=everywhere),
+        (problem, state),
+    )
+    with jax.default_matmul_precision("highest"):
+        return _solve_on_devices.lower(Rows(features, (), mesh), examples, problem, state)
+
+
 class Optimum(NamedTuple):
     """The solution for one L2 value.
 
@@ -212,11 +243,11 @@ class Optimum(NamedTuple):
         converged: whether the tolerance was reached.
     """
 
-    params: Float[jax.Array, "c r+1"]
-    objective: Float[jax.Array, ""]
-    gradient_norm: Float[jax.Array, ""]
-    iterations: Int[jax.Array, ""]
-    converged: Bool[jax.Array, ""]
+    params: Float[Array, "c r+1"]
+    objective: Float[Array, ""]
+    gradient_norm: Float[Array, ""]
+    iterations: Int[Array, ""]
+    converged: Bool[Array, ""]
 
 
 def optima(
@@ -246,18 +277,18 @@ def optima(
 
 
 def kernel_and_bias(
-    design: Design, params: Float[jax.Array, "c r+1"]
+    design: Design, params: Float[Array, "c r+1"]
 ) -> tuple[Float[np.ndarray, "d c"], Float[np.ndarray, " c"]]:
     """Return params as the kernel and the bias of standardized features."""
-    params = np.asarray(params)
-    return design.rotation @ params[:, :-1].T, params[:, -1]
+    values = np.asarray(params)
+    return design.rotation @ values[:, :-1].T, values[:, -1]
 
 
 def held_out_scores(
     design: Design,
     labels: Int[np.ndarray, " n"],
     weights: Float[np.ndarray, " n"],
-    params: Float[jax.Array, "c r+1"],
+    params: Float[Array, "c r+1"],
 ) -> tuple[Float[jax.Array, ""], Float[jax.Array, ""]]:
     """Sum the correct predictions and the cross-entropies, weighted by ``weights``."""
     examples = design.place(labels, np.int32), design.place(weights, np.float32)
@@ -293,7 +324,7 @@ def _finish(problem: Problem, state: State, search: Search, mesh: Mesh) -> tuple
     optimum = Optimum(
         jnp.where(is_present, params - shift, params),
         search.point.objective,
-        jnp.linalg.norm(search.point.gradient),
+        jnp.linalg.norm(search.point.gradient - problem.penalty(problem.l2) * shift * is_present),
         search.iterations,
         has_converged(problem, search),
     )

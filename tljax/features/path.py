@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Bool, Float
 
 from tljax.features.lbfgs import (
@@ -61,19 +62,19 @@ class State(NamedTuple):
     """
 
     search: Search
-    optimum: Float[jax.Array, "c r+1"]
-    velocity: Float[jax.Array, "c r+1"]
+    optimum: Float[Array, "c r+1"]
+    velocity: Float[Array, "c r+1"]
 
 
-def first_state(params: Float[Array, "c r+1"], scores: Any = ()) -> State:
+def first_state(params: Float[np.ndarray, "c r+1"], scores: Any = ()) -> State:
     """Return the state before the first problem, which starts from ``params``.
 
     Args:
         params: ``[c, r + 1]`` kernel in the basis of a `Design`, and the bias in the last column.
         scores: zeros in place of `Point.scores`.
     """
-    zeros = jnp.zeros_like(params)
-    unknown = Point(params, jnp.full((), jnp.inf), zeros, jnp.ones((len(params), 1)), scores)
+    zeros, curvature = np.zeros_like(params), np.ones((len(params), 1), np.float32)
+    unknown = Point(params, np.asarray(np.inf, np.float32), zeros, curvature, scores)
     return State(begin(unknown, zeros, empty_memory(params.shape)), params, zeros)
 
 

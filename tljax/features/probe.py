@@ -1,4 +1,4 @@
-"""Linear probes for every task, and nearest-neighbor classification of features.
+"""Linear probes for every task.
 
 The L2 sweep of the linear-evaluation protocol (Kornblith et al. 2019, arXiv:1805.08974; SimCLR,
 arXiv:2002.05709; BYOL, arXiv:2006.07733) is a path of convex problems over the same features, so
@@ -34,8 +34,6 @@ from tljax.runtime.types import Array
 
 L2_VALUES: tuple[float, ...] = tuple(np.logspace(-6, 5, 45).tolist())
 """The protocol's 45 log-spaced L2 values, here relative to the *mean* loss: see `fit_logistic`."""
-
-_MEMORY_BUDGET = 2**30  # bytes of one block of similarities
 
 
 class Probe(NamedTuple):
@@ -294,61 +292,3 @@ def _on_raw_features(kernel, bias, mean, scale):
 def predict_logits(probe: Probe, features: Float[Array, "m d"]) -> Float[jax.Array, "m outputs"]:
     """Compute the outputs ``[m, outputs]``, logits or numbers, of raw features ``[m, d]``."""
     return jnp.matmul(features, probe.kernel, precision="highest") + probe.bias
-
-
-def knn_predict(
-    train_features: Float[Array, "n d"],
-    train_labels: Integer[Array, " n"],
-    features: Float[Array, "m d"],
-    *,
-    num_classes: int,
-    k: int = 20,
-    temperature: float = 0.07,
-) -> Float[jax.Array, "m c"]:
-    """Classify features by their ``k`` nearest training examples in cosine similarity.
-
-    A neighbor of similarity ``s`` votes for its class with weight ``exp(s / temperature)``; the
-    votes are normalized.
-
-    Source: Wu et al. 2018, arXiv:1805.01978, section 3.4, with the constants of DINO's evaluation,
-    arXiv:2104.14294.
-
-    Args:
-        train_features: ``[n, d]`` finite features; used in float32. A zero vector has similarity 0.
-        train_labels: ``[n]`` integer class indices in [0, num_classes).
-        features: ``[m, d]`` finite features to classify.
-        num_classes: number of classes, ``c``.
-        k: number of neighbors that vote, or all ``n`` if there are fewer. Among equally similar
-            examples, earlier ones in ``train_features`` are chosen.
-        temperature: positive; the smaller it is, the more the nearest neighbors dominate.
-
-    Returns:
-        ``[m, c]`` class probabilities.
-
-    Raises:
-        RequestError: an array has the wrong shape or values out of range or not finite, or fewer
-            than two classes have examples.
-    """
-    train_features, train_labels = check_training_data(train_features, train_labels, num_classes)
-    features = check_features(features)
-    block = max(1, _MEMORY_BUDGET // (8 * len(train_labels)))
-    vote = partial(_vote, _unit(train_features), jnp.asarray(train_labels), temperature)
-    k = min(k, len(train_labels))
-    parts = (features[start : start + block] for start in range(0, len(features), block))
-    return jnp.concatenate([vote(part, num_classes=num_classes, k=k) for part in parts])
-
-
-@jax.jit
-def _unit(x):
-    # Scale by a power of two first, which is exact, so that no square over- or underflows.
-    x = jnp.ldexp(x, -jnp.frexp(jnp.abs(x).max(1, keepdims=True))[1])
-    norm = jnp.linalg.norm(x, axis=1, keepdims=True)
-    return x / jnp.where(norm > 0, norm, 1)
-
-
-@partial(jax.jit, static_argnames=("num_classes", "k"))
-def _vote(train_unit, train_labels, temperature, features, *, num_classes, k):
-    similarity = jnp.matmul(_unit(features), train_unit.T, precision="highest")
-    similarity, nearest = jax.lax.top_k(similarity, k)
-    weight = jax.nn.softmax(similarity / temperature)
-    return jnp.einsum("mk,mkc->mc", weight, jax.nn.one_hot(train_labels[nearest], num_classes))

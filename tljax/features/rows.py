@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import ArrayLike
 from jaxtyping import Float, Shaped
 
 from tljax.runtime.parallel import gather
@@ -40,7 +41,7 @@ class Layout(NamedTuple):
     rows: int
 
     def place(
-        self, values: Shaped[np.ndarray, "n ..."], dtype: Any, padding: Shaped[np.ndarray, "..."]
+        self, values: Shaped[np.ndarray, "n ..."], dtype: Any, padding: ArrayLike
     ) -> Shaped[jax.Array, "devices blocks rows ..."]:
         """Divide rows of this process over its devices; only those that need padding are copied.
 
@@ -52,7 +53,7 @@ class Layout(NamedTuple):
         return self._put(values, 0, self.blocks, dtype, padding)
 
     def place_block(
-        self, values: Shaped[np.ndarray, "n ..."], block: int, padding: Shaped[np.ndarray, "..."]
+        self, values: Shaped[np.ndarray, "n ..."], block: int, padding: ArrayLike
     ) -> Shaped[jax.Array, "devices 1 rows ..."]:
         """Place one block of every device, as `place` does all of them."""
         return self._put(values, block, 1, values.dtype, padding)
