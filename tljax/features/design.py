@@ -15,7 +15,15 @@ from jax.sharding import Mesh
 from jaxtyping import Float, Shaped
 
 from tljax.features.lbfgs import HISTORY
-from tljax.features.rows import Layout, Rows, StreamedRows, divide, layout, row_bytes
+from tljax.features.rows import (
+    Layout,
+    Rows,
+    StreamedRows,
+    divide,
+    layout,
+    process_share,
+    row_bytes,
+)
 from tljax.runtime.errors import DivergenceError, RequestError
 from tljax.runtime.free_memory import device_memory, free_memory
 from tljax.runtime.parallel import gather, gather_json, replicate
@@ -32,7 +40,8 @@ class Design(NamedTuple):
     Attributes:
         rows: the rotated rows ``[n, r]`` where ``r = min(n, d)``: the optimum of an L2-penalized
             problem is in the span of the centered features.
-        layout: how rows are divided.
+        share: the rows of this process.
+        layout: how they are divided.
         spectrum: ``[r + 1]`` mean square of each column, and of the ones that the bias multiplies.
         rotation: ``[d, r]`` orthonormal columns.
         mean: ``[d]`` mean of the features.
@@ -40,15 +49,16 @@ class Design(NamedTuple):
     """
 
     rows: Rows | StreamedRows
+    share: slice
     layout: Layout
-    spectrum: Float[jax.Array, " r+1"]
+    spectrum: Float[np.ndarray, " r+1"]
     rotation: Float[np.ndarray, "d r"]
     mean: Float[np.ndarray, " d"]
     scale: Float[np.ndarray, " d"]
 
     def place(self, values: Shaped[np.ndarray, " n"], dtype: Any) -> jax.Array:
-        """Divide values of the examples over the devices, as the rows are; 0 for padding."""
-        return self.layout.place(values, dtype, 0)
+        """Divide values of all examples over the devices, as the rows are; 0 for padding."""
+        return self.layout.place(values[self.share], dtype, 0)
 
 
 def check_features(features: Shaped[Array, "n d"]) -> Shaped[np.ndarray, "n d"]:
@@ -84,7 +94,8 @@ def make_design(
     Where a device has too little memory for its rows, they are read again in every pass, in blocks.
 
     Args:
-        features: ``[n, d]`` from `check_features`; with several processes, the rows of this one.
+        features: ``[n, d]`` from `check_features`, the same in all processes, of which each takes
+            a share.
         num_outputs: number of outputs of the model, for the size of blocks.
         mesh: see `data_mesh`.
         standardize: divide each feature by its standard deviation, unless it is constant.
@@ -92,13 +103,15 @@ def make_design(
     Raises:
         DivergenceError: the values are too large to compute with.
     """
-    count, dimensions = int(_total(len(features))), features.shape[1]
-    mean, scale = transform = moments(features, count, standardize=standardize)
-    span, source = np.eye(dimensions, dtype=np.float32), features
+    count, dimensions = features.shape
+    share = process_share(count)
+    source = features[share]
+    mean, scale = transform = moments(source, count, standardize=standardize)
+    span = None
     if count < dimensions:
-        source = (np.asarray(features, np.float32) - mean) / scale
-        span = np.linalg.qr(_all_rows(source).T)[0]
-        source = source @ span
+        centered = (np.asarray(features, np.float32) - mean) / scale
+        span = np.linalg.qr(centered.T)[0]
+        source = centered[share] @ span
         transform = np.zeros(count, np.float32), np.ones(count, np.float32)
     blocks = layout(len(source), row_bytes(source.shape[1], num_outputs), mesh)
     rows = _hold(source, blocks, replicate(transform, mesh), num_outputs)
@@ -111,9 +124,10 @@ def make_design(
     if jax.process_count() > 1:
         rotation = np.asarray(multihost_utils.broadcast_one_to_all(rotation))
     rows = rows.rotated(rotation)
-    spectrum = jnp.append(rows.sum(_squares, ()) / count, 1)
-    rotation = rotation if count >= dimensions else span @ rotation
-    return Design(rows, blocks, spectrum, rotation, mean, scale)
+    spectrum = np.append(np.asarray(rows.sum(_squares, ())) / np.float32(count), np.float32(1))
+    if span is not None:
+        rotation = span @ rotation
+    return Design(rows, share, blocks, spectrum, rotation, mean, scale)
 
 
 def _hold(features, blocks, transform, num_outputs):
@@ -165,7 +179,7 @@ def solver_bytes(blocks: Layout, rank: int, num_outputs: int) -> int:
     return rows + block + (2 * HISTORY + _VECTORS) * 4 * num_outputs * (rank + 1)
 
 
-_VECTORS = 8  # besides the memory of L-BFGS, of the size of the parameters
+_VECTORS = 12  # besides the memory of L-BFGS, of the size of the parameters
 
 
 def _chunks(features) -> Iterator[Float[np.ndarray, "rows d"]]:
@@ -177,7 +191,9 @@ def _chunks(features) -> Iterator[Float[np.ndarray, "rows d"]]:
 def moments(
     features: Shaped[np.ndarray, "n d"], count: int, *, standardize: bool
 ) -> tuple[Float[np.ndarray, " d"], Float[np.ndarray, " d"]]:
-    """Return the mean and the standard deviation of each column over all processes.
+    """Return the mean and the standard deviation of each column.
+
+    Each process gives its rows; ``count`` is the number of all.
 
     The standard deviation of a constant, or of all columns without ``standardize``, is given as 1.
     """
@@ -201,12 +217,6 @@ def _total(values):
     values = np.asarray(values, np.float64)
     parts = gather(np.frombuffer(values.tobytes(), np.uint8)[None])
     return np.sum([np.frombuffer(part.tobytes()) for part in parts], 0).reshape(values.shape)
-
-
-def _all_rows(rows):
-    """Return the rows of all processes, and some of zeros."""
-    most = int(gather(np.array([len(rows)], np.int32)).max())
-    return gather(np.pad(rows, ((0, most - len(rows)), (0, 0))))
 
 
 def _second_moment(features):

@@ -10,7 +10,7 @@ from jaxtyping import Float, Integer
 
 from tljax.features.design import check_features
 from tljax.features.logistic import check_training_data
-from tljax.features.rows import Layout
+from tljax.features.rows import Layout, process_share
 from tljax.runtime.parallel import data_mesh
 from tljax.runtime.types import Array
 
@@ -26,7 +26,7 @@ def knn_predict(
     k: int = 20,
     temperature: float = 0.07,
     mesh: Mesh | None = None,
-) -> Float[jax.Array, "m c"]:
+) -> Float[np.ndarray, "m c"]:
     """Classify features by their ``k`` nearest training examples in cosine similarity.
 
     A neighbor of similarity ``s`` votes for its class with weight ``exp(s / temperature)``; the
@@ -54,17 +54,17 @@ def knn_predict(
     """
     train_features, train_labels = check_training_data(train_features, train_labels, num_classes)
     features, mesh, n = check_features(features), mesh or data_mesh(), len(train_labels)
-    layout = Layout(mesh, 1, -(-n // mesh.size))
-    examples = layout.place(train_features, np.float32, 0)
+    layout, share = Layout(mesh, 1, -(-n // mesh.size)), process_share(n)
+    examples = layout.place(train_features[share], np.float32, 0)
     train = (
         _unit_in_place(examples),
-        layout.place(train_labels.astype(np.int32), np.int32, 0),
-        layout.place(np.arange(n, dtype=np.int32), np.int32, _PADDING),
+        layout.place(train_labels[share], np.int32, 0),
+        layout.place(np.arange(n)[share], np.int32, _PADDING),
     )
     block = max(1, _MEMORY_BUDGET // (8 * layout.rows))
     vote = partial(_vote, train, temperature, num_classes=num_classes, k=min(k, n), mesh=mesh)
     parts = (features[start : start + block] for start in range(0, len(features), block))
-    return jnp.concatenate([vote(np.asarray(part, np.float32)) for part in parts])
+    return np.concatenate([vote(np.asarray(part, np.float32)) for part in parts])
 
 
 _PADDING = np.iinfo(np.int32).max  # position of a row that is no example

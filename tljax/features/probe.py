@@ -28,6 +28,7 @@ from tljax.features.logistic import (
     optima,
 )
 from tljax.features.ridge import fit_ridge, held_out_errors
+from tljax.features.rows import process_share
 from tljax.runtime.errors import RequestError
 from tljax.runtime.parallel import data_mesh
 from tljax.runtime.types import Array
@@ -226,7 +227,7 @@ def _fit_numbers(features, targets, *, weights, groups, l2_values, seed) -> Prob
     _check_known(targets)
     check_l2(l2_values)
     l2_values = np.asarray(l2_values, np.float64)
-    mean, scale = moments(features, len(features), standardize=True)
+    mean, scale = moments(features[process_share(len(features))], len(features), standardize=True)
     standardized = (features - mean) / scale
     held_out = held_out_at_random(len(targets), groups, seed)
     errors = held_out_errors(standardized, targets, l2_values, weights=weights, held_out=held_out)
