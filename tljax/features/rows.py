@@ -123,7 +123,7 @@ class Rows:
         mesh: see `data_mesh`.
     """
 
-    features: Float[jax.Array, "devices blocks rows d"]
+    features: Float[jax.Array, "devices blocks rows d"] | jax.ShapeDtypeStruct
     transform: Transform
     mesh: Mesh
 
