@@ -27,10 +27,10 @@ from tljax.runtime.parallel import data_mesh
 n, d, c, every = map(int, sys.argv[1:])
 features, labels = synthetic_features(n, d, c)
 l2, record = L2_VALUES[::every], {}
-free = design._free_bytes
+free = design.free_device_memory
 for name, devices in ("one", 1), ("eight", 8), ("streamed", 8):
     mesh = data_mesh(devices)
-    design._free_bytes = free if name != "streamed" else lambda mesh: 0
+    design.free_device_memory = free if name != "streamed" else lambda: 0
     fit = fit_logistic(features, labels, l2, num_classes=c, mesh=mesh)
     probe = fit_probe(features[:1500], labels[:1500], num_classes=c, l2_values=l2[::2], mesh=mesh)
     tags = (labels[:1500, None] % [2, 3] == 0).astype(np.float32)

@@ -25,7 +25,7 @@ from tljax.features.rows import (
     row_bytes,
 )
 from tljax.runtime.errors import DivergenceError, RequestError
-from tljax.runtime.free_memory import device_memory, free_memory
+from tljax.runtime.free_memory import free_device_memory
 from tljax.runtime.parallel import gather, gather_json, replicate
 from tljax.runtime.types import Array
 
@@ -133,7 +133,7 @@ def make_design(
 def _hold(features, blocks, transform, num_outputs):
     """Put features on the devices, if there is memory for them and for a solver."""
     needed = solver_bytes(blocks, features.shape[1], num_outputs)
-    free = min(gather_json(_free_bytes(blocks.mesh)))
+    free = min(gather_json(free_device_memory()))
     if needed <= free:
         padding = np.asarray(transform[0])
         return Rows(blocks.place(features, np.float32, padding), transform, blocks.mesh)
@@ -143,11 +143,6 @@ def _hold(features, blocks, transform, num_outputs):
         file=sys.stderr,
     )
     return StreamedRows(features, blocks, transform)
-
-
-def _free_bytes(mesh: Mesh) -> int:
-    """Return the free memory of a device, or its share of the host's if it is a CPU."""
-    return device_memory() or free_memory() // len(mesh.local_devices)
 
 
 def probe_bytes(num_rows: int, dimensions: int, num_outputs: int, mesh: Mesh) -> int:

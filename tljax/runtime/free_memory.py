@@ -13,6 +13,14 @@ def device_memory() -> int | None:
     return stats and stats.get("bytes_limit")
 
 
+def free_device_memory() -> int:
+    """Return the bytes of free memory of one device; on a CPU, its share of the host's."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+    return free_memory() // jax.local_device_count()
+
+
 _CGROUPS = {
     "": ("memory.max", "memory.current"),  # version 2
     "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes"),
