@@ -7,10 +7,11 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.preprocessing import StandardScaler
 
 from tljax.features.binary import fit_binary
+from tljax.features.design import make_design
 from tljax.features.folds import held_out_by_label
-from tljax.features.logistic import eigenbasis
 from tljax.features.probe import L2_VALUES, fit_probe, fit_task_probe, predict_logits
 from tljax.runtime.errors import RequestError
+from tljax.runtime.parallel import data_mesh
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
@@ -28,6 +29,10 @@ def problem(n=EXAMPLES, d=DIMENSIONS, seed=0):
     targets[rng.random(targets.shape) < 0.2] = np.nan
     targets[:2] = [0], [1]
     return features, targets
+
+
+def design_of(features):
+    return make_design(features, LABELS, data_mesh(), standardize=False)
 
 
 def objective(features, target, weights, kernel, bias, l2):
@@ -54,10 +59,10 @@ def test_objectives_of_labels_equal_sklearn_with_blanks_and_weights(shape):
     features, targets = problem(*shape)
     weights = np.stack([np.ones(len(features)), np.resize([0, 1, 2, 0.5, 1], len(features))])
     weights[:, :2] = 1
-    basis = eigenbasis(features)
+    design = design_of(features)
     path = np.array(L2_VALUES[::-4], np.float32)
     for count in (1, 4, 8, len(path)):
-        fit = fit_binary(basis, targets, path, weights=weights, num_values=count)
+        fit = fit_binary(design, targets, path, weights=weights, num_values=count)
         assert fit.converged.all()
         l2 = float(path[count - 1])
         for row, weight in enumerate(weights):
@@ -74,7 +79,7 @@ def test_the_objective_is_within_its_tolerance_of_sklearns():
     features, targets = problem()
     ones = np.ones(EXAMPLES)
     path = np.array([1.0, 1e-1, 1e-2], np.float32)
-    fit = fit_binary(eigenbasis(features), targets, path, weights=ones[None], tolerance=1e-7)
+    fit = fit_binary(design_of(features), targets, path, weights=ones[None], tolerance=1e-7)
     for label, target in enumerate(targets.T):
         model = sklearn_model(features, target, ones, path[-1])
         best = objective(features, target, ones, model.coef_[0], model.intercept_[0], path[-1])
@@ -88,9 +93,11 @@ def test_more_labels_than_are_solved_side_by_side_are_the_same_labels():
     features, targets = problem()
     path = np.array([1.0, 0.1], np.float32)
     ones = np.ones((1, EXAMPLES))
-    basis = eigenbasis(features)
-    few = fit_binary(basis, targets, path, weights=ones, held_out=ones, tolerance=1e-7)
-    many = fit_binary(basis, np.tile(targets, 7), path, weights=ones, held_out=ones, tolerance=1e-7)
+    design = design_of(features)
+    few = fit_binary(design, targets, path, weights=ones, held_out=ones, tolerance=1e-7)
+    many = fit_binary(
+        design, np.tile(targets, 7), path, weights=ones, held_out=ones, tolerance=1e-7
+    )
     assert many.kernel.shape == (1, DIMENSIONS, 7 * LABELS)
     for actual, expected in zip(many, few, strict=True):
         np.testing.assert_allclose(actual, np.tile(expected, 7), rtol=1e-3, atol=2e-3)
@@ -100,7 +107,7 @@ def test_too_few_iterations_are_reported():
     features, targets = problem()
     path = np.array([1e-3, 1e-6], np.float32)
     fit = fit_binary(
-        eigenbasis(features), targets, path, weights=np.ones((1, EXAMPLES)), max_iterations=3
+        design_of(features), targets, path, weights=np.ones((1, EXAMPLES)), max_iterations=3
     )
     assert not fit.converged.any()
 

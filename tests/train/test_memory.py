@@ -13,6 +13,7 @@ import tljax.train.setup as train_setup
 from tljax.data.options import Loading
 from tljax.models import Stage, init
 from tljax.runtime.errors import RequestError
+from tljax.runtime.free_memory import free_memory
 from tljax.runtime.parallel import shard
 from tljax.train import memory
 from tljax.train.options import AdversaryConfig
@@ -187,8 +188,8 @@ def test_free_memory_respects_the_limits_of_containers(name, tmp_path, monkeypat
     files(tmp_path, texts)
     machine = type("Machine", (), {"available": 5000})
     monkeypatch.setattr(psutil, "virtual_memory", lambda: machine)
-    assert memory.free_memory(tmp_path) == expected
+    assert free_memory(tmp_path) == expected
 
 
 def test_free_memory_of_this_machine_is_positive():
-    assert 2**20 < memory.free_memory() <= psutil.virtual_memory().total
+    assert 2**20 < free_memory() <= psutil.virtual_memory().total

@@ -38,8 +38,9 @@ def run(config: Config) -> dict[str, Any]:
     from tljax.data.sources import open_splits
     from tljax.features.evaluate import METRICS, choose_thresholds, evaluate
     from tljax.features.extract import split_features
-    from tljax.features.probe import knn_predict
+    from tljax.features.knn import knn_predict
     from tljax.features.source_probe import fit_source_probe, probe_outputs
+    from tljax.runtime.parallel import data_mesh
     from tljax.train.run_directory import skipped_lines
     from tljax.train.setup import fitted_task
 
@@ -51,14 +52,15 @@ def run(config: Config) -> dict[str, Any]:
         print(note)
     train, val = split_features(model, variables, splits, config.loading, stop=config.stage)
     task = fitted_task(splits.train)
-    probe = fit_source_probe(train, splits.train, task, seed=config.seed)
+    mesh = data_mesh(config.loading.devices)
+    probe = fit_source_probe(train, splits.train, task, seed=config.seed, mesh=mesh)
     linear = choose_thresholds(evaluate(probe_outputs(probe, val), task))
     metric, nearest = linear.main_metric, None
     name = METRICS[task.kind][metric]
     if task.kind == "classification":
         neighbors = knn_predict(
             train.values, train.labels, val.values,
-            num_classes=len(splits.train.classes), k=config.neighbors,
+            num_classes=len(splits.train.classes), k=config.neighbors, mesh=mesh,
         )  # fmt: skip
         nearest = float((neighbors.argmax(1) == val.labels).mean())
     seconds = time.perf_counter() - began

@@ -2,10 +2,11 @@
 
 The method is that of `tljax.features.logistic`. Problems are solved side by side, so that one
 matrix product serves all of them. Each walks along its own path from the strongest penalty to the
-weakest and does not wait for the others: the step to the next L2 value, an extrapolation of the
-last two optima, is one more direction among the others.
+weakest and does not wait for the others.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -13,19 +14,25 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from tljax.features.lbfgs import (
-    Memory,
-    empty_memory,
-    lbfgs_direction,
-    line_search,
-    lower_penalty,
-    remember,
+from tljax.features.design import Design
+from tljax.features.lbfgs import trial_params
+from tljax.features.path import (
+    RARE,
+    Problem,
+    State,
+    finish,
+    first_state,
+    has_converged,
+    is_done,
+    iterate,
+    loop_on_host,
+    start,
 )
-from tljax.features.logistic import Eigenbasis
+from tljax.features.rows import Rows, StreamedRows
+from tljax.runtime.parallel import replicate
 from tljax.runtime.types import Array
 
-_RARE = 1e-12  # smallest curvature, so that the bias of a rare label can be divided by it
-_SIDE_BY_SIDE = 32  # problems; more of them would share no more work and wait for the slowest
+SIDE_BY_SIDE = 32  # problems; more of them would share no more work and wait for the slowest
 _FEWEST = 5  # the folds of one label
 
 
@@ -34,7 +41,7 @@ class BinaryFit(NamedTuple):
 
     Attributes:
         kernel: ``[f, d, m]`` float32.
-        bias: ``[f, m]`` float32; logits are ``features @ kernel + bias``.
+        bias: ``[f, m]`` float32; logits are ``standardized @ kernel + bias``.
         objective: ``[f, m]`` the minimized objective; 0 for a label with one known value.
         converged: ``[f, m]`` bool; False if ``max_iterations`` was reached before ``tolerance``.
         held_out_loss: ``[f, k, m]`` cross-entropies of the held-out examples at every L2 value,
@@ -49,7 +56,7 @@ class BinaryFit(NamedTuple):
 
 
 def fit_binary(
-    basis: Eigenbasis,
+    design: Design,
     targets: Float[np.ndarray, "n m"],
     l2: Float[Array, " k"],
     *,
@@ -71,11 +78,10 @@ def fit_binary(
     known examples of weight 1. A label with one known value gets a kernel of 0, and a bias of the
     log odds with half an example added to both values.
 
-    Only the optima at the last L2 value are kept, so memory does not grow with ``k``: besides the
-    features and targets, about ``32 * 4 * (12 * n + 50 * d)`` bytes.
+    Only the optima at the last L2 value are kept, so memory does not grow with ``k``.
 
     Args:
-        basis: the eigenbasis of the features.
+        design: the standardized features.
         targets: ``[n, m]`` 0, 1, or NaN if unknown.
         l2: ``[k]`` positive L2 values in descending order.
         weights: ``[f, n]`` nonnegative rows of weights.
@@ -89,30 +95,36 @@ def fit_binary(
     held_out = np.zeros_like(weights) if held_out is None else np.asarray(held_out)
     rows, labels = len(weights), targets.shape[1]
     pairs = [(row, label) for row in range(rows) for label in range(labels)]
-    blocks = -(-labels // _SIDE_BY_SIDE)
+    blocks = -(-labels // SIDE_BY_SIDE)
     width = max(_FEWEST, -(-labels // blocks))
     num_values = len(l2) if num_values is None else num_values
-    l2 = np.asarray(l2, np.float32)
+    path = _Path(design.spectrum, np.asarray(l2, np.float32), num_values, tolerance, max_iterations)
+    on_devices = isinstance(design.rows, Rows)
+    solve = _solve_on_devices if on_devices else partial(_solve, loop_on_host)
 
     def solve_block(block):
-        problems = [
-            _problem(targets[:, label], weights[row], held_out[row]) for row, label in block
-        ]
+        problems = [_label(targets[:, label], weights[row], held_out[row]) for row, label in block]
         # All blocks have the same number of problems, so that they share a compiled program.
         nothing = np.zeros_like(problems[0].sign)
-        padding = _Problem(nothing, nothing, nothing, np.zeros((), np.float32))
-        problems += [padding] * (width - len(block))
+        problems += [_Label(nothing, nothing, nothing, np.zeros((), np.float32))] * (
+            width - len(block)
+        )
         sign, weight, held, constant = map(np.stack, zip(*problems, strict=True))
-        params, *rest = _solve(basis, sign, weight, held, l2, num_values, tolerance, max_iterations)
-        kernel = jnp.einsum("dr,pr->pd", basis.rotation, params[:, 0, :-1])
-        bias = params[:, 0, -1] - kernel @ basis.mean
-        objective, losses, converged = rest
+        walks = [
+            _first_walk(*fields, len(design.spectrum), len(l2))
+            for fields in zip(sign, weight, strict=True)
+        ]
+        walks = replicate(jax.tree.map(lambda *fields: np.stack(fields), *walks), design.rows.mesh)
+        examples = tuple(design.place(x.T, np.float32) for x in (sign, weight, held))
+        walks = solve(design.rows, examples, path, walks)
+        params = np.asarray(walks.state.optimum[:, 0])
+        kernel, bias = params[:, :-1] @ design.rotation.T, params[:, -1]
         # A problem with one known value was solved with weights of 0: its kernel is 0.
         single = ~np.isnan(constant)
         bias = np.where(single, constant, bias)
         constant_loss = np.sum(held * np.logaddexp(0, sign * np.nan_to_num(constant)[:, None]), 1)
-        losses = np.where(single[:, None], constant_loss[:, None], losses)
-        fields = kernel, bias, objective, converged, losses
+        losses = np.where(single[:, None], constant_loss[:, None], walks.held_out_losses)
+        fields = kernel, bias, walks.objective, walks.converged, losses
         return [np.asarray(field)[: len(block)] for field in fields]
 
     with jax.default_matmul_precision("highest"):
@@ -126,7 +138,7 @@ def fit_binary(
     )
 
 
-class _Problem(NamedTuple):
+class _Label(NamedTuple):
     """One label under one row of weights.
 
     Attributes:
@@ -142,7 +154,7 @@ class _Problem(NamedTuple):
     constant: Float[np.ndarray, ""]
 
 
-def _problem(target, weight, held_out):
+def _label(target, weight, held_out):
     known, positive = ~np.isnan(target), target == 1
     weight = np.where(known, weight, 0)
     positives = np.count_nonzero(positive & (weight > 0))
@@ -153,162 +165,110 @@ def _problem(target, weight, held_out):
         weight = np.zeros_like(weight)
     weight = weight / max(weight.sum(), np.finfo(np.float64).tiny)
     fields = np.where(positive, -1, 1), weight, np.where(known, held_out, 0), constant
-    return _Problem(*(np.asarray(field, np.float32) for field in fields))
+    return _Label(*(np.asarray(field, np.float32) for field in fields))
 
 
-class _State(NamedTuple):
-    """The state of one problem on its path.
+class _Walk(NamedTuple):
+    """One problem on its path.
 
     Attributes:
-        value: index of the current L2 value; ``k`` if the path is finished.
-        params: ``[1, r + 1]`` kernel in the eigenbasis, and the bias in the last column.
-        margins: ``[n]`` logit of the other value minus that of the example's own.
-        gradient: ``[1, r + 1]`` gradient of the objective.
-        curvature: mean of p (1 - p).
-        memory: pairs from this L2 value and the earlier ones.
-        iterations: number of iterations at this L2 value.
-        optimum: ``[1, r + 1]`` params at the last L2 value.
-        velocity: ``[1, r + 1]`` change of the optimum per unit of -log(l2).
+        value: index of the current L2 value; the number of values when the path is finished.
+        state: what it started from at that value, with the current search.
         objective: objective at the last optimum.
         held_out_losses: ``[k]`` sum of the losses of the held-out examples at each optimum.
-        converged: whether that optimum reached the tolerance.
+        converged: whether the last optimum reached the tolerance.
     """
 
-    value: Int[jax.Array, ""]
-    params: Float[jax.Array, "1 r+1"]
-    margins: Float[jax.Array, " n"]
-    gradient: Float[jax.Array, "1 r+1"]
-    curvature: Float[jax.Array, ""]
-    memory: Memory
-    iterations: Int[jax.Array, ""]
-    optimum: Float[jax.Array, "1 r+1"]
-    velocity: Float[jax.Array, "1 r+1"]
-    objective: Float[jax.Array, ""]
-    held_out_losses: Float[jax.Array, " k"]
-    converged: Bool[jax.Array, ""]
+    value: Int[Array, ""]
+    state: State
+    objective: Float[Array, ""]
+    held_out_losses: Float[Array, " k"]
+    converged: Bool[Array, ""]
+
+
+class _Path(NamedTuple):
+    """What all problems have in common; see `fit_binary`."""
+
+    spectrum: Float[Array, " r+1"]
+    l2: Float[np.ndarray, " k"]
+    num_values: int
+    tolerance: float
+    max_iterations: int
+
+    def problem(self, value: Int[Array, ""]) -> Problem:
+        """Return the problem at one of the L2 values, or at the last one."""
+        l2 = jnp.asarray(self.l2)
+        at = jnp.minimum(value, self.num_values - 1)
+        l2, last_l2 = l2[at], l2[jnp.maximum(value - 1, 0)]
+        is_present = np.ones(1, bool)
+        options = self.tolerance, self.max_iterations
+        return Problem(self.spectrum, is_present, l2, last_l2, *options)
+
+
+def _first_walk(sign, weight, width, num_values) -> _Walk:
+    """Return a kernel of zeros with the optimal bias for it, the log odds."""
+    share = weight @ (sign < 0)
+    params = np.zeros((1, width), np.float32)
+    params[:, -1] = np.log(max(share, RARE) / max(weight.sum() - share, RARE))
+    zero, losses = np.zeros((), np.float32), np.zeros(num_values, np.float32)
+    state = first_state(params, scores=zero)
+    return _Walk(np.zeros((), np.int32), state, zero, losses, np.zeros((), bool))
+
+
+def _solve(
+    while_loop: Callable[..., _Walk],
+    rows: Rows | StreamedRows,
+    examples: tuple[jax.Array, ...],
+    path: _Path,
+    walks: _Walk,
+) -> _Walk:
+    """Solve problems side by side; each field of ``walks`` has a first axis of them."""
+
+    def advance(walks):
+        params = jax.vmap(trial_params)(walks.state.search)
+        return _advance(path, walks, rows.sum(_terms, examples, params))
+
+    return while_loop(lambda walks: jnp.any(walks.value < path.num_values), advance, walks)
+
+
+_solve_on_devices = jax.jit(partial(_solve, jax.lax.while_loop), donate_argnames="walks")
 
 
 @jax.jit
-def _solve(basis, signs, weights, held_out, l2, num_values, tolerance, max_iterations):
-    """Compute the params ``[p, 1, r + 1]``, objectives, held-out losses, and convergence."""
-    design, spectrum = basis.design, basis.spectrum
-    is_kernel = jnp.arange(len(spectrum)) < len(spectrum) - 1
-
-    def solve(sign, weight, held_out):
-        def advance(state):
-            now = l2[state.value]
-            following = l2[jnp.minimum(state.value + 1, num_values - 1)]
-            penalty = jnp.where(is_kernel, now, 0)
-            objective = _objective(weight, penalty, state.params, state.margins)
-            scale = jnp.where(is_kernel, now, state.curvature)
-            # The gap from the optimum is at most this: see `fit_logistic`.
-            gap = jnp.sum(state.gradient**2 / scale) / 2
-            converged = (gap <= tolerance * objective) & (state.iterations > 0)
-            done = converged | (state.iterations >= max_iterations)
-            state = _record(state, done, objective, converged, held_out)
-
-            # Either an L-BFGS step, or an extrapolation to the optimum at the following L2 value.
-            last_ratio = jnp.log(l2[jnp.maximum(state.value - 1, 0)] / now)
-            change = (state.params - state.optimum) / last_ratio
-            velocity = jnp.where(done & (last_ratio > 0), change, state.velocity)
-            initial = 1 / (spectrum * state.curvature + penalty)
-            newton = lbfgs_direction(state.gradient, state.memory, initial)
-            direction = jnp.where(done, jnp.log(now / following) * velocity, newton)
-            along = sign * (direction @ design.T)[0]
-
-            # An extrapolation is taken as it is if it is better than no step.
-            next_penalty = jnp.where(is_kernel, jnp.where(done, following, now), 0)
-            here = _objective(weight, next_penalty, state.params, state.margins)
-            ahead = _objective(
-                weight, next_penalty, state.params + direction, state.margins + along
-            )
-            slope = jnp.where(done, 0, jnp.vdot(state.gradient, direction))
-            step = line_search(_slopes(weight, penalty, state, direction, along), slope)
-            length = jnp.where(done, jnp.where(ahead < here, 1.0, 0.0), step)
-            params = state.params + length * direction
-            margins = state.margins + length * along
-            gradient, curvature = _gradient(design, sign, weight, next_penalty, params, margins)
-
-            learned = remember(
-                state.memory, params - state.params, gradient - state.gradient, length
-            )
-            lowered = lower_penalty(state.memory, penalty - next_penalty)
-            return state._replace(
-                value=state.value + done,
-                params=params,
-                margins=margins,
-                gradient=gradient,
-                curvature=curvature,
-                memory=jax.tree.map(lambda a, b: jnp.where(done, a, b), lowered, learned),
-                iterations=jnp.where(done, 0, state.iterations + 1),
-                optimum=jnp.where(done, state.params, state.optimum),
-                velocity=velocity,
-            )
-
-        state = _initial_state(basis, sign, weight, jnp.where(is_kernel, l2[0], 0), len(l2))
-        return jax.lax.while_loop(lambda state: state.value < num_values, advance, state)
-
-    states = jax.vmap(solve)(signs, weights, held_out)
-    # At the last value, the extrapolation to the following one has length 0.
-    return states.params, states.objective, states.held_out_losses, states.converged
-
-
-def _initial_state(basis, sign, weight, penalty, num_values):
-    """Return a kernel of zeros with the optimal bias for it, the log odds."""
-    share = weight @ (sign < 0)
-    bias = jnp.log(jnp.maximum(share, _RARE) / jnp.maximum(weight.sum() - share, _RARE))
-    params = jnp.zeros((1, len(penalty))).at[:, -1].set(bias)
-    margins = sign * bias
-    gradient, curvature = _gradient(basis.design, sign, weight, penalty, params, margins)
-    return _State(
-        value=jnp.zeros((), int),
-        params=params,
-        margins=margins,
-        gradient=gradient,
-        curvature=curvature,
-        memory=empty_memory(params.shape),
-        iterations=jnp.zeros((), int),
-        optimum=params,
-        velocity=jnp.zeros_like(params),
-        objective=jnp.zeros(()),
-        held_out_losses=jnp.zeros(num_values),
-        converged=jnp.zeros((), bool),
+@partial(jax.vmap, in_axes=(None, 0, 0))
+def _advance(path, walk, sums):
+    """Continue the search, and at an optimum begin that for the following L2 value."""
+    value, problem = walk.value, path.problem(walk.value)
+    search = iterate(problem, walk.state.search, *sums)
+    converged = has_converged(problem, search)
+    done, point = is_done(problem, search), search.point
+    state = finish(problem, walk.state, search)
+    ended = _Walk(
+        value + 1,
+        state._replace(search=start(path.problem(value + 1), state)),
+        point.objective,
+        walk.held_out_losses.at[value].set(point.scores),
+        converged,
     )
+    going_on = walk._replace(state=walk.state._replace(search=search))
+    following = jax.tree.map(partial(jnp.where, done), ended, going_on)
+    return jax.tree.map(partial(jnp.where, value < path.num_values), following, walk)
 
 
-def _record(state, done, objective, converged, held_out):
-    """Keep the results at an optimum."""
-    losses = state.held_out_losses
-    loss = jnp.where(done, held_out @ jax.nn.softplus(state.margins), losses[state.value])
-    return state._replace(
-        objective=jnp.where(done, objective, state.objective),
-        converged=jnp.where(done, converged, state.converged),
-        held_out_losses=losses.at[state.value].set(loss),
-    )
+def _terms(features, sign, weight, held_out, params):
+    """Compute the loss, gradient, curvature and held-out loss of ``p`` problems for a block.
 
-
-def _objective(weight, penalty, params, margins):
-    return weight @ jax.nn.softplus(margins) + jnp.vdot(penalty * params, params) / 2
-
-
-def _gradient(design, sign, weight, penalty, params, margins):
-    """Compute the gradient of the objective and the mean of p (1 - p)."""
-    probability = jax.nn.sigmoid(margins)
-    gradient = (weight * sign * probability)[None] @ design + penalty * params
-    curvature = weight @ (probability * jax.nn.sigmoid(-margins))
-    return gradient, jnp.maximum(curvature, _RARE)
-
-
-def _slopes(weight, penalty, state, direction, along):
-    """Return the first two derivatives of the objective along a direction, as a function."""
-    slope_penalty = jnp.vdot(penalty * direction, state.params)
-    curvature_penalty = jnp.vdot(penalty * direction, direction)
-
-    def derivatives(length):
-        margins = state.margins + length * along
-        probability = jax.nn.sigmoid(margins)
-        slope = weight @ (probability * along) + slope_penalty + length * curvature_penalty
-        curvature = weight @ (probability * jax.nn.sigmoid(-margins) * along**2)
-        return slope, curvature + curvature_penalty
-
-    return derivatives
+    Args:
+        features: ``[rows, r]``.
+        sign: ``[rows, p]``; see `_Label`.
+        weight: ``[rows, p]``.
+        held_out: ``[rows, p]``.
+        params: ``[p, 1, r + 1]``.
+    """
+    margins = sign * (features @ params[:, 0, :-1].T + params[:, 0, -1])
+    losses, probability = jax.nn.softplus(margins), jax.nn.sigmoid(margins)
+    residual = weight * sign * probability
+    gradient = jnp.concatenate([residual.T @ features, residual.sum(0)[:, None]], 1)
+    curvature = jnp.sum(weight * probability * jax.nn.sigmoid(-margins), 0)
+    loss, held_out_loss = jnp.sum(weight * losses, 0), jnp.sum(held_out * losses, 0)
+    return loss, gradient[:, None], curvature[:, None], held_out_loss

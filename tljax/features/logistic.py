@@ -10,30 +10,40 @@ none of them changes an optimum:
 * The features are centered and rotated into the eigenbasis of their covariance. There the Hessian
   of every problem is nearly diagonal and known up to one number per class. This gives L-BFGS a good
   initial inverse Hessian at each iteration, whatever the L2 value and the condition number.
-* Logits are linear in the parameters, so a nearly exact line search needs no matrix product: an
-  iteration costs one product forward and one backward.
+* With it nearly every step of length 1 is accepted, so that an iteration costs one product with the
+  features forward and one backward. No logits are kept: both happen block by block, and memory is
+  that of the features.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Bool, Float, Int, Integer, Shaped
 
-from tljax.features.lbfgs import (
-    Memory,
-    empty_memory,
-    lbfgs_direction,
-    line_search,
-    lower_penalty,
-    remember,
+from tljax.features.design import Design, check_features, diverged, make_design, probe_layout
+from tljax.features.lbfgs import Search, trial_params
+from tljax.features.path import (
+    RARE,
+    Problem,
+    State,
+    finish,
+    first_state,
+    has_converged,
+    is_done,
+    iterate,
+    loop_on_host,
+    start,
 )
-from tljax.runtime.errors import DivergenceError, RequestError
+from tljax.features.rows import Rows, StreamedRows
+from tljax.metrics.classification import cross_entropies
+from tljax.runtime.errors import RequestError
+from tljax.runtime.parallel import data_mesh, replicate
 from tljax.runtime.types import Array
-
-_ABSENT = 1e-12  # frequency assumed for a class without examples, so that its bias is finite
 
 
 class LogisticFit(NamedTuple):
@@ -52,12 +62,12 @@ class LogisticFit(NamedTuple):
         converged: ``[k]`` bool; False if ``max_iterations`` was reached before ``tolerance``.
     """
 
-    kernel: Float[jax.Array, "*f k d c"]
-    bias: Float[jax.Array, "*f k c"]
-    objective: Float[jax.Array, "*f k"]
-    gradient_norm: Float[jax.Array, "*f k"]
-    iterations: Int[jax.Array, "*f k"]
-    converged: Bool[jax.Array, "*f k"]
+    kernel: Float[np.ndarray, "*f k d c"]
+    bias: Float[np.ndarray, "*f k c"]
+    objective: Float[np.ndarray, "*f k"]
+    gradient_norm: Float[np.ndarray, "*f k"]
+    iterations: Int[np.ndarray, "*f k"]
+    converged: Bool[np.ndarray, "*f k"]
 
 
 def fit_logistic(
@@ -69,6 +79,7 @@ def fit_logistic(
     weights: Shaped[Array, "*f n"] | None = None,
     max_iterations: int = 1000,
     tolerance: float = 1e-6,
+    mesh: Mesh | None = None,
 ) -> LogisticFit:
     """Solve multinomial logistic regressions on the same features, for a list of L2 values.
 
@@ -93,8 +104,8 @@ def fit_logistic(
     A class without examples of positive weight gets a kernel of 0 and the bias of a class with a
     fraction of 1e-12 of the examples.
 
-    Source: L-BFGS with a variable initial matrix, Nocedal and Wright, *Numerical Optimization*,
-    2nd edition, algorithm 7.4.
+    The features are divided over the devices; where those have too little memory, they stay where
+    they are, in memory or in a memory-mapped file, and are read in every iteration.
 
     Args:
         features: ``[n, d]`` finite features; used in float32.
@@ -107,6 +118,7 @@ def fit_logistic(
             weight.
         max_iterations: maximum number of iterations for each L2 value.
         tolerance: largest relative distance of the objective from its optimum.
+        mesh: devices that share the examples; by default all.
 
     Raises:
         RequestError: an array has the wrong shape or values out of range or not finite, or fewer
@@ -122,27 +134,22 @@ def fit_logistic(
             f"weights must be [{len(labels)}] or rows of that length, not negative and not all 0 "
             f"in a row; got shape {list(weights.shape)}"
         )
-    rows = np.asarray(rows / rows.sum(1, keepdims=True), np.float32)
 
-    path = np.argsort(-l2, kind="stable")
-    with jax.default_matmul_precision("highest"):
-        basis = eigenbasis(features)
-        onehot = jax.nn.one_hot(labels, num_classes, axis=0)
-        params, *rest = _solve(basis, onehot, rows, l2[path], tolerance, max_iterations)
-        kernel = jnp.einsum("dr,fkcr->fkdc", basis.rotation, params[..., :-1])
-        # The mean over classes does not change probabilities. It is 0 at the optimum, but with a
-        # weak L2 it converges last.
-        present = (rows @ onehot.T > 0)[:, None, None]
-        shift = jnp.mean(kernel, -1, keepdims=True, where=present)
-        kernel = jnp.where(present, kernel - shift, 0)
-        bias = params[..., -1] - basis.mean @ kernel
-        bias -= bias.mean(-1, keepdims=True)
-    check_fitted(kernel, features)
-    results = [x[:, np.argsort(path)] for x in (kernel, bias, *rest)]
-    return LogisticFit(*(x if weights.ndim > 1 else x[0] for x in results))
-
-
-_ADVICE = "check the weights and the preprocessing of the network that computed them"
+    order = np.argsort(-l2, kind="stable")
+    design = make_design(features, num_classes, mesh or data_mesh(), standardize=False)
+    options = {"tolerance": tolerance, "max_iterations": max_iterations}
+    fits = []
+    for row in rows:
+        for optimum in optima(design, labels, row, l2[order], num_classes=num_classes, **options):
+            kernel, bias = kernel_and_bias(design, optimum.params)
+            bias = bias - design.mean @ kernel
+            fits.append((kernel, bias - bias.mean(), *optimum[1:]))
+    fields = [
+        np.stack(field).reshape(len(rows), len(l2), *np.shape(field[0]))[:, np.argsort(order)]
+        for field in zip(*fits, strict=True)
+    ]
+    check_fitted(fields[0], features)
+    return LogisticFit(*(x if weights.ndim > 1 else x[0] for x in fields))
 
 
 def check_l2(l2: Float[Array, " k"] | Sequence[float]) -> Float[np.ndarray, " k"]:
@@ -164,31 +171,13 @@ def check_fitted(kernel: Float[Array, "..."], features: Float[np.ndarray, "n d"]
         DivergenceError: it is not.
     """
     if not np.isfinite(kernel).all():
-        raise DivergenceError(
-            f"logistic regression diverged on features of up to {np.abs(features).max():.1e}: "
-            f"{_ADVICE}"
-        )
-
-
-def check_features(features: Shaped[Array, "n d"]) -> Float[np.ndarray, "n d"]:
-    """Convert features to a float32 matrix.
-
-    Raises:
-        RequestError: they are not a matrix, or a value is not finite.
-    """
-    features = np.asarray(features, np.float32)
-    if features.ndim != 2 or not features.size:
-        raise RequestError(f"features must be [examples, dimensions], got {list(features.shape)}")
-    bad = np.count_nonzero(~np.isfinite(features))
-    if bad:
-        raise RequestError(f"{bad} of {features.size} feature values are not finite: {_ADVICE}")
-    return features
+        raise diverged(features)
 
 
 def check_training_data(
     features: Shaped[Array, "n d"], labels: Shaped[Array, " n"], num_classes: int
-) -> tuple[Float[np.ndarray, "n d"], Int[np.ndarray, " n"]]:
-    """Convert features to float32 and labels to int32.
+) -> tuple[Shaped[np.ndarray, "n d"], Int[np.ndarray, " n"]]:
+    """Convert features as `check_features` does, and labels to int32.
 
     Raises:
         RequestError: shapes do not match, a feature is not finite, a label is out of range, or
@@ -212,165 +201,162 @@ def check_training_data(
     return features, labels.astype(np.int32)
 
 
-class Eigenbasis(NamedTuple):
-    """Centered features in the basis of their principal axes, with a column of ones for the bias.
+def lower_solver(
+    num_rows: int, dimensions: int, num_classes: int, mesh: Mesh
+) -> jax.stages.Lowered:
+    """Lower the program that solves one L2 value, for devices that need not exist.
+
+    Args:
+        num_rows: number of examples of all processes.
+        dimensions: number of features.
+        num_classes: number of classes.
+        mesh: see `data_mesh`; its devices may be those of a topology.
+    """
+    blocks, rank = probe_layout(num_rows, dimensions, num_classes, mesh)
+    data, everywhere = (NamedSharding(mesh, PartitionSpec(*axis)) for axis in (("data",), ()))
+    shape = mesh.size, blocks.blocks, blocks.rows
+    features = jax.ShapeDtypeStruct((*shape, rank), np.float32, sharding=data)
+    examples = tuple(
+        jax.ShapeDtypeStruct(shape, dtype, sharding=data) for dtype in (np.int32, np.float32)
+    )
+    number = np.zeros((), np.float32)
+    problem = Problem(
+        np.zeros(rank + 1, np.float32), np.zeros(num_classes, bool), number, number, 1e-6, 1000
+    )
+    state = first_state(np.zeros((num_classes, rank + 1), np.float32))
+    problem, state = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(np.shape(x), np.result_type(x), sharding=everywhere),
+        (problem, state),
+    )
+    with jax.default_matmul_precision("highest"):
+        return _solve_on_devices.lower(Rows(features, (), mesh), examples, problem, state)
+
+
+class Optimum(NamedTuple):
+    """The solution for one L2 value.
 
     Attributes:
-        design: ``[n, r + 1]`` where ``r = min(n, d)``: the optimum of an L2-penalized problem is in
-            the span of the centered features.
-        spectrum: ``[r + 1]`` mean square of each column of the design.
-        rotation: ``[d, r]`` orthonormal columns.
-        mean: ``[d]`` mean of the features.
+        params: ``[c, r + 1]`` kernel in the basis of a `Design`, and the bias in the last column.
+        objective: the minimized objective.
+        gradient_norm: norm of its gradient.
+        iterations: number of L-BFGS iterations.
+        converged: whether the tolerance was reached.
     """
 
-    design: Float[jax.Array, "n r+1"]
-    spectrum: Float[jax.Array, " r+1"]
-    rotation: Float[jax.Array, "d r"]
-    mean: Float[jax.Array, " d"]
+    params: Float[Array, "c r+1"]
+    objective: Float[Array, ""]
+    gradient_norm: Float[Array, ""]
+    iterations: Int[Array, ""]
+    converged: Bool[Array, ""]
 
 
-@jax.jit
-def eigenbasis(features: Float[Array, "n d"]) -> Eigenbasis:
-    """Center features and rotate them to their principal axes."""
-    n, d = features.shape
-    mean = features.mean(0)
-    centered = features - mean
-
-    def principal_axes(x):
-        return jnp.linalg.eigh(x.T @ x / n)[1]
-
-    if n < d:
-        span = jnp.linalg.qr(centered.T)[0]
-        rotation = span @ principal_axes(centered @ span)
-    else:
-        rotation = principal_axes(centered)
-    design = jnp.concatenate([centered @ rotation, jnp.ones((n, 1))], axis=1)
-    return Eigenbasis(design, jnp.mean(design**2, 0), rotation, mean)
-
-
-class _State(NamedTuple):
-    """The state of L-BFGS on one problem.
-
-    Attributes:
-        params: ``[c, r]`` kernel in the eigenbasis, and the bias in the last column.
-        margins: ``[c, n]`` logits minus the logit of the example's own class.
-        objective: objective at ``params``.
-        gradient: ``[c, r]`` gradient of the objective.
-        curvature: ``[c, 1]`` mean of p (1 - p) for each class.
-        memory: pairs from this problem and the earlier ones on the path.
-        iterations: number of iterations on this problem.
-    """
-
-    params: Float[jax.Array, "c r"]
-    margins: Float[jax.Array, "c n"]
-    objective: Float[jax.Array, ""]
-    gradient: Float[jax.Array, "c r"]
-    curvature: Float[jax.Array, "c 1"]
-    memory: Memory
-    iterations: Int[jax.Array, ""]
+def optima(
+    design: Design,
+    labels: Int[np.ndarray, " n"],
+    weights: Float[np.ndarray, " n"],
+    l2: Float[np.ndarray, " k"],
+    *,
+    num_classes: int,
+    tolerance: float = 1e-6,
+    max_iterations: int = 1000,
+) -> Iterator[Optimum]:
+    """Solve the regressions for descending L2 values, one after the other; see `fit_logistic`."""
+    weights = weights / weights.sum()
+    frequency = np.bincount(labels, weights, num_classes).astype(np.float32)
+    examples = design.place(labels, np.int32), design.place(weights, np.float32)
+    # A kernel of zeros and the optimal bias for it: the logarithm of the class frequencies.
+    params = np.zeros((num_classes, len(design.spectrum)), np.float32)
+    params[:, -1] = np.log(np.maximum(frequency, RARE))
+    state = replicate(first_state(params), design.layout.mesh)
+    solve = _solve_on_devices if isinstance(design.rows, Rows) else partial(_solve, loop_on_host)
+    for value, before in zip(l2, (l2[0], *l2), strict=False):
+        problem = Problem(design.spectrum, frequency > 0, value, before, tolerance, max_iterations)
+        with jax.default_matmul_precision("highest"):
+            state, optimum = solve(design.rows, examples, problem, state)
+        yield optimum
 
 
-@jax.jit
-def _solve(basis, onehot, weights, l2, tolerance, max_iterations):
-    """Compute the params ``[f, k, c, r]`` and the other fields of `LogisticFit`.
-
-    Rows of ``weights`` sum to 1, and ``l2`` is in descending order.
-    """
-    design, spectrum = basis.design, basis.spectrum
-    is_kernel = jnp.arange(len(spectrum)) < len(spectrum) - 1
-
-    def solve(weight, l2, params, predicted, memory):
-        """Minimize the objective for one ``l2``, from the better of two starting points."""
-        penalty = jnp.where(is_kernel, l2, 0)
-
-        def evaluate(params, margins):
-            return _evaluate(design, onehot, weight, penalty, params, margins)
-
-        def converged(state):
-            bound = jnp.sum(state.gradient**2 / jnp.where(is_kernel, l2, state.curvature)) / 2
-            # At least one step: with a huge L2, the kernel of zeros is within any tolerance.
-            return (bound <= tolerance * state.objective) & (state.iterations > 0)
-
-        def iterate(state):
-            initial = 1 / (spectrum * state.curvature + penalty)
-            direction = lbfgs_direction(state.gradient, state.memory, initial)
-            margins = _margins(design, onehot, direction)
-            slopes = _slopes(weight, penalty, state, direction, margins)
-            length = line_search(slopes, jnp.vdot(state.gradient, direction))
-            params = state.params + length * direction
-            margins = state.margins + length * margins
-            objective, gradient, curvature = evaluate(params, margins)
-            memory = remember(
-                state.memory, params - state.params, gradient - state.gradient, length
-            )
-            return _State(
-                params, margins, objective, gradient, curvature, memory, state.iterations + 1
-            )
-
-        starts = [(start, _margins(design, onehot, start)) for start in (params, predicted)]
-        better = evaluate(*starts[1])[0] < evaluate(*starts[0])[0]
-        params, margins = (jnp.where(better, new, old) for old, new in zip(*starts, strict=True))
-        objective, gradient, curvature = evaluate(params, margins)
-        state = jax.lax.while_loop(
-            lambda state: ~converged(state) & (state.iterations < max_iterations),
-            iterate,
-            _State(params, margins, objective, gradient, curvature, memory, jnp.zeros((), int)),
-        )
-        norm = jnp.linalg.norm(state.gradient)
-        result = state.params, state.objective, norm, state.iterations, converged(state)
-        return result, state.memory
-
-    def follow(weight):
-        """Compute the path of optima for one row of weights."""
-
-        def advance(carry, l2):
-            params, velocity, last_l2, memory = carry
-            ratio = jnp.log(last_l2 / l2)
-            memory = lower_penalty(memory, jnp.where(is_kernel, last_l2 - l2, 0))
-            result, memory = solve(weight, l2, params, params + ratio * velocity, memory)
-            velocity = jnp.where(ratio > 0, (result[0] - params) / ratio, velocity)
-            return (result[0], velocity, l2, memory), result
-
-        # A kernel of zeros and the optimal bias for it: the logarithm of the class frequencies.
-        bias = jnp.log(jnp.maximum(onehot @ weight, _ABSENT))
-        params = jnp.zeros((len(onehot), len(spectrum))).at[:, -1].set(bias)
-        memory = empty_memory(params.shape)
-        return jax.lax.scan(advance, (params, jnp.zeros_like(params), l2[0], memory), l2)[1]
-
-    return jax.lax.map(follow, weights)
+def kernel_and_bias(
+    design: Design, params: Float[Array, "c r+1"]
+) -> tuple[Float[np.ndarray, "d c"], Float[np.ndarray, " c"]]:
+    """Return params as the kernel and the bias of standardized features."""
+    values = np.asarray(params)
+    return design.rotation @ values[:, :-1].T, values[:, -1]
 
 
-def _margins(design, onehot, params):
-    logits = params @ design.T
-    return logits - jnp.sum(logits * onehot, 0)
+def held_out_scores(
+    design: Design,
+    labels: Int[np.ndarray, " n"],
+    weights: Float[np.ndarray, " n"],
+    params: Float[Array, "c r+1"],
+) -> tuple[Float[jax.Array, ""], Float[jax.Array, ""]]:
+    """Sum the correct predictions and the cross-entropies, weighted by ``weights``."""
+    examples = design.place(labels, np.int32), design.place(weights, np.float32)
+    with jax.default_matmul_precision("highest"):
+        return design.rows.sum(_scores, examples, params)
 
 
-def _evaluate(design, onehot, weight, penalty, params, margins):
-    """Compute the objective, its gradient, and the mean of p (1 - p) of each class, ``[c, 1]``."""
+def _solve(
+    while_loop: Callable[..., Search],
+    rows: Rows | StreamedRows,
+    examples: tuple[jax.Array, jax.Array],
+    problem: Problem,
+    state: State,
+) -> tuple[State, Optimum]:
+    """Minimize the objective for one L2 value, from an extrapolation of the last two optima."""
+    search = while_loop(
+        lambda search: ~is_done(problem, search),
+        lambda search: iterate(problem, search, *rows.sum(_terms, examples, trial_params(search))),
+        start(problem, state),
+    )
+    return _finish(problem, state, search, rows.mesh)
+
+
+_solve_on_devices = jax.jit(partial(_solve, jax.lax.while_loop), donate_argnames="state")
+
+
+@partial(jax.jit, static_argnums=3)
+def _finish(problem: Problem, state: State, search: Search, mesh: Mesh) -> tuple[State, Optimum]:
+    # The mean over classes does not change probabilities. It is 0 at the optimum, but with a weak
+    # L2 it converges last.
+    params, is_present = search.point.params, problem.is_present[:, None]
+    shift = params.mean(0, where=is_present, keepdims=True).at[:, -1].set(0)
+    optimum = Optimum(
+        jnp.where(is_present, params - shift, params),
+        search.point.objective,
+        jnp.linalg.norm(search.point.gradient - problem.penalty(problem.l2) * shift * is_present),
+        search.iterations,
+        has_converged(problem, search),
+    )
+    # The same sharding as before, so that the next problem runs the same program.
+    replicated = NamedSharding(mesh, PartitionSpec())
+    return jax.lax.with_sharding_constraint((finish(problem, state, search), optimum), replicated)
+
+
+def _terms(features, labels, weight, params):
+    """Compute the loss, its gradient, and the mean of p (1 - p) of each class for a block."""
+    logits = _logits(features, params)
+    is_own = labels == jnp.arange(len(logits))[:, None]
+    margins = logits - jnp.sum(logits, 0, where=is_own)
     top = jnp.max(margins, 0)  # at least 0, the margin of the example's own class
-    exponential = jnp.exp(margins - top) * (1 - onehot)
+    exponential = jnp.where(is_own, 0, jnp.exp(margins - top))
     others = jnp.sum(exponential, 0)
     # 1 - p of the own class is computed as a sum of small numbers rather than a difference of large
     # ones: at a weak L2, the objective is far below the rounding error of p.
     loss = top + jnp.log1p(others + jnp.expm1(-top))
-    residual = (exponential - onehot * others) / (others + jnp.exp(-top))
+    residual = jnp.where(is_own, -others, exponential) / (others + jnp.exp(-top))
     curvature = (jnp.abs(residual) * (1 - jnp.abs(residual))) @ weight
-    objective = weight @ loss + jnp.vdot(penalty * params, params) / 2
-    is_present = (onehot @ weight > 0)[:, None]  # gradients of other classes are rounding errors
-    gradient = is_present * ((residual * weight) @ design + penalty * params)
-    return objective, gradient, jnp.maximum(curvature, _ABSENT)[:, None]
+    residual = residual * weight
+    gradient = jnp.concatenate([residual @ features, residual.sum(1, keepdims=True)], 1)
+    return weight @ loss, gradient, curvature
 
 
-def _slopes(weight, penalty, state, direction, margin_direction):
-    """Return the first two derivatives of the objective along a direction, as a function."""
-    slope_penalty = jnp.vdot(penalty * direction, state.params)
-    curvature_penalty = jnp.vdot(penalty * direction, direction)
+def _scores(features, labels, weight, params):
+    """Sum the correct predictions and the cross-entropies of a block."""
+    logits = _logits(features, params)
+    loss = cross_entropies(logits.T, labels)
+    return weight @ (logits.argmax(0) == labels), weight @ loss
 
-    def derivatives(length):
-        probabilities = jax.nn.softmax(state.margins + length * margin_direction, axis=0)
-        mean = jnp.sum(probabilities * margin_direction, 0)
-        variance = jnp.sum(probabilities * margin_direction**2, 0) - mean**2
-        slope = weight @ mean + slope_penalty + length * curvature_penalty
-        return slope, weight @ variance + curvature_penalty
 
-    return derivatives
+def _logits(features, params) -> Float[jax.Array, "c rows"]:
+    return params[:, :-1] @ features.T + params[:, -1:]

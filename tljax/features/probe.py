@@ -1,4 +1,4 @@
-"""Linear probes for every task, and nearest-neighbor classification of features.
+"""Linear probes for every task.
 
 The L2 sweep of the linear-evaluation protocol (Kornblith et al. 2019, arXiv:1805.08974; SimCLR,
 arXiv:2002.05709; BYOL, arXiv:2006.07733) is a path of convex problems over the same features, so
@@ -13,27 +13,28 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Float, Integer, Shaped
 
-from tljax.features.binary import fit_binary
+from tljax.features.binary import SIDE_BY_SIDE, fit_binary
+from tljax.features.design import check_features, make_design, moments
 from tljax.features.folds import held_out_at_random, held_out_by_class, held_out_by_label
 from tljax.features.logistic import (
-    check_features,
     check_fitted,
     check_l2,
     check_training_data,
-    eigenbasis,
-    fit_logistic,
+    held_out_scores,
+    kernel_and_bias,
+    optima,
 )
 from tljax.features.ridge import fit_ridge, held_out_errors
-from tljax.metrics.classification import cross_entropies
+from tljax.features.rows import process_share
 from tljax.runtime.errors import RequestError
+from tljax.runtime.parallel import data_mesh
 from tljax.runtime.types import Array
 
 L2_VALUES: tuple[float, ...] = tuple(np.logspace(-6, 5, 45).tolist())
 """The protocol's 45 log-spaced L2 values, here relative to the *mean* loss: see `fit_logistic`."""
-
-_MEMORY_BUDGET = 2**30  # bytes of one block of similarities
 
 
 class Probe(NamedTuple):
@@ -71,6 +72,7 @@ def fit_task_probe(
     groups: Integer[Array, " n"] | None = None,
     l2_values: Float[Array, " k"] | Sequence[float] = L2_VALUES,
     seed: int = 0,
+    mesh: Mesh | None = None,
 ) -> Probe:
     """Fit the linear probe of a task to features, choosing the L2 value on held-out examples.
 
@@ -93,6 +95,7 @@ def fit_task_probe(
         groups: ``[n]`` integers; examples of one group are held out together.
         l2_values: ``[k]`` positive candidates, in units of the mean loss.
         seed: seed of the assignment of examples to folds.
+        mesh: devices that share the examples, except for ``regression``; by default all.
 
     Raises:
         RequestError: an array has the wrong shape or values out of range or not finite, an output
@@ -100,12 +103,13 @@ def fit_task_probe(
         DivergenceError: the values are finite, but too large to compute with.
     """
     options = {"weights": weights, "groups": groups, "l2_values": l2_values, "seed": seed}
+    solver = {**options, "mesh": mesh}
     if kind == "classification":
-        return fit_probe(features, targets, num_classes=num_outputs, **options)
+        return fit_probe(features, targets, num_classes=num_outputs, **solver)
     if kind == "ordinal":
         features, labels = check_training_data(features, targets, num_outputs + 1)
         above = labels[:, None] > np.arange(num_outputs)
-        return _fit_labels(features, above.astype(np.float32), **options)
+        return _fit_labels(features, above.astype(np.float32), **solver)
     if kind not in ("multilabel", "regression"):
         raise RequestError(
             f"there is no probe for {kind!r}: choose classification, multilabel, ordinal or "
@@ -116,7 +120,7 @@ def fit_task_probe(
     if kind == "multilabel":
         if not np.isin(targets[~np.isnan(targets)], (0, 1)).all():
             raise RequestError("targets of labels must be 0, 1, or NaN if unknown")
-        return _fit_labels(features, targets, **options)
+        return _fit_labels(features, targets, **solver)
     return _fit_numbers(features, targets, **options)
 
 
@@ -129,6 +133,7 @@ def fit_probe(
     groups: Integer[Array, " n"] | None = None,
     l2_values: Float[Array, " k"] | Sequence[float] = L2_VALUES,
     seed: int = 0,
+    mesh: Mesh | None = None,
 ) -> Probe:
     """Fit a linear probe to features, choosing the L2 value on held-out examples.
 
@@ -151,6 +156,7 @@ def fit_probe(
         l2_values: ``[k]`` positive candidates, in units of the mean loss; see `fit_logistic`. By
             default 45 log-spaced values from 1e-6 to 1e5.
         seed: seed of the assignment of examples to folds.
+        mesh: devices that share the examples; by default all.
 
     Raises:
         RequestError: an array has the wrong shape or values out of range or not finite, fewer than
@@ -162,27 +168,28 @@ def fit_probe(
     if not used.all():
         features, labels = check_training_data(features[used], labels[used], num_classes)
     l2_values = np.asarray(l2_values, np.float64)
-    standardized, mean, scale = _standardize(features)
+    l2 = check_l2(l2_values)
+    order = np.argsort(-l2, kind="stable")
     held_out = held_out_by_class(labels, groups, seed)
-    # The last row of weights includes all examples, for the final fit at the chosen L2 value.
-    fits = fit_logistic(
-        standardized,
-        labels,
-        l2_values,
-        num_classes=num_classes,
-        weights=weights * ~np.concatenate([held_out, np.zeros((1, len(labels)), bool)]),
-    )
-    scored = held_out * weights
-    correct, loss = _score(standardized, labels, fits.kernel, fits.bias, scored.astype(np.float32))
-    accuracy = np.asarray(correct, np.float64) / scored.sum()
-    loss = np.asarray(loss, np.float64) / scored.sum()
+    design = make_design(features, num_classes, mesh or data_mesh(), standardize=True)
+    solve = partial(optima, design, labels, num_classes=num_classes)
+    scores = np.zeros((2, len(l2)))
+    for fold in held_out:
+        for value, optimum in zip(order, solve(weights * ~fold, l2[order]), strict=True):
+            scores[:, value] += held_out_scores(design, labels, weights * fold, optimum.params)
+    accuracy, loss = scores / (weights * held_out).sum()
     best = np.lexsort((loss, -accuracy))[0]
-    kernel, bias = _on_raw_features(fits.kernel[-1, best], fits.bias[-1, best], mean, scale)
-    converged = bool(fits.converged[-1, best])
+    # The path again, on all examples, down to the chosen value.
+    chosen = order[: int(np.flatnonzero(order == best)[0]) + 1]
+    *_, optimum = solve(weights, l2[chosen])
+    standardized = kernel_and_bias(design, optimum.params)
+    kernel, bias = _on_raw_features(*standardized, design.mean, design.scale)
+    check_fitted(kernel, features)
+    converged = bool(optimum.converged)
     return Probe(kernel, bias, float(l2_values[best]), l2_values, accuracy, loss, converged)
 
 
-def _fit_labels(features, targets, *, weights, groups, l2_values, seed) -> Probe:
+def _fit_labels(features, targets, *, weights, groups, l2_values, seed, mesh) -> Probe:
     """Fit a binary logistic regression for each column of 0, 1 and NaN."""
     known = ~np.isnan(targets).all(1)
     used, weights, groups = _check_examples(len(targets), weights, groups, known)
@@ -191,13 +198,12 @@ def _fit_labels(features, targets, *, weights, groups, l2_values, seed) -> Probe
     if not np.any(np.nanmin(targets, 0) < np.nanmax(targets, 0)):
         raise RequestError("no label has both a 0 and a 1: add examples of the other value")
     l2_values, l2 = np.asarray(l2_values, np.float64), check_l2(l2_values)
-    standardized, mean, scale = _standardize(features)
     held_out = held_out_by_label(targets, groups, seed)
     path = np.argsort(-l2, kind="stable")
-    with jax.default_matmul_precision("highest"):
-        basis = eigenbasis(standardized)
+    outputs = min(SIDE_BY_SIDE, targets.shape[1])
+    design = make_design(features, outputs, mesh or data_mesh(), standardize=True)
     scores = fit_binary(
-        basis, targets, l2[path], weights=weights * ~held_out, held_out=weights * held_out
+        design, targets, l2[path], weights=weights * ~held_out, held_out=weights * held_out
     )
     sums = np.empty((len(l2), targets.shape[1]))
     sums[path] = scores.held_out_loss.sum(0, dtype=np.float64)
@@ -206,9 +212,9 @@ def _fit_labels(features, targets, *, weights, groups, l2_values, seed) -> Probe
     best = np.argmin(loss)
     # The path again, on all examples, down to the chosen value.
     num_values = int(np.flatnonzero(path == best)[0]) + 1
-    fit = fit_binary(basis, targets, l2[path], weights=weights[None], num_values=num_values)
+    fit = fit_binary(design, targets, l2[path], weights=weights[None], num_values=num_values)
     check_fitted(fit.kernel, features)
-    kernel, bias = _on_raw_features(fit.kernel[0], fit.bias[0], mean, scale)
+    kernel, bias = _on_raw_features(fit.kernel[0], fit.bias[0], design.mean, design.scale)
     converged = bool(fit.converged.all())
     return Probe(kernel, bias, float(l2_values[best]), l2_values, None, loss, converged)
 
@@ -221,7 +227,8 @@ def _fit_numbers(features, targets, *, weights, groups, l2_values, seed) -> Prob
     _check_known(targets)
     check_l2(l2_values)
     l2_values = np.asarray(l2_values, np.float64)
-    standardized, mean, scale = _standardize(features)
+    mean, scale = moments(features[process_share(len(features))], len(features), standardize=True)
+    standardized = (features - mean) / scale
     held_out = held_out_at_random(len(targets), groups, seed)
     errors = held_out_errors(standardized, targets, l2_values, weights=weights, held_out=held_out)
     loss = np.nanmean(errors, axis=1)
@@ -276,19 +283,6 @@ def _check_examples(n, weights, groups, known=True):
     return used, weights[used].astype(np.float64), None if groups is None else groups[used]
 
 
-def _standardize(features):
-    """Return standardized features, with the mean and the scale; a constant has scale 1."""
-    mean = features.mean(axis=0, dtype=np.float64).astype(np.float32)
-    standardized = features - mean
-    # In float64, so that no square overflows, and without a copy of the features.
-    squares = np.einsum("nd,nd->d", standardized, standardized, dtype=np.float64)
-    scale = np.sqrt(squares / len(features)).astype(np.float32)
-    # A spread within float32's rounding of the values is noise, which dividing would amplify.
-    scale[scale <= 4 * np.finfo(np.float32).eps * np.abs(mean)] = 1
-    standardized /= scale
-    return standardized, mean, scale
-
-
 def _on_raw_features(kernel, bias, mean, scale):
     """Fold the standardization into a kernel and a bias."""
     kernel = np.asarray(kernel, np.float64) / scale[:, None]
@@ -299,81 +293,3 @@ def _on_raw_features(kernel, bias, mean, scale):
 def predict_logits(probe: Probe, features: Float[Array, "m d"]) -> Float[jax.Array, "m outputs"]:
     """Compute the outputs ``[m, outputs]``, logits or numbers, of raw features ``[m, d]``."""
     return jnp.matmul(features, probe.kernel, precision="highest") + probe.bias
-
-
-def knn_predict(
-    train_features: Float[Array, "n d"],
-    train_labels: Integer[Array, " n"],
-    features: Float[Array, "m d"],
-    *,
-    num_classes: int,
-    k: int = 20,
-    temperature: float = 0.07,
-) -> Float[jax.Array, "m c"]:
-    """Classify features by their ``k`` nearest training examples in cosine similarity.
-
-    A neighbor of similarity ``s`` votes for its class with weight ``exp(s / temperature)``; the
-    votes are normalized.
-
-    Source: Wu et al. 2018, arXiv:1805.01978, section 3.4, with the constants of DINO's evaluation,
-    arXiv:2104.14294.
-
-    Args:
-        train_features: ``[n, d]`` finite features; used in float32. A zero vector has similarity 0.
-        train_labels: ``[n]`` integer class indices in [0, num_classes).
-        features: ``[m, d]`` finite features to classify.
-        num_classes: number of classes, ``c``.
-        k: number of neighbors that vote, or all ``n`` if there are fewer. Among equally similar
-            examples, earlier ones in ``train_features`` are chosen.
-        temperature: positive; the smaller it is, the more the nearest neighbors dominate.
-
-    Returns:
-        ``[m, c]`` class probabilities.
-
-    Raises:
-        RequestError: an array has the wrong shape or values out of range or not finite, or fewer
-            than two classes have examples.
-    """
-    train_features, train_labels = check_training_data(train_features, train_labels, num_classes)
-    features = check_features(features)
-    block = max(1, _MEMORY_BUDGET // (8 * len(train_labels)))
-    vote = partial(_vote, _unit(train_features), jnp.asarray(train_labels), temperature)
-    k = min(k, len(train_labels))
-    parts = (features[start : start + block] for start in range(0, len(features), block))
-    return jnp.concatenate([vote(part, num_classes=num_classes, k=k) for part in parts])
-
-
-@jax.jit
-def _score(features, labels, kernels, biases, held_out):
-    """Sum the correct predictions and cross-entropies, ``[k]`` each, weighted by ``held_out``."""
-
-    def score(total, fold):
-        kernels, biases, mask = fold
-
-        def at_one_l2(kernel_bias):
-            kernel, bias = kernel_bias
-            logits = jnp.matmul(features, kernel, precision="highest") + bias
-            loss = cross_entropies(logits, labels)
-            return jnp.sum(mask * (logits.argmax(1) == labels)), jnp.sum(mask * loss)
-
-        scores = jax.lax.map(at_one_l2, (kernels, biases))
-        return jax.tree.map(jnp.add, total, scores), None
-
-    zeros = jnp.zeros(kernels.shape[1]), jnp.zeros(kernels.shape[1])
-    return jax.lax.scan(score, zeros, (kernels[:-1], biases[:-1], held_out))[0]
-
-
-@jax.jit
-def _unit(x):
-    # Scale by a power of two first, which is exact, so that no square over- or underflows.
-    x = jnp.ldexp(x, -jnp.frexp(jnp.abs(x).max(1, keepdims=True))[1])
-    norm = jnp.linalg.norm(x, axis=1, keepdims=True)
-    return x / jnp.where(norm > 0, norm, 1)
-
-
-@partial(jax.jit, static_argnames=("num_classes", "k"))
-def _vote(train_unit, train_labels, temperature, features, *, num_classes, k):
-    similarity = jnp.matmul(_unit(features), train_unit.T, precision="highest")
-    similarity, nearest = jax.lax.top_k(similarity, k)
-    weight = jax.nn.softmax(similarity / temperature)
-    return jnp.einsum("mk,mkc->mc", weight, jax.nn.one_hot(train_labels[nearest], num_classes))

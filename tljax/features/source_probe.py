@@ -1,6 +1,7 @@
 """The linear probe of a source, for its task."""
 
 import numpy as np
+from jax.sharding import Mesh
 
 from tljax.data.examples import Source, balancing_weights
 from tljax.features.extract import Outputs
@@ -9,7 +10,13 @@ from tljax.runtime.task import Task
 
 
 def fit_source_probe(
-    features: Outputs, source: Source, task: Task, *, balance: bool = False, seed: int = 0
+    features: Outputs,
+    source: Source,
+    task: Task,
+    *,
+    balance: bool = False,
+    seed: int = 0,
+    mesh: Mesh | None = None,
 ) -> Probe:
     """Fit a linear probe to the features of a source, weighted and in folds as the source says.
 
@@ -19,6 +26,7 @@ def fit_source_probe(
         task: what is learned; for ``regression`` with mean and scale.
         balance: whether to weight examples such that all classes or labels have the same sum.
         seed: seed of the assignment of examples to folds.
+        mesh: devices that share the examples; by default all.
 
     Returns:
         The probe, whose outputs are those of a head for the task.
@@ -38,6 +46,7 @@ def fit_source_probe(
         weights=None if weights is None else np.asarray(weights)[features.indices],
         groups=None if source.groups is None else source.groups[features.indices],
         seed=seed,
+        mesh=mesh,
     )
 
 

@@ -15,10 +15,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int32, Shaped
 
 from tljax.features.extract import Outputs
+from tljax.runtime.free_memory import free_device_memory
 from tljax.runtime.parallel import gather_json, replicate, round_up_to_devices, shard
 from tljax.runtime.types import Batch, Variables
 from tljax.train.inputs import Inputs
-from tljax.train.memory import free_device_memory
 from tljax.train.setup import Run
 from tljax.train.step import Keys, StepMetrics, TrainState, TrainStep
 

@@ -27,9 +27,9 @@ from tljax.features.extract import (
 )
 from tljax.models import Model
 from tljax.runtime.errors import RequestError, WriteError
+from tljax.runtime.free_memory import free_memory
 from tljax.runtime.parallel import data_mesh, gather_json
 from tljax.runtime.types import Batch, Variables
-from tljax.train.memory import free_memory
 from tljax.train.options import FitConfig
 
 Place = Literal["memory", "disk", "none"]
