@@ -1,0 +1,275 @@
+"""The command ``tljax rehearse``: compile what a command would run on a machine not at hand."""
+
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+import tyro
+
+from tljax.commands import attack, cli, evaluate, extract, probe, train
+from tljax.report.rehearsal import rehearsal_lines
+from tljax.runtime.errors import RequestError
+from tljax.runtime.machines import (
+    Machine,
+    configure_compilers,
+    describe_devices,
+    parse_machine,
+    require_compiler,
+)
+from tljax.runtime.settings import Conditions
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from tljax.studies.rehearse import Program
+
+@dataclass(frozen=True, kw_only=True)
+class Target(cli.Output):
+    """Options of all subcommands, beside those of the command that is rehearsed.
+
+    Attributes:
+        on: Machine to compile for: v4, v5e, v5p or v6e and the number in Google Cloud's name, such
+            as v5e-8, v5e-256 or v4-32, of cores for v4 and v5p, of chips for the others; or h100 or
+            a100 and the number of GPUs of one host, such as h100-8.
+        effort: Effort of the TPU compiler. With low it takes a fifth to a tenth of the time, shows
+            memory and traffic, and estimates no duration.
+        largest_batch: Search for the largest batch that fits, by up to three more compilations of
+            each program.
+    """
+
+    on: str
+    effort: Literal["full", "low"] = "full"
+    largest_batch: bool = True
+
+    def describe_devices(self, precision: str) -> None:
+        """Print nothing: programs are compiled for other devices than those at hand."""
+
+    def completed(self) -> Any:
+        """Return the options as they are: a rehearsal continues no run."""
+        return self
+
+
+_MACHINE: Conditions = (
+    ("devices", lambda _: False, "in a rehearsal, which is for all chips of --on"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(Target, train.Config):
+    """Compile what ``tljax train`` runs: cached activations, steps, and validation."""
+
+    conditions: ClassVar[Conditions] = (
+        *_MACHINE,
+        ("resume dry_run find_learning_rate profile", lambda _: False, "in a rehearsal"),
+        *train.Config.conditions,
+    )
+
+    def programs(self, mesh: "Mesh") -> "list[Program]":
+        """Return the programs of the phases of training."""
+        from tljax.data.sources import open_splits
+        from tljax.studies.programs import training_programs
+        from tljax.train.setup import check_images, plan_run
+
+        pretrained = self.load()
+        splits = open_splits(self.data, val_fraction=self.val_fraction, labels=self.labels)
+        pretrained = self.adapt(pretrained, splits.train)
+        check_images(pretrained.model, self.fit)
+        hooks = self.training_hooks(pretrained, splits)
+        loading = replace(self.loading, devices=None)
+        run = plan_run(
+            *pretrained[:2], splits, self.fit, loading, self.seed, mesh=mesh, **hooks
+        )
+        return training_programs(run, run.loading.batch_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe(Target, probe.Config):
+    """Compile what ``tljax probe`` runs: the features, the solver and the neighbors."""
+
+    conditions: ClassVar[Conditions] = (*_MACHINE, *probe.Config.conditions)
+
+    def programs(self, mesh: "Mesh") -> "list[Program]":
+        """Return the programs of a probe."""
+        from tljax.data.sources import open_splits
+        from tljax.studies.programs import probe_programs
+
+        pretrained = self.load()
+        splits = open_splits(self.data, val_fraction=self.val_fraction, labels=self.labels)
+        pretrained = self.adapt(pretrained, splits.train)
+        return probe_programs(
+            *pretrained[:2], splits, self.loading, mesh, stage=self.stage, neighbors=self.neighbors
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attack(Target, attack.Config):
+    """Compile what ``tljax attack`` runs: each attack on a batch of images."""
+
+    conditions: ClassVar[Conditions] = (*_MACHINE, *attack.Config.conditions)
+
+    def programs(self, mesh: "Mesh") -> "list[Program]":
+        """Return a program for each attack."""
+        from tljax.studies import robustness
+        from tljax.studies.programs import attack_programs
+
+        network = self.load(self.workdir).require_classes()
+        robustness.require_attackable(network.card)
+        if network.card.task.kind != "classification":
+            raise RequestError("rehearse attack: only attacks on classes can be rehearsed")
+        target = None if self.target is None else robustness.find_target(network.card, self.target)
+        chosen = robustness.choose_attacks(
+            self.attacks, norm=self.norm, num_steps=self.steps, target=target
+        )
+        radius = max(self.epsilons) / 255
+        return attack_programs(network, chosen, radius, mesh, self.batch_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(Target, evaluate.Config):
+    """Compile what ``tljax evaluate`` runs: the network on a batch of images."""
+
+    conditions: ClassVar[Conditions] = (*_MACHINE, *evaluate.Config.conditions)
+
+    def programs(self, mesh: "Mesh") -> "list[Program]":
+        """Return the program of the whole network."""
+        from tljax.data.sources import open_labeled
+        from tljax.studies.programs import forward_program, image_loader
+        from tljax.train import run_directory
+
+        network = self.load(self.workdir)
+        model, variables, card = network
+        if self.data:
+            labels = cli.labels_of(self.labels, self.data, self.workdir or self.weights, card)
+            source = open_labeled(self.data, labels)
+        elif self.workdir:
+            source, _ = run_directory.open_validation(self.workdir)
+        else:
+            raise RequestError("no images to measure on: add --data FOLDER or --workdir RUN")
+        loader = image_loader(model, source, self.loading, self.batch_size)
+        size = self.batch_size
+        return [forward_program("evaluation", model, variables, mesh, size, loader=loader)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extract(Target, extract.Config):
+    """Compile what ``tljax extract`` runs: the network up to a stage, on a batch of images."""
+
+    conditions: ClassVar[Conditions] = (*_MACHINE, *extract.Config.conditions)
+
+    def programs(self, mesh: "Mesh") -> "list[Program]":
+        """Return the program of the stages up to ``--stage``."""
+        from tljax.data.sources import open_labeled
+        from tljax.studies.programs import forward_program, image_loader
+
+        model, variables, _ = self.load()
+        stop = (*model.stage_names, None)[model.position(self.stage) + 1]
+        source = open_labeled(self.data, self.labels)
+        loader = image_loader(model, source, self.loading, self.batch_size)
+        name, size = f"output of {self.stage}", self.batch_size
+        return [forward_program(name, model, variables, mesh, size, stop=stop, loader=loader)]
+
+
+Config = (
+    Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Probe, tyro.conf.subcommand("probe")]
+    | Annotated[Attack, tyro.conf.subcommand("attack")]
+    | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+    | Annotated[Extract, tyro.conf.subcommand("extract")]
+)
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Compile each program in another process, which the compiler may abort, and describe it."""
+    machine = parse_machine(config.on)
+    require_compiler(machine.chip)
+    print(machine, flush=True)
+    done: list[dict[str, Any]] = []
+    while (died := _compile_rest(config, machine, done)) is not None:
+        done.append(died)
+    problems = [f"{one['name']}: {one['error']}" for one in done if one["error"]]
+    return {
+        "machine": machine.name,
+        "chips": machine.chips,
+        "hosts": machine.hosts,
+        "programs": done,
+        "problems": problems,
+    }
+
+
+def _compile_rest(
+    config: Config, machine: Machine, done: list[dict[str, Any]]
+) -> dict[str, Any] | None:
+    """Compile in a new process what is not done, and print and append each result.
+
+    Returns:
+        The record of the program at which the process was aborted; None if none was.
+    """
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder, "stderr")
+        names = [one["name"] for one in done]
+        process = context.Process(target=_compile, args=(config, names, sender, log))
+        process.start()
+        sender.close()
+        current = None
+        try:
+            while True:
+                kind, value = receiver.recv()
+                if kind == "refused":
+                    raise RequestError(value)
+                if kind == "begins":
+                    current = value
+                else:
+                    done.append(value)
+                    print("\n".join(rehearsal_lines(value, machine)), flush=True)
+        except EOFError:
+            process.join()
+        finally:
+            process.kill()
+        if process.exitcode == 0:
+            return None
+        reason = _last_words(log)
+        if current is None or process.exitcode is None or process.exitcode > 0:
+            raise RuntimeError(f"the rehearsal failed: {reason}")
+        number = -process.exitcode
+        error = f"the compiler ended the process by {signal.Signals(number).name}: {reason}"
+    record = {"name": current, "error": error}
+    print("\n".join(rehearsal_lines(record, machine)), flush=True)
+    return record
+
+
+def _last_words(log: Path) -> str:
+    """Return the line in which a compiler or Python says what failed."""
+    lines = [line for line in log.read_text("utf-8", "replace").splitlines() if line.strip()]
+    fatal = [line for line in lines if line.startswith("F") or "Check fail" in line]
+    return (fatal or lines or ["it says nothing"])[-1].strip()[:300]
+
+
+def _compile(config: Config, done: list[str], answer: Connection, log: Path) -> None:
+    """Compile the programs that are not done, and send ("begins", name) and ("done", record)."""
+    terminal = os.dup(2)
+    sys.stderr = os.fdopen(terminal, "w", buffering=1)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT)  # the compilers' own messages
+    os.dup2(descriptor, 2)
+    configure_compilers()
+    from tljax.runtime.parallel import mesh_of
+    from tljax.studies.rehearse import rehearse
+
+    try:
+        machine = parse_machine(config.on)
+        mesh = mesh_of(describe_devices(machine))
+        for program in replace(config, platform=None).programs(mesh):
+            if program.name in done:
+                continue
+            answer.send(("begins", program.name))
+            options = {"low_effort": config.effort == "low", "search": config.largest_batch}
+            answer.send(("done", rehearse(program, machine, **options).as_json()))
+    except RequestError as error:
+        answer.send(("refused", str(error)))
