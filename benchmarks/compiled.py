@@ -3,7 +3,7 @@
     pip install "tljax[rehearse]"
     python benchmarks/compiled.py --out benchmarks/results/compiled-v5e.json
 
-Nothing is timed: cycles are estimates of libtpu, good for comparing two versions of a program, while
+Nothing is timed: cycles are estimates of libtpu, good for comparing two versions of a program;
 memory and collectives are facts. Each program is compiled in a process of its own, which takes 2 to
 10 minutes on two cores, and added to the file. Programs that the file already has from the same
 versions are skipped.
@@ -16,7 +16,6 @@ configure_compilers()
 import json
 import multiprocessing
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -71,9 +70,7 @@ PROGRAMS = {
     "ResNet-50, suffix, crops of packed photographs": replace(SUFFIX, crop="device"),
     "ResNet-50, running statistics": RESNET,
     "ResNet-50, 8 chips": replace(RESNET, machine="v5e-8"),
-    "ResNet-50, batch statistics, 8 chips": replace(
-        RESNET, statistics="batch", machine="v5e-8"
-    ),
+    "ResNet-50, batch statistics, 8 chips": replace(RESNET, statistics="batch", machine="v5e-8"),
     "ResNet-50, suffix": SUFFIX,
     "ResNet-50, suffix, crops of the host": replace(SUFFIX, crop="host"),
     "ResNet-50, suffix, cached": replace(SUFFIX, cached=True),
@@ -156,7 +153,8 @@ def lower(program: Program, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
         images = images.update(shape=(count, *CANVAS, 3))
         boxes = jax.ShapeDtypeStruct((count, 7), np.float32)
     rows = jax.ShapeDtypeStruct((count,), np.int32)
-    batch = Batch(images, rows, rows.update(dtype=np.bool_), rows, boxes=boxes)
+    described: Any = images, rows, rows.update(dtype=np.bool_), rows
+    batch = Batch(*described, boxes=boxes)  # pyright: ignore[reportArgumentType]
     keys = jax.eval_shape(lambda: (epoch_key(0, 0), jax.random.key(0)))
     step: Any = make_train_step(
         model,
@@ -221,8 +219,10 @@ class Config:
     """JSON file to write, or to go on with."""
     only: str = ""
     """Text that the titles of the programs to compile have in common."""
+    flax: bool = True
+    """Also compile the networks in plain Flax."""
     effort: float = 0.0
-    """Effort of the compiler; -1 shows collectives and errors quickly, but its cycles mean nothing."""
+    """Effort of the compiler; with -1 it is quick, and its cycles mean nothing."""
 
 
 def main() -> None:
@@ -237,7 +237,8 @@ def main() -> None:
         sides = {"tljax": ours, **({"flax": replace(ours, flax=True)} if in_flax(ours) else {})}
         for side, program in sides.items():
             rows = report["programs"].setdefault(title, {})
-            if config.only not in title or "cycles" in rows.get(side, {}):
+            wanted = config.only in title and (config.flax or side == "tljax")
+            if not wanted or "cycles" in rows.get(side, {}):
                 continue
             rows[side] = in_new_process(program, config.effort)
             print(title, side, json.dumps(rows[side]), flush=True)

@@ -58,7 +58,7 @@ class Network(nn.Module):
 
 
 class ResNet(nn.Module):
-    """ResNet-50 with strides in the 3x3 convolutions; source: He et al., 2015 (arXiv 1512.03385)."""
+    """ResNet-50 with strides in the 3x3 convolutions; source: He et al. 2015, arXiv 1512.03385."""
 
     num_classes: int
     running: bool = True
@@ -69,7 +69,7 @@ class ResNet(nn.Module):
         conv = partial(nn.Conv, use_bias=False)
         norm = partial(nn.BatchNorm, use_running_average=self.running, epsilon=1e-5)
         x = nn.relu(norm()(conv(64, (7, 7), (2, 2), padding=[(3, 3), (3, 3)])(x)))
-        x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+        x = nn.max_pool(x, (3, 3), (2, 2), padding="SAME")
         for stage, depth in enumerate((3, 4, 6, 3)):
             width = 64 * 2**stage
             for block in range(depth):

@@ -27,10 +27,12 @@ from tljax.runtime.settings import Conditions
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
+    from tljax.pretrained import Pretrained
     from tljax.studies.rehearse import Program
 
+
 @dataclass(frozen=True, kw_only=True)
-class Target(cli.Output):
+class Target(cli.Network):
     """Options of all subcommands, beside those of the command that is rehearsed.
 
     Attributes:
@@ -49,6 +51,15 @@ class Target(cli.Output):
 
     def describe_devices(self, precision: str) -> None:
         """Print nothing: programs are compiled for other devices than those at hand."""
+
+    def read(self, weights: str | Path, **options: Any) -> "Pretrained":
+        """Load weights; of those in the catalog only the network, whose programs are the same."""
+        from tljax.pretrained.catalog import catalog_name
+        from tljax.pretrained.load import load_zeros
+
+        if catalog_name(str(weights)):
+            return load_zeros(str(weights))
+        return super().read(weights, **options)
 
     def completed(self) -> Any:
         """Return the options as they are: a rehearsal continues no run."""
@@ -82,15 +93,13 @@ class Train(Target, train.Config):
         check_images(pretrained.model, self.fit)
         hooks = self.training_hooks(pretrained, splits)
         loading = replace(self.loading, devices=None)
-        run = plan_run(
-            *pretrained[:2], splits, self.fit, loading, self.seed, mesh=mesh, **hooks
-        )
+        run = plan_run(*pretrained[:2], splits, self.fit, loading, self.seed, mesh=mesh, **hooks)
         return training_programs(run, run.loading.batch_size)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Probe(Target, probe.Config):
-    """Compile what ``tljax probe`` runs: the features, the solver and the neighbors."""
+    """Compile what ``tljax probe`` runs: the features, and the solver of the linear probe."""
 
     conditions: ClassVar[Conditions] = (*_MACHINE, *probe.Config.conditions)
 
@@ -102,9 +111,7 @@ class Probe(Target, probe.Config):
         pretrained = self.load()
         splits = open_splits(self.data, val_fraction=self.val_fraction, labels=self.labels)
         pretrained = self.adapt(pretrained, splits.train)
-        return probe_programs(
-            *pretrained[:2], splits, self.loading, mesh, stage=self.stage, neighbors=self.neighbors
-        )
+        return probe_programs(*pretrained[:2], splits, mesh, self.loading, stage=self.stage)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ none of them changes an optimum:
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -338,6 +338,20 @@ def _solve(basis, onehot, weights, l2, tolerance, max_iterations):
         return jax.lax.scan(advance, (params, jnp.zeros_like(params), l2[0], memory), l2)[1]
 
     return jax.lax.map(follow, weights)
+
+
+def trace_solver(features: Any, onehot: Any, weights: Any, l2: Any) -> jax.stages.Traced:
+    """Trace the program that solves all problems of `fit_logistic`, to compile it elsewhere.
+
+    Args:
+        features: ``[n, d]`` shape and sharding.
+        onehot: ``[c, n]`` likewise, as the following.
+        weights: ``[f, n]``.
+        l2: ``[k]``.
+    """
+    basis = jax.eval_shape(eigenbasis, features)
+    basis = jax.tree.map(lambda leaf: leaf.update(sharding=features.sharding), basis)
+    return _solve.trace(basis, onehot, weights, l2, 1e-6, 1000)
 
 
 def _margins(design, onehot, params):

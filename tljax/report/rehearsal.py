@@ -59,9 +59,9 @@ def _collectives(collectives: dict[str, Any]) -> str:
     def describe(kind: str, found: dict[str, Any]) -> str:
         shares = sorted(found["dtypes"].items(), key=lambda item: -item[1])
         parts = ", ".join(f"{size / _MIB:,.1f} {dtype}" for dtype, size in shares if size >= 1e4)
-        plural = "s" if found["count"] > 1 else ""
+        plural = "s" if found["times"] > 1 else ""
         size = f"{found['bytes'] / _MIB:,.1f} MiB"
-        return f"{found['count']} {kind}{plural} of {size}" + (f" ({parts})" if parts else "")
+        return f"{found['times']} {kind}{plural} of {size}" + (f" ({parts})" if parts else "")
 
     return "; ".join(describe(kind, found) for kind, found in collectives.items())
 

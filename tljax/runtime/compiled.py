@@ -1,4 +1,4 @@
-"""Read what a compiled program needs and does: memory, collectives, estimated cycles, operations."""
+"""Read what a compiled program needs and does: memory, collectives and estimated cycles."""
 
 import re
 from collections import Counter
@@ -20,12 +20,12 @@ class Collective(NamedTuple):
     """All operations of one kind in a program that move data between chips.
 
     Attributes:
-        count: how often one is executed.
+        times: how often one is executed.
         bytes: bytes of their results on one chip, all together.
         dtypes: bytes of the results by dtype.
     """
 
-    count: int
+    times: int
     bytes: int
     dtypes: dict[str, int]
 
@@ -59,7 +59,7 @@ class Compiled(NamedTuple):
         collectives: data that is moved between chips, by kind of operation.
         cycles: cycles that the TPU compiler estimates. Collectives, gathers and waiting for copies
             have no estimate. None for other compilers.
-        bytes_accessed: bytes read and written, as the compiler counts them.
+        bytes_accessed: bytes that instructions read and write, a fusion its inputs and outputs.
         instructions: number of instructions of the program's text by operation.
         seconds: how long the compilation took.
     """
@@ -67,7 +67,7 @@ class Compiled(NamedTuple):
     memory: Memory
     collectives: dict[str, Collective]
     cycles: int | None
-    bytes_accessed: float
+    bytes_accessed: int
     instructions: dict[str, int]
     seconds: float
 
@@ -93,13 +93,12 @@ def compile_program(lowered: jax.stages.Lowered, **options: Any) -> Compiled:
         found.temp_size_in_bytes,
         found.generated_code_size_in_bytes,
     )
-    costs: Any = compiled.cost_analysis() or {}
     text = compiled.as_text() or ""
     return Compiled(
         memory,
         read_collectives(text),
         estimated_cycles(text),
-        float(costs.get("bytes accessed", 0.0)),
+        count_bytes(text),
         dict(count_instructions(text)),
         seconds,
     )
@@ -107,6 +106,7 @@ def compile_program(lowered: jax.stages.Lowered, **options: Any) -> Compiled:
 
 _HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _OPERATION = re.compile(r" = (?P<shape>.*?) (?P<name>[a-z][a-z\-]*)\(")
+_RESULT = re.compile(r"\s*(?:ROOT )?%?([\w.\-]+) = (.*?) [a-z][a-z\-]*\(")
 _CALLED = re.compile(r"(?:calls|to_apply|called_computations)=\{?%?([\w.\-]+)")
 _SHAPE = re.compile(r"\b(pred|token|[a-z]+\d+\w*)\[([\d,]*)\]")
 
@@ -116,6 +116,7 @@ class _Text:
 
     def __init__(self, text: str) -> None:
         self.lines: dict[str, list[str]] = {}
+        self.sizes: dict[str, int] = {}  # bytes of the result of each instruction
         self.entry, name = "", ""
         for line in text.splitlines():
             if header := _HEADER.match(line):
@@ -124,13 +125,14 @@ class _Text:
                 self.entry = name if header[1] else self.entry
             elif name:
                 self.lines[name].append(line)
+                if result := _RESULT.match(line):
+                    self.sizes[result[1]] = _size(result[2])
 
     def executed(self, *, fused: bool) -> Iterator[tuple[str, int]]:
         """Yield each line that runs, and how often.
 
         Args:
-            fused: also yield the lines of computations that are called, such as fusions. Those of
-                loops always are.
+            fused: also yield the lines within fusions and the like.
         """
         pending = [(self.entry, 1)]
         while pending:
@@ -138,11 +140,11 @@ class _Text:
             for line in self.lines.get(name, ()):
                 yield line, times
                 if " while(" in line:
-                    trips = re.search(r'known_trip_count\D*(\d+)', line)
+                    trips = re.search(r"known_trip_count\D*(\d+)", line)
                     body = re.search(r"body=%?([\w.\-]+)", line)
                     if body:
                         pending.append((body[1], times * int(trips[1] if trips else 1)))
-                elif fused:
+                elif fused or " call(" in line:
                     pending += [(called, times) for called in _CALLED.findall(line)]
 
 
@@ -179,9 +181,39 @@ def estimated_cycles(text: str) -> int | None:
     return total or None
 
 
+_FREE = {
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call"),
+    *("after-all", "partition-id", "replica-id", "conditional"),
+}
+"""Operations that move no data themselves."""
+
+
+def count_bytes(text: str) -> int:
+    """Sum the bytes of the operands and results of all instructions that a program executes.
+
+    A fusion reads its operands and writes its results once. Those that read or write a part of an
+    array in place count as a whole.
+    """
+    program, total = _Text(text), 0
+    for line, times in program.executed(fused=False):
+        operation = _OPERATION.search(line)
+        # Of a pair, the second one waits only.
+        if operation and operation["name"] not in _FREE and not operation["name"].endswith("-done"):
+            operands = line[operation.end() :].partition(")")[0]
+            names = re.findall(r"%([\w.\-]+)", operands)
+            read = sum(program.sizes.get(name, 0) for name in names)
+            total += times * (read + _size(operation["shape"]))
+    return total
+
+
 def count_instructions(text: str) -> Counter[str]:
     """Count the instructions in the text of a compiled program, by operation."""
     return Counter(match["name"] for match in map(_OPERATION.search, text.splitlines()) if match)
+
+
+def _size(shape: str) -> int:
+    """Return the bytes of an array, or of all arrays of a tuple."""
+    return sum(_bytes(dtype, dims) for dtype, dims in _SHAPE.findall(shape))
 
 
 def _bytes(dtype: str, dims: str) -> int:
@@ -189,47 +221,3 @@ def _bytes(dtype: str, dims: str) -> int:
     bits = re.search(r"\d+", dtype)
     width = int(bits[0]) if bits else 8 if dtype == "pred" else 0
     return width * prod(map(int, filter(None, dims.split(",")))) // 8
-
-
-def count_flops(traced: jax.stages.Traced) -> float:
-    """Count the operations of matrix products and convolutions, two for each multiply-add.
-
-    Args:
-        traced: a jitted function, traced for its arguments.
-
-    Returns:
-        Their number over all devices. Loops count as often as they run; those whose number of
-        iterations depends on the data count once.
-    """
-    return _flops(traced.jaxpr.jaxpr)
-
-
-def _flops(jaxpr: Any) -> float:
-    total = 0.0
-    for equation in jaxpr.eqns:
-        name, params = equation.primitive.name, equation.params
-        if name == "dot_general":
-            (contracted, _), _ = params["dimension_numbers"]
-            shape = equation.invars[0].aval.shape
-            length = prod(shape[axis] for axis in contracted)
-            total += 2 * length * equation.outvars[0].aval.size
-        elif name == "conv_general_dilated":
-            numbers, kernel = params["dimension_numbers"], equation.invars[1].aval
-            taps = kernel.size // kernel.shape[numbers.rhs_spec[0]]
-            # Of a dilated input, only every so many values are not zero.
-            total += 2 * taps * equation.outvars[0].aval.size / prod(params["lhs_dilation"])
-        elif name == "cond":
-            total += max(map(_flops, (branch.jaxpr for branch in params["branches"])))
-        else:
-            times = params.get("length", 1) if name == "scan" else 1
-            total += times * sum(map(_flops, _inner(params)))
-    return total
-
-
-def _inner(params: dict[str, Any]) -> Iterator[Any]:
-    """Yield the programs that an operation runs."""
-    for value in params.values():
-        for part in value if isinstance(value, tuple | list) else (value,):
-            inner = getattr(part, "jaxpr", part)  # closed or open
-            if hasattr(inner, "eqns"):
-                yield inner

@@ -56,7 +56,9 @@ def _tpu(
 def _gpu(name: str, memory: int, bandwidth: float, flops: float, clock: float) -> Chip:
     """Describe a GPU in bytes, GB/s, TFLOP/s and GHz."""
     rate = 1e12 * flops
-    return Chip(name, "gpu", memory, 1e9 * bandwidth, rate, rate / 2, 1e9 * clock, tuple(range(1, 9)))
+    return Chip(
+        name, "gpu", memory, 1e9 * bandwidth, rate, rate / 2, 1e9 * clock, tuple(range(1, 9))
+    )
 
 
 # Google Cloud's pages on each generation, NVIDIA's data sheets of the SXM cards without sparsity;
@@ -132,7 +134,9 @@ def parse_machine(name: str) -> Machine:
     chip = match and CHIPS.get({"v5litepod": "v5e"}.get(match[1], match[1]))
     if not match or not chip:
         names = ", ".join(CHIPS)
-        raise RequestError(f"--on {name}: no such machine: name a chip ({names}) and how many, as v5e-8")
+        raise RequestError(
+            f"--on {name}: no such machine: name a chip ({names}) and how many, as v5e-8"
+        )
     cores = 2 if chip.name in _TWO_CORES else 1
     count = int(match[2] or chip.hosts[0] * cores)
     sizes = _sizes(chip)

@@ -116,7 +116,7 @@ def data_mesh(devices: int | None = None) -> Mesh:
     return mesh_of(available[:devices])
 
 
-def mesh_of(devices: Sequence[jax.Device]) -> Mesh:
+def mesh_of(devices: Sequence[Any]) -> Mesh:
     """Create the mesh of `data_mesh` of given devices, those of `tljax.runtime.machines` too."""
     return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
 

@@ -20,6 +20,8 @@ from tljax.data.examples import Source, Splits
 from tljax.data.loader import load_batches
 from tljax.data.options import Loading
 from tljax.features.extract import trace_forward
+from tljax.features.logistic import trace_solver
+from tljax.features.probe import L2_VALUES
 from tljax.models import Model, apply
 from tljax.pretrained import Pretrained
 from tljax.runtime.parallel import fsdp_sharding, round_up_to_devices
@@ -227,7 +229,9 @@ def _step_program(
 
     multiple = mesh.size * config.accumulate
     size = -(-batch_size // multiple) * multiple
-    name = f"step of phase {phase.name}" + (f", from cached activations at {start}" if start else "")
+    name = f"step of phase {phase.name}" + (
+        f", from cached activations at {start}" if start else ""
+    )
     return Program(name, trace, size, multiple, cast("Dtype", model.dtype), loader)
 
 
@@ -253,14 +257,53 @@ def probe_programs(
     model: Model,
     variables: Variables,
     splits: Splits,
-    loading: Loading,
     mesh: Mesh,
+    loading: Loading,
     *,
-    stage: str,
-    neighbors: int,
+    stage: str = "head",
 ) -> list[Program]:
-    """Return the programs of a probe: the features, the solver and the nearest neighbors."""
-    size = loading.batch_size
-    loader = image_loader(model, splits.train, loading, size)
-    del neighbors
-    return [forward_program("features", model, variables, mesh, size, stop=stage, loader=loader)]
+    """Return the programs of a probe: the features, and the solver on those of all images.
+
+    Args:
+        model: the network.
+        variables: its variables, or their shapes.
+        splits: the images.
+        mesh: the devices.
+        loading: batch size, and how images are read.
+        stage: stage whose input is probed.
+    """
+    size, source = loading.batch_size, splits.train
+    loader = image_loader(model, source, loading, size)
+    features = forward_program("features", model, variables, mesh, size, stop=stage, loader=loader)
+    if source.task.kind != "classification":
+        return [features]
+    image = jax.ShapeDtypeStruct((1, *model.preprocess.shape), model.preprocess.dtype)
+    width = activations(model, variables, image, stage).shape[-1]
+    return [features, solver_program(len(source), width, len(source.classes), mesh)]
+
+
+def solver_program(examples: int, width: int, classes: int, mesh: Mesh) -> Program:
+    """Return the program that solves a linear probe for all L2 values on all folds.
+
+    Args:
+        examples: number of images.
+        width: number of features of each.
+        classes: number of classes.
+        mesh: the devices.
+    """
+    shape = partial(jax.ShapeDtypeStruct, dtype=np.float32)
+
+    def trace(rows: int) -> jax.stages.Traced:
+        return trace_solver(
+            *replicated((shape((rows, width)), shape((classes, rows))), mesh),
+            *replicated((shape((2, rows)), shape((len(L2_VALUES),))), mesh),
+        )
+
+    return Program(
+        f"solver of the probe, {width} features and {classes} classes",
+        trace,
+        examples,
+        1,
+        varies=False,
+        note="the duration is that of one iteration for each L2 value; some take a hundred",
+    )

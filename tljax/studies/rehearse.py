@@ -10,7 +10,8 @@ from typing import Any
 
 import jax
 
-from tljax.runtime.compiled import Compiled, compile_program, count_flops
+from tljax.models.flops import count_flops
+from tljax.runtime.compiled import Compiled, compile_program
 from tljax.runtime.errors import first_line
 from tljax.runtime.machines import Machine
 from tljax.runtime.settings import Dtype
@@ -61,7 +62,7 @@ class Rehearsal:
         largest_batch: the largest number of examples that was found to fit; None if it was not
             searched for.
         memory: bytes by kind, and their ``total``; {} if the compiler refused the program.
-        collectives: ``count``, ``bytes`` and ``dtypes`` of each kind of collective.
+        collectives: ``times``, ``bytes`` and ``dtypes`` of each kind of collective.
         flops: operations of products and convolutions.
         bytes_accessed: bytes read and written.
         cycles: the TPU compiler's estimate; None for GPUs and at low effort.
@@ -80,7 +81,7 @@ class Rehearsal:
     memory: dict[str, int] = field(default_factory=dict)
     collectives: dict[str, Any] = field(default_factory=dict)
     flops: float = 0.0
-    bytes_accessed: float = 0.0
+    bytes_accessed: int = 0
     cycles: int | None = None
     seconds: float | None = None
     bound: str | None = None
@@ -198,9 +199,7 @@ def largest_batch(program: Program, machine: Machine, needed: int | None) -> int
     return best
 
 
-def _next_size(
-    sizes: dict[int, int], limit: int, best: int, refused: int, multiple: int
-) -> int:
+def _next_size(sizes: dict[int, int], limit: int, best: int, refused: int, multiple: int) -> int:
     """Return the number of examples to try next: where a line through two sizes meets the limit."""
     (small, low), (large, high) = sorted(sizes.items())[-2:] if len(sizes) > 1 else ((0, 0), (1, 0))
     slope = (high - low) / (large - small)

@@ -192,10 +192,16 @@ def plan_run(
 ) -> Run:
     """Plan a run, without reading images or running the network.
 
-    The arguments and errors are those of `prepare`, and
-
     Args:
+        model: see `prepare`, as for the following arguments and for errors.
+        variables: variables of ``model``.
+        splits: training and validation images.
+        config: what to train.
+        loading: options of how images are read.
+        seed: seed of the random number generator.
+        new_head: see `tljax.train.fit.fit`.
         mesh: devices to train on, by default those of this machine.
+        run_options: further attributes of `Run`.
     """
     loading = loading or Loading()
     loading = replace(loading, batch_size=min(loading.batch_size, len(splits.train)))
