@@ -228,7 +228,7 @@ class Config:
 def main() -> None:
     config = tyro.cli(Config)
     versions = {name: version(name) for name in ("jax", "libtpu")}
-    report: dict[str, Any] = {**versions, "programs": {}}
+    report: dict[str, Any] = {**versions, "machine": "v5e", "programs": {}}
     if config.out.exists():
         before = json.loads(config.out.read_text("utf-8"))
         if all(before[name] == versions[name] for name in versions):
