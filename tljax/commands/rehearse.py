@@ -2,9 +2,11 @@
 
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import tempfile
+import traceback
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -197,9 +199,13 @@ def run(config: Config) -> dict[str, Any]:
     require_compiler(machine.chip)
     print(machine, flush=True)
     done: list[dict[str, Any]] = []
-    while (died := _compile_rest(config, machine, done)) is not None:
-        done.append(died)
-    problems = [f"{one['name']}: {one['error']}" for one in done if one["error"]]
+    while (aborted := _compile_rest(config, machine, done)) is not None:
+        _add(done, aborted, machine)
+    problems = [
+        f"{one['name']}: {one['error'] or 'it needs more memory than a chip has'}"
+        for one in done
+        if one["error"] or not one["fits"]
+    ]
     return {
         "machine": machine.name,
         "chips": machine.chips,
@@ -209,62 +215,64 @@ def run(config: Config) -> dict[str, Any]:
     }
 
 
+def _add(done: list[dict[str, Any]], record: dict[str, Any], machine: Machine) -> None:
+    done.append(record)
+    print("\n".join(rehearsal_lines(record, machine)), flush=True)
+
+
 def _compile_rest(
     config: Config, machine: Machine, done: list[dict[str, Any]]
 ) -> dict[str, Any] | None:
     """Compile in a new process what is not done, and print and append each result.
 
     Returns:
-        The record of the program at which the process was aborted; None if none was.
+        The record of the program at which the process was aborted; None if it was not.
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder, "stderr")
+        log, current = Path(folder, "stderr"), ""
         names = [one["name"] for one in done]
-        process = context.Process(target=_compile, args=(config, names, sender, log))
+        process = context.Process(target=_compile, args=(config, names, sender, log), daemon=True)
         process.start()
         sender.close()
-        current = None
         try:
             while True:
-                kind, value = receiver.recv()
-                if kind == "refused":
-                    raise RequestError(value)
-                if kind == "begins":
-                    current = value
-                else:
-                    done.append(value)
-                    print("\n".join(rehearsal_lines(value, machine)), flush=True)
+                match receiver.recv():
+                    case "begins", name:
+                        current = name
+                    case "done", record:
+                        _add(done, record, machine)
+                    case "refused", message:
+                        raise RequestError(message)
+                    case "failed", message:
+                        raise RuntimeError(message)
         except EOFError:
             process.join()
         finally:
             process.kill()
-        if process.exitcode == 0:
+        if not process.exitcode:
             return None
         reason = _last_words(log)
-        if current is None or process.exitcode is None or process.exitcode > 0:
-            raise RuntimeError(f"the rehearsal failed: {reason}")
-        number = -process.exitcode
-        error = f"the compiler ended the process by {signal.Signals(number).name}: {reason}"
-    record = {"name": current, "error": error}
-    print("\n".join(rehearsal_lines(record, machine)), flush=True)
-    return record
+    number = -process.exitcode
+    how = f"by {signal.Signals(number).name}" if number > 0 else f"with code {process.exitcode}"
+    if not current:
+        raise RuntimeError(f"the process that compiles ended {how}{reason}")
+    return {"name": current, "error": f"the compiler ended the process {how}{reason}"}
 
 
 def _last_words(log: Path) -> str:
-    """Return the line in which a compiler or Python says what failed."""
-    lines = [line for line in log.read_text("utf-8", "replace").splitlines() if line.strip()]
-    fatal = [line for line in lines if line.startswith("F") or "Check fail" in line]
-    return (fatal or lines or ["it says nothing"])[-1].strip()[:300]
+    """Return the line in which a compiler says why it aborts; empty if there is none."""
+    lines = log.read_text("utf-8", "replace").splitlines() if log.exists() else []
+    fatal = [line for line in lines if re.match(r"F\d{4} ", line) or "Check failed" in line]
+    return f": {fatal[-1].rpartition('] ')[2].strip()[:300]}" if fatal else ""
 
 
 def _compile(config: Config, done: list[str], answer: Connection, log: Path) -> None:
-    """Compile the programs that are not done, and send ("begins", name) and ("done", record)."""
-    terminal = os.dup(2)
-    sys.stderr = os.fdopen(terminal, "w", buffering=1)
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT)  # the compilers' own messages
-    os.dup2(descriptor, 2)
+    """Compile the programs that are not done; send what begins, what is done and what fails."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that waits ends this one
+    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)  # what the compilers print
     configure_compilers()
     from tljax.runtime.parallel import mesh_of
     from tljax.studies.rehearse import rehearse
@@ -273,10 +281,13 @@ def _compile(config: Config, done: list[str], answer: Connection, log: Path) -> 
         machine = parse_machine(config.on)
         mesh = mesh_of(describe_devices(machine))
         for program in replace(config, platform=None).programs(mesh):
-            if program.name in done:
-                continue
-            answer.send(("begins", program.name))
-            options = {"low_effort": config.effort == "low", "search": config.largest_batch}
-            answer.send(("done", rehearse(program, machine, **options).as_json()))
+            if program.name not in done:
+                answer.send(("begins", program.name))
+                options = {"low_effort": config.effort == "low", "search": config.largest_batch}
+                answer.send(("done", rehearse(program, machine, **options).as_json()))
     except RequestError as error:
         answer.send(("refused", str(error)))
+    except Exception as error:  # noqa: BLE001 - shown by the process that waits
+        if config.debug:
+            traceback.print_exc()
+        answer.send(("failed", f"{type(error).__name__}: {error}"))

@@ -6,6 +6,7 @@ from typing import Any
 from tljax.runtime.machines import Machine
 
 _GIB, _MIB = 2**30, 2**20
+_SHORT = 1e-4  # seconds
 
 
 def rehearsal_lines(record: dict[str, Any], machine: Machine) -> list[str]:
@@ -70,6 +71,8 @@ def _speed(record: dict[str, Any], machine: Machine) -> str:
     seconds = record["seconds"]
     if seconds is None:
         return "not estimated at low effort"
+    if seconds < _SHORT:
+        return f"less than {1e3 * _SHORT:g} ms, in which a program hardly starts"
     milliseconds, rate = 1e3 * seconds, record["examples_per_second"]
     figures = f"{milliseconds:,.1f} ms, {rate:,.0f} examples/s"
     if machine.chip.kind == "tpu":

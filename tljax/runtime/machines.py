@@ -182,6 +182,8 @@ def configure_compilers() -> None:
         JAX_COMPILATION_CACHE_DIR="",  # what is read from it says neither memory nor duration
         CUDA_VISIBLE_DEVICES="-1",
         TPU_SKIP_MDS_QUERY="1",
+        TPU_ACCELERATOR_TYPE="v5litepod-4",  # what libtpu would have heard
+        TPU_WORKER_HOSTNAMES="localhost",
         ALLOW_MULTIPLE_LIBTPU_LOAD="1",
         TF_CPP_MIN_LOG_LEVEL="3",
     )

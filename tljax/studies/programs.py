@@ -156,8 +156,9 @@ def attack_programs(
 def training_programs(run: Run, batch_size: int) -> list[Program]:
     """Return the programs of a run of training.
 
-    They are, for each phase, the computation of the activations that are cached, the step, and
-    validation; the latter also under attack, where training is adversarial.
+    They are those of the probe that a recipe starts with; for each phase the computation of the
+    activations that are cached, the step, and validation; the latter also under attack, where
+    training is adversarial.
 
     Args:
         run: the run, on the mesh of the machine; see `tljax.train.setup.plan_run`.
@@ -169,10 +170,11 @@ def training_programs(run: Run, batch_size: int) -> list[Program]:
     forward = partial(forward, batch_size=batch_size)
     val_loader = image_loader(model, run.splits.val, run.loading, batch_size)
     inputs = Inputs(run.splits, run.config, run.loading, run.seed, None, (), None, ({}, {}))
-    if not run.plan.phases:  # the recipe probe
-        head = model.stage_names[-1]
-        return [forward("features", stop=head, loader=val_loader)]
     programs: list[Program] = []
+    if run.plan.start == "probe":
+        head, source = model.stage_names[-1], run.splits.train
+        programs.append(forward("features of the probe", stop=head, loader=val_loader))
+        programs += _solvers(model, run.variables, source, mesh, head)
     for phase in run.plan.phases:
         start = first_trainable_stage(model, phase.rates)
         place = cache_location(model, run.splits, run.config, start)
@@ -186,8 +188,8 @@ def training_programs(run: Run, batch_size: int) -> list[Program]:
         programs.append(_step_program(run, phase, inputs, cached, batch_size))
         if cached:
             programs.append(forward(f"validation from {start}", start=cached))
-    if not any(program.loader and "validation" in program.name for program in programs):
-        programs.append(forward("validation", loader=val_loader))
+        elif not any(program.name == "validation" for program in programs):
+            programs.append(forward("validation", loader=val_loader))
     if run.config.attacker is not None:
         programs.append(_robust_program(run, batch_size))
     return programs
@@ -275,11 +277,18 @@ def probe_programs(
     size, source = loading.batch_size, splits.train
     loader = image_loader(model, source, loading, size)
     features = forward_program("features", model, variables, mesh, size, stop=stage, loader=loader)
+    return [features, *_solvers(model, variables, source, mesh, stage)]
+
+
+def _solvers(
+    model: Model, variables: Variables, source: Source, mesh: Mesh, stage: str
+) -> list[Program]:
+    """Return the solver of a probe of classes; those of other tasks are not rehearsed."""
     if source.task.kind != "classification":
-        return [features]
+        return []
     image = jax.ShapeDtypeStruct((1, *model.preprocess.shape), model.preprocess.dtype)
     width = activations(model, variables, image, stage).shape[-1]
-    return [features, solver_program(len(source), width, len(source.classes), mesh)]
+    return [solver_program(len(source), width, len(source.classes), mesh)]
 
 
 def solver_program(examples: int, width: int, classes: int, mesh: Mesh) -> Program:
@@ -292,11 +301,12 @@ def solver_program(examples: int, width: int, classes: int, mesh: Mesh) -> Progr
         mesh: the devices.
     """
     shape = partial(jax.ShapeDtypeStruct, dtype=np.float32)
+    folds = 2 if examples > 1000 else 6  # with the fit to all examples, see `fit_probe`
 
     def trace(rows: int) -> jax.stages.Traced:
         return trace_solver(
             *replicated((shape((rows, width)), shape((classes, rows))), mesh),
-            *replicated((shape((2, rows)), shape((len(L2_VALUES),))), mesh),
+            *replicated((shape((folds, rows)), shape((len(L2_VALUES),))), mesh),
         )
 
     return Program(
