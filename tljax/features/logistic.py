@@ -15,11 +15,13 @@ none of them changes an optimum:
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Bool, Float, Int, Integer, Shaped
 
 from tljax.features.lbfgs import (
@@ -340,18 +342,24 @@ def _solve(basis, onehot, weights, l2, tolerance, max_iterations):
     return jax.lax.map(follow, weights)
 
 
-def trace_solver(features: Any, onehot: Any, weights: Any, l2: Any) -> jax.stages.Traced:
+def trace_solver(
+    num_rows: int, dimensions: int, num_classes: int, mesh: Mesh, num_fits: int = 2
+) -> jax.stages.Traced:
     """Trace the program that solves all problems of `fit_logistic`, to compile it elsewhere.
 
     Args:
-        features: ``[n, d]`` shape and sharding.
-        onehot: ``[c, n]`` likewise, as the following.
-        weights: ``[f, n]``.
-        l2: ``[k]``.
+        num_rows: number of examples.
+        dimensions: number of features.
+        num_classes: number of classes.
+        mesh: devices that the program is for; each solves the same problems.
+        num_fits: number of rows of weights.
     """
-    basis = jax.eval_shape(eigenbasis, features)
-    basis = jax.tree.map(lambda leaf: leaf.update(sharding=features.sharding), basis)
-    return _solve.trace(basis, onehot, weights, l2, 1e-6, 1000)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    shape = partial(jax.ShapeDtypeStruct, dtype=np.float32, sharding=everywhere)
+    basis = jax.eval_shape(eigenbasis, shape((num_rows, dimensions)))
+    basis = jax.tree.map(lambda leaf: leaf.update(sharding=everywhere), basis)
+    onehot, weights = shape((num_classes, num_rows)), shape((num_fits, num_rows))
+    return _solve.trace(basis, onehot, weights, shape((45,)), 1e-6, 1000)
 
 
 def _margins(design, onehot, params):

@@ -71,6 +71,7 @@ CHIPS = {
         _tpu("v5p", 95.74, 2765, 459, 1.75, (4,)),
         _tpu("v6e", 31.25, 1640, 918, 1.75, (1, 4, 8)),
         _gpu("h100", 84_929_347_584, 3352, 989, 1.98),
+        _gpu("h200", 143_771 * 2**20, 4800, 989, 1.98),
         _gpu("a100", 42_298_834_944, 1555, 312, 1.41),
     )
 }
@@ -215,6 +216,7 @@ def describe_devices(machine: Machine) -> list[Any]:
 _GPU_FIELDS = {
     # cores, threads and float32 units a core, bytes of shared memory a core, of L2, capability
     "h100": (132, 2048, 128, 233_472, 52_428_800, (9, 0), "NVIDIA H100 80GB HBM3"),
+    "h200": (132, 2048, 128, 233_472, 52_428_800, (9, 0), "NVIDIA H200"),
     "a100": (108, 2048, 64, 167_936, 41_943_040, (8, 0), "NVIDIA A100-SXM4-40GB"),
 }
 

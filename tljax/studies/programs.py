@@ -21,7 +21,6 @@ from tljax.data.loader import load_batches
 from tljax.data.options import Loading
 from tljax.features.extract import trace_forward
 from tljax.features.logistic import trace_solver
-from tljax.features.probe import L2_VALUES
 from tljax.models import Model, apply
 from tljax.pretrained import Pretrained
 from tljax.runtime.parallel import fsdp_sharding, round_up_to_devices
@@ -300,14 +299,9 @@ def solver_program(examples: int, width: int, classes: int, mesh: Mesh) -> Progr
         classes: number of classes.
         mesh: the devices.
     """
-    shape = partial(jax.ShapeDtypeStruct, dtype=np.float32)
-    folds = 2 if examples > 1000 else 6  # with the fit to all examples, see `fit_probe`
 
     def trace(rows: int) -> jax.stages.Traced:
-        return trace_solver(
-            *replicated((shape((rows, width)), shape((classes, rows))), mesh),
-            *replicated((shape((folds, rows)), shape((len(L2_VALUES),))), mesh),
-        )
+        return trace_solver(rows, width, classes, mesh)
 
     return Program(
         f"solver of the probe, {width} features and {classes} classes",
