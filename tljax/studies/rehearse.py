@@ -175,36 +175,39 @@ def largest_batch(program: Program, machine: Machine, needed: int | None) -> int
     """
     limit, most = machine.usable_memory, _MOST * machine.chips
     options = LOW_EFFORT if machine.chip.kind == "tpu" else {}
-    sizes = {0: 0}
-    best, refused = 0, most + program.multiple
-    size = program.batch
+    needs, size = {0: 0}, program.batch
+    best, refused = 0, None
     for attempt in range(_ATTEMPTS + 1):
         if attempt:
-            try:
-                lowered = program.trace(size).lower()
-                needed = compile_program(lowered, **options).memory.total
-            except jax.errors.JaxRuntimeError as error:
-                if "RESOURCE_EXHAUSTED" not in str(error):
-                    return best
-                needed = None
+            needed = _needed(program, size, options)
         if needed is not None:
-            sizes[size] = needed
-        if needed is None or needed > limit:
-            refused = min(refused, size)
+            needs[size] = needed
+        if needed is not None and needed <= limit:
+            best = size
         else:
-            best = max(best, size)
-        size = _next_size(sizes, limit, best, refused, program.multiple)
+            refused = size
+        size = _next_size(needs, limit, best, refused)
+        # Beyond some size, multiples of eight on a chip are precise enough.
+        size = min(size, most)
+        size -= size % (program.multiple * (8 if size >= 16 * program.multiple else 1))
         if size <= best:
             break
     return best
 
 
-def _next_size(sizes: dict[int, int], limit: int, best: int, refused: int, multiple: int) -> int:
-    """Return the number of examples to try next: where a line through two sizes meets the limit."""
-    (small, low), (large, high) = sorted(sizes.items())[-2:] if len(sizes) > 1 else ((0, 0), (1, 0))
-    slope = (high - low) / (large - small)
-    size = int(small + (limit - low) / slope) if slope > 0 else 2 * refused
-    if size >= refused:  # a size that is known not to fit
-        size = max((best + refused) // 2, refused // 2 if not best else 0)
-    coarse = 8 * multiple if size >= 16 * multiple else multiple
-    return min(size, refused - 1) // coarse * coarse
+def _needed(program: Program, size: int, options: dict[str, Any]) -> int | None:
+    """Return the bytes that a number of examples needs on a chip; None if the compiler refuses."""
+    try:
+        return compile_program(program.trace(size).lower(), **options).memory.total
+    except jax.errors.JaxRuntimeError:
+        return None
+
+
+def _next_size(needs: dict[int, int], limit: int, best: int, refused: int | None) -> int:
+    """Return where a line through the two largest sizes that were compiled meets the limit.
+
+    If that is known not to fit, it is the middle of what fits and what does not.
+    """
+    (small, low), (large, high) = sorted([(-1, 0), *needs.items()])[-2:]
+    size = int(small + (limit - low) * (large - small) / max(high - low, 1))
+    return size if refused is None or size < refused else (best + refused) // 2
