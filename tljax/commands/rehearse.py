@@ -160,7 +160,7 @@ class Evaluate(Target, evaluate.Config):
             source, _ = run_directory.open_validation(self.workdir)
         else:
             raise RequestError("no images to measure on: add --data FOLDER or --workdir RUN")
-        loader = image_loader(model, source, self.loading, self.batch_size)
+        loader = image_loader(model, source, self.loading)
         size = self.batch_size
         return [forward_program("evaluation", model, variables, mesh, size, loader=loader)]
 
@@ -179,7 +179,7 @@ class Extract(Target, extract.Config):
         model, variables, _ = self.load()
         stop = (*model.stage_names, None)[model.position(self.stage) + 1]
         source = open_labeled(self.data, self.labels)
-        loader = image_loader(model, source, self.loading, self.batch_size)
+        loader = image_loader(model, source, self.loading)
         name, size = f"output of {self.stage}", self.batch_size
         return [forward_program(name, model, variables, mesh, size, stop=stop, loader=loader)]
 

@@ -17,7 +17,8 @@ def rehearsal_lines(record: dict[str, Any], machine: Machine) -> list[str]:
         machine: the machine that it was compiled for.
     """
     size, chips = record.get("batch"), machine.chips
-    batch = f"  ({size:,} examples, {size / chips:g} a chip)" if size else ""
+    share = f", {size // chips:,} a chip" if size and size % chips == 0 else ""
+    batch = f"  ({size:,} examples{share})" if size else ""
     rows = [("fits", _fit(record, machine))]
     if record.get("note"):
         rows.append(("note", record["note"]))
@@ -42,7 +43,7 @@ def _fit(record: dict[str, Any], machine: Machine) -> str:
         total = record["memory"]["total"] / _GIB
         words = [f"{'yes' if record['fits'] else 'no'}: {total:.2f} of {limit:.2f} GiB a chip"]
     if largest:
-        words.append(f"{largest:,} examples do, {largest / machine.chips:g} a chip")
+        words.append(f"{largest:,} examples do, {largest // machine.chips:,} a chip")
     elif largest == 0:
         words.append("no batch was found that does")
     return "; ".join(words)

@@ -5,6 +5,7 @@ described by `jax.ShapeDtypeStruct`, and no image is read but those that measure
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -107,11 +108,14 @@ def activations(
     return jax.ShapeDtypeStruct(value.shape, value.dtype)
 
 
-def image_loader(model: Model, source: Source, loading: Loading, batch_size: int) -> Loader:
+def image_loader(model: Model, source: Source, loading: Loading) -> Loader:
     """Return what starts to load the images of a source, as evaluation and extraction do."""
-    return lambda: load_batches(
-        source, model.preprocess, batch_size=min(batch_size, len(source)), workers=loading.workers
-    )
+    size = min(_LOADED, len(source))
+    return lambda: load_batches(source, model.preprocess, batch_size=size, workers=loading.workers)
+
+
+_LOADED = 32
+"""Batch size that loading is measured with: small, as few large ones could all be loaded ahead."""
 
 
 def attack_programs(
@@ -167,8 +171,9 @@ def training_programs(run: Run, batch_size: int) -> list[Program]:
     variables = _validated(run)
     forward = partial(forward_program, model=model, variables=variables, mesh=mesh)
     forward = partial(forward, batch_size=batch_size)
-    val_loader = image_loader(model, run.splits.val, run.loading, batch_size)
-    inputs = Inputs(run.splits, run.config, run.loading, run.seed, None, (), None, ({}, {}))
+    val_loader = image_loader(model, run.splits.val, run.loading)
+    measured = replace(run.loading, batch_size=min(_LOADED, run.loading.batch_size))
+    inputs = Inputs(run.splits, run.config, measured, run.seed, None, (), None, ({}, {}))
     programs: list[Program] = []
     if run.plan.start == "probe":
         head, source = model.stage_names[-1], run.splits.train
@@ -274,7 +279,7 @@ def probe_programs(
         stage: stage whose input is probed.
     """
     size, source = loading.batch_size, splits.train
-    loader = image_loader(model, source, loading, size)
+    loader = image_loader(model, source, loading)
     features = forward_program("features", model, variables, mesh, size, stop=stage, loader=loader)
     return [features, *_solvers(model, variables, source, mesh, stage)]
 
