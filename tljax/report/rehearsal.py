@@ -83,8 +83,8 @@ def _speed(record: dict[str, Any], machine: Machine) -> str:
 
 
 def _loader(record: dict[str, Any], machine: Machine) -> str:
-    here = f"this computer delivers {record['loading']:,.0f} ({os.cpu_count()} cores)"
-    if record["examples_per_second"] is None:
-        return f"{here} images/s"
+    here = f"this computer delivers {record['loading']:,.0f}"
+    if record["seconds"] is None or record["seconds"] < _SHORT:
+        return f"{here} images/s on {os.cpu_count()} cores"
     rate = record["examples_per_second"] / machine.hosts
-    return f"must deliver {rate:,.0f} images/s on each host; {here}"
+    return f"must deliver {rate:,.0f} images/s on each host; {here} on {os.cpu_count()} cores"

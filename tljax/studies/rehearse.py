@@ -22,6 +22,10 @@ LOW_EFFORT = {"exec_time_optimization_effort": -1.0}
 """Options with which the TPU compiler takes a fifth to a tenth of the time. Memory and collectives
 are about the same, but its estimates of cycles mean nothing."""
 
+WITHOUT_TRITON = {"xla_gpu_enable_triton_gemm": False}
+"""Options with which products of matrices are calls of cuBLAS. On the card, XLA times Triton's
+tilings and others; without it, it takes one that some products do not have, and fails."""
+
 _ATTEMPTS = 3  # compilations in search of the largest batch
 _MOST = 4096  # examples a chip; beyond, nothing is searched for
 
@@ -112,6 +116,7 @@ def rehearse(
         search: search for the largest batch that fits, by up to three more compilations.
     """
     low_effort = low_effort and machine.chip.kind == "tpu"
+    options = LOW_EFFORT if low_effort else {}
     traced = program.trace(program.batch)
     described = Rehearsal(
         program.name,
@@ -122,7 +127,7 @@ def rehearse(
     )
     found: Compiled | None = None
     try:
-        found = compile_program(traced.lower(), **(LOW_EFFORT if low_effort else {}))
+        found = _compile(traced.lower(), options)
     except jax.errors.JaxRuntimeError as error:
         described = replace(described, error=first_line(error))
         if "RESOURCE_EXHAUSTED" not in str(error):
@@ -147,6 +152,16 @@ def rehearse(
     if low_effort or found.cycles is None:
         return described
     return replace(described, cycles=found.cycles, seconds=found.cycles / machine.chip.clock)
+
+
+def _compile(lowered: jax.stages.Lowered, options: dict[str, Any]) -> Compiled:
+    """Compile a program; `WITHOUT_TRITON` if it fails for want of a tiling."""
+    try:
+        return compile_program(lowered, **options)
+    except jax.errors.JaxRuntimeError as error:
+        if "output tile sizes" not in str(error):
+            raise
+        return compile_program(lowered, **options, **WITHOUT_TRITON)
 
 
 def roofline(rehearsal: Rehearsal, machine: Machine, dtype: Dtype) -> dict[str, float]:
@@ -198,7 +213,7 @@ def largest_batch(program: Program, machine: Machine, needed: int | None) -> int
 def _needed(program: Program, size: int, options: dict[str, Any]) -> int | None:
     """Return the bytes that a number of examples needs on a chip; None if the compiler refuses."""
     try:
-        return compile_program(program.trace(size).lower(), **options).memory.total
+        return _compile(program.trace(size).lower(), options).memory.total
     except jax.errors.JaxRuntimeError:
         return None
 
