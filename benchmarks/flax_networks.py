@@ -15,13 +15,14 @@ from tljax.models.depthwise import Run
 
 
 class Unit(nn.Module):
-    """A convolution, batch norm with running statistics, and ReLU6 if ``active``."""
+    """A convolution, batch norm, and ReLU6 if ``active``."""
 
     features: int
     kernel_size: int = 1
     stride: int = 1
     groups: int = 1
     active: bool = True
+    running: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -30,7 +31,7 @@ class Unit(nn.Module):
         x = nn.Conv(self.features, size, strides, feature_group_count=self.groups, use_bias=False)(
             x
         )
-        x = nn.BatchNorm(use_running_average=True, epsilon=1e-3)(x)
+        x = nn.BatchNorm(use_running_average=self.running, epsilon=1e-3)(x)
         return nn.relu6(x) if self.active else x
 
 
@@ -39,19 +40,46 @@ class Network(nn.Module):
 
     runs: tuple[Run, ...]
     num_classes: int
+    running: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map ``[b, h, w, 3]`` to logits ``[b, num_classes]``."""
-        x = Unit(32, 3, 2)(x)
+        unit = partial(Unit, running=self.running)
+        x = unit(32, 3, 2)(x)
         for run in self.runs:
             for i, expansion in enumerate(run.expansions):
                 width = int(x.shape[-1] * expansion)
-                y = Unit(width)(x) if expansion > 1 else x
-                y = Unit(width, run.kernel_size, 1 if i else run.stride, groups=width)(y)
-                y = Unit(run.features, active=False)(y)
+                y = unit(width)(x) if expansion > 1 else x
+                y = unit(width, run.kernel_size, 1 if i else run.stride, groups=width)(y)
+                y = unit(run.features, active=False)(y)
                 x = x + y if i else y
-        return nn.Dense(self.num_classes)(Unit(1280)(x).mean((1, 2)))
+        return nn.Dense(self.num_classes)(unit(1280)(x).mean((1, 2)))
+
+
+class ResNet(nn.Module):
+    """ResNet-50 with strides in the 3x3 convolutions; source: He et al. 2015, arXiv 1512.03385."""
+
+    num_classes: int
+    running: bool = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map ``[b, h, w, 3]`` to logits ``[b, num_classes]``."""
+        conv = partial(nn.Conv, use_bias=False)
+        norm = partial(nn.BatchNorm, use_running_average=self.running, epsilon=1e-5)
+        x = nn.relu(norm()(conv(64, (7, 7), (2, 2), padding=[(3, 3), (3, 3)])(x)))
+        x = nn.max_pool(x, (3, 3), (2, 2), padding="SAME")
+        for stage, depth in enumerate((3, 4, 6, 3)):
+            width = 64 * 2**stage
+            for block in range(depth):
+                strides = (2, 2) if stage and not block else (1, 1)
+                y = nn.relu(norm()(conv(width, (1, 1))(x)))
+                y = nn.relu(norm()(conv(width, (3, 3), strides)(y)))
+                y = norm()(conv(4 * width, (1, 1))(y))
+                x = x if block else norm()(conv(4 * width, (1, 1), strides)(x))
+                x = nn.relu(x + y)
+        return nn.Dense(self.num_classes)(x.mean((1, 2)))
 
 
 class ConvNeXt(nn.Module):
@@ -98,9 +126,10 @@ class VisionTransformer(nn.Module):
         return nn.Dense(self.num_classes)(nn.LayerNorm(1e-6)(x)[:, 0])
 
 
-NETWORKS: dict[str, Callable[[int], nn.Module]] = {
+NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "efficientnet_lite0": partial(Network, efficientnet.runs("efficientnet_lite0")),
     "tf_mobilenetv2_100": partial(Network, mobilenet.V2),
+    "resnet50": ResNet,
     "convnext_tiny": ConvNeXt,
     "vit_small_patch16_224": VisionTransformer,
 }

@@ -204,6 +204,27 @@ def accelerators() -> str:
     return table(header, rows)
 
 
+def compiled() -> str:
+    """Tabulate what the TPU compiler estimates of programs, beside those in plain Flax."""
+    rows = []
+    for report in results("compiled"):
+        for title, sides in report["programs"].items():
+            row = sides["tljax"]
+            if "cycles" not in row:
+                continue
+            moved = [
+                f"{found['times']} {kind} of {found['bytes'] / 2**20:.1f} MiB"
+                for kind, found in row["collectives"].items()
+            ]
+            flax = sides.get("flax", {}).get("cycles")
+            cells = f"{row['cycles'] / 1e6:.1f}", flax and f"{flax / 1e6:.1f}"
+            figures = f"{row['milliseconds']:.1f}", f"{row['images_per_second']:,}"
+            last = f"{row['memory']['temporaries'] / 2**30:.2f}", ", ".join(moved)
+            rows.append([report["machine"], title, *(x or "" for x in cells), *figures, *last])
+    header = ["chip", "program", "M cycles", "Flax, M cycles", "ms", "images/s", "temporaries, GiB"]
+    return table([*header, "between chips"], rows)
+
+
 def memory() -> str:
     """Tabulate the memory of a device during a training step, as XLA computes it."""
     rows = []
@@ -215,7 +236,10 @@ def memory() -> str:
     return table([*header, "activations and gradients, GiB", "peak, GiB"], rows)
 
 
-TABLES = (speed, accelerators, attacks, jobs, starts, devices, memory, inputs, robustness, parity)
+TABLES = (
+    *(speed, accelerators, compiled, attacks, jobs, starts, devices, memory, inputs, robustness),
+    parity,
+)
 
 
 def main() -> None:

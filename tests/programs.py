@@ -3,16 +3,18 @@
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from importlib import import_module
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import optax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from tljax.models import Model, abstract_variables, apply, build_model
+from tljax.runtime.compiled import compile_program
+from tljax.runtime.machines import describe_devices, parse_machine
+from tljax.runtime.parallel import mesh_of
 from tljax.runtime.types import Batch
+from tljax.studies.programs import divided, replicated
 from tljax.train.freeze import label, split
 from tljax.train.step import init_state, make_train_step
 
@@ -74,31 +76,21 @@ def program(
     )
 
 
-def compiled(name: str, mode: str, target: str, batch: int, *, stats: bool, **options: Any) -> Any:
-    """Compile a program for a device that this machine lacks; see compile_without_device.py.
+def compiled(name: str, mode: str, machine: str, batch: int, *, stats: bool, **options: Any) -> Any:
+    """Compile a program for a machine that is not at hand; return its memory and collectives.
 
     Args:
         name: name of the network, which runs in bfloat16.
         mode: one of `MODES`.
-        target: ``h100``, or a topology of TPUs such as ``v5e:2x4``.
+        machine: name of a `tljax.runtime.machines.Machine`.
         batch: images per device.
         stats: whether the trained stages use batch statistics.
         options: options of the compiler.
     """
-    tool: Any = import_module("compile_without_device")
-    devices = (tool.tpu_devices if ":" in target else tool.gpu_devices)(target)
-    mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
-    function, args, batched = program(
-        name, mode, batch * len(devices), dtype="bfloat16", stats=stats
-    )
-
-    def placed(tree: Any, axes: tuple[str, ...]) -> Any:
-        sharding = NamedSharding(mesh, PartitionSpec(*axes))
-        return jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
-        )
-
-    pairs = zip(args, batched, strict=True)
-    args = tuple(placed(tree, ("data",) if split else ()) for tree, split in pairs)
+    mesh = mesh_of(describe_devices(parse_machine(machine)))
+    function, args, batched = program(name, mode, batch * mesh.size, dtype="bfloat16", stats=stats)
+    place = {True: divided, False: replicated}
+    placed = [place[split](tree, mesh) for tree, split in zip(args, batched, strict=True)]
     function = function if hasattr(function, "lower") else jax.jit(function)
-    return tool.compile_report(function, args, **options)
+    report = compile_program(function.lower(*placed), **options)
+    return {"memory": report.memory._asdict(), "collectives": report.collectives}

@@ -72,7 +72,12 @@ ALWAYS = {
     "weights List": {*OUTPUT, "name"},
     "weights Verify": {*OUTPUT, "extension", "weights", "model", "reference"},
 }
-
+# A rehearsal has the options of its command, and is for all chips of the machine.
+ALWAYS |= {
+    f"rehearse {name.capitalize()}": {*ALWAYS[f"{name} Config"], "on", "effort", "largest_batch"}
+    - {"devices", "resume", "dry_run"}
+    for name in ("train", "probe", "attack", "evaluate", "extract")
+}
 
 COMMANDS = {
     f"{name} {command.__name__}": command
@@ -139,7 +144,8 @@ def numeric(command: type) -> dict[str, list[tuple[type, Range]]]:
     return found
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+# Those of a rehearsal are the numbers of its command.
+@pytest.mark.parametrize("name", [name for name in COMMANDS if "rehearse" not in name])
 def test_numbers_out_of_range_are_refused(capsys, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     for option, found in numeric(COMMANDS[name]).items():
@@ -227,6 +233,10 @@ WRONG = {
     ],
     "extract Config": [
         "--stge x", "--stage", "--maps=1", "--top 3", "y", "--batch-size two", "--out", *OF_PARSER,
+    ],
+    "rehearse Train": [
+        "--on v5e", "--effort high", "--effort", "--epoch 3", "--on", "--largest-batch=1", "x",
+        "--recipe prob", "--devices 2", "--dry-run", "--weights nowhere.pth",
     ],
     "visualize Channel": ["one", "0.5", "0 --step 3", "--steps x", "--stage", *OF_PARSER],
     "visualize Dream": ["--stages x", "--steps", "--steps x", "--out", "--tv 1", *OF_PARSER],
@@ -443,6 +453,13 @@ IDLE = [
             "val-fraction": (0.3,), **LABELS_OF_DATA,
         },
     ),
+    (
+        "rehearse", "train --on v5e-8", "in a rehearsal",
+        {
+            "devices": (2,), "resume": ("x",), "dry-run": (), "find-learning-rate": (),
+            "profile": (),
+        },
+    ),
     ("pack", "parts y", "a validation part of its own", {"val-fraction": (0.3,)}),
     ("train", "--data packed:x", "on images that are packed", {"pack": ("auto",)}),
     ("train", "--distributed", "use tljax pack on each host", {"pack": ("always",)}),
@@ -505,9 +522,12 @@ def test_every_condition_is_tested():
     """A row of a table of conditions without a test fails here."""
     tried = {(script, setting(flag)) for script, _, _, flags in IDLE for flag in flags}
     for name, command in COMMANDS.items():
-        script = name.split()[0]
+        script, *_, subcommand = name.lower().split()
         for names, *_ in command.conditions:
-            assert {(script, flag) for flag in names.split()} <= tried, name
+            untried = {flag for flag in names.split() if (script, flag) not in tried}
+            # A rehearsal has the conditions of its command.
+            rehearsed = {flag for flag in untried if (subcommand, flag) in tried}
+            assert untried == (rehearsed if script == "rehearse" else set()), name
 
 
 # And with which they count: what the conditions must let through.
@@ -538,6 +558,8 @@ COUNTING = [
     ("pack", "classes y --size 128 --format jpeg --workers 2 --val-fraction 0.3"),
     ("pack", "x.csv y --target a,b --group patient --interpolation bicubic"),
     ("pack", "x --verify"),
+    ("rehearse", "train --on v5e-8 --recipe finetune --freeze-to stem --cache memory"),
+    ("rehearse", "extract --on h100-1 classes --out x.npz"),
     ("predict", "x.jpg --out x.csv"),
     ("attack", "x.jpg --workdir run"),
     ("attack", "--data digits --attacks fgsm pgd --steps 3 --seed 2 --out o --pictures 2"),

@@ -52,6 +52,7 @@ def ended(capsys, *arguments: str) -> tuple[int, str, str]:
 
 SUBCOMMANDS = {
     "weights": ("list", "verify", "import", "export"),
+    "rehearse": ("train", "probe", "attack", "evaluate", "extract"),
     "visualize": ("ideal", "explain", "features", "dream", "channel"),
 }
 ALL = [
@@ -61,7 +62,18 @@ ALL = [
 ]
 
 IMPERATIVES = {
-    *("Amplify", "Check", "Classify", "Compare", "Draw", "List", "Measure", "Pack", "Port"),
+    *(
+        "Amplify",
+        "Check",
+        "Classify",
+        "Compare",
+        "Compile",
+        "Draw",
+        "List",
+        "Measure",
+        "Pack",
+        "Port",
+    ),
     *("Print", "Train", "Write"),
 }
 # Words of no noun phrase and no imperative, with which a text for an option must not begin.

@@ -20,7 +20,7 @@ sys.path.insert(0, "benchmarks")
 from probe import synthetic_features
 from tljax.features import design
 from tljax.features.knn import knn_predict
-from tljax.features.logistic import fit_logistic, lower_solver
+from tljax.features.logistic import fit_logistic, trace_solver
 from tljax.features.probe import L2_VALUES, fit_probe, fit_task_probe
 from tljax.runtime.parallel import data_mesh
 
@@ -51,7 +51,7 @@ for name, devices in ("one", 1), ("eight", 8), ("streamed", 8):
     record.setdefault("kernels", fit.kernel)
 del record["kernels"]
 for shape in (128_000, 256, 100), (16_000, 512, 100):
-    memory = lower_solver(*shape, data_mesh(8)).compile().memory_analysis()
+    memory = trace_solver(*shape, data_mesh(8)).lower().compile().memory_analysis()
     used = (memory.argument_size_in_bytes + memory.output_size_in_bytes
         - memory.alias_size_in_bytes + memory.temp_size_in_bytes)
     record.setdefault("bytes", []).append([used, design.probe_bytes(*shape, data_mesh(8))])

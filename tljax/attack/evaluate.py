@@ -306,6 +306,22 @@ def _attacked(attack: Attack, networks: list[LogitsFn], images, labels, key, eps
     return [_is_correct(network, inputs, labels) for network, inputs in pairs]
 
 
+def trace_attack(
+    attack: Attack, network: LogitsFn, images: Any, labels: Any, key: Any, epsilon: float
+) -> jax.stages.Traced:
+    """Trace the program in which `evaluate` attacks a batch, to compile it elsewhere.
+
+    Args:
+        attack: the attack.
+        network: the network, a pytree; like the arrays it may be of shapes with shardings.
+        images: ``[batch, ...]``.
+        labels: ``[batch]``.
+        key: random key.
+        epsilon: radius of the ball.
+    """
+    return _attacked.trace(attack, [network], images, labels, key, epsilon)
+
+
 def _collect(data: tuple[Array, Array] | Iterable[Sequence[Any]]) -> tuple[np.ndarray, np.ndarray]:
     if isinstance(data, tuple) and len(data) == 2 and hasattr(data[0], "shape"):
         data = [(*data, np.ones(len(data[1]), bool))]

@@ -12,6 +12,7 @@ COMMANDS = {
     "compare": "Compare pretrained networks on a data set.",
     "pack": "Pack a data set into files that are read without decoding.",
     "attack": "Measure the accuracy of a network under adversarial attacks.",
+    "rehearse": "Compile a command's programs for a TPU or GPU that is not at hand.",
     "visualize": "Draw what a network and its stages respond to.",
     "weights": "List, verify, import and export pretrained weights.",
     "doctor": "Check the installation, the devices and the cache folder.",

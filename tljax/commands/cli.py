@@ -146,9 +146,13 @@ class Network(Extended):
             weights or self.weights, model=self.model, normalization=self.normalization
         )
         model = replace(pretrained.model, dtype=self.precision or pretrained.model.dtype)
-        print_devices(self, model.dtype)
+        self.describe_devices(model.dtype)
         print_notes(pretrained)
         return pretrained._replace(model=model).with_size(self.image_size)
+
+    def describe_devices(self, precision: str) -> None:
+        """Print which devices are used, see `print_devices`."""
+        print_devices(self, precision)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -293,6 +293,31 @@ def _forward(
     return jax.lax.with_sharding_constraint(value, NamedSharding(mesh, PartitionSpec("data")))
 
 
+def trace_forward(
+    model: Model,
+    mesh: Mesh,
+    variables: Variables,
+    images: jax.ShapeDtypeStruct,
+    *,
+    start: str | None = None,
+    stop: str | int | None = None,
+    dtype: Dtype = "float32",
+) -> jax.stages.Traced:
+    """Trace the program that `compute_features` and `run_from_stage` run, to compile it elsewhere.
+
+    Args:
+        model: the network.
+        mesh: devices that the program is for.
+        variables: its variables; shapes and shardings are enough.
+        images: shape and sharding of a batch of images, or of the activations that enter ``start``.
+        start: first stage to run.
+        stop: stage to stop before.
+        dtype: dtype of the result.
+    """
+    indices = jax.ShapeDtypeStruct(images.shape[:1], np.int32, sharding=images.sharding)
+    return _forward.trace(model, mesh, start, stop, dtype, None, None, variables, images, indices)
+
+
 def over_source(
     forward: Callable[[Variables, Batch], jax.Array],
     variables: Variables,

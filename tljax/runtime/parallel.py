@@ -116,8 +116,12 @@ def data_mesh(devices: int | None = None) -> Mesh:
         raise RequestError(f"--devices {devices}: this machine has {len(available)}")
     if devices not in (None, len(available)) and jax.process_count() > 1:
         raise RequestError(f"--devices {devices}: several processes must use all {len(available)}")
-    selected = available[:devices]
-    return jax.make_mesh((len(selected),), ("data",), axis_types=(AxisType.Auto,), devices=selected)
+    return mesh_of(available[:devices])
+
+
+def mesh_of(devices: Sequence[Any]) -> Mesh:
+    """Create the mesh of `data_mesh` of given devices, those of `tljax.runtime.machines` too."""
+    return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
 
 
 def round_up_to_devices(batch_size: int, mesh: Mesh) -> int:

@@ -321,9 +321,9 @@ def attack(
         batch_size=loading.batch_size,
         mesh=data_mesh(loading.devices),
     )
-    single = {name: attack for name, attack in attacks.items() if not _is_ensemble(attack)}
+    single = {name: attack for name, attack in attacks.items() if not is_ensemble(attack)}
     reports = [run(attacks=single)] if single or not attacks else []
-    for ensemble in filter(_is_ensemble, attacks.values()):
+    for ensemble in filter(is_ensemble, attacks.values()):
         options = getattr(ensemble, "keywords", {})
         parts = library.ensemble(network.model.num_classes, **options)
         whole = run(attacks=parts, survivors_only=True)
@@ -401,7 +401,7 @@ def paint(
         seed: seed of the random starts.
     """
     name, last = list(attacks.items())[-1]
-    name = title(**getattr(last, "keywords", {})) if _is_ensemble(last) else name
+    name = title(**getattr(last, "keywords", {})) if is_ensemble(last) else name
     rest = np.setdiff1d(np.arange(len(robustness.clean)), robustness.worst(len(robustness.clean)))
     rows = np.concatenate([robustness.worst(count), rest])[:count].astype(int)
     correct, rounded, _ = robustness.outcomes[name]
@@ -465,7 +465,8 @@ def _predict(logits_fn: Any, images: jax.Array) -> jax.Array:
     return logits_fn(images)
 
 
-def _is_ensemble(attack: Any) -> bool:
+def is_ensemble(attack: Any) -> bool:
+    """Return whether an attack of `choose_attacks` stands for several, which run one by one."""
     return getattr(attack, "func", attack) is library.auto_attack
 
 

@@ -112,6 +112,14 @@ def robust_logits(
     return collect(batches, source, skipped)
 
 
+def trace_robust_logits(
+    model: Model, config: AdversaryConfig, variables: Variables, batch: Batch, key: jax.Array
+) -> jax.stages.Traced:
+    """Trace the program that `robust_logits` runs; shapes and shardings of arrays are enough."""
+    evaluated = AdversaryConfig("pgd", config.epsilon, EVALUATION_STEPS)
+    return _attacked_logits.trace(model, evaluated, variables, batch, key)
+
+
 @partial(jax.jit, static_argnums=(0, 1))
 def _attacked_logits(
     model: Model, config: AdversaryConfig, variables: Variables, batch: Batch, key: jax.Array

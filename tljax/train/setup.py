@@ -174,6 +174,44 @@ def prepare(
     Raises:
         RequestError: the configuration does not fit the model or the data.
     """
+    run = plan_run(model, variables, splits, config, loading, seed, new_head, **run_options)
+    model, variables, phases = run.model, run.variables, run.plan.phases
+    head = model.stage_names[-1]
+    inputs = run.open_inputs(first_trainable_stage(model, phases[0].rates) if phases else head)
+    if run.plan.start != "probe":
+        return run, inputs
+    features = inputs.pooled(model, variables)
+    balance = run.config.balance
+    probe = fit_source_probe(features, run.splits.train, run.task, balance=balance, seed=seed)
+    probe_head = {"kernel": np.asarray(probe.kernel), "bias": np.asarray(probe.bias)}
+    variables = {**variables, "params": {**variables["params"], head: probe_head}}
+    return replace(run, variables=variables, probe=probe), inputs
+
+
+def plan_run(
+    model: Model,
+    variables: Variables,
+    splits: Splits,
+    config: FitConfig | None = None,
+    loading: Loading | None = None,
+    seed: int = 0,
+    new_head: NewHead | None = None,
+    mesh: Mesh | None = None,
+    **run_options: Any,
+) -> Run:
+    """Plan a run, without reading images or running the network.
+
+    Args:
+        model: see `prepare`, as for the following arguments and for errors.
+        variables: variables of ``model``.
+        splits: training and validation images.
+        config: what to train.
+        loading: options of how images are read.
+        seed: seed of the random number generator.
+        new_head: see `tljax.train.fit.fit`.
+        mesh: devices to train on, by default those of this machine.
+        run_options: further attributes of `Run`.
+    """
     loading = loading or Loading()
     loading = replace(loading, batch_size=min(loading.batch_size, len(splits.train)))
     config = config or FitConfig()
@@ -200,7 +238,6 @@ def prepare(
         objective = make_objective(task, config, splits.train)
     if run_options.get("log_every", 1) < 1:
         raise RequestError("log_every must be at least 1 step")
-    head = model.stage_names[-1]
     plan = make_plan(model, config, len(splits.train), loading.batch_size)
     variables = _with_adapter(model, variables, plan, seed, run_options)
     counts = accumulate((phase.epochs for phase in plan.phases), initial=0)
@@ -221,17 +258,9 @@ def prepare(
         )
     if plan.start == "random":
         variables = init(model, jax.random.key(seed))
-    mesh = training_mesh(config, loading)
     run_options["objective"] = objective
-    run = Run(plan, model, variables, None, splits, loading, seed, mesh, task, **run_options)
-    inputs = run.open_inputs(first_trainable_stage(model, phases[0].rates) if phases else head)
-    if plan.start != "probe":
-        return run, inputs
-    features = inputs.pooled(model, variables)
-    probe = fit_source_probe(features, splits.train, task, balance=config.balance, seed=seed)
-    probe_head = {"kernel": np.asarray(probe.kernel), "bias": np.asarray(probe.bias)}
-    variables = {**variables, "params": {**variables["params"], head: probe_head}}
-    return replace(run, variables=variables, probe=probe), inputs
+    mesh = mesh or training_mesh(config, loading)
+    return Run(plan, model, variables, None, splits, loading, seed, mesh, task, **run_options)
 
 
 def training_mesh(config: FitConfig, loading: Loading) -> Mesh:
@@ -377,34 +406,60 @@ def begin_phase(
     run: Run, inputs: Inputs, phase: Phase, variables: Variables, schedule: optax.Schedule
 ) -> tuple[TrainState, Variables, TrainStep]:
     """Return the initial state of a phase, its frozen variables and its training step."""
-    config = run.config
-    optimizer = build_optimizer(config.optimizer, phase.rates, schedule)
+    optimizer = phase_optimizer(run, phase, schedule)
+    state, frozen = phase_variables(run, phase, variables, optimizer)
+    return run.place(state), run.place(frozen), phase_step(run, phase, optimizer, inputs.start)
+
+
+def phase_optimizer(
+    run: Run, phase: Phase, schedule: optax.Schedule
+) -> optax.GradientTransformation:
+    """Return the optimizer of a phase, with the transformation of the run."""
+    optimizer = build_optimizer(run.config.optimizer, phase.rates, schedule)
     if isinstance(run.transform, optax.GradientTransformation):
-        optimizer = optax.chain(run.transform, optimizer)
-    elif run.transform is not None:
-        optimizer = run.transform(optimizer)
-    whole = wholly_trained_stages(phase.rates)
-    statistics = whole if config.batch_norm == "batch" else frozenset[str]()
-    changing, frozen = split(variables, phase.rates, statistics)
+        return optax.chain(run.transform, optimizer)
+    return optimizer if run.transform is None else run.transform(optimizer)
+
+
+def phase_variables(
+    run: Run, phase: Phase, variables: Variables, optimizer: optax.GradientTransformation
+) -> tuple[TrainState, Variables]:
+    """Return the initial state of a phase and its frozen variables, to be placed on the devices."""
+    config = run.config
+    changing, frozen = split(variables, phase.rates, _statistics(run, phase))
     if config.fsdp:  # before the optimizer's state is made, which then is sharded alike
         changing = run.place(changing)
     ema = config.ema_decay > 0
     state = init_state(changing["params"], changing["batch_stats"], optimizer, ema=ema)
-    step = make_train_step(
+    if config.frozen_dtype == "bfloat16":
+        params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), frozen["params"])
+        frozen = {**frozen, "params": params}
+    return state, frozen
+
+
+def phase_step(
+    run: Run, phase: Phase, optimizer: optax.GradientTransformation, start: str | None
+) -> TrainStep:
+    """Return the training step of a phase, which activations enter at ``start``, or images."""
+    config = run.config
+    return make_train_step(
         replace(run.model, drop_path=config.drop_path),
         optimizer,
         adversarial(run.objective, config.attacker) if config.attacker else run.objective,
         run.materialize,
-        start=inputs.start,
-        batch_statistics=statistics,
-        noise=whole,
+        start=start,
+        batch_statistics=_statistics(run, phase),
+        noise=wholly_trained_stages(phase.rates),
         ema_decay=config.ema_decay,
         accumulate=config.accumulate,
-        augment=config.augmentation if config.augment and inputs.start is None else None,
+        augment=config.augmentation if config.augment and start is None else None,
         **memory_options(run.mesh, remat=config.remat, fsdp=config.fsdp),
         parameter_noise=run.parameter_noise,
     )
-    if config.frozen_dtype == "bfloat16":
-        params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), frozen["params"])
-        frozen = {**frozen, "params": params}
-    return run.place(state), run.place(frozen), step
+
+
+def _statistics(run: Run, phase: Phase) -> frozenset[str]:
+    """Return the stages that use batch statistics in a phase."""
+    if run.config.batch_norm != "batch":
+        return frozenset()
+    return frozenset(wholly_trained_stages(phase.rates))
