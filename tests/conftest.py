@@ -13,7 +13,7 @@ os.environ["KERAS_BACKEND"] = "jax"  # read when keras is imported
 
 # Tests and scripts share one compilation cache. The variables are read when JAX is imported.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "compiled"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
 
 import tljax  # noqa: E402
 
@@ -21,6 +21,15 @@ tljax.configure()
 
 import jax  # noqa: E402
 import tiny as tiny_network  # noqa: E402
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Disable most optimizations in the quick suite, which compiles longer than it runs.
+
+    All tests together check the programs that users run.
+    """
+    if config.option.markexpr == "not slow":
+        jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="session")

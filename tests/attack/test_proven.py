@@ -37,6 +37,7 @@ def count_correct(name: str, attacks) -> int:
     return int(result.right.sum())
 
 
+@pytest.mark.slow
 def test_targeted_apgd_is_as_strong_as_the_best_known_attack():
     name = "cifar_cnn_a_adv"
     attacks = {"apgd-t": partial(apgd_t, num_steps=20, num_targets=3, stop_early=True)}

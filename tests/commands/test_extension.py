@@ -220,20 +220,29 @@ def test_a_run_of_an_earlier_version_predicts_and_cannot_be_continued(tmp_path):
     )
 
 
-def test_an_error_in_an_extension_has_its_line_and_the_folder_can_be_used_again(tmp_path):
-    path = write(
-        tmp_path / "mine.py",
-        "def objective(forward, batch, key):\n    return batch.extra['weight'], {}\n\n"
-        "extension = {'objective': objective}\n",
-    )
-    train = options(tmp_path)
-    again = (*train, "--workdir", tmp_path / "run", "--extension", path)
-    done = call_script(tmp_path, *again)
+WEIGHTED = """
+def objective(forward, batch, key):
+    return batch.extra["weight"], {}
+
+extension = {"objective": objective}
+"""
+
+
+def test_an_error_in_an_extension_has_its_line(tmp_path):
+    path, train = write(tmp_path / "mine.py", WEIGHTED), options(tmp_path)
+    done = call_script(tmp_path, *train, "--workdir", tmp_path / "run", "--extension", path)
     assert done.returncode == 2
     [line] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert line == f"error: {path}, line 2: KeyError: 'weight'"
+    assert line == f"error: {path}, line 3: KeyError: 'weight'"
+
+
+@pytest.mark.slow
+def test_after_an_error_in_an_extension_the_folder_can_be_used_again(tmp_path):
+    path, train = write(tmp_path / "mine.py", WEIGHTED), options(tmp_path)
+    again = (*train, "--workdir", tmp_path / "run", "--extension", path)
+    assert call_script(tmp_path, *again).returncode == 2
     loss = "forward(batch.inputs).logits.sum(1) ** 2"
-    path.write_text(path.read_text().replace("batch.extra['weight']", loss))
+    path.write_text(WEIGHTED.replace('batch.extra["weight"]', loss))
     answer(call_script(tmp_path, *again))
     path.write_text(path.read_text() + "# another\n")
     assert "start a new run" in call_script(tmp_path, *again).stderr

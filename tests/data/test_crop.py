@@ -27,6 +27,9 @@ def cropped(
     return jax.vmap(partial(_resize, along, size, interpolation))(images, boxes)
 
 
+crop_on_device = jax.jit(crop_and_resize, static_argnums=(2, 3))
+
+
 def canvas(photographs: list[np.ndarray]) -> np.ndarray:
     """Put each photograph at the upper left of a canvas of white noise."""
     height, width = (max(photograph.shape[k] for photograph in photographs) for k in (0, 1))
@@ -113,6 +116,6 @@ def test_the_host_and_the_device_make_the_same_crop(shape, index, crop, interpol
     boxes = pixel_boxes(crops.boxes(np.array([index]), shapes, preprocess), shapes)
     images = np.zeros((1, 60, 60, 3), np.uint8)
     images[0, : shape[0], : shape[1]] = photograph
-    on_device = np.asarray(crop_and_resize(images, boxes, 16, interpolation), int)[0]
+    on_device = np.asarray(crop_on_device(images, boxes, 16, interpolation), int)[0]
     on_host = decode(photograph, preprocess, crop=crops.of(index, preprocess))
     assert np.abs(on_device - on_host).max() <= 1

@@ -48,7 +48,7 @@ def chosen_rows(source: Source, names: list[str], fraction: float) -> set[int]:
     return rows[1]
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(
     rows=GROUPS,
     more=GROUPS,

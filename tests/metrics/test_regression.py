@@ -11,7 +11,7 @@ from tljax.metrics.weighted import mean_of_defined
 from tljax.runtime.errors import RequestError
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=100)
 @given(
     st.integers(0, 2**32 - 1),
     st.integers(1, 50),

@@ -225,6 +225,7 @@ def kernels_by_key(pretrained, layout, pattern):
     }
 
 
+@pytest.mark.slow
 def test_convolutions_agree_with_peft(tmp_path):
     network = torch_resnet("resnet18")
     network.save_pretrained(tmp_path)

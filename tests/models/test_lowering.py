@@ -2,6 +2,8 @@
 
 import re
 from collections import Counter
+from functools import cache
+from typing import Any
 
 import jax
 import pytest
@@ -11,10 +13,12 @@ from tljax.models import abstract_variables, build_model
 from tljax.models.convolution import backend
 from tljax.runtime.trees import flatten
 
+# The other modes of a depthwise network are parts of its full step.
+QUICK = (*(("resnet18", mode) for mode in MODES), ("mobilenetv1_100", "full step"))
 # One of each family.
-QUICK = ("resnet18", "mobilenetv2_050")
 FAMILIES = (
-    *QUICK,
+    "resnet18",
+    "mobilenetv2_050",
     "resnet50",
     "resnext50_32x4d",
     "resnet18d",
@@ -38,7 +42,11 @@ FAMILIES = (
     "vit_small_patch16_dinov3",
     "vit_base_patch16_siglip_224",
 )
-NAMES = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in FAMILIES]
+CASES = [
+    pytest.param(name, mode, marks=[] if (name, mode) in QUICK else pytest.mark.slow)
+    for name in FAMILIES
+    for mode in MODES
+]
 PLATFORMS = ("cuda", "tpu")
 FOREIGN = {"custom_call", "while", "case", "optimization_barrier"}
 
@@ -72,17 +80,22 @@ def _is_cut(lines: dict[str, str], name: str) -> bool:
     return bool(moved) and _is_cut(lines, moved[2])
 
 
-def lowered(name: str, mode: str, platform: str, *, stats: bool = False) -> str:
+@cache
+def traced(name: str, mode: str, chosen: str = "platform", *, stats: bool = False) -> Any:
+    """Trace a program, with the convolutions of a backend, once for all platforms and tests."""
     function, args, _ = program(name, mode, 2, stats=stats)
-    return jax.jit(function).trace(*args).lower(lowering_platforms=(platform,)).as_text()
+    with backend(chosen):
+        return jax.jit(function).trace(*args)
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", NAMES)
+def lowered(name: str, mode: str, platform: str, *how: str, stats: bool = False) -> str:
+    return traced(name, mode, *how, stats=stats).lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize(("name", "mode"), CASES)
 def test_a_program_contains_its_layers_and_their_transposes_once(name: str, mode: str) -> None:
     """Compare the numbers with those of XLA's convolutions."""
-    with backend("xla"):
-        plain = work(lowered(name, mode, "cuda"))
+    plain = work(lowered(name, mode, "cuda", "xla"))
     if expected := layers(name).get(mode):
         assert plain == expected
     for platform in PLATFORMS:
@@ -125,6 +138,6 @@ def test_batch_statistics_add_no_products() -> None:
 
 def test_programs_for_cpus_contain_the_fast_paths() -> None:
     """Otherwise the tests above could not fail."""
-    counts = operations(lowered("mobilenetv2_050", "full step", "cpu"))
+    counts = operations(lowered("mobilenetv1_100", "full step", "cpu"))
     assert counts["while"] > 0  # gradients of kernels
     assert counts["convolution"] < 5 < counts["slice"]

@@ -49,7 +49,7 @@ def torch_grad_cam(
 @pytest.mark.parametrize(
     ("source", "options", "arguments", "stage", "size"),
     [
-        ("vit_tiny_patch16_224", {}, {}, "block1", (12, 20)),
+        pytest.param("vit_tiny_patch16_224", {}, {}, "block1", (12, 20), marks=pytest.mark.slow),
         (
             "vit_small_patch14_reg4_dinov2",
             {"registers": 4, "layer_scale": True, "positions": "patches"},

@@ -64,7 +64,7 @@ def resnet18() -> tuple[Model, Variables]:
     return model, random_variables(model)
 
 
-@pytest.mark.parametrize("size", [(97, 128), (64, 64)])
+@pytest.mark.parametrize("size", [(97, 128), pytest.param((64, 64), marks=pytest.mark.slow)])
 def test_bfloat16_is_close_to_float32(
     resnet18: tuple[Model, Variables], size: tuple[int, int]
 ) -> None:

@@ -19,7 +19,11 @@ def vgg11() -> tuple[Model, Variables]:
 
 @pytest.mark.parametrize(
     ("after", "hidden", "features"),
-    [("pool", (), 25088), ("fc1", ("fc1",), 4096), ("fc2", ("fc1", "fc2"), 4096)],
+    [
+        pytest.param("pool", (), 25088, marks=pytest.mark.slow),
+        ("fc1", ("fc1",), 4096),
+        pytest.param("fc2", ("fc1", "fc2"), 4096, marks=pytest.mark.slow),
+    ],
 )
 def test_a_new_head_keeps_none_one_or_both_hidden_layers(
     vgg11: tuple[Model, Variables], after: str, hidden: tuple[str, ...], features: int
@@ -35,6 +39,7 @@ def test_a_new_head_keeps_none_one_or_both_hidden_layers(
     np.testing.assert_array_equal(actual, expected)
 
 
+@pytest.mark.slow
 def test_dropout_in_hidden_layers_drops_half(vgg11: tuple[Model, Variables]) -> None:
     model, variables = vgg11
     pooled = np.random.default_rng(0).standard_normal((2, 25088)).astype(np.float32)

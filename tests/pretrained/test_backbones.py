@@ -36,11 +36,9 @@ def without(path: Path, name: str, layout: str, stages: tuple[str, ...], target:
     return target
 
 
-QUICK = [
-    ("resnet18", "torchvision", ("head",), "pool"),
-    ("mobilenetv3_small_050", "timm", ("hidden", "head"), "pool"),
-]
+QUICK = [("resnet18", "torchvision", ("head",), "pool")]
 SLOW = [
+    ("mobilenetv3_small_050", "timm", ("hidden", "head"), "pool"),
     ("mobilenetv2_050", "timm", ("head",), "pool"),
     ("mobilenetv3_small_050", "timm", ("head",), "hidden"),
     ("tf_mobilenetv2_035", "huggingface", ("head",), "pool"),
@@ -87,7 +85,10 @@ def test_a_file_without_a_head_gives_the_features_of_the_reference(
 
 @pytest.mark.parametrize(
     ("name", "prefix", "last"),
-    [("resnet18", "resnet.", "pool"), ("convnextv2_atto", "convnextv2.", "norm")],
+    [
+        ("resnet18", "resnet.", "pool"),
+        pytest.param("convnextv2_atto", "convnextv2.", "norm", marks=pytest.mark.slow),
+    ],
 )
 def test_backbones_of_transformers_without_a_key_prefix_are_loaded(
     tmp_path: Path, name: str, prefix: str, last: str
@@ -150,6 +151,7 @@ def resnet18() -> Pretrained:
     return Pretrained(model, variables, replace(whole.card, classes=()))
 
 
+@pytest.mark.usefixtures("one_small_input")
 @pytest.mark.parametrize("layout", ["torchvision", "huggingface", "tljax"])
 def test_an_exported_backbone_is_loaded_unchanged(
     resnet18: Pretrained, tmp_path: Path, layout: str

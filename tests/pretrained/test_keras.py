@@ -59,7 +59,7 @@ def test_keras_loads_exported_files(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", [pytest.param("x.keras", marks=pytest.mark.slow), "x.h5"])
 def test_whole_models_are_read(form: str, tmp_path: Path) -> None:
     """Generated names depend on the models built before in the process."""
-    keras.applications.MobileNet(weights=None, classes=3)
+    network("keras_mobilenetv1_025")
     model = network("keras_mobilenetv1_025")
     model.save_weights(tmp_path / "y.weights.h5")
     model.save(tmp_path / form)

@@ -74,12 +74,14 @@ def test_layers_without_batch_norm_pass(tmp_path: Path) -> None:
     assert max(layer.difference for layer in layers) <= TOLERANCE
 
 
+@pytest.mark.usefixtures("one_small_input")
 def test_swapped_mean_and_variance_are_detected(folder: Path) -> None:
     first = wrong_layers(with_swapped_statistics(load_pretrained(folder)), folder)[0]
     assert (first.layer, first.reason) == ("layer2/block1/conv1", "mean and var differ")
     assert first.difference > 0.01
 
 
+@pytest.mark.usefixtures("one_small_input")
 def test_a_transposed_square_head_is_detected(folder: Path) -> None:
     pretrained = load_pretrained(folder)
     variables = jax.tree.map(np.array, pretrained.variables)
@@ -119,11 +121,9 @@ def test_a_missing_reference_is_refused_with_advice(monkeypatch: pytest.MonkeyPa
         verify(random_pretrained("resnet18"))
 
 
-def test_files_of_keras_are_compared_with_keras(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("one_small_input")
+def test_files_of_keras_are_compared_with_keras(tmp_path: Path) -> None:
     """MobileNet v1 has depthwise kernels, and a convolution as its head."""
-    monkeypatch.setattr("tljax.pretrained.verify.INPUTS", ((2, 65, 49, 3),))  # compiles fast
     pretrained = random_pretrained("keras_mobilenetv1_025")
     export(tmp_path / "x.weights.h5", pretrained, "keras")
     pretrained = load_pretrained(tmp_path / "x.weights.h5")

@@ -22,6 +22,11 @@ from tljax.runtime.trees import flatten
 CHANNELS = (1, 2, 13)
 
 
+def quick_for(channels: int) -> list:
+    """Return the numbers of channels, all but one of them slow."""
+    return [pytest.param(n, marks=[] if n == channels else pytest.mark.slow) for n in CHANNELS]
+
+
 def of_channels(channels: int, dtype: str = "uint8") -> Pretrained:
     model, variables, card = random_pretrained("resnet18")
     mean, std = np.linspace(0.1, 0.6, channels), np.linspace(0.5, 0.2, channels)
@@ -30,7 +35,7 @@ def of_channels(channels: int, dtype: str = "uint8") -> Pretrained:
     return Pretrained(model, variables, card)
 
 
-@pytest.mark.parametrize("channels", CHANNELS)
+@pytest.mark.parametrize("channels", quick_for(1))
 def test_a_file_of_timm_says_its_channels_by_its_first_kernel(channels: int, tmp_path: Path):
     network = oracles.load("timm").create_model("resnet18", num_classes=5, in_chans=channels)
     with torch.no_grad():
@@ -102,7 +107,7 @@ def test_what_is_exported_is_read_back(channels: int, layout: str, tmp_path: Pat
         assert loaded.card.classes == network.card.classes
 
 
-@pytest.mark.parametrize("channels", CHANNELS)
+@pytest.mark.parametrize("channels", quick_for(13))
 def test_transformers_computes_the_same_logits_of_what_is_exported(channels: int, tmp_path: Path):
     network = of_channels(channels)
     export(tmp_path, network, "huggingface")

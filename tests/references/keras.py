@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import keras
 import numpy as np
 
@@ -14,6 +15,21 @@ from tljax.runtime.preprocess import NORMALIZATIONS
 
 # Statistics of the layers with which EfficientNet B0 to B7 begin.
 MEAN, STD = np.asarray((NORMALIZATIONS["torch"].mean, NORMALIZATIONS["torch"].std), np.float32)
+
+RNG = np.random.default_rng(0)
+
+
+def _draw(_: keras.initializers.VarianceScaling, shape: tuple[int, ...], dtype: str) -> jax.Array:
+    """Draw Glorot's uniform weights by NumPy; by JAX, each shape is a program to compile."""
+    limit = np.sqrt(6 / (np.prod(shape[:-2]) * sum(shape[-2:])))
+
+    def draw() -> np.ndarray:
+        return RNG.uniform(-limit, limit, shape).astype(dtype)
+
+    return jax.pure_callback(draw, jax.ShapeDtypeStruct(shape, dtype))  # traced, it draws nothing
+
+
+keras.initializers.VarianceScaling.__call__ = _draw  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class Application(NamedTuple):

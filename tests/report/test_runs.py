@@ -190,8 +190,14 @@ def splits_of(kind: Kind) -> Splits:
 @pytest.mark.parametrize(
     ("kind", "metric", "selected", "heading"),
     [
-        ("classification", "accuracy", "top-1 accuracy", "Confusion matrix"),
-        ("ordinal", "quadratic kappa", "quadratic kappa", "Confusion matrix"),
+        pytest.param(
+            *("classification", "accuracy", "top-1 accuracy", "Confusion matrix"),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            *("ordinal", "quadratic kappa", "quadratic kappa", "Confusion matrix"),
+            marks=pytest.mark.slow,
+        ),
         ("multilabel", "mAP", "mAP", "Labels"),
         ("regression", "R2", "loss", "Numbers"),
     ],

@@ -136,7 +136,7 @@ def test_table_and_summary_agree_with_the_metrics(attacked, network):
     assert rows[10].endswith(f"{100 * worst['map']:.1f}")
 
 
-@pytest.mark.parametrize("applies", [True, False])
+@pytest.mark.parametrize("applies", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_target_is_measured_on_the_images_that_do_not_have_it(network, source, applies):
     target = LabelTarget(2, applies)
     victims = read(network, source, target)

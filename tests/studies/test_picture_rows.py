@@ -233,7 +233,11 @@ def test_labels_numbers_and_ordered_classes_are_explained(network, photographs, 
     assert (other[0][1].pixels != rows[0][1].pixels).any()
 
 
-@pytest.mark.parametrize("task", [LABELS, NUMBERS, ORDER], ids=lambda task: task.kind)
+@pytest.mark.parametrize(
+    "task",
+    [LABELS, NUMBERS, pytest.param(ORDER, marks=pytest.mark.slow)],
+    ids=lambda task: task.kind,
+)
 def test_the_default_ideals_are_the_first_two_and_have_high_values(network, photographs, task):
     network = of_task(network, task)
     rows = ideal_pictures(network, num_steps=30)

@@ -121,7 +121,7 @@ def test_only_adapter_and_head_reach_the_optimizer():
     }
 
 
-@pytest.mark.parametrize("recipe", ["finetune", "lp-ft"])
+@pytest.mark.parametrize("recipe", ["finetune", pytest.param("lp-ft", marks=pytest.mark.slow)])
 def test_training_starts_from_the_network_without_an_adapter(recipe):
     plain = train(config(recipe, epochs=1, freeze_to="stem", cache="none"))
     lora = train(config(recipe, epochs=1, freeze_to="stem", cache="none", adaptation=LORA))

@@ -45,9 +45,8 @@ def run(objective, targets, outputs=LOGITS, **extra):
         losses, metrics = objective(lambda _: Output(outputs, {}, {}), batch, None)
         return mean(losses), {name: mean(x) for name, x in metrics.items()}
 
-    value, gradient = jax.value_and_grad(lambda x: loss(x)[0])(jnp.asarray(outputs))
-    metrics = {name: float(x) for name, x in loss(jnp.asarray(outputs))[1].items()}
-    return float(value), np.asarray(gradient), metrics
+    (value, metrics), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(outputs)
+    return float(value), np.asarray(gradient), {name: float(x) for name, x in metrics.items()}
 
 
 def torch_mean(loss, outputs=LOGITS):

@@ -22,6 +22,11 @@ pytestmark = pytest.mark.usefixtures("compilation_cache")
 TASKS = ("multilabel", "regression", "ordinal")
 
 
+def quick_for(kind: str) -> list:
+    """Return the tasks, all but one of them slow."""
+    return [pytest.param(task, marks=[] if task == kind else pytest.mark.slow) for task in TASKS]
+
+
 def with_task(data: Source, kind: str) -> Source:
     """Label images, whose brightness increases with their class, for another task."""
     labels = data.labels
@@ -94,7 +99,7 @@ def test_thresholds_are_chosen_on_the_validation_images():
         )
 
 
-@pytest.mark.parametrize("kind", TASKS)
+@pytest.mark.parametrize("kind", quick_for("ordinal"))
 def test_fine_tuning_starts_at_the_probe(kind: str):
     result = train(config("lp-ft", epochs=1, freeze_to="stem"), splits(kind))
     assert result.probe_evaluation is not None
@@ -103,7 +108,7 @@ def test_fine_tuning_starts_at_the_probe(kind: str):
     assert result.history[0]["val_loss"] < chance
 
 
-@pytest.mark.parametrize("kind", TASKS)
+@pytest.mark.parametrize("kind", quick_for("regression"))
 def test_a_resumed_run_is_the_same_bytes(kind: str, tmp_path):
     def stop(history):
         if len(history) == 3:
