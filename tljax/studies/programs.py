@@ -235,10 +235,15 @@ def _step_program(
 
     multiple = mesh.size * config.accumulate
     size = -(-batch_size // multiple) * multiple
-    name = f"step of phase {phase.name}" + (
-        f", from cached activations at {start}" if start else ""
-    )
-    return Program(name, trace, size, multiple, cast("Dtype", model.dtype), loader)
+    name, note = f"step of phase {phase.name}", ""
+    if start:
+        name += f", from cached activations at {start}"
+        held = cache_bytes(model, run.splits, config, start) / mesh.size / 2**20
+        note = (
+            f"a run takes several steps in one dispatch if half of the free memory holds {held:,.0f} "
+            "MiB of activations, beside what is listed"
+        )
+    return Program(name, trace, size, multiple, cast("Dtype", model.dtype), loader, note=note)
 
 
 def _robust_program(run: Run, batch_size: int) -> Program:
