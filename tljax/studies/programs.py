@@ -240,8 +240,8 @@ def _step_program(
         name += f", from cached activations at {start}"
         held = cache_bytes(model, run.splits, config, start) / mesh.size / 2**20
         note = (
-            f"a run takes several steps in one dispatch if half of the free memory holds {held:,.0f} "
-            "MiB of activations, beside what is listed"
+            f"a run takes several steps in one dispatch if half of the free memory holds "
+            f"{held:,.0f} MiB of activations, beside what is listed"
         )
     return Program(name, trace, size, multiple, cast("Dtype", model.dtype), loader, note=note)
 
