@@ -125,7 +125,7 @@ def mix(
 
     Batches are shuffled, so the one before is any other; devices exchange one image each, and the
     result does not depend on their number. One mixing proportion is drawn per batch, as in both
-    papers. A valid row after a masked one stays unchanged, as masked rows do.
+    papers. The first row and one after a masked row stay unchanged, as masked rows do.
 
     Source: mixup, Zhang et al. 2017, arXiv:1710.09412; CutMix, Yun et al. 2019, arXiv:1905.04899.
 
@@ -158,7 +158,7 @@ def mix(
     inside = (y >= low[0]) & (y < high[0]) & (x >= low[1]) & (x < high[1])
     pixel_weight = jnp.where(use_cutmix, ~inside, weight)[:, :, None]
     weight = jnp.where(use_cutmix, 1 - (high - low).prod() / shape.prod(), weight)
-    mixed = mask & jnp.roll(mask, 1)
+    mixed = mask & jnp.roll(mask, 1).at[0].set(False)  # the last row may be padding
 
     def mix_rows(x: jax.Array, weight: jax.Array) -> jax.Array:
         rows = jnp.expand_dims(mixed, range(1, x.ndim))
