@@ -3,6 +3,7 @@
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from tljax.metrics.sums import Sums, means, merge
@@ -25,7 +26,7 @@ class StepLog:
         """Start after ``step`` steps of the run, with the ``sums`` of this epoch so far."""
         self._run, self._step, self._sums, self._schedule = run, step, sums, run.schedule(phase)
         self._first = phase.epochs_before * run.steps_per_epoch
-        self._pending: list[tuple[float, int, StepMetrics]] = []
+        self._pending: list[tuple[float, int, list[str], jax.Array]] = []
         self._read = self._last = self._began = time.monotonic()
         self._window: Sums = {}
 
@@ -34,11 +35,11 @@ class StepLog:
 
         So two are in flight: the devices never run out of work, nor does it pile up on them.
         """
-        for x in jax.tree.leaves(metrics):
-            x.copy_to_host_async()
-        self._pending.append((time.monotonic(), steps, metrics))
+        packed = _pack(metrics)
+        packed.copy_to_host_async()
+        self._pending.append((time.monotonic(), steps, sorted(metrics), packed))
         if len(self._pending) > IN_FLIGHT:
-            jax.block_until_ready(self._pending[-1 - IN_FLIGHT][-1]["loss"])
+            jax.block_until_ready(self._pending[-1 - IN_FLIGHT][-1])
         if len(self._pending) > 64 or time.monotonic() - self._read > 1:
             self.read(leave=IN_FLIGHT)
 
@@ -46,12 +47,11 @@ class StepLog:
         """Add up the metrics of all dispatches but the last ``leave``; return the sums."""
         ready = self._pending[: len(self._pending) - leave]
         del self._pending[: len(ready)]
-        for when, steps, metrics in ready:
-            metrics = jax.tree.map(np.asarray, metrics)  # noqa: PLW2901
+        for when, steps, names, packed in ready:
             seconds = (when - self._last) / steps
-            for i in range(steps):
-                step = {name: (_at(x, i), _at(n, i)) for name, (x, n) in metrics.items()}
-                self._add(step, self._last + seconds * (i + 1))
+            for i, values in enumerate(np.asarray(packed)[:steps].tolist()):
+                sums = dict(zip(names, map(tuple, values), strict=True))
+                self._add(sums, self._last + seconds * (i + 1))
             self._last = when
         self._read = time.monotonic()
         return self._sums
@@ -73,6 +73,9 @@ class StepLog:
             self._window, self._began = {}, when
 
 
-def _at(values: np.ndarray, i: int) -> float:
-    """Return the value of one of several steps, or of a single one."""
-    return float(values[i] if np.ndim(values) else values)
+@jax.jit
+def _pack(metrics: StepMetrics) -> jax.Array:
+    """Join the metrics into one array ``[steps, names, 2]``, which is one copy to the host."""
+    pairs = [jnp.stack(metrics[name], axis=-1) for name in sorted(metrics)]
+    packed = jnp.stack(pairs, axis=-2)
+    return packed.reshape(-1, *packed.shape[-2:])
