@@ -88,12 +88,16 @@ def _follow(client: Any) -> None:
 
 
 def _exit_together(client: Any, code: int) -> NoReturn:
-    with suppress(RuntimeError):  # a process may have died
+    try:
         client.wait_at_barrier(_EXIT_KEY, 20_000)
+    except RuntimeError:  # a process has died
+        if is_main_process():
+            time.sleep(_LAST_WORDS)
     sys.stdout.flush()
     os._exit(code)
 
 
+_LAST_WORDS = 5.0  # seconds in which the others end, before JAX aborts them for want of process 0
 _EXIT_KEY = "tljax/left"
 
 
