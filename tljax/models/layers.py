@@ -117,26 +117,33 @@ def _batch_normalize(
 ) -> FeatureMap:
     """Normalize with the statistics of the selected examples and update the running ones.
 
-    The output of an example that is not selected is ``bias``. It is masked by `jnp.where`, because
-    a product with 0 would keep infinities, and because its values, scaled by the variance of other
-    examples, could grow from layer to layer. If no example is selected, the running statistics do
-    not change. The running variance is unbiased (Bessel's correction), as in torch; ``momentum`` is
-    the weight of the old value.
+    Both moments are taken in one pass, about the running mean: their difference loses digits only
+    if the mean is many standard deviations away from it. Written this way, the derivative needs two
+    sums as well, in one pass over the activations.
+
+    The output of an example that is not selected is 0. Inputs and outputs are masked by
+    `jnp.where`, because a product with 0 would keep infinities, and because these values, scaled by
+    the variance of other examples, could grow from layer to layer. If no example is selected, the
+    running statistics do not change. The running variance is unbiased (Bessel's correction), as in
+    torch; ``momentum`` is the weight of the old value.
     """
-    x32 = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     selected = jnp.broadcast_to(jnp.asarray(mode.batch_statistics), (len(x),))
     mask = selected[:, None, None, None]
-    count = jnp.maximum(selected.sum(), 1) * (x.shape[1] * x.shape[2])
-    mean = x32.sum((0, 1, 2), where=mask) / count
-    centered = jnp.where(mask, x32 - mean, 0)
-    var = jnp.square(centered).sum((0, 1, 2)) / count
+    center = lax.stop_gradient(norm.mean.value)
+    moved = jnp.where(mask, x.astype(jnp.promote_types(x.dtype, jnp.float32)) - center, 0)
+    examples = selected.sum(dtype=moved.dtype)
+    count = jnp.maximum(examples, 1) * (x.shape[1] * x.shape[2])
+    mean = moved.sum((0, 1, 2)) / count
+    square = jnp.square(moved).sum((0, 1, 2)) / count
+    var = jnp.maximum(square - jnp.square(mean), 0)  # rounding may leave less than 0
     if not module.is_initializing():
-        momentum = jnp.where(selected.any(), module.momentum, 1)
+        momentum = jnp.where(examples > 0, module.momentum, 1)
         unbiased = var * (count / jnp.maximum(count - 1, 1))
-        norm.mean.value = momentum * norm.mean.value + (1 - momentum) * mean
+        norm.mean.value = momentum * norm.mean.value + (1 - momentum) * (center + mean)
         norm.var.value = momentum * norm.var.value + (1 - momentum) * unbiased
     factor = norm.scale * lax.rsqrt(var + module.epsilon)
-    return (centered * factor + norm.bias).astype(x.dtype)
+    y = moved * factor + (norm.bias - mean * factor)
+    return jnp.where(mask, y, 0).astype(x.dtype)
 
 
 class ConvNorm(nn.Module):
