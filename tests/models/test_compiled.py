@@ -69,3 +69,40 @@ def test_a_step_on_eight_tpus_communicates_by_all_reduce() -> None:
         exec_time_optimization_effort=-1.0,
     )
     assert set(report["collectives"]) == {"all-reduce"}
+
+
+NORMS = """
+import tljax
+tljax.configure()
+import jax
+import jax.numpy as jnp
+from tljax.models.layers import ConvNorm, Mode
+from tljax.runtime.compiled import read_collectives
+from tljax.runtime.parallel import data_mesh
+from tljax.studies.programs import divided, replicated
+mesh, layer = data_mesh(), ConvNorm(8, 3, padding=1)
+x, mask = jax.ShapeDtypeStruct((32, 6, 6, 8), "float32"), jax.ShapeDtypeStruct((32,), "bool")
+variables = jax.eval_shape(lambda x: layer.init(jax.random.key(0), x, Mode(True)), x)
+def loss(layers, x, mask):
+    for variables in layers:
+        x, _ = layer.apply(variables, jax.nn.relu(x), Mode(mask), mutable=["batch_stats"])
+    return jnp.square(x).mean()
+gradient = jax.jit(jax.grad(loss))
+lowered = gradient.lower(replicated([variables] * 10, mesh), *divided((x, mask), mesh))
+print(jax.device_count(), read_collectives(lowered.compile().as_text())["all-reduce"].times)
+"""
+
+
+def test_a_batch_norm_takes_one_all_reduce_forward_and_one_backward() -> None:
+    """Of ten norms, and one more of the gradients of all kernels."""
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", NORMS],
+        cwd=ROOT,
+        env={**os.environ, **flags},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-1500:]
+    assert done.stdout.split() == ["8", "21"]

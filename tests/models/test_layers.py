@@ -423,6 +423,64 @@ def test_masked_examples_do_not_affect_training(rows: list[int]) -> None:
     assert not np.any(grad_x[~mask])
 
 
+@partial(jax.jit, static_argnames="dtype")
+def trained_norm(x: jax.Array, mask: Any, dtype: str = "float32") -> Any:
+    """Return outputs, statistics and gradients of a batch norm with running mean 0."""
+    variables = {
+        "params": {"scale": jnp.linspace(0.5, 2, x.shape[-1]), "bias": jnp.ones(x.shape[-1])},
+        "batch_stats": {"mean": jnp.zeros(x.shape[-1]), "var": jnp.ones(x.shape[-1])},
+    }
+    params, stats = (jax.tree.map(lambda leaf: leaf.astype(dtype), v) for v in variables.values())
+
+    def run(params: Any, x: jax.Array) -> Any:
+        return BatchNorm().apply(
+            {"params": params, "batch_stats": stats}, x, Mode(mask), mutable=["batch_stats"]
+        )
+
+    (y, state), pullback = jax.vjp(run, params, x)
+    cotangent = jnp.sin(jnp.arange(y.size, dtype="float32")).reshape(y.shape).astype(y.dtype)
+    cotangent = jnp.where(mask[:, None, None, None], cotangent, 0)
+    return y, state["batch_stats"], *pullback((cotangent, jax.tree.map(jnp.zeros_like, state)))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_whatever_a_masked_example_holds_a_batch_norm_does_the_same(dtype: str) -> None:
+    """The number of masked examples has no effect, either."""
+    x = jnp.asarray(np.random.default_rng(0).normal(100.3, 1, (5, 4, 3, 6)), dtype)
+    rows = jnp.asarray([0, 3])
+    mask = jnp.isin(jnp.arange(5), rows)
+    results = [trained_norm(x.at[~mask].set(held), mask) for held in (0, jnp.nan, jnp.inf, -1e38)]
+    for other in results[1:]:
+        jax.tree.map(np.testing.assert_array_equal, other, results[0])
+    stats = trained_norm(x[rows], jnp.ones(2, bool))[1]
+    for name, value in stats.items():
+        np.testing.assert_allclose(results[0][1][name], value, rtol=1e-6)
+    assert np.isfinite(results[0][0].astype("float32")).all()
+
+
+@pytest.mark.parametrize("distance", [0, 1, 100])
+def test_a_batch_norm_loses_digits_with_the_square_of_the_distance_to_the_running_mean(
+    distance: float,
+) -> None:
+    """Compare with float64; the distance is in standard deviations, the tolerance ten roundings."""
+    tolerance = 10 * np.finfo(np.float32).eps * (1 + distance**2)
+    x = np.random.default_rng(0).normal(2 * distance, 2, (8, 9, 7, 6)).astype(np.float32)
+    with jax.enable_x64(True):
+        every = jnp.ones(len(x), bool)
+        actual = trained_norm(jnp.asarray(x), every)
+        exact = trained_norm(jnp.asarray(x, "float64"), every, "float64")
+    for left, right in zip(jax.tree.leaves(actual), jax.tree.leaves(exact), strict=True):
+        assert left.dtype == "float32"
+        assert difference(left, right) <= tolerance
+
+
+def test_a_constant_channel_far_from_the_running_mean_has_no_negative_variance() -> None:
+    x = jnp.asarray(np.float32(1000 / np.arange(3, 67))) * jnp.ones((7, 5, 3, 1))
+    y, stats, *gradients = trained_norm(x, jnp.ones(7, bool))
+    assert (stats["var"] >= 0.9 - 1e-6).all()  # 0.1 of the variance is added to 0.9
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((y, gradients)))
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_outputs_have_the_dtype_of_the_input_and_statistics_are_float32(
     dtype: Literal["bfloat16", "float32"],

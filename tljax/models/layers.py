@@ -117,21 +117,21 @@ def _batch_normalize(
 ) -> FeatureMap:
     """Normalize with the statistics of the selected examples and update the running ones.
 
-    Both moments are taken in one pass, about the running mean: their difference loses digits only
-    if the mean is many standard deviations away from it. Written this way, the derivative needs two
-    sums as well, in one pass over the activations.
+    Both moments are taken in one pass, about the running mean: they lose digits only if the mean is
+    many standard deviations away from it. Then the derivative needs one pass for two sums, too.
 
-    The output of an example that is not selected is 0. Inputs and outputs are masked by
-    `jnp.where`, because a product with 0 would keep infinities, and because these values, scaled by
-    the variance of other examples, could grow from layer to layer. If no example is selected, the
-    running statistics do not change. The running variance is unbiased (Bessel's correction), as in
-    torch; ``momentum`` is the weight of the old value.
+    An example that is not selected is replaced by the running mean, which adds 0 to the sums, and
+    has no gradient. It is replaced by `jnp.where`, because a product with 0 would keep infinities,
+    and because its values, scaled by the variance of other examples, could grow from layer to
+    layer. If no example is selected, the running statistics do not change. The running variance is
+    unbiased (Bessel's correction), as in torch; ``momentum`` is the weight of the old value.
     """
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
     selected = jnp.broadcast_to(jnp.asarray(mode.batch_statistics), (len(x),))
-    mask = selected[:, None, None, None]
-    center = lax.stop_gradient(norm.mean.value)
-    moved = jnp.where(mask, x.astype(jnp.promote_types(x.dtype, jnp.float32)) - center, 0)
-    examples = selected.sum(dtype=moved.dtype)
+    center = _rounded(lax.stop_gradient(norm.mean.value).astype(dtype), x.dtype)
+    x = jnp.where(selected[:, None, None, None], x, center.astype(x.dtype))
+    moved = x.astype(dtype) - center
+    examples = selected.sum(dtype=dtype)
     count = jnp.maximum(examples, 1) * (x.shape[1] * x.shape[2])
     mean = moved.sum((0, 1, 2)) / count
     square = jnp.square(moved).sum((0, 1, 2)) / count
@@ -142,8 +142,13 @@ def _batch_normalize(
         norm.mean.value = momentum * norm.mean.value + (1 - momentum) * (center + mean)
         norm.var.value = momentum * norm.var.value + (1 - momentum) * unbiased
     factor = norm.scale * lax.rsqrt(var + module.epsilon)
-    y = moved * factor + (norm.bias - mean * factor)
-    return jnp.where(mask, y, 0).astype(x.dtype)
+    return (moved * factor + (norm.bias - mean * factor)).astype(x.dtype)
+
+
+def _rounded(values: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Round to what a narrower dtype holds; XLA may remove a cast there and back."""
+    narrow = jnp.finfo(dtype)
+    return lax.reduce_precision(values, narrow.nexp, narrow.nmant)
 
 
 class ConvNorm(nn.Module):
