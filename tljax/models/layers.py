@@ -118,7 +118,7 @@ def _batch_normalize(
     """Normalize with the statistics of the selected examples and update the running ones.
 
     Both moments are taken in one pass, about the running mean: they lose digits only if the mean is
-    many standard deviations away from it. Then the derivative needs one pass for two sums, too.
+    many standard deviations away from it. The two sums of the derivative then need one pass, too.
 
     An example that is not selected is replaced by the running mean, which adds 0 to the sums, and
     has no gradient. It is replaced by `jnp.where`, because a product with 0 would keep infinities,
