@@ -90,11 +90,15 @@ def test_a_program_that_aborts_the_compiler_is_one_line():
 
 
 @pytest.mark.slow
-def test_a_small_network_is_rehearsed_for_eight_tpus(tmp_path):
+@pytest.mark.parametrize(
+    ("flags", "collectives"),
+    [("", {"all-reduce"}), ("--fsdp", {"all-reduce", "all-gather"})],
+)
+def test_a_small_network_is_rehearsed_for_eight_tpus(tmp_path, flags, collectives):
     if find_spec("libtpu") is None:
         pytest.skip("needs the compiler of the package libtpu")
     command = "rehearse train --on v5e-8 --effort low --json --image-size 32 --batch-size 64"
-    command += " --recipe finetune --no-largest-batch"
+    command += f" --recipe finetune --no-largest-batch {flags}"
     done = subprocess.run(
         [sys.executable, "-m", "tljax", *command.split()],
         capture_output=True, text=True, cwd=tmp_path, check=True,
@@ -103,7 +107,7 @@ def test_a_small_network_is_rehearsed_for_eight_tpus(tmp_path):
     step, validation = report["programs"]
     assert (report["chips"], report["hosts"], report["problems"]) == (8, 1, [])
     assert step["fits"]
-    assert set(step["collectives"]) == {"all-reduce"}
+    assert set(step["collectives"]) == collectives
     assert step["cycles"] is None  # at low effort they mean nothing
     assert validation["collectives"] == {}
     assert not list(tmp_path.iterdir())

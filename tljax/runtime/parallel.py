@@ -262,6 +262,7 @@ class Preemption:
 
     def __init__(self) -> None:
         self.requested = self._deferred = False
+        self._of_jax: int | None = None
 
     def __enter__(self) -> Self:
         # JAX's handler, if JAX has been initialized for several processes: Python cannot name it.
@@ -286,13 +287,13 @@ class Preemption:
     def deferred(self) -> Iterator[None]:
         """Delay SIGTERM until the end of the block, so that no step or save is interrupted."""
         self._deferred = True
-        if handler := getattr(self, "_of_jax", None):
-            _set_signal(signal.SIGTERM, handler)
+        if self._of_jax:
+            _set_signal(signal.SIGTERM, self._of_jax)
         try:
             yield
         finally:
             self._deferred = False
-            if handler:
+            if self._of_jax:
                 signal.signal(signal.SIGTERM, self._stop)
         if self.requested:
             raise StoppedError

@@ -33,7 +33,8 @@ from tljax.train.adversary import trace_robust_logits
 from tljax.train.freeze import first_trainable_stage, join, split
 from tljax.train.inputs import Inputs, cache_bytes, cache_location
 from tljax.train.recipes import Phase
-from tljax.train.setup import Run, phase_optimizer, phase_step, phase_variables
+from tljax.train.setup import Run, phase_optimizer, phase_state, phase_step, phase_variables
+from tljax.train.step import TrainState
 
 Loader = Callable[[], Iterator[Batch]]
 
@@ -214,7 +215,12 @@ def _step_program(
     model, mesh, config = run.model, run.mesh, run.config
     optimizer = phase_optimizer(run, phase, run.schedule(phase))
     step: Any = phase_step(run, phase, optimizer, start)
-    described = jax.eval_shape(lambda v: phase_variables(run, phase, v, optimizer), run.variables)
+
+    def begin(variables: Variables) -> tuple[TrainState, Variables]:
+        changing, frozen = phase_variables(run, phase, variables)
+        return phase_state(run, changing, optimizer), frozen
+
+    described = jax.eval_shape(begin, run.variables)
     if config.fsdp:
         state, frozen = _placed(described, lambda shape: fsdp_sharding(shape, mesh))
     else:

@@ -91,7 +91,7 @@ def train_epoch(
         late = time.monotonic() - saved >= run.checkpoint_seconds
         logged = (done + fed.steps) // run.agree_every > done // run.agree_every
         done += fed.steps
-        if stop or (logged and main_process_says(late)):
+        if stop or (run.checkpoints and logged and main_process_says(late)):
             sums = log.read()
             save(run, phase, inputs, {**position, "batch": done, "sums": sums}, state, best)
             saved = time.monotonic()

@@ -407,8 +407,11 @@ def begin_phase(
 ) -> tuple[TrainState, Variables, TrainStep]:
     """Return the initial state of a phase, its frozen variables and its training step."""
     optimizer = phase_optimizer(run, phase, schedule)
-    state, frozen = phase_variables(run, phase, variables, optimizer)
-    return run.place(state), run.place(frozen), phase_step(run, phase, optimizer, inputs.start)
+    changing, frozen = phase_variables(run, phase, variables)
+    if run.config.fsdp:  # before the optimizer's state is made, which then is sharded alike
+        changing = run.place(changing)
+    state = run.place(phase_state(run, changing, optimizer))
+    return state, run.place(frozen), phase_step(run, phase, optimizer, inputs.start)
 
 
 def phase_optimizer(
@@ -421,20 +424,21 @@ def phase_optimizer(
     return optimizer if run.transform is None else run.transform(optimizer)
 
 
-def phase_variables(
-    run: Run, phase: Phase, variables: Variables, optimizer: optax.GradientTransformation
-) -> tuple[TrainState, Variables]:
-    """Return the initial state of a phase and its frozen variables, to be placed on the devices."""
-    config = run.config
+def phase_variables(run: Run, phase: Phase, variables: Variables) -> tuple[Variables, Variables]:
+    """Return the variables that a phase changes, and its frozen ones, to place on the devices."""
     changing, frozen = split(variables, phase.rates, _statistics(run, phase))
-    if config.fsdp:  # before the optimizer's state is made, which then is sharded alike
-        changing = run.place(changing)
-    ema = config.ema_decay > 0
-    state = init_state(changing["params"], changing["batch_stats"], optimizer, ema=ema)
-    if config.frozen_dtype == "bfloat16":
+    if run.config.frozen_dtype == "bfloat16":
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), frozen["params"])
         frozen = {**frozen, "params": params}
-    return state, frozen
+    return changing, frozen
+
+
+def phase_state(
+    run: Run, changing: Variables, optimizer: optax.GradientTransformation
+) -> TrainState:
+    """Return the initial state of a phase, given the variables that it changes."""
+    ema = run.config.ema_decay > 0
+    return init_state(changing["params"], changing["batch_stats"], optimizer, ema=ema)
 
 
 def phase_step(
