@@ -33,7 +33,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tljax.data.augment import epoch_key
 from tljax.data.options import AugmentConfig
-from tljax.models import abstract_variables, apply, build_model, normalize
+from tljax.models import abstract_images, abstract_variables, apply, build_model, normalize
 from tljax.runtime.compiled import compile_program
 from tljax.runtime.errors import first_line
 from tljax.runtime.files import atomic_write
@@ -133,7 +133,7 @@ def lower(program: Program, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
     model = replace(build_model(program.network, CLASSES), dtype="bfloat16")
     variables = jax.eval_shape(lambda: abstract_variables(model))
     count = program.batch * mesh.size
-    images = jax.ShapeDtypeStruct((count, *model.preprocess.shape), np.uint8)
+    images = abstract_images(model, count)
     if program.kind == "inference":
         forward = jax.jit(lambda v, x: apply(model, v, x).logits)
         return forward.lower(placed(variables, mesh), placed(images, mesh, "data"))

@@ -1,9 +1,7 @@
 """A training goes on, by the same command, on another number of processes and devices."""
 
 import json
-import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +11,7 @@ import numpy as np
 import pytest
 from networks import random_pretrained
 from PIL import Image
+from together import start_together
 
 from tljax.pretrained import save
 
@@ -23,7 +22,7 @@ SECONDS = 300
 
 @pytest.fixture(scope="module")
 def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Return a training command of 20 steps that writes a checkpoint at every one."""
+    """Return a training command of 40 steps that writes a checkpoint at every one."""
     folder = tmp_path_factory.mktemp("elastic")
     save(folder / "net.safetensors", random_pretrained("mobilenetv2_050", 5))
     rng = np.random.default_rng(0)
@@ -33,47 +32,22 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(path)
     return [
         *(sys.executable, str(ROOT / "scripts" / "train.py"), "--data", str(folder / "data")),
-        *("--weights", str(folder / "net.safetensors"), "--image-size", "32", "--epochs", "4"),
+        *("--weights", str(folder / "net.safetensors"), "--image-size", "32", "--epochs", "8"),
         *("--val-fraction", "0"),
-        *(
-            "--recipe",
-            "finetune",
-            "--train",
-            "conv_head",
-            "head",
-            "--batch-size",
-            "8",
-            "--optimizer",
-            "sgd",
-        ),
+        *("--recipe", "finetune", "--train", "conv_head", "head"),
+        *("--batch-size", "8", "--optimizer", "sgd"),
         *("--checkpoint-minutes", "0", "--log-every", "1", "--platform", "cpu", "--workdir"),
     ]
 
 
 def start(command: list[str], workdir: Path, processes: int) -> list[subprocess.Popen[str]]:
     """Start a command in some processes, with four devices in all or, in one process, one."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    environment = {
-        **os.environ,
-        "TLJAX_CACHE": str(workdir.parent / "cache"),
-        "JAX_NUM_CPU_DEVICES": "1" if processes == 1 else str(4 // processes),
-    }
-    together = {
-        "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
-        "JAX_NUM_PROCESSES": str(processes),
-    }
-    return [
-        subprocess.Popen(
-            [*command, str(workdir), *(["--distributed"] if processes > 1 else [])],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**environment, **(together if processes > 1 else {}), "JAX_PROCESS_ID": str(i)},
-        )
-        for i in range(processes)
-    ]
+    distributed = ["--distributed"] if processes > 1 else []
+    devices = 4 // processes if processes > 1 else 1
+    cache = str(workdir.parent / "cache")
+    return start_together(
+        [*command, str(workdir), *distributed], processes, devices, TLJAX_CACHE=cache
+    )
 
 
 def finish(processes: list[subprocess.Popen[str]]) -> set[int]:
@@ -89,10 +63,10 @@ def losses(workdir: Path) -> list[float]:
     return [entry["loss"] for entry in entries if "step" in entry]
 
 
-def stop_after(step: int, workdir: Path, processes: list[subprocess.Popen[str]]) -> None:
-    """Send SIGTERM to the last process when a step is logged; all must end with code 75."""
-    until = time.monotonic() + SECONDS
-    while len(losses(workdir)) < step and time.monotonic() < until:
+def stop(workdir: Path, processes: list[subprocess.Popen[str]]) -> None:
+    """Send SIGTERM to the last process when two more steps are logged; all end with code 75."""
+    until, before = time.monotonic() + SECONDS, len(losses(workdir))
+    while len(losses(workdir)) < before + 2 and time.monotonic() < until:
         assert all(process.poll() is None for process in processes), finish(processes)
         time.sleep(0.02)
     processes[-1].send_signal(signal.SIGTERM)
@@ -103,14 +77,14 @@ def stop_after(step: int, workdir: Path, processes: list[subprocess.Popen[str]])
 def test_four_processes_then_two_then_one_have_the_losses_of_one(command, tmp_path, fsdp):
     assert finish(start(command, tmp_path / "whole", 1)) == {0}
     expected = losses(tmp_path / "whole")
-    assert len(expected) == 20
+    assert len(expected) == 40
     run = tmp_path / "run"
     flags = ["--fsdp"] if fsdp else []
     counts = []
-    for step, count in ((2, 4), (6, 2)):
-        stop_after(step, run, start([*command[:-1], *flags, "--workdir"], run, count))
+    for count in (4, 2):
+        stop(run, start([*command[:-1], *flags, "--workdir"], run, count))
         counts.append(len(losses(run)))
-    assert counts[0] < counts[1] <= 12
+    assert counts[0] < counts[1] < len(expected)
     assert finish(start(command, run, 1)) == {0}
     np.testing.assert_allclose(losses(run), expected, rtol=0, atol=1e-5)
     assert (run / "best" / "model.safetensors").exists()

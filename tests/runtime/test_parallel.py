@@ -1,27 +1,22 @@
 """Training is the same on one device, on eight, and in two processes with two devices each."""
 
 import json
-import os
 import signal
-import socket
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
-
-TESTS = Path(__file__).parent
+from together import start_together
 
 # With 25 images in batches of 10, no batch is divisible by the number of devices.
 TRAIN = """
-import json, sys
+import json, os, sys
 from pathlib import Path
 import jax
 
-folder, number, *sizes = sys.argv[1:]
-if number != "-":
+folder, *sizes = sys.argv[1:]
+if os.environ["JAX_NUM_PROCESSES"] > "1":
     from tljax.runtime.parallel import join
     join()
 jax.config.update("jax_disable_most_optimizations", True)
@@ -92,35 +87,18 @@ cli.main(Config, run)
 """
 
 
-def start(folder, sizes, *, devices, number=None, port=0, program=TRAIN, processes=2):
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path]),
-        "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": str(devices),
-    }
-    if number is not None:
-        environment |= {
-            "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
-            "JAX_NUM_PROCESSES": str(processes),
-            "JAX_PROCESS_ID": str(number),
-        }
-    arguments = [str(folder), "-" if number is None else str(number), *map(str, sizes)]
-    if program is RUN:
-        arguments = [str(folder), *sizes]
-    return subprocess.Popen(
-        [sys.executable, "-c", program, *arguments],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def start(program, folder, *arguments, processes=1, devices=1):
+    command = [sys.executable, "-c", program, str(folder), *map(str, arguments)]
+    return start_together(command, processes, devices)
 
 
-def finish(process):
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err[-3000:]
-    return [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+def finish(processes):
+    """Return the JSON lines of each process."""
+    printed = [process.communicate(timeout=300) for process in processes]
+    for process, (_, err) in zip(processes, printed, strict=True):
+        assert process.returncode == 0, err[-3000:]
+    lines = [out.splitlines() for out, _ in printed]
+    return [[json.loads(line) for line in of if line.startswith("{")] for of in lines]
 
 
 def assert_same(actual, expected):
@@ -134,7 +112,7 @@ def assert_same(actual, expected):
 
 
 def test_training_on_eight_devices_equals_training_on_one(tmp_path):
-    one, eight = finish(start(tmp_path, (1, 8), devices=8))
+    ((one, eight),) = finish(start(TRAIN, tmp_path, 1, 8, devices=8))
     assert eight["devices"] == 8
     assert_same(eight, one)
     # The loss decreases, so the runs are not equal for lack of training.
@@ -176,7 +154,7 @@ for devices in (1, 4, 8):
 
 @pytest.mark.slow
 def test_a_checkpoint_is_resumed_equally_on_any_number_of_devices(tmp_path):
-    one, *others = finish(start(tmp_path, (), program=RESTORE, devices=8))
+    ((one, *others),) = finish(start(RESTORE, tmp_path, devices=8))
     steps = sorted(map(int, one))
     assert 1 < steps[0] <= 4, "training resumes in the middle of the run"
     for losses in others:
@@ -238,7 +216,7 @@ for fsdp, remat in ((False, False), (True, False), (True, True)):
 
 @pytest.mark.slow
 def test_fsdp_divides_parameters_and_optimizer_state_and_takes_the_same_steps(tmp_path):
-    whole, divided, remat = finish(start(tmp_path, (), program=FSDP_STEPS, devices=8))
+    ((whole, divided, remat),) = finish(start(FSDP_STEPS, tmp_path, devices=8))
     assert whole["losses"][-1] < 0.9 * whole["losses"][0]
     assert whole["gathers"] == 0
     # Norms, and the kernels of the stem and the head, are small and stay on every device.
@@ -258,12 +236,12 @@ def test_fsdp_divides_parameters_and_optimizer_state_and_takes_the_same_steps(tm
 
 
 FSDP_RUNS = """
-import json, shutil, sys
+import json, os, sys
 from dataclasses import replace
 from pathlib import Path
 
-folder, number = Path(sys.argv[1]), sys.argv[2]
-if number != "-":
+folder, several = Path(sys.argv[1]), os.environ["JAX_NUM_PROCESSES"] > "1"
+if several:
     from tljax.runtime.parallel import join
     join()
 import jax
@@ -297,7 +275,7 @@ def run(name, fsdp, **options):
         checkpoints.close()
     print(json.dumps({"losses": losses, "val_loss": result.evaluation.loss}))
 
-if number != "-":
+if several:
     run("two", True)
 else:
     run("whole", False)
@@ -312,11 +290,9 @@ else:
 
 @pytest.mark.slow
 def test_a_run_continues_with_and_without_fsdp_and_in_two_processes(tmp_path):
-    port = free_port()
-    options = {"program": FSDP_RUNS, "devices": 2, "port": port}
-    both = [start(tmp_path, (), number=i, **options) for i in (0, 1)]
-    ((first,), (second,)) = (finish(process) for process in both)
-    whole, *others = finish(start(tmp_path, (), program=FSDP_RUNS, devices=4))
+    both = start(FSDP_RUNS, tmp_path, processes=2, devices=2)
+    (first,), (second,) = finish(both)
+    ((whole, *others),) = finish(start(FSDP_RUNS, tmp_path, devices=4))
     assert first == second
     assert len(others) == 2
     for run in (first, *others):
@@ -369,10 +345,8 @@ print(json.dumps({"gathered": gathered, "logged": logged}))
 
 @pytest.mark.slow
 def test_processes_agree_on_nothing_between_two_logged_steps(tmp_path):
-    port, every = free_port(), [5, 10, 15, 20]
-    options = {"devices": 1, "port": port, "program": LOOP, "processes": 4}
-    for process in [start(tmp_path, (), number=i, **options) for i in range(4)]:
-        (record,) = finish(process)
+    every = [5, 10, 15, 20]
+    for (record,) in finish(start(LOOP, tmp_path, processes=4)):
         assert record["logged"] == every
         assert sorted({*record["gathered"]}) == every
 
@@ -393,23 +367,14 @@ print(json.dumps(broadcast_json(compute)))
 
 @pytest.mark.slow
 def test_one_process_computes_a_value_for_all(tmp_path):
-    port = free_port()
-    both = [start(tmp_path, (), devices=1, number=i, port=port, program=BROADCAST) for i in (0, 1)]
-    assert [finish(one) for one in both] == [[{"text": "café", "numbers": [1, 2.5]}]] * 2
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return free.getsockname()[1]
+    both = start(BROADCAST, tmp_path, processes=2)
+    assert finish(both) == [[{"text": "café", "numbers": [1, 2.5]}]] * 2
 
 
 @pytest.mark.slow
 def test_training_in_two_processes_equals_training_in_one(tmp_path):
-    port = free_port()
-    both = [start(tmp_path, (4,), devices=2, number=i, port=port) for i in (0, 1)]
-    (one,) = finish(start(tmp_path, (1,), devices=1))
-    (first,), (second,) = (finish(process) for process in both)
+    (first,), (second,) = finish(start(TRAIN, tmp_path, 4, processes=2, devices=2))
+    ((one,),) = finish(start(TRAIN, tmp_path, 1))
     assert [first.pop("writer"), second.pop("writer")] == [True, False]
     assert first == second
     assert first["devices"] == 4
@@ -420,8 +385,7 @@ def test_training_in_two_processes_equals_training_in_one(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("fails", ["disk", "other"])
 def test_if_one_process_fails_the_other_exits_too(tmp_path, fails):
-    port = free_port()
-    both = [start(tmp_path, (fails,), devices=1, number=i, port=port, program=RUN) for i in (0, 1)]
+    both = start(RUN, tmp_path, fails, processes=2)
     stderr = [process.communicate(timeout=120)[1].splitlines() for process in both]
     assert [process.returncode for process in both] == [2, 2]
     errors = [[line for line in lines if line.startswith("error")] for lines in stderr]
@@ -436,10 +400,7 @@ def test_if_one_process_fails_the_other_exits_too(tmp_path, fails):
 
 @pytest.mark.slow
 def test_if_one_process_is_killed_the_first_says_so_and_asks_to_be_run_again(tmp_path):
-    port = free_port()
-    both = [
-        start(tmp_path, ("nothing",), devices=1, number=i, port=port, program=RUN) for i in (0, 1)
-    ]
+    both = start(RUN, tmp_path, "nothing", processes=2)
     for _ in range(3):
         both[1].stdout.readline()
     both[1].kill()
@@ -456,10 +417,7 @@ def test_if_one_process_is_killed_the_first_says_so_and_asks_to_be_run_again(tmp
 
 @pytest.mark.slow
 def test_sigterm_to_one_of_two_processes_stops_both_at_the_same_step(tmp_path):
-    port = free_port()
-    both = [
-        start(tmp_path, ("nothing",), devices=1, number=i, port=port, program=RUN) for i in (0, 1)
-    ]
+    both = start(RUN, tmp_path, "nothing", processes=2)
     for _ in range(3):
         both[1].stdout.readline()
     both[1].send_signal(signal.SIGTERM)

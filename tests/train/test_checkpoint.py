@@ -4,7 +4,6 @@ import errno
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -17,6 +16,7 @@ import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from together import start_together
 
 from tljax.runtime.errors import RequestError
 from tljax.runtime.trees import array_bytes, tree_digest
@@ -354,26 +354,8 @@ restored()
 
 def run_together(program, folder, processes, devices=1):
     """Return the lines that each process prints."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", program, str(folder)],
-            stdout=subprocess.PIPE,
-            text=True,
-            env={
-                **os.environ,
-                "PYTHONPATH": os.pathsep.join(sys.path),
-                "JAX_PLATFORMS": "cpu",
-                "JAX_NUM_CPU_DEVICES": str(devices),
-                "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
-                "JAX_NUM_PROCESSES": str(processes),
-                "JAX_PROCESS_ID": str(number),
-            },
-        )
-        for number in range(processes)
-    ]
+    command = [sys.executable, "-c", program, str(folder)]
+    started = start_together(command, processes, devices)
     printed = [process.communicate(timeout=200)[0].splitlines() for process in started]
     return [[line for line in lines if "Gloo" not in line] for lines in printed]
 

@@ -12,6 +12,7 @@ from tiny import MODEL, Unit, random_variables
 import tljax.train.setup as train_setup
 from tljax.data.options import Loading
 from tljax.models import Stage, init
+from tljax.runtime.compiled import read_memory
 from tljax.runtime.errors import RequestError
 from tljax.runtime.free_memory import free_memory
 from tljax.runtime.parallel import shard
@@ -37,9 +38,8 @@ def arguments():
 
 def needed(arguments, size):
     step, (state, frozen, batch, keys) = arguments
-    return memory._bytes(
-        step.lower(state, frozen, jax.tree.map(lambda x: x[:size], batch), keys).compile()
-    )
+    smaller = jax.tree.map(lambda x: x[:size], batch)
+    return read_memory(step.lower(state, frozen, smaller, keys).compile()).total
 
 
 def test_the_batch_size_is_halved_until_it_fits(arguments):

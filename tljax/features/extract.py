@@ -22,7 +22,7 @@ from tljax.data.examples import Source, Splits
 from tljax.data.loader import BatchRows, batch_rows, load_batches, shard_rows
 from tljax.data.options import AugmentConfig, Loading
 from tljax.features import store
-from tljax.models import Model, abstract_variables, apply
+from tljax.models import Model, abstract_activations, abstract_variables, apply
 from tljax.runtime.errors import WriteError
 from tljax.runtime.parallel import (
     data_mesh,
@@ -264,9 +264,7 @@ def feature_bytes(
     model: Model, count: int, stop: str | int | None, dtype: Dtype = "float32"
 ) -> int:
     """Compute the size in bytes of the features of ``count`` images before stage ``stop``."""
-    images = jax.ShapeDtypeStruct((1, *model.preprocess.shape), np.uint8)
-    run = partial(apply, model, stop=stop)
-    value = jax.eval_shape(run, abstract_variables(model), images).value
+    value = abstract_activations(model, abstract_variables(model), stop)
     return count * value.size * jnp.dtype(dtype).itemsize
 
 

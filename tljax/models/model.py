@@ -311,6 +311,28 @@ def abstract_variables(model: Model) -> Variables:
     return {**shapes, **{kind: {**shapes[kind], name: tree} for kind, tree in trees.items()}}
 
 
+def abstract_images(model: Model, rows: int = 1) -> jax.ShapeDtypeStruct:
+    """Return the shape and dtype of a batch of images that the preprocessing returns."""
+    return jax.ShapeDtypeStruct((rows, *model.preprocess.shape), model.preprocess.dtype)
+
+
+def abstract_activations(
+    model: Model, variables: Variables, stop: str | int | None, rows: int = 1
+) -> jax.ShapeDtypeStruct:
+    """Return the shape and dtype of what the stages before ``stop`` compute from a batch.
+
+    Args:
+        model: the network.
+        variables: its variables; shapes are enough.
+        stop: stage to stop before, by name or index; None runs all stages.
+        rows: number of images.
+    """
+    value = jax.eval_shape(
+        lambda v, x: apply(model, v, x, stop=stop).value, variables, abstract_images(model, rows)
+    )
+    return jax.ShapeDtypeStruct(value.shape, value.dtype)
+
+
 def _trace(model: Model, stages: Sequence[Stage]) -> tuple[Variables, jax.ShapeDtypeStruct]:
     """Return the shapes and dtypes of the variables of some first stages, and of their output."""
     size, _, channels = model.preprocess.shape

@@ -86,21 +86,25 @@ def compile_program(lowered: jax.stages.Lowered, **options: Any) -> Compiled:
     began = perf_counter()
     compiled = lowered.compile(compiler_options=options or None)
     seconds = perf_counter() - began
-    found: Any = compiled.memory_analysis()
-    memory = Memory(
-        found.argument_size_in_bytes,
-        found.output_size_in_bytes - found.alias_size_in_bytes,
-        found.temp_size_in_bytes,
-        found.generated_code_size_in_bytes,
-    )
     text = compiled.as_text() or ""
     return Compiled(
-        memory,
+        read_memory(compiled),
         read_collectives(text),
         estimated_cycles(text),
         count_bytes(text),
         dict(count_instructions(text)),
         seconds,
+    )
+
+
+def read_memory(compiled: jax.stages.Compiled) -> Memory:
+    """Return the memory of one chip that a compiled program needs, as its compiler computes it."""
+    found: Any = compiled.memory_analysis()
+    return Memory(
+        found.argument_size_in_bytes,
+        found.output_size_in_bytes - found.alias_size_in_bytes,
+        found.temp_size_in_bytes,
+        found.generated_code_size_in_bytes,
     )
 
 

@@ -22,7 +22,7 @@ from tljax.data.loader import load_batches
 from tljax.data.options import Loading
 from tljax.features.extract import trace_forward
 from tljax.features.logistic import trace_solver
-from tljax.models import Model, apply
+from tljax.models import Model, abstract_activations, abstract_images
 from tljax.pretrained import Pretrained
 from tljax.runtime.parallel import fsdp_sharding, round_up_to_devices
 from tljax.runtime.settings import Dtype
@@ -88,9 +88,9 @@ def forward_program(
         dtype: dtype of the result.
         loader: returns batches of images on the host.
     """
-    image = jax.ShapeDtypeStruct((1, *model.preprocess.shape), model.preprocess.dtype)
+    image = abstract_images(model)
     if start is not None:
-        image = activations(model, variables, image, start)
+        image = abstract_activations(model, variables, start)
 
     def trace(batch: int) -> jax.stages.Traced:
         inputs = divided(with_rows(image, batch), mesh)
@@ -99,14 +99,6 @@ def forward_program(
 
     size = round_up_to_devices(batch_size, mesh)
     return Program(name, trace, size, mesh.size, cast("Dtype", model.dtype), loader)
-
-
-def activations(
-    model: Model, variables: Variables, images: jax.ShapeDtypeStruct, start: str
-) -> jax.ShapeDtypeStruct:
-    """Describe the activations that enter a stage."""
-    value = jax.eval_shape(lambda v, x: apply(model, v, x, stop=start).value, variables, images)
-    return jax.ShapeDtypeStruct(value.shape, value.dtype)
 
 
 def image_loader(model: Model, source: Source, loading: Loading) -> Loader:
@@ -141,7 +133,7 @@ def attack_programs(
         options = getattr(attack, "keywords", {})
         single |= ensemble(model.num_classes, **options) if is_ensemble(attack) else {name: attack}
     function = replicated(logits_fn(network), mesh)
-    image = jax.ShapeDtypeStruct((1, *model.preprocess.shape), model.preprocess.dtype)
+    image = abstract_images(model)
     label = jax.ShapeDtypeStruct((1,), np.int32)
     key = replicated(jax.random.key(0), mesh)
 
@@ -230,11 +222,9 @@ def _step_program(
     if loader is not None:
         example = next(loader())  # may hold whole photographs and the boxes to crop
     else:
-        image = jax.ShapeDtypeStruct((1, *model.preprocess.shape), model.preprocess.dtype)
-        entered = activations(model, run.variables, image, start or "")
+        entered = abstract_activations(model, run.variables, start)
         entered = entered.update(dtype=np.dtype(jax.numpy.dtype(config.cache_dtype)))
-        one = np.zeros(1, np.int32)
-        example = run.splits.train.batch(cast("Any", entered), one.astype(bool), one)
+        example = _one_row(run.splits.train, entered)
 
     def trace(batch: int) -> jax.stages.Traced:
         return step.trace(state, frozen, divided(with_rows(example, batch), mesh), keys)
@@ -252,12 +242,16 @@ def _step_program(
     return Program(name, trace, size, multiple, cast("Dtype", model.dtype), loader, note=note)
 
 
+def _one_row(source: Source, inputs: jax.ShapeDtypeStruct) -> Batch:
+    """Describe a batch of inputs, with the labels and mask that the source adds, by one row."""
+    row = np.zeros(1, np.int32)
+    return source.batch(cast("Any", inputs), row.astype(bool), row)
+
+
 def _robust_program(run: Run, batch_size: int) -> Program:
     """Return the program of validation under attack."""
     model, mesh, config = run.model, run.mesh, run.config
-    image = jax.ShapeDtypeStruct((1, *model.preprocess.shape), model.preprocess.dtype)
-    one = np.zeros(1, np.int32)
-    example = run.splits.val.batch(cast("Any", image), one.astype(bool), one)
+    example = _one_row(run.splits.val, abstract_images(model))
     adversary = config.attacker
     assert adversary is not None
     variables, key = replicated((_validated(run), jax.random.key(0)), mesh)
@@ -301,8 +295,7 @@ def _solvers(
     """Return the solver of a probe of classes; those of other tasks are not rehearsed."""
     if source.task.kind != "classification":
         return []
-    image = jax.ShapeDtypeStruct((1, *model.preprocess.shape), model.preprocess.dtype)
-    width = activations(model, variables, image, stage).shape[-1]
+    width = abstract_activations(model, variables, stage).shape[-1]
     return [solver_program(len(source), width, len(source.classes), mesh)]
 
 

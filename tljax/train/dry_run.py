@@ -15,7 +15,13 @@ from tljax.data.augment import epoch_key
 from tljax.data.examples import Splits
 from tljax.data.loader import num_batches
 from tljax.data.options import Loading
-from tljax.models import Model, abstract_variables, apply, replace_head
+from tljax.models import (
+    Model,
+    abstract_activations,
+    abstract_images,
+    abstract_variables,
+    replace_head,
+)
 from tljax.runtime.parallel import fsdp_sharding
 from tljax.runtime.tables import format_table
 from tljax.runtime.trees import flatten
@@ -165,11 +171,9 @@ def step_flops(
     """
     params, frozen = partition(variables["params"], labels)
     optimizer = build_optimizer(config.optimizer, labels, optax.constant_schedule(0.0))
-    images = jax.ShapeDtypeStruct((batch_size, *model.preprocess.shape), jnp.uint8)
+    images = abstract_images(model, batch_size)
     if start is not None:
-        images = jax.eval_shape(
-            lambda v, x: apply(model, v, x, stop=start).value, variables, images
-        )
+        images = abstract_activations(model, variables, start, batch_size)
     rows = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
     mask = jax.ShapeDtypeStruct((batch_size,), bool)
     batch = Batch(*cast("tuple[Any, ...]", (images, rows, mask, rows)))

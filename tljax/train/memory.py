@@ -9,6 +9,7 @@ from jax.extend.core import Primitive
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tljax.models.model import StageFunction
+from tljax.runtime.compiled import read_memory
 from tljax.runtime.errors import RequestError
 from tljax.runtime.free_memory import device_memory
 from tljax.runtime.parallel import fsdp_sharding
@@ -114,7 +115,7 @@ def fitting_batch_size(
         others = jax.tree.map(lambda x: _like(x, x.shape), (state, frozen))
         lowered = step.lower(*others, smaller, keys)  # pyright: ignore[reportFunctionMemberAccess]
         try:
-            if _bytes(lowered.compile()) <= limit:
+            if read_memory(lowered.compile()).total <= limit:
                 return size
         except jax.errors.JaxRuntimeError as error:  # some backends run out while compiling
             if "RESOURCE_EXHAUSTED" not in str(error):
@@ -125,15 +126,3 @@ def fitting_batch_size(
 
 def _like(x: jax.Array, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, x.dtype, sharding=x.sharding)
-
-
-def _bytes(compiled: jax.stages.Compiled) -> int:
-    """Return the peak memory of one device."""
-    memory = compiled.memory_analysis()
-    assert memory is not None
-    return (
-        memory.argument_size_in_bytes
-        + memory.temp_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-    )

@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 import jax
 
 from tljax.data.loader import num_batches
-from tljax.models import Model, abstract_variables, apply
+from tljax.models import Model, abstract_images, abstract_variables, apply
 from tljax.models.model import stochastic_depth_stages
 from tljax.runtime.errors import RequestError
 from tljax.runtime.types import Variables
@@ -154,12 +154,11 @@ def default_freeze_to(model: Model) -> str:
     ResNet, ``stage5`` of an EfficientNet and ``block10`` of a ViT with twelve blocks. For a model
     without either it is the last stage before the head.
     """
-    image = jax.ShapeDtypeStruct((1, *model.preprocess.shape), "uint8")
     names, maps = model.stage_names, model.map_stages
     outputs = jax.eval_shape(
         lambda variables, x: apply(model, variables, x, capture=maps).captured,
         abstract_variables(model),
-        image,
+        abstract_images(model),
     )
     lowest = min((output.shape[1] for output in outputs.values()), default=0)
     blocks = [name for name in model.spatial_stages if name.startswith("block")]
