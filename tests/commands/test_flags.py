@@ -37,10 +37,11 @@ PARSED = {name: next(iter(hints.values())) for name, hints in PARSED.items()}
 OUTPUT = {"json", "debug", "platform"}
 NETWORK = {*OUTPUT, "extension", "model", "normalization", "image_size", "precision", "seed"}
 DATA = {"batch_size", "workers", "devices"}
+RUNS = {*DATA, "distributed"}
 LABELS = {"root", "target", "task", "group", "path_column", "split_column", "weight_column"}
 ALWAYS = {
     "attack Config": {
-        *(NETWORK | DATA | {"head"}),
+        *(NETWORK | RUNS | {"head"}),
         *("images", "workdir", "count", "attacks", "epsilons", "norm", "target", "out"),
     },
     "compare Config": {
@@ -48,12 +49,12 @@ ALWAYS = {
         *("extension", "weights", "data", "image_size", "seed", "out", "channels"),
     },
     "doctor Config": OUTPUT,
-    "evaluate Config": {*(NETWORK | DATA), "data", "workdir", "head"},
-    "extract Config": {*(NETWORK | DATA | LABELS), "weights", "data", "out", "stage", "maps"},
+    "evaluate Config": {*(NETWORK | RUNS), "data", "workdir", "head"},
+    "extract Config": {*(NETWORK | RUNS | LABELS), "weights", "data", "out", "stage", "maps"},
     "pack Config": {*OUTPUT, "data", "out", "verify"},
     "predict Config": {*(NETWORK | DATA), "weights", "images", "top", "out", "head"},
     "probe Config": {
-        *(NETWORK | DATA | LABELS),
+        *(NETWORK | RUNS | LABELS),
         *("weights", "data", "stage", "neighbors", "channels"),
     },
     # A dry run speaks of the command as it stands, so nothing but another mode is idle in it.
@@ -75,7 +76,7 @@ ALWAYS = {
 # A rehearsal has the options of its command, and is for all chips of the machine.
 ALWAYS |= {
     f"rehearse {name.capitalize()}": {*ALWAYS[f"{name} Config"], "on", "effort", "largest_batch"}
-    - {"devices", "resume", "dry_run"}
+    - {"devices", "distributed", "resume", "dry_run"}
     for name in ("train", "probe", "attack", "evaluate", "extract")
 }
 
@@ -456,13 +457,13 @@ IDLE = [
     (
         "rehearse", "train --on v5e-8", "in a rehearsal",
         {
-            "devices": (2,), "resume": ("x",), "dry-run": (), "find-learning-rate": (),
-            "profile": (),
+            "devices": (2,), "distributed": (), "resume": ("x",), "dry-run": (),
+            "find-learning-rate": (), "profile": (),
         },
     ),
     ("pack", "parts y", "a validation part of its own", {"val-fraction": (0.3,)}),
     ("train", "--data packed:x", "on images that are packed", {"pack": ("auto",)}),
-    ("train", "--distributed", "use tljax pack on each host", {"pack": ("always",)}),
+    ("train", "--distributed --workdir x", "use tljax pack on each host", {"pack": ("always",)}),
     ("train", "", "without --adapter lora", LORA),
     ("train", "--adapter norm", "without --adapter lora", LORA),
     ("train", "", "without --attack", {"epsilon": (8.0,), "attack-steps": (3,)}),

@@ -16,7 +16,14 @@ from tljax.attack.losses import mean_logits
 from tljax.attack.types import LogitsFn
 from tljax.metrics.classification import standard_error
 from tljax.runtime.errors import RequestError
-from tljax.runtime.parallel import data_mesh, local_shards, replicate, round_up_to_devices, shard
+from tljax.runtime.parallel import (
+    data_mesh,
+    process_share,
+    replicate,
+    round_up_to_devices,
+    shard,
+    to_host,
+)
 from tljax.runtime.prefetch import in_flight
 from tljax.runtime.progress import track
 from tljax.runtime.types import Array
@@ -155,12 +162,12 @@ def evaluate(
         other: a second network, to measure how adversarial images transfer.
         batch_size: number of images per batch, rounded up to a multiple of the number of devices.
             The last batch is padded, or if less than half full split into batches of an eighth.
-        mesh: the devices to use; by default all devices of this process.
+        mesh: the devices to use; by default all devices of all processes, which call this together
+            with the same arguments.
         quiet: show no progress bar on stderr.
 
     Raises:
-        RequestError: there are no images, attacks or epsilons, a label has no logit, or JAX runs in
-            several processes.
+        RequestError: there are no images, attacks or epsilons, or a label has no logit.
     """
     images, labels = _collect(data)
     radii = check_request(epsilons, attacks)
@@ -175,6 +182,7 @@ def evaluate(
         run_batches, replicate(networks, mesh), (images, labels), -1,
         size=size, mesh=mesh, quiet=quiet,
     )  # fmt: skip
+    key = replicate(key, mesh)
     clean, *others = run(_clean, np.arange(len(images)), name="clean")
     flags = check_network(logits_fn, as_float(images[:size]), labels[:size])
     table = np.zeros((len(attacks), 2 + len(others), len(radii), len(images)), bool)
@@ -202,15 +210,12 @@ def check_request(epsilons: Sequence[float], attacks: Mapping[str, Attack]) -> n
     """Return the epsilons as float32 in ascending order.
 
     Raises:
-        RequestError: there are no attacks, no epsilons or invalid ones, or JAX runs in several
-            processes.
+        RequestError: there are no attacks, no epsilons or invalid ones.
     """
     radii = np.sort(np.asarray(epsilons, np.float32))
     finite = radii.ndim == 1 and radii.size and 0 <= radii[0] <= radii[-1] < np.inf
     if not finite or not attacks:
         raise RequestError(f"evaluate needs attacks and finite epsilons >= 0, got {epsilons}")
-    if jax.process_count() > 1:
-        raise RequestError("evaluate supports one process only: call it with each process's images")
     return radii
 
 
@@ -248,12 +253,13 @@ def run_batches(
             x = np.zeros((length, *images.shape[1:]), images.dtype)
             y = np.full((length, *labels.shape[1:]), padding, labels.dtype)
             x[: len(part)], y[: len(part)] = images[part], labels[part]
-            yield len(part), function(networks, *shard((x, y), mesh), *arguments)
+            own = process_share(length)
+            yield len(part), function(networks, *shard((x[own], y[own]), mesh), *arguments)
 
     results: list[list[np.ndarray]] = []
     options = {"description": name, "total": len(rows), "quiet": quiet}
     for count, outputs in track(in_flight(dispatched(), 1), size=lambda part: part[0], **options):
-        results.append([local_shards(output)[:count] for output in outputs])
+        results.append([output[:count] for output in to_host(list[Any](outputs))])
     return [np.concatenate(parts) for parts in zip(*results, strict=True)]
 
 

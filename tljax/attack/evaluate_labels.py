@@ -125,12 +125,12 @@ def evaluate_labels(
         attacks: attacks by name; see the loss "bce" of `tljax.attack.pgd`.
         thresholds: probability from which a label is predicted, one for all or ``[labels]``.
         batch_size: number of images per batch; see `tljax.attack.evaluate`.
-        mesh: the devices to use; by default all devices of this process.
+        mesh: the devices to use; see `tljax.attack.evaluate`.
         quiet: show no progress bar on stderr.
 
     Raises:
-        RequestError: there are no images, no known labels, no attacks or no epsilons, the labels
-            have another shape than the logits, or JAX runs in several processes.
+        RequestError: there are no images, no known labels, no attacks or no epsilons, or the labels
+            have another shape than the logits.
     """
     images, labels = np.asarray(data[0]), np.asarray(data[1], np.float32)
     radii = check_request(epsilons, attacks)
@@ -146,7 +146,7 @@ def evaluate_labels(
         run_batches, replicate([network], mesh), (images, labels), np.nan,
         size=size, mesh=mesh, quiet=quiet,
     )  # fmt: skip
-    rows = np.arange(len(images))
+    rows, key = np.arange(len(images)), replicate(key, mesh)
     clean = run(_clean, rows, name="clean")[0]
     flags = check_network(logits_fn, as_float(images[:size]), labels[:size])
     outputs = {

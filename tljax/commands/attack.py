@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Config(cli.Common, cli.Classifier):
+class Config(cli.Common, cli.Classifier, cli.Distributed):
     """Measure the accuracy of a network under adversarial attacks.
 
     For images without labels, the prediction of the network counts as the label. With several
@@ -80,6 +80,7 @@ def run(config: Config) -> dict[str, Any]:
     """Print a table of accuracies; with ``--out`` also write pictures."""
     from tljax.report import gallery
     from tljax.runtime.errors import RequestError
+    from tljax.runtime.parallel import is_main_process
     from tljax.studies import label_robustness
     from tljax.studies import robustness as attacks
 
@@ -101,8 +102,9 @@ def run(config: Config) -> dict[str, Any]:
     )
     for note in (*notes, *victims.notes):
         print(note)
-    if config.out:
-        gallery.open_output(config.out)
+    pictures = config.out if is_main_process() else None
+    if pictures:
+        gallery.open_output(pictures)
     radii = [epsilon / 255 for epsilon in config.epsilons]
     if kind == "multilabel":
         labels = label_robustness.attack_labels(
@@ -117,12 +119,12 @@ def run(config: Config) -> dict[str, Any]:
     print(table)
     for flag, meaning in report.flags.items():
         print(f"warning ({flag}): {meaning}")
-    if config.out:
+    if pictures:
         paintings = attacks.paint(
             network, victims, chosen, report,
             count=config.pictures, target=target, seed=config.seed,
         )  # fmt: skip
-        paths = gallery.write_attack_pictures(config.out, report, paintings)
+        paths = gallery.write_attack_pictures(pictures, report, paintings)
         print("\n".join(painting.line for painting in paintings))
         print(f"curve {paths[0]}\ngrid  {paths[1]}")
         result["pictures"] = [str(path) for path in paths]

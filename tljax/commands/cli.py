@@ -198,6 +198,26 @@ class Batches(Output):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Distributed(Output):
+    """The option to compute in several processes.
+
+    Attributes:
+        distributed: Run as one of several processes: start the same command on every host, with
+            paths that mean the same files. The first process prints and writes.
+    """
+
+    distributed: bool = False
+
+    def join(self) -> None:
+        """Wait for the other processes; from now on only the first one writes to stdout."""
+        from tljax.runtime.parallel import is_main_process, join
+
+        join()
+        if not is_main_process():
+            sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
+
+
+@dataclass(frozen=True, kw_only=True)
 class Channels(Output):
     """Options of images with other channels than RGB, or with more than 8 bits.
 
@@ -381,6 +401,8 @@ def _main(config_type: Any, run: Callable[[Any], dict[str, Any]]) -> int:
         config = _parse(config_type).completed()
         configure(getattr(config, "precision", None) or "float32", config.platform)
         _reject_unused_options(config)
+        if isinstance(config, Distributed) and config.distributed:
+            config.join()
         result = run(config)
         if config.json:
             print(to_json(result))

@@ -11,7 +11,7 @@ from tljax.runtime.settings import settings
 
 
 @dataclass(frozen=True)
-class Config(cli.Common, cli.Classifier):
+class Config(cli.Common, cli.Classifier, cli.Distributed):
     """Measure a network on labeled images. Classes, labels and numbers are matched by name.
 
     Attributes:
@@ -43,6 +43,7 @@ def run(config: Config) -> dict[str, Any]:
     from tljax.report.results import number_rows, summarize
     from tljax.report.runs import write_evaluation_report
     from tljax.runtime.errors import RequestError
+    from tljax.runtime.parallel import is_main_process
     from tljax.train import run_directory
 
     if not (config.data or config.workdir):
@@ -80,7 +81,7 @@ def run(config: Config) -> dict[str, Any]:
         print(f"{'calibration error':24} {before:.1%}, {after:.1%} after temperature scaling")
     for line in run_directory.skipped_lines(source, logits.skipped):
         print(line)
-    if config.workdir:
+    if config.workdir and is_main_process():
         page = config.workdir / "eval" / "report.html"
         skipped = run_directory.skipped_rows(source, logits.skipped)
         title = f"Evaluation of {config.workdir} on {config.data or 'its own data'}"

@@ -1,6 +1,7 @@
 """The command ``tljax extract``: write the features of images to a file."""
 
 import json
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Config(cli.Common):
+class Config(cli.Common, cli.Distributed):
     """Write the features of images to a file, with the name and the class of each image.
 
     A .npz file holds the arrays names, labels and embeddings; a .parquet file the columns name,
@@ -53,6 +54,7 @@ def run(config: Config) -> dict[str, Any]:
     from tljax.data.shards import is_shards
     from tljax.data.sources import open_labeled
     from tljax.features.extract import compute_features
+    from tljax.runtime.parallel import is_main_process
     from tljax.train.run_directory import skipped_lines, skipped_rows
 
     out, folder = config.out, expand_path(config.data.removeprefix("hf:"))
@@ -71,7 +73,8 @@ def run(config: Config) -> dict[str, Any]:
     stop = (*model.stage_names, None)[position + 1]
     without_labels = is_folder and not is_shards(config.data)
     source = open_folder(folder) if without_labels else open_labeled(config.data, config.labels)
-    with atomic_write(out) as temporary:
+    # Opened before the features are computed, as it may not be possible to write there.
+    with atomic_write(out) if is_main_process() else nullcontext() as temporary:
         features = compute_features(
             *network[:2], source, config.loading, stop=stop, description="extract"
         )
@@ -83,7 +86,8 @@ def run(config: Config) -> dict[str, Any]:
         }
         if source.classes:
             texts["labels"] = format_labels(source, features.labels)
-        _write(temporary, out.suffix, texts, features.values)
+        if temporary:
+            _write(temporary, out.suffix, texts, features.values)
     shape = " x ".join(map(str, features.values.shape))
     print(f"{shape} embeddings, of {config.stage} of {network.model.name}, written to {out}")
     for line in skipped_lines(source, features.skipped):

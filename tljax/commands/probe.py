@@ -10,7 +10,7 @@ from tljax.runtime.ranges import Count, Share
 
 
 @dataclass(frozen=True)
-class Config(cli.Common, cli.Channels):
+class Config(cli.Common, cli.Channels, cli.Distributed):
     """Measure the frozen features of a network by a linear probe and by nearest neighbors.
 
     Attributes:

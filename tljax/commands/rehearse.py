@@ -69,7 +69,7 @@ class Target(cli.Network):
 
 
 _MACHINE: Conditions = (
-    ("devices", lambda _: False, "in a rehearsal, which is for all chips of --on"),
+    ("devices distributed", lambda _: False, "in a rehearsal, which is for all chips of --on"),
 )
 
 

@@ -42,7 +42,7 @@ _NOT_RESUMED = "workers devices distributed json debug platform resume dry_run f
 
 
 @dataclass(frozen=True)
-class Config(cli.Common, cli.Classifier, cli.Channels):
+class Config(cli.Common, cli.Classifier, cli.Channels, cli.Distributed):
     """Train a pretrained network to predict classes, labels or numbers of your own images.
 
     Attributes:
@@ -82,8 +82,6 @@ class Config(cli.Common, cli.Classifier, cli.Channels):
             0:1:0.1.
         interpolate_data: Labeled images of another distribution, with the same classes, on which
             the networks of --interpolate are evaluated, too. They do not choose the best one.
-        distributed: Run as one of several processes; start the same command on every host, with the
-            same --workdir.
     """
 
     data: str = "digits"
@@ -102,7 +100,6 @@ class Config(cli.Common, cli.Classifier, cli.Channels):
     profile: bool = False
     interpolate: str | None = None
     interpolate_data: str | None = None
-    distributed: bool = False
 
     conditions = (
         *REQUEST_CONDITIONS,
@@ -140,6 +137,8 @@ class Config(cli.Common, cli.Classifier, cli.Channels):
         """
         folder = self.resume or self.workdir
         if not folder:
+            if self.distributed:
+                raise RequestError("--distributed: add a --workdir, the same for every process")
             return self
         workdir = open_path(folder)
         if not (self.resume or self._continues(workdir)):
@@ -210,7 +209,7 @@ def run(config: Config) -> dict[str, Any]:
     from tljax.data.loader import num_batches
     from tljax.data.sources import open_splits
     from tljax.models import with_head
-    from tljax.runtime.parallel import Preemption, is_main_process, join
+    from tljax.runtime.parallel import Preemption, is_main_process
     from tljax.studies.interpolation import parse_weights
     from tljax.train import run_directory
     from tljax.train.dry_run import dry_run
@@ -221,10 +220,6 @@ def run(config: Config) -> dict[str, Any]:
     from tljax.train.trace import check_traceable
 
     began = time.perf_counter()
-    if config.distributed:
-        if config.workdir is None:
-            raise RequestError("--distributed: add a --workdir, the same for every process")
-        join()
     with Preemption() as preemption:
         if config.workdir and (config.workdir / "config.json").exists():
             run_directory.refuse_missing(config.workdir, asdict(config), "data", "weights")

@@ -21,12 +21,11 @@ from tljax.features.rows import (
     StreamedRows,
     divide,
     layout,
-    process_share,
     row_bytes,
 )
 from tljax.runtime.errors import DivergenceError, RequestError
 from tljax.runtime.free_memory import free_device_memory
-from tljax.runtime.parallel import gather, gather_json, replicate
+from tljax.runtime.parallel import gather, gather_json, process_share, replicate
 from tljax.runtime.types import Array
 
 ADVICE = "check the weights and the preprocessing of the network that computed them"

@@ -380,6 +380,12 @@ def track_rows(
     return track(batches, description=description, total=len(source), size=size)
 
 
+def gather_skipped(skipped: dict[int, str]) -> None:
+    """Add the images that the other processes could not read to those of this one."""
+    for others in gather_json(list(skipped.items())):
+        skipped |= dict(others)
+
+
 def collect(
     batches: Iterable[tuple[np.ndarray, np.ndarray]], source: Source, skipped: dict[int, str]
 ) -> Outputs:
@@ -389,6 +395,5 @@ def collect(
         values, indices = gather_ragged(values), gather_ragged(indices)
         order = np.argsort(indices)
         values, indices = values[order], indices[order]
-    for others in gather_json(list(skipped.items())):
-        skipped |= dict(others)
+    gather_skipped(skipped)
     return Outputs(values, np.asarray(source.labels)[indices], indices, skipped)

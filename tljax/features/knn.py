@@ -10,8 +10,8 @@ from jaxtyping import Float, Integer
 
 from tljax.features.design import check_features
 from tljax.features.logistic import check_training_data
-from tljax.features.rows import Layout, process_share
-from tljax.runtime.parallel import data_mesh
+from tljax.features.rows import Layout
+from tljax.runtime.parallel import data_mesh, process_share
 from tljax.runtime.types import Array
 
 _MEMORY_BUDGET = 2**30  # bytes of one block of similarities on a device

@@ -28,9 +28,8 @@ from tljax.features.logistic import (
     optima,
 )
 from tljax.features.ridge import fit_ridge, held_out_errors
-from tljax.features.rows import process_share
 from tljax.runtime.errors import RequestError
-from tljax.runtime.parallel import data_mesh
+from tljax.runtime.parallel import data_mesh, process_share
 from tljax.runtime.types import Array
 
 L2_VALUES: tuple[float, ...] = tuple(np.logspace(-6, 5, 45).tolist())

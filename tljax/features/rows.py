@@ -84,12 +84,6 @@ def row_bytes(dimensions: int, outputs: int) -> int:
     return 4 * dimensions + 9 * outputs
 
 
-def process_share(num_rows: int) -> slice:
-    """Return the rows of this process, of rows that all processes know."""
-    size = math.ceil(num_rows / jax.process_count())
-    return slice(jax.process_index() * size, (jax.process_index() + 1) * size)
-
-
 def layout(num_rows: int, row_bytes: int, mesh: Mesh) -> Layout:
     """Choose equal blocks for the rows of all processes.
 

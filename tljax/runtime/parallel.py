@@ -151,6 +151,12 @@ def shard(batch: Tree, mesh: Mesh, *, axis: int = 0) -> Tree:
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 
+def process_share(num_rows: int) -> slice:
+    """Return the rows of this process, of rows that all processes know; the last has the fewest."""
+    size = math.ceil(num_rows / jax.process_count())
+    return slice(jax.process_index() * size, (jax.process_index() + 1) * size)
+
+
 def replicate(tree: Tree, mesh: Mesh, *, copy: bool = False) -> Tree:
     """Place a tree of arrays on every device of the mesh.
 

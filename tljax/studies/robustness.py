@@ -22,10 +22,11 @@ from tljax.data.loader import load_batches, require_readable_image
 from tljax.data.options import Loading
 from tljax.explain.pictures import as_rgb, to_pixels
 from tljax.features.evaluate import match_network, resolve_ambiguous_labels
+from tljax.features.extract import gather_skipped, process_shard
 from tljax.models import Model, apply
 from tljax.pretrained import Card, Pretrained
 from tljax.runtime.errors import RequestError
-from tljax.runtime.parallel import data_mesh
+from tljax.runtime.parallel import data_mesh, gather
 from tljax.runtime.progress import track
 from tljax.runtime.tables import format_table
 from tljax.runtime.types import Array, Variables
@@ -194,6 +195,8 @@ def read_attacked_images(
 ) -> AttackedImages:
     """Read images to attack, with labels of the data or else predictions of the network.
 
+    Several processes read a part each, and all get all of them.
+
     With several labels, images without a known label are left out. With the target of one label
     only those images are read to which it applies if it is not to be predicted, or the other way
     round, and which the network predicts so.
@@ -220,6 +223,8 @@ def read_attacked_images(
         source,
         model.preprocess,
         batch_size=loading.batch_size,
+        shard=process_shard(),
+        multiple=jax.process_count(),
         workers=loading.workers,
         on_bad_image=loading.on_bad_image,
         skipped=skipped,
@@ -240,7 +245,9 @@ def read_attacked_images(
         elif ambiguous_classes:
             logits = np.asarray(_predict(predict, batch.inputs))
             labels = resolve_ambiguous_labels(labels, logits, ambiguous_classes)
-        parts.append([np.asarray(a)[rows] for a in (batch.inputs, labels, batch.indices)])
+        kept = gather(rows)
+        parts.append([gather(np.asarray(a))[kept] for a in (batch.inputs, labels, batch.indices)])
+    gather_skipped(skipped)
     require_readable_image(source, skipped)
     images, labels, indices = map(np.concatenate, zip(*parts, strict=True))
     notes += skipped_lines(source, skipped)
