@@ -1,5 +1,6 @@
 """Fixtures that all tests share."""
 
+import gc
 import lzma
 import os
 from pathlib import Path
@@ -8,6 +9,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
+
+# Collections walk over all programs traced so far, an eighth of the time by default.
+gc.set_threshold(200_000, 20, 50)
 
 os.environ["KERAS_BACKEND"] = "jax"  # read when keras is imported
 

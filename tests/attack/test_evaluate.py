@@ -292,6 +292,7 @@ def test_eight_devices_give_the_result_of_one():
     assert 0 < np.sum(one[2]["apgd"]) < 42
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("survivors_only", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_nested_epsilons_attack_only_the_remaining_images(survivors_only, capsys):
     x, labels = with_errors()

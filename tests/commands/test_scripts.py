@@ -375,6 +375,7 @@ def test_probe(cache: Path, photographs: Path):
     assert result["knn_top1"] == 1.0
 
 
+@pytest.mark.slow
 def test_figures_of_training_images_are_marked_as_such(cache: Path, tmp_path: Path):
     for i in range(3):
         paint(tmp_path / "data" / "a" / f"{i}.png", (200, 60, 60), i)

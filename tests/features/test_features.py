@@ -236,6 +236,7 @@ def splits():
     return Splits(source(21, broken=(4,)), source(9, seed=1), ())
 
 
+@pytest.mark.slow
 def test_fine_tuning_starts_at_the_probe_and_keeps_the_best(tiny, splits):
     model, variables = tiny
     before = {path: np.array(leaf) for path, leaf in flatten(variables).items()}

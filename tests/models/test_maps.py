@@ -108,6 +108,7 @@ def test_grad_cam_of_a_vision_transformer_matches_torch(
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5 * expected.max())
 
 
+@pytest.mark.slow
 def test_grad_cam_explains_the_last_map_that_reaches_the_head() -> None:
     build = partial(vit.build, "")
     assert grad_cam_stage(build(SMALL, 3)) == "block1"

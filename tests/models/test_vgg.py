@@ -17,6 +17,7 @@ def vgg11() -> tuple[Model, Variables]:
     return model, random_variables(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("after", "hidden", "features"),
     [

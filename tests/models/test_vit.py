@@ -127,6 +127,7 @@ def test_bfloat16_is_close_to_float32() -> None:
     assert difference(half.logits, exact.logits) <= 5e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pool", ["class", "average", "class_average", "attention"])
 def test_derivatives_agree_in_both_modes(pool: Any) -> None:
     model = vit.build("", TINY._replace(pool=pool), 3)

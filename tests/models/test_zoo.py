@@ -97,7 +97,11 @@ def test_every_stage_equals_the_reference(
 
 
 @pytest.mark.parametrize(
-    ("name", "layout"), [pytest.param(*pair, id="-".join(pair)) for pair in SHAPES]
+    ("name", "layout"),
+    [
+        pytest.param(*pair, id="-".join(pair), marks=pytest.mark.slow if i % 4 else ())
+        for i, pair in enumerate(SHAPES)
+    ],
 )
 def test_a_large_network_has_the_tensors_of_the_reference(name: str, layout: str) -> None:
     shapes = SHAPES[name, layout]()

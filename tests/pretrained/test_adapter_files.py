@@ -55,6 +55,7 @@ def test_a_file_holds_the_factors_and_the_head_alone(folder, network):
     assert path.stat().st_size < 300_000 < 10**7 < (folder / "base.safetensors").stat().st_size
 
 
+@pytest.mark.slow
 def test_a_run_is_loaded_merged_or_apart(folder, network):
     merged = load_pretrained(folder / "run")
     params = merge_lora({}, network.variables["params"], scale=0.5)

@@ -275,7 +275,8 @@ def test_a_base_model_inside_a_model_is_loaded(
         verify(loaded)
 
 
-@pytest.mark.parametrize("form", ["keras", pytest.param("h5", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["keras", "h5"])
 @pytest.mark.parametrize(
     ("head", "message"),
     [
@@ -294,6 +295,7 @@ def test_a_head_that_is_not_linear_is_refused(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_base_model_in_training_mode_is_refused(tmp_path: Path) -> None:
     base = keras.applications.MobileNetV2(
         input_shape=(64, 64, 3),

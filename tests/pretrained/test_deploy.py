@@ -163,6 +163,7 @@ TASKS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("task", "described"), TASKS, ids=lambda x: getattr(x, "kind", ""))
 def test_the_exported_script_says_what_each_task_means(
     tmp_path: Path, task: Task, described: dict[str, Any]

@@ -121,6 +121,7 @@ def test_a_missing_reference_is_refused_with_advice(monkeypatch: pytest.MonkeyPa
         verify(random_pretrained("resnet18"))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_small_input")
 def test_files_of_keras_are_compared_with_keras(tmp_path: Path) -> None:
     """MobileNet v1 has depthwise kernels, and a convolution as its head."""

@@ -290,6 +290,7 @@ def imagenet_like(rng: np.random.Generator) -> np.ndarray:
     return confusion
 
 
+@pytest.mark.slow
 def test_a_thousand_classes_and_50000_images_stay_below_5_mb(tmp_path: Path):
     rng = np.random.default_rng(0)
     confusion = imagenet_like(rng)
@@ -491,6 +492,7 @@ def test_a_thousand_labels_and_50000_images_stay_below_5_mb(tmp_path: Path):
     assert page.texts_of("p") == ["Labels, the lowest average precision first: 1,000 rows"]
 
 
+@pytest.mark.slow
 def test_a_million_numbers_are_drawn_in_a_small_page(tmp_path: Path):
     evaluation = evaluation_of("regression", 20, 50_000)
     names = [f"number {i}" for i in range(20)]

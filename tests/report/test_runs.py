@@ -57,6 +57,7 @@ def write(folder: Path, fit: FitConfig, splits: Splits = APART) -> Written:
     return Written(result, card, page, yaml.safe_load(front), cells, skipped, printed)
 
 
+@pytest.mark.slow
 def test_a_probe_is_not_called_fine_tuned_and_has_no_training_settings(tmp_path):
     fit = FitConfig("probe", augmentation=PLAIN, epochs=3)
     written = write(tmp_path, fit)
@@ -91,6 +92,7 @@ def test_a_fine_tuned_network_has_the_settings_that_took_effect(tmp_path):
     assert not {"train", "rates", "head_after"} & written.settings.keys()
 
 
+@pytest.mark.slow
 def test_mixup_is_listed_if_images_were_mixed(tmp_path):
     mixed = replace(PLAIN, mixup=0.4)
     fit = config("finetune", augment=True, augmentation=mixed, optimizer="sgd", epochs=1)
@@ -100,6 +102,7 @@ def test_mixup_is_listed_if_images_were_mixed(tmp_path):
     assert not {"augmentation/scale", "frozen_dtype", "cache"} & written.settings.keys()
 
 
+@pytest.mark.slow
 def test_a_network_from_scratch_names_no_pretrained_network(tmp_path):
     written = write(tmp_path, config("scratch", augmentation=PLAIN, epochs=1))
     assert "trained on noise from random weights" in written.card
@@ -123,6 +126,7 @@ def test_without_validation_images_every_number_is_of_the_training_images(tmp_pa
     assert written.skipped.count("image 4") == 1
 
 
+@pytest.mark.slow
 def test_the_accuracy_under_attack_is_measured_and_shown(tmp_path):
     fast = AdversaryConfig("fast", 16.0)
     written = write(tmp_path, config("finetune", epochs=1, augmentation=PLAIN, adversary=fast))
@@ -134,6 +138,7 @@ def test_the_accuracy_under_attack_is_measured_and_shown(tmp_path):
     assert "adversary/attack_steps" not in written.settings  # fast takes one
 
 
+@pytest.mark.slow
 def test_a_run_in_which_no_epoch_was_better_says_so(tmp_path):
     # With a learning rate of 0, no epoch is better than the head of zeros.
     written = write(tmp_path, config("finetune", rate=0.0, epochs=1, augmentation=PLAIN))
@@ -152,6 +157,7 @@ def test_unreadable_images_are_not_counted_as_training_images(tmp_path):
     assert "image 2" in written.skipped
 
 
+@pytest.mark.slow
 def test_a_first_epoch_below_the_probe_is_explained(tmp_path):
     written = write(tmp_path, config("lp-ft", freeze_to="stem", rate=0.5, epochs=1))
     before, after = (entry["val_top1"] for entry in written.result.history)

@@ -47,6 +47,7 @@ def test_the_given_objective_is_minimized():
     np.testing.assert_allclose(actual.losses, 2 * np.log(3), rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_result_depends_on_the_seed_only():
     first, again, other = find(steps=9), find(steps=9), find(steps=9, seed=1)
     np.testing.assert_array_equal(first.losses, again.losses)

@@ -126,6 +126,7 @@ def test_channels_are_synthesized_in_one_row(network):
     assert [picture.name for picture in rows[0]] == ["layer1-0", "layer1-11"]
 
 
+@pytest.mark.slow
 def test_tokens_of_a_transformer_are_pictured_as_maps(transformer, photographs):
     rows = feature_pictures(transformer, photographs[:1], count=2)
     assert [row[0].name.split("-")[1] for row in rows] == ["embed", "block1", "norm"]
@@ -139,6 +140,7 @@ def test_patches_of_a_transformer_are_explained(transformer, photographs):
     assert np.ptp(grad_cam.pixels, axis=(0, 1)).max() > 50  # not zero everywhere
 
 
+@pytest.mark.slow
 def test_a_transformer_dreams_at_sizes_that_its_patches_divide(transformer, photographs):
     """Without rounding the sizes would be 8, 11 and 16, and patches have 4 pixels."""
     before, after = dream_pictures(transformer, photographs[:1], stage="block1", num_steps=2)[0]

@@ -88,6 +88,7 @@ def test_contradicting_options_are_refused(adaptation, others, message):
         make_plan(MODEL, FitConfig(adaptation=adaptation, **others), 100, 10)
 
 
+@pytest.mark.slow
 def test_options_of_lora_without_lora_are_reported(capsys):
     train(config(epochs=1, adaptation=AdapterConfig("norm", rank=2)))
     assert "--rank 2 has no effect without --adapter lora" in capsys.readouterr().err
@@ -157,6 +158,7 @@ def test_the_cached_prefix_stays_exact():
     assert without[-1]["val_loss"] != losses[1][-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["finetune", pytest.param("gradual", marks=pytest.mark.slow)])
 def test_a_run_resumes_with_the_same_result(recipe, tmp_path):
     fit_config = config(

@@ -113,6 +113,7 @@ def test_nothing_is_trained(monkeypatch):
         text(freeze_to="layer9")
 
 
+@pytest.mark.slow
 def test_what_bounds_is_said_where_images_are_loaded():
     line = (
         r"images/s: loading [\d,]+, transfer to the devices [\d,]+, the step about [\d,]+ .* bounds"

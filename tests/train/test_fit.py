@@ -99,6 +99,7 @@ def test_cached_views_are_those_of_the_first_epochs_without_a_cache():
     assert losses(fewer)[2] != losses(cached)[2]
 
 
+@pytest.mark.slow
 def test_a_bfloat16_cache_is_a_close_approximation(feature_cache):
     exact = train(config(freeze_to="stem"))
     for cache in ("memory", "disk"):
@@ -236,6 +237,7 @@ def test_several_steps_in_one_dispatch_give_the_result_of_single_steps(fed, monk
     assert actual[1][0][-1][0] < 0.9 * actual[1][0][0][0]
 
 
+@pytest.mark.slow
 def test_a_run_that_stops_between_two_dispatches_continues_equally(tmp_path, monkeypatch):
     monkeypatch.setattr(feed_module, "_steps_per_dispatch", lambda *_: 2)
     expected = everything(train(HEAD, folder=tmp_path / "whole"), tmp_path / "whole")
@@ -264,6 +266,7 @@ def test_the_first_signal_waits_for_the_step_and_the_second_does_not():
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+@pytest.mark.slow
 def test_the_batch_size_is_at_most_the_size_of_the_training_set(fed):
     for others in ({"cache": "none", "accumulate": 2}, {"freeze_to": "stem"}):
         actual = {}
@@ -508,6 +511,7 @@ def two_layers(model, variables, classes):
     return replace(model, stages=(*body, old._replace(module=head))), variables
 
 
+@pytest.mark.slow
 def test_a_head_of_two_layers_is_trained_by_recipes_without_a_probe():
     with pytest.raises(RequestError, match=r"lp-ft starts with a probe, which needs a linear head"):
         train(config("lp-ft"), new_head=two_layers)
@@ -518,6 +522,7 @@ def test_a_head_of_two_layers_is_trained_by_recipes_without_a_probe():
     assert not np.array_equal(after["Dense_0"]["kernel"], before["Dense_0"]["kernel"])
 
 
+@pytest.mark.slow
 def test_a_network_without_a_head_gives_the_same_result_as_with_one(monkeypatch):
     expected = everything(train(config("lp-ft")))
     model, variables = replace_head(tiny.MODEL, tiny.random_variables(), 0)

@@ -103,6 +103,7 @@ def deep_step(**options):
     return step.lower(*arguments).compile(), arguments
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

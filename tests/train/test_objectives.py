@@ -107,6 +107,7 @@ def test_every_call_draws_new_noise_and_none_without_noise():
     assert actual["still"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moving", [frozenset(), frozenset({"stem", "layer1"})])
 def test_input_gradients_update_no_statistics_and_are_differentiable_by_the_parameters(moving):
     """A gradient penalty is the square of the input gradient, differentiated by the parameters."""
@@ -285,6 +286,7 @@ def test_materialize_computes_the_parameters_from_the_trainable_ones():
     np.testing.assert_allclose(result.logits.values, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_an_optimizer_gets_the_loss_and_a_function_of_gradients():
     def update(grads, state, params, *, value, grad_fn, **_):
         elsewhere = grad_fn(jax.tree.map(lambda x: x + 0.1, params))

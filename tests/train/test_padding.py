@@ -104,6 +104,7 @@ def test_parts_without_images_do_not_contribute_to_accumulated_gradients(count):
             assert_close((actual.batch_stats, sums), (stats, added(metrics)), 1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", range(1, 10))
 def test_accumulated_gradients_are_finite_in_single_precision(count):
     for batch in batches(count):

@@ -69,6 +69,7 @@ def test_every_task_learns_and_its_file_predicts_the_same(kind: str, tmp_path):
         assert again.metric(name) == pytest.approx(result.evaluation.metric(name), nan_ok=True)
 
 
+@pytest.mark.slow
 def test_numbers_are_predicted_in_their_units():
     result = train(config("finetune", epochs=12), splits("regression"))
     labels = result.evaluation.labels
@@ -108,6 +109,7 @@ def test_fine_tuning_starts_at_the_probe(kind: str):
     assert result.history[0]["val_loss"] < chance
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", quick_for("regression"))
 def test_a_resumed_run_is_the_same_bytes(kind: str, tmp_path):
     def stop(history):
