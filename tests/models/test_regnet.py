@@ -19,7 +19,6 @@ def test_blocks_are_numbered_from_zero_to_one() -> None:
         np.testing.assert_allclose(positions, np.linspace(0, 1, sum(variant.depths)))
 
 
-@pytest.mark.slow
 def test_stochastic_depth_drops_branches_only_with_noise() -> None:
     model = build_model("regnety_002", 7)
     variables, images = random_variables(model), random_images(2, 32, 32)
