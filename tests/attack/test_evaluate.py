@@ -293,7 +293,7 @@ def test_eight_devices_give_the_result_of_one():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("survivors_only", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("survivors_only", [False, True])
 def test_nested_epsilons_attack_only_the_remaining_images(survivors_only, capsys):
     x, labels = with_errors()
     batches = []

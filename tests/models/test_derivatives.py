@@ -78,13 +78,14 @@ def derivatives_of_both_backends(function: Callable[..., jax.Array], *args: Any)
     return actual, plain
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stride", "padding"),
     [
         (2, ((1, 2), (0, 3))),
-        pytest.param(1, "SAME", marks=pytest.mark.slow),
-        pytest.param(2, "SAME", marks=pytest.mark.slow),
-        pytest.param(1, 1, marks=pytest.mark.slow),
+        (1, "SAME"),
+        (2, "SAME"),
+        (1, 1),
     ],
 )
 @pytest.mark.parametrize("kind", KINDS)

@@ -30,7 +30,12 @@ def test_each_product_counts_as_often_as_it_runs(function, products):
 
 
 @pytest.mark.parametrize(
-    ("name", "published"), [("resnet18", 1.81e9), ("resnet50", 4.09e9), ("vgg16", 15.47e9)]
+    ("name", "published"),
+    [
+        ("resnet18", 1.81e9),
+        pytest.param("resnet50", 4.09e9, marks=pytest.mark.slow),
+        pytest.param("vgg16", 15.47e9, marks=pytest.mark.slow),
+    ],
 )
 def test_networks_take_the_multiplications_that_torchvision_publishes(name, published):
     model = build_model(name, 1000)

@@ -213,6 +213,7 @@ def test_the_task_of_a_folder_of_transformers_is_read(
             load_pretrained(tmp_path, task=other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "outputs", "problem"),
     [

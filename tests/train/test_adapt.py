@@ -144,6 +144,7 @@ def test_the_result_is_merged_and_says_what_trained():
     assert np.linalg.matrix_rank(update.reshape(-1, 12), tol=1e-5) == 2
 
 
+@pytest.mark.slow
 def test_the_cached_prefix_stays_exact():
     everywhere = replace(LORA, adapter_targets=("*",), adapter_dropout=0.2)
     runs = [
@@ -159,7 +160,7 @@ def test_the_cached_prefix_stays_exact():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["finetune", pytest.param("gradual", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("recipe", ["finetune", "gradual"])
 def test_a_run_resumes_with_the_same_result(recipe, tmp_path):
     fit_config = config(
         recipe,

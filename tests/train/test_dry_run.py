@@ -52,6 +52,7 @@ def test_the_last_stages_cost_less_than_all_stages():
     assert "100% of training all stages" in text()
 
 
+@pytest.mark.slow
 def test_the_size_of_the_cache_is_the_size_of_the_activations():
     output = text(freeze_to="stem", cache="disk")
     size = feature_bytes(MODEL, 11 + 7, "layer1")

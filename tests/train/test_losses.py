@@ -162,6 +162,7 @@ def test_ordered_classes_are_binary_problems_above_each_class():
     assert ours[2]["top1"] == pytest.approx((predicted == labels).mean())
 
 
+@pytest.mark.slow
 def test_examples_count_by_their_weights():
     labels = RNG.integers(0, 6, 40).astype(np.int32)
     weight = RNG.integers(0, 3, 40).astype(np.float32)

@@ -42,6 +42,7 @@ def needed(arguments, size):
     return read_memory(step.lower(state, frozen, smaller, keys).compile()).total
 
 
+@pytest.mark.slow
 def test_the_batch_size_is_halved_until_it_fits(arguments):
     at = {size: needed(arguments, size) for size in (32, 16, 8)}
     assert at[32] > at[16] > at[8]

@@ -78,6 +78,7 @@ def step_of(parts, dtype="float32"):
     return make_train_step(model, ONE, batch_statistics=BODY, noise=BODY, accumulate=parts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", range(1, 10))
 def test_parts_without_images_do_not_contribute_to_accumulated_gradients(count):
     """The gradient equals the sum over these parts, computed one by one with updated statistics."""
