@@ -77,7 +77,7 @@ def program(
 
 
 def compiled(name: str, mode: str, machine: str, batch: int, *, stats: bool, **options: Any) -> Any:
-    """Compile a program for a machine that is not at hand; return its memory and collectives.
+    """Compile a program for a machine that is not at hand; return what it needs and does.
 
     Args:
         name: name of the network, which runs in bfloat16.
@@ -93,4 +93,8 @@ def compiled(name: str, mode: str, machine: str, batch: int, *, stats: bool, **o
     placed = [place[split](tree, mesh) for tree, split in zip(args, batched, strict=True)]
     function = function if hasattr(function, "lower") else jax.jit(function)
     report = compile_program(function.lower(*placed), **options)
-    return {"memory": report.memory._asdict(), "collectives": report.collectives}
+    return {
+        "memory": report.memory._asdict(),
+        "collectives": report.collectives,
+        "instructions": report.instructions,
+    }
