@@ -1,6 +1,7 @@
 """Commands in two processes of four devices and in four of two do what one of eight does."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -135,6 +136,22 @@ def test_a_process_that_cannot_read_an_image_ends_all_of_them(inputs, tmp_path):
     ends = [[line for line in lines if line.startswith("error: ")] for lines in errors]
     assert [len(lines) for lines in ends] == [1, 1], errors
     assert all(".png" in lines[0] for lines in ends)
+
+
+def test_sigterm_to_one_process_ends_all_of_them(inputs, tmp_path):
+    """JAX takes the signal for its preemption service, which only a training asks."""
+    command = [sys.executable, "-m", "tljax", "attack", "--distributed", "--platform", "cpu"]
+    command += ["--data", str(inputs / "data"), "--weights", str(inputs / "net.safetensors")]
+    command += ["--image-size", "32", "--attacks", "pgd", "--steps", "100000"]
+    both = start_together(command, 2, TLJAX_CACHE=str(tmp_path / "cache"))
+    for line in both[1].stderr:
+        if line.startswith("clean "):
+            break
+    both[1].send_signal(signal.SIGTERM)
+    errors = [one.communicate(timeout=SECONDS)[1] for one in both]
+    assert [one.returncode for one in both] == [75, 75], errors
+    assert "error: stopped by SIGTERM" in errors[1]
+    assert "error: process 1: stopped by SIGTERM" in errors[0]
 
 
 def test_one_process_alone_says_that_the_others_are_missing(inputs):

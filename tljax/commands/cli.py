@@ -8,7 +8,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr, suppress
+from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
 from dataclasses import dataclass, fields, is_dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -208,13 +208,16 @@ class Distributed(Output):
 
     distributed: bool = False
 
-    def join(self) -> None:
-        """Wait for the other processes; from now on only the first one writes to stdout."""
-        from tljax.runtime.parallel import is_main_process, join
+    @contextmanager
+    def joined(self) -> Iterator[None]:
+        """Join the other processes: only the first writes to stdout, and SIGTERM ends all."""
+        from tljax.runtime.parallel import Preemption, is_main_process, join
 
         join()
         if not is_main_process():
             sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
+        with Preemption():
+            yield
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -401,9 +404,9 @@ def _main(config_type: Any, run: Callable[[Any], dict[str, Any]]) -> int:
         config = _parse(config_type).completed()
         configure(getattr(config, "precision", None) or "float32", config.platform)
         _reject_unused_options(config)
-        if isinstance(config, Distributed) and config.distributed:
-            config.join()
-        result = run(config)
+        several = isinstance(config, Distributed) and config.distributed
+        with config.joined() if several else nullcontext():
+            result = run(config)
         if config.json:
             print(to_json(result))
     except BrokenPipeError:  # the reader, such as `head`, has closed the pipe

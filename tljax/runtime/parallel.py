@@ -51,6 +51,10 @@ def join() -> None:
             f"--distributed: {first_line(error)} Outside TPU pods and Slurm, set "
             "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
         ) from error
+    # JAX has taken SIGTERM for its preemption service, which Python cannot name.
+    if handler := _set_signal(signal.SIGTERM, None):
+        _OF_JAX.append(handler)
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
     Thread(target=_follow, args=(_client(),), daemon=True).start()
 
 
@@ -268,11 +272,8 @@ class Preemption:
 
     def __init__(self) -> None:
         self.requested = self._deferred = False
-        self._of_jax: int | None = None
 
     def __enter__(self) -> Self:
-        # JAX's handler, if JAX has been initialized for several processes: Python cannot name it.
-        self._of_jax = _set_signal(signal.SIGTERM, None) if jax.process_count() > 1 else None
         self._before = signal.signal(signal.SIGTERM, self._stop)
         return self
 
@@ -293,13 +294,13 @@ class Preemption:
     def deferred(self) -> Iterator[None]:
         """Delay SIGTERM until the end of the block, so that no step or save is interrupted."""
         self._deferred = True
-        if self._of_jax:
-            _set_signal(signal.SIGTERM, self._of_jax)
+        if _OF_JAX:
+            _set_signal(signal.SIGTERM, _OF_JAX[-1])
         try:
             yield
         finally:
             self._deferred = False
-            if self._of_jax:
+            if _OF_JAX:
                 signal.signal(signal.SIGTERM, self._stop)
         if self.requested:
             raise StoppedError
@@ -315,6 +316,9 @@ class Preemption:
             exit_all_processes(message, StoppedError.CODE)
         raise StoppedError
 
+
+_OF_JAX: list[int] = []
+"""JAX's handler of SIGTERM, once `join` has initialized it."""
 
 _calls = count(1)  # of `Preemption.reached`: the service compares them between the processes
 _set_signal = ctypes.CDLL(None).signal
