@@ -33,7 +33,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tljax.data.augment import epoch_key
 from tljax.data.options import AugmentConfig
-from tljax.models import abstract_images, abstract_variables, apply, build_model, normalize
+from tljax.models import (
+    abstract_activations,
+    abstract_images,
+    abstract_variables,
+    apply,
+    build_model,
+    normalize,
+)
 from tljax.runtime.compiled import compile_program
 from tljax.runtime.errors import first_line
 from tljax.runtime.files import atomic_write
@@ -146,9 +153,7 @@ def lower(program: Program, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
     state = jax.eval_shape(partial(init_state, optimizer=optimizer), *changing.values())
     boxes = None
     if program.cached:
-        images = jax.eval_shape(
-            lambda v, x: apply(model, v, x, stop=program.start).value, variables, images
-        )
+        images = abstract_activations(model, variables, program.start, count)
     elif program.crop == "device":
         images = images.update(shape=(count, *CANVAS, 3))
         boxes = jax.ShapeDtypeStruct((count, 7), np.float32)

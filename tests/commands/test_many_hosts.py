@@ -38,17 +38,21 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def command(inputs: Path, name: str, *flags: str) -> list[str]:
+    """Return a command that runs the network of the inputs on small images."""
+    network = "--image-size", "32", "--weights", str(inputs / "net.safetensors")
+    return [sys.executable, "-m", "tljax", name, "--platform", "cpu", *network, *flags]
+
+
 def run_together(inputs: Path, out: Path, name: str, *flags: str) -> list[dict[str, Any]]:
     """Run a command in the ways of `TOGETHER`, each with a folder; return what they print."""
     results = []
     for processes, devices in TOGETHER:
-        command = [sys.executable, "-m", "tljax", name, "--json", "--platform", "cpu"]
-        command += ["--image-size", "32", "--weights", str(inputs / "net.safetensors")]
-        command += [flag.replace("OUT", str(out / f"{processes}")) for flag in flags]
-        command += ["--distributed"] if processes > 1 else []
+        own = [flag.replace("OUT", str(out / f"{processes}")) for flag in (*flags, "--json")]
+        own += ["--distributed"] if processes > 1 else []
         (out / f"{processes}").mkdir(parents=True)
         cache = str(out / f"cache{processes}")
-        started = start_together(command, processes, devices, TLJAX_CACHE=cache)
+        started = start_together(command(inputs, name, *own), processes, devices, TLJAX_CACHE=cache)
         printed = [one.communicate(timeout=SECONDS) for one in started]
         assert {one.returncode for one in started} == {0}, printed
         (first, errors), *others = printed
@@ -127,10 +131,9 @@ def test_train(inputs, tmp_path):
 
 def test_a_process_that_cannot_read_an_image_ends_all_of_them(inputs, tmp_path):
     """Only the process whose share it is has decoded it."""
-    command = [sys.executable, "-m", "tljax", "train", "--distributed", "--platform", "cpu"]
-    command += ["--data", str(inputs / "data"), "--weights", str(inputs / "net.safetensors")]
-    command += ["--image-size", "32", "--on-bad-image", "fail", "--workdir", str(tmp_path / "run")]
-    both = start_together(command, 2, TLJAX_CACHE=str(tmp_path / "cache"))
+    flags = "--distributed", "--data", str(inputs / "data"), "--on-bad-image", "fail"
+    train = command(inputs, "train", *flags, "--workdir", str(tmp_path / "run"))
+    both = start_together(train, 2, TLJAX_CACHE=str(tmp_path / "cache"))
     errors = [one.communicate(timeout=SECONDS)[1].splitlines() for one in both]
     assert [one.returncode for one in both] == [2, 2]
     ends = [[line for line in lines if line.startswith("error: ")] for lines in errors]
@@ -140,10 +143,9 @@ def test_a_process_that_cannot_read_an_image_ends_all_of_them(inputs, tmp_path):
 
 def test_sigterm_to_one_process_ends_all_of_them(inputs, tmp_path):
     """JAX takes the signal for its preemption service, which only a training asks."""
-    command = [sys.executable, "-m", "tljax", "attack", "--distributed", "--platform", "cpu"]
-    command += ["--data", str(inputs / "data"), "--weights", str(inputs / "net.safetensors")]
-    command += ["--image-size", "32", "--attacks", "pgd", "--steps", "100000"]
-    both = start_together(command, 2, TLJAX_CACHE=str(tmp_path / "cache"))
+    flags = "--distributed", "--data", str(inputs / "data"), "--attacks", "pgd"
+    attack = command(inputs, "attack", *flags, "--steps", "100000")
+    both = start_together(attack, 2, TLJAX_CACHE=str(tmp_path / "cache"))
     for line in both[1].stderr:
         if line.startswith("clean "):
             break
@@ -155,9 +157,8 @@ def test_sigterm_to_one_process_ends_all_of_them(inputs, tmp_path):
 
 
 def test_one_process_alone_says_that_the_others_are_missing(inputs):
-    command = [sys.executable, "-m", "tljax", "extract", str(inputs / "data"), "--out", "x.npz"]
     done = subprocess.run(
-        [*command, "--distributed", "--platform", "cpu"],
+        command(inputs, "extract", str(inputs / "data"), "--out", "x.npz", "--distributed"),
         capture_output=True, text=True, check=False, timeout=SECONDS,
     )  # fmt: skip
     assert done.returncode == 2

@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 
 folder, *sizes = sys.argv[1:]
-if os.environ["JAX_NUM_PROCESSES"] > "1":
+if os.environ["JAX_NUM_PROCESSES"] != "1":
     from tljax.runtime.parallel import join
     join()
 jax.config.update("jax_disable_most_optimizations", True)
@@ -240,7 +240,7 @@ import json, os, sys
 from dataclasses import replace
 from pathlib import Path
 
-folder, several = Path(sys.argv[1]), os.environ["JAX_NUM_PROCESSES"] > "1"
+folder, several = Path(sys.argv[1]), os.environ["JAX_NUM_PROCESSES"] != "1"
 if several:
     from tljax.runtime.parallel import join
     join()

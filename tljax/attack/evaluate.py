@@ -182,7 +182,6 @@ def evaluate(
         run_batches, replicate(networks, mesh), (images, labels), -1,
         size=size, mesh=mesh, quiet=quiet,
     )  # fmt: skip
-    key = replicate(key, mesh)
     clean, *others = run(_clean, np.arange(len(images)), name="clean")
     flags = check_network(logits_fn, as_float(images[:size]), labels[:size])
     table = np.zeros((len(attacks), 2 + len(others), len(radii), len(images)), bool)
@@ -247,6 +246,7 @@ def run_batches(
     """
     images, labels = data
     small = round_up_to_devices(max(size // _SMALL_BATCHES, 1), mesh)
+    arguments = replicate(arguments, mesh)
 
     def dispatched() -> Iterator[tuple[int, Sequence[jax.Array]]]:
         for part, length in _split(rows, size, small):

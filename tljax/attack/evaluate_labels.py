@@ -146,7 +146,7 @@ def evaluate_labels(
         run_batches, replicate([network], mesh), (images, labels), np.nan,
         size=size, mesh=mesh, quiet=quiet,
     )  # fmt: skip
-    rows, key = np.arange(len(images)), replicate(key, mesh)
+    rows = np.arange(len(images))
     clean = run(_clean, rows, name="clean")[0]
     flags = check_network(logits_fn, as_float(images[:size]), labels[:size])
     outputs = {

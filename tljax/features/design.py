@@ -15,14 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float, Shaped
 
 from tljax.features.lbfgs import HISTORY
-from tljax.features.rows import (
-    Layout,
-    Rows,
-    StreamedRows,
-    divide,
-    layout,
-    row_bytes,
-)
+from tljax.features.rows import Layout, Rows, StreamedRows, divide, layout, row_bytes
 from tljax.runtime.errors import DivergenceError, RequestError
 from tljax.runtime.free_memory import free_device_memory
 from tljax.runtime.parallel import gather, gather_json, process_share, replicate

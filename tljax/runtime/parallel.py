@@ -51,7 +51,8 @@ def join() -> None:
             f"--distributed: {first_line(error)} Outside TPU pods and Slurm, set "
             "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
         ) from error
-    # JAX has taken SIGTERM for its preemption service, which Python cannot name.
+    # JAX now handles SIGTERM, for its preemption service, and Python does not know of it: keep that
+    # handler for `Preemption.deferred`, and put the handler of Python back.
     if handler := _set_signal(signal.SIGTERM, None):
         _OF_JAX.append(handler)
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
