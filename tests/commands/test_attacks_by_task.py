@@ -117,7 +117,7 @@ def test_what_is_not_defined_is_refused_in_one_line(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "caption"), [("labels", ", p "), ("regression", "ant, "), ("ordinal", ", p ")]
+    ("kind", "caption"), [("labels", "  p "), ("regression", "  ant  "), ("ordinal", "  p ")]
 )
 def test_networks_of_every_task_are_visualized(
     cache: Path, folder: Path, tmp_path: Path, kind: str, caption: str
