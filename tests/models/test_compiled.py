@@ -57,21 +57,29 @@ def test_programs_compile_for_an_h100(name: str, mode: str, stats: bool) -> None
     assert not report["collectives"]
 
 
+def step_on(machine: str) -> dict[str, Any]:
+    """Compile a step of ResNet-18 without effort, because cycles are not checked."""
+    request = {"name": "resnet18", "mode": "full step", "stats": False, "batch": 32}
+    return compile_for(machine, "libtpu", **request, exec_time_optimization_effort=-1.0)
+
+
 def test_a_step_on_eight_tpus_communicates_by_all_reduce_and_moves_little() -> None:
-    """Compiled without effort, because cycles are not checked."""
-    report = compile_for(
-        "v5e-8",
-        "libtpu",
-        name="resnet18",
-        mode="full step",
-        stats=False,
-        batch=32,
-        exec_time_optimization_effort=-1.0,
-    )
+    report = step_on("v5e-8")
     assert set(report["collectives"]) == {"all-reduce"}
     # The loss looks up the logits of the labels; the copies are of small arrays.
     assert report["instructions"]["gather"] == 1
     assert report["instructions"]["copy"] <= 12
+
+
+def test_a_step_on_two_slices_sends_a_share_of_the_gradient_from_one_to_the_other() -> None:
+    """Eight hosts: each chip sends a sixteenth, and its slice gathers what has been summed."""
+    report = step_on("2xv5e-16")
+    assert report["instructions"]["gather"] == 1
+    (_, reduced, _), (_, gathered, _), (_, sent, _) = (
+        report["collectives"][kind] for kind in ("all-reduce", "all-gather", "inter-slice transfer")
+    )
+    assert gathered <= 1.01 * reduced
+    assert sent <= 1.1 * reduced / 16
 
 
 NORMS = """

@@ -48,6 +48,10 @@ body=%region_body, backend_config={"known_trip_count":{"n":"5"}}
   %gte.3 = f32[8,4]{1,0:T(8,128)S(1)} get-tuple-element(%while.1), index=1
   %all-reduce.1 = (f32[8,4]{1,0:T(8,128)S(1)}, bf16[16]{0}) all-reduce(%gte.3, %param.1), \
 channel_id=2, replica_groups=mesh['axis_0'=8] {'axis_0'}, to_apply=%add
+  %recv.1 = (bf16[2,8]{1,0}, u32[], token[]) recv(%after-all), channel_id=3, \
+is_host_transfer=true, frontend_attributes={handler="xla_megascale_runtime"}
+  %recv-done.1 = (bf16[2,8]{1,0}, token[]) recv-done(%recv.1), channel_id=3, \
+is_host_transfer=true, frontend_attributes={handler="xla_megascale_runtime"}
   ROOT %fusion.2 = f32[8,4]{1,0:T(8,128)} fusion(%gte.4), kind=kOutput, calls=%fused_computation, \
 backend_config={"window_config":{"estimated_cycles":"11"}}
 }
@@ -58,6 +62,7 @@ def test_collectives_count_as_often_as_their_loop_runs():
     assert read_collectives(TEXT) == {
         "all-reduce": Collective(1, 128 + 32, {"f32": 128, "bf16": 32}),
         "all-gather": Collective(5, 5 * 1024, {"f32": 5 * 1024}),
+        "inter-slice transfer": Collective(1, 32, {"bf16": 32}),
     }
 
 
@@ -70,7 +75,8 @@ def test_bytes_are_operands_and_results_of_what_runs():
     gather, fusion = 128 + (128 + 1024), 128 + 128
     all_reduce = 2 * (128 + 32)
     # The operand of the last fusion is not in the text.
-    assert count_bytes(TEXT) == 5 * (fusion + gather) + all_reduce + 128
+    received = 32 + 4
+    assert count_bytes(TEXT) == 5 * (fusion + gather) + all_reduce + received + 128
 
 
 def test_instructions_are_counted_by_operation():

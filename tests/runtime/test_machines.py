@@ -17,6 +17,8 @@ from tljax.runtime.machines import CHIPS, parse_machine, require_compiler
         ("v4-8", 4, 1, (2, 2, 1)),  # of cores, two a chip
         ("v4-32", 16, 4, (2, 2, 4)),
         ("v5p-128", 64, 16, (4, 4, 4)),
+        ("2xv5e-16", 32, 8, (4, 4)),
+        ("3xv5e-8", 24, 3, (2, 4)),
         ("h100-8", 8, 1, (8,)),
         ("a100", 1, 1, (1,)),
     ],
@@ -35,6 +37,8 @@ def test_a_machine_has_the_chips_and_hosts_of_its_name(name, chips, hosts, shape
         ("v4-4", "choose from v4-8, v4-16, v4-32"),
         ("v4-9", "no such number of chips"),
         ("h100-16", "choose from h100-1, h100-2"),
+        ("2xh100-8", "only TPUs come in slices"),
+        ("0xv5e-8", "no such machine"),
     ],
 )
 def test_a_machine_that_does_not_exist_is_refused_with_those_that_do(name, line):

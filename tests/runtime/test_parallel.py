@@ -4,10 +4,13 @@ import json
 import signal
 import sys
 import time
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 from together import start_together
+
+from tljax.runtime.parallel import mesh_of
 
 # With 25 images in batches of 10, no batch is divisible by the number of devices.
 TRAIN = """
@@ -109,6 +112,19 @@ def assert_same(actual, expected):
     assert actual["confusion"] == expected["confusion"]
     assert actual["loss"] == pytest.approx(expected["loss"], abs=1e-6)
     assert actual["skipped"] == expected["skipped"] == [[4, 17], [2]]
+
+
+def test_the_devices_of_a_mesh_are_in_the_order_of_their_processes():
+    """As on a TPU, where devices of several hosts may alternate."""
+
+    class Device(NamedTuple):
+        id: int
+        process_index: int
+        platform: str = "cpu"
+
+    devices = [Device(number, number // 2 % 2) for number in range(8)]
+    order = [device.id for device in mesh_of(devices).devices]
+    assert order == [0, 1, 4, 5, 2, 3, 6, 7]
 
 
 def test_training_on_eight_devices_equals_training_on_one(tmp_path):

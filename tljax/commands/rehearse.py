@@ -39,8 +39,9 @@ class Target(cli.Network):
 
     Attributes:
         on: Machine to compile for: v4, v5e, v5p or v6e and the number in Google Cloud's name, such
-            as v5e-8, v5e-256 or v4-32, of cores for v4 and v5p, of chips for the others; or h100,
-            h200 or a100 and the number of GPUs of one host, such as h100-8.
+            as v5e-8, v5e-256 or v4-32, of cores for v4 and v5p, of chips for the others; with 2x
+            before it two such slices, as 2xv5e-256; or h100, h200 or a100 and the number of GPUs of
+            one host, such as h100-8.
         effort: Effort of the TPU compiler. With low it takes a fifth to a tenth of the time, shows
             memory and traffic, and estimates no duration.
         largest_batch: Search for the largest batch that fits, by up to three more compilations of

@@ -13,7 +13,11 @@ COLLECTIVES = (
     *("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all"),
     *("collective-permute", "collective-broadcast"),
 )
-"""Operations that move data between chips."""
+"""Operations that move data between the chips of a slice."""
+
+INTER_SLICE = "inter-slice transfer"
+"""What the TPU compiler splits a collective over several slices into, beside collectives in each:
+every chip sends its share over the network of the hosts."""
 
 
 class Collective(NamedTuple):
@@ -164,11 +168,14 @@ def read_collectives(text: str) -> dict[str, Collective]:
             continue
         # Of a pair, the second one has the shape of the result.
         kind = operation["name"].removesuffix("-done")
-        if kind in COLLECTIVES:
+        if kind == "recv" != operation["name"] and "xla_megascale_runtime" in line:
+            kind = INTER_SLICE
+        if kind in (*COLLECTIVES, INTER_SLICE):
             counts[kind] += times
             of_kind = sizes.setdefault(kind, Counter())
             for dtype, dims in _SHAPE.findall(operation["shape"]):
-                of_kind[dtype] += times * _bytes(dtype, dims)
+                if size := times * _bytes(dtype, dims):
+                    of_kind[dtype] += size
     return {
         kind: Collective(count, sum(sizes[kind].values()), dict(sizes[kind]))
         for kind, count in counts.items()

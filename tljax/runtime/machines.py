@@ -88,21 +88,24 @@ class Machine:
         name: name as the machine is rented by, such as ``v5e-8``.
         chip: what one chip is.
         shape: number of chips along each axis of a TPU's network; one axis for GPUs.
+        slices: number of such networks, which only their hosts connect.
     """
 
     name: str
     chip: Chip
     shape: tuple[int, ...]
+    slices: int = 1
 
     @property
     def chips(self) -> int:
-        """Return the number of chips, each of which is one device of JAX."""
-        return prod(self.shape)
+        """Return the number of chips of all slices, each of which is one device of JAX."""
+        return self.slices * prod(self.shape)
 
     @property
     def chips_per_host(self) -> int:
         """Return the number of chips of one host."""
-        return self.chips if self.chips in self.chip.hosts else min(4, self.chips)
+        chips = prod(self.shape)
+        return chips if chips in self.chip.hosts else min(4, chips)
 
     @property
     def hosts(self) -> int:
@@ -117,34 +120,40 @@ class Machine:
     def __str__(self) -> str:
         """Describe the machine in words."""
         chips = f"{self.chips} chip{'s' if self.chips > 1 else ''}"
+        chips += f" in {self.slices} slices" if self.slices > 1 else ""
         hosts = f"{self.hosts} host{'s' if self.hosts > 1 else ''}"
         memory = f"{self.usable_memory / _GIB:.2f} GiB of memory a chip"
         return f"{self.name}: {chips} on {hosts}, {memory}"
 
 
 def parse_machine(name: str) -> Machine:
-    """Return the machine of a name such as ``v5e-8``, ``v4-32`` or ``h100-8``.
+    """Return the machine of a name such as ``v5e-8``, ``v4-32``, ``2xv5e-256`` or ``h100-8``.
 
     The numbers are those of Google Cloud's names: of chips for v5e and v6e, of cores for v4 and
-    v5p, two a chip. For GPUs it is their number in one host.
+    v5p, two a chip. ``2x`` means two slices. For GPUs it is their number in one host.
 
     Raises:
         RequestError: there is no such machine.
     """
-    match = re.fullmatch(r"([a-z]\w*?)(?:-(\d{1,6}))?", name.lower())
-    chip = match and CHIPS.get({"v5litepod": "v5e"}.get(match[1], match[1]))
+    match = re.fullmatch(r"(?:([1-9]\d?)x)?([a-z]\w*?)(?:-(\d{1,6}))?", name.lower())
+    chip = match and CHIPS.get({"v5litepod": "v5e"}.get(match[2], match[2]))
     if not match or not chip:
         names = ", ".join(CHIPS)
         raise RequestError(
             f"--on {name}: no such machine: name a chip ({names}) and how many, as v5e-8"
         )
+    slices = int(match[1] or 1)
+    if slices > 1 and chip.kind == "gpu":
+        raise RequestError(f"--on {name}: only TPUs come in slices")
     cores = 2 if chip.name in _TWO_CORES else 1
-    count = int(match[2] or chip.hosts[0] * cores)
+    count = int(match[3] or chip.hosts[0] * cores)
     sizes = _sizes(chip)
     if count % cores or count // cores not in sizes:
         known = ", ".join(f"{chip.name}-{cores * size}" for size in sizes)
         raise RequestError(f"--on {name}: no such number of chips: choose from {known}")
-    return Machine(f"{chip.name}-{count}", chip, sizes[count // cores])
+    one = f"{chip.name}-{count}"
+    shape = sizes[count // cores]
+    return Machine(f"{slices}x{one}" if slices > 1 else one, chip, shape, slices)
 
 
 def _sizes(chip: Chip) -> dict[int, tuple[int, ...]]:
@@ -204,8 +213,8 @@ def describe_devices(machine: Machine) -> list[Any]:
     if machine.chip.kind == "gpu":
         target = _gpu_target(machine.chip)
         return list(get(target_config=target, topology=f"1x1x{machine.chips}").devices)
-    options: dict[str, Any] = {}
-    if machine.hosts == 1 and len(machine.shape) == 2:
+    options: dict[str, Any] = {"num_slices": machine.slices} if machine.slices > 1 else {}
+    if machine.hosts == machine.slices and len(machine.shape) == 2:
         options["chips_per_host_bounds"] = (*machine.shape, 1)
     if machine.chip.name == "v4":  # one device a chip, as on the machines
         options["chip_config_name"] = "megacore"

@@ -129,8 +129,13 @@ def data_mesh(devices: int | None = None) -> Mesh:
 
 
 def mesh_of(devices: Sequence[Any]) -> Mesh:
-    """Create the mesh of `data_mesh` of given devices, those of `tljax.runtime.machines` too."""
-    return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+    """Create the mesh of `data_mesh` of given devices, those of `tljax.runtime.machines` too.
+
+    They are in the order of their processes, so that the rows of a process follow each other, as in
+    `gather`. `jax.make_mesh` orders them otherwise, and takes none of several slices.
+    """
+    ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
+    return Mesh(np.array(ordered), ("data",), axis_types=(AxisType.Auto,))
 
 
 def round_up_to_devices(batch_size: int, mesh: Mesh) -> int:
