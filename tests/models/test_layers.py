@@ -31,6 +31,7 @@ from tljax.models.layers import (
     ConvNorm,
     Dense,
     GlobalAveragePool,
+    GroupNorm,
     LayerNorm,
     LinearHead,
     Mode,
@@ -564,6 +565,28 @@ def test_layer_norm_and_gelu_equal_torch() -> None:
     expected = functional.layer_norm(torch.from_numpy(x), (CHANNELS,), scale, bias, 0.1)
     assert difference(norm.apply(variables, jnp.asarray(x)), expected) <= 1e-6
     assert difference(gelu(jnp.asarray(x)), functional.gelu(torch.from_numpy(x))) <= 1e-6
+
+
+@pytest.mark.parametrize("offset", [0.0, 30.0, -300.0])
+@pytest.mark.parametrize("layer", [LayerNorm(), GroupNorm(2)], ids=["layer", "group"])
+def test_norms_of_bfloat16_lose_less_than_the_rounding_of_their_inputs(
+    layer: LayerNorm | GroupNorm, offset: float
+) -> None:
+    given = np.random.default_rng(0).standard_normal((3, 7, 9, 64)) + offset
+    rounded = jnp.asarray(given, jnp.bfloat16)
+
+    def exact(x: np.ndarray) -> np.ndarray:
+        axes: Any = -1
+        if isinstance(layer, GroupNorm):
+            x, axes = x.reshape(3, 7, 9, 2, 32), (1, 2, 4)
+        deviation = np.sqrt(x.var(axes, keepdims=True) + layer.epsilon)
+        return ((x - x.mean(axes, keepdims=True)) / deviation).reshape(given.shape)
+
+    actual = layer.apply(layer.init(jax.random.key(0), rounded), rounded)
+    expected = exact(np.asarray(rounded, np.float64))
+    loss = np.abs(expected - exact(given)).max()  # by rounding the inputs
+    error = np.abs(np.asarray(actual, np.float64) - expected)
+    assert (error <= 2**-8 * np.maximum(np.abs(expected), 1) + 0.02 * loss).all()
 
 
 def test_squeeze_excite_gates_channels_by_the_averages_of_all() -> None:

@@ -223,11 +223,9 @@ class GroupNorm(nn.Module):
         channels = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
-        grouped = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        grouped = grouped.reshape(*x.shape[:-1], self.groups, channels // self.groups)
-        grouped -= grouped.mean((1, 2, 4), keepdims=True)
-        variance = jnp.square(grouped).mean((1, 2, 4), keepdims=True)
-        y = (grouped * lax.rsqrt(variance + self.epsilon)).reshape(x.shape)
+        grouped = x.reshape(*x.shape[:-1], self.groups, channels // self.groups)
+        mean, variance = _moments(grouped, (1, 2, 4))
+        y = ((grouped - mean) * lax.rsqrt(variance + self.epsilon)).reshape(x.shape)
         return (y * scale + bias).astype(x.dtype)
 
 
@@ -241,10 +239,23 @@ class LayerNorm(nn.Module):
         """Map ``[b, ..., c]`` to ``[b, ..., c]``; statistics in at least float32."""
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
         bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
-        x32 = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        centered = x32 - x32.mean(-1, keepdims=True)
-        factor = lax.rsqrt(jnp.square(centered).mean(-1, keepdims=True) + self.epsilon)
-        return (centered * factor * scale + bias).astype(x.dtype)
+        mean, variance = _moments(x, -1)
+        y = (x - mean) * lax.rsqrt(variance + self.epsilon)
+        return (y * scale + bias).astype(x.dtype)
+
+
+def _moments(x: Features, axes: int | tuple[int, ...]) -> tuple[Features, Features]:
+    """Return the mean and variance over some axes, which have length 1 then, at least in float32.
+
+    bfloat16 numbers are read once. That the mean of their squares and the square of their mean
+    cancel costs less than the rounding of the numbers themselves, which have 8 digits and not 24.
+    """
+    exact = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    mean = exact.mean(axes, keepdims=True)
+    if x.dtype != jnp.bfloat16:
+        return mean, jnp.square(exact - mean).mean(axes, keepdims=True)
+    variance = jnp.square(exact).mean(axes, keepdims=True) - jnp.square(mean)
+    return mean, jnp.maximum(variance, 0)  # rounding may leave less than 0
 
 
 class Dense(nn.Module):

@@ -30,6 +30,7 @@ from tljax.runtime.types import Batch, Variables
 from tljax.studies.rehearse import Program
 from tljax.studies.robustness import is_ensemble, logits_fn
 from tljax.train.adversary import trace_robust_logits
+from tljax.train.feed import Rows, repeated, steps_at_most
 from tljax.train.freeze import first_trainable_stage, join, split
 from tljax.train.inputs import Inputs, cache_bytes, cache_location
 from tljax.train.recipes import Phase
@@ -182,7 +183,7 @@ def training_programs(run: Run, batch_size: int) -> list[Program]:
             programs.append(
                 forward(name, stop=start, dtype=run.config.cache_dtype, loader=val_loader)
             )
-        programs.append(_step_program(run, phase, inputs, cached, batch_size))
+        programs += _step_programs(run, phase, inputs, cached, batch_size)
         if cached:
             programs.append(forward(f"validation from {start}", start=cached))
         elif not any(program.name == "validation" for program in programs):
@@ -200,10 +201,10 @@ def _validated(run: Run) -> Variables:
     return jax.eval_shape(lambda v: join(*split(v, rates, ()), run.materialize), run.variables)
 
 
-def _step_program(
+def _step_programs(
     run: Run, phase: Phase, inputs: Inputs, start: str | None, batch_size: int
-) -> Program:
-    """Return the training step of a phase."""
+) -> list[Program]:
+    """Return the training step of a phase, and several steps in one dispatch if a run has them."""
     model, mesh, config = run.model, run.mesh, run.config
     optimizer = phase_optimizer(run, phase, run.schedule(phase))
     step: Any = phase_step(run, phase, optimizer, start)
@@ -231,15 +232,31 @@ def _step_program(
 
     multiple = mesh.size * config.accumulate
     size = -(-batch_size // multiple) * multiple
-    name, note = f"step of phase {phase.name}", ""
-    if start:
-        name += f", from cached activations at {start}"
-        held = cache_bytes(model, run.splits, config, start) / mesh.size / 2**20
-        note = (
-            f"a run takes several steps in one dispatch if half of the free memory holds "
-            f"{held:,.0f} MiB of activations, beside what is listed"
-        )
-    return Program(name, trace, size, multiple, cast("Dtype", model.dtype), loader, note=note)
+    name = f"step of phase {phase.name}"
+    name += f", from cached activations at {start}" if start else ""
+    one = Program(name, trace, size, multiple, cast("Dtype", model.dtype), loader)
+    steps = steps_at_most(run, start)
+    if steps == 1:
+        return [one]
+    loop: Any = repeated(step, steps, mesh)
+    held = round_up_to_devices(len(run.splits.train), mesh)
+    values = divided(with_rows(example.inputs, held), mesh)
+    count = replicated(jax.ShapeDtypeStruct((), np.int32), mesh)
+
+    def trace_loop(batch: int) -> jax.stages.Traced:
+        rows = with_rows(example._replace(inputs=jax.ShapeDtypeStruct((1,), np.int32)), batch)
+        rows = jax.tree.map(lambda x: x.update(shape=(steps, *x.shape)), rows)
+        sharding = NamedSharding(mesh, PartitionSpec(None, "data"))
+        rows = _placed(rows, lambda _: sharding)
+        return loop.trace(state, frozen, Rows(values, rows, count), keys)
+
+    megabytes = values.size * values.dtype.itemsize / mesh.size / 2**20
+    note = (
+        f"the program of a run if half of the free memory holds {megabytes:,.0f} MiB of "
+        "activations; speed and collectives are those of one step"
+    )
+    name += f", {steps} in one dispatch"
+    return [one, replace(one, name=name, trace=trace_loop, note=note)]
 
 
 def _one_row(source: Source, inputs: jax.ShapeDtypeStruct) -> Batch:

@@ -76,7 +76,7 @@ class Feed:
         self._run, self._inputs = run, inputs
         self._values: tuple[Outputs, jax.Array] | None = None
         self.steps = _steps_per_dispatch(run, inputs)
-        self.step = step if self.steps == 1 else _repeated(step, self.steps, run.mesh)
+        self.step = step if self.steps == 1 else repeated(step, self.steps, run.mesh)
 
     def batches(self, epoch: int, first: int) -> Iterator[Fed]:
         """Yield the batches of an epoch.
@@ -102,15 +102,27 @@ class Feed:
 
 
 def _steps_per_dispatch(run: Run, inputs: Inputs) -> int:
-    if inputs.start is None or run.config.remat or run.config.fsdp:
+    steps = steps_at_most(run, inputs.start)
+    if steps == 1:
         return 1
-    head_only = inputs.start == run.model.stage_names[-1]
+    size = inputs.train[0].values.nbytes / run.mesh.size
+    return steps if all(gather_json(size <= free_device_memory() / 2)) else 1
+
+
+def steps_at_most(run: Run, start: str | None) -> int:
+    """Return the number of steps of one dispatch, if the devices hold the activations.
+
+    Args:
+        run: everything that is constant during the run.
+        start: stage that cached activations enter; None for images.
+    """
+    if start is None or run.config.remat or run.config.fsdp:
+        return 1
+    head_only = start == run.model.stage_names[-1]
     on_cpu = run.mesh.devices.flat[0].platform == "cpu"
     if on_cpu and (not head_only or jax.process_count() > 1):
         return 1
-    size = inputs.train[0].values.nbytes / run.mesh.size
-    fits = all(gather_json(size <= free_device_memory() / 2))
-    return (_HEAD_STEPS if head_only else _SUFFIX_STEPS) if fits else 1
+    return _HEAD_STEPS if head_only else _SUFFIX_STEPS
 
 
 def _divide(values: Shaped[np.ndarray, "rows ..."], mesh: Mesh) -> jax.Array:
@@ -144,8 +156,8 @@ def _select(
     return jax.shard_map(select, mesh=mesh, **specs)(values, rows)
 
 
-def _repeated(step: TrainStep, steps: int, mesh: Mesh) -> TrainStep:
-    """Return a step that takes `Rows` for a batch."""
+def repeated(step: TrainStep, steps: int, mesh: Mesh) -> TrainStep:
+    """Return a jitted step that takes `Rows` for a batch, and so up to ``steps`` steps."""
 
     def run(
         state: TrainState, frozen: Variables, rows: Rows, keys: Keys
