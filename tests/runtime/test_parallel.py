@@ -4,7 +4,7 @@ import json
 import signal
 import sys
 import time
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -117,7 +117,8 @@ def assert_same(actual, expected):
 def test_the_devices_of_a_mesh_are_in_the_order_of_their_processes():
     """As on a TPU, where devices of several hosts may alternate."""
 
-    class Device(NamedTuple):
+    @dataclass(frozen=True)
+    class Device:
         id: int
         process_index: int
         platform: str = "cpu"

@@ -408,15 +408,20 @@ def max_pool(x: jax.Array, window: Window) -> jax.Array:
     """Compute the maximum of each window, of bfloat16 numbers first over rows, then columns."""
     if x.dtype != jnp.bfloat16:
         return xla.max_pool(x, window)
-    k, stride, pads = window
-    ends = ((low, high, 0) for low, high in pads)
+    ends = ((low, high, 0) for low, high in window[-1])
     lowest = _ordered(jnp.array(-jnp.inf, x.dtype))
-    values = lax.pad(_ordered(x), lowest, ((0, 0, 0), *ends, (0, 0, 0)))
-    for axis in (1, 2):
-        last = (values.shape[axis] - k) // stride * stride
-        taps = (lax.slice_in_dim(values, i, i + last + 1, stride, axis) for i in range(k))
-        values = functools.reduce(jnp.maximum, taps)
-    return lax.bitcast_convert_type(_flipped(values), x.dtype)
+    # Without the barriers, XLA would compute a number again for each window that it is in.
+    ordered = lax.optimization_barrier(_ordered(x))
+    padded = lax.pad(ordered, lowest, ((0, 0, 0), *ends, (0, 0, 0)))
+    of_rows = lax.optimization_barrier(_maxima(padded, window, axis=1))
+    return lax.bitcast_convert_type(_flipped(_maxima(of_rows, window, axis=2)), x.dtype)
+
+
+def _maxima(values: jax.Array, window: Window, axis: int) -> jax.Array:
+    k, stride, _ = window
+    last = (values.shape[axis] - k) // stride * stride
+    taps = (lax.slice_in_dim(values, i, i + last + 1, stride, axis) for i in range(k))
+    return functools.reduce(jnp.maximum, taps)
 
 
 def _ordered(x: jax.Array) -> jax.Array:
