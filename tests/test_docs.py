@@ -152,7 +152,7 @@ def test_every_option_in_the_text_exists(
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Make a working directory with FOLDER, labels.csv and PHOTO.jpg, which the pages name."""
+    """Make a working directory with the data that the pages name: FOLDER, labels.csv, shards..."""
     rng = np.random.default_rng(0)
     for name, color in {"cat": (200, 120, 60), "dog": (60, 120, 200)}.items():
         (tmp_path / "FOLDER" / name).mkdir(parents=True)
@@ -162,7 +162,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             image.save(tmp_path / "FOLDER" / name / f"{i}.jpg", quality=95)
     image.save(tmp_path / "PHOTO.jpg")
     monkeypatch.chdir(tmp_path)
-    exec(run_blocks(DOCS / "tables.md", "python")[0].code, {})  # writes labels.csv
+    for page in ("tables.md", "shards.md"):  # write labels.csv and shards
+        exec(run_blocks(DOCS / page, "python")[0].code, {})
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     monkeypatch.setenv("PYTHONPATH", path)

@@ -27,6 +27,7 @@ from tljax.models.model import Output as Output
 from tljax.models.model import Stage as Stage
 from tljax.models.model import abstract_activations as abstract_activations
 from tljax.models.model import abstract_images as abstract_images
+from tljax.models.model import abstract_outputs as abstract_outputs
 from tljax.models.model import abstract_variables as abstract_variables
 from tljax.models.model import add_similarity_head as add_similarity_head
 from tljax.models.model import apply as apply

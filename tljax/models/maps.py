@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from tljax.models.model import Model, abstract_images, abstract_variables, apply
+from tljax.models.model import Model, abstract_outputs, abstract_variables, apply
 from tljax.runtime.errors import RequestError
 from tljax.runtime.types import Array, FeatureMap, Variables
 
@@ -79,9 +79,7 @@ def grad_cam_stage(model: Model) -> str:
     if stages[-1] in model.map_stages:
         return stages[-1]
     variables = abstract_variables(model)
-    outputs = jax.eval_shape(
-        lambda v, x: apply(model, v, x, capture=stages).captured, variables, abstract_images(model)
-    )
+    outputs = abstract_outputs(model, variables, stages)
     for stage in reversed(stages):
         if _reaches_head(model, variables, stage, outputs[stage]):
             return stage

@@ -333,6 +333,15 @@ def abstract_activations(
     return jax.ShapeDtypeStruct(value.shape, value.dtype)
 
 
+def abstract_outputs(
+    model: Model, variables: Variables, stages: Collection[str]
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return the shapes and dtypes of the outputs of some stages for one image, by stage."""
+    return jax.eval_shape(
+        lambda v, x: apply(model, v, x, capture=stages).captured, variables, abstract_images(model)
+    )
+
+
 def _trace(model: Model, stages: Sequence[Stage]) -> tuple[Variables, jax.ShapeDtypeStruct]:
     """Return the shapes and dtypes of the variables of some first stages, and of their output."""
     size, _, channels = model.preprocess.shape

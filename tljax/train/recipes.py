@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 import jax
 
 from tljax.data.loader import num_batches
-from tljax.models import Model, abstract_images, abstract_variables, apply
+from tljax.models import Model, abstract_outputs, abstract_variables
 from tljax.models.model import stochastic_depth_stages
 from tljax.runtime.errors import RequestError
 from tljax.runtime.types import Variables
@@ -155,11 +155,7 @@ def default_freeze_to(model: Model) -> str:
     without either it is the last stage before the head.
     """
     names, maps = model.stage_names, model.map_stages
-    outputs = jax.eval_shape(
-        lambda variables, x: apply(model, variables, x, capture=maps).captured,
-        abstract_variables(model),
-        abstract_images(model),
-    )
+    outputs = abstract_outputs(model, abstract_variables(model), maps)
     lowest = min((output.shape[1] for output in outputs.values()), default=0)
     blocks = [name for name in model.spatial_stages if name.startswith("block")]
     at_lowest = [name for name in maps if outputs[name].shape[1] == lowest]
