@@ -37,6 +37,7 @@ def test_the_loop_waits_for_the_step_before_the_last_only(cache, monkeypatch):
 
     def fed(self, epoch, first):
         for batch in batches(self, epoch, first):
+            time.sleep(2e-3)  # of loading
             threads.add(threading.current_thread())
             yield batch
 
@@ -67,6 +68,20 @@ def test_items_are_computed_ahead_and_errors_come_in_their_place():
     assert [next(ahead) for _ in range(4)] == [1, 2, 3, 4]
     with pytest.raises(ValueError, match="the sixth"):
         next(ahead)
+
+
+@pytest.mark.parametrize(("seconds", "alone"), [(0, False), (2e-3, True)])
+def test_a_thread_computes_the_items_that_take_long(seconds: float, alone: bool):
+    threads = []
+
+    def items():
+        for i in range(200):
+            time.sleep(seconds)
+            threads.append(threading.current_thread())
+            yield i
+
+    assert list(prefetch(items())) == list(range(200))
+    assert (threading.main_thread() not in threads) == alone
 
 
 def test_closing_the_iterator_closes_the_one_that_a_thread_reads():

@@ -1,30 +1,52 @@
 """Compute the items of an iterator before they are asked for."""
 
+import time
 from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 Item = TypeVar("Item")
 
 _END: Any = object()
+_SHORT = 1e-3  # seconds; two threads that take turns lose about a third of it at each item
 
 
 def prefetch(items: Iterator[Item], size: int = 2) -> Iterator[Item]:
     """Yield the items of an iterator, which a thread computes ``size`` of them ahead.
 
-    An error is raised where its item would be yielded. Closing the generator closes the iterator.
+    After an item that took less than a millisecond, the next one is computed without the thread, as
+    long ahead. An error is raised where its item would be yielded. Closing the generator closes the
+    iterator.
     """
+
+    def compute() -> tuple[Item, float]:
+        began = time.perf_counter()
+        return next(items, _END), time.perf_counter() - began
+
     with ThreadPoolExecutor(1, "prefetch") as thread:
-        pending = deque(thread.submit(next, items, _END) for _ in range(size))
+        pending = deque(thread.submit(compute) for _ in range(size))
         try:
-            while (item := pending.popleft().result()) is not _END:
-                pending.append(thread.submit(next, items, _END))
+            while (done := pending.popleft().result())[0] is not _END:
+                item, seconds = done
+                idle = all(future.done() for future in pending)
+                submit = _compute_now if idle and seconds < _SHORT else thread.submit
+                pending.append(submit(compute))
                 yield item
         finally:
             thread.shutdown(cancel_futures=True)
             if close := getattr(items, "close", None):
                 close()
+
+
+def _compute_now(function: Callable[[], Any]) -> Future[Any]:
+    """Call a function as an executor does, in this thread."""
+    future: Future[Any] = Future()
+    try:
+        future.set_result(function())
+    except Exception as error:  # noqa: BLE001 - raised by `Future.result`
+        future.set_exception(error)
+    return future
 
 
 def in_flight(items: Iterable[Item], size: int = 2) -> Iterator[Item]:
