@@ -50,22 +50,25 @@ def test_the_loop_waits_for_the_step_before_the_last_only(cache, monkeypatch):
     assert threading.main_thread() not in threads
 
 
-def test_items_are_computed_ahead_and_errors_come_in_their_place():
+@pytest.mark.parametrize("seconds", [0, 2e-3])
+def test_items_are_computed_ahead_and_errors_come_in_their_place(seconds: float):
     computed = []
 
     def items():
         for i in range(5):
+            time.sleep(seconds)
             computed.append(i)
             yield i
         raise ValueError("the sixth")
 
     ahead = prefetch(items(), 2)
     assert next(ahead) == 0
+    assert next(ahead) == 1
     deadline = time.monotonic() + 10
-    while len(computed) < 3 and time.monotonic() < deadline:
+    while len(computed) < 4 and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert computed == [0, 1, 2]
-    assert [next(ahead) for _ in range(4)] == [1, 2, 3, 4]
+    assert computed == [0, 1, 2, 3]
+    assert [next(ahead) for _ in range(3)] == [2, 3, 4]
     with pytest.raises(ValueError, match="the sixth"):
         next(ahead)
 

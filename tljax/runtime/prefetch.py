@@ -24,14 +24,18 @@ def prefetch(items: Iterator[Item], size: int = 2) -> Iterator[Item]:
         began = time.perf_counter()
         return next(items, _END), time.perf_counter() - began
 
+    def fill(*, now: bool) -> None:
+        # One iterator cannot be read by two threads at once.
+        while len(pending) < size and not (now and any(not ahead.done() for ahead in pending)):
+            pending.append(_compute_now(compute) if now else thread.submit(compute))
+
+    pending = deque[Future[tuple[Item, float]]]()
     with ThreadPoolExecutor(1, "prefetch") as thread:
-        pending = deque(thread.submit(compute) for _ in range(size))
         try:
+            fill(now=False)
             while (done := pending.popleft().result())[0] is not _END:
                 item, seconds = done
-                idle = all(future.done() for future in pending)
-                submit = _compute_now if idle and seconds < _SHORT else thread.submit
-                pending.append(submit(compute))
+                fill(now=seconds < _SHORT)
                 yield item
         finally:
             thread.shutdown(cancel_futures=True)
