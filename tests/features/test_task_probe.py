@@ -7,7 +7,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.preprocessing import StandardScaler
 
 from tljax.features.binary import fit_binary
-from tljax.features.design import make_design
+from tljax.features.design import check_features, make_design
 from tljax.features.folds import held_out_by_label
 from tljax.features.probe import L2_VALUES, fit_probe, fit_task_probe, predict_logits
 from tljax.runtime.errors import RequestError
@@ -32,7 +32,7 @@ def problem(n=EXAMPLES, d=DIMENSIONS, seed=0):
 
 
 def design_of(features):
-    return make_design(features, LABELS, data_mesh(), standardize=False)
+    return make_design(check_features(features), LABELS, data_mesh(), standardize=False)
 
 
 def objective(features, target, weights, kernel, bias, l2):

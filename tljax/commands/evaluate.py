@@ -61,7 +61,7 @@ def run(config: Config) -> dict[str, Any]:
     began = time.perf_counter()
     logits = compute_features(
         model, variables, source, config.loading, stop=None, description="evaluate"
-    )
+    ).whole()
     seconds = time.perf_counter() - began
     require_readable_image(source, logits.skipped)
     if same:

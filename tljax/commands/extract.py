@@ -1,10 +1,12 @@
 """The command ``tljax extract``: write the features of images to a file."""
 
 import json
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
@@ -17,6 +19,8 @@ from tljax.runtime.packages import install_command
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from tljax.features.extract import Outputs
 
 
 @dataclass(frozen=True)
@@ -86,22 +90,47 @@ def run(config: Config) -> dict[str, Any]:
         }
         if source.classes:
             texts["labels"] = format_labels(source, features.labels)
-        if temporary:
-            _write(temporary, out.suffix, texts, features.values)
-    shape = " x ".join(map(str, features.values.shape))
+        with _all_rows(features, temporary) as values:
+            if temporary:
+                _write(temporary, out.suffix, texts, values)
+    shape = " x ".join(map(str, features.share.shape))
     print(f"{shape} embeddings, of {config.stage} of {network.model.name}, written to {out}")
     for line in skipped_lines(source, features.skipped):
         print(line)
     return {
         "out": str(out),
         "stage": config.stage,
-        "shape": list(features.values.shape),
+        "shape": list(features.share.shape),
         "labeled": "labels" in texts,
         "skipped": dict(skipped_rows(source, features.skipped)),
     }
 
 
 _SUFFIXES = (".npz", ".parquet", ".safetensors")
+
+
+@contextmanager
+def _all_rows(features: "Outputs", beside: Path | None) -> "Iterator[np.ndarray]":
+    """Give the process that writes the rows of all, from a file on the same disk, not in memory.
+
+    Args:
+        features: the features of this process.
+        beside: path in the folder of the file; None in processes that do not write.
+    """
+    import numpy as np
+
+    if features.rows is None:
+        yield features.values
+        return
+    with TemporaryFile(dir=beside and beside.parent) as file:
+        for values, rows in features.share.blocks():
+            if beside:
+                for value, row in zip(values, rows.tolist(), strict=True):
+                    file.seek(row * value.nbytes)
+                    file.write(value.tobytes())
+        file.flush()
+        shape, dtype = features.share.shape, features.values.dtype
+        yield np.memmap(file, dtype, "r", shape=shape) if beside else features.values
 
 
 def _write(path: Path, suffix: str, texts: dict[str, Any], values: "np.ndarray") -> None:

@@ -59,7 +59,7 @@ def run(config: Config) -> dict[str, Any]:
     name = METRICS[task.kind][metric]
     if task.kind == "classification":
         neighbors = knn_predict(
-            train.values, train.labels, val.values,
+            train.share, train.labels, val.share,
             num_classes=len(splits.train.classes), k=config.neighbors, mesh=mesh,
         )  # fmt: skip
         nearest = float((neighbors.argmax(1) == val.labels).mean())

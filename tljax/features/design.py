@@ -3,6 +3,7 @@
 There the Hessian of a linear probe is nearly diagonal, and known up to one number per class.
 """
 
+import math
 import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -12,13 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int, Shaped
 
 from tljax.features.lbfgs import HISTORY
 from tljax.features.rows import Layout, Rows, StreamedRows, divide, layout, row_bytes
+from tljax.features.share import Share, share_of
 from tljax.runtime.errors import DivergenceError, RequestError
 from tljax.runtime.free_memory import free_device_memory
-from tljax.runtime.parallel import gather, gather_json, process_share, replicate
+from tljax.runtime.parallel import gather_json, replicate, sum_over_processes
 from tljax.runtime.types import Array
 
 ADVICE = "check the weights and the preprocessing of the network that computed them"
@@ -32,7 +34,7 @@ class Design(NamedTuple):
     Attributes:
         rows: the rotated rows ``[n, r]`` where ``r = min(n, d)``: the optimum of an L2-penalized
             problem is in the span of the centered features.
-        share: the rows of this process.
+        share: ``[m]`` which rows this process has.
         layout: how they are divided.
         spectrum: ``[r + 1]`` mean square of each column, and of the ones that the bias multiplies.
         rotation: ``[d, r]`` orthonormal columns.
@@ -41,7 +43,7 @@ class Design(NamedTuple):
     """
 
     rows: Rows | StreamedRows
-    share: slice
+    share: Int[np.ndarray, " m"]
     layout: Layout
     spectrum: Float[np.ndarray, " r+1"]
     rotation: Float[np.ndarray, "d r"]
@@ -53,41 +55,44 @@ class Design(NamedTuple):
         return self.layout.place(values[self.share], dtype, 0)
 
 
-def check_features(features: Shaped[Array, "n d"]) -> Shaped[np.ndarray, "n d"]:
+def check_features(features: Shaped[Array, "n d"] | Share) -> Share:
     """Convert features to a matrix of float32, or of a narrower floating-point type as they are.
+
+    Args:
+        features: ``[n, d]``, the same in all processes, of which each keeps its share; or that.
 
     Raises:
         RequestError: they are not a matrix, or a value is not finite.
     """
-    features = np.asarray(features)
-    if features.dtype.itemsize > 4 or not jnp.issubdtype(features.dtype, jnp.floating):
-        features = np.asarray(features, np.float32)
-    if features.ndim != 2 or not features.size:
-        raise RequestError(f"features must be [examples, dimensions], got {list(features.shape)}")
-    bad = sum(np.count_nonzero(~np.isfinite(chunk)) for chunk in _chunks(features))
+    if not isinstance(features, Share):
+        features = share_of(np.atleast_1d(features))
+    shape, values = features.shape, features.values
+    if len(shape) != 2 or not all(shape):
+        raise RequestError(f"features must be [examples, dimensions], got {list(shape)}")
+    if values.dtype.itemsize > 4 or not jnp.issubdtype(values.dtype, jnp.floating):
+        values = np.asarray(values, np.float32)
+    bad = sum(gather_json(sum(int((~np.isfinite(chunk)).sum()) for chunk in _chunks(values))))
     if bad:
-        raise RequestError(f"{bad} of {features.size} feature values are not finite: {ADVICE}")
-    return features
+        raise RequestError(f"{bad} of {math.prod(shape)} feature values are not finite: {ADVICE}")
+    return features._replace(values=values)
 
 
-def diverged(features: Shaped[np.ndarray, "n d"]) -> DivergenceError:
+def diverged(features: Share) -> DivergenceError:
     """Return the error for features that are too large to compute with."""
-    largest = max(np.abs(chunk).max() for chunk in _chunks(features))
+    chunks = _chunks(features.values)
+    largest = max(gather_json(max((float(np.abs(chunk).max()) for chunk in chunks), default=0.0)))
     return DivergenceError(
         f"logistic regression diverged on features of up to {largest:.1e}: {ADVICE}"
     )
 
 
-def make_design(
-    features: Shaped[np.ndarray, "n d"], num_outputs: int, mesh: Mesh, *, standardize: bool
-) -> Design:
+def make_design(features: Share, num_outputs: int, mesh: Mesh, *, standardize: bool) -> Design:
     """Put features on the devices, center and rotate them; the optional scale is that of a column.
 
     Where a device has too little memory for its rows, they are read again in every pass, in blocks.
 
     Args:
-        features: ``[n, d]`` from `check_features`, the same in all processes, of which each takes
-            a share.
+        features: ``[n, d]`` from `check_features`.
         num_outputs: number of outputs of the model, for the size of blocks.
         mesh: see `data_mesh`.
         standardize: divide each feature by its standard deviation, unless it is constant.
@@ -95,13 +100,12 @@ def make_design(
     Raises:
         DivergenceError: the values are too large to compute with.
     """
-    count, dimensions = features.shape
-    share = process_share(count)
-    source = features[share]
-    mean, scale = transform = moments(source, count, standardize=standardize)
+    source, share, count = features
+    mean, scale = transform = moments(features, standardize=standardize)
     span = None
-    if count < dimensions:
-        centered = (np.asarray(features, np.float32) - mean) / scale
+    if count < source.shape[1]:
+        # Every process has all rows, because the rotation is as large.
+        centered = (np.asarray(features.whole(), np.float32) - mean) / scale
         span = np.linalg.qr(centered.T)[0]
         source = centered[share] @ span
         transform = np.zeros(count, np.float32), np.ones(count, np.float32)
@@ -176,34 +180,28 @@ def _chunks(features) -> Iterator[Float[np.ndarray, "rows d"]]:
 
 
 def moments(
-    features: Shaped[np.ndarray, "n d"], count: int, *, standardize: bool
+    features: Share, *, standardize: bool
 ) -> tuple[Float[np.ndarray, " d"], Float[np.ndarray, " d"]]:
-    """Return the mean and the standard deviation of each column.
-
-    Each process gives its rows; ``count`` is the number of all.
+    """Return the mean and the standard deviation of each column, over all processes.
 
     The standard deviation of a constant, or of all columns without ``standardize``, is given as 1.
     """
-    totals = sum(chunk.sum(0, dtype=np.float64) for chunk in _chunks(features))
-    mean = (_total(totals) / count).astype(np.float32)
+    values, _, count = features
+    totals = np.zeros(values.shape[1])
+    for chunk in _chunks(values):
+        totals += chunk.sum(0, dtype=np.float64)
+    mean = (sum_over_processes(totals) / count).astype(np.float32)
     scale = np.ones_like(mean)
     if standardize:
         # In float64, so that no square overflows.
-        squares = 0
-        for chunk in _chunks(features):
+        squares = np.zeros(values.shape[1])
+        for chunk in _chunks(values):
             centered = chunk - mean
             squares += np.einsum("nd,nd->d", centered, centered, dtype=np.float64)
-        scale = np.sqrt(_total(squares) / count).astype(np.float32)
+        scale = np.sqrt(sum_over_processes(squares) / count).astype(np.float32)
         # A spread within float32's rounding of the values is noise, which dividing would amplify.
         scale[scale <= 4 * np.finfo(np.float32).eps * np.abs(mean)] = 1
     return mean, scale
-
-
-def _total(values):
-    """Sum float64 values over the processes, each of which has some; JAX would round them."""
-    values = np.asarray(values, np.float64)
-    parts = gather(np.frombuffer(values.tobytes(), np.uint8)[None])
-    return np.sum([np.frombuffer(part.tobytes()) for part in parts], 0).reshape(values.shape)
 
 
 def _second_moment(features):

@@ -356,7 +356,11 @@ def choose_thresholds(evaluation: Evaluation) -> Evaluation:
 
 
 def evaluate(outputs: Outputs, task: Task = CLASSIFICATION) -> Evaluation:
-    """Evaluate the outputs for a source, as `compute_features(stop=None)` returns them."""
+    """Evaluate the outputs for a source, as `compute_features(stop=None)` returns them.
+
+    Of several processes each has some, and all get the evaluation of all; see `Outputs.whole`.
+    """
+    outputs = outputs.whole()
     return Evaluation(outputs, task)
 
 

@@ -19,17 +19,17 @@ from jaxtyping import Float, Int, Key, Shaped
 from tljax.data.augment import augment, epoch_key
 from tljax.data.boxes import Crops, random_crops
 from tljax.data.examples import Source, Splits
-from tljax.data.loader import BatchRows, batch_rows, load_batches, shard_rows
+from tljax.data.loader import BatchRows, load_batches, shard_rows
 from tljax.data.options import AugmentConfig, Loading
 from tljax.features import store
+from tljax.features.share import Share, share_of
 from tljax.models import Model, abstract_activations, abstract_variables, apply
 from tljax.runtime.errors import WriteError
 from tljax.runtime.parallel import (
     data_mesh,
-    gather,
     gather_json,
-    gather_ragged,
     local_shards,
+    pad_rows,
     replicate,
     round_up_to_devices,
     shard,
@@ -58,17 +58,35 @@ class View(NamedTuple):
 class Outputs(NamedTuple):
     """The output of a stage for the images of a source that could be read.
 
+    Of several processes each has some of the values; all of them know everything else.
+
     Attributes:
         values: ``[n, ...]`` output of the last stage that ran; an array, or a memory-mapped file.
+            ``[m, ...]`` if this process has some of them.
         labels: ``[n]`` int32 class indices; -1 for an image without a label.
-        indices: ``[n]`` int32 position of each row in the source.
+        indices: ``[n]`` int32 position of each image in the source.
         skipped: for images that could not be read, the reason by position in the source.
+        rows: ``[m]`` which of the ``n`` images ``values`` are of, ascending; None for all.
     """
 
-    values: Shaped[np.ndarray, "n ..."]
+    values: Shaped[np.ndarray, "m ..."]
     labels: Int[np.ndarray, " n"]
     indices: Int[np.ndarray, " n"]
     skipped: dict[int, str]
+    rows: Int[np.ndarray, " m"] | None = None
+
+    @property
+    def share(self) -> Share:
+        """Return the values of this process; of those that all have, its part."""
+        if self.rows is None:
+            return share_of(self.values)
+        return Share(self.values, self.rows, len(self.indices))
+
+    def whole(self) -> "Outputs":
+        """Gather the values of all processes, which call this together, on each of them."""
+        if self.rows is None:
+            return self
+        return self._replace(values=self.share.whole(), rows=None)
 
     def pooled(self, prefix_tokens: int = 0) -> "Outputs":
         """Average maps or tokens over their positions, ``[n, channels]``; keep vectors unchanged.
@@ -96,8 +114,8 @@ def compute_features(
 
     With ``cache``, the result of an earlier call is reused. The cache, see `store`, is keyed by the
     weights, settings and code of those stages, the preprocessing, and the paths, sizes and times of
-    the image files. A damaged file is detected and computed again. Several processes compute a part
-    each, and all get the whole result; they use no cache.
+    the image files. A damaged file is detected and computed again. Several processes compute and
+    keep a part of the values each, see `Outputs.whole`; they use no cache.
 
     Args:
         model: the network.
@@ -215,6 +233,8 @@ def run_from_stage(
 ) -> Outputs:
     """Run the stages from ``start`` on activations that were computed before.
 
+    Of several processes each runs them on its share, and keeps the result of it.
+
     Args:
         model: the network.
         variables: its variables.
@@ -226,13 +246,15 @@ def run_from_stage(
     mesh = data_mesh(loading.devices)
     variables = replicate(variables, mesh)
     forward = partial(_forward, model, mesh, start, stop, "float32", None, None)
-    rows = batch_rows(len(features.labels), loading.batch_size, multiple=mesh.size)
-    batches = feature_rows(features, process_rows(rows))
-    on_devices = prefetch(shard((inputs, indices), mesh) for inputs, _, indices in batches)
+    inputs, rows, _ = features.share
+    size = round_up_to_devices(loading.batch_size, mesh) // jax.process_count()
+    starts = range(0, max(gather_json(len(inputs))), size)
+    indices = np.arange(size, dtype=np.int32)  # only augmentation needs those of images
+    batches = ((pad_rows(inputs[start : start + size], size), indices) for start in starts)
+    on_devices = prefetch(shard(batch, mesh) for batch in batches)
     outputs = in_flight(forward(variables, *arrays) for arrays in on_devices)
-    values = np.stack([local_shards(output) for output in outputs])
-    values = gather(values.swapaxes(0, 1)).swapaxes(0, 1)
-    return features._replace(values=values.reshape(-1, *values.shape[2:])[rows.ravel() >= 0])
+    values = np.concatenate([local_shards(output) for output in outputs])[: len(inputs)]
+    return features._replace(values=values, rows=rows if jax.process_count() > 1 else None)
 
 
 def process_shard() -> tuple[int, int]:
@@ -389,11 +411,10 @@ def gather_skipped(skipped: dict[int, str]) -> None:
 def collect(
     batches: Iterable[tuple[np.ndarray, np.ndarray]], source: Source, skipped: dict[int, str]
 ) -> Outputs:
-    """Concatenate the batches of `over_source` of all processes, with the images they skipped."""
+    """Concatenate the batches of `over_source`, with the images that all processes skipped."""
     values, indices = map(np.concatenate, zip(*batches, strict=True))
-    if jax.process_count() > 1:
-        values, indices = gather_ragged(values), gather_ragged(indices)
-        order = np.argsort(indices)
-        values, indices = values[order], indices[order]
     gather_skipped(skipped)
-    return Outputs(values, np.asarray(source.labels)[indices], indices, skipped)
+    if jax.process_count() == 1:
+        return _labeled((values, indices, skipped), source)
+    read = np.delete(np.arange(len(source), dtype=np.int32), list(skipped))
+    return _labeled((values, read, skipped), source)._replace(rows=np.searchsorted(read, indices))

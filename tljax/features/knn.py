@@ -10,17 +10,18 @@ from jaxtyping import Float, Integer
 
 from tljax.features.design import check_features
 from tljax.features.logistic import check_training_data
-from tljax.features.rows import Layout
-from tljax.runtime.parallel import data_mesh, process_share
+from tljax.features.rows import Layout, rows_per_device
+from tljax.features.share import Share
+from tljax.runtime.parallel import data_mesh
 from tljax.runtime.types import Array
 
 _MEMORY_BUDGET = 2**30  # bytes of one block of similarities on a device
 
 
 def knn_predict(
-    train_features: Float[Array, "n d"],
+    train_features: Float[Array, "n d"] | Share,
     train_labels: Integer[Array, " n"],
-    features: Float[Array, "m d"],
+    features: Float[Array, "m d"] | Share,
     *,
     num_classes: int,
     k: int = 20,
@@ -36,9 +37,10 @@ def knn_predict(
     arXiv:2104.14294.
 
     Args:
-        train_features: ``[n, d]`` finite features; used in float32. A zero vector has similarity 0.
+        train_features: ``[n, d]`` finite features, or the share of this process; used in float32. A
+            zero vector has similarity 0.
         train_labels: ``[n]`` integer class indices in [0, num_classes).
-        features: ``[m, d]`` finite features to classify.
+        features: ``[m, d]`` finite features to classify, or the share of this process.
         num_classes: number of classes, ``c``.
         k: number of neighbors that vote, or all ``n`` if there are fewer. Among equally similar
             examples, earlier ones in ``train_features`` are chosen.
@@ -53,18 +55,22 @@ def knn_predict(
             than two classes have examples.
     """
     train_features, train_labels = check_training_data(train_features, train_labels, num_classes)
-    features, mesh, n = check_features(features), mesh or data_mesh(), len(train_labels)
-    layout, share = Layout(mesh, 1, -(-n // mesh.size)), process_share(n)
-    examples = layout.place(train_features[share], np.float32, 0)
+    queries, mesh = check_features(features), mesh or data_mesh()
+    values, rows, n = train_features
+    layout = Layout(mesh, 1, rows_per_device(len(rows), mesh))
     train = (
-        _unit_in_place(examples),
-        layout.place(train_labels[share], np.int32, 0),
-        layout.place(np.arange(n)[share], np.int32, _PADDING),
+        _unit_in_place(layout.place(values, np.float32, 0)),
+        layout.place(train_labels[rows], np.int32, 0),
+        layout.place(rows, np.int32, _PADDING),
     )
     block = max(1, _MEMORY_BUDGET // (8 * layout.rows))
     vote = partial(_vote, train, temperature, num_classes=num_classes, k=min(k, n), mesh=mesh)
-    parts = (features[start : start + block] for start in range(0, len(features), block))
-    return np.concatenate([vote(np.asarray(part, np.float32)) for part in parts])
+    votes = np.empty((queries.total, num_classes), np.float32)
+    for values, rows in queries.blocks():
+        for start in range(0, len(rows), block):
+            part = slice(start, start + block)
+            votes[rows[part]] = vote(np.asarray(values[part], np.float32))
+    return votes
 
 
 _PADDING = np.iinfo(np.int32).max  # position of a row that is no example

@@ -40,6 +40,7 @@ from tljax.features.path import (
     start,
 )
 from tljax.features.rows import Rows, StreamedRows
+from tljax.features.share import Share
 from tljax.metrics.classification import cross_entropies
 from tljax.runtime.errors import RequestError
 from tljax.runtime.parallel import data_mesh, replicate
@@ -71,7 +72,7 @@ class LogisticFit(NamedTuple):
 
 
 def fit_logistic(
-    features: Float[Array, "n d"],
+    features: Float[Array, "n d"] | Share,
     labels: Integer[Array, " n"],
     l2: Float[Array, " k"] | Sequence[float],
     *,
@@ -108,7 +109,7 @@ def fit_logistic(
     they are, in memory or in a memory-mapped file, and are read in every iteration.
 
     Args:
-        features: ``[n, d]`` finite features; used in float32.
+        features: ``[n, d]`` finite features, or the share of this process; used in float32.
         labels: ``[n]`` integer class indices in [0, num_classes).
         l2: ``[k]`` positive L2 values in any order. A weak value takes longer alone than at the end
             of a path of log-spaced values.
@@ -164,7 +165,7 @@ def check_l2(l2: Float[Array, " k"] | Sequence[float]) -> Float[np.ndarray, " k"
     return l2
 
 
-def check_fitted(kernel: Float[Array, "..."], features: Float[np.ndarray, "n d"]) -> None:
+def check_fitted(kernel: Float[Array, "..."], features: Share) -> None:
     """Check that the kernel of a fit is finite.
 
     Raises:
@@ -175,8 +176,8 @@ def check_fitted(kernel: Float[Array, "..."], features: Float[np.ndarray, "n d"]
 
 
 def check_training_data(
-    features: Shaped[Array, "n d"], labels: Shaped[Array, " n"], num_classes: int
-) -> tuple[Shaped[np.ndarray, "n d"], Int[np.ndarray, " n"]]:
+    features: Shaped[Array, "n d"] | Share, labels: Shaped[Array, " n"], num_classes: int
+) -> tuple[Share, Int[np.ndarray, " n"]]:
     """Convert features as `check_features` does, and labels to int32.
 
     Raises:
@@ -184,9 +185,9 @@ def check_training_data(
             fewer than two classes have examples.
     """
     features, labels = check_features(features), np.asarray(labels)
-    if labels.shape != features.shape[:1] or labels.dtype.kind not in "iu":
+    if labels.shape != (features.total,) or labels.dtype.kind not in "iu":
         raise RequestError(
-            f"labels must be {len(features)} integers, one per row of the features, "
+            f"labels must be {features.total} integers, one per row of the features, "
             f"got {labels.dtype} {list(labels.shape)}"
         )
     if labels.min() < 0 or labels.max() >= num_classes:

@@ -28,8 +28,9 @@ from tljax.features.logistic import (
     optima,
 )
 from tljax.features.ridge import fit_ridge, held_out_errors
+from tljax.features.share import Share
 from tljax.runtime.errors import RequestError
-from tljax.runtime.parallel import data_mesh, process_share
+from tljax.runtime.parallel import data_mesh
 from tljax.runtime.types import Array
 
 L2_VALUES: tuple[float, ...] = tuple(np.logspace(-6, 5, 45).tolist())
@@ -63,7 +64,7 @@ class Probe(NamedTuple):
 
 def fit_task_probe(
     kind: str,
-    features: Float[Array, "n d"],
+    features: Float[Array, "n d"] | Share,
     targets: Shaped[Array, "n ..."],
     *,
     num_outputs: int,
@@ -83,7 +84,7 @@ def fit_task_probe(
 
     Args:
         kind: ``classification``, ``multilabel``, ``ordinal`` or ``regression``.
-        features: ``[n, d]`` finite features; used in float32.
+        features: ``[n, d]`` finite features, or the share of this process; used in float32.
         targets: class indices ``[n]`` for ``classification`` and ``ordinal``; ``[n, num_outputs]``
             of 0, 1 and NaN (unknown) for ``multilabel``; numbers and NaN for ``regression``, which
             should be standardized.
@@ -115,7 +116,7 @@ def fit_task_probe(
             "regression"
         )
     features = check_features(features)
-    targets = _check_columns(targets, (len(features), num_outputs))
+    targets = _check_columns(targets, (features.total, num_outputs))
     if kind == "multilabel":
         if not np.isin(targets[~np.isnan(targets)], (0, 1)).all():
             raise RequestError("targets of labels must be 0, 1, or NaN if unknown")
@@ -124,7 +125,7 @@ def fit_task_probe(
 
 
 def fit_probe(
-    features: Float[Array, "n d"],
+    features: Float[Array, "n d"] | Share,
     labels: Integer[Array, " n"],
     *,
     num_classes: int,
@@ -145,7 +146,7 @@ def fit_probe(
     Source: the linear-evaluation protocol of Kornblith et al. 2019, arXiv:1805.08974.
 
     Args:
-        features: ``[n, d]`` finite features; used in float32.
+        features: ``[n, d]`` finite features, or the share of this process; used in float32.
         labels: ``[n]`` integer class indices in [0, num_classes).
         num_classes: number of classes, ``c``.
         weights: ``[n]`` nonnegative weights in training and in the held-out scores; 0 excludes an
@@ -165,7 +166,7 @@ def fit_probe(
     features, labels = check_training_data(features, labels, num_classes)
     used, weights, groups = _check_examples(len(labels), weights, groups)
     if not used.all():
-        features, labels = check_training_data(features[used], labels[used], num_classes)
+        features, labels = check_training_data(features.select(used), labels[used], num_classes)
     l2_values = np.asarray(l2_values, np.float64)
     l2 = check_l2(l2_values)
     order = np.argsort(-l2, kind="stable")
@@ -192,7 +193,7 @@ def _fit_labels(features, targets, *, weights, groups, l2_values, seed, mesh) ->
     """Fit a binary logistic regression for each column of 0, 1 and NaN."""
     known = ~np.isnan(targets).all(1)
     used, weights, groups = _check_examples(len(targets), weights, groups, known)
-    features, targets = features[used], targets[used]
+    features, targets = features.select(used), targets[used]
     _check_known(targets)
     if not np.any(np.nanmin(targets, 0) < np.nanmax(targets, 0)):
         raise RequestError("no label has both a 0 and a 1: add examples of the other value")
@@ -222,12 +223,12 @@ def _fit_numbers(features, targets, *, weights, groups, l2_values, seed) -> Prob
     """Fit a ridge regression for each column of numbers and NaN."""
     known = ~np.isnan(targets).all(1)
     used, weights, groups = _check_examples(len(targets), weights, groups, known)
-    features, targets = features[used], targets[used]
+    features, targets = features.select(used), targets[used]
     _check_known(targets)
     check_l2(l2_values)
     l2_values = np.asarray(l2_values, np.float64)
-    mean, scale = moments(features[process_share(len(features))], len(features), standardize=True)
-    standardized = (features - mean) / scale
+    mean, scale = moments(features, standardize=True)
+    standardized = features._replace(values=(features.values - mean) / scale)
     held_out = held_out_at_random(len(targets), groups, seed)
     errors = held_out_errors(standardized, targets, l2_values, weights=weights, held_out=held_out)
     loss = np.nanmean(errors, axis=1)

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
+from tljax.features.share import Share, share_of
+from tljax.runtime.parallel import sum_over_processes
 from tljax.runtime.types import Array
 
 
@@ -28,7 +30,7 @@ class RidgePath(NamedTuple):
 
 
 def fit_ridge(
-    features: Shaped[Array, "n d"],
+    features: Shaped[Array, "n d"] | Share,
     targets: Float[Array, "n t"],
     l2: Float[Array, " k"] | Sequence[float],
     *,
@@ -49,7 +51,7 @@ def fit_ridge(
     known for the same examples.
 
     Args:
-        features: ``[n, d]`` finite features.
+        features: ``[n, d]`` finite features, or the share of this process.
         targets: ``[n, t]`` numbers, or NaN if unknown; each column has a known number.
         l2: ``[k]`` positive L2 values.
         weights: ``[n]`` nonnegative weights; by default all the same.
@@ -57,9 +59,9 @@ def fit_ridge(
     Returns:
         kernels ``[k, d, t]`` and biases ``[k, t]``, float64.
     """
-    features, targets = np.asarray(features), np.asarray(targets, np.float64)
-    weights = np.ones(len(features)) if weights is None else np.asarray(weights, np.float64)
-    kernels = np.empty((len(l2), features.shape[1], targets.shape[1]))
+    features, targets = share_of(features), np.asarray(targets, np.float64)
+    weights = np.ones(len(targets)) if weights is None else np.asarray(weights, np.float64)
+    kernels = np.empty((len(l2), features.values.shape[1], targets.shape[1]))
     biases = np.empty((len(l2), targets.shape[1]))
     for columns, known in columns_by_known_rows(targets):
         path = ridge_path(features, targets[:, columns], weights * known)
@@ -71,7 +73,7 @@ def fit_ridge(
 
 
 def held_out_errors(
-    features: Shaped[np.ndarray, "n d"],
+    features: Shaped[Array, "n d"] | Share,
     targets: Float[np.ndarray, "n t"],
     l2: Float[np.ndarray, " k"],
     *,
@@ -81,7 +83,7 @@ def held_out_errors(
     """Compute the mean squared error of every target on the examples that folds hold out.
 
     Args:
-        features: ``[n, d]`` finite features.
+        features: ``[n, d]`` finite features, or the share of this process.
         targets: ``[n, t]`` numbers, or NaN if unknown.
         l2: ``[k]`` positive L2 values.
         weights: ``[n]`` nonnegative weights, in training and in the mean.
@@ -90,17 +92,20 @@ def held_out_errors(
     Returns:
         ``[k, t]``; NaN for a target without a known number among the held-out examples.
     """
+    features = share_of(features)
     errors, total = np.zeros((len(l2), targets.shape[1])), np.zeros(targets.shape[1])
     for fold in held_out:
         for columns, known in columns_by_known_rows(targets):
             path = ridge_path(features, targets[:, columns], weights * (known & ~fold))
             scored = known & fold
-            expected = targets[np.ix_(scored, columns)] - path.target_mean
-            projected = (features[scored] - path.mean) @ path.basis
+            values, rows, _ = features.select(scored)
+            expected = targets[np.ix_(scored, columns)][rows] - path.target_mean
+            projected = (values - path.mean) @ path.basis
             for row, value in enumerate(l2):
                 predicted = projected @ _shrunk(path, value)
-                errors[row, columns] += weights[scored] @ (predicted - expected) ** 2
+                errors[row, columns] += weights[scored][rows] @ (predicted - expected) ** 2
             total[columns] += weights[scored].sum()
+    errors = sum_over_processes(errors)
     return np.divide(errors, total, out=np.full_like(errors, np.nan), where=total > 0)
 
 
@@ -114,31 +119,34 @@ def columns_by_known_rows(
 
 
 def ridge_path(
-    features: Shaped[np.ndarray, "n d"],
+    features: Share,
     targets: Float[np.ndarray, "n t"],
     weights: Float[np.ndarray, " n"],
 ) -> RidgePath:
     """Decompose the features once for all L2 values.
 
     Examples of weight 0 may have unknown targets. Without any others, the kernel and the mean of
-    the targets are 0. Takes ``8 * n * d`` bytes for each of two copies of the features.
+    the targets are 0. Takes ``8 * m * d`` bytes for each of two copies of the ``m`` rows of this
+    process, or of all rows if they are fewer than ``d``.
     """
     used = weights > 0
-    d, t = features.shape[1], targets.shape[1]
+    d, t = features.values.shape[1], targets.shape[1]
     if not used.any():
         return RidgePath(np.zeros(d), np.zeros((d, 0)), np.zeros(0), np.zeros((0, t)), np.zeros(t))
     share = weights[used] / weights[used].sum()
-    features, targets = features[used].astype(np.float64), targets[used].astype(np.float64)
-    mean, target_mean = share @ features, share @ targets
+    features, targets = features.select(used), targets[used].astype(np.float64)
+    rows, values = features.rows, features.values.astype(np.float64)
+    mean, target_mean = sum_over_processes(share[rows] @ values), share @ targets
     root = np.sqrt(share)[:, None]
-    features = root * (features - mean)
+    values = root[rows] * (values - mean)
     targets = root * (targets - target_mean)
-    if len(features) < d:
-        spectrum, axes = np.linalg.eigh(features @ features.T)
-        basis, coefficients = features.T @ axes, axes.T @ targets
+    if len(targets) < d:
+        values = features._replace(values=values).whole()
+        spectrum, axes = np.linalg.eigh(values @ values.T)
+        basis, coefficients = values.T @ axes, axes.T @ targets
     else:
-        spectrum, basis = np.linalg.eigh(features.T @ features)
-        coefficients = basis.T @ (features.T @ targets)
+        spectrum, basis = np.linalg.eigh(sum_over_processes(values.T @ values))
+        coefficients = basis.T @ sum_over_processes(values.T @ targets[rows])
     # A Gram matrix has no negative eigenvalues: those that eigh finds are rounding errors.
     return RidgePath(mean, basis, np.maximum(spectrum, 0), coefficients, target_mean)
 

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import Float, Shaped
 
-from tljax.runtime.parallel import gather
+from tljax.runtime.parallel import gather_json
 
 Transform = tuple[Float[jax.Array, "..."], ...]
 """Mean and scale ``[d]`` to standardize rows with, then a rotation ``[d, r]``; or a part of it."""
@@ -92,9 +92,12 @@ def layout(num_rows: int, row_bytes: int, mesh: Mesh) -> Layout:
         row_bytes: temporary memory of a row in a block.
         mesh: see `data_mesh`.
     """
-    most = int(gather(np.array([num_rows], np.int32)).max())
-    per_device = math.ceil(most / len(mesh.local_devices))
-    return divide(per_device, row_bytes, mesh)
+    return divide(rows_per_device(num_rows, mesh), row_bytes, mesh)
+
+
+def rows_per_device(num_rows: int, mesh: Mesh) -> int:
+    """Return how many rows a device holds at most, from the number of rows of each process."""
+    return math.ceil(max(gather_json(num_rows)) / len(mesh.local_devices))
 
 
 def divide(per_device: int, row_bytes: int, mesh: Mesh) -> Layout:

@@ -40,7 +40,7 @@ def fit_source_probe(
     labels = features.labels
     return fit_task_probe(
         task.kind,
-        features.values,
+        features.share,
         task.standardize(labels) if task.kind == "regression" else labels,
         num_outputs=task.num_outputs(len(source.classes)),
         weights=None if weights is None else np.asarray(weights)[features.indices],

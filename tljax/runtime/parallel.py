@@ -248,20 +248,37 @@ def local_shards(x: jax.Array) -> np.ndarray:
 
 
 def gather(rows: np.ndarray) -> np.ndarray:
-    """Concatenate the rows of all processes in process order; all must have the same number."""
+    """Concatenate the rows of all processes in process order; all must have the same number.
+
+    Every device holds the result for a moment, so it should be small: see `GATHER_BYTES`.
+    """
     if jax.process_count() == 1:
         return rows
-    return np.asarray(multihost_utils.process_allgather(rows)).reshape(-1, *rows.shape[1:])
+    # As bytes, because JAX would round float64.
+    data = np.frombuffer(rows.tobytes(), np.uint8)
+    gathered = np.asarray(multihost_utils.process_allgather(data))
+    shape = len(gathered) * len(rows), *rows.shape[1:]
+    return gathered.reshape(-1).view(rows.dtype).reshape(shape)
 
 
-def gather_ragged(rows: np.ndarray) -> np.ndarray:
-    """Concatenate the rows of all processes in process order, of which each may have any number."""
-    lengths = gather(np.array([len(rows)]))
-    longest = int(lengths.max())
-    padded = np.zeros((longest, *rows.shape[1:]), rows.dtype)
-    padded[: len(rows)] = rows
-    parts = np.split(gather(padded), len(lengths))
-    return np.concatenate([part[:n] for part, n in zip(parts, lengths, strict=True)])
+GATHER_BYTES = 2**26
+"""Memory of a device that rows of all processes take, where they are gathered block by block."""
+
+
+def pad_rows(rows: np.ndarray, length: int) -> np.ndarray:
+    """Pad rows ``[rows, ...]`` to a number of them with zeros."""
+    missing = length - len(rows)
+    return np.pad(rows, ((0, missing), *[(0, 0)] * (rows.ndim - 1))) if missing else rows
+
+
+def sum_over_processes(values: np.ndarray) -> np.ndarray:
+    """Sum an array over the processes, in blocks; all get the same bits, in float64 too."""
+    if jax.process_count() == 1:
+        return values
+    size = max(1, GATHER_BYTES // (jax.process_count() * values.itemsize))
+    starts = range(0, values.size, size)
+    sums = [gather(values.ravel()[None, start : start + size]).sum(0) for start in starts]
+    return np.concatenate(sums).reshape(values.shape)
 
 
 def main_process_says(flag: bool) -> bool:

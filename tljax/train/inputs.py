@@ -46,7 +46,7 @@ class Inputs:
         seed: seed of the run.
         start: stage that the batches enter as activations; None for images.
         train: activations of the training images, one element per cached view; epochs use the views
-            one after the other. Empty for images.
+            one after the other. All processes have all of them. Empty for images.
         val: activations of the validation images; None for images.
         skipped: {position: reason} of the training and validation images that this process could
             not read.
@@ -140,19 +140,20 @@ class Inputs:
         return balancing_weights(self.splits.train) if self.config.balance else None
 
     def logits(self, model: Model, variables: Variables) -> Outputs:
-        """Compute the logits of the validation images.
+        """Compute the logits of the validation images, and gather those of all processes.
 
         Raises:
             RequestError: no validation image can be read.
         """
         if self.val is not None and self.start is not None:
-            return run_from_stage(model, variables, self.val, self.loading, start=self.start)
+            logits = run_from_stage(model, variables, self.val, self.loading, start=self.start)
+            return logits.whole()
         logits = compute_features(
             model, variables, self.splits.val, self.loading, stop=None, description="validation"
         )
         self.skipped[1].update(logits.skipped)
         _check_val(logits)
-        return logits
+        return logits.whole()
 
     def pooled(self, model: Model, variables: Variables) -> Outputs:
         """Compute the inputs of the head for all training images, without augmentation."""
@@ -228,13 +229,16 @@ def open_inputs(
         )
 
     try:
+        # All processes have all of them, because an epoch is shuffled over all.
         if config.augment:
             train = tuple(
-                compute(splits.train, f"view {k + 1}", View(config.augmentation, seed, k + 1))
+                compute(
+                    splits.train, f"view {k + 1}", View(config.augmentation, seed, k + 1)
+                ).whole()
                 for k in range(config.cache_views)
             )
         else:
-            train = (compute(splits.train, "train"),)
+            train = (compute(splits.train, "train").whole(),)
         val = compute(splits.val, "val")
     except WriteError as error:
         if config.cache == "disk":
