@@ -80,7 +80,8 @@ def runs():
         )
     ]
     printed = [process.communicate(timeout=600) for process in started]
-    assert not any(process.returncode for process in started), printed
+    for process, (_, errors) in zip(started, printed, strict=True):
+        assert process.returncode == 0, errors
     return [json.loads(output.splitlines()[-1]) for output, _ in printed]
 
 

@@ -360,8 +360,7 @@ def evaluate(outputs: Outputs, task: Task = CLASSIFICATION) -> Evaluation:
 
     Of several processes each has some, and all get the evaluation of all; see `Outputs.whole`.
     """
-    outputs = outputs.whole()
-    return Evaluation(outputs, task)
+    return Evaluation(outputs.whole(), task)
 
 
 def match_network(

@@ -229,16 +229,14 @@ def open_inputs(
         )
 
     try:
-        # All processes have all of them, because an epoch is shuffled over all.
         if config.augment:
             train = tuple(
-                compute(
-                    splits.train, f"view {k + 1}", View(config.augmentation, seed, k + 1)
-                ).whole()
+                compute(splits.train, f"view {k + 1}", View(config.augmentation, seed, k + 1))
                 for k in range(config.cache_views)
             )
         else:
-            train = (compute(splits.train, "train").whole(),)
+            train = (compute(splits.train, "train"),)
+        train = tuple(view.whole() for view in train)  # an epoch is shuffled over all rows
         val = compute(splits.val, "val")
     except WriteError as error:
         if config.cache == "disk":
