@@ -11,9 +11,11 @@ from networks import random_pretrained
 from safetensors import safe_open
 from test_scripts import answer, call_script, messages, paint
 
+from tljax.commands import extract as extract_command
 from tljax.data.folders import open_folder
 from tljax.data.options import Loading
-from tljax.features.extract import compute_features
+from tljax.features.extract import Outputs, compute_features
+from tljax.features.share import Share
 from tljax.pretrained import load_pretrained, save
 
 
@@ -154,3 +156,16 @@ def test_no_file_is_left_if_nothing_can_be_read_or_written(place, tmp_path):
     assert "no image can be read" in done.stderr.splitlines()[-1]
     assert (tmp_path / "x.npz").read_text() == "of before"
     assert len([*tmp_path.iterdir()]) == 2
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".parquet", ".safetensors"])
+def test_rows_that_are_gathered_in_blocks_are_written_in_order(tmp_path, monkeypatch, suffix):
+    values = np.arange(30, dtype=np.float32).reshape(5, 2, 3)
+    blocks = [(values[rows], np.array(rows)) for rows in ([3, 0], [4, 1], [2])]
+    monkeypatch.setattr(Share, "blocks", lambda self: iter(blocks))
+    out, own = tmp_path / f"out{suffix}", np.array([3, 4])
+    features = Outputs(values[own], np.zeros(5, np.int32), np.arange(5), {}, rows=own)
+    with extract_command._all_rows(features, out) as found:
+        extract_command._write(out, suffix, {"names": list("abcde")}, found)
+    np.testing.assert_array_equal(read(out)[2], values)
+    assert list(tmp_path.iterdir()) == [out]

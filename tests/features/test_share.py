@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from together import start_together
 
-pytestmark = pytest.mark.slow
+from tljax.features.share import Share
 
 GATHERED = 512
 """Bytes that may be gathered at once; all features take more than five times as many."""
@@ -85,6 +85,7 @@ def runs():
     return [json.loads(output.splitlines()[-1]) for output, _ in printed]
 
 
+@pytest.mark.slow
 def test_no_process_has_or_gathers_the_features_of_all(runs):
     one, *both = runs
     assert one["own"] == 60
@@ -94,6 +95,7 @@ def test_no_process_has_or_gathers_the_features_of_all(runs):
         assert 0 < run["largest"] <= GATHERED < run["features"] / 5
 
 
+@pytest.mark.slow
 def test_processes_with_a_share_find_what_one_process_does(runs):
     one, *both = runs
     for run in both:
@@ -104,3 +106,11 @@ def test_processes_with_a_share_find_what_one_process_does(runs):
         for found, expected in zip(run["probes"], one["probes"], strict=True):
             for value, wanted in zip(found, expected, strict=True):
                 np.testing.assert_allclose(value, wanted, rtol=2e-3, atol=2e-3)
+
+
+def test_selected_rows_keep_their_values_and_get_the_numbers_of_those_left():
+    everything, used = np.arange(10, 16), np.array([1, 0, 1, 1, 0, 1], bool)
+    rows = np.array([0, 3, 4])
+    values, numbers, total = Share(everything[rows], rows, 6).select(used)
+    assert values.tolist() == everything[used][numbers].tolist() == [10, 13]
+    assert total == 4
