@@ -56,20 +56,19 @@ def knn_predict(
     """
     train_features, train_labels = check_training_data(train_features, train_labels, num_classes)
     queries, mesh = check_features(features), mesh or data_mesh()
-    values, rows, n = train_features
-    layout = Layout(mesh, 1, rows_per_device(len(rows), mesh))
+    own, positions, n = train_features
+    layout = Layout(mesh, 1, rows_per_device(len(own), mesh))
     train = (
-        _unit_in_place(layout.place(values, np.float32, 0)),
-        layout.place(train_labels[rows], np.int32, 0),
-        layout.place(rows, np.int32, _PADDING),
+        _unit_in_place(layout.place(own, np.float32, 0)),
+        layout.place(train_labels[positions], np.int32, 0),
+        layout.place(positions, np.int32, _PADDING),
     )
     block = max(1, _MEMORY_BUDGET // (8 * layout.rows))
     vote = partial(_vote, train, temperature, num_classes=num_classes, k=min(k, n), mesh=mesh)
     votes = np.empty((queries.total, num_classes), np.float32)
     for values, rows in queries.blocks():
-        for start in range(0, len(rows), block):
-            part = slice(start, start + block)
-            votes[rows[part]] = vote(np.asarray(values[part], np.float32))
+        parts = (values[start : start + block] for start in range(0, len(rows), block))
+        votes[rows] = np.concatenate([vote(np.asarray(part, np.float32)) for part in parts])
     return votes
 
 
