@@ -400,6 +400,17 @@ def test_training_in_two_processes_equals_training_in_one(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_process_ends_well_while_it_asks_whether_another_has_failed(tmp_path):
+    program = (
+        "from tljax.runtime import parallel; parallel._POLL_SECONDS = 0; parallel.join();"
+        "assert parallel.gather_json('here') == ['here'] * 2"
+    )
+    both = start(program, tmp_path, processes=2)
+    errors = [process.communicate(timeout=300)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], errors
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("fails", ["disk", "other"])
 def test_if_one_process_fails_the_other_exits_too(tmp_path, fails):
     both = start(RUN, tmp_path, fails, processes=2)

@@ -5,6 +5,7 @@ processes (one per host or GPU), all run the same program: each calls `join` onc
 later all of them call the functions of this module together.
 """
 
+import atexit
 import ctypes
 import json
 import math
@@ -15,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import count
-from threading import Thread
+from threading import Event, Thread
 from typing import Any, NoReturn, Self, TypeVar
 
 import jax
@@ -56,7 +57,10 @@ def join() -> None:
     if handler := _set_signal(signal.SIGTERM, None):
         _OF_JAX.append(handler)
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
-    Thread(target=_follow, args=(_client(),), daemon=True).start()
+    ending = Event()
+    following = Thread(target=_follow, args=(_client(), ending), daemon=True)
+    following.start()
+    atexit.register(_end, following, ending)
 
 
 def exit_all_processes(message: str, code: int) -> NoReturn:
@@ -81,10 +85,20 @@ def _client() -> Any:
     return ocp.multihost.get_jax_distributed_client()
 
 
-def _follow(client: Any) -> None:
+def _end(following: Thread, ending: Event) -> None:
+    """Wait for the other processes, following them, before Python's exit, which the thread breaks.
+
+    Python ends a thread that returns from the client then by aborting the process.
+    """
+    with suppress(RuntimeError):  # another process is dead
+        jax.distributed.shutdown()
+    ending.set()
+    following.join()
+
+
+def _follow(client: Any, ending: Event) -> None:
     """Check every second whether another process called `exit_all_processes`, and exit if so."""
-    while True:
-        time.sleep(1)  # polling, because a thread blocked in the client breaks Python's exit
+    while not ending.wait(_POLL_SECONDS):
         with suppress(RuntimeError):  # the key is not set
             process_id, message, code = json.loads(client.key_value_try_get(_EXIT_KEY))
             if process_id != jax.process_index():
@@ -102,6 +116,7 @@ def _exit_together(client: Any, code: int) -> NoReturn:
     os._exit(code)
 
 
+_POLL_SECONDS = 1.0
 _LAST_WORDS = 5.0  # seconds in which the others end, before JAX aborts them for want of process 0
 _EXIT_KEY = "tljax/left"
 
