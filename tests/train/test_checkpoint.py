@@ -375,16 +375,16 @@ def test_damage_that_one_process_sees_is_damage_for_all(tmp_path):
 SHARDED = """
 import sys
 from contextlib import closing
-from pathlib import Path
 import jax
 import numpy as np
+from tljax.runtime.files import open_path
 from tljax.runtime.parallel import data_mesh, join, shard_parameters, to_host
 from tljax.train.checkpoint import Checkpoints
 
 join()
 x = np.random.default_rng(0).random((256, 64), np.float32)
 whole = {**shard_parameters({"x": x, "b": x[0, :7]}, data_mesh()), "host": x}
-with closing(Checkpoints(Path(sys.argv[1]), "mine")) as checkpoints:
+with closing(Checkpoints(open_path(sys.argv[1]), "mine")) as checkpoints:
     number = 1
     if found := checkpoints.restore():
         number = found.position["number"] + 1

@@ -273,8 +273,7 @@ def test_lines_of_steps_precede_their_epoch_and_are_written_once(tmp_path):
     names = [entry.get("step", f"epoch {entry.get('epoch')}") for entry in entries]
     assert names == ["epoch 0", 2, 4, "epoch 1", 6, 8]
     path.write_text(whole + '{"step": 10, "lo')
-    file = MetricsFile(tmp_path)
-    file.on_epoch([{"epoch": 0}])  # of the checkpoint, at step 3
+    file = MetricsFile(tmp_path)  # the checkpoint is of step 3
     for step in (4, 6, 8):
         if step == 6:
             file.on_epoch([{"epoch": 0}, {"epoch": 1}])

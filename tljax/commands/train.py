@@ -305,7 +305,8 @@ def train(
     try:
         with (
             run_directory.attempt(workdir, new=not continues),
-            closing(Checkpoints(workdir / "checkpoints", identity)) as checkpoints,
+            closing(metrics),
+            closing(Checkpoints(workdir / "checkpoints", identity, metrics.flush)) as checkpoints,
         ):
             result = fit(
                 pretrained.model,

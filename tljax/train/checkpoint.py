@@ -3,12 +3,13 @@
 A checkpoint holds the training state (trainable parameters, optimizer state, updated statistics)
 as named arrays, which any Orbax reads, their checksums, and the position in the run. Frozen
 variables are identified by their hash. Each process writes and reads its own shards. A damaged
-checkpoint ``3`` is marked by a file ``3.damaged``: it is not read again, and never deleted.
+checkpoint ``3`` is marked by a file ``3.damaged``: it is not read again, and never deleted. An
+unfinished one has a temporary name, or in a bucket no ``commit_success.txt``, and is removed.
 """
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -20,12 +21,13 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from tljax.runtime.errors import RequestError, WriteError
-from tljax.runtime.files import atomic_write
+from tljax.runtime.files import atomic_write, in_bucket
 from tljax.runtime.parallel import gather_json, is_main_process
 from tljax.train.checkpoint_arrays import (
     ArraysHandler,
     Leaves,
     SaveArrays,
+    absolute,
     is_on_mesh,
     read_arrays,
     read_checksums,
@@ -75,12 +77,15 @@ class Checkpoint(NamedTuple):
 class Checkpoints:
     """The last two checkpoints in a folder, so that one is intact if the other is damaged."""
 
-    def __init__(self, folder: Path, identity: str) -> None:
+    def __init__(
+        self, folder: Path, identity: str, before_save: Callable[[], None] = lambda: None
+    ) -> None:
         """Open a folder of checkpoints, or create it.
 
         Args:
             folder: folder that holds nothing but checkpoints.
             identity: identifies what is constant during the run: base weights, data, configuration.
+            before_save: called before a checkpoint is written.
 
         Raises:
             RequestError: the folder cannot be written.
@@ -88,17 +93,20 @@ class Checkpoints:
         # These log progress and unfinished steps, and background errors, which are raised anyway.
         for library in ("absl", "asyncio"):
             logging.getLogger(library).setLevel(logging.CRITICAL)
-        self._identity = identity
+        self._identity, self._before_save = identity, before_save
         self._folder = folder
+        # The packages for buckets have errors of their own.
+        self._errors = (Exception,) if in_bucket(folder) else (OSError,)
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            if not in_bucket(folder):
+                folder.mkdir(parents=True, exist_ok=True)
             damaged = [int(path.stem) for path in self._folder.glob("[0-9]*.damaged")]
             numbers = ocp.utils.checkpoint_steps(self._folder)
             if is_main_process():
                 for unfinished in ocp.utils.tmp_checkpoints(self._folder):
                     unfinished.get().rmtree(missing_ok=True)
-        except OSError as error:
-            raise RequestError(f"{folder}: cannot be written ({error.strerror})") from error
+        except self._errors as error:
+            raise RequestError(f"{folder}: cannot be written ({_reason(error)})") from error
         # The main process decides, as the others may see its files later.
         self._numbers, damaged = gather_json((sorted(numbers), damaged))[0]
         self._damaged = set(damaged)
@@ -123,13 +131,14 @@ class Checkpoints:
             name: leaf if is_on_mesh(leaf) else np.array(leaf)
             for name, leaf in name_leaves(state).items()
         }
+        self._before_save()
         about = {"position": position, "identity": self._identity}
         with self._explained():
             self._writer.wait_until_finished()
             self._remove_old()
             self._numbers.append(max([number, *(before + 1 for before in self._numbers)]))
-            path = epath.Path(self._folder).absolute() / str(self._numbers[-1])
-            self._writer.save(path, args=SaveArrays(about, leaves))
+            path = self._folder / str(self._numbers[-1])
+            self._writer.save(absolute(path), args=SaveArrays(about, leaves))
 
     def restore(self) -> Checkpoint | None:
         """Return the last intact checkpoint, or None if the folder has no checkpoints.
@@ -207,7 +216,12 @@ class Checkpoints:
         """Delete all but the last two intact checkpoints and the damaged ones."""
         for number in [n for n in self._numbers if n not in self._damaged][:-2]:
             if is_main_process():
-                epath.Path(self._folder / str(number)).rmtree(missing_ok=True)
+                path = epath.Path(self._folder / str(number))
+                if in_bucket(
+                    self._folder
+                ):  # first what makes it complete, as a process may be killed
+                    (path / _COMPLETE).unlink(missing_ok=True)
+                path.rmtree(missing_ok=True)
             self._numbers.remove(number)
 
     @contextmanager
@@ -215,11 +229,16 @@ class Checkpoints:
         """Convert an error of a write to a one-line RequestError."""
         try:
             yield
-        except (OSError, ValueError, jax.errors.JaxRuntimeError) as error:
+        except (*self._errors, ValueError, jax.errors.JaxRuntimeError) as error:
+            advice = "check the bucket" if in_bucket(self._folder) else "free disk space"
             raise RequestError(
                 f"{self._folder}: a checkpoint cannot be written ({_reason(error)}); earlier ones "
-                "are kept: free disk space and continue with --resume"
+                f"are kept: {advice} and continue with --resume"
             ) from error
+
+
+_COMPLETE = "commit_success.txt"
+"""File that Orbax writes last in a bucket, whose folders cannot be renamed."""
 
 
 def name_leaves(tree: Any) -> dict[str, Any]:
@@ -248,4 +267,4 @@ def _reason(error: Exception) -> str:
     if isinstance(error, jax.errors.JaxRuntimeError):  # of JAX's coordination service
         return "another process did not come, for minutes"
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return re.split(r" \[\w+='", text)[0].rpartition(": ")[2]
+    return " ".join(re.split(r" \[\w+='", text)[0].rpartition(": ")[2].split())

@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.future import CommitFutureAwaitingContractedSignals, Future
 
-from tljax.runtime.files import sha256
+from tljax.runtime.files import in_bucket, sha256
 from tljax.runtime.parallel import is_main_process
 from tljax.runtime.trees import array_bytes, flatten, unflatten
 
@@ -93,6 +93,11 @@ def together() -> ocp.options.MultiprocessingOptions:
     return ocp.options.MultiprocessingOptions(active_processes=set(range(jax.process_count())))
 
 
+def absolute(folder: Path) -> epath.Path:
+    """Return the absolute path of a checkpoint, which Orbax needs."""
+    return epath.Path(folder if in_bucket(folder) else folder.absolute())
+
+
 def is_on_mesh(leaf: Any) -> bool:
     """Return whether an array is on the devices of all processes, which then save it together."""
     return isinstance(leaf, jax.Array) and (
@@ -123,7 +128,7 @@ def read_arrays(folder: Path, leaves: Mapping[str, Any]) -> dict[str, Any]:
         restore_args=unflatten(how),
         partial_restore=True,
     )
-    return flatten(ArraysHandler().restore(epath.Path(folder).absolute(), args=what))
+    return flatten(ArraysHandler().restore(absolute(folder), args=what))
 
 
 def all_finite(tree: Any) -> bool:

@@ -269,33 +269,37 @@ class MetricsFile:
     """``metrics.jsonl``: one line per epoch, preceded by the lines of its logged steps.
 
     A resumed run overwrites the lines of steps after its checkpoint. In a bucket, where nothing can
-    be appended, the lines of steps are written with that of their epoch.
+    be appended, the whole file is uploaded with the line of an epoch, by `flush` and by `close`.
     """
 
     def __init__(self, workdir: Path) -> None:
-        """Read the lines of steps from an existing file."""
+        """Read the lines of an existing file."""
         self._path = workdir / "metrics.jsonl"
         self._epochs: list[str] = []
         self._steps: list[tuple[int, int, str]] = []  # number of earlier epochs, step, line
-        before = 0
+        self._is_behind = False
         for line in self._path.read_text("utf-8").splitlines() if self._path.exists() else ():
             with suppress(ValueError):  # the last line may be truncated
                 step = json.loads(line).get("step")
-                before += step is None
-                if step is not None:
-                    self._steps.append((before, step, line))
+                if step is None:
+                    self._epochs.append(line)
+                else:
+                    self._steps.append((len(self._epochs), step, line))
 
     def on_step(self, step: int, metrics: dict[str, float]) -> None:
-        """Append a line, and remove those of later steps, which an interrupted process wrote."""
+        """Append a line, and remove what an interrupted process wrote of later steps and epochs."""
         if not is_main_process():
             return
-        earlier = [entry for entry in self._steps if entry[1] < step]
-        rewrite, self._steps = len(earlier) < len(self._steps), earlier
+        later = [entry for entry in self._steps if entry[1] >= step]
+        if later:
+            self._steps = self._steps[: -len(later)]
+            self._epochs = self._epochs[: later[0][0]]
         line = to_json({"step": step, **metrics})
         self._steps.append((len(self._epochs), step, line))
         if in_bucket(self._path):
+            self._is_behind = True
             return
-        if rewrite:
+        if later:
             self._write_all()
             return
         try:
@@ -310,12 +314,23 @@ class MetricsFile:
             self._epochs = [to_json(entry) for entry in history]
             self._write_all()
 
+    def flush(self) -> None:
+        """Upload the lines of steps that a bucket does not have yet."""
+        if self._is_behind:
+            self._write_all()
+
+    def close(self) -> None:
+        """Upload the last lines of steps, if the bucket can be reached."""
+        with suppress(WriteError):  # the run may end because it cannot
+            self.flush()
+
     def _write_all(self) -> None:
         lines = []
         for number, epoch in enumerate(self._epochs):
             lines += [line for before, _, line in self._steps if before == number] + [epoch]
         lines += [line for before, _, line in self._steps if before >= len(self._epochs)]
         _write(self._path, "".join(f"{line}\n" for line in lines).encode())
+        self._is_behind = False
 
 
 def skipped_rows(source: Source, skipped: dict[int, str]) -> list[tuple[str, str]]:
