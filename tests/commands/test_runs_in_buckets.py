@@ -1,20 +1,22 @@
-"""A run directory in a bucket, for which a local folder stands, without renames and appends."""
+"""Runs and weights in buckets: files against a local folder, commands against an emulator."""
 
 import json
-import shutil
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from fake_bucket import needs_gcsfs, serve_bucket
 from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.registry import known_implementations
+from networks import random_pretrained
 from test_extension import options
 from test_scripts import call_script
 
+from tljax.pretrained import load_pretrained, save
 from tljax.runtime.errors import RequestError
 from tljax.runtime.files import atomic_write, in_bucket, locked, open_path
-from tljax.train import checkpoint
+from tljax.runtime.trees import tree_digest
 from tljax.train.run_directory import MetricsFile
 
 
@@ -81,50 +83,76 @@ def test_a_bucket_that_cannot_be_opened_is_one_line(monkeypatch):
     with pytest.raises(RequestError, match="ftp://: choose a local folder, or one in a bucket"):
         open_path(Path("ftp://b/run"))
     monkeypatch.setitem(known_implementations, "gcs", {"class": "no.such", "err": "Install gcsfs"})
-    with pytest.raises(RequestError, match=r"^gs://b/run cannot be opened: Install gcsfs$"):
+    line = r'^gs://b/run needs gcsfs: pip install "tljax\[gcs\]"$'
+    with pytest.raises(RequestError, match=line):
         open_path(Path("gs://b/run"))
 
 
-def test_the_lines_of_steps_are_uploaded_with_that_of_their_epoch(bucket):
+def test_the_lines_of_steps_are_uploaded_with_that_of_their_epoch_or_at_the_end(bucket):
     metrics = MetricsFile(open_path("gs://b/run"))
     for step in (1, 2):
         metrics.on_step(step, {"loss": 0.5})
     assert Bucket.uploads == []
     metrics.on_epoch([{"epoch": 0}])
+    metrics.on_step(3, {"loss": 0.5})
     lines = (bucket / "run" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == [
-        {"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.5}, {"epoch": 0},
-    ]  # fmt: skip
+    expected = [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.5}, {"epoch": 0}]
+    assert [json.loads(line) for line in lines] == expected
+    metrics.close()
+    lines = (bucket / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [*expected, {"step": 3, "loss": 0.5}]
+
+
+# gcsfs gives aiohttp whole files.
+LARGE = pytest.mark.filterwarnings("ignore:Sending a large body directly:ResourceWarning")
+
+
+@pytest.fixture(name="storage", scope="module")
+def _storage():
+    with serve_bucket() as storage:
+        yield storage
 
 
 @pytest.mark.slow
-def test_a_run_in_a_bucket_has_the_bytes_of_a_local_one(bucket, tmp_path, monkeypatch):
-    """Its checkpoints are in the folder: TensorStore has a client of its own for gs://."""
-
-    class Local(checkpoint.Checkpoints):
-        def __init__(self, folder, identity):
-            place = Path(Bucket.root, Bucket._strip_protocol(folder))
-            super().__init__(place if in_bucket(folder) else folder, identity)
-
-    monkeypatch.setattr("tljax.train.checkpoint.Checkpoints", Local)
+@needs_gcsfs
+@LARGE
+def test_a_run_in_a_bucket_has_the_bytes_of_a_local_one_and_can_be_used_like_it(storage, tmp_path):
     train = options(tmp_path)
-    for workdir in (tmp_path / "run", "gs://b/run"):
+    for workdir in (tmp_path / "run", "gs://bucket/run"):
         done = call_script(tmp_path, *train, "--workdir", workdir)
         assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1])["workdir"] == "gs://b/run"
-    names = ("best/model.safetensors", "metrics.jsonl", "split.csv", "classes.json", "skipped.csv")
+    assert json.loads(done.stdout.splitlines()[-1])["workdir"] == "gs://bucket/run"
+    local = {path.relative_to(tmp_path / "run") for path in (tmp_path / "run").rglob("*.*")}
+    for name in map(str, local):
+        if not name.startswith(("checkpoints", "config", "report", "README")):
+            content = storage.objects[f"run/{name}"].content
+            assert content == (tmp_path / "run" / name).read_bytes(), name
+        elif not name.startswith("checkpoints"):
+            assert len(storage.objects[f"run/{name}"].content) > 100
+    for command in ("evaluate", "attack --steps 2"):
+        name, *rest = command.split()
+        said = [
+            call_script(tmp_path, name, *rest, *where)
+            for where in (["--workdir", tmp_path / "run"], ["--workdir", "gs://bucket/run"])
+        ]
+        assert [done.returncode for done in said] == [0, 0], said[1].stderr
+    assert "run/eval/report.html" in storage.objects
 
-    def contents(folder):
-        return {name: (folder / name).read_bytes() for name in names}
 
-    assert contents(bucket / "run") == contents(tmp_path / "run")
-    for name in ("config.json", "report.html", "README.md"):
-        assert (bucket / "run" / name).stat().st_size > 100
-    # The same command goes on from the checkpoint of the first epoch.
-    numbers = sorted(int(path.name) for path in (bucket / "run" / "checkpoints").iterdir())
-    shutil.rmtree(bucket / "run" / "checkpoints" / str(numbers[-1]))
-    shutil.rmtree(bucket / "run" / "best")
-    done = call_script(tmp_path, *train, "--workdir", "gs://b/run")
-    assert done.returncode == 0, done.stderr
-    assert "note: the run in gs://b/run is continued" in done.stderr
-    assert contents(bucket / "run") == contents(tmp_path / "run")
+@pytest.mark.slow
+@needs_gcsfs
+@LARGE
+def test_weights_in_a_bucket_are_downloaded_once_for_each_version(storage, tmp_path, monkeypatch):
+    monkeypatch.setenv("TLJAX_CACHE", str(tmp_path))
+    first, second = (random_pretrained("mobilenetv2_050", n) for n in (5, 7))
+    for place in ("net.safetensors", "exported/model.safetensors", "done/best/model.safetensors"):
+        url = "gs://bucket/" + place.removesuffix("/model.safetensors").removesuffix("/best")
+        for network in (first, second):
+            save(open_path(f"gs://bucket/{place}"), network)
+            for _ in range(2):
+                loaded = load_pretrained(url)
+                assert tree_digest(loaded.variables) == tree_digest(network.variables)
+        assert storage.downloads.count(place) == 2
+    for url in ("gs://bucket/missing.pth", "gs://nowhere/net.safetensors"):
+        with pytest.raises(RequestError, match=rf"^{url} does not exist$"):
+            load_pretrained(url)

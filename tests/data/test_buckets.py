@@ -131,7 +131,10 @@ def test_a_missing_bucket_is_one_line(bucket, spec, message):
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (ImportError("Please install gcsfs to access Google Storage"), "Please install gcsfs"),
+        (
+            ImportError("Please install gcsfs to access Google Storage"),
+            r"needs gcsfs: pip install \"tljax\[gcs\]\"$",
+        ),
         (PermissionError("Anonymous caller\nmore"), "Anonymous caller; check .* credentials"),
     ],
 )

@@ -22,7 +22,7 @@ import tyro
 
 from tljax.data.options import LabelOptions, Loading
 from tljax.runtime.errors import DivergenceError, RequestError, StoppedError, VerificationError
-from tljax.runtime.files import read_config, to_json
+from tljax.runtime.files import open_path, read_config, to_json
 from tljax.runtime.process import configure
 from tljax.runtime.ranges import Amount, Checked, Count, Pixels, Range, Seed
 from tljax.runtime.settings import (
@@ -70,7 +70,8 @@ class Output(Checked):
 
     def completed(self) -> Self:
         """Return these options with those filled in that the others refer to."""
-        return self
+        workdir = getattr(self, "workdir", None)
+        return replace(self, workdir=open_path(workdir)) if workdir else self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +104,7 @@ class Extended(Output):
         try:
             return load_pretrained(weights, modules=self.hooks().get("modules"), **options)
         except RequestError as error:
-            run = Path(weights)
+            run = open_path(weights)
             file = read_config(run).get("extension") if (run / "config.json").exists() else None
             if self.extension or not file or "--extension" not in str(error):
                 raise
@@ -118,7 +119,8 @@ class Network(Extended):
     """Options of the network and its input.
 
     Attributes:
-        weights: Pretrained weights: a catalog name, hub id, file, saved folder or run directory.
+        weights: Pretrained weights: a catalog name, hub id, file, saved folder or run directory,
+            also in a bucket (gs://).
         model: Architecture that the weights must have; by default it is read from the weights.
         normalization: Normalization of the input that a bare weights file expects, by its name in
             keras.applications, or clip for CLIP's; by default the usual one of the architecture and
@@ -311,7 +313,7 @@ def labels_of(
     from tljax.data.shards import is_shards
     from tljax.train.run_directory import label_options
 
-    run = Path(weights)
+    run = open_path(weights)
     has_columns = data is not None and (
         is_shards(data) or not (is_packed(data) or expand_path(data).is_dir())
     )

@@ -29,7 +29,8 @@ class Source(cli.Extended):
     """Options of the weights to read.
 
     Attributes:
-        weights: Weights to read: a catalog name, hub id, file, saved folder or run directory.
+        weights: Weights to read: a catalog name, hub id, file, saved folder or run directory, also
+            in a bucket (gs://).
         model: Architecture that the weights must have; by default it is read from the weights.
     """
 

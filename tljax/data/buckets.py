@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from tljax.runtime.errors import RequestError, UnreadableImageError, first_line
+from tljax.runtime.files import object_version
+from tljax.runtime.packages import BUCKETS, install_command
 
 
 class BucketFile(NamedTuple):
@@ -40,7 +42,7 @@ def list_bucket(url: str) -> list[BucketFile]:
             BucketFile(
                 name if "://" in name else f"{scheme}://{name.lstrip('/')}",
                 info["size"],
-                _version(info),
+                object_version(info),
             )
             for name, info in sorted(found.items())
             if info["type"] == "file"
@@ -70,17 +72,14 @@ def _locate(url: str) -> tuple[Any, str]:
     return url_to_fs(url)
 
 
-def _version(info: dict[str, Any]) -> str:
-    keys = ("etag", "ETag", "md5Hash", "generation", "mtime", "LastModified", "updated", "created")
-    return next((str(info[key]) for key in keys if info.get(key)), "")
-
-
 @contextmanager
 def _explained(url: str) -> Iterator[None]:
     """Convert any exception of a package to a one-line RequestError."""
     try:
         yield
-    except ImportError as error:  # for example: Please install gcsfs to access Google Storage
+    except ImportError as error:
+        if package := BUCKETS.get(url.partition(":")[0]):
+            raise RequestError(f"{url} needs {package}: {install_command(package)}") from error
         raise RequestError(f"{url} cannot be opened: {first_line(error)}") from error
     except Exception as error:
         advice = "check the address, the connection and the credentials"

@@ -14,12 +14,14 @@ import numpy as np
 from tljax.models import MODELS, Model, abstract_variables
 from tljax.models.adapters import A, B, factor_shapes, merge_lora
 from tljax.models.spec import Modules, from_json, is_number, to_json
+from tljax.pretrained.fetch import fetch_object
 from tljax.pretrained.formats import Tensors, read_tensors, write_safetensors
 from tljax.pretrained.load import ADAPTER, load_pretrained
 from tljax.pretrained.native import card_json, read_card, task_fault
 from tljax.pretrained.network import Card, Pretrained
 from tljax.pretrained.rules import apply_rules, native_rules
 from tljax.runtime.errors import RequestError
+from tljax.runtime.files import in_bucket, open_path
 from tljax.runtime.trees import flatten, tree_digest, unflatten
 from tljax.runtime.types import Variables
 
@@ -121,10 +123,10 @@ def load_adapter(
         RequestError: the file is damaged or no adapter, or its base cannot be loaded or has changed
             since.
     """
-    path = Path(path)
+    path = open_path(path)
     if (path / "best" / "adapter.safetensors").exists():
         path = path / "best" / "adapter.safetensors"
-    tensors = read_tensors(path)
+    tensors = read_tensors(fetch_object(path) if in_bucket(path) else path)
     if ADAPTER not in tensors.metadata:
         raise RequestError(f"{path} is no adapter of tljax: load it by load_pretrained")
     return read_adapter(path, tensors, base, modules)

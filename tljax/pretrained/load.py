@@ -15,7 +15,7 @@ from tljax.models import MODELS, Model, abstract_variables, build_model, with_he
 from tljax.models.spec import Modules
 from tljax.pretrained.catalog import CATALOG, Entry, catalog_name, default_classes, default_names
 from tljax.pretrained.configs import read_architecture, read_configs
-from tljax.pretrained.fetch import fetch, fetch_hub, fetch_url
+from tljax.pretrained.fetch import fetch, fetch_hub, fetch_object, fetch_url
 from tljax.pretrained.formats import digest, read_tensors
 from tljax.pretrained.identify import Identity, identify
 from tljax.pretrained.keras_graph import read_graph
@@ -26,6 +26,7 @@ from tljax.pretrained.tables.keras import read_normalization, with_normalization
 from tljax.pretrained.tables.layouts import LAYOUTS, table
 from tljax.pretrained.unwrap import check
 from tljax.runtime.errors import RequestError
+from tljax.runtime.files import in_bucket, open_path
 from tljax.runtime.preprocess import NORMALIZATIONS
 from tljax.runtime.settings import Kind
 from tljax.runtime.task import CLASSIFICATION, Task
@@ -46,8 +47,9 @@ def load_pretrained(
             ``torchvision:resnet50``); a Hugging Face hub id (``microsoft/resnet-50``,
             ``timm/resnet50.tv_in1k``); a file or its URL (safetensors, ``.pth``, ``.npz``,
             ``.h5``, ``.keras``; also xz-compressed); a folder written by ``save_pretrained`` of
-            transformers or timm; or a run directory of ``tljax train``. The base of an adapter is
-            loaded from where it was and merged with it, see `tljax.load_adapter`.
+            transformers or timm; or a run directory of ``tljax train``. Files and folders may be in
+            a bucket (``gs://``). The base of an adapter is loaded from where it was and merged with
+            it, see `tljax.load_adapter`.
         model: required architecture, a key of `MODELS`; None detects it. It is needed for a single
             file whose tensors fit two networks. (A timm ResNet with blurred or averaged strides,
             such as resnetblur50 and resnetaa50, has the same tensors as tljax's and can be told
@@ -143,11 +145,14 @@ def _find(weights: str | Path, model: str | None, modules: Modules | None) -> _F
         return _load_catalog(entry, CATALOG[entry], model)
     if name.startswith(("https://", "http://")):
         return _load_file(fetch_url(name), name, model, modules)
-    path = Path(weights)
+    path = open_path(weights)
+    name = str(path) if in_bucket(path) else name
     if path.is_dir():
         return _load_folder(path, name, model, modules)
     if path.exists():
         return _load_file(path, name, model, modules)
+    if in_bucket(path):
+        raise RequestError(f"{path} does not exist")
     in_folder = path.parent.name and path.parent.is_dir()
     if in_folder or name[:1] in (".", "~") or path.parent.name == "runs":  # not a hub id
         near = get_close_matches(path.name, [x.name for x in path.parent.glob("*")], n=1)
@@ -155,12 +160,16 @@ def _find(weights: str | Path, model: str | None, modules: Modules | None) -> _F
         raise RequestError(f"{name} does not exist{hint}")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and path.suffix not in (".safetensors", ".pth"):
         return _load_folder(fetch_hub(name), name, model, modules)
-    hint = "`tljax weights list` prints the known names"
+    raise RequestError(f"no weights are called '{name}' and no such file exists; {_hint(name)}")
+
+
+def _hint(name: str) -> str:
+    """Return where a name of weights may be found that nothing is called by."""
     if name.lower().startswith("keras:"):  # few and similar names: list them all
-        hint = f"known names: {', '.join(key for key in CATALOG if key.startswith('keras:'))}"
-    elif near := get_close_matches(name, CATALOG, n=1, cutoff=0.5):
-        hint = f"did you mean {near[0]}?"
-    raise RequestError(f"no weights are called '{name}' and no such file exists; {hint}")
+        return f"known names: {', '.join(key for key in CATALOG if key.startswith('keras:'))}"
+    if near := get_close_matches(name, CATALOG, n=1, cutoff=0.5):
+        return f"did you mean {near[0]}?"
+    return "`tljax weights list` prints the known names"
 
 
 def _with_task(found: _Found, kind: Kind | None) -> Pretrained:
@@ -248,7 +257,8 @@ ADAPTER = "tljax_adapter"
 
 
 def _load_file(path: Path, name: str, model: str | None, modules: Modules | None = None) -> _Found:
-    tensors = read_tensors(path)
+    local = fetch_object(path) if in_bucket(path) else path
+    tensors = read_tensors(local)
     if ADAPTER in tensors.metadata:
         # Adapters are above this module, because their base is loaded by it.
         from tljax.pretrained.adapters import read_adapter  # noqa: PLC0415
@@ -280,7 +290,7 @@ def _load_file(path: Path, name: str, model: str | None, modules: Modules | None
         )
         notes = (*notes, note)
     classes = default_names(built.num_classes, kinds[0])
-    card = Card(classes, name, "unknown", digest(path, "sha256"), identity.layout, notes)
+    card = Card(classes, name, "unknown", digest(local, "sha256"), identity.layout, notes)
     return _Found(
         Pretrained(built, variables, replace(card, task=Task(kinds[0]))), has_preprocess, kinds
     )

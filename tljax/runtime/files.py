@@ -5,6 +5,7 @@ import errno
 import glob
 import hashlib
 import json
+import logging
 import math
 import os
 import time
@@ -15,6 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 from tljax.runtime.errors import RequestError, WriteError, first_line
+from tljax.runtime.packages import BUCKETS, install_command
 
 
 def cache_dir() -> Path:
@@ -49,15 +51,23 @@ def open_path(path: str | os.PathLike[str]) -> Path:
     scheme, sign, rest = os.fspath(path).partition(":/")
     if not sign or not scheme.isalnum():
         return Path(path)
-    if scheme not in ("gs", "s3"):
+    if scheme not in BUCKETS:
         raise RequestError(
             f"{scheme}://: choose a local folder, or one in a bucket: gs:// or s3://"
         )
     from etils import epath  # noqa: PLC0415 - for buckets only
+    from fsspec.config import conf  # noqa: PLC0415
 
+    # Other processes and Orbax write to the bucket, too, so that a list is old at once.
+    for protocol in ("gs", "gcs", "s3"):
+        conf.setdefault(protocol, {}).setdefault("use_listings_cache", False)
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs errors that it raises
     opened = epath.Path(f"{scheme}://{rest.lstrip('/')}")
     try:
         opened.exists()
+    except ImportError as error:
+        package = BUCKETS[scheme]
+        raise RequestError(f"{opened} needs {package}: {install_command(package)}") from error
     except Exception as error:  # each package has errors of its own
         raise RequestError(f"{opened} cannot be opened: {first_line(error)}") from error
     return cast("Path", opened)
@@ -66,6 +76,16 @@ def open_path(path: str | os.PathLike[str]) -> Path:
 def in_bucket(path: Path) -> bool:
     """Return whether a path from `open_path`, or below one, is in a bucket."""
     return "://" in os.fspath(path)
+
+
+def object_version(info: Mapping[str, Any]) -> str:
+    """Return text that changes with the content of an object in a bucket.
+
+    Args:
+        info: what fsspec says about the object.
+    """
+    keys = ("etag", "ETag", "md5Hash", "generation", "mtime", "LastModified", "updated", "created")
+    return next((str(info[key]) for key in keys if info.get(key)), "")
 
 
 MARKER = ".tljax"

@@ -1,6 +1,7 @@
 """Optional packages, and the extras of tljax that install them."""
 
 EXTRAS = {
+    "gcsfs": "gcs",
     "datasets": "hf",
     "pyarrow": "hf",
     "tensorflow-datasets": "tfds",
@@ -12,6 +13,9 @@ EXTRAS = {
     "jax-cuda12-plugin": "rehearse",
 }
 """Names of optional distributions -> the extra that installs them."""
+
+BUCKETS = {"gs": "gcsfs", "s3": "s3fs"}
+"""Schemes of buckets -> the packages that fsspec reads them with."""
 
 
 def install_command(package: str) -> str:
