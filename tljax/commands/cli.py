@@ -69,7 +69,10 @@ class Output(Checked):
     conditions: ClassVar[Conditions] = ()
 
     def completed(self) -> Self:
-        """Return these options with those filled in that the others refer to."""
+        """Return these options with those filled in that the others refer to.
+
+        A run directory may then be in a bucket.
+        """
         workdir = getattr(self, "workdir", None)
         return replace(self, workdir=open_path(workdir)) if workdir else self
 
