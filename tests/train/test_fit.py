@@ -17,6 +17,7 @@ from flax import linen as nn
 
 import tljax.train.feed as feed_module
 import tljax.train.fit as fit_module
+import tljax.train.inputs as inputs_module
 import tljax.train.setup as train_setup
 from tljax.data.loader import batch_rows
 from tljax.data.options import AugmentConfig, Loading
@@ -106,6 +107,23 @@ def test_a_bfloat16_cache_is_a_close_approximation(feature_cache):
         near = train(config(freeze_to="stem", cache=cache, cache_dtype="bfloat16"))
         np.testing.assert_allclose(losses(near), losses(exact), rtol=2e-2)
         assert losses(near) != losses(exact)
+
+
+@pytest.mark.slow
+def test_activations_that_are_computed_in_bfloat16_are_cached_in_it(monkeypatch):
+    network = replace(tiny.MODEL, dtype="bfloat16")
+    options = config(freeze_to="stem", cache="memory")
+
+    def history():
+        return fit_module.fit(
+            network, tiny.random_variables(), splits(), options, loading=LOADING
+        ).history
+
+    assert inputs_module.cached_dtype(network, options, "layer1") == "bfloat16"
+    assert inputs_module.cached_dtype(network, options, "head") == "float32"  # pooled in float32
+    cached = history()
+    monkeypatch.setattr(inputs_module, "cached_dtype", lambda *_: "float32")
+    assert history() == cached
 
 
 class KilledError(Exception):

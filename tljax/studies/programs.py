@@ -32,7 +32,7 @@ from tljax.studies.robustness import is_ensemble, logits_fn
 from tljax.train.adversary import trace_robust_logits
 from tljax.train.feed import Rows, repeated, steps_at_most
 from tljax.train.freeze import first_trainable_stage, join, split
-from tljax.train.inputs import Inputs, cache_bytes, cache_location
+from tljax.train.inputs import Inputs, cache_bytes, cache_location, cached_dtype
 from tljax.train.recipes import Phase
 from tljax.train.setup import Run, phase_optimizer, phase_state, phase_step, phase_variables
 from tljax.train.step import TrainState
@@ -180,9 +180,8 @@ def training_programs(run: Run, batch_size: int) -> list[Program]:
         if cached:
             size = cache_bytes(model, run.splits, run.config, start) / 2**20
             name = f"activations that enter {start}, cached in {place}, {size:,.0f} MiB"
-            programs.append(
-                forward(name, stop=start, dtype=run.config.cache_dtype, loader=val_loader)
-            )
+            dtype = cached_dtype(model, run.config, start)
+            programs.append(forward(name, stop=start, dtype=dtype, loader=val_loader))
         programs += _step_programs(run, phase, inputs, cached, batch_size)
         if cached:
             programs.append(forward(f"validation from {start}", start=cached))
@@ -219,12 +218,13 @@ def _step_programs(
     else:
         state, frozen = replicated(described, mesh)
     keys = replicated((epoch_key(0, 0), jax.random.key(0)), mesh)
-    loader = None if start else partial(inputs.batches, model, epoch=1)
-    if loader is not None:
+    loader = None
+    if start is None:
+        loader = partial(inputs.batches, model, epoch=1)
         example = next(loader())  # may hold whole photographs and the boxes to crop
     else:
         entered = abstract_activations(model, run.variables, start)
-        entered = entered.update(dtype=np.dtype(jax.numpy.dtype(config.cache_dtype)))
+        entered = entered.update(dtype=jax.numpy.dtype(cached_dtype(model, config, start)))
         example = _one_row(run.splits.train, entered)
 
     def trace(batch: int) -> jax.stages.Traced:

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Shaped
 
@@ -25,10 +26,11 @@ from tljax.features.extract import (
     process_shard,
     run_from_stage,
 )
-from tljax.models import Model
+from tljax.models import Model, abstract_activations, abstract_variables
 from tljax.runtime.errors import RequestError, WriteError
 from tljax.runtime.free_memory import free_memory
 from tljax.runtime.parallel import data_mesh, gather_json
+from tljax.runtime.settings import Dtype
 from tljax.runtime.types import Batch, Variables
 from tljax.train.options import FitConfig
 
@@ -223,7 +225,7 @@ def open_inputs(
             loading,
             stop=start,
             cache=place == "disk",
-            dtype=config.cache_dtype,
+            dtype=cached_dtype(model, config, start),
             view=view,
             description=f"{part} up to {start}",
         )
@@ -266,7 +268,13 @@ def cache_bytes(model: Model, splits: Splits, config: FitConfig, start: str) -> 
     """Return the bytes of the activations that enter ``start``, of all views and images."""
     views = config.cache_views if config.augment else 1
     count = len(splits.train) * views + len(splits.val)
-    return feature_bytes(model, count, start, config.cache_dtype)
+    return feature_bytes(model, count, start, cached_dtype(model, config, start))
+
+
+def cached_dtype(model: Model, config: FitConfig, start: str) -> Dtype:
+    """Return the dtype of the cached activations: bfloat16 also where they are computed in it."""
+    computed = abstract_activations(model, abstract_variables(model), start).dtype
+    return "bfloat16" if computed == jnp.bfloat16 else config.cache_dtype
 
 
 def cache_location(model: Model, splits: Splits, config: FitConfig, start: str) -> Place:

@@ -148,7 +148,8 @@ class FitConfig(Checked):
         cache: Place for the activations that enter the first trainable stage, which are computed
             once instead of in every epoch. auto uses memory, or else the disk, if they fit.
             TLJAX_FEATURE_CACHE_GIB limits all files on the disk, by default to 50 GiB.
-        cache_dtype: Dtype of cached activations; bfloat16 halves their size and is approximate.
+        cache_dtype: Dtype of cached activations; bfloat16 halves their size and is approximate,
+            unless they are computed in it, with --precision bfloat16, and so are cached in it.
         cache_views: Number of random views of each image that are cached and used one after
             another, with --augment; approximate. 0 caches none and draws a new view in every epoch.
         augment: Augment training images by random crops and flips, and by the augmentation options.
