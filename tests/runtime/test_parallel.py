@@ -252,6 +252,31 @@ def test_fsdp_divides_parameters_and_optimizer_state_and_takes_the_same_steps(tm
     assert [run["gathers"] for run in (divided, remat)] == [5, 6]
 
 
+HOLDINGS = """
+import json
+import jax
+jax.config.update("jax_disable_most_optimizations", True)
+import engine
+import tljax.train.feed as feed
+
+runs = {}
+for where in ("host", "divided", "whole"):
+    feed.holding = lambda *_, where=where: where
+    result = engine.train(engine.config(freeze_to="layer1", epochs=4, optimizer="sgd", rate=0.1))
+    losses = [entry["train_loss"] for entry in result.history[1:]]
+    runs[where] = {"losses": losses, "logits": result.logits.values.tolist()}
+print(json.dumps(runs))
+"""
+
+
+@pytest.mark.slow
+def test_activations_that_devices_hold_give_the_steps_of_those_from_the_host(tmp_path):
+    ((runs,),) = finish(start(HOLDINGS, tmp_path, devices=8))
+    for where in ("divided", "whole"):
+        np.testing.assert_allclose(runs[where]["losses"], runs["host"]["losses"], rtol=1e-6)
+        np.testing.assert_allclose(runs[where]["logits"], runs["host"]["logits"], rtol=1e-5)
+
+
 FSDP_RUNS = """
 import json, os, sys
 from dataclasses import replace

@@ -39,6 +39,6 @@ def test_a_rehearsed_step_is_the_step_of_the_run(
     config, data = engine.config(epochs=1, **options), engine.splits(8, broken=(), val_broken=())
     engine.train(config, data)
     run = plan_run(tiny.MODEL, tiny.random_variables(), data, config, engine.LOADING)
-    programs = {program.name: program for program in training_programs(run, 4)}
+    programs = {program.name: program for program in training_programs(run, 4, 2**30)}
     assert name in programs
     assert {programs[name].trace(4).lower().as_text()} == executed

@@ -243,7 +243,7 @@ def test_several_steps_in_one_dispatch_give_the_result_of_single_steps(fed, monk
     actual = {}
     for steps in (1, 2):
         fed.clear()
-        monkeypatch.setattr(feed_module, "_steps_per_dispatch", lambda *_, steps=steps: steps)
+        monkeypatch.setattr(feed_module, "steps_at_most", lambda *_, steps=steps: steps)
         logged = {}
         result = train(HEAD, on_step=lambda step, metrics, log=logged: log.update({step: metrics}))
         logged = [(step, metrics["loss"]) for step, metrics in logged.items()]
@@ -257,7 +257,7 @@ def test_several_steps_in_one_dispatch_give_the_result_of_single_steps(fed, monk
 
 @pytest.mark.slow
 def test_a_run_that_stops_between_two_dispatches_continues_equally(tmp_path, monkeypatch):
-    monkeypatch.setattr(feed_module, "_steps_per_dispatch", lambda *_: 2)
+    monkeypatch.setattr(feed_module, "steps_at_most", lambda *_: 2)
     expected = everything(train(HEAD, folder=tmp_path / "whole"), tmp_path / "whole")
     for dispatches in (1, 2, 1):
         with pytest.raises(StoppedError):

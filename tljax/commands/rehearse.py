@@ -97,7 +97,8 @@ class Train(Target, train.Config):
         hooks = self.training_hooks(pretrained, splits)
         loading = replace(self.loading, devices=None)
         run = plan_run(*pretrained[:2], splits, self.fit, loading, self.seed, mesh=mesh, **hooks)
-        return training_programs(run, run.loading.batch_size)
+        memory = parse_machine(self.on).usable_memory
+        return training_programs(run, run.loading.batch_size, memory)
 
 
 @dataclass(frozen=True, kw_only=True)

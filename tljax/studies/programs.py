@@ -30,7 +30,7 @@ from tljax.runtime.types import Batch, Variables
 from tljax.studies.rehearse import Program
 from tljax.studies.robustness import is_ensemble, logits_fn
 from tljax.train.adversary import trace_robust_logits
-from tljax.train.feed import Rows, repeated, steps_at_most
+from tljax.train.feed import Rows, holding, repeated, steps_at_most
 from tljax.train.freeze import first_trainable_stage, join, split
 from tljax.train.inputs import Inputs, cache_bytes, cache_location, cached_dtype
 from tljax.train.recipes import Phase
@@ -150,7 +150,7 @@ def attack_programs(
     ]
 
 
-def training_programs(run: Run, batch_size: int) -> list[Program]:
+def training_programs(run: Run, batch_size: int, memory: float) -> list[Program]:
     """Return the programs of a run of training.
 
     They are those of the probe that a recipe starts with; for each phase the computation of the
@@ -160,6 +160,7 @@ def training_programs(run: Run, batch_size: int) -> list[Program]:
     Args:
         run: the run, on the mesh of the machine; see `tljax.train.setup.plan_run`.
         batch_size: number of images of a step over all devices; rounded up to a multiple.
+        memory: bytes of memory of a device.
     """
     model, mesh = run.model, run.mesh
     variables = _validated(run)
@@ -182,7 +183,7 @@ def training_programs(run: Run, batch_size: int) -> list[Program]:
             name = f"activations that enter {start}, cached in {place}, {size:,.0f} MiB"
             dtype = cached_dtype(model, run.config, start)
             programs.append(forward(name, stop=start, dtype=dtype, loader=val_loader))
-        programs += _step_programs(run, phase, inputs, cached, batch_size)
+        programs += _step_programs(run, phase, inputs, cached, batch_size, memory)
         if cached:
             programs.append(forward(f"validation from {start}", start=cached))
         elif not any(program.name == "validation" for program in programs):
@@ -201,7 +202,7 @@ def _validated(run: Run) -> Variables:
 
 
 def _step_programs(
-    run: Run, phase: Phase, inputs: Inputs, start: str | None, batch_size: int
+    run: Run, phase: Phase, inputs: Inputs, start: str | None, batch_size: int, memory: float
 ) -> list[Program]:
     """Return the training step of a phase, and several steps in one dispatch if a run has them."""
     model, mesh, config = run.model, run.mesh, run.config
@@ -236,25 +237,25 @@ def _step_programs(
     name += f", from cached activations at {start}" if start else ""
     one = Program(name, trace, size, multiple, cast("Dtype", model.dtype), loader)
     steps = steps_at_most(run, start)
-    if steps == 1:
+    size = example.inputs.size * example.inputs.dtype.itemsize * len(run.splits.train)
+    where = holding(size, mesh.size, memory)
+    if steps == 1 or where == "host":
         return [one]
-    loop: Any = repeated(step, steps, mesh)
-    held = round_up_to_devices(len(run.splits.train), mesh)
-    values = divided(with_rows(example.inputs, held), mesh)
-    count = replicated(jax.ShapeDtypeStruct((), np.int32), mesh)
+    loop: Any = repeated(step, steps, mesh, where)
+    values = replicated(with_rows(example.inputs, len(run.splits.train)), mesh)
+    if where == "divided":
+        values = divided(with_rows(values, round_up_to_devices(len(values), mesh)), mesh)
+    num_steps = replicated(jax.ShapeDtypeStruct((), np.int32), mesh)
 
     def trace_loop(batch: int) -> jax.stages.Traced:
         rows = with_rows(example._replace(inputs=jax.ShapeDtypeStruct((1,), np.int32)), batch)
         rows = jax.tree.map(lambda x: x.update(shape=(steps, *x.shape)), rows)
         sharding = NamedSharding(mesh, PartitionSpec(None, "data"))
         rows = _placed(rows, lambda _: sharding)
-        return loop.trace(state, frozen, Rows(values, rows, count), keys)
+        return loop.trace(state, frozen, Rows(values, rows, num_steps), keys)
 
-    megabytes = values.size * values.dtype.itemsize / mesh.size / 2**20
-    note = (
-        f"the program of a run if half of the free memory holds {megabytes:,.0f} MiB of "
-        "activations; speed and collectives are those of one step"
-    )
+    part = "all" if where == "whole" else "a part of the"
+    note = f"each chip holds {part} activations; speed and collectives are those of one step"
     name += f", {steps} in one dispatch"
     return [one, replace(one, name=name, trace=trace_loop, note=note)]
 

@@ -2,11 +2,11 @@
 
 A step that takes less time than starting it leaves the devices idle. Where cached activations fit
 on the devices, a loop there takes several steps in one dispatch, and selects the rows of each batch
-itself.
+itself. Every device holds all activations if they fit, and otherwise a part of them.
 """
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +16,25 @@ from jaxtyping import Int32, Shaped
 
 from tljax.features.extract import Outputs
 from tljax.runtime.free_memory import free_device_memory
-from tljax.runtime.parallel import gather_json, replicate, round_up_to_devices, shard
+from tljax.runtime.parallel import (
+    gather_json,
+    pad_rows,
+    replicate,
+    round_up_to_devices,
+    shard,
+)
 from tljax.runtime.types import Batch, Variables
 from tljax.train.inputs import Inputs
 from tljax.train.setup import Run
 from tljax.train.step import Keys, StepMetrics, TrainState, TrainStep
 
 _HEAD_STEPS, _SUFFIX_STEPS = 32, 8  # in one dispatch
+_FEW = (
+    8  # devices; each of them computes with the rows of all batches where activations are divided
+)
+
+Holding = Literal["whole", "divided", "host"]
+"""Whether every device holds all activations or a part of them, or the host does."""
 
 
 class Fed(NamedTuple):
@@ -43,7 +55,7 @@ class Rows(NamedTuple):
     """Several batches of activations that lie on the devices.
 
     Attributes:
-        values: ``[rows, ...]`` activations of all training images, divided over the devices.
+        values: ``[rows, ...]`` activations of all training images, whole or divided.
         batches: leaves ``[steps, batch, ...]``; the inputs are row numbers of ``values``.
         num_steps: number of steps to take, at most ``steps``.
     """
@@ -65,8 +77,8 @@ class Feed:
     def __init__(self, run: Run, inputs: Inputs, step: TrainStep) -> None:
         """Choose the number of steps.
 
-        It is more than 1 for cached activations that take up to half of the free memory of the
-        devices. On a CPU, only the steps of a head are so short that it matters.
+        It is more than 1 for cached activations that the devices hold, see `holding`. On a CPU,
+        only the steps of a head are so short that it matters.
 
         Args:
             run: everything that is constant during the run.
@@ -75,8 +87,9 @@ class Feed:
         """
         self._run, self._inputs = run, inputs
         self._values: tuple[Outputs, jax.Array] | None = None
-        self.steps = _steps_per_dispatch(run, inputs)
-        self.step = step if self.steps == 1 else repeated(step, self.steps, run.mesh)
+        self.steps, where = _plan_dispatch(run, inputs)
+        self.step = step if where == "host" else repeated(step, self.steps, run.mesh, where)
+        self._holding: Holding = where
 
     def batches(self, epoch: int, first: int) -> Iterator[Fed]:
         """Yield the batches of an epoch.
@@ -92,7 +105,7 @@ class Feed:
             return
         view, rows = self._inputs.rows(epoch)
         if self._values is None or self._values[0] is not view:
-            self._values = view, _divide(view.values, mesh)
+            self._values = view, _place(view.values, mesh, self._holding)
         for start in range(first, len(rows), self.steps):
             part = rows[start : start + self.steps]
             batches = self._inputs.row_batches(view, part, self.steps)
@@ -101,12 +114,27 @@ class Feed:
             yield Fed(len(part), batches.num_examples, fed)
 
 
-def _steps_per_dispatch(run: Run, inputs: Inputs) -> int:
+def _plan_dispatch(run: Run, inputs: Inputs) -> tuple[int, Holding]:
+    """Return the number of steps in one dispatch, alike in all processes, and what they read."""
     steps = steps_at_most(run, inputs.start)
     if steps == 1:
-        return 1
-    size = inputs.train[0].values.nbytes / run.mesh.size
-    return steps if all(gather_json(size <= free_device_memory() / 2)) else 1
+        return 1, "host"
+    free = min(gather_json(free_device_memory()))
+    where = holding(inputs.train[0].values.nbytes, run.mesh.size, free)
+    return (1 if where == "host" else steps), where
+
+
+def holding(size: int, devices: int, free: float) -> Holding:
+    """Choose where activations are, which may take half of the free memory of the devices.
+
+    Args:
+        size: bytes of the activations of all training images.
+        devices: number of devices.
+        free: bytes of free memory of a device.
+    """
+    if size <= free / 2:
+        return "whole"
+    return "divided" if devices <= _FEW and size / devices <= free / 2 else "host"
 
 
 def steps_at_most(run: Run, start: str | None) -> int:
@@ -125,24 +153,24 @@ def steps_at_most(run: Run, start: str | None) -> int:
     return _HEAD_STEPS if head_only else _SUFFIX_STEPS
 
 
-def _divide(values: Shaped[np.ndarray, "rows ..."], mesh: Mesh) -> jax.Array:
-    """Divide rows, padded to a multiple of the number of devices, over the devices."""
+def _place(values: Shaped[np.ndarray, "rows ..."], mesh: Mesh, where: Holding) -> jax.Array:
+    """Place rows on each device, or divide them, padded to a multiple of the number of devices."""
+    if where == "whole":
+        sharding = NamedSharding(mesh, PartitionSpec())
+        return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
     shape = round_up_to_devices(len(values), mesh), *values.shape[1:]
 
     def part(index: Any) -> np.ndarray:
         rows = values[index[0]]
-        padding = len(range(*index[0].indices(shape[0]))) - len(rows)
-        return np.pad(rows, ((0, padding), *[(0, 0)] * (rows.ndim - 1)))
+        return pad_rows(rows, len(range(*index[0].indices(shape[0]))))
 
     return jax.make_array_from_callback(shape, NamedSharding(mesh, PartitionSpec("data")), part)
 
 
-def _select(
+def _select_divided(
     values: Shaped[jax.Array, "rows ..."], rows: Int32[jax.Array, " batch"], mesh: Mesh
 ) -> Shaped[jax.Array, "batch ..."]:
     """Select rows by their numbers; each device gets its part of the batch."""
-    if mesh.size == 1:
-        return values[rows]
 
     def select(values: jax.Array, rows: jax.Array) -> jax.Array:
         rows -= jax.lax.axis_index("data") * len(values)
@@ -156,7 +184,7 @@ def _select(
     return jax.shard_map(select, mesh=mesh, **specs)(values, rows)
 
 
-def repeated(step: TrainStep, steps: int, mesh: Mesh) -> TrainStep:
+def repeated(step: TrainStep, steps: int, mesh: Mesh, where: Holding) -> TrainStep:
     """Return a jitted step that takes `Rows` for a batch, and so up to ``steps`` steps."""
 
     def run(
@@ -164,7 +192,10 @@ def repeated(step: TrainStep, steps: int, mesh: Mesh) -> TrainStep:
     ) -> tuple[TrainState, StepMetrics]:
         def once(i: Any, state: TrainState) -> tuple[TrainState, StepMetrics]:
             batch: Any = jax.tree.map(lambda x: x[i], rows.batches)
-            inputs = _select(rows.values, batch.inputs, mesh)
+            if where == "divided":
+                inputs = _select_divided(rows.values, batch.inputs, mesh)
+            else:
+                inputs = rows.values[batch.inputs]
             return step(state, frozen, batch._replace(inputs=inputs), keys)
 
         def body(i: Any, carry: tuple[TrainState, StepMetrics]) -> tuple[TrainState, StepMetrics]:
