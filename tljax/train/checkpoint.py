@@ -9,6 +9,7 @@ unfinished one has a temporary name, or in a bucket no ``commit_success.txt``, a
 
 import logging
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -93,6 +94,8 @@ class Checkpoints:
         # These log progress and unfinished steps, and background errors, which are raised anyway.
         for library in ("absl", "asyncio"):
             logging.getLogger(library).setLevel(logging.CRITICAL)
+        # Of a write that Ctrl-C ends, after the line that says how to continue.
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
         self._identity, self._before_save = identity, before_save
         self._folder = folder
         # The packages for buckets have errors of their own.
