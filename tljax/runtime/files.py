@@ -49,6 +49,9 @@ def open_path(path: str | os.PathLike[str]) -> Path:
         RequestError: buckets of this kind are not supported, or their package is not installed.
     """
     scheme, sign, rest = os.fspath(path).partition(":/")
+    if os.fspath(path).rstrip("/") in ("gs:", "s3:"):
+        kind = scheme.rstrip(":")
+        raise RequestError(f"{kind}:// names no bucket: write {kind}://BUCKET/RUN")
     if not sign or not scheme.isalnum():
         return Path(path)
     if scheme not in BUCKETS:
