@@ -82,7 +82,7 @@ def test_a_file_in_a_bucket_is_uploaded_once_when_it_is_complete(bucket):
 def test_a_bucket_that_cannot_be_opened_is_one_line(monkeypatch):
     with pytest.raises(RequestError, match="ftp://: choose a local folder, or one in a bucket"):
         open_path(Path("ftp://b/run"))
-    with pytest.raises(RequestError, match="^gs:// names no bucket: write gs://BUCKET/RUN"):
+    with pytest.raises(RequestError, match=r"^gs:// names no bucket: write gs://BUCKET/RUN"):
         open_path(Path("gs://"))
     assert open_path("gs") == Path("gs")
     monkeypatch.setitem(known_implementations, "gcs", {"class": "no.such", "err": "Install gcsfs"})
