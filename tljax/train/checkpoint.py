@@ -233,12 +233,17 @@ class Checkpoints:
         try:
             yield
         except (*self._errors, ValueError, jax.errors.JaxRuntimeError) as error:
+            reason = _reason(error)
             advice = "check the bucket" if in_bucket(self._folder) else "free disk space"
+            if reason == _ALONE:
+                advice = "start all processes again"
             raise RequestError(
-                f"{self._folder}: a checkpoint cannot be written ({_reason(error)}); earlier ones "
+                f"{self._folder}: a checkpoint cannot be written ({reason}); earlier ones "
                 f"are kept: {advice} and continue with --resume"
             ) from error
 
+
+_ALONE = "another process has ended or hangs"
 
 _COMPLETE = "commit_success.txt"
 """File that Orbax writes last in a bucket, whose folders cannot be renamed."""
@@ -267,7 +272,8 @@ def _proves_damage(error: Exception | None) -> bool:
 
 def _reason(error: Exception) -> str:
     """Return the last part of an error message, without TensorStore's " [os_error_code='28']"."""
-    if isinstance(error, jax.errors.JaxRuntimeError):  # of JAX's coordination service
-        return "another process did not come, for minutes"
+    # Of JAX's coordination service, or of Orbax, which waits by it.
+    if isinstance(error, jax.errors.JaxRuntimeError) or "barrier" in str(error):
+        return _ALONE
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return " ".join(re.split(r" \[\w+='", text)[0].rpartition(": ")[2].split())
