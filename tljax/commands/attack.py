@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Config(cli.Common, cli.Classifier, cli.Distributed):
+class Config(cli.Common, cli.Classifier, cli.Distributed, cli.Trained):
     """Measure the accuracy of a network under adversarial attacks.
 
     For images without labels, the prediction of the network counts as the label. With several

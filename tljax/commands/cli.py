@@ -69,12 +69,23 @@ class Output(Checked):
     conditions: ClassVar[Conditions] = ()
 
     def completed(self) -> Self:
-        """Return these options with those filled in that the others refer to.
+        """Return these options with those filled in that the others refer to."""
+        return self
 
-        A run directory may then be in a bucket.
-        """
-        workdir = getattr(self, "workdir", None)
-        return replace(self, workdir=open_path(workdir)) if workdir else self
+
+@dataclass(frozen=True, kw_only=True)
+class Trained(Output):
+    """The option for the run directory of a training, which may be in a bucket.
+
+    Attributes:
+        workdir: Run directory; each command says what it does with it.
+    """
+
+    workdir: Path | None = None
+
+    def completed(self) -> Self:
+        """Return these options with the path of the run directory as `open_path` gives it."""
+        return replace(self, workdir=open_path(self.workdir)) if self.workdir else self
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from tljax.runtime.settings import settings
 
 
 @dataclass(frozen=True)
-class Config(cli.Common, cli.Classifier, cli.Distributed):
+class Config(cli.Common, cli.Classifier, cli.Distributed, cli.Trained):
     """Measure a network on labeled images. Classes, labels and numbers are matched by name.
 
     Attributes:

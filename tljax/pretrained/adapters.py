@@ -21,7 +21,7 @@ from tljax.pretrained.native import card_json, read_card, task_fault
 from tljax.pretrained.network import Card, Pretrained
 from tljax.pretrained.rules import apply_rules, native_rules
 from tljax.runtime.errors import RequestError
-from tljax.runtime.files import in_bucket, open_path
+from tljax.runtime.files import open_path
 from tljax.runtime.trees import flatten, tree_digest, unflatten
 from tljax.runtime.types import Variables
 
@@ -126,7 +126,7 @@ def load_adapter(
     path = open_path(path)
     if (path / "best" / "adapter.safetensors").exists():
         path = path / "best" / "adapter.safetensors"
-    tensors = read_tensors(fetch_object(path) if in_bucket(path) else path)
+    tensors = read_tensors(fetch_object(path))
     if ADAPTER not in tensors.metadata:
         raise RequestError(f"{path} is no adapter of tljax: load it by load_pretrained")
     return read_adapter(path, tensors, base, modules)

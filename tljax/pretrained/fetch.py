@@ -11,7 +11,7 @@ from tljax.pretrained.catalog import CATALOG
 from tljax.pretrained.formats import digest
 from tljax.runtime.download import download
 from tljax.runtime.errors import RequestError, first_line
-from tljax.runtime.files import atomic_write, cache_dir, is_html, object_version, sha256
+from tljax.runtime.files import atomic_write, cache_dir, in_bucket, is_html, object_version, sha256
 from tljax.runtime.packages import install_command
 
 _MAX_BYTES = 2**35  # eight times the size of the largest published network
@@ -121,9 +121,9 @@ def fetch_hub(repository: str) -> Path:
 
 
 def fetch_object(path: Path) -> Path:
-    """Return the local copy of a weight file in a bucket, downloaded once for each version of it.
+    """Return a local weight file as it is, or the local copy of one in a bucket.
 
-    The files that an ``.index.json`` names are copied beside it.
+    It is downloaded once for each version, with the files that an ``.index.json`` names.
 
     Args:
         path: path from `tljax.runtime.files.open_path`.
@@ -131,6 +131,8 @@ def fetch_object(path: Path) -> Path:
     Raises:
         RequestError: the file cannot be read.
     """
+    if not in_bucket(path):
+        return path
     from fsspec.core import url_to_fs  # noqa: PLC0415 - slow to import
 
     try:

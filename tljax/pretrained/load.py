@@ -257,7 +257,7 @@ ADAPTER = "tljax_adapter"
 
 
 def _load_file(path: Path, name: str, model: str | None, modules: Modules | None = None) -> _Found:
-    local = fetch_object(path) if in_bucket(path) else path
+    local = fetch_object(path)
     tensors = read_tensors(local)
     if ADAPTER in tensors.metadata:
         # Adapters are above this module, because their base is loaded by it.

@@ -11,13 +11,10 @@ import jax
 
 COLLECTIVES = (
     *("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all"),
-    *("collective-permute", "collective-broadcast"),
+    *("collective-permute", "collective-broadcast", "inter-slice transfer"),
 )
-"""Operations that move data between the chips of a slice."""
-
-INTER_SLICE = "inter-slice transfer"
-"""What the TPU compiler splits a collective over several slices into, beside collectives in each:
-every chip sends its share over the network of the hosts."""
+"""Operations that move data between chips. The last is no name of XLA: the TPU compiler splits a
+collective over several slices into collectives in each and sends of a share of every chip."""
 
 
 class Collective(NamedTuple):
@@ -168,9 +165,9 @@ def read_collectives(text: str) -> dict[str, Collective]:
             continue
         # Of a pair, the second one has the shape of the result.
         kind = operation["name"].removesuffix("-done")
-        if kind == "recv" != operation["name"] and "xla_megascale_runtime" in line:
-            kind = INTER_SLICE
-        if kind in (*COLLECTIVES, INTER_SLICE):
+        if operation["name"] == "recv-done" and "xla_megascale_runtime" in line:
+            kind = "inter-slice transfer"
+        if kind in COLLECTIVES:
             counts[kind] += times
             of_kind = sizes.setdefault(kind, Counter())
             for dtype, dims in _SHAPE.findall(operation["shape"]):

@@ -369,7 +369,7 @@ def gather_json(value: Any) -> list[Any]:
         return [value]
     data = np.frombuffer(json.dumps(value).encode(), np.uint8)
     lengths = gather(np.array([data.size], np.int32))
-    rows = gather(np.pad(data, (0, int(lengths.max()) - data.size))[None])
+    rows = gather(pad_rows(data, int(lengths.max()))[None])
     return [json.loads(row[:length].tobytes()) for row, length in zip(rows, lengths, strict=True)]
 
 

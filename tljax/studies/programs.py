@@ -236,19 +236,20 @@ def _step_programs(
     name = f"step of phase {phase.name}"
     name += f", from cached activations at {start}" if start else ""
     one = Program(name, trace, size, multiple, cast("Dtype", model.dtype), loader)
-    steps = steps_at_most(run, start)
-    size = example.inputs.size * example.inputs.dtype.itemsize * len(run.splits.train)
-    where = holding(size, mesh.size, memory)
+    steps, cached = steps_at_most(run, start), example.inputs
+    bytes_of_all = cached.size * cached.dtype.itemsize * len(run.splits.train)
+    where = holding(bytes_of_all, mesh.size, memory)
     if steps == 1 or where == "host":
         return [one]
     loop: Any = repeated(step, steps, mesh, where)
-    values = replicated(with_rows(example.inputs, len(run.splits.train)), mesh)
+    values = replicated(with_rows(cached, len(run.splits.train)), mesh)
     if where == "divided":
         values = divided(with_rows(values, round_up_to_devices(len(values), mesh)), mesh)
     num_steps = replicated(jax.ShapeDtypeStruct((), np.int32), mesh)
+    numbered = example._replace(inputs=jax.ShapeDtypeStruct((1,), np.int32))
 
     def trace_loop(batch: int) -> jax.stages.Traced:
-        rows = with_rows(example._replace(inputs=jax.ShapeDtypeStruct((1,), np.int32)), batch)
+        rows = with_rows(numbered, batch)
         rows = jax.tree.map(lambda x: x.update(shape=(steps, *x.shape)), rows)
         sharding = NamedSharding(mesh, PartitionSpec(None, "data"))
         rows = _placed(rows, lambda _: sharding)

@@ -220,9 +220,8 @@ class Checkpoints:
         for number in [n for n in self._numbers if n not in self._damaged][:-2]:
             if is_main_process():
                 path = epath.Path(self._folder / str(number))
-                if in_bucket(
-                    self._folder
-                ):  # first what makes it complete, as a process may be killed
+                # First what makes it complete in a bucket, as a process may be killed.
+                if in_bucket(self._folder):
                     (path / _COMPLETE).unlink(missing_ok=True)
                 path.rmtree(missing_ok=True)
             self._numbers.remove(number)

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Literal
 
 import jax
@@ -20,7 +20,6 @@ from tljax.features.extract import (
     Outputs,
     View,
     compute_features,
-    feature_bytes,
     feature_rows,
     process_rows,
     process_shard,
@@ -268,13 +267,22 @@ def cache_bytes(model: Model, splits: Splits, config: FitConfig, start: str) -> 
     """Return the bytes of the activations that enter ``start``, of all views and images."""
     views = config.cache_views if config.augment else 1
     count = len(splits.train) * views + len(splits.val)
-    return feature_bytes(model, count, start, cached_dtype(model, config, start))
+    return (
+        count
+        * _entering(model, start).size
+        * jnp.dtype(cached_dtype(model, config, start)).itemsize
+    )
 
 
 def cached_dtype(model: Model, config: FitConfig, start: str) -> Dtype:
     """Return the dtype of the cached activations: bfloat16 also where they are computed in it."""
-    computed = abstract_activations(model, abstract_variables(model), start).dtype
-    return "bfloat16" if computed == jnp.bfloat16 else config.cache_dtype
+    return "bfloat16" if _entering(model, start).dtype == jnp.bfloat16 else config.cache_dtype
+
+
+@lru_cache(maxsize=32)
+def _entering(model: Model, start: str) -> jax.ShapeDtypeStruct:
+    """Cache the shape of the activations of an image: tracing takes a tenth of a second or more."""
+    return abstract_activations(model, abstract_variables(model), start)
 
 
 def cache_location(model: Model, splits: Splits, config: FitConfig, start: str) -> Place:
